@@ -17,13 +17,13 @@ from etils import epath
 
 from diffdis_jax.common import buckets, cli, one_file, shipped, usage
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import committed, digests
+from diffdis_jax.run import committed, digests, workdir
 
 FLAGS = flags.FLAGS
 
 
 class Verified(NamedTuple):
-  """One checkpoint. `state`: what is said of it; `damaged`: whether a file of it is not as it was saved."""
+  """One checkpoint, what is to be said of it, and whether a file of it is not as it was saved."""
 
   step: int
   state: str
@@ -31,7 +31,7 @@ class Verified(NamedTuple):
 
 
 def define_flags() -> None:
-  """The command line."""
+  """Define the command line."""
   flags.DEFINE_string("workdir", None, "folder of the run, of prepared data or of exported weights", required=True)
 
 
@@ -41,58 +41,52 @@ def main(argv: Sequence[str]) -> None:
   if (path / digests.NAME).exists():
     if (damage := digests.damage(path)) is not None:
       raise UserError(f"{path} is damaged: {damage.file} {damage.what}; copy it again, or make it again")
-    usage.write(f"{path}: {_state(path)}\n")
+    usage.write(f"{path}: {_size(path)}\n")
     return
-  folder, damaged, count = committed.folder(FLAGS.workdir), 0, 0
-  for found in verify(FLAGS.workdir):
+  folder, damaged, count = committed.folder(path), 0, 0
+  for found in verify(path):
     usage.write(f"checkpoint {found.step}: {found.state}\n")  # as soon as it is known: each may take minutes
     damaged, count = damaged + found.damaged, count + 1
   if damaged:
-    whole = digests.newest_whole(folder)
+    whole = digests.newest_whole(folder, workdir.run_digest(path))
     then = "none is known to be whole" if whole is None else f"the newest whole one is {whole}: take --step={whole}"
     raise UserError(f"{damaged} of {count} checkpoints in {folder} {'is' if damaged == 1 else 'are'} damaged; {then}")
 
 
-def verify(workdir: epath.PathLike) -> Iterator[Verified]:
-  """Looks at each checkpoint of a run, by step.
+def verify(run: epath.PathLike) -> Iterator[Verified]:
+  """Look at each checkpoint of a run, by step.
 
   Raises:
-    UserError: there is none; or it is a run in one file, and damaged.
+    UserError: there is none, or config.json is damaged; or it is a run in one file, and damaged.
     OSError: its storage cannot be reached.
   """
-  if (file := one_file.at(workdir)) is not None:
+  if (file := one_file.at(run)) is not None:
     one_file.read_params(file)
     yield Verified(one_file.read_record(file).step, f"whole: 1 file, {file.stat().st_size / 1e6:.1f} MB")
     return
-  folder = committed.folder(workdir)
+  folder, digest = committed.folder(run), workdir.run_digest(run)
   paths = committed.all_steps(folder)
   if not paths:
-    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{shipped.meant(workdir)}")
+    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{shipped.meant(run)}")
   for path in paths:
-    yield _verified(path)
+    step, mark = int(path.name), path / committed.COMMIT_MARK
+    if not mark.exists():
+      yield Verified(step, f"does not count: it has no {mark.name}; its save was interrupted, or is in progress")
+      continue
+    damage = digests.damage_of_step(path, digest)
+    if not mark.exists():
+      yield Verified(step, "removed meanwhile: the run keeps only some")
+    elif damage is not None:
+      yield Verified(step, f"damaged: {damage.file} {damage.what}", damaged=True)
+    else:
+      yield Verified(step, _size(path))
 
 
-def _verified(path: epath.Path) -> Verified:
-  step, mark = int(path.name), path / committed.COMMIT_MARK
-  if not mark.exists():
-    return Verified(step, f"does not count: it has no {mark.name}; its save was interrupted, or is in progress")
-  damage = digests.damage(path)
-  if not mark.exists():
-    return Verified(step, "removed meanwhile: the run keeps only some")
-  if damage is not None:
-    return Verified(step, f"damaged: {damage.file} {damage.what}", damaged=True)
-  return Verified(step, _state(path))
-
-
-def _state(path: epath.Path) -> str:
-  """Of a folder without damage."""
+def _size(path: epath.Path) -> str:
+  """Describe a folder without damage."""
   found = digests.read(path)
-  if not isinstance(found, digests.Digests):
-    return f"not checked: it has no {digests.NAME}, as those of earlier versions"
-  if not digests.is_checkable(path, found):
-    return f"not checked: its {digests.NAME} needs google-crc32c; pip install google-crc32c"
-  size = sum(file.size for file in found.files.values())
-  return f"whole: {len(found.files)} files, {size / 1e6:.1f} MB"
+  listed = found.files.values() if isinstance(found, digests.Digests) else ()
+  return f"whole: {len(listed)} files, {sum(file.size for file in listed) / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import uuid
-import zlib
 
 import jax
 import numpy as np
@@ -366,7 +365,7 @@ def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_any(url, monk
     name = next(name for name in buckets.files_below(folder) if name.startswith("params/d/"))
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(UserError, match=f"checkpoints/2 cannot be read: its params: {name} holds .*take --step=1, the"):
+    with pytest.raises(UserError, match=f"checkpoints/2 cannot be read: {name} holds .*take --step=1, the"):
       restore.restore_params(url)
     (folder / name).write_bytes(whole)
     restore.restore_params(url)
@@ -380,12 +379,8 @@ def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_any(url, monk
   assert digests.damage(local) == digests.Damage("meta/metadata", "holds other bytes than were saved")
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_a_checkpoint_copied_into_a_bucket_is_checked(url, tmp_path, monkeypatch, faster):
-  with monkeypatch.context() as patched:
-    if not faster:
-      patched.setattr(digests, "_algorithm", lambda name: zlib.crc32 if name == "crc32" else None)
-    save(tmp_path, 1)
+def test_a_checkpoint_copied_into_a_bucket_is_checked(url, tmp_path):
+  save(tmp_path, 1)
   buckets.upload(tmp_path / "checkpoints" / "1", url)
   assert digests.damage(url) is None
   (buckets.path(url) / "meta" / "metadata").write_bytes(b"{'step': 1}")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import random
 import re
 from typing import Any
 
@@ -183,3 +184,30 @@ def test_configs_come_back_equal(tmp_path):
   for config in (tiny.get_config(), tiny.get_config("autoencoder"), tiny_clip.get_config(), tiny_lt.get_config()):
     (tmp_path / "config.json").write_text(config.to_json())
     assert load(tmp_path).to_dict() == config.to_dict() == Run.of(config).to_dict()
+
+
+def test_no_flipped_bit_of_config_json_is_read_in_silence(tmp_path):
+  """Most of 500 flips once loaded as another config, or were a word that nobody looked at."""
+  fields, file, random_ = tiny_fields(), tmp_path / "config.json", random.Random(0)
+  workdir.open_for_training(tmp_path, fields)
+  assert load(tmp_path).seed == fields["seed"]
+  whole = file.read_bytes()
+  for _ in range(500):
+    flipped = bytearray(whole)
+    flipped[random_.randrange(len(whole))] ^= 1 << random_.randrange(8)
+    file.write_bytes(flipped)
+    with pytest.raises(UserError) as error:
+      load(tmp_path)
+    assert "\n" not in str(error.value) and "config.json" in str(error.value)
+
+
+def test_an_edited_config_json_is_read_without_its_digest(tmp_path):
+  fields, file = tiny_fields(), tmp_path / "config.json"
+  workdir.open_for_training(tmp_path, fields)
+  edited = json.loads(file.read_text()) | {"seed": 123}
+  file.write_text(json.dumps(edited))
+  with pytest.raises(UserError, match='was edited; .* or remove its line "digest" to use it as it is'):
+    load(tmp_path)
+  del edited["digest"]
+  file.write_text(json.dumps(edited))
+  assert load(tmp_path).seed == 123

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 
 from diffdis_jax.data import records, sources
 from diffdis_jax.data.prepare import builder, parts
-from diffdis_jax.run import digests
+from diffdis_jax.run import digests, workdir
 from tests.command_runs import call
 from tests.raw_pairs import picture, write_tar
 from tests.run.test_checkpoint import save
@@ -38,7 +39,7 @@ def test_every_checkpoint_is_a_line(tmp_path):
   before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
   code, lines, errors = verify(tmp_path)
   assert lines[:2] == [
-    "checkpoint 1: not checked: it has no digests.json, as those of earlier versions",
+    "checkpoint 1: damaged: digests.json is missing",
     "checkpoint 2: damaged: meta/metadata is missing",
   ]
   assert lines[2].startswith("checkpoint 3: whole: ")
@@ -46,9 +47,35 @@ def test_every_checkpoint_is_a_line(tmp_path):
   name = damaged.relative_to(folder / "5").as_posix()
   assert lines[4:] == [f"checkpoint 5: damaged: {name} holds other bytes than were saved"]
   assert code == 2 and errors == [
-    f"error: 2 of 5 checkpoints in {folder} are damaged; the newest whole one is 3: take --step=3"
+    f"error: 3 of 5 checkpoints in {folder} are damaged; the newest whole one is 3: take --step=3"
   ]
   assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_renamed_checkpoint_one_of_another_run_and_a_damaged_config(tmp_path):
+  config = {"seed": 0, "num_steps": 8, "log_every": 1}
+  for name, seed in (("a", 0), ("b", 1)):
+    workdir.open_for_training(tmp_path / name, config | {"seed": seed})
+    save(tmp_path / name, 4 + seed)
+  folder = tmp_path / "a" / "checkpoints"
+  shutil.copytree(folder / "4", folder / "6")
+  shutil.copytree(tmp_path / "b" / "checkpoints" / "5", folder / "5")
+  code, lines, errors = verify(tmp_path / "a")
+  assert (
+    code == 2
+    and lines[0].startswith("checkpoint 4: whole: ")
+    and lines[1:]
+    == [
+      "checkpoint 5: damaged: digests.json says that it was saved by a run of another config than config.json has",
+      "checkpoint 6: damaged: digests.json says that it was saved as step 4",
+    ]
+  )
+  assert errors == [f"error: 2 of 3 checkpoints in {folder} are damaged; the newest whole one is 4: take --step=4"]
+  file = tmp_path / "a" / "config.json"
+  file.write_text(file.read_text().replace('"log_every": 1', '"log_every": 3'))  # which does not change the training
+  code, lines, errors = verify(tmp_path / "a")
+  assert (code, lines) == (2, [])
+  assert errors[0].startswith(f"error: {file} is not as it was written: it is damaged, or was edited; ")
 
 
 def test_prepared_data_are_a_line(tmp_path):

@@ -8,6 +8,7 @@ writes a checkpoint's arrays, has TENSORSTORE_GCS_HTTP_URL for that.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import importlib.util
@@ -22,11 +23,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import IO, Any, cast
 
+import google_crc32c
 from absl import logging
 from etils import epath
 from etils.epath import backend
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import Gone, UserError
 
 # Where TensorFlow is installed, etils would read buckets by it: take one way on every machine. etils looks once, at the
 # first path that is asked anything.
@@ -39,6 +41,7 @@ _BUCKET = re.compile(r"gs://[^/]+")
 _SPECIAL = re.compile(r"[#?*[]")
 _HOME = re.compile(r"~[\w-]*(/|$)")
 _SESSIONS = 3  # that a large object may need
+_READS = 5  # of a small object that arrives damaged
 _AT_ONCE = 8  # files that are uploaded, of each of which gcsfs holds 50 MB
 EVERY = 30.0  # seconds between two copies of files that are appended to
 # Seconds between the tries of the last copy, after which none follows. gcsfs itself tries for half a minute each time.
@@ -185,12 +188,49 @@ def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = 
       _system().put([os.fspath(folder / name) for name in group], urls, batch_size=_AT_ONCE)
 
 
+def read_bytes(where: epath.PathLike) -> bytes:
+  """Read a small file. One in a bucket is read again where its bytes are not those that the server has.
+
+  Raises:
+    Gone: they were not, several times.
+    OSError: it is not there, or cannot be read.
+  """
+  for _ in range(_READS):
+    content = path(where).read_bytes()
+    if not is_url(where) or _as_sent(os.fspath(where), google_crc32c.value(content)):
+      return content
+  raise Gone(f"{os.fspath(where)} arrived damaged")
+
+
+def _as_sent(url: str, digest: int) -> bool:
+  """Compare the CRC32C of what was read with the server's, where it has one."""
+  try:
+    there = _system().info(url).get("crc32c")
+  except ValueError:  # an answer that is no JSON has arrived damaged itself
+    return False
+  return there is None or there == base64.b64encode(digest.to_bytes(4, "big")).decode()
+
+
 def download(wanted: Mapping[str, pathlib.Path]) -> None:
-  """Copies objects, all at a time, to local files, each whole or not at all. `wanted`: address -> file."""
+  """Copy objects, all at a time, to local files, each whole or not at all.
+
+  Args:
+    wanted: address -> file.
+
+  Raises:
+    Gone: an object arrived damaged.
+    OSError: one is not there, or cannot be read or written.
+  """
   partial = {url: file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp") for url, file in wanted.items()}
   try:
     _system().get([*wanted], [os.fspath(file) for file in partial.values()])
     for url, file in wanted.items():
+      digest = google_crc32c.Checksum()
+      with partial[url].open("rb") as copied:
+        for chunk in iter(functools.partial(copied.read, 1 << 20), b""):
+          digest.update(chunk)
+      if not _as_sent(url, int.from_bytes(digest.digest(), "big")):
+        raise Gone(f"{url} arrived damaged")
       partial[url].replace(file)
   finally:
     for file in partial.values():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -15,6 +17,7 @@ from diffdis_jax.config.run import Run, default_fields
 from diffdis_jax.config.section import normalise
 from diffdis_jax.errors import UserError, parse_json
 
+DIGEST = "digest"  # the field of config.json that holds the digest of the others
 SECTIONS = {"objectives", "model", "data", "optim"}  # of every run's config
 EXAMPLE = '{"name": "coco", "task": "retrieval", "data": {"path": "DIR", "split": "test"}}'  # of --eval
 
@@ -56,11 +59,32 @@ def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 def read_json_object(path: epath.Path) -> dict[str, Any]:
-  """Return what config.json in this folder holds. Raises UserError: no JSON object."""
-  config = normalise(read_json(path / "config.json"))
+  """Read config.json in this folder.
+
+  Raises:
+    UserError: it holds no JSON object, or another one than was written.
+  """
+  file = path / "config.json"
+  config = normalise(read_json(file))
   if not isinstance(config, dict):
-    raise UserError(f"{path / 'config.json'} is of no training run; it should hold a JSON object")
+    raise UserError(f"{file} is of no training run; it should hold a JSON object")
+  if config.pop(DIGEST, digest := digest_of(config)) != digest:
+    raise UserError(
+      f"{file} is not as it was written: it is damaged, or was edited; take it from a copy of the run, or remove its"
+      f' line "{DIGEST}" to use it as it is'
+    )
   return config
+
+
+def as_text(config: Mapping[str, Any]) -> str:
+  """Give the text of config.json, with a digest of the fields, so that damage is noticed."""
+  return json.dumps({**config, DIGEST: digest_of(config)}, indent=2, sort_keys=True) + "\n"
+
+
+def digest_of(fields: Mapping[str, Any]) -> str:
+  """Give sixteen hexadecimal digits for the fields of a config, whatever their order in the file."""
+  kept = {name: value for name, value in fields.items() if name != DIGEST}
+  return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:

@@ -1,9 +1,7 @@
 """Saves a run's Orbax checkpoints: `<workdir>/checkpoints/<step>/{params,ema,opt_state,teacher,data,meta}`.
 
 A checkpoint counts once it holds Orbax's commit mark, its last file to be written; before it come the digests of the
-others, see digests.py. Each is whole by itself, frozen parameters too (0.83 of 15.45 GiB at full size): written once
-for all, one damaged file would take every checkpoint of the run. Training saves and resumes through `Checkpointer`;
-what only reads is in restore.py.
+others, see digests.py. Training saves and resumes through `Checkpointer`; what only reads is in restore.py.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +28,7 @@ from diffdis_jax.common import buckets, files, storage
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import FULL_DISK, Preempted, UserError, full_disk
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import committed, digests, restore
+from diffdis_jax.run import committed, digests, restore, workdir
 from diffdis_jax.run.restore import Restored
 from diffdis_jax.structs import TrainState
 
@@ -43,24 +41,23 @@ class Checkpointer:
   A context manager: on the way out it finishes the save in progress.
 
   Args:
-    workdir: folder of the run.
+    run: its folder, whose config.json is there already.
     kept: which checkpoints stay.
   """
 
-  def __init__(self, workdir: epath.PathLike, kept: CheckpointPolicy | None = None) -> None:
-    kept = kept or CheckpointPolicy()
-    self._workdir = workdir
+  def __init__(self, run: epath.PathLike, kept: CheckpointPolicy | None = None) -> None:
+    self._run, self._kept, self._folder = run, kept or CheckpointPolicy(), committed.folder(run)
+    self._digest = workdir.run_digest(run)
     self._saving = -1  # the step whose save is in progress
-    # Before the manager lists the folder: it would trust step folders without a mark. The barrier keeps the other
-    # processes from listing it meanwhile, so that all of them know the same steps.
-    if processes.is_first():
-      _set_aside_uncommitted(committed.folder(workdir))
-    processes.barrier("uncommitted checkpoints are set aside")
-    if kept.keep_best:
-      # Before Orbax reads them, and deletes those that are not best.
-      processes.on_first(lambda: restore.check_metrics(committed.folder(workdir)))
-    self._kept = kept
+    # Before Orbax lists the folder: it would trust step folders without a mark, and delete by damaged metrics.
+    processes.on_first(self._prepare_folder)
     self._manager = self._open_manager()
+
+  def _prepare_folder(self) -> None:
+    _check_names(self._folder)
+    _set_aside_uncommitted(self._folder)
+    if self._kept.keep_best:
+      _check_metrics(self._folder, self._digest)
 
   def _open_manager(self) -> ocp.CheckpointManager:
     kept = self._kept
@@ -72,22 +69,24 @@ class Checkpointer:
     if kept.keep_best:
       # Else a checkpoint that was never measured, such as that of an interruption, would stay forever.
       rules.append(policies.BestN(get_metric_fn=rank, n=kept.keep_best, keep_checkpoints_without_metrics=False))
-    return ocp.CheckpointManager(
-      committed.folder(self._workdir),
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(rules),
-        cleanup_tmp_directories=True,
-        best_fn=rank if kept.keep_best else None,
-        # In the background too, on process 0, when every process has written its files.
-        async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT, post_finalization_callback=self._write_digests),
-      ),
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policies.AnyPreservationPolicy(rules),
+      cleanup_tmp_directories=True,
+      best_fn=rank if kept.keep_best else None,
+      # In the background too, on process 0, when every process has written its files, before the commit mark.
+      async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT, post_finalization_callback=self._write_digests),
     )
+    try:
+      return ocp.CheckpointManager(self._folder, options=options)
+    except (ValueError, TypeError, RecursionError) as error:
+      what = f"a _CHECKPOINT_METADATA in {self._folder} is damaged: {str(error)[:80]}"
+      raise UserError(f"{what}; remove that file, which nothing needs") from error
 
   def latest_step(self) -> int | None:
-    """The newest committed step, or None before the first; as process 0 sees it."""
+    """Find the newest committed step, as process 0 sees it; None before the first."""
     # Not the manager's list, which may hold a save that has only begun. And one process decides for all, since a shared
     # file system may show a new folder to some of them later.
-    step = storage.patiently(lambda: committed.latest_step(self._workdir), f"{self._workdir}")
+    step = storage.patiently(lambda: committed.latest_step(self._run), f"{self._run}")
     found = int(processes.from_first(np.int32(-1 if step is None else step)))
     return None if found < 0 else found
 
@@ -101,7 +100,7 @@ class Checkpointer:
     metrics: Mapping[str, float] | None = None,
     required: bool = True,
   ) -> bool:
-    """Starts a save; returns as soon as the arrays may be donated. Returns False if this step is saved already.
+    """Start a save; return as soon as the arrays may be donated. Returns False if this step is saved already.
 
     A disk that is full, or was when the save before was written, is one line of the log, and False.
 
@@ -119,6 +118,10 @@ class Checkpointer:
     # A save at an interruption may fall on a step that `save_every` has saved.
     if step in self._manager.all_steps():
       return False
+    try:
+      self.wait()  # as the manager's own `save` begins
+    except OSError as error:  # of the save before, whose place this one takes
+      self._give_up(error, required=False)
     trees = {name: getattr(state, name) for name in restore.STORED}
     # One process has nobody to share the writing with.
     if jax.process_count() == 1:
@@ -128,10 +131,10 @@ class Checkpointer:
     if data_iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
     items["meta"] = ocp.args.JsonSave({"step": step, **(meta or {})})
-    if not self._is_ready(step, jax.tree.leaves(trees), required=required):
-      return False
     self._saving = step
     try:
+      if not has_room(self._folder, sum(array.nbytes for array in jax.tree.leaves(trees))):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._run))
       # `force`: the caller has decided that it is time to save.
       with _os_errors():
         return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
@@ -139,56 +142,39 @@ class Checkpointer:
       self._give_up(error, required=required)
       return False
 
-  def _is_ready(self, step: int, arrays: Sequence[Any], *, required: bool) -> bool:
-    """When the save before is written: whether there is room for this one, as far as can be told."""
-    try:
-      self.wait()  # as the manager's own `save` begins: the digests of the one before are written
-    except OSError as error:
-      self._give_up(error, required=False)  # the one before, whose place this one takes
-    if has_room(committed.folder(self._workdir), arrays):
-      return True
-    if required:
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._workdir))
-    self._say_full(step)
-    return False
-
   def _give_up(self, error: OSError, *, required: bool) -> None:
-    """The save that has found a full disk. Raises the error, if it is another or no later save will do."""
+    """Say in one line that a disk is full. Raises the error, if it is another or no later save will do."""
     # Several processes would have to agree.
     if required or error.errno not in FULL_DISK or jax.process_count() > 1:
       raise error
-    self._say_full(self._saving)
+    said = "no room to save step %d; the last checkpoint is %s; the next save tries again"
+    logging.warning(said, self._saving, self.latest_step())
     # A new manager, which removes what the failed save has left: the old one raises that error for ever.
     with contextlib.suppress(Exception):
       self._manager.close()
     self._manager = self._open_manager()
 
-  def _say_full(self, step: int) -> None:
-    said = "no room to save step %d; the last checkpoint is %s; the next save tries again"
-    logging.warning(said, step, self.latest_step())
-
   def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-    """What `save` takes as `metrics`, of the newest step, whose evaluation was interrupted, and done again after the
-    save. Every process makes the call, while no save is in progress.
+    """Add what `save` takes as `metrics` to the newest checkpoint, whose evaluation was interrupted and is done again.
 
-    Raises:
-      OSError: it cannot be written.
+    Every process makes the call, while no save is in progress. Raises OSError: it cannot be written.
     """
-    # As process 0 sees it, so that all of them meet below.
-    if not (metrics and self._kept.keep_best) or step != self.latest_step():
+    if not (metrics and self._kept.keep_best):
       return
-    if processes.is_first():
-      folder = committed.folder(self._workdir)
-      file, together = folder / str(step) / committed.METRICS, {**committed.metrics_of(folder, step), **metrics}
+
+    def write() -> None:
+      path = self._folder / str(step)
+      file, together = path / committed.METRICS, {**committed.metrics_of(self._folder, step), **metrics}
       file.parent.mkdir(parents=True, exist_ok=True)
       files.write_whole(file, json.dumps(together).encode())
-      digests.renew(folder / str(step), [committed.METRICS])
-    processes.barrier("the metrics of a checkpoint are added")
+      digests.renew(path, [committed.METRICS])
+
+    processes.on_first(write)
     self.close()
     self._manager = self._open_manager()  # which reads them
 
   def restore(self, step: int, abstract: TrainState, data_iterator: Any = None) -> Restored:
-    """Reads a checkpoint onto the devices that `abstract` asks for, and sets the data iterator to it.
+    """Read a checkpoint onto the devices that `abstract` asks for, and set the data iterator to it.
 
     Args:
       step: a committed step.
@@ -196,25 +182,24 @@ class Checkpointer:
       data_iterator: a Grain iterator built as the saved one was.
 
     Raises:
-      UserError: no such checkpoint, or one that is damaged or does not fit `abstract`.
+      UserError: no such checkpoint, or one that is damaged, of another run, or does not fit `abstract`.
     """
-    return restore.read_state(restore.find_shown(self._workdir, step), abstract, data_iterator)
+    return restore.read_state(self._run, step, abstract, data_iterator)
 
   def _write_digests(self) -> None:
-    """Called by Orbax before it writes the commit mark."""
-    folder = committed.folder(self._workdir)
     # On a disk it still has another name, by which it is no checkpoint.
     unfinished = f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
-    names = [path.name for path in folder.iterdir() if path.name.startswith(unfinished)]
-    digests.write(folder / (names[0] if names else str(self._saving)))
+    names = [path.name for path in self._folder.iterdir() if path.name.startswith(unfinished)]
+    written = self._folder / (names[0] if names else str(self._saving))
+    digests.write(written, step=self._saving, run=self._digest)
 
   def wait(self) -> None:
-    """Returns when the save in progress is committed. Raises what went wrong with it."""
+    """Return when the save in progress is committed. Raises what went wrong with it."""
     with _os_errors():
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, and frees the background threads."""
+    """Wait, and free the background threads."""
     with _os_errors():
       self._manager.close()
 
@@ -235,9 +220,9 @@ class Best(NamedTuple):
   value: float
 
 
-def best(workdir: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
-  """By `kept.best_metric`, among the checkpoints that are there; the earliest of equals. None where none has it."""
-  folder, found = committed.folder(workdir), []
+def best(run: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
+  """Find the best checkpoint by `kept.best_metric`; the earliest of equals, None where none was measured by it."""
+  folder, found = committed.folder(run), []
 
   def measured(step: int) -> dict[str, float]:
     # A damaged file of figures hides one candidate, and must not keep the others from being found.
@@ -256,8 +241,16 @@ def best(workdir: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
   return max(found, key=lambda each: sign * each.value, default=None)
 
 
+def _check_names(folder: epath.Path) -> None:
+  """Raise UserError for a folder that Orbax takes for a checkpoint, though none has such a name."""
+  steps = {path.name for path in committed.all_steps(folder)}
+  for path in folder.iterdir() if folder.is_dir() else ():
+    if path.name.isdigit() and path.name not in steps:
+      raise UserError(f"{path} is no checkpoint: its name is no step; move it elsewhere")
+
+
 def _set_aside_uncommitted(folder: epath.Path) -> None:
-  """Renames step folders without a commit mark: Orbax would trust them, and refuse to save that step again.
+  """Rename step folders without a commit mark: Orbax would trust them, and refuse to save that step again.
 
   In a bucket, where every save writes under its own name, they are what a killed one leaves, and cannot be renamed at
   once: there they are removed.
@@ -277,9 +270,19 @@ def _set_aside_uncommitted(folder: epath.Path) -> None:
       path.rename(aside)
 
 
+def _check_metrics(folder: epath.Path, run: str) -> None:
+  """Raise UserError where a checkpoint's metrics, by which the best ones are kept, are not as they were saved."""
+  steps = committed.committed_steps(folder)
+  found = committed.of_each(lambda step: digests.damage_of_step(folder / str(step), run, ("metrics",)), steps)
+  for step, damage in zip(steps, found, strict=True):
+    if damage is not None:
+      what = f"{damage.file} {damage.what}; move its folder elsewhere"
+      raise UserError(f"checkpoint {folder / str(step)} cannot be read: {what}")
+
+
 @contextlib.contextmanager
 def _os_errors() -> Iterator[None]:
-  """Makes OSError of what TensorStore raises for a full disk, or where a quota is used up."""
+  """Make OSError of what TensorStore raises for a full disk, or where a quota is used up."""
   try:
     yield
   except ValueError as error:
@@ -288,21 +291,22 @@ def _os_errors() -> Iterator[None]:
     raise OSError(number, os.strerror(number)) from error
 
 
-def has_room(folder: epath.Path, arrays: Sequence[Any]) -> bool:
-  """Whether a disk has room for a checkpoint, as process 0 sees it. Orbax's compression saves a few per cent alone.
+def has_room(folder: epath.Path, size: int) -> bool:
+  """Tell whether a disk has room for a checkpoint of `size` bytes, as process 0 sees it.
 
-  Asked before, since a save that finds the disk full prints hundreds of lines of its own.
+  Orbax's compression saves a few per cent alone, and a save that finds the disk full prints hundreds of lines.
   """
   if buckets.is_url(folder):
     return True
-  needed = sum(array.nbytes for array in arrays)
-  found = shutil.disk_usage(folder).free > needed if processes.is_first() else True
+  found = shutil.disk_usage(folder).free > size if processes.is_first() else True
   return bool(processes.from_first(np.int32(found)))
 
 
 def _on_one_device(array: Any) -> Any:
-  """A replicated array as one of its devices holds it. Else Orbax has every device write a slice, to share the work
-  among hosts, and compiles the slicing for each shape."""
+  """Give a replicated array as one of its devices holds it.
+
+  Else Orbax has every device write a slice, to share the work among hosts, and compiles the slicing for each shape.
+  """
   return array.addressable_data(0) if isinstance(array, jax.Array) and array.is_fully_replicated else array
 
 

@@ -1,25 +1,34 @@
-"""Reads a run's checkpoints, whole to resume it, or its parameters alone to use it beside a run that still trains."""
+"""Reads a run's checkpoints: whole, to resume it, or its parameters alone, also beside a run that still trains.
+
+Digests are checked before anything is read, since Orbax checks no values. What is read then is whole, or is not what
+the storage holds.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
+import math
 import pathlib
+import tempfile
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from orbax import checkpoint as ocp
 
 from diffdis_jax.common import buckets, files, one_file, shipped, storage
 from diffdis_jax.common.params import Params
-from diffdis_jax.errors import Gone, UserError, may_pass, parse_json
+from diffdis_jax.errors import Gone, UserError, may_pass
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import committed, digests
+from diffdis_jax.run import committed, digests, workdir
 from diffdis_jax.structs import TrainState
 
-STORED = ("params", "ema", "opt_state", "teacher", "frozen")  # of a TrainState; its step is the folder's name
+STORED = ("params", "ema", "opt_state", "teacher")  # of a TrainState; its step is the folder's name
+_SMALL = 1 << 20  # bytes of a file that holds shapes
 _Read = TypeVar("_Read")
 _Arrays = dict[str, jax.ShapeDtypeStruct]  # by dotted path, without a sharding
 
@@ -31,15 +40,22 @@ class Restored(NamedTuple):
   meta: dict[str, Any]
 
 
-def find(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
-  """The folder of a committed checkpoint, the newest one for None.
+class Chosen(NamedTuple):
+  """A committed checkpoint, and whether its averaged weights are taken."""
+
+  step: int
+  ema: bool
+
+
+def find(run: epath.PathLike, step: int | None = None) -> epath.Path:
+  """Find the folder of a committed checkpoint, the newest one for None.
 
   Raises:
     UserError: there is none, or its save was interrupted.
   """
-  folder = committed.folder(workdir)
-  if step is None and (step := committed.latest_step(workdir)) is None:
-    hint = shipped.meant(workdir)
+  folder = committed.folder(run)
+  if step is None and (step := committed.latest_step(run)) is None:
+    hint = shipped.meant(run)
     raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{hint}")
   if not committed.is_committed(folder / str(step)):
     there = f"committed there: {', '.join(map(str, committed.committed_steps(folder))) or 'none'}"
@@ -50,134 +66,122 @@ def find(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
   return folder / str(step)
 
 
-class Chosen(NamedTuple):
-  """A committed checkpoint, and whether its averaged weights are taken."""
+def find_on_all(run: epath.PathLike, step: int | None) -> epath.Path:
+  """Find the checkpoint that the first process finds. Every process makes the call.
 
-  step: int
-  ema: bool
-
-
-def choose(workdir: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
-  """What `restore_params` takes for these wishes; the same on every process, each of which makes the call.
+  A run that still trains may save another one between two looks, and a shared disk may show it to some of them later.
 
   Raises:
-    UserError: there is no such checkpoint, or its save was interrupted.
+    UserError: as `find`.
   """
-  if (file := one_file.at(workdir)) is not None:
-    there = one_file.check(file, step, ema=ema)
-    return Chosen(there.step, there.ema)
-  saved = find(workdir, _same_for_all(workdir, step))
-  return Chosen(int(saved.name), ema and (saved / "ema").exists())
-
-
-def _same_for_all(workdir: epath.PathLike, step: int | None) -> int | None:
-  """The step to read, of several processes the one that the first finds: a run that still trains may save another
-  between two looks, and each of them reads a part of the same one. Raises UserError: as `find`."""
   if jax.process_count() == 1:
-    return step
+    return find(run, step)
   found = step or 0
 
   def look() -> None:
     nonlocal found
-    found = int(find(workdir, step).name)
+    found = int(find(run, step).name)
 
   processes.on_first(look)
   found = int(processes.from_first(np.int32(found)))
-  _wait_until_shown(workdir, found)
-  return found
+  processes.shows(lambda: committed.is_committed(committed.folder(run) / str(found)))
+  return find(run, found)
 
 
-def find_shown(workdir: epath.PathLike, step: int) -> epath.Path:
-  """As `find`, of a step that process 0 has found."""
-  _wait_until_shown(workdir, step)
-  return find(workdir, step)
+def choose(run: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
+  """Choose what `restore_params` reads for these wishes. Every process makes the call, and gets the same.
+
+  Raises:
+    UserError: there is no such checkpoint, or its save was interrupted.
+  """
+  if (file := one_file.at(run)) is not None:
+    there = one_file.check(file, step, ema=ema)
+    return Chosen(there.step, there.ema)
+  path = find_on_all(run, step)
+  return Chosen(int(path.name), ema and (path / "ema").exists())
 
 
-def _wait_until_shown(workdir: epath.PathLike, step: int) -> None:
-  """A shared file system may show a checkpoint to one process later than to another."""
-  if jax.process_count() > 1:
-    processes.shows(lambda: committed.is_committed(committed.folder(workdir) / str(step)))
+def read_state(run: epath.PathLike, step: int, abstract: TrainState, data_iterator: Any = None) -> Restored:
+  """Read a whole checkpoint, as `checkpoint.Checkpointer.restore` says."""
 
+  def read(path: epath.Path) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+    state = TrainState(**{name: _read_tree(path / name, getattr(abstract, name)) for name in STORED})
+    meta = json.loads((path / "meta" / "metadata").read_bytes())
+    # Each process has saved the iterator's position, and it is the same for all. So the first file serves any number
+    # of processes; Grain's own handler would want one file for each.
+    positions = sorted((path / "data").glob("process_*-of-*.json")) if data_iterator is not None else []
+    return state, meta, json.loads(positions[0].read_bytes()) if positions else {}
 
-def read_state(path: epath.Path, abstract: TrainState, data_iterator: Any = None) -> Restored:
-  """A whole checkpoint, as `checkpoint.Checkpointer.restore` says; `path` is its folder."""
-
-  def read() -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-    trees = {name: _read_tree(path / name, getattr(abstract, name)) for name in STORED}
-    meta = _read(path / "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-    return TrainState(**trees), meta, {} if data_iterator is None else _read_position(path / "data")
-
+  path = find_on_all(run, step)
   state, meta, position = _checked(path, None, read)
   # Last: a checkpoint that does not fit the model, or is damaged, is refused before the iterator has moved. Then it
   # starts to read ahead, while the first step compiles.
   if data_iterator is not None:
-    _guard(path / "data", lambda: data_iterator.set_state(position))
+    if not position:
+      raise UserError(f"checkpoint {path} has no position in the data, so that no run can resume from it")
+    data_iterator.set_state(position)
     data_iterator.start_prefetch()
   return Restored(state, meta)
 
 
 def restore_params(
-  workdir: epath.PathLike, *, step: int | None = None, ema: bool = True, abstract: Params | None = None
+  run: epath.PathLike, *, step: int | None = None, ema: bool = True, abstract: Params | None = None
 ) -> Params:
-  """Parameters of a run, for use without its optimizer. Every process makes the call.
+  """Read the parameters of a run, for use without its optimizer. Every process makes the call.
 
   Args:
-    workdir: folder of the run.
-    step: which checkpoint; None takes the newest.
+    run: its folder, or a run in one file.
+    step: of the checkpoint; None takes the newest.
     ema: whether averaged parameters, where the run keeps them, replace the raw ones.
     abstract: ShapeDtypeStructs with shardings; without it everything lands on the first device.
 
   Raises:
     UserError: no such checkpoint, or one that is damaged or does not fit `abstract`.
   """
-  if (file := one_file.at(workdir)) is not None:
+  if (file := one_file.at(run)) is not None:
     one_file.check(file, step, ema=ema)
     return _placed(file, one_file.read_params(file), abstract)
-  path = find(workdir, _same_for_all(workdir, step))
-  if not ema:
-    return _checked(path, ("params",), lambda: _read_tree(path / "params", abstract))
+
+  def read(path: epath.Path) -> Params:
+    # Averages are kept of what is trained alone. The rest, such as a frozen autoencoder, is the raw parameters'; the
+    # raw ones that averages replace are not read at all, which is half of the bytes.
+    averaged = _saved(path / "ema").keys() if ema else set()
+    raw = _read_tree(path / "params", abstract, without=averaged)
+    if not averaged:
+      return raw
+    return raw | _read_tree(path / "ema", abstract and {name: abstract[name] for name in averaged if name in abstract})
+
   # Averages too where there are none now: their folder may be what is missing.
-  return _checked(path, ("params", "ema"), lambda: _read_averaged(path, abstract))
+  return _checked(find_on_all(run, step), ("params", "ema") if ema else ("params",), read)
 
 
 def _placed(file: pathlib.Path, params: Params, abstract: Params | None) -> Params:
-  """The arrays of a run in one file, where `abstract` has them, or on the first device."""
+  """Put the arrays of a run in one file where `abstract` has them, or on the first device."""
   abstract = _arrays(params) if abstract is None else abstract
   _check_fits(file, _arrays(params), abstract)
   return {name: jax.device_put(params[name], like.sharding) for name, like in abstract.items()}
 
 
-def _read_averaged(path: epath.Path, abstract: Params | None) -> Params:
-  """Parameters, averaged where the run keeps that."""
-  if not (path / "ema").exists():
-    return _read_tree(path / "params", abstract)
-  # Averages are kept of what is trained alone. The rest, such as a frozen autoencoder, is the raw parameters'; the raw
-  # ones that averages replace are not read at all, which is half of the bytes.
-  averaged = _saved(path / "ema").keys()
-  raw = _read_tree(path / "params", abstract, without=averaged)
-  return raw | _read_tree(path / "ema", abstract and {name: abstract[name] for name in averaged if name in abstract})
-
-
-def saved_params(workdir: epath.PathLike) -> Params:
-  """Shapes and dtypes of a run's newest parameters, as jax.ShapeDtypeStruct.
+def saved_params(run: epath.PathLike) -> Params:
+  """Read shapes and dtypes of a run's newest parameters, as jax.ShapeDtypeStruct.
 
   Raises:
-    UserError: there is no checkpoint.
+    UserError: there is no checkpoint, or it is damaged.
   """
-  if (file := one_file.at(workdir)) is not None:
+  if (file := one_file.at(run)) is not None:
     return dict(_arrays(one_file.read_params(file)))
-  return dict(_saved(find(workdir) / "params"))
+  return dict(_checked(find(run), ("params",), lambda path: _saved(path / "params"), largest=_SMALL))
 
 
-def initialised(workdir: epath.PathLike) -> set[str]:
-  """The parameters that import_weights initialised at random; none of another command's run.
+def initialised(run: epath.PathLike) -> set[str]:
+  """Read the names of the parameters that import_weights initialised at random; none of another command's run.
 
   Raises:
     UserError: import.json cannot be read, or does not say them.
   """
-  if (packed := one_file.at(workdir)) is not None:
+  if (packed := one_file.at(run)) is not None:
     return {*one_file.read_record(packed).initialised}
-  file = buckets.path(workdir) / "import.json"
+  file = buckets.path(run) / "import.json"
   if not file.exists():
     return set()
   try:
@@ -186,22 +190,8 @@ def initialised(workdir: epath.PathLike) -> set[str]:
     raise UserError(f"{file} does not say what was initialised; it should be as import_weights wrote it") from error
 
 
-def _read_position(path: epath.Path) -> dict[str, Any]:
-  """The data iterator's position."""
-
-  # Each process has saved it, and it is the same for all. So the first file serves any number of them, and a run
-  # resumes on another number of hosts; Grain's own handler would want one file for each.
-  def read() -> dict[str, Any]:
-    files = sorted(path.glob("process_*-of-*.json"))
-    if not files:
-      raise ValueError("it has no process_*.json")
-    return parse_json(files[0].read_bytes(), files[0].name)
-
-  return _guard(path, read)
-
-
 def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[str] = ()) -> Any:
-  """One item of a checkpoint. An item without arrays is not stored, so that `abstract` itself is its value.
+  """Read one item of a checkpoint. An item without arrays is not stored, so that `abstract` itself is its value.
 
   Arrays of a flat dict whose names are in `without` are left out, unread.
   """
@@ -209,8 +199,7 @@ def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[st
     return abstract
   # Shapes first: they are a few kilobytes, and say in one line what does not fit before gigabytes are read.
   saved = _saved(path)
-  if abstract is None:
-    abstract = saved
+  abstract = saved if abstract is None else abstract
   _check_fits(path, saved, abstract)
   # Without a sharding Orbax takes the one that was saved, whose devices this machine may not have.
   one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -219,19 +208,24 @@ def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[st
   target = {name: x for name, x in target.items() if name not in without} if without else target
   if not jax.tree.leaves(target):
     return target
-  restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-  args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=bool(without))
-  return _read(path, ocp.PyTreeCheckpointHandler(), args)
+  # Each process by itself: else all of them meet at the end of each item, and one that reads again, since its storage
+  # was away, would come there more often than the others.
+  own = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+  wanted = ocp.checkpoint_utils.construct_restore_args(target)
+  args = ocp.args.PyTreeRestore(target, restore_args=wanted, partial_restore=bool(without))
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
+    return checkpointer.restore(path, args=args)
 
 
 def _saved(path: epath.Path) -> _Arrays:
-  return _arrays(_guard(path, lambda: ocp.StandardCheckpointHandler().metadata(path).tree))
+  """Read the shapes of an item's arrays; none where it is not stored."""
+  return _arrays(ocp.StandardCheckpointHandler().metadata(path).tree) if path.exists() else {}
 
 
 def _arrays(tree: Any) -> _Arrays:
-  leaves = jax.tree.leaves_with_path(tree)
   name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-  return {name(key): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for key, x in leaves}
+  return {name(key): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for key, x in jax.tree.leaves_with_path(tree)}
 
 
 def _check_fits(path: epath.Path | pathlib.Path, saved: _Arrays, abstract: Any) -> None:
@@ -249,95 +243,55 @@ def _describe(array: jax.ShapeDtypeStruct | None) -> str:
   return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
-def _read(path: epath.Path, handler: Any, args: Any) -> Any:
-  # Each process by itself: else all of them meet at the end of each item, and one that reads again, since its storage
-  # was away, would come there more often than the others.
-  own = jax.process_index()
-  alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+def _checked(
+  path: epath.Path, items: Collection[str] | None, read: Callable[[epath.Path], _Read], *, largest: float = math.inf
+) -> _Read:
+  """Check the digests of these items of a checkpoint, of all for None, and then call `read` with its folder.
 
-  def restore() -> Any:
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-      return checkpointer.restore(path, args=args)
-
-  return _guard(path, restore)
-
-
-def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[], _Read]) -> _Read:
-  """Calls `read`, and checks the digests of these items of the checkpoint meanwhile; of all of them for None.
-
-  Several processes share the check of the large files, and raise the same error. Storage that is away is tried again.
+  Several processes share the check, and raise the same error. Storage that is away is tried again.
 
   Raises:
     UserError: a file is not as it was saved, or what `read` raises.
+    Away: the storage did not come back, or what it sent was damaged each time.
   """
-  return storage.patiently(lambda: _checked_once(path, items, read), f"{path}")
+  share = slice(jax.process_index(), None, jax.process_count())
 
+  def look() -> str:
+    run = workdir.run_digest(path.parent.parent)
+    damage = digests.damage_of_step(path, run, items, largest=largest, share=share)
+    if damage is None:
+      return ""
+    if not path.parent.is_dir():  # of a disk that is away, which had it a moment ago
+      raise Gone(f"{path.parent} is not there")
+    whole = digests.newest_whole(path.parent, run, before=int(path.name))
+    otherwise = "take another step, or move its folder elsewhere to resume from the one before"
+    if whole is not None:
+      otherwise = f"take --step={whole}, the newest whole one before it, or move the folders of later ones elsewhere"
+    return f"checkpoint {path} cannot be read: {damage.file} {damage.what}; {otherwise}"
 
-def _checked_once(path: epath.Path, items: Collection[str] | None, read: Callable[[], _Read]) -> _Read:
-  count, index = jax.process_count(), jax.process_index()
-  with digests.checking(path, items, share=slice(index, None, count)) as check:
-    if check.early is not None:
-      raise _damaged(path, check.early)
-    try:
-      found = read()
-    except Exception as error:
-      if may_pass(error):
-        raise
-      if not path.parent.is_dir():  # of a disk that is away, which had it a moment ago
-        raise Gone(f"{path.parent} is not there") from error
-      # The digests name the file, and separate damage from a model that does not fit. The other processes may be held
-      # up in the reading: this one looks by itself.
-      damage = check.late() if count == 1 else digests.damage(path)
-      known = error if damage is None else _damaged(path, damage)
-      if isinstance(known, UserError):
-        processes.first_message(str(known))  # the others wait there, if what is damaged was this one's to read
-      if damage is None:
-        raise
-      raise known from error
-    damage = check.late()
-    message = "" if damage is None else str(_damaged(path, damage))
-  if message := processes.first_message(message):
+  if message := processes.first_message(storage.patiently(look, f"{path}")):
     raise UserError(message)
-  return found
+  return storage.patiently(lambda: _read_whole(path, items, read), f"{path}")
 
 
-def check_metrics(checkpoints: epath.Path) -> None:
-  """Raises UserError: what a checkpoint was measured at, by which the best ones are kept, is not as it was saved."""
-  steps = committed.committed_steps(checkpoints)
-  look = lambda step: digests.damage(checkpoints / str(step), ("metrics",))
-  for step, damage in zip(steps, committed.of_each(look, steps), strict=True):
-    if damage is not None:
-      what = f"its metrics: {damage.file} {damage.what}; move its folder elsewhere"
-      raise UserError(f"checkpoint {checkpoints / str(step)} cannot be read: {what}")
-
-
-def _damaged(path: epath.Path, damage: digests.Damage) -> UserError:
-  item, otherwise = damage.file.partition("/")[0], _OTHERWISE
-  whole = digests.newest_whole(path.parent, before=int(path.name))
-  if whole is not None:
-    otherwise = (
-      f"take --step={whole}, the newest whole one before it, or move the folders of later ones elsewhere to resume from"
-      " that one"
-    )
-  return UserError(f"checkpoint {path} cannot be read: its {item}: {damage.file} {damage.what}; {otherwise}")
-
-
-# Each message says what to do, since the run cannot resume by itself: it must not fall back to an older step unasked.
-_OTHERWISE = "take another step, or move its folder elsewhere to resume from the one before"
-# What readers raise for bytes that are not those that were written; NotImplementedError is of Orbax's `_sharding`.
-_OF_DAMAGE = (UserError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, OSError)
-
-
-def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
-  """Calls `read`; a checkpoint that lacks files or bytes is bad input, and not a bug."""
-  if not path.exists():
-    raise UserError(f"checkpoint {path.parent} is incomplete: it has no {path.name}; {_OTHERWISE}")
+def _read_whole(path: epath.Path, items: Collection[str] | None, read: Callable[[epath.Path], _Read]) -> _Read:
+  """Call `read`. What arrives damaged from a bucket, whose objects are whole, is read from a copy that is checked."""
   try:
-    return read()
+    return read(path)
   except Exception as error:
-    # Orbax raises a bare Exception for an array, with what was wrong as its cause.
-    reason = error.__cause__ if type(error) is Exception else error
-    if not isinstance(reason, _OF_DAMAGE) or may_pass(reason):
+    if may_pass(error) or not buckets.is_url(path):
       raise
-    text = " ".join(str(reason).split())[:200]
-    raise UserError(f"checkpoint {path.parent} cannot be read: its {path.name}: {text}; {_OTHERWISE}") from error
+    # Shapes are read again too: a damaged name does not fit the model either.
+    if isinstance(error, UserError):
+      return read(path)
+    logging.warning("what arrived from %s is not what is there, and is read again: %s", path, str(error)[:200])
+  found = digests.read(path)
+  if not isinstance(found, digests.Digests):
+    raise Gone(f"{path / digests.NAME} arrived damaged")
+  names = [name for name in found.files if items is None or name.partition("/")[0] in items]
+  with tempfile.TemporaryDirectory(prefix="diffdis") as copy:
+    target = epath.Path(copy) / path.name
+    for name in names:
+      (target / name).parent.mkdir(parents=True, exist_ok=True)
+    buckets.download({f"{path}/{name}": pathlib.Path(target / name) for name in names})
+    return read(target)

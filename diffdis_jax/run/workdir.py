@@ -21,7 +21,7 @@ from etils import epath
 
 from diffdis_jax.common import buckets, guesses
 from diffdis_jax.common.files import sweep, write_whole
-from diffdis_jax.config.fields import SECTIONS, read_json_object
+from diffdis_jax.config.fields import SECTIONS, as_text, read_json_object
 from diffdis_jax.config.section import normalise
 from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
 from diffdis_jax.run import committed
@@ -40,6 +40,8 @@ MAY_CHANGE = (
   r"^optim\.skip_",  # of steps without which the run would have ended, or soon been of no use
 )
 """Fields (dotted paths) that may differ when a run resumes: they leave the numbers of the training alone."""
+# Fields that differ in a run that is longer, or whose data have moved.
+_OF_NO_NUMBER = r"^num_steps$|^data\.(mixture\.[^.]+\.)?path$"
 REPORTS = ("metrics.jsonl", "history.jsonl", "trackers.json", "events.out.tfevents.*", "samples", "plugins")
 
 
@@ -63,7 +65,6 @@ def open_for_training(
   path = buckets.path(workdir)
   replaced = check_config(workdir, config, moved=moved)
   if is_writer:
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     try:
       path.mkdir(parents=True, exist_ok=True)
       if not buckets.is_url(path):
@@ -76,7 +77,7 @@ def open_for_training(
           ", ".join(replaced),
           aside,
         )
-      write_whole(path / "config.json", text.encode())
+      write_whole(path / "config.json", as_text(config).encode())
     except OSError as error:
       _refuse(workdir, error)
   return path
@@ -305,6 +306,21 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 def digest(fields: Mapping[str, Any]) -> str:
   """Eight hexadecimal digits of the SHA-256 of the fields as JSON, sorted."""
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_digest(workdir: epath.PathLike) -> str:
+  """Give the digest of a run's config by which its checkpoints know it; empty where there is no config.json.
+
+  It covers what the numbers of the training depend on, but for its length and for where its data lie.
+
+  Raises:
+    UserError: config.json is damaged.
+  """
+  path = buckets.path(workdir)
+  if not (path / "config.json").exists():
+    return ""
+  fields = identity(read_json_object(path))
+  return digest({name: value for name, value in fields.items() if not re.search(_OF_NO_NUMBER, name)})
 
 
 def may_change(field: str) -> bool:
