@@ -14,16 +14,16 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes, sharding
 
 ROWS = 64  # of a call, on each chip
+MOST_ROWS = 4096  # of a call: every device gets all of its results, and 16,384 images would fill one
 
 
 def rows_of_a_call(mesh: Mesh) -> int:
-  """64 for each chip, so that four times the chips need a quarter of the calls; on CPUs, whose devices share their
-  cores, 64 in all."""
-  return ROWS if mesh.devices.flat[0].platform == "cpu" else ROWS * mesh.size
+  """Return 64 for each chip, up to MOST_ROWS; on CPUs, whose devices share their cores, 64 in all."""
+  return ROWS if mesh.devices.flat[0].platform == "cpu" else min(ROWS * mesh.size, MOST_ROWS)
 
 
 class Batches:
-  """How many rows a compiled call has, and which of them are this process's.
+  """Runs a compiled function over rows of any number, a call at a time.
 
   Args:
     mesh: devices that share the rows of a call.
@@ -42,7 +42,7 @@ class Batches:
   def __call__(
     self, f: Callable[..., jax.Array], *arrays: Any, done: Callable[[int], object] = lambda count: None
   ) -> np.ndarray:
-    """f over the rows in chunks of one shape, the last one padded by repeating its last row.
+    """Run f over the rows in chunks of one shape, the last one padded by repeating its last row.
 
     Every process has the same arrays, of which it takes its own rows, and gets the whole result. An array is anything
     that gives rows; another thread asks it for them. `done` is called with the number of rows after each chunk.

@@ -102,7 +102,7 @@ def check_same_on_all(run: Run) -> None:
   fields = {**workdir.flatten(run.to_dict()), **provenance.code()}
   text = json.dumps(fields, sort_keys=True)
   if processes.differing(text):
-    mine, first = json.loads(text), json.loads(processes.text_from_first(text))
+    mine, first = json.loads(text), json.loads(processes.texts(text)[0])
     name = next((name for name in (*first, *mine) if repr(first.get(name)) != repr(mine.get(name))), "")
     here = f"{name} is {first.get(name)!r} on host 0 and {mine.get(name)!r} on host {jax.process_index()}"
     said = processes.first_message(here if name else "")
