@@ -31,13 +31,13 @@ emoji-small: $(EMOJI_DATA)/dataset_info.json
 	  --dtype=bfloat16
 
 # npm has the icons. Each package is pinned by its hash.
-EMOJI_PACKAGES = from diffdis_jax.data.prepare.emoji_packages import EMOJIBASE as e, ICONS as i; \
+EMOJI_PACKAGES = from replication.emoji_packages import EMOJIBASE as e, ICONS as i; \
   print(*(f"{each.name}@{each.version}" for each in (e, *i.values())))
 $(EMOJI_DATA)/dataset_info.json: | $(VENV)/.installed
 	$(PIP) --editable '.[emoji]'
 	mkdir -p $(EMOJI)/icons
-	cd $(EMOJI)/icons && npm pack --silent $$("$(abspath $(BIN))/python" -c '$(EMOJI_PACKAGES)')
-	$(BIN)/python -m diffdis_jax.prepare_data emoji --source=$(EMOJI)/icons --out=$(EMOJI_DATA)
+	cd $(EMOJI)/icons && npm pack --silent $$(PYTHONPATH="$(CURDIR)" "$(abspath $(BIN))/python" -c '$(EMOJI_PACKAGES)')
+	$(BIN)/python -m replication.prepare_emoji --source=$(EMOJI)/icons --out=$(EMOJI_DATA)
 
 # As many processes as there are cores and memory for, and the longest files first: tests/conftest.py says both. A file's
 # tests stay in one process, since they share what they make.

@@ -1,6 +1,6 @@
 """DiffDis on real image-caption pairs, 64 px icons of about 1,200 concepts in several drawing styles, at 32 px.
 
-  diffdis prepare_data emoji --source=DIR_OF_TARBALLS --out=data/emoji
+  make data/emoji/dataset_info.json
   diffdis train --config=emoji:autoencoder --workdir=runs/emoji/autoencoder \
       --config.data.path=data/emoji
   diffdis train --config=emoji:objectives=generation,path=data/emoji \
@@ -8,7 +8,7 @@
   diffdis train --config=emoji:path=data/emoji --workdir=runs/emoji/diffdis \
       --config.init_from=runs/emoji/generation
   diffdis evaluate --workdir=runs/emoji/diffdis --tasks=zero_shot,retrieval --out=emoji.json
-  diffdis evaluate --workdir=runs/emoji/diffdis --suite=emoji --data_root=data --out=suite.json
+  python -m replication.measure_emoji --workdir=runs/emoji/diffdis --data_root=data --out=suite.json
 
 Generation first, then both objectives from there, since the paper also starts from a generative model. After 1,800
 steps each, accuracy was a third higher than after 1,800 of both alone (one run). In single runs it
@@ -19,7 +19,7 @@ Autoencoder and generation took 9 and 24 min on two cores of an AMD EPYC, the ru
 two cores. Result, seed 0, one run: zero-shot top-1 45.1 % of 895 concepts on val_vendor and 58.0 % of 1,364 on
 test_vendor, R@1 56 %, accuracy of generated images 41.5 % top-1 (replication/log/emoji.md).
 
-DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetches them.
+The records are prepared in a checkout: docs/data.md.
 
 Baselines: one objective alone, or CLIP with the same text tower, on the same pairs, views, batch and steps. The joint
 run takes fewer steps, and with --config.num_steps=5400 as many. CLIP needs no autoencoder:
@@ -30,8 +30,8 @@ run takes fewer steps, and with --config.num_steps=5400 as many. CLIP needs no a
 tower=pooled gives CLIP a head over 4 x 4 parts of its tokens, as DiffDis has over its map, and tower=convolutional the
 UNet's blocks in its image encoder; rate=R sets the peak rate, to be searched on val_vendor.
 
-A classifier of the real icons gives the accuracy of generated ones, and how many are nearer to a training image than
-those of a concept are to each other: evaluate ... --tasks=generation_accuracy
+A classifier of the real icons gives the accuracy of generated ones: evaluate ... --tasks=generation_accuracy; and
+`python -m replication evaluate` also how many are nearer to a training image than those of a concept are to each other.
 
 Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train; openmoji, line
 drawings, where OpenMoji's package is there. test_vendor is a development set: spatial_pool, token_embedding_weight and

@@ -18,7 +18,7 @@ FID and KID. Generated images are kept in F.parts, or in --parts, and the same c
 
 The paper's benchmarks, each found under ROOT in a published layout. F.json is written after each data set, and the
 same command resumes there; F.md has the means in the paper's layout. A suite also takes --num_images, --seed,
---shuffle_labels and the flags of fid. --suite=emoji measures what `prepare_data emoji` wrote, in ROOT or ROOT/emoji:
+--shuffle_labels and the flags of fid:
 
   diffdis evaluate --workdir=RUN --suite=paper --data_root=ROOT --out=F.json
 
@@ -95,7 +95,7 @@ def define_flags() -> None:
     flags.DEFINE_string("failures", None, FAILURES)
   with usage.group("Flags of a suite"):
     flags.DEFINE_string("suite", None, f"benchmarks to measure: one of {', '.join(suites.SUITES)}")
-    flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts; for emoji, prepared")
+    flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts")
     flags.DEFINE_boolean("incomplete", False, "measure data sets whose number of images is not the published one, too")
   with usage.group("Flags of compare"):
     flags.DEFINE_list("compare", None, "JSON files of results to compare; takes --out and no --workdir")

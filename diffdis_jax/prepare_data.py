@@ -15,7 +15,6 @@ again, and ends in the same records. card.json and card.png describe what was wr
   coco                annotations/captions_*.json and the images, or Karpathy's dataset_coco.json
   flickr30k           Karpathy's dataset_flickr30k.json and the images
   folder              CLASS/IMAGE or SPLIT/CLASS/IMAGE
-  emoji               npm tarballs of icon sets, rendered to 64 px; a missing one is named
   cifar10, pets, ...  one of the twelve zero-shot sets, in a layout that evaluate --suite reads
 
 `files` looks which of those layouts it is, and holds out a share of the pairs as split `val`. --preview writes a grid
@@ -58,7 +57,6 @@ from diffdis_jax.data.prepare import (
   captions,
   card,
   cc3m,
-  emoji,
   image_folder,
   latents,
   own_pairs,
@@ -88,7 +86,6 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[buil
   "coco": (captions.find_coco, captions.Coco),
   "flickr30k": (captions.find_flickr30k, captions.Flickr30k),
   "folder": (image_folder.find_parts, image_folder.ImageFolder),
-  "emoji": (emoji.find_parts, emoji.Emoji),
   **{name: (functools.partial(zero_shot_sets.find_parts, name), zero_shot_sets.ZeroShotSet) for name in find.LABELLED},
 }
 NAMES = (*DATA_SETS, "latents", "card")

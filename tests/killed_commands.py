@@ -19,23 +19,12 @@ from diffdis_jax.run import committed, digests, restore
 from tests import benchmark_sets
 from tests.command_runs import call, joint_flags
 from tests.data.prepare import test_captions, test_own_pictures
-from tests.emoji_packages import write_packages
 from tests.raw_pairs import picture, write_tar
 from tests.report import written_run
 from tests.test_ablate import BASE
 from tests.test_resume import metrics, restore_training, steps_logged
 
 COUNT = 40
-# prepare_data of the packages that are there, instead of the published ones.
-EMOJI = """
-import pathlib, runpy, sys
-from diffdis_jax.data.prepare import emoji, emoji_packages
-from tests.emoji_packages import _with_hash
-raw = pathlib.Path(sys.argv.pop(1))
-emoji.EMOJIBASE, emoji.CHOICES = _with_hash(raw, emoji.EMOJIBASE), raw / "choices.json.gz"
-emoji_packages.ICONS.update({name: _with_hash(raw, each) for name, each in emoji_packages.ICONS.items()})
-runpy.run_module("diffdis_jax.prepare_data", run_name="__main__", alter_sys=True)
-"""
 
 
 class Case(NamedTuple):
@@ -162,15 +151,8 @@ def dtd(raw: pathlib.Path) -> list[str]:
   return ["dtd"]
 
 
-def emoji(raw: pathlib.Path) -> list[str]:
-  raw.rmdir()
-  with pytest.MonkeyPatch.context() as patch:
-    write_packages(raw, patch)
-  return ["emoji"]
-
-
 READERS = [files_beside, files_jsonl, files_csv, files_parquet, files_arrow, pairs, cc3m, coco, flickr30k, folder]
-READERS += [cifar10, pets, dtd, emoji]
+READERS += [cifar10, pets, dtd]
 
 
 def prepared(kills: int, command: Sequence[str]) -> Case:
@@ -194,8 +176,6 @@ def of_reader(write: Callable[[pathlib.Path], list[str]]) -> Callable[[pytest.Fi
     del request
     words = [*write(raw), f"--source={raw}", f"--out={OUT}"]
     words.append("--num_processes=2" if write is pairs else "--num_processes=1")
-    if write is emoji:
-      return prepared(2, [sys.executable, "-c", EMOJI, str(raw), *words])
     return prepared(2, module("prepare_data", *words))
 
   return make

@@ -123,28 +123,9 @@ def test_it_saves_when_it_is_stopped(tmp_path, environment, autoencoder_run, how
   assert " of 400" in state[0] and "missing" in state[1] and "? h" not in state[1]
 
 
-@pytest.mark.slow
-def test_arms_start_from_each_other(tmp_path, environment):
-  """Two seeds of four runs each; the same command does nothing again, and the table has the comparison."""
-  flags = [BASE, "--arms=tests/tiny_arms.py", "--seeds=0,1", f"--out={tmp_path / 'out'}"]
-  done = call("ablate", environment, "run", *flags)
-  assert done.returncode == 0, done.stderr
-  assert call("ablate", environment, "run", *flags).returncode == 0
-  assert call("ablate", environment, "plan", *flags).stdout.splitlines()[-1] == "8 runs, 8 finished"
-  assert call("ablate", environment, "table", *flags, "--noplot").returncode == 0
-  table = json.loads((tmp_path / "out" / "tables.json").read_text())
-  (claim,) = table["claims"]
-  assert (claim["row"], claim["verdict"]["difference"]["n"]) == ("generation first", 2)
-  runs = {name.partition("-seed_")[0]: run for name, run in table["runs"].items() if "seed_1" in name}
-  chain = runs["generation_first"]["provenance"]["init_from"]
-  assert [each["objectives"] for each in chain] == [["generation"], ["reconstruction"]]
-  assert {each["seed"] for each in chain} == {1} and runs["alone"]["minutes"] > 0
-
-
 @pytest.mark.parametrize(
   "flags, said",
   [
-    (["--arms=tests/tiny_arms.py", GRID], "--arms is an experiment of its own; leave out --tables and --grid"),
     ([GRID, "--schedule=cosine"], "--schedule is of the paper's tables; give --tables, or leave it out"),
     ([GRID, "--table7_gamma=0.3"], "--table7_gamma is of the paper's tables; give --tables, or leave it out"),
     ([GRID, "--config.seed=7"], "--config.seed has no effect on an ablation, .* --seeds=0,1,2; give those"),
@@ -153,7 +134,6 @@ def test_arms_start_from_each_other(tmp_path, environment):
       "--config.loss.ita_weight=0.5 has no effect on these rows, which have values of their own, 0.01, 0.3; leave it"
       " out",
     ),
-    (["--arms=tests/tiny_arm.py"], "no config tests/tiny_arm.py; did you mean tests/tiny_arms.py[?]"),
   ],
 )
 def test_flags_that_do_not_go_together_are_one_line(tmp_path, environment, flags, said):
@@ -181,19 +161,3 @@ def test_wrong_input_is_one_line(tmp_path, environment, grid, said):
   assert (done.returncode, done.stdout) == (2, "")
   assert re.fullmatch(f"error: {said}\n", done.stderr)
   assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_arms_of_two_networks_in_three_stages(tmp_path, environment):
-  """The protocol's fifth experiment on tiny networks, one seed: CLIP has no protocol of denoising."""
-  flags = ["--base=tests/tiny_lt.py", "--arms=replication:e5", "--seeds=0", f"--out={tmp_path / 'out'}"]
-  done = call("ablate", environment, "run", *flags)
-  assert done.returncode == 0, done.stderr
-  done = call("ablate", environment, "table", *flags, "--noplot")
-  assert done.returncode == 0, done.stderr
-  table = json.loads((tmp_path / "out" / "tables.json").read_text())
-  assert len(table["runs"]) == 14 and [claim["verdict"]["difference"]["n"] for claim in table["claims"]] == [1, 1]
-  rows = {row["label"]: row["cells"] for row in table["tables"]["e5"]["rows"]}
-  assert {name: cells["test/acc_low"]["n"] for name, cells in rows.items()} == dict.fromkeys(rows, 1)
-  protocols = [run["evaluations"]["test"]["protocol"] for run in table["runs"].values() if run["evaluations"]]
-  assert sorted("num_noise_samples" in each for each in protocols) == [False, False, True, True]

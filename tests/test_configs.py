@@ -52,7 +52,6 @@ ARGS = {
   ),
   "emoji": ("autoencoder", "objectives=contrastive"),
   "places_lt": ("stage=2", "backbone=clip", "stage=2,backbone=clip"),
-  "scenes": ("autoencoder", "objectives=generation", "objectives=contrastive"),
   "shapes": ("autoencoder", "objectives=contrastive"),
   "shapes_lt": ("stage=2", "backbone=clip", "stage=2,backbone=clip"),
 }
@@ -184,7 +183,7 @@ def test_imagenet_has_the_prompts_of_the_suite_while_it_trains(name):
   assert section.single_template == suites.SINGLE_TEMPLATE
 
 
-@pytest.mark.parametrize("name", ["clip_cc3m", "diffdis_cc3m", "scenes", "shapes", "emoji"])
+@pytest.mark.parametrize("name", ["clip_cc3m", "diffdis_cc3m", "shapes", "emoji"])
 def test_what_is_held_out_is_measured_while_it_trains(name):
   config = get_config(name, "held_out=H" if name.endswith("cc3m") else "")
   section = config.evals.held_out
@@ -246,8 +245,6 @@ def test_a_clip_keeps_its_best_by_accuracy():
     ("clip_cc3m", "model=rn50"),
     ("clip_cc3m", "recipe=ours"),
     ("emoji", "objectives=x"),
-    ("scenes", "objectives=x"),
-    ("scenes", "measured=train"),
     ("shapes", "objectives=x"),
     ("places_lt", "set=x"),
     ("shapes_lt", "stage=3"),
@@ -286,19 +283,6 @@ def test_the_emoji_are_measured_for_what_is_trained():
   assert tasks(both) == {"zero_shot", "retrieval", "generation_accuracy", "held_out_loss"}
   assert tasks(generation) == {"generation_accuracy", "held_out_loss"} and generation.train_evals == ("held_out",)
   assert tasks(discrimination) == tasks(clip) == {"zero_shot", "retrieval", "held_out_loss"}
-
-
-@pytest.mark.parametrize("measured", ["val", "test"])
-def test_scenes_are_measured_for_what_is_trained_on_one_part(measured):
-  sets = {"": {"choice"}, "_retrieval": {"retrieval"}, "_generated": {"generation_accuracy"}}
-  of = {"generation": ("_generated",), "discrimination": ("", "_retrieval"), "contrastive": ("", "_retrieval")}
-  for objectives, kinds in (of | {"both": (*sets,)}).items():
-    config = get_config("scenes", f"objectives={objectives},measured={measured}")
-    assert {*config.evals} == {"held_out", *(f"{measured}{pairs}{kind}" for pairs in ("", "_unseen") for kind in kinds)}
-    for name, section in config.evals.items():
-      assert (
-        name == "held_out" or measured in section.data.split and ("unseen" in name) == ("unseen" in section.data.split)
-      )
 
 
 @pytest.mark.parametrize("arg", ["backbone=diffdis", "backbone=clip"])

@@ -161,7 +161,6 @@ def test_the_size_that_is_asked_for_is_the_data_s(monkeypatch):
       {"suite": "retrieval", "data_root": "."},
       "no data set of retrieval in --data_root=.; its folders were looked for",
     ),
-    ({"suite": "emoji", "data_root": "."}, "no emoji in --data_root=., neither in it nor in its folder emoji; write"),
     ({"suite": "retrieval", "data_root": "nowhere"}, "no folder --data_root=nowhere"),
     ({"suite": "zero_shot12", "data_root": ".", "templates": "F.json"}, "--templates has no effect on a suite"),
     ({"suite": "zero_shot12", "data_root": ".", "out": "F.md"}, "F.md should end in .json"),

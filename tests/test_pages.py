@@ -39,7 +39,6 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.status RUN": ("", ()),
   "python -m diffdis_jax.config diff": ("", ()),
   "python -m diffdis_jax.ablate plan --base=shapes": ("", ()),
-  "python -m diffdis_jax.ablate plan --base=scenes:measured=test --arms=replication:e1": ("", ()),
   # The page says that the figure needs an extra.
   "python -m diffdis_jax.ablate table --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2": (
     "--noplot",
@@ -80,9 +79,10 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "make emoji-small",
     "python -m diffdis_jax.demo --out=runs/s1",
     "python -m diffdis_jax.ablate run --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2",
-    "python -m diffdis_jax.ablate run --base=scenes:measured=test --arms=replication:",
-    "python -m diffdis_jax.ablate run --base=emoji:path=data/emoji --arms=replication:",
-    "python -m diffdis_jax.ablate run --base=shapes_lt --arms=replication:",
+    "python -m replication.ablate",
+    "python -m replication benchmark",
+    "python -m replication evaluate",
+    "python -m replication.measure_emoji",
   ),
   "writes the records and the pages of this checkout, as tests/test_replication_page.py and test_measured.py check": (
     "python -m replication.measured.replication --tables=",

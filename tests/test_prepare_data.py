@@ -83,7 +83,7 @@ def test_own_pictures_are_shown_and_then_written(raw, tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (("--source=raw", "--out=out"), "takes one name of files, pairs, cc3m, coco, flickr30k, folder, emoji, cifar10, "),
+    (("--source=raw", "--out=out"), "takes one name of files, pairs, cc3m, coco, flickr30k, folder, cifar10, "),
     (("laion", "--source=raw", "--out=out"), "not laion"),
     (("pairs", "--source=nowhere", "--out=out"), "no folder nowhere"),
     (("cc3m", "--source=nowhere", "--out=out"), "no folder nowhere"),
@@ -91,7 +91,6 @@ def test_own_pictures_are_shown_and_then_written(raw, tmp_path):
     (("card",), "prepare_data card needs --data=DIR"),
     (("pairs", "--source=raw", "--out=out", "--num_processes=0"), "num_processes"),
     (("pairs", "--source=.", "--out=out"), "no .tar files in ."),
-    (("emoji", "--source=raw", "--out=out"), "raw lacks emojibase-data 17.0.0, @iconify-json/noto 1.2.9, "),
     (("pairs", "--source=raw"), "--out"),
     (("files", "--source=raw", "--out=out"), "raw holds tars; prepare_data pairs reads those"),
     (("files", "--source=raw"), "prepare_data files needs --out=DIR"),

@@ -39,6 +39,7 @@ def test_it_has_the_command_and_every_config(installed):
   assert {path.name for path in installed.iterdir() if path.is_dir() and ".dist-info" not in path.name} == {
     "diffdis_jax"
   }
+  assert not [*installed.rglob("replication*")]
 
 
 def test_a_config_is_trained_by_its_name_in_another_folder(installed, tmp_path):

@@ -9,7 +9,6 @@ The same flags then go to `ablate run` and `ablate table`:
   table   writes tables.json, tables.md and tables.png into --out
 
 --grid="loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0" replaces --tables, or is added to them.
---arms=replication:e1 replaces both: an experiment with arms that start from each other, planned before its runs.
 --config.a.b=value sets a field of the base; the autoencoder takes those of image size, mesh, data and its own model.
 Runs can be stopped at any time and resume: SIGTERM saves and exits with code 75, Ctrl-C with code 130.
 """
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import evaluate
-from diffdis_jax.ablate import arms, columns, render, status, summary, tables
+from diffdis_jax.ablate import columns, render, status, summary, tables
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate.folder import Folder
@@ -52,7 +51,6 @@ def define_flags() -> None:
   flags.DEFINE_string("out", None, "folder of the runs, their results and the tables", required=True)
   flags.DEFINE_list("tables", [], "tables of the paper's appendix, any of 2,3,4,5,7")
   flags.DEFINE_string("grid", None, "field=value,value;field=value: a table of every combination")
-  flags.DEFINE_string("arms", "", "NAME[:args] or FILE.py[:args] of an experiment, in place of --tables and --grid")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of every row")
   flags.DEFINE_string("schedule", "", "text schedule of Tables 2 and 7, not stated by the paper; by default the base's")
   flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
@@ -68,6 +66,11 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+  perform(argv, plan_of_flags)
+
+
+def perform(argv: Sequence[str], make_plan: Callable[[], Plan], *, module: str = "diffdis_jax.ablate") -> None:
+  """Do what the first argument says with a plan; `module` is the command that each run of several is started by."""
   verb = argv[1] if argv[1:] else ""
   if verb not in VERBS:
     raise UserError(f"diffdis ablate {verb or '...'}: the first argument is one of {', '.join(VERBS)}")
@@ -79,19 +82,14 @@ def main(argv: Sequence[str]) -> None:
       check_number("--step_seconds", FLAGS.step_seconds, ge=0)
     usage.write("\n".join(status.lines(plan, folder, FLAGS.step_seconds)) + "\n")
   elif verb == "run":
-    run_selected(plan, folder)
+    run_selected(plan, folder, module)
   else:
     write_tables(plan, folder)
 
 
-def make_plan() -> Plan:
-  """Of the flags. Raises UserError: flags, or a base, that make none."""
-  path, overrides = cli.config_given()
-  if "seed" in overrides:
-    raise UserError("--config.seed has no effect on an ablation, whose rows have each of --seeds=0,1,2; give those")
-  # By itself first: a mistake in the base should not read as one of a row.
+def plan_of_flags() -> Plan:
+  """Return the plan of --tables and --grid. Raises UserError: flags that make none."""
   base = run_config.Run.of(FLAGS.base).to_dict()
-  check_evaluations(base)
   asked = []
   for name in ("schedule", "table7_gamma"):
     if FLAGS[name].present and not FLAGS.tables:
@@ -101,20 +99,25 @@ def make_plan() -> Plan:
     asked += tables.choose(FLAGS.tables, tables.Unstated(schedule=schedule, gamma=FLAGS.table7_gamma))
   if FLAGS.grid is not None:
     asked.append(tables.grid(FLAGS.grid, base))
-  claims: tuple[tables.Claim, ...] = ()
-  if FLAGS.arms:
-    if asked:
-      raise UserError("--arms is an experiment of its own; leave out --tables and --grid")
-    experiment = arms.read(FLAGS.arms, base=path, overrides=overrides)
-    asked, claims = [experiment.table], experiment.claims
   if not asked:
-    raise UserError('there is nothing to run; give --tables=2,3,4,5,7, or --grid="field=value,value", or --arms=NAME')
+    raise UserError('there is nothing to run; give --tables=2,3,4,5,7, or --grid="field=value,value"')
+  return make_plan(asked)
+
+
+def make_plan(asked: Sequence[tables.Table], *, own_starts: bool = False, claims: Sequence[tables.Claim] = ()) -> Plan:
+  """Return the plan of these tables by --base and --seeds. Raises UserError: flags, or a base, that make none."""
+  path, overrides = cli.config_given()
+  if "seed" in overrides:
+    raise UserError("--config.seed has no effect on an ablation, whose rows have each of --seeds=0,1,2; give those")
+  # By itself first: a mistake in the base should not read as one of a row.
+  base = run_config.Run.of(FLAGS.base).to_dict()
+  check_evaluations(base)
   try:
     seeds = [int(seed) for seed in FLAGS.seeds]
   except ValueError:
     raise UserError(f"--seeds={','.join(FLAGS.seeds)} should be whole numbers, such as 0,1,2") from None
   autoencoder = planning.find_autoencoder(path, overrides, base)
-  plan = planning.make(base, autoencoder, asked, seeds, own_starts=bool(FLAGS.arms), claims=claims)
+  plan = planning.make(base, autoencoder, asked, seeds, own_starts=own_starts, claims=claims)
   _check_overrides(plan, overrides)
   # All of them before any is started: a row that no run can have should not fail after hours.
   for each in plan.runs:
@@ -149,7 +152,7 @@ def check_evaluations(config: Mapping[str, Any]) -> None:
       raise UserError(f"evals.{name}: {error}") from error
 
 
-def run_selected(plan: Plan, folder: Folder) -> None:
+def run_selected(plan: Plan, folder: Folder, module: str) -> None:
   """The run that --only names, in this process; or several, each in one of its own."""
   numbers = running.select(plan, FLAGS.only)
   # In this process: a job of an array gets its own signals, and only so can it be one of several processes that train
@@ -161,7 +164,7 @@ def run_selected(plan: Plan, folder: Folder) -> None:
     return
   folder.open(plan)
   # The same command; of a flag that is given twice the last value holds.
-  command = lambda number: [sys.executable, "-m", "diffdis_jax.ablate", *sys.argv[1:], f"--only={number}", "--jobs=1"]
+  command = lambda number: [sys.executable, "-m", module, *sys.argv[1:], f"--only={number}", "--jobs=1"]
   if code := running.run_all(plan, numbers, folder, command, jobs=FLAGS.jobs):
     sys.exit(code)
 

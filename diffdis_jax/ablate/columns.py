@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.common.guesses import did_you_mean
@@ -11,7 +11,6 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals.fid import FEW
 from diffdis_jax.evals.results import Results
 
-TASKS = ("generation_accuracy", "fid", "zero_shot", "choice", "long_tail", "retrieval")  # that have columns
 RECALL = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 
 
@@ -41,50 +40,73 @@ class Column:
 
 
 def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
-  """Of a config's `evals`: accuracy of generated images and FID, then top-1, choice and long-tailed, then R@1.
-
-  The paper's column of FID is that of a set named as its task, of no fewer than FEW images.
+  """Return the columns of a config's `evals`, task by task in the order of COLUMNS_OF, and then R@1.
 
   With a set `coco` and a set `flickr` of retrieval, as in the paper, the mean of their four R@1 is one column. R@1 of
   any other set is the mean of both ways.
   """
-  found = []
-  sets = {task: [name for name, section in evaluations.items() if section["task"] == task] for task in TASKS}
-  for name in sets["generation_accuracy"]:
-    # Rendered shapes have pairs that training never saw, which are a figure of their own; labelled images have none.
-    labelled = "data" in evaluations[name]
-    metrics = {"acc1": name} if labelled else {f"acc1_{which}": f"{which} pairs" for which in ("seen", "unseen")}
-    if labelled and evaluations[name]["data"].get("name") == "scenes":
-      metrics |= {"acc1_attributes": f"{name}, of five attributes"}
-    for metric, title in metrics.items():
-      found.append(_percent("generation_accuracy", name, metric, f"generated images, {title}"))
-  for name in sets["fid"]:
-    # A config's only set, which is named as its task, has the name of the paper's column (tables.PAPER_METRICS); not
-    # that of so few images that their FID stands beside no other's.
-    count = evaluations[name].get("num_images")
-    is_papers = name == "fid" and (count is None or count >= FEW)
-    column = "fid" if is_papers else f"{name}/fid"
-    found.append(Column(name=column, title="FID ↓", cells=(("fid", name, "fid"),), scale=1.0))
-  for name in sets["zero_shot"]:
-    title = "ImageNet top-1" if name == "imagenet" else f"top-1 {name}"
-    found.append(_percent("zero_shot", name, "acc1", title))
-    if evaluations[name].get("seen_split"):
-      found.append(_percent("zero_shot", name, "acc1_seen", f"top-1 {name}, seen classes"))
-  found += [_percent("choice", name, "acc1", f"choice of five, {name}") for name in sets["choice"]]
-  for name in sets["long_tail"]:
-    found.append(_percent("long_tail", name, "acc", f"accuracy {name}"))
-    found.append(_percent("long_tail", name, "acc_low", f"accuracy {name}, low classes"))
-  paper = [name for name in ("coco", "flickr") if name in sets["retrieval"]]
+  found: list[Column] = []
+  for task, make in COLUMNS_OF.items():
+    for name, section in evaluations.items():
+      if section["task"] == task:
+        found += make(name, section)
+  retrieval = [name for name, section in evaluations.items() if section["task"] == "retrieval"]
+  paper = [name for name in ("coco", "flickr") if name in retrieval]
   # Both or neither: over one of them the mean would not be the paper's.
   if len(paper) == 2:
     cells = tuple(("retrieval", name, metric) for name in paper for metric in RECALL)
     found.append(Column(name="recall@1", title="mean R@1 ↑", cells=cells, scale=100.0))
-  for name in sets["retrieval"]:
+  for name in retrieval:
     if len(paper) < 2 or name not in paper:
       cells = tuple(("retrieval", name, metric) for metric in RECALL)
       title = f"R@1 {name.removesuffix('_retrieval')} ↑"
       found.append(Column(name=f"{name}/recall@1", title=title, cells=cells, scale=100.0))
   return tuple(found)
+
+
+def of_generated_images(name: str, section: Mapping[str, Any]) -> list[Column]:
+  """Rendered shapes have pairs that training never saw, which are a figure of their own; labelled images have none."""
+  titles = {"acc1": name} if "data" in section else {"acc1_seen": "seen pairs", "acc1_unseen": "unseen pairs"}
+  return [
+    percent("generation_accuracy", name, metric, f"generated images, {title}") for metric, title in titles.items()
+  ]
+
+
+def of_fid(name: str, section: Mapping[str, Any]) -> list[Column]:
+  """The paper's column is that of a set named as its task, of no fewer than FEW images."""
+  count = section.get("num_images")
+  is_papers = name == "fid" and (count is None or count >= FEW)
+  column = "fid" if is_papers else f"{name}/fid"
+  return [Column(name=column, title="FID ↓", cells=(("fid", name, "fid"),), scale=1.0)]
+
+
+def of_zero_shot(name: str, section: Mapping[str, Any]) -> list[Column]:
+  """Top-1, and that of seen classes where they are told from others."""
+  found = [percent("zero_shot", name, "acc1", "ImageNet top-1" if name == "imagenet" else f"top-1 {name}")]
+  if section.get("seen_split"):
+    found.append(percent("zero_shot", name, "acc1_seen", f"top-1 {name}, seen classes"))
+  return found
+
+
+def of_long_tail(name: str, section: Mapping[str, Any]) -> list[Column]:
+  """Accuracy on all classes and on the low ones."""
+  del section
+  found = percent("long_tail", name, "acc", f"accuracy {name}")
+  return [found, percent("long_tail", name, "acc_low", f"accuracy {name}, low classes")]
+
+
+def percent(task: str, name: str, metric: str, title: str) -> Column:
+  """Return the column of a share, in per cent."""
+  return Column(name=f"{name}/{metric}", title=f"{title} ↑", cells=((task, name, metric),), scale=100.0)
+
+
+# Task -> the columns of one of its data sets, by its name and section.
+COLUMNS_OF: dict[str, Callable[[str, Mapping[str, Any]], list[Column]]] = {
+  "generation_accuracy": of_generated_images,
+  "fid": of_fid,
+  "zero_shot": of_zero_shot,
+  "long_tail": of_long_tail,
+}
 
 
 def measured(columns: Sequence[Column], evaluations: Iterable[Mapping[str, Mapping[str, Any]]]) -> tuple[Column, ...]:
@@ -101,7 +123,3 @@ def choose(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...
     if name not in known:
       raise UserError(f"--columns has {name!r}; {did_you_mean(name, known)}")
   return tuple(known[name] for name in names or known)
-
-
-def _percent(task: str, name: str, metric: str, title: str) -> Column:
-  return Column(name=f"{name}/{metric}", title=f"{title} ↑", cells=((task, name, metric),), scale=100.0)

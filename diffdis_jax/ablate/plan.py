@@ -112,7 +112,7 @@ def make(
   if not columns.measured(columns.columns_of(base["evals"]), (run.evals for run in known.values())):
     raise UserError(
       f"of the base's evaluations, {', '.join(base['evals'])}, these rows measure none that has a column in a table;"
-      f" columns are of {', '.join(columns.TASKS)}"
+      f" columns are of {', '.join((*columns.COLUMNS_OF, 'retrieval'))}"
     )
   return Plan(
     base=dict(base),

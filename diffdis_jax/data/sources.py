@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 from diffdis_jax.common import buckets
 from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.config.section import check_number, check_type
-from diffdis_jax.data import latents, long_tail, records, scenes, shapes, shapes_lt
+from diffdis_jax.data import latents, long_tail, records, shapes, shapes_lt
 from diffdis_jax.data.layouts import find, long_tailed
 from diffdis_jax.errors import UserError
 
@@ -50,14 +50,14 @@ class Section:
 
   Attributes:
     name: one of KINDS.
-    image_size: side in pixels at which shapes and scenes are rendered. Stored images keep theirs until the loader
+    image_size: side in pixels at which shapes are rendered. Stored images keep theirs until the loader
       resizes them.
-    split: of `shapes`: train, test, unseen, all. Of `scenes`: one of scenes.SPLITS. Of `pairs`: what the folder has. A
-      published set is measured on one split alone, whatever this says.
+    split: of `shapes`: train, test, unseen, all. Of `pairs`: what the folder has. A published set is measured on one
+      split alone, whatever this says.
     path: the prepared folder, local or any that etils.epath reads; empty for what is rendered. Of a published set, the
       folder of all of them.
     seed: of the rendered images.
-    num_images: number of rendered images; by default SPLITS of shapes or scenes. Of `pairs` and `latents`: only the
+    num_images: number of rendered images; by default SPLITS of shapes. Of `pairs` and `latents`: only the
       first so many.
     caption_fields: fields of a record whose texts are its captions; none for the captions that it came with.
 
@@ -113,15 +113,14 @@ class Section:
 
 
 class _Rendered(Section):
-  """Shapes or scenes, rendered by index."""
+  """Shapes, rendered by index."""
 
   def open(self) -> Source:
     self._check_no_path()
-    kind, splits = (scenes.Scenes, scenes.SPLITS) if self.name == "scenes" else (shapes.Shapes, shapes.SPLITS)
-    if self.split not in splits:
-      raise UserError(f"{self.name} has no split {self.split!r}; there are {', '.join(splits)}")
+    if self.split not in shapes.SPLITS:
+      raise UserError(f"{self.name} has no split {self.split!r}; there are {', '.join(shapes.SPLITS)}")
     return self._recaptioned(
-      kind(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
+      shapes.Shapes(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
     )
 
 
@@ -197,7 +196,6 @@ KINDS: dict[str, type[Section]] = {
   "shapes": _Rendered,
   "pairs": _Pairs,
   "latents": _Latents,
-  "scenes": _Rendered,
   **dict.fromkeys(long_tail.NAMES, _LongTailed),
   **dict.fromkeys(find.NAMES, _Published),
 }

@@ -1,8 +1,7 @@
 """Do generated images show what was asked for? A classifier of real images, the judge, names them.
 
 The judge of rendered shapes is all but perfect. That of labelled images errs too, so its own accuracy on real images
-that it was not trained on stands beside every figure. Most of what it was trained on the generator was trained on as
-well, and it names copies right; how many generated images are near to copies stands there too.
+that it was not trained on stands beside every figure.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from diffdis_jax.config.section import check_number
 from diffdis_jax.data import shapes, transforms
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, classifiers, copies, prompts
+from diffdis_jax.evals import base, classifiers, prompts
 from diffdis_jax.evals.classifiers import PAIRS, SIZE, Trained
-from diffdis_jax.evals.scene_judge import SceneJudge
 
 SEEN = np.array([pair in shapes.SEEN for pair in shapes.PAIRS])
 
@@ -29,13 +27,12 @@ class GenerationAccuracy:
   """Task `generation_accuracy`: the share of generated images that show what was asked for, as a classifier judges.
 
   Without `data` the images are rendered shapes, and right are those of the colour and the shape asked for. With `data`
-  of `scenes` they are generated for its captions, one each, and right are those on which both colours, both shapes and
-  the relation are (`scene_judge`). With other `data` they are of its classes, and right are those whose class is named
-  first, or among the first five. Source: none; it stands for FID where there are too few images for that.
+  they are of its classes, and right are those whose class is named first, or among the first five. Source: none; it
+  stands for FID where there are too few images for that.
 
   Args:
     data: section of a data source, as `data.sources.open_source` takes it. One image or more is generated for each of
-      the classes of its split, which should be what the generator was trained on: copies are looked for there.
+      the classes of its split.
     splits: further splits of the same data, on which the classifier is trained and measured too; all are held
       in memory.
     label_field: the record's field with the class's name.
@@ -44,9 +41,9 @@ class GenerationAccuracy:
     seed: seed of the initial noise, of the classifier and of its held-out images.
     epochs: epochs of the classifier's training on labelled images; by default 20.
     held_out: share of the labelled images held out to measure the classifier; by default 0.1.
-    classifier_steps: steps of the classifier's training on shapes or scenes; by default 500 or 400.
-    required_accuracy: accuracy that the classifier must reach on new renders of shapes or scenes, or the evaluation
-      stops; by default 0.98.
+    classifier_steps: steps of the classifier's training on shapes; by default 500.
+    required_accuracy: accuracy that the classifier must reach on new renders of shapes, or the evaluation stops; by
+      default 0.98.
 
   Raises:
     UserError: a label that is no text, fewer than two classes, so few images that none or all are held out, or settings
@@ -71,20 +68,22 @@ class GenerationAccuracy:
   ):
     of_labels = _given(splits=splits, label_field=label_field, epochs=epochs, held_out=held_out)
     of_shapes = _given(classifier_steps=classifier_steps, required_accuracy=required_accuracy)
-    of_scenes = data is not None and data.get("name") == "scenes"
-    # Without this, a forgotten `data` would quietly measure shapes.
-    if wrong := [*(of_labels if data is None or of_scenes else of_shapes)]:
-      judged = "rendered shapes" if data is None else "rendered scenes" if of_scenes else "labelled images"
-      remedy = "leave it out" if data is not None else "give data too"
-      raise UserError(f"{wrong[0]} has no effect where {judged} are judged; {remedy}")
-    if data is None:
-      self.judge = ShapeJudge(seed, **of_shapes)
-    else:
-      self.judge = SceneJudge(data, seed, **of_shapes) if of_scenes else LabelJudge(data, seed, **of_labels)
+    self.judge = self.make_judge(data, seed, of_labels, of_shapes)
     per_class = self.judge.per_class if per_class is None else per_class
     check_number("per_class", per_class, ge=1)
     self._template = prompts.resolve_templates((template or self.judge.template,))[0]
     self._classes, self._seed = np.tile(self.judge.asked, per_class), seed
+
+  def make_judge(
+    self, data: Mapping[str, Any] | None, seed: int, of_labels: Mapping[str, Any], of_shapes: Mapping[str, Any]
+  ) -> Any:
+    """Return the judge of these data. Raises UserError: settings that are the other judge's."""
+    # Without this, a forgotten `data` would quietly measure shapes.
+    if data is None and of_labels:
+      raise UserError(f"{[*of_labels][0]} has no effect where rendered shapes are judged; give data too")
+    if data is not None and of_shapes:
+      raise UserError(f"{[*of_shapes][0]} has no effect where labelled images are judged; leave it out")
+    return ShapeJudge(seed, **of_shapes) if data is None else LabelJudge(data, seed, **of_labels)
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
@@ -101,11 +100,7 @@ class GenerationAccuracy:
     """acc1 of generated images, and judge_acc1 of real ones that the judge was not trained on.
 
     Of shapes also acc1_seen and acc1_unseen, of pairs that training saw and of others, and acc1_colour and acc1_shape.
-    Of scenes also acc1_attributes, the share of the five that are right, acc1_relation, acc1_colour and acc1_shape.
-    Of labelled images also acc5 and judge_acc5; nearer_than_own, the share of generated images whose nearest image in
-    the split of `data` is nearer than any two of their class there are to each other, at SIZE; and
-    real_nearer_than_own, the same of real images of the other splits. Each of these two is left out where no class has
-    two images.
+    Of labelled images also acc5 and judge_acc5.
 
     Of a run with a head also head_similarity, ⟨ê_0, e⟩ of image and prompt, and head_acc1, the share that its own head
     takes for what was asked for among all classes.
@@ -126,7 +121,7 @@ class GenerationAccuracy:
     prompts_of_all = [prompts.fill(self._template, name) for name in self.judge.classnames]
     e = base.embed_texts(inference, params, prompts_of_all)
     q = inference.embed_images(params, images, seed=self._seed)
-    # Classes of one name are one, as the captions of scenes that recur: nothing tells them apart.
+    # Classes of one name are one.
     groups = np.unique(self.judge.classnames, return_inverse=True)[1]
     places = base.ranks(q, e, query_groups=groups[self._classes], key_groups=groups)
     return {
@@ -197,24 +192,22 @@ class LabelJudge:
     split = data.get("split", "train")
     self._splits = tuple(dict.fromkeys((split, *splits)))
     opened = {split: base.open_split(data, split) for split in self._splits}
-    self._sources = tuple(opened.values())
+    self.sources = tuple(opened.values())
     names = {split: base.text_labels(source, label_field).tolist() for split, source in opened.items()}
     self.classnames = tuple(sorted({name for labels in names.values() for name in labels}))
     if len(self.classnames) < 2:
       raise UserError(f"field {label_field!r} names {', '.join(self.classnames)} alone; a judge needs two classes")
     index = {name: i for i, name in enumerate(self.classnames)}
-    self._labels = np.array([index[name] for labels in names.values() for name in labels])
+    self.labels = np.array([index[name] for labels in names.values() for name in labels])
     self.asked = np.array(sorted({index[name] for name in names[split]}))
     self._seed, self._epochs = seed, epochs
     # The order is of the seed alone, so that the judge of another call is the same one.
-    order, count = np.random.default_rng(seed).permutation(len(self._labels)), round(held_out * len(self._labels))
+    order, count = np.random.default_rng(seed).permutation(len(self.labels)), round(held_out * len(self.labels))
     if not 0 < count < len(order):
       share, size = ("all of them", "smaller") if count else ("none", "larger")
       raise UserError(f"held_out={held_out} of {len(order)} images is {share}; ask for a {size} share")
     self._measured_on, self._trained_on = order[:count], order[count:]
     self._trained: Trained | None = None
-    self._own: copies.OwnDistances | None = None
-    self._real_nearer: dict[str, float] = {}
 
   def protocol(self) -> dict[str, Any]:
     """How the classifier is trained, and on how many images."""
@@ -226,17 +219,17 @@ class LabelJudge:
     del image_size
     if self._trained is None:
       # Read once and kept as they are: every epoch takes other views of them.
-      images = [base.read_image(source, i) for source in self._sources for i in range(len(source))]
+      images = [base.read_image(source, i) for source in self.sources for i in range(len(source))]
       model = classifiers.train_on_labels(
         [images[i] for i in self._trained_on],
-        self._labels[self._trained_on],
+        self.labels[self._trained_on],
         num_classes=len(self.classnames),
         epochs=self._epochs,
         seed=self._seed,
       )
       # Held-out images are judged as generated ones are: as a whole, in one view.
       real = np.stack([np.asarray(transforms.resize(images[i], SIZE)) for i in self._measured_on])
-      places = ranks(classifiers.classify(model, real), self._labels[self._measured_on])
+      places = ranks(classifiers.classify(model, real), self.labels[self._measured_on])
       self._trained = Trained(model, _accuracy("judge_", places))
       logging.info(
         "the classifier is right on %.1f %% of held-out real images", 100 * self._trained.accuracy["judge_acc1"]
@@ -246,22 +239,9 @@ class LabelJudge:
   def measure(
     self, images: UInt8[np.ndarray, "n s s 3"], classes: Int[np.ndarray, " n"], *, image_size: int
   ) -> dict[str, float]:
-    """acc1 and acc5, the judge's own, and which share of the images are as near to real ones as copies are."""
+    """acc1 and acc5, and the judge's own."""
     trained = self.train(image_size)
-    accuracy = _accuracy("", ranks(classifiers.classify(trained.model, images), classes))
-    return {**accuracy, **trained.accuracy, **self._nearer_than_own(images, classes)}
-
-  def _nearer_than_own(self, images: UInt8[np.ndarray, "n s s 3"], classes: Int[np.ndarray, " n"]) -> dict[str, float]:
-    if self._own is None:
-      every = [np.arange(len(source)) for source in self._sources]
-      squares = [base.Images(source, rows, SIZE)[rows] for source, rows in zip(self._sources, every, strict=True)]
-      # The first source is the split of `data`, on which the generator was trained.
-      labels, others = np.split(self._labels, [len(squares[0])])
-      self._own = copies.OwnDistances(squares[0], labels, num_classes=len(self.classnames))
-      # The same share for real images that were not trained on: the baseline without copies.
-      if squares[1:]:
-        self._real_nearer = _given(real_nearer_than_own=self._own.share_nearer(np.concatenate(squares[1:]), others))
-    return {**_given(nearer_than_own=self._own.share_nearer(images, classes)), **self._real_nearer}
+    return {**_accuracy("", ranks(classifiers.classify(trained.model, images), classes)), **trained.accuracy}
 
 
 def ranks(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

@@ -13,12 +13,10 @@ from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import settings
 from diffdis_jax.evals.base import Eval
-from diffdis_jax.evals.choice import Choice
 from diffdis_jax.evals.diffusion_classifier import DiffusionClassifier
 from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.generation_accuracy import GenerationAccuracy
 from diffdis_jax.evals.held_out_loss import HeldOutLoss
-from diffdis_jax.evals.hog import Hog
 from diffdis_jax.evals.linear_probe import LinearProbe
 from diffdis_jax.evals.long_tail import LongTail
 from diffdis_jax.evals.retrieval import Retrieval
@@ -28,21 +26,18 @@ from diffdis_jax.evals.zero_shot import ZeroShot
 EVALS = {
   "zero_shot": ZeroShot,
   "retrieval": Retrieval,
-  "choice": Choice,
   "generation_accuracy": GenerationAccuracy,
   "fid": Fid,
   "held_out_loss": HeldOutLoss,
   "long_tail": LongTail,
   "diffusion_classifier": DiffusionClassifier,
   "linear_probe": LinearProbe,
-  "hog": Hog,
 }
 FORMER = {"agreement": "generation_accuracy", "recognition": "generation_accuracy"}  # names of tasks -> today's
-# What a run has to be trained for, one of them. Hog needs none.
+# What a run has to be trained for, one of them; a task that is not here needs none.
 MEASURES = {
   "zero_shot": ALIGNED,
   "retrieval": ALIGNED,
-  "choice": ALIGNED,
   "diffusion_classifier": GENERATIVE,
   "generation_accuracy": GENERATIVE,
   "fid": GENERATIVE,
@@ -51,7 +46,7 @@ MEASURES = {
   "linear_probe": tuple(dict.fromkeys(GENERATIVE + ALIGNED)),  # of which an autoencoder alone has no features
 }
 GENERATING = ("generation_accuracy", "fid")  # images, of which --best_of keeps the best
-WITHOUT_QUERIES = ("held_out_loss", "hog")  # whose figures are the same however text queries are denoised
+WITHOUT_QUERIES = ("held_out_loss",)  # whose figures are the same however text queries are denoised
 # Tasks that no config names; they are measured on the sets of another one.
 ON_THE_SETS_OF = {"diffusion_classifier": "zero_shot"}
 MOST_SEED = 2**32 - 1  # of jax's random keys

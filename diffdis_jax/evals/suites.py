@@ -1,7 +1,5 @@
 """The paper's benchmarks: which sets they are of, what has to be there before they are measured, and their means.
 
-The suite `emoji` is none of the paper's; it is in `evals.emoji`.
-
 The paper says that zero-shot classification is measured on twelve sets, not which; these are FILIP's and NLIP's twelve.
 Their splits, prompts and metrics are not stated by the paper: OpenAI's templates, and the metric that is usual for the
 set.
@@ -22,7 +20,7 @@ from diffdis_jax.data import records
 from diffdis_jax.data.layouts import class_lists, find
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, emoji, prompts, registry
+from diffdis_jax.evals import base, prompts, registry
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.results import Results
@@ -87,8 +85,7 @@ RETRIEVAL = {
 NOT_KARPATHYS = ("val", "validation")  # of a prepared set of RETRIEVAL: val2017 has 5,000 images, as his test split has
 FID = {"mscoco_val2014": BenchmarkSet("MSCOCO val2014", "fid", {"val2014": (40_504,)})}
 SETS = ZERO_SHOT12 | RETRIEVAL | FID
-OF_THE_PAPER = {"zero_shot12": ZERO_SHOT12, "retrieval": RETRIEVAL, "fid": FID, "paper": SETS}
-SUITES = (*OF_THE_PAPER, "emoji")
+SUITES = {"zero_shot12": ZERO_SHOT12, "retrieval": RETRIEVAL, "fid": FID, "paper": SETS}
 
 
 def check_name(suite: str) -> None:
@@ -113,13 +110,11 @@ def sections(suite: str, root: str, *, objectives: Collection[str], image_size: 
   folder = buckets.local(root, "--data_root")
   if not folder.is_dir():
     raise UserError(f"no folder --data_root={root}; it should hold the data sets, each in a folder of its name")
-  if suite == "emoji":
-    return emoji.sections(folder, image_size=image_size)
   # A suite that was named is measured or refused. `paper` is all of them, of which a run may be trained for some.
   able = {task for task, any_of in registry.MEASURES.items() if suite != "paper" or {*any_of} & {*objectives}}
-  for task in sorted({each.task for each in OF_THE_PAPER[suite].values()} - able):
+  for task in sorted({each.task for each in SUITES[suite].values()} - able):
     logging.warning("%s is left out: the run's objectives are %s", task, ", ".join(objectives))
-  wanted = {name: each for name, each in OF_THE_PAPER[suite].items() if each.task in able}
+  wanted = {name: each for name, each in SUITES[suite].items() if each.task in able}
   # Sets are large and few users have all twelve: those that lie there are measured.
   there = [name for name in wanted if find.is_there(folder, name)]
   missing = [name for name in wanted if name not in there]
@@ -152,9 +147,6 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
     UserError: another number of images than the published one, another split, a class without images, an image that is
       none, or a template that came with the data and has no place for the class name.
   """
-  if name in emoji.SETS:
-    emoji.check(name, evaluation, incomplete=incomplete)
-    return
   source = evaluation.source if isinstance(evaluation, ZeroShot | Retrieval | Fid) else None
   if not isinstance(source, Labelled | Captioned):
     return

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import emoji, suites
 from diffdis_jax.evals import results as result_files
+from diffdis_jax.evals import suites
 from diffdis_jax.evals.results import OF_A_MODEL, Results, differences, is_mean
 from diffdis_jax.parallel import processes
 
@@ -70,7 +70,7 @@ def table(by_name: Mapping[str, Results]) -> str:
     by_name: what a row is called -> its results.
   """
   notes: list[str] = []
-  parts = [make(by_name, notes) for make in (_zero_shot, _retrieval, _held_out_artists, _fid, _long_tail, _others)]
+  parts = [make(by_name, notes) for make in (_zero_shot, _retrieval, _fid, _long_tail, _others)]
   text = "\n\n".join(part for part in parts if part)
   if notes:
     notes = ["† Measured by different protocols, and so not to be compared as they stand:", "", *notes]
@@ -130,29 +130,6 @@ def _retrieval(by_name: Mapping[str, Results], notes: list[str]) -> str:
     rows.append((title, [*cells, _mean(found, "mean_recall@1")]))
   rows += [(title, [*[NONE] * len(heads), known["mean R@1"]]) for title, known in PAPER.items() if "mean R@1" in known]
   return f"## Retrieval\n\n{_markdown([*heads, f'mean R@1{max(marks.values())}'], rows)}\n\nRecall at 1 in per cent."
-
-
-def _held_out_artists(by_name: Mapping[str, Results], notes: list[str]) -> str:
-  """Of emoji: each artist who is not in training, and under each run the baseline on the same images."""
-  names = emoji.held_out(dict.fromkeys(name for each in by_name.values() for name in each.get("zero_shot", {})))
-  if not names:
-    return ""
-  marks = {name: _mark("zero_shot", name, by_name, notes) for name in names}
-  rows: list[Row] = []
-  for title, results in by_name.items():
-    for suffix, task in (("", "zero_shot"), (", HOG", "hog")):
-      found = {name: record["metrics"].get("acc1_seen") for name, record in results.get(task, {}).items()}
-      tested = [found.get(name) for name in names if name != f"emoji/{emoji.CHOSEN_ON}"]
-      whole = [value for value in tested if value is not None]
-      mean = _percent(sum(whole) / len(whole)) if whole and len(whole) == len(tested) else NONE
-      rows.append((f"{title}{suffix}", [*(_percent(found.get(name)) for name in names), mean]))
-  heads = [*(f"{name.removeprefix('emoji/')}{marks[name]}" for name in names), "mean of the test artists"]
-  note = (
-    "Top-1 in per cent on icons of concepts that training saw in other artists' styles. HOG is the nearest training"
-    f" icon's concept by edges and colours, which learns nothing. The mean leaves out {emoji.CHOSEN_ON}, on which"
-    " settings are chosen."
-  )
-  return f"## Emoji of artists who are not in training\n\n{_markdown(heads, rows)}\n\n{note}"
 
 
 def _fid(by_name: Mapping[str, Results], notes: list[str]) -> str:

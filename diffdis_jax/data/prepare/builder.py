@@ -27,6 +27,7 @@ from diffdis_jax.data.prepare.staging import Report, Stage
 from diffdis_jax.errors import UserError
 
 DUPLICATE = "duplicate image"
+LICENSES = "LICENSES.md"  # a notice beside the records
 UNIQUE = ".unique"  # ending of a part's records without duplicates
 
 

@@ -25,8 +25,7 @@ from diffdis_jax.common import buckets
 from diffdis_jax.data import records, sources
 from diffdis_jax.data.latents import is_finite
 from diffdis_jax.data.prepare import staging
-from diffdis_jax.data.prepare.builder import CaptionedImages
-from diffdis_jax.data.prepare.emoji import LICENSES
+from diffdis_jax.data.prepare.builder import LICENSES, CaptionedImages
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.transforms import Augmentation, augment, needed_side
 from diffdis_jax.errors import UserError

@@ -8,14 +8,15 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from configs.replication import EXPERIMENTS
-from diffdis_jax.ablate import arms, render, status, summary, tables
 from diffdis_jax.ablate import plan as planning
+from diffdis_jax.ablate import render, status, summary, tables
 from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate.columns import columns_of
 from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
+from replication import arms
+from replication.configs.experiments import EXPERIMENTS
 from replication.measured import records, replication
 from tests import pages, tiny
 from tests.ablate.synthetic import write
@@ -59,9 +60,9 @@ def test_the_experiments_of_the_pages_have_what_they_compare():
   """Their bases measure the columns of the claims; CLIP's rates are in no claim."""
   given = [dict(re.findall(r"--(\w+)=(\S+)", pages.as_module(command.line))) for command in pages.commands()]
   asked = {(flags["base"], flags["arms"]) for flags in given if "arms" in flags}
-  assert {path for _, path in asked} == {f"replication:{name}" for name in EXPERIMENTS}
+  assert {path for _, path in asked} == {f"replication/configs/experiments.py:{name}" for name in EXPERIMENTS}
   for base, path in asked:
-    assert bool(arms.read(path, base=base, overrides={}).claims) is (path != "replication:e4_rates")
+    assert bool(arms.read(path, base=base, overrides={}).claims) is not path.endswith(":e4_rates")
 
 
 def test_each_seed_has_its_own_chain(read):

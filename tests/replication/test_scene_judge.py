@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from diffdis_jax.data import scenes, shapes
-from diffdis_jax.data.scenes import CONVERSES, RELATIONS, Scene
+from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
-from diffdis_jax.evals import scene_judge
+from replication import scene_judge, scenes
+from replication.scenes import CONVERSES, RELATIONS, Scene
 
 STAR, RING, HEART = ("red", "star"), ("blue", "ring"), ("green", "heart")
 

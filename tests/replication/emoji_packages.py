@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from diffdis_jax.data.prepare import emoji, emoji_packages
+from replication import emoji, emoji_packages
 
 # Code point, label, and the colour of every artist's icon.
 CONCEPTS = {

@@ -1,6 +1,6 @@
 """An experiment planned before its runs: arms, which may start from each other, and which of them are compared.
 
-Its file has a `get_config` as a run's config has. configs/replication.py is one.
+Its file has a `get_config` as a run's config has. replication/configs/experiments.py is one.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from diffdis_jax.data import sources
-from diffdis_jax.data.scenes import KINDS
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import choice
 from diffdis_jax.evals import registry as evals
+from replication import choice
+from replication.scenes import KINDS
 
 LENGTH = 16
 

@@ -7,8 +7,8 @@ import pytest
 
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import hog
 from diffdis_jax.evals import registry as evals
+from replication import hog
 
 
 def smooth(seed: int, n: int = 3) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffdis_jax.evals import copies
+from replication import copies
 
 
 def brute_force(images, labels, training, training_labels) -> float:

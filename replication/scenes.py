@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from diffdis_jax.data import shapes
+from diffdis_jax.data import shapes, sources
 from diffdis_jax.data.shapes import COLOURS, PAIRS, SHAPES
+from diffdis_jax.errors import UserError
 
 Pair = tuple[str, str]  # colour and shape
 
@@ -235,3 +236,15 @@ class Scenes:
     others = [scene.others(part) for part in (0, 1)]
     found = (*(each[rng.integers(len(each))] for each in others), scene.swapped_colours, scene.swapped_objects)
     return {kind: each.caption(converse=converse) for kind, each in zip(KINDS, found, strict=True)}
+
+
+class Section(sources.Section):
+  """The data source `scenes` of a config; `split` is one of SPLITS."""
+
+  def open(self) -> sources.Source:
+    self._check_no_path()
+    if self.split not in SPLITS:
+      raise UserError(f"scenes has no split {self.split!r}; there are {', '.join(SPLITS)}")
+    return self._recaptioned(
+      Scenes(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
+    )

@@ -16,10 +16,11 @@ from absl import logging
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from diffdis_jax.data import scenes, shapes, sources
+from diffdis_jax.data import shapes, sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, classifiers
 from diffdis_jax.evals.classifiers import COLOURS, SIZE, Examples, Trained
+from replication import scenes
 
 ATTRIBUTES = ("relation", "colour", "shape", "colour", "shape")  # of a scene, its first shape's before its second's
 CROSSWISE = [0, 3, 4, 1, 2]  # the same attributes with the two shapes in each other's place

@@ -1,4 +1,4 @@
-"""The experiments of configs/replication.py are as replication/protocol.md has them."""
+"""The experiments of replication/configs/experiments.py are as replication/protocol.md has them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import pathlib
 import pytest
 
 from configs import clip_cc3m, common
-from configs import replication as experiments
 from diffdis_jax import config as run_config
-from diffdis_jax.ablate import arms
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import workdir
+from replication import arms
+from replication.configs import experiments, scenes
 from replication.measured import replication as page
 
 PAGE = (pathlib.Path(__file__).parents[2] / "replication/protocol.md").read_text()
-SCENES, EMOJI, SHAPES_LT = "scenes:measured=test", "emoji:path=data/emoji", "shapes_lt"
+SCENES, EMOJI, SHAPES_LT = "replication/configs/scenes.py:measured=test", "emoji:path=data/emoji", "shapes_lt"
 SECONDS = {"generation": 2.0, "discrimination": 1.0, "discrimination without additions": 0.5}
 SECONDS |= {"CLIP": 0.25, "CLIP with parts": 0.5, "convolutional CLIP": 2.0, "generation+discrimination": 2.5}
+FILE = "replication/configs/experiments.py"
 CHOSEN = {"CLIP": 1e-3, "CLIP with parts": 3e-4, "convolutional CLIP": 1e-3}
 
 
@@ -28,7 +29,7 @@ def section_of(name):
 
 
 def plan_of_replication(name, base=SCENES):
-  experiment = arms.read(f"replication:{name}", base=base, overrides={})
+  experiment = arms.read(f"{FILE}:{name}", base=base, overrides={})
   config = cli.read_config(base).to_dict()
   autoencoder = planning.find_autoencoder(base, {}, config)
   plan = planning.make(config, autoencoder, [experiment.table], range(5), own_starts=True, claims=experiment.claims)
@@ -72,11 +73,11 @@ def test_the_third_experiment_has_its_base_runs_from_the_first():
 def timed(monkeypatch, tmp_path):
   """timed(name): the plan of an experiment of emoji, with made-up seconds and rates."""
   file = tmp_path / "timed.py"
-  file.write_text("from configs.replication import get_config\n")
+  file.write_text("from replication.configs.experiments import get_config\n")
   monkeypatch.setattr(experiments, "EMOJI_STEP_SECONDS", SECONDS)
   monkeypatch.setattr(experiments, "CLIP_RATES", CHOSEN)
   original = arms.read
-  chosen = lambda path, **given: original(path.replace("replication", str(file)), **given)
+  chosen = lambda path, **given: original(path.replace(FILE, str(file)), **given)
   monkeypatch.setattr(arms, "read", chosen)
   return lambda name, base=EMOJI: plan_of_replication(name, base)
 
@@ -283,3 +284,22 @@ def test_a_claim_of_the_paper_that_the_page_judges_is_a_primary_comparison(timed
   primaries = {(claim.row, claim.base) for claim in timed(name, base).claims}
   judged = {(claim.row, claim.base) for claim in page.PAPER if claim.experiment == name}
   assert judged and judged <= primaries
+
+
+@pytest.mark.parametrize("measured", ["val", "test"])
+def test_scenes_are_measured_for_what_is_trained_on_one_part(measured):
+  sets = {"": {"choice"}, "_retrieval": {"retrieval"}, "_generated": {"generation_accuracy"}}
+  of = {"generation": ("_generated",), "discrimination": ("", "_retrieval"), "contrastive": ("", "_retrieval")}
+  for objectives, kinds in (of | {"both": (*sets,)}).items():
+    config = scenes.get_config(f"objectives={objectives},measured={measured}")
+    assert {*config.evals} == {"held_out", *(f"{measured}{pairs}{kind}" for pairs in ("", "_unseen") for kind in kinds)}
+    for name, section in config.evals.items():
+      assert (
+        name == "held_out" or measured in section.data.split and ("unseen" in name) == ("unseen" in section.data.split)
+      )
+
+
+@pytest.mark.parametrize("arg", ["objectives=x", "measured=train"])
+def test_arguments_that_are_no_choice(arg):
+  with pytest.raises(ValueError, match=f"argument {arg} should be"):
+    scenes.get_config(arg)

@@ -1,21 +1,21 @@
-"""Experiments that replication/protocol.md has planned, as `ablate` takes them.
+"""Experiments that replication/protocol.md has planned, as replication.ablate takes them.
 
-  diffdis ablate plan --base=scenes:measured=test --arms=replication:e1 --seeds=0,1,2,3,4 --out=runs/e1
-  diffdis ablate run --base=scenes:measured=test --arms=replication:e1 --seeds=0,1,2,3,4 --out=runs/e1
-  diffdis ablate table --base=scenes:measured=test --arms=replication:e1 --seeds=0,1,2,3,4 --out=runs/e1
+  python -m replication.ablate plan --base=replication/configs/scenes.py:measured=test \
+      --arms=replication/configs/experiments.py:e1 --seeds=0,1,2,3,4 --out=runs/e1
 
-The same command resumes. What is chosen is chosen on val, the default of configs/scenes.py.
+`run` in the place of `plan` runs or resumes them, and `table` writes their tables. What is chosen is chosen on val, the
+default of scenes.py. By its name each experiment has this base, where scenes.py lies beside this file:
 
-  e1        do the tasks help each other?          --base=scenes:measured=test
-  e2        why does generation first help?        --base=emoji:path=data/emoji
-  e3        which parts matter?                    --base=scenes:measured=test
-  e4_rates  the rate of each CLIP, by --seeds=5    --base=emoji:path=data/emoji
-  e4        is the lead over CLIP fair?            --base=emoji:path=data/emoji
-  e5        rare in the start too?                 --base=shapes_lt
-  e6        does augmentation make the better CLIP?  --base=emoji:path=data/emoji
-  e7        which parts matter on emoji?           --base=emoji:path=data/emoji
-  e8        do both help discrimination on emoji?  --base=emoji:path=data/emoji
-  e9        which timestep on emoji?               --base=emoji:path=data/emoji
+  e1        do the tasks help each other?          scenes.py:measured=test
+  e2        why does generation first help?        emoji:path=data/emoji
+  e3        which parts matter?                    scenes.py:measured=test
+  e4_rates  the rate of each CLIP, by --seeds=5    emoji:path=data/emoji
+  e4        is the lead over CLIP fair?            emoji:path=data/emoji
+  e5        rare in the start too?                 shapes_lt
+  e6        does augmentation make the better CLIP?  emoji:path=data/emoji
+  e7        which parts matter on emoji?           emoji:path=data/emoji
+  e8        do both help discrimination on emoji?  emoji:path=data/emoji
+  e9        which timestep on emoji?               emoji:path=data/emoji
 
 With one --out for several of one base, they share runs: e3 finds its base runs among those of e1, and e4 its
 `discrimination` among those of e2, as does e8, whose `both` is that of e9; e7 shares the autoencoders. `table` then
@@ -30,7 +30,7 @@ from configs import clip_cc3m, common
 
 STEPS = 900  # of 64 images; equal samples
 # Seconds of a step on one core of which nothing else ran, by objectives: medians of 15 rounds in turns, by
-# `diffdis benchmark --config=scenes --rounds=15 --out=F.json`, before the first run.
+# `python -m replication benchmark --config=scenes.py --rounds=15 --out=F.json`, before the first run.
 STEP_SECONDS = {"generation": 0.251, "discrimination": 0.157, "generation+discrimination": 0.356}
 EMOJI_STEPS = 600  # of 64 images; equal samples
 # The same of emoji, by what is trained: of `--config=emoji:path=data/emoji`; of that with

@@ -29,12 +29,13 @@ from absl import logging
 from PIL import Image
 
 from diffdis_jax.data import image_files
-from diffdis_jax.data.prepare import emoji_packages, parts
-from diffdis_jax.data.prepare.builder import CaptionedImages
-from diffdis_jax.data.prepare.emoji_packages import EMOJIBASE, ICONS, Package
+from diffdis_jax.data.prepare import parts
+from diffdis_jax.data.prepare.builder import LICENSES, CaptionedImages
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.errors import not_installed
+from replication import emoji_packages
+from replication.emoji_packages import EMOJIBASE, ICONS, Package
 
 CHOICES = pathlib.Path(__file__).with_name("emoji.json.gz")
 SIZE = 64  # pixels
@@ -65,7 +66,6 @@ TEMPLATES = (
   "{style} emoji of {concept}",
   "{style} drawing of {concept}",
 )
-LICENSES = "LICENSES.md"
 
 
 class Emoji(CaptionedImages):
@@ -275,7 +275,7 @@ def _renderer() -> Any:
   try:
     return importlib.import_module("resvg_py")
   except ImportError as error:
-    raise not_installed("prepare_data emoji", "resvg-py", "emoji") from error
+    raise not_installed("replication.prepare_emoji", "resvg-py", "emoji") from error
 
 
 def read_choices() -> dict[str, Any]:

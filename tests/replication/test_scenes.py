@@ -6,9 +6,10 @@ import hashlib
 import numpy as np
 import pytest
 
-from diffdis_jax.data import scenes, shapes, sources
-from diffdis_jax.data.scenes import SPLITS, Scene, scenes_of
+from diffdis_jax.data import shapes, sources
 from diffdis_jax.errors import UserError
+from replication import scenes
+from replication.scenes import SPLITS, Scene, scenes_of
 
 MEASURED = [split for split in SPLITS if split not in ("train", "all")]
 CHOICES = [split for split in SPLITS if split.startswith("choice_")]

@@ -1,9 +1,10 @@
 """DiffDis on rendered scenes of two shapes and a relation, "a red star left of a blue ring": minutes, no download.
 
-  diffdis train --config=scenes:autoencoder --workdir=runs/scenes/autoencoder
-  diffdis train --config=scenes --workdir=runs/scenes/diffdis \
+  python -m replication train --config=replication/configs/scenes.py:autoencoder --workdir=runs/scenes/autoencoder
+  python -m replication train --config=replication/configs/scenes.py --workdir=runs/scenes/diffdis \
       --config.init_from=runs/scenes/autoencoder
-  diffdis evaluate --workdir=runs/scenes/diffdis --tasks=choice,retrieval,generation_accuracy --out=scenes.json
+  python -m replication evaluate --workdir=runs/scenes/diffdis \
+      --tasks=choice,retrieval,generation_accuracy --out=scenes.json
 
 The order of words counts here: a bag of words is right on half of the captions with swapped colours or objects. 16 of
 the 64 colour-shape pairs are never trained on.
@@ -14,10 +15,10 @@ are measured on `val` and `val_unseen`, by which settings are chosen; with measu
 
 One objective alone; CLIP, which needs no autoencoder; and both objectives after generation:
 
-  ... --config=scenes:objectives=generation --config.init_from=runs/scenes/autoencoder
-  ... --config=scenes:objectives=discrimination --config.init_from=runs/scenes/autoencoder
-  ... --config=scenes:objectives=contrastive
-  ... --config=scenes --config.init_from=runs/scenes/generation
+  ... --config=.../scenes.py:objectives=generation --config.init_from=runs/scenes/autoencoder
+  ... --config=.../scenes.py:objectives=discrimination --config.init_from=runs/scenes/autoencoder
+  ... --config=.../scenes.py:objectives=contrastive
+  ... --config=.../scenes.py --config.init_from=runs/scenes/generation
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import common, shapes
-from diffdis_jax.data.scenes import scenes_of
+from replication.scenes import scenes_of
 
 OBJECTIVES = ("both", "generation", "discrimination", "contrastive")
 PAIRS = ("", "_unseen")

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffdis_jax.data.prepare import builder, emoji, emoji_packages
+from diffdis_jax.data.prepare import builder
 from diffdis_jax.errors import UserError
-from tests.emoji_packages import write_packages
+from replication import emoji, emoji_packages
 from tests.raw_pairs import load
+from tests.replication.emoji_packages import write_packages
 
 COUNTS = {"train": 5_726, "val_vendor": 895, "val_concepts": 757, "test_vendor": 1_364}
 # As first published: SHA-256 of the captions of a split, one a line.
@@ -167,9 +168,9 @@ def test_the_shipped_choices():
 
 def test_the_documented_command_fetches_the_expected_versions():
   root = pathlib.Path(__file__).parents[3]
-  assert "make data/emoji/dataset_info.json" in (root / "docs" / "data.md").read_text()
+  assert "make data/emoji/dataset_info.json" in (root / "replication" / "emoji.md").read_text()
   said = subprocess.run(["make", "-n", "data/emoji/dataset_info.json"], cwd=root, capture_output=True, text=True).stdout
-  (code,) = re.findall(r"-c '(from diffdis_jax.data.prepare.emoji_packages[^']*)'", said.replace("\\\n", ""))
+  (code,) = re.findall(r"-c '(from replication.emoji_packages[^']*)'", said.replace("\\\n", ""))
   names = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout.split()
   assert names == [f"{each.name}@{each.version}" for each in (emoji.EMOJIBASE, *emoji_packages.ICONS.values())]
 

@@ -1,0 +1,40 @@
+"""Name what the replication adds in the package's tables: a data source, two tasks, judges and columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffdis_jax.ablate import columns
+from diffdis_jax.ablate.columns import Column, percent
+from diffdis_jax.config.objectives import ALIGNED
+from diffdis_jax.data import sources
+from diffdis_jax.evals import registry
+from replication import scenes
+from replication.choice import Choice
+from replication.generation_accuracy import GenerationAccuracy
+from replication.hog import Hog
+
+
+def of_choice(name: str, section: Mapping[str, Any]) -> list[Column]:
+  """Accuracy among a caption and its four negatives."""
+  del section
+  return [percent("choice", name, "acc1", f"choice of five, {name}")]
+
+
+def of_generated_images(name: str, section: Mapping[str, Any]) -> list[Column]:
+  """For scenes also the share of the five attributes that are right."""
+  found = columns.of_generated_images(name, section)
+  if section.get("data", {}).get("name") == "scenes":
+    title = f"generated images, {name}, of five attributes"
+    found.append(percent("generation_accuracy", name, "acc1_attributes", title))
+  return found
+
+
+def add() -> None:
+  """Add them; a second call changes nothing."""
+  sources.KINDS["scenes"] = scenes.Section
+  registry.EVALS.update(choice=Choice, hog=Hog, generation_accuracy=GenerationAccuracy)
+  registry.MEASURES["choice"] = ALIGNED
+  registry.WITHOUT_QUERIES = tuple(dict.fromkeys((*registry.WITHOUT_QUERIES, "hog")))
+  columns.COLUMNS_OF.update(generation_accuracy=of_generated_images, choice=of_choice)

@@ -1,0 +1,64 @@
+"""The task `generation_accuracy` with two more judges: of rendered scenes, and of icons, where copies are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base, generation_accuracy
+from diffdis_jax.evals.classifiers import SIZE
+from replication import copies
+from replication.scene_judge import SceneJudge
+
+
+class GenerationAccuracy(generation_accuracy.GenerationAccuracy):
+  """Task `generation_accuracy`: the share of generated images that show what was asked for, as a classifier judges.
+
+  With `data` of `scenes` images are generated for its captions, one each, and right are those on which both colours,
+  both shapes and the relation are (`scene_judge`). Metrics are then also acc1_attributes, the share of the five that
+  are right, acc1_relation, acc1_colour and acc1_shape.
+
+  Of labelled images there is also nearer_than_own, the share of generated images whose nearest image in the split of
+  `data` is nearer than any two of their class there are to each other; and real_nearer_than_own, the same of real
+  images of the other splits. Each is left out where no class has two images.
+  """
+
+  def make_judge(
+    self, data: Mapping[str, Any] | None, seed: int, of_labels: Mapping[str, Any], of_shapes: Mapping[str, Any]
+  ) -> Any:
+    if data is None:
+      return super().make_judge(data, seed, of_labels, of_shapes)
+    if data.get("name") == "scenes":
+      if of_labels:
+        raise UserError(f"{[*of_labels][0]} has no effect where rendered scenes are judged; leave it out")
+      return SceneJudge(data, seed, **of_shapes)
+    super().make_judge(data, seed, of_labels, of_shapes)  # for its errors
+    return CopiesJudge(data, seed, **of_labels)
+
+
+class CopiesJudge(generation_accuracy.LabelJudge):
+  """Name labelled images' classes, and count images that are as near to a training image as copies are."""
+
+  _own: copies.OwnDistances | None = None
+  _real_nearer: Mapping[str, float] = {}
+
+  def measure(
+    self, images: UInt8[np.ndarray, "n s s 3"], classes: Int[np.ndarray, " n"], *, image_size: int
+  ) -> dict[str, float]:
+    metrics = super().measure(images, classes, image_size=image_size)
+    if self._own is None:
+      every = [np.arange(len(source)) for source in self.sources]
+      squares = [base.Images(source, rows, SIZE)[rows] for source, rows in zip(self.sources, every, strict=True)]
+      # The first source is the split of `data`, on which the generator was trained.
+      labels, others = np.split(self.labels, [len(squares[0])])
+      self._own = copies.OwnDistances(squares[0], labels, num_classes=len(self.classnames))
+      # The same share for real images that were not trained on: the baseline without copies.
+      if squares[1:]:
+        real = self._own.share_nearer(np.concatenate(squares[1:]), others)
+        self._real_nearer = {} if real is None else {"real_nearer_than_own": real}
+    share = self._own.share_nearer(images, classes)
+    return {**metrics, **({} if share is None else {"nearer_than_own": share}), **self._real_nearer}
