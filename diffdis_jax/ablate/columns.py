@@ -81,7 +81,7 @@ def of_fid(name: str, section: Mapping[str, Any]) -> list[Column]:
 
 
 def of_zero_shot(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Top-1, and that of seen classes where they are told from others."""
+  """Top-1, and that of seen classes where there is a split of them."""
   found = [percent("zero_shot", name, "acc1", "ImageNet top-1" if name == "imagenet" else f"top-1 {name}")]
   if section.get("seen_split"):
     found.append(percent("zero_shot", name, "acc1_seen", f"top-1 {name}, seen classes"))

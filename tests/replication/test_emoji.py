@@ -167,7 +167,7 @@ def test_the_shipped_choices():
 
 
 def test_the_documented_command_fetches_the_expected_versions():
-  root = pathlib.Path(__file__).parents[3]
+  root = pathlib.Path(__file__).parents[2]
   assert "make data/emoji/dataset_info.json" in (root / "replication" / "emoji.md").read_text()
   said = subprocess.run(["make", "-n", "data/emoji/dataset_info.json"], cwd=root, capture_output=True, text=True).stdout
   (code,) = re.findall(r"-c '(from replication.emoji_packages[^']*)'", said.replace("\\\n", ""))
