@@ -49,6 +49,7 @@ from absl import flags, logging
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, cli, files, machine, usage
 from diffdis_jax.config.data import Augmentation
+from diffdis_jax.config.model import Model
 from diffdis_jax.config.section import check_type, read_section
 from diffdis_jax.data.layouts import find
 from diffdis_jax.data.layouts.tfds_folder import INFO
@@ -258,7 +259,9 @@ def log_total(reports: Mapping[str, staging.Report]) -> None:
   for report in reports.values():
     total.add(report)
   by_split = ", ".join(f"{split} {report.pairs:,}" for split, report in reports.items())
-  logging.info("%d pairs (%s); skipped: %s", total.pairs, by_split, total.reasons() or "none")
+  over = ", ".join(f"{count} files {ending}" for ending, count in total.passed_over.items())
+  over = f"; passed over: {over}" if over else ""
+  logging.info("%d pairs (%s); skipped: %s%s", total.pairs, by_split, total.reasons() or "none", over)
 
 
 def write_preview(found: Sequence[parts.Part], path: str) -> None:
@@ -283,15 +286,17 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
     if said := build.enlarged(data, split=split, image_size=model.image_size):
       logging.warning("%s", said)
   h, w, c = model.noise_shape()
+  sizes = model.network.model
+  assert isinstance(sizes, Model)  # CLIP has no noise
   text = None
   if FLAGS.text:
     if model.network.task.is_autoencoder:
       raise UserError(f"--workdir={run} is an autoencoder alone, which has no text encoder; leave out --text")
-    tokenizer, width = Tokenizer(model.max_length), model.network.model.text_encoder.width
+    tokenizer, width = Tokenizer(model.max_length), sizes.text_encoder.width
     text = latents.TextConditions(
       encode=lambda captions: model.conditions(params, tokenizer(captions)),
       shape=(model.max_length, width),
-      fingerprint=stored_inputs.fingerprint(params, stored_inputs.CONDITION),
+      fingerprint=stored_inputs.text_encoder_digest(params, sizes),
     )
   augmentation = _augmentation(dataclasses.asdict(run_config.load(run).data.augment))
   if FLAGS.views > 1 and not (augmentation.varies or text):  # with text, views may have other captions
@@ -310,7 +315,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       image_size=model.image_size,
       views=FLAGS.views,
       augmentation=augmentation,
-      fingerprint=stored_inputs.fingerprint(params),
+      fingerprint=stored_inputs.autoencoder_digest(params, sizes),
       text=text,
       images=digests.fingerprint(data, part=digests.RECORDS),
     ),

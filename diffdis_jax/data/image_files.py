@@ -6,15 +6,25 @@ Pillow reads forty formats, one of them by running Ghostscript; each is code tha
 from __future__ import annotations
 
 import io
+import re
 from typing import NamedTuple
 
 from PIL import Image, TiffImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
 
 # torchvision's ImageFolder's, and GIF. JPEG includes MPO, a JPEG with a second picture that some cameras write.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm"})  # of their files
 MAX_PIXELS = 2**26  # 67 million, 8192 x 8192: the largest photographs of ImageNet have 61
 MAX_SIDE = 2**16 - 1  # pixels, the most that a JPEG can have
+MAX_SCANS = 100  # of a JPEG, each of which costs as much as a whole picture; encoders write about ten
+_SCAN = b"\xff\xda"
+# A marker, whatever stands before it: 00 and FF are no markers, and 01 and D0 to D8 have no length behind them.
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")
+
+
+class TooManyScans(ValueError):
+  """A JPEG of more scans than MAX_SCANS."""
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -22,13 +32,32 @@ def open_image(data: bytes) -> Image.Image:
 
   Raises:
     Image.DecompressionBombError: more pixels than MAX_PIXELS, or a side longer than MAX_SIDE.
+    TooManyScans: a JPEG of more than MAX_SCANS.
     Exception: no image in one of FORMATS; Pillow's readers raise whatever a broken file leads them into.
   """
   image = Image.open(io.BytesIO(data), formats=FORMATS)
   for width, height in (image.size, _tile(image)):
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
       raise Image.DecompressionBombError(f"{width} x {height} pixels")
+  if isinstance(image, JpegImageFile) and _has_too_many_scans(data):
+    raise TooManyScans(f"more than {MAX_SCANS} scans")
   return image
+
+
+def _has_too_many_scans(data: bytes) -> bool:
+  """Walk a JPEG's segments to its end mark, as libjpeg does, and say whether more than MAX_SCANS of them begin a scan.
+
+  The bytes FF DA alone do not show it: a thumbnail, a profile, or the film that a phone puts behind its picture have
+  them by chance.
+  """
+  if data.count(_SCAN) <= MAX_SCANS:
+    return False
+  position, scans = 2, 0
+  while scans <= MAX_SCANS and (marker := _MARKER.search(data, position)) and marker[1] != b"\xd9":
+    scans += marker[1] == b"\xda"
+    # Behind a scan's header are its pixels, in which FF is followed by 00 or by a marker.
+    position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+  return scans > MAX_SCANS
 
 
 def png(image: Image.Image) -> bytes:

@@ -38,6 +38,7 @@ class Unusable(ValueError):
 NOT_PLAIN = "file that is not a plain one"  # a link or a sparse file in a tar, a pipe, a device
 TOO_LARGE = "file of too many bytes"
 OUTSIDE = "file outside of the folder"  # by its name, such as ../x, or a link
+TOO_MANY_SCANS = f"JPEG of more than {image_files.MAX_SCANS} scans"
 NOT_FINITE = "numbers that are not finite"  # of latents or a text condition; an image's are whole numbers
 MOST_BYTES = 2**28  # of an image's file: four for each of the most pixels that are decoded
 MOST_TEXT_BYTES = 2**22  # of a caption's, or of the json beside it
@@ -57,6 +58,7 @@ REASONS = (
   TOO_LARGE,
   NOT_FINITE,
   OUTSIDE,
+  TOO_MANY_SCANS,
 )
 
 
@@ -145,6 +147,8 @@ def _unusable() -> Iterator[None]:
     yield
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise Unusable("image of too many pixels") from error
+  except image_files.TooManyScans as error:
+    raise Unusable(TOO_MANY_SCANS) from error
   except Exception as error:  # PIL's readers raise whatever a broken file leads them into
     raise Unusable("corrupt image") from error
 

@@ -5,13 +5,16 @@ A tar's files may lie in any order: `tar cf` takes them as the folder happens to
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import pathlib
+import posixpath
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
+from diffdis_jax.common import files
 from diffdis_jax.data.records import NOT_PLAIN, TOO_LARGE, Unusable
 from diffdis_jax.errors import Gone, UserError
 
@@ -66,12 +69,15 @@ class Index:
   """What a tar holds.
 
   Attributes:
-    samples: key -> field -> its file, in the order in which the keys come first. A key is a path without its endings.
+    samples: key -> field -> its file, in the order in which the keys come first. A key is a path without its ending,
+      which begins at the last dot.
     whole: whether the tar's end mark was reached; otherwise it is cut off or damaged there, and the rest is not known.
+    passed_over: ending, or `hidden` -> how many such files are none of the fields.
   """
 
   samples: dict[str, dict[str, Member]]
   whole: bool
+  passed_over: dict[str, int]
 
 
 def index(path: pathlib.Path, field_of: Callable[[str], str | None]) -> Index:
@@ -86,12 +92,17 @@ def index(path: pathlib.Path, field_of: Callable[[str], str | None]) -> Index:
     OSError: the tar cannot be read.
   """
   samples: dict[str, dict[str, Member]] = {}
+  passed_over = collections.Counter[str]()
   with open(path, "rb") as file:
     entries = _Entries(file)
     for entry in entries:
-      key, ending = _split_name(entry.name)
-      field = field_of(ending.lower())
-      if field is None or entry.isdir():
+      if entry.isdir():
+        continue
+      key, ending = posixpath.splitext(entry.name)
+      field = field_of(ending[1:].lower())
+      hidden = files.is_hidden(posixpath.basename(entry.name))  # such as macOS packs beside each file
+      if field is None or hidden:
+        passed_over["hidden" if hidden else ending.lower() or "without an ending"] += 1
         continue
       sample = samples.setdefault(key, {})
       if field in sample:
@@ -100,7 +111,7 @@ def index(path: pathlib.Path, field_of: Callable[[str], str | None]) -> Index:
         )
       plain = entry.isfile() and not entry.issparse()
       sample[field] = Member(path, entry.offset_data, entry.size if plain else None)
-  return Index(samples, entries.whole)
+  return Index(samples, entries.whole, dict(passed_over))
 
 
 class _Entries:
@@ -139,16 +150,3 @@ class _Headers:
     if not 0 <= size <= _HEADER:
       raise tarfile.ReadError(f"a header of {size} bytes")
     return self._file.read(size)
-
-
-class _Name(NamedTuple):
-  """A member's path up to the first dot of the file's name, as in webdataset, and what is behind that."""
-
-  key: str
-  ending: str
-
-
-def _split_name(name: str) -> _Name:
-  folder, slash, base = name.rpartition("/")
-  stem, _, ending = base.partition(".")
-  return _Name(folder + slash + stem, ending)

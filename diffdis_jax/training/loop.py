@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from diffdis_jax.common import buckets, files
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.model import Model
 from diffdis_jax.config.run import Run
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.data.build import LatentShapes, latent_facts, open_loader
@@ -145,9 +146,10 @@ def go_on(
   run, trainer, is_writer = tools.run, tools.prepared.trainer, processes.is_first()
   tools.dog.alive()
   state, meta = start.restore_or_init(trainer, tools.checkpointer, tools.iterator, made)
-  # Not before: the fingerprints are of parameters, which are there only now.
+  # Not before: the digests are of parameters, which are there only now.
   if stored := latent_facts(run.data):
-    stored_inputs.check_stored(stored, trainer.layout.by_path(state).params, trainer.trainable)
+    assert isinstance(run.model, Model)  # CLIP has no latents
+    stored_inputs.check_stored(stored, trainer.layout.by_path(state).params, run.model, trainer.trainable)
   step = int(state.step)
   if before is not None:
     facts.log_longer(run, before, step)

@@ -92,7 +92,7 @@ def write_latents(folder: pathlib.Path) -> None:
       image_size=data.CROP,
       views=VIEWS,
       augmentation=data.AUGMENTATION,
-      fingerprint=0.0,
+      fingerprint="",
     )
 
   found = latents.find_parts(folder / "reencoded")

@@ -1,5 +1,6 @@
 """From a config's data section to batches, latents included."""
 
+import dataclasses
 import re
 
 import jax
@@ -16,6 +17,7 @@ from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import encode
 from diffdis_jax.method.diffdis import to_signed
+from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch, LatentBatch
 from diffdis_jax.training import flops, stored_inputs
 from tests import steps, tiny
@@ -67,7 +69,7 @@ def write_latents(data, out, params, text=False):
       image_size=16,
       views=1,
       augmentation=Augmentation(),
-      fingerprint=stored_inputs.fingerprint(params),
+      fingerprint=stored_inputs.autoencoder_digest(params, model.network.model),
       text=text_conditions(model, params) if text else None,
     ),
   )
@@ -79,13 +81,14 @@ def text_conditions(model, params):
   return latents.TextConditions(
     encode=lambda captions: model.conditions(params, tokenizer(captions)),
     shape=(model.max_length, model.network.model.text_encoder.width),
-    fingerprint=stored_inputs.fingerprint(params, stored_inputs.CONDITION),
+    fingerprint=stored_inputs.text_encoder_digest(params, model.network.model),
   )
 
 
 def check_encoders(config, params):
   trainer = build_trainer(config, steps.make_mesh())
-  stored_inputs.check_stored(latent_facts(Run.of(config).data), params, trainer.trainable)
+  run = Run.of(config)
+  stored_inputs.check_stored(latent_facts(run.data), params, run.model, trainer.trainable)
 
 
 def config_of(**changes):
@@ -111,6 +114,11 @@ def test_latents_are_the_posteriors_of_the_images(data, cache, params):
   other = {path: value + 0.1 for path, value in params.items()}
   with pytest.raises(UserError, match="were made by another autoencoder; set init_from to the workdir"):
     check_encoders(config, other)
+  kernel = params["autoencoder.conv_in.kernel"]
+  colours = kernel.reshape(*kernel.shape[:2], 3, -1, kernel.shape[3])  # each with its pixels of a patch
+  bgr = {**params, "autoencoder.conv_in.kernel": colours[:, :, ::-1].reshape(kernel.shape)}
+  with pytest.raises(UserError, match="were made by another autoencoder"):  # its mean magnitudes are the same
+    check_encoders(config, bgr)
   decoder = {path: value + (0.1 if "decoder" in path else 0.0) for path, value in params.items()}
   check_encoders(config, decoder)
 
@@ -259,9 +267,37 @@ def test_what_is_wrong_with_a_source_of_a_mixture_names_it(section, message):
     open_loader(Run.of(config))
 
 
-def test_fingerprint_is_of_the_encoder(params):
-  number = stored_inputs.fingerprint(params)
-  assert number == stored_inputs.fingerprint({**params, "autoencoder.scale": params["autoencoder.scale"] + 1})
+def test_digests_are_of_the_encoders_bits(params):
+  model = Run.of(config_of()).model
+  digest = stored_inputs.autoencoder_digest(params, model)
+  bits = params | {path: params[path] + 1 for path in ("autoencoder.scale", "autoencoder.post_quant.bias")}
+  assert stored_inputs.autoencoder_digest(bits, model) == digest
   path = "autoencoder.quant.kernel"
-  assert number != stored_inputs.fingerprint({**params, path: params[path] + 0.01})
-  assert isinstance(jax.device_get(number), float)
+  assert stored_inputs.autoencoder_digest({**params, path: jnp.nextafter(params[path], jnp.inf)}, model) != digest
+
+
+@pytest.mark.parametrize(
+  ("part", "after_reading", "changes"),
+  [
+    ("autoencoder", {"scale": 2.0}, {"groups": 2}),
+    ("text_encoder", {"projection": 3}, {"num_heads": 1, "activation": "gelu"}),
+  ],
+)
+def test_digests_are_of_what_no_parameter_shows(params, part, after_reading, changes):
+  model, digest = Run.of(config_of()).model, getattr(stored_inputs, f"{part}_digest")
+
+  def changed(**fields):
+    return dataclasses.replace(model, **{part: dataclasses.replace(getattr(model, part), **fields)})
+
+  assert digest(params, changed(**after_reading)) == digest(params, model)
+  for name, value in changes.items():
+    assert getattr(getattr(model, part), name) != value
+    assert digest(params, changed(**{name: value})) != digest(params, model), name
+
+
+def test_digests_are_the_same_for_split_parameters(params):
+  model, mesh = Run.of(config_of()).model, sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  spread = jax.device_put(params, sharding.shardings(params, mesh, params))
+  kernel = spread["autoencoder.conv_in.kernel"]
+  assert len({str(shard.index) for shard in kernel.addressable_shards}) > 1
+  assert stored_inputs.autoencoder_digest(spread, model) == stored_inputs.autoencoder_digest(params, model)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -75,6 +77,42 @@ def test_too_many_pixels_are_told_by_the_header(data, monkeypatch):
   for read in (records.read_image, records.read_header):
     with pytest.raises(records.Unusable, match="image of too many pixels"):
       read(data)
+
+
+def of_many_scans(scans: int, size: int) -> bytes:
+  """A progressive JPEG whose last scan stands there so often that it has so many; filled up to a size by a comment."""
+  data = encode(
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG", progressive=True
+  )
+  last = data[data.rindex(b"\xff\xda") : -2]
+  data = data[:-2] + last * (scans - data.count(b"\xff\xda")) + b"\xff\xd9"
+  return with_comments(data, bytes(max(0, size - len(data))))
+
+
+def with_comments(data: bytes, content: bytes) -> bytes:
+  """The JPEG with this content in comments."""
+  pieces = [content[start : start + 65_000] for start in range(0, len(content), 65_000)]
+  return data[:2] + b"".join(b"\xff\xfe" + struct.pack(">H", len(piece) + 2) + piece for piece in pieces) + data[2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused_at_once():
+  """Each scan costs as much as a picture: 300 kB took a minute."""
+  data = of_many_scans(3000, 300_000)
+  assert len(data) >= 300_000 and data.count(b"\xff\xda") == 3000
+  for read in (records.read_image, records.read_header, functools.partial(records.read_decoded, at_least=8)):
+    start = time.monotonic()
+    with pytest.raises(records.Unusable, match="JPEG of more than 100 scans"):
+      read(data)
+    assert time.monotonic() - start < 0.1
+
+
+def test_only_scans_of_the_picture_itself_count():
+  """Not those of a thumbnail, or of bytes that look so in other segments, or behind the picture."""
+  few = of_many_scans(image_files.MAX_SCANS, 0)
+  data = with_comments(few, b"\xff\xda" * 40_000) + b"\xff\xda" * 1000
+  np.testing.assert_array_equal(np.asarray(records.read_image(data)), np.asarray(records.read_image(few)))
+  with pytest.raises(records.Unusable, match="scans"):
+    records.read_image(of_many_scans(image_files.MAX_SCANS + 1, 0))
 
 
 def test_text_that_unpacks_to_much_is_a_corrupt_image():

@@ -35,7 +35,7 @@ STAGE = dict(
   image_size=8,
   views=VIEWS,
   augmentation=Augmentation(crop="random_resized", crop_scale=(0.5, 0.6)),
-  fingerprint=1.5,
+  fingerprint="1.5",
 )
 
 
@@ -151,11 +151,11 @@ def test_views_have_the_captions_in_turns_with_their_conditions(tmp_path):
   write_tar(tmp_path / "raw" / "0.tar", content)
   builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
   as_numbers = lambda captions: np.asarray([[[ord(c[0]), int(c[2])]] for c in captions], ml_dtypes.bfloat16)
-  text = latents.TextConditions(encode=as_numbers, shape=(1, 2), fingerprint=2.5)
+  text = latents.TextConditions(encode=as_numbers, shape=(1, 2), fingerprint="2.5")
   prepare(tmp_path / "data", tmp_path / "out", text=text)
 
   source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
-  assert source.facts["text"] == {"shape": [1, 2], "fingerprint": 2.5}
+  assert source.facts["text"] == {"shape": [1, 2], "fingerprint": "2.5"}
   for i in range(3):
     captions = [source.read(i, k)[1]["caption"] for k in range(VIEWS)]
     assert captions == ([f"a {i}", f"b {i}", f"a {i}"] if i < 2 else [f"a {i}"] * VIEWS)
@@ -173,7 +173,7 @@ def test_views_have_the_captions_in_turns_with_their_conditions(tmp_path):
   with pytest.raises(UserError, match="stores the conditions of its own captions; leave caption_fields out"):
     sources.open_source(name="latents", path=tmp_path / "out", image_size=8, caption_fields=("caption",))
   with pytest.raises(UserError, match="another text encoder"):
-    failing = latents.TextConditions(encode=lambda captions: 1 / 0, shape=(1, 2), fingerprint=2.5)
+    failing = latents.TextConditions(encode=lambda captions: 1 / 0, shape=(1, 2), fingerprint="2.5")
     with pytest.raises(ZeroDivisionError):
       prepare(tmp_path / "data", tmp_path / "again", text=failing)
     prepare(tmp_path / "data", tmp_path / "again")
@@ -205,7 +205,7 @@ def test_going_on_needs_the_same_images_autoencoder_and_views(data, tmp_path):
     prepare(data, tmp_path / "out", encode=failing)
   for name, value, differing in (
     ("views", 2, "views"),
-    ("fingerprint", 2.0, "autoencoder"),
+    ("fingerprint", "2.0", "autoencoder"),
     ("augmentation", Augmentation(), "augmentation"),
     ("image_size", 16, "image size"),
     ("shape", (4, 4, 4), "latent shape"),
@@ -220,7 +220,7 @@ def test_a_disk_that_may_be_too_small_is_named_before_hours_of_encoding(data, tm
   found = latents.find_parts(data)
   stage = make_stage(tmp_path)
   assert sum(map(stage.most_bytes, found)) == N * VIEWS * 2 * (2 * 2 * 4)
-  text = latents.TextConditions(encode=encode, shape=(3, 5), fingerprint=2.5)
+  text = latents.TextConditions(encode=encode, shape=(3, 5), fingerprint="2.5")
   assert make_stage(tmp_path, text=text).most_bytes(found[0]) == N * VIEWS * 2 * (2 * 2 * 4 + 3 * 5)
   monkeypatch.setattr(latents.LatentStage, "most_bytes", lambda self, part: 1_400_000_000)
   monkeypatch.setattr(builder.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=800_000_000))

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -130,6 +131,8 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     duplicates = self._find_duplicates() if settings.drop_duplicates else {}
     shards = {split: self._shards(parts, duplicates) for split, parts in self._parts.items()}
     self.reports = {split: each.report for split, each in shards.items()}
+    if not settings.drop_duplicates:  # which leaves none
+      self._count_shared()
     if lacking := [split for split, each in shards.items() if not each.files]:
       said = f"no usable pair in split {lacking[0]}: {_none_usable(self.reports[lacking[0]])}"
       kept = [split for split in shards if split not in lacking]
@@ -170,6 +173,19 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     repeated[first] = False
     borders = np.cumsum([len(array) for array in digests])[:-1]
     return {part.name: np.flatnonzero(own).tolist() for part, own in zip(parts, np.split(repeated, borders))}
+
+  def _count_shared(self) -> None:
+    """Count the images that two splits have, by their bytes, and say how many there are in one line."""
+    digests = {
+      split: np.concatenate([self._stage.digests_of(part) for part in parts]) for split, parts in self._parts.items()
+    }
+    held_out_first, lines = sorted(digests, key=lambda split: split == "train"), []
+    for split, other in itertools.combinations(held_out_first, 2):
+      if count := int(np.isin(digests[split], digests[other]).sum()):
+        self.reports[split].shared[other] = count
+        lines.append(f"{count:,} of {len(digests[split]):,} images of {split} have the same bytes as images of {other}")
+    if lines:
+      logging.warning("%s; --drop_duplicates keeps those of held-out splits alone", "; ".join(lines))
 
   def _link(self, split: str, shards: Sequence[_Shard]) -> tfds.core.SplitInfo:
     template = tfds.core.ShardedFileTemplate(

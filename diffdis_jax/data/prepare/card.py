@@ -6,7 +6,7 @@ import dataclasses
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class Card:
       for what in ("skipped", "changed"):
         if counts := facts["report"].get(what):
           lines.append(f"{split}: {what} " + ", ".join(f"{n:,} with {reason}" for reason, n in counts.items()))
+      if passed_over := facts["report"].get("passed_over"):
+        lines.append(f"{split}: passed over, as no image, caption or json: {_counts(passed_over)}")
+      for other, count in (facts["report"].get("shared") or {}).items():
+        lines.append(f"{split}: {count:,} images have the same bytes as images of {other}")
       if truncated := facts["report"].get("truncated"):
         lines.append(f"{split}: truncated or damaged, read as far as possible: {', '.join(truncated)}")
     return lines
@@ -59,6 +63,10 @@ class Card:
     shown = list(dict.fromkeys(self.captions))[:EXAMPLES]
     facts = {"name": self.name, "version": self.version, "splits": self.splits, "captions": shown}
     return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+  return ", ".join(f"{n:,} {what}" for what, n in counts.items())
 
 
 def describe(path: pathlib.Path) -> Card:

@@ -89,12 +89,12 @@ class TextConditions:
 
   Attributes:
     encode: captions -> conditions of shape `shape`.
-    fingerprint: of the text encoder, as of the autoencoder.
+    fingerprint: the digest of the text encoder.
   """
 
   encode: EncodeText
   shape: tuple[int, int]
-  fingerprint: float
+  fingerprint: str
 
 
 class _Views(NamedTuple):
@@ -112,7 +112,7 @@ class LatentStage(staging.Stage):
   Attributes:
     encode: squares of `image_size` pixels -> moments of shape `shape`.
     augmentation: of a view; view k of image i is the same each time.
-    fingerprint: of the autoencoder, so that training can tell whether it has the same one.
+    fingerprint: the digest of the autoencoder, by which training tells whether it has the same one.
     text: how captions are encoded; None to leave that to training.
     images: what tells the data set's records from those that were in its folder before; empty where nothing does.
   """
@@ -122,7 +122,7 @@ class LatentStage(staging.Stage):
   image_size: int
   views: int
   augmentation: Augmentation
-  fingerprint: float
+  fingerprint: str
   text: TextConditions | None = None
   images: str = ""
   _opened: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)

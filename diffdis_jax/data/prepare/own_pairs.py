@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from diffdis_jax.data import records
@@ -50,8 +50,16 @@ class Pairs(Protocol):
     """Places of the pairs that seem to have image and caption."""
     ...
 
-  def part(self, name: str, split: str, places: Sequence[int]) -> Part:
-    """These of them."""
+  def digests(self) -> Iterator[bytes]:
+    """Yield the digest of each place's image file, empty where there is none that can be read."""
+    ...
+
+  def captions(self, places: Sequence[int]) -> Iterator[list[str]]:
+    """Yield the captions that training would draw from for each of these places, none where they cannot be used."""
+    ...
+
+  def part(self, name: str, split: str, places: Sequence[int], joined: Mapping[int, tuple[str, ...]]) -> Part:
+    """Return these of them. `joined` maps a place to its captions, where they are those of several rows."""
     ...
 
 
@@ -68,6 +76,18 @@ def pair_of(key: str, image: bytes | None, captions: Sequence[bytes | str], fiel
     fields[SEVERAL] = [records.read_caption(text) for text in raw]
   metadata = parts.encode(json.dumps(fields, ensure_ascii=False))
   return RawPair(key, image, raw[0] if raw else None, metadata)
+
+
+def usable_captions(pairs: Iterable[RawPair]) -> Iterator[list[str]]:
+  """Yield the captions of each pair, whose image is not looked at; none where they cannot be used."""
+  for pair in pairs:
+    try:
+      if pair.refused:
+        raise records.Unusable(pair.refused)
+      metadata = records.read_metadata(pair.metadata)
+      yield records.captions_of(metadata) or [records.read_caption(pair.caption)]
+    except records.Unusable:
+      yield []
 
 
 def caption_fields(where: str, columns: Mapping[str, Any] | Sequence[str], asked: Asked) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ MAX_CAPTION = 2000  # characters kept; CLIP reads 77 tokens
 JPEG_QUALITY = 92  # of images that are stored smaller; not stated by the paper
 CONTROLS = "caption with control characters"
 LONG = f"caption over {MAX_CAPTION} characters"
+JOINED = "captions of several rows with the same image"
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]+")
 
@@ -27,6 +28,7 @@ class RawPair:
 
   Attributes:
     refused: why one of them was not read, one of records.REASONS; empty where all were.
+    joined: whether its captions are those of several rows with the same image.
   """
 
   key: str
@@ -34,6 +36,7 @@ class RawPair:
   caption: bytes | None = None
   metadata: bytes | None = None
   refused: str = ""
+  joined: bool = False
 
 
 class Mended(NamedTuple):
@@ -96,6 +99,7 @@ def to_record(pair: RawPair, *, short_side: int | None = None, reduced_decoding:
   if pair.image is None:
     raise Unusable("missing image")
   caption, changed = mend(read_caption(pair.caption))
+  changed += [JOINED] if pair.joined else []
   # Read for its errors alone: it is stored as it is, so that no number is written differently.
   read_metadata(pair.metadata)
   # Decoded even where its bytes are kept: what cannot be read in training is left out here, and counted.

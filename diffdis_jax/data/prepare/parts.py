@@ -65,7 +65,8 @@ class FilesPart:
     # Of all of them: a class that is taken out of another split moves the labels of this one.
     digest = hashlib.blake2b(digest_size=16)
     for item in self.items:
-      digest.update(f"{item.file}\0{item.caption}\0{item.metadata}\0".encode("utf-8", "surrogatepass"))
+      facts = f"{item.file}\0{item.caption}\0{item.metadata}\0{stamp(self.root / item.file)}\0"
+      digest.update(facts.encode("utf-8", "surrogatepass"))
     return [self.name, len(self.items), digest.hexdigest()]
 
   def __iter__(self) -> Iterator[RawPair]:
@@ -76,6 +77,15 @@ class FilesPart:
       except Unusable as error:
         pair.refused = str(error)
       yield pair
+
+
+def stamp(path: pathlib.Path) -> list[int]:
+  """Return a file's size and time of change, which show that it was edited; nothing where there is no such file."""
+  try:
+    status = path.stat()
+  except (OSError, ValueError):  # it is counted where it is read
+    return []
+  return [status.st_size, status.st_mtime_ns]
 
 
 def encode(text: str) -> bytes:

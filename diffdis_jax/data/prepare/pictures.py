@@ -7,12 +7,14 @@
 | x.jpg, .png or any of image_files.ENDINGS | x.txt or x.caption beside it |
 | x.parquet, as img2dataset or datasets write | columns (tables.py) |
 
-Splits that the source names stay, `validation` and `valid` as `val`. Where none is `val`, a share of `train` is held
-out, by a hash of each key: more pictures, or the same ones again, move no pair to the other side.
+Rows of a split whose images have the same bytes are one record with all their captions. Splits that the source names
+stay, `validation` and `valid` as `val`. Where none is `val`, a share of `train` is held out, by a hash of each image's
+bytes: no image is on both sides, and more pictures move none to the other side.
 """
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import pathlib
 import posixpath
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 
 from diffdis_jax.data.prepare import parts, side_by_side, tables
@@ -106,39 +109,95 @@ def _few(found: Sequence[Part], count: int) -> Iterator[RawPair]:
     yield from part.few(-(-count // len(found)))
 
 
+class _Rows(NamedTuple):
+  """The rows of one `Pairs` by place, once rows with equal image bytes are one record.
+
+  Attributes:
+    split: what the data set calls it.
+    units: what tells a row's picture: its digest, or the row's key where no image can be read.
+    joined: place -> captions, of the records that have those of several rows.
+    places: of the records.
+  """
+
+  split: str
+  units: list[bytes]
+  joined: dict[int, tuple[str, ...]]
+  places: list[int]
+
+
+def _join(found: Sequence[Pairs]) -> list[_Rows]:
+  """Make one record of all usable rows of a split that have the same image bytes: the first, with the captions of all.
+
+  The images are read once for this. Their digests stay in memory, and the captions of rows with the same image.
+  """
+  logging.info("reading %d images, to find equal ones", sum(len(pairs.keys) for pairs in found))
+  rows: list[_Rows] = []
+  seen = collections.defaultdict[str, dict[bytes, tuple[int, int]]](dict)  # split -> digest -> the first such row
+  groups: dict[tuple[int, int], list[tuple[int, int]]] = {}  # the first row -> all of its image
+  for i, pairs in enumerate(found):
+    own = _Rows(CALLED.get(pairs.split, pairs.split), [], {}, [])
+    rows.append(own)
+    for place, (key, digest) in enumerate(zip(pairs.keys, pairs.digests(), strict=True)):
+      own.units.append(digest or key.encode("utf-8", "surrogateescape"))
+      first = seen[own.split].setdefault(digest, (i, place)) if digest else (i, place)
+      if first != (i, place):
+        groups.setdefault(first, [first]).append((i, place))
+  several = [*groups.values()]
+  captions: dict[tuple[int, int], list[str]] = {}
+  for i, pairs in enumerate(found):
+    places = sorted(place for group in several for each, place in group if each == i)
+    captions |= {(i, place): texts for place, texts in zip(places, pairs.captions(places), strict=True)}
+  dropped: set[tuple[int, int]] = set()
+  for group in several:
+    # A row whose captions cannot be used stays a record of its own, which the preparation skips and counts.
+    usable = [where for where in group if captions[where]]
+    if len(usable) > 1:
+      first, place = usable[0]
+      rows[first].joined[place] = tuple(dict.fromkeys(text for where in usable for text in captions[where]))
+      dropped.update(usable[1:])
+  if dropped:
+    logging.info("%d rows have the same image as another; each image is one record with all captions", len(dropped))
+  for i, (own, pairs) in enumerate(zip(rows, found, strict=True)):
+    own.places.extend(place for place in range(len(pairs.keys)) if (i, place) not in dropped)
+  return rows
+
+
 def _cut(source: pathlib.Path, found: Sequence[Pairs], held_out: float) -> list[Part]:
-  """Parts of ITEMS pairs, `train` first."""
-  splits = [CALLED.get(pairs.split, pairs.split) for pairs in found]
-  keys = [pairs.keys for pairs in found]
-  chosen: list[set[int]] = [set() for _ in found]
-  if held_out and "train" in splits and "val" not in splits:
-    of_train = [i for i, split in enumerate(splits) if split == "train"]
-    count = sum(len(keys[i]) for i in of_train)
-    hashes = {(i, place): _hash(keys[i][place]) for i in of_train for place in found[i].whole}
-    if count < 2 or len(hashes) == 1:
-      there = "one pair" if count else "no pair"
-      there += " with picture and caption" if count > 1 else ""
-      raise UserError(f"{source} has {there}; give at least two, of which one is held out, or --held_out=0")
-    in_order = sorted(hashes, key=hashes.__getitem__)
-    # One at least, and one at least stays.
-    held = [where for where in in_order if hashes[where] < held_out] or in_order[:1]
-    for i, place in held[: len(in_order) - 1]:
-      chosen[i].add(place)
+  """Parts of ITEMS records, `train` first."""
+  rows = _join(found)
+  held: set[bytes] = set()
+  if held_out and (splits := {own.split for own in rows}) >= {"train"} and "val" not in splits:
+    held = _held_out(source, [(own, pairs) for own, pairs in zip(rows, found) if own.split == "train"], held_out)
   by_split: dict[str, list[Part]] = {}
-  for held in (False, True):
-    for pairs, of_pairs, split, apart in zip(found, keys, splits, chosen, strict=True):
-      places = [place for place in range(len(of_pairs)) if (place in apart) == held]
-      split = "val" if held else split
+  for apart in (False, True):
+    for own, pairs in zip(rows, found, strict=True):
+      of_train = own.split == "train"
+      places = [place for place in own.places if (of_train and own.units[place] in held) == apart]
+      split = "val" if apart else own.split
       of_split = by_split.setdefault(split, []) if places else []
       for first in range(0, len(places), ITEMS):
-        of_split.append(pairs.part(f"{split}-{len(of_split):05d}", split, places[first : first + ITEMS]))
+        name = f"{split}-{len(of_split):05d}"
+        of_split.append(pairs.part(name, split, places[first : first + ITEMS], own.joined))
   return [part for split in sorted(by_split, key=lambda split: split != "train") for part in by_split[split]]
 
 
-def _hash(key: str) -> float:
-  """Of a key, evenly from 0 to 1."""
-  digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-  return int.from_bytes(digest, "big") / 2**64
+def _held_out(source: pathlib.Path, train: Sequence[tuple[_Rows, Pairs]], share: float) -> set[bytes]:
+  """The pictures that become `val`: by the hash of each one's bytes, so that none is in both splits."""
+  count = sum(len(own.places) for own, _ in train)
+  hashes = {own.units[place]: share_of(own.units[place]) for own, pairs in train for place in pairs.whole}
+  if count < 2 or len(hashes) == 1:
+    there = "one pair" if count else "no pair"
+    there += " with picture and caption" if count > 1 else ""
+    raise UserError(f"{source} has {there}; give at least two, of which one is held out, or --held_out=0")
+  in_order = sorted(hashes, key=hashes.__getitem__)
+  # One at least, and one at least stays.
+  held = [unit for unit in in_order if hashes[unit] < share] or in_order[:1]
+  return {*held[: len(in_order) - 1]}
+
+
+def share_of(unit: bytes) -> float:
+  """Map bytes evenly to numbers from 0 to 1; those below the share that is held out become `val`."""
+  return int.from_bytes(hashlib.blake2b(unit, digest_size=8).digest(), "big") / 2**64
 
 
 def _nothing(source: pathlib.Path, names: Sequence[str]) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import csv
 import dataclasses
 import hashlib
@@ -18,9 +19,19 @@ from diffdis_jax.data import image_files, records, tars
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.card import spread
 from diffdis_jax.data.prepare.image_folder import SPLITS
-from diffdis_jax.data.prepare.own_pairs import SEVERAL, Asked, Pairs, caption_fields, is_plain, other_fields, pair_of
+from diffdis_jax.data.prepare.own_pairs import (
+  SEVERAL,
+  Asked,
+  Pairs,
+  caption_fields,
+  is_plain,
+  other_fields,
+  pair_of,
+  usable_captions,
+)
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import Part
+from diffdis_jax.data.prepare.pairs import digest as digest_of
+from diffdis_jax.data.prepare.parts import ITEMS, Part
 from diffdis_jax.data.records import MOST_TEXT_BYTES, TOO_LARGE, Unusable, read_file
 from diffdis_jax.errors import UserError, parse_json
 
@@ -37,6 +48,7 @@ class Sample:
     captions: texts; or files, where `is_file`.
     metadata: its fields.
     metadata_file: a file with more of them.
+    joined: whether the captions are those of several rows with the same image.
   """
 
   key: str
@@ -45,6 +57,7 @@ class Sample:
   is_file: bool = False
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   metadata_file: str = ""
+  joined: bool = False
 
   @property
   def is_whole(self) -> bool:
@@ -71,8 +84,12 @@ class SamplesPart:
 
   def identity(self) -> list[Any]:
     # Of all of them, since a caption in the middle of a table may be mended before the same command is run again.
-    digest = hashlib.blake2b(repr(list(self.samples)).encode(), digest_size=16).hexdigest()
-    return [self.name, len(self.samples), digest, *self.fields]
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in self.samples:
+      names = (sample.image, sample.metadata_file, *(sample.captions if sample.is_file else ()))
+      stamps = [parts.stamp(self.root / name) for name in names if name]
+      digest.update(f"{sample!r}{stamps}".encode())
+    return [self.name, len(self.samples), digest.hexdigest(), *self.fields]
 
   def few(self, count: int) -> Iterator[RawPair]:
     """At most so many of them, from all over the part."""
@@ -85,9 +102,10 @@ class SamplesPart:
         image = read_file(self.root / sample.image, within=self.root) if sample.image else None
         texts = [self._text(each) for each in sample.captions] if sample.is_file else sample.captions
         more = records.read_metadata(self._text(sample.metadata_file)) if sample.metadata_file else {}
-        if self.fields:  # those of the captions that were asked for
-          more.pop(SEVERAL, None)
-        yield pair_of(sample.key, image, texts, {**sample.metadata, **more})
+        fields = {**sample.metadata, **more}
+        if sample.joined or (self.fields and SEVERAL in more):  # `texts` are all captions, or those that were asked for
+          fields.pop(SEVERAL, None)
+        yield dataclasses.replace(pair_of(sample.key, image, texts, fields), joined=sample.joined)
       except Unusable as error:
         yield RawPair(sample.key, refused=str(error))
 
@@ -116,8 +134,28 @@ class Samples:
   def whole(self) -> Sequence[int]:
     return [i for i, sample in enumerate(self.samples) if sample.is_whole]
 
-  def part(self, name: str, split: str, places: Sequence[int]) -> Part:
-    return SamplesPart(name, split, self.root, [self.samples[place] for place in places], self.fields)
+  def digests(self) -> Iterator[bytes]:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      for start in range(0, len(self.samples), ITEMS):  # so that few results wait in memory
+        yield from pool.map(self._digest, self.samples[start : start + ITEMS])
+
+  def _digest(self, sample: Sample) -> bytes:
+    try:
+      return digest_of(read_file(self.root / sample.image, within=self.root)) if sample.image else b""
+    except (OSError, Unusable):  # it is counted, or named, where its record is made
+      return b""
+
+  def captions(self, places: Sequence[int]) -> Iterator[list[str]]:
+    without_images = [dataclasses.replace(self.samples[place], image="") for place in places]
+    return usable_captions(SamplesPart("", self.split, self.root, without_images, self.fields))
+
+  def part(self, name: str, split: str, places: Sequence[int], joined: Mapping[int, tuple[str, ...]]) -> Part:
+    samples = [_with_captions(self.samples[place], joined.get(place, ())) for place in places]
+    return SamplesPart(name, split, self.root, samples, self.fields)
+
+
+def _with_captions(sample: Sample, captions: tuple[str, ...]) -> Sample:
+  return dataclasses.replace(sample, captions=captions, is_file=False, joined=True) if captions else sample
 
 
 def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, ...]) -> list[Pairs]:
@@ -207,16 +245,22 @@ def by_table(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[P
       key = _written_otherwise(posixpath.normpath(posixpath.join(folder, name)), there)
       if key.startswith(("../", "/")) or not _is_file_name(key):
         raise UserError(f"{source / table} names {name}, which is no picture below {source}")
-      if key in samples:
-        raise UserError(f"{source / table} has {name} twice; give each picture one row")
       others = other_fields((field for field, value in row.items() if is_plain(value)), (FILE_NAME, *fields), asked)
       texts = tuple(records.texts_of(row, fields))
-      samples[key] = Sample(key, key, texts, metadata={field: row[field] for field in others})
+      sample = Sample(key, key, texts, metadata={field: row[field] for field in others})
+      samples[key] = _with_row(samples[key], sample) if key in samples else sample
   # A picture that no row names is counted, as a pair without a caption.
   rest = [Sample(name, name) for name in names if is_picture(name) and name not in samples]
   if not samples:
     raise UserError(f"the metadata in {source} has no rows; each is a {FILE_NAME} and a caption")
   return _by_split(source, [*samples.values(), *rest], fields)
+
+
+def _with_row(sample: Sample, row: Sample) -> Sample:
+  """Return the sample with the captions of a further row of its picture, of which other fields are left out."""
+  texts = [records.captions_of(each.metadata) or each.captions for each in (sample, row)]
+  texts[0] = sample.captions if sample.joined else texts[0]
+  return _with_captions(sample, tuple(dict.fromkeys([*texts[0], *texts[1]])))
 
 
 def _written_otherwise(name: str, there: Collection[str]) -> str:

@@ -26,7 +26,7 @@ from tensorflow_datasets.core import example_serializer
 
 from diffdis_jax.common import files, progress, signals, storage
 from diffdis_jax.data import records
-from diffdis_jax.data.prepare import pairs
+from diffdis_jax.data.prepare import pairs, webdataset
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.errors import UserError
 
@@ -44,6 +44,8 @@ class Report:
     first_skipped: reason -> keys of the first few.
     changed: what was changed in pairs that are stored -> in how many.
     truncated: parts that end before their end.
+    shared: another split -> how many images of this split have the same bytes as images there.
+    passed_over: ending of files in tars that are no part of a pair -> how many.
   """
 
   pairs: int = 0
@@ -51,6 +53,8 @@ class Report:
   first_skipped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
   changed: dict[str, int] = dataclasses.field(default_factory=dict)
   truncated: list[str] = dataclasses.field(default_factory=list)
+  shared: dict[str, int] = dataclasses.field(default_factory=dict)
+  passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def skip(self, key: str, reason: str) -> None:
     self.skipped[reason] = self.skipped.get(reason, 0) + 1
@@ -60,8 +64,9 @@ class Report:
 
   def add(self, other: Report) -> None:
     self.pairs += other.pairs
-    for mine, theirs in ((self.skipped, other.skipped), (self.changed, other.changed)):
-      for reason, count in theirs.items():
+    for field in ("skipped", "changed", "shared", "passed_over"):
+      mine = getattr(self, field)
+      for reason, count in getattr(other, field).items():
         mine[reason] = mine.get(reason, 0) + count
     for reason, keys in other.first_skipped.items():
       self.first_skipped[reason] = (self.first_skipped.get(reason, []) + keys)[:FIRST]
@@ -164,6 +169,8 @@ class Stage:
       yield serialize({**record, "key": pair.key.encode("utf-8", "backslashreplace")})
     if part.truncated:
       report.truncated.append(part.name)
+    if isinstance(part, webdataset.TarPart):
+      report.passed_over = part.passed_over
 
 
 def serializer(spec: tfds.features.FeaturesDict) -> Any:

@@ -9,17 +9,28 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import pathlib
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.common.files import leads_out
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.image_folder import SPLITS
-from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, other_fields, pair_of
+from diffdis_jax.data.prepare.own_pairs import (
+  SEVERAL,
+  Asked,
+  Pairs,
+  caption_fields,
+  is_plain,
+  other_fields,
+  pair_of,
+  usable_captions,
+)
 from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data.prepare.pairs import digest as digest_of
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.records import MOST_BYTES, TOO_LARGE, Unusable, texts_of
 from diffdis_jax.errors import UserError
@@ -61,13 +72,30 @@ class Table:
   def whole(self) -> Sequence[int]:
     return range(len(self.keys))
 
-  def part(self, name: str, split: str, places: Sequence[int]) -> Part:
-    return TablePart(name, split, self.path, self.columns, places, [self.keys[place] for place in places])
+  def digests(self) -> Iterator[bytes]:
+    for row in _rows(self.path, Columns(self.columns.image, (), ()), self.whole):
+      try:
+        data = _bytes_of(row[self.columns.image])
+      except Unusable:  # it is counted where its record is made
+        data = None
+      yield digest_of(data) if data else b""
+
+  def captions(self, places: Sequence[int]) -> Iterator[list[str]]:
+    without_images = dataclasses.replace(self, columns=dataclasses.replace(self.columns, image=""))
+    return usable_captions(without_images.part("", self.split, places, {}))
+
+  def part(self, name: str, split: str, places: Sequence[int], joined: Mapping[int, tuple[str, ...]]) -> Part:
+    captions = {self.keys[place]: joined[place] for place in places if place in joined}
+    return TablePart(name, split, self.path, self.columns, places, [self.keys[place] for place in places], captions)
 
 
 @dataclasses.dataclass
 class TablePart:
-  """Some rows of a file."""
+  """Some rows of a file.
+
+  Attributes:
+    joined: key -> captions, of the rows that have those of others with the same image too.
+  """
 
   name: str
   split: str
@@ -75,11 +103,12 @@ class TablePart:
   columns: Columns
   places: Sequence[int]
   keys: Sequence[str]
+  joined: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   truncated: bool = False
 
   def identity(self) -> list[Any]:
-    size = self.path.stat().st_size
-    return [self.name, self.path.name, size, self.places[0], self.places[-1], len(self.places), *self.columns.captions]
+    digest = hashlib.blake2b(repr((list(self.places), self.joined)).encode(), digest_size=16).hexdigest()
+    return [self.name, self.path.name, *parts.stamp(self.path), digest, *self.columns.captions]
 
   def few(self, count: int) -> Iterator[RawPair]:
     """The first of them: others would have to be read past these."""
@@ -88,9 +117,12 @@ class TablePart:
   def __iter__(self) -> Iterator[RawPair]:
     for key, row in zip(self.keys, _rows(self.path, self.columns, self.places)):
       try:
-        image = _bytes_of(row[self.columns.image])
+        image = _bytes_of(row[self.columns.image]) if self.columns.image else None
         fields = {name: row[name] for name in self.columns.others if is_plain(row[name])}
-        yield pair_of(key, image, texts_of(row, self.columns.captions), fields)
+        if texts := self.joined.get(key, ()):
+          fields.pop(SEVERAL, None)
+        pair = pair_of(key, image, texts or texts_of(row, self.columns.captions), fields)
+        yield dataclasses.replace(pair, joined=bool(texts))
       except Unusable as error:
         yield RawPair(key, refused=str(error))
 

@@ -29,26 +29,29 @@ class TarPart:
   Attributes:
     truncated: known after iteration: the file ends, or is damaged, before the tar's end mark. Pairs are left out then
       unless they have image and caption, since what they lack may have lain behind that.
+    passed_over: known after iteration: ending -> how many files have it and are neither image, caption nor json.
   """
 
   path: pathlib.Path
   split: str
   truncated: bool = False
+  passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def name(self) -> str:
     return self.path.stem
 
   def identity(self) -> list[Any]:
-    # Name and size, not a hash, which would read all of a data set before each start.
-    return [self.path.name, self.path.stat().st_size]
+    # Not a hash, which would read all of a data set before each start.
+    status = self.path.stat()
+    return [self.path.name, status.st_size, status.st_mtime_ns]
 
   def __iter__(self) -> Iterator[RawPair]:
     # One open file for all members: a tar has thousands.
     with open(self.path, "rb") as file:
       before = _state(os.fstat(file.fileno()))
       index = tars.index(self.path, FIELDS.get)
-      self.truncated = not index.whole
+      self.truncated, self.passed_over = not index.whole, index.passed_over
       for key, members in index.samples.items():
         # What a pair of a damaged tar lacks may lie behind the damage; without image and caption it is none.
         if index.whole or {"image", "caption"} <= members.keys():

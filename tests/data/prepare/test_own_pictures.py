@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import errno
+import itertools
 import json
 import os
 import pathlib
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffdis_jax.data.prepare import builder, pictures
+from diffdis_jax.config.data import Loading
+from diffdis_jax.data import loader, sources
+from diffdis_jax.data.prepare import builder, image_folder, pairs, pictures, staging
 from diffdis_jax.data.prepare.own_pairs import Asked
 from diffdis_jax.errors import UserError
 from tests.raw_pairs import load, picture
@@ -78,9 +82,10 @@ def test_what_is_held_out_stays_so(tmp_path):
 
 def test_one_pair_stays_in_train_whatever_is_held_out(tmp_path):
   """The hashes of both are below a half."""
-  for name in ("50", "51"):
-    put(tmp_path / "raw" / f"{name}.png", picture(int(name)))
-    put(tmp_path / "raw" / f"{name}.txt", "x")
+  seeds = [seed for seed in range(20) if pictures.share_of(pairs.digest(picture(seed))) < 0.5][:2]
+  for seed in seeds:
+    put(tmp_path / "raw" / f"{seed}.png", picture(seed))
+    put(tmp_path / "raw" / f"{seed}.txt", "x")
   reports = prepared(tmp_path / "raw", tmp_path / "out", held_out=0.5)
   assert {split: report.pairs for split, report in reports.items()} == {"train": 1, "val": 1}
 
@@ -88,12 +93,12 @@ def test_one_pair_stays_in_train_whatever_is_held_out(tmp_path):
 def test_a_held_out_pair_that_cannot_be_used_is_named(tmp_path):
   """Of ten the one that is held out: the message says which."""
   source = beside(tmp_path / "raw", 10)
-  (part,) = [part for part in pictures.find_parts(source, Asked()) if part.split == "val"]
-  (held,) = part
-  put(source / f"{held.key}.png", "no image")
-  message = f"no usable pair in split val: 1 with corrupt image, the first '{held.key}'; mend these, or take them out"
+  # Bytes that are held out before any other's.
+  lowest = min((f"no image {i}" for i in range(1000)), key=lambda text: pictures.share_of(pairs.digest(text.encode())))
+  put(source / "set0" / "000.png", lowest)
+  message = "no usable pair in split val: 1 with corrupt image, the first 'set0/000'; mend these, or take them out"
   with pytest.raises(UserError, match=message):
-    prepared(source, tmp_path / "out")
+    prepared(source, tmp_path / "out", held_out=1e-9)
 
 
 @pytest.mark.parametrize("names", [("train", "validation", "test"), ("Train", "Validation", "TEST")])
@@ -192,6 +197,77 @@ def test_several_captions_by_their_endings(tmp_path):
   assert all(each["captions"] == [f"another {each['key']}", f"one {each['key']}"] for each in records)
 
 
+def five_captions(folder: pathlib.Path, layout: str, count: int = COUNT) -> pathlib.Path:
+  """A row for each of five captions of each picture, not side by side, in the layouts in which people have them."""
+  rows = [(i, f"caption {j} of {i}") for j in range(5) for i in range(count)]
+  if layout == "parquet":
+    half = len(rows) // 2
+    for name, part in (("0", rows[:half]), ("1", rows[half:])):
+      put(folder / f"{name}.parquet", columns(image=[picture(i) for i, _ in part], text=[text for _, text in part]))
+  elif layout == "jsonl":
+    for i in range(count):
+      put(folder / f"{i}.png", picture(i))
+    table = [{"file_name": f"{i}.png", "text": text} for i, text in rows]
+    put(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in table))
+  else:
+    for number, (i, text) in enumerate(rows):
+      put(folder / f"{number}.png", picture(i))
+      put(folder / f"{number}.txt", text)
+  return folder
+
+
+@pytest.mark.parametrize("layout", ["parquet", "jsonl", "beside"])
+def test_rows_with_the_same_image_are_one_record_and_held_out_together(tmp_path, layout):
+  reports = prepared(five_captions(tmp_path / "raw", layout), tmp_path / "out", held_out=0.2)
+  found = {split: load(tmp_path / "out", split) for split in reports}
+  images = {split: {record["image"] for record in found[split]} for split in found}
+  assert not images["train"] & images["val"] and len(images["train"] | images["val"]) == COUNT
+  assert reports["train"].pairs + reports["val"].pairs == COUNT and reports["val"].pairs > 1
+  texts = [sorted(record["captions"]) for records in found.values() for record in records]
+  assert sorted(texts) == sorted([f"caption {j} of {i}" for j in range(5)] for i in range(COUNT))
+  assert all(record["caption"] in record["captions"] for records in found.values() for record in records)
+  assert sum(report.changed["captions of several rows with the same image"] for report in reports.values()) == COUNT
+
+
+def test_a_row_without_a_caption_that_can_be_used_takes_none_from_the_others(tmp_path):
+  source = tmp_path / "raw"
+  texts = {"a": b"\xff\xfe\xc3", "b": b"one", "c": b"", "d": b"two", "e": b"one"}
+  for name, text in texts.items():
+    put(source / f"{name}.png", picture(0))
+    put(source / f"{name}.txt", text)
+  put(source / "d.json", json.dumps({"captions": ["two", "three"], "place": "here"}))
+  reports = prepared(source, tmp_path / "out", held_out=0.0)
+  (record,) = load(tmp_path / "out", "train")
+  assert (record["key"], record["caption"], record["captions"]) == ("b", "one", ["one", "two", "three"])
+  assert reports["train"].skipped == {"caption that is not UTF-8": 1, "missing caption": 1}
+
+
+def test_training_draws_all_captions_of_joined_rows(tmp_path):
+  prepared(five_captions(tmp_path / "raw", "beside", 4), tmp_path / "out", held_out=0.0)
+  source = sources.open_source(name="pairs", path=tmp_path / "out", split="train", image_size=8)
+  drawn: set[str] = set()
+  tokenizer = lambda texts: drawn.update(texts) or np.zeros((len(texts), 1), np.int32)
+  loading = Loading(num_threads=0)
+  batches = loader.train_loader(source, tokenizer=tokenizer, batch_size=4, image_size=8, seed=0, loading=loading)
+  for _ in range(60):  # epochs
+    next(batches)
+  assert drawn == {f"caption {j} of {i}" for j in range(5) for i in range(4)}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_equal_images_of_two_splits_are_counted_in_one_line(tmp_path, caplog, named):
+  for i, split in enumerate(("train", "train", "train", "val", "val")):
+    put(tmp_path / "raw" / split / "a" / f"{i}.png", picture(i % 3))
+    put(tmp_path / "raw" / split / "a" / f"{i}.txt", f"{i}")
+  if named:
+    reports = prepared(tmp_path / "raw", tmp_path / "out")
+  else:
+    reports = builder.prepare(image_folder.find_parts(tmp_path / "raw"), tmp_path / "out")
+  assert reports["val"].shared == {"train": 2} and not reports["train"].shared
+  (line,) = [record.getMessage() for record in caplog.records if "same bytes" in record.getMessage()]
+  assert "2 of 2 images of val have the same bytes as images of train" in line
+
+
 @pytest.mark.parametrize("kind, ending", [("GIF", "gif"), ("BMP", "BMP"), ("TIFF", "tif"), ("PPM", "ppm")])
 def test_pictures_of_every_format(tmp_path, kind, ending):
   source = tmp_path / "raw"
@@ -286,6 +362,38 @@ def test_a_preparation_is_resumed_with_the_same_captions_alone(tmp_path, change)
   assert (part.identity() == before) == (change == "nothing")
 
 
+@pytest.mark.parametrize("edited", ["nothing", "caption", "image", "json", "parquet"])
+def test_a_killed_preparation_is_not_resumed_with_edited_files(tmp_path, monkeypatch, edited):
+  """Old and new captions would be mixed."""
+  source = tmp_path / "raw"
+  if edited == "parquet":
+    write_table(source / "0.parquet", "datasets")
+  else:
+    beside(source)
+    put(source / "set1" / "001.json", json.dumps({"place": "here"}))
+  monkeypatch.setattr(pictures, "ITEMS", 10)
+  write, count = staging.Stage.write, itertools.count()
+
+  def killed(stage, part):
+    if next(count) == 2:
+      raise KeyboardInterrupt
+    return write(stage, part)
+
+  monkeypatch.setattr(staging.Stage, "write", killed)
+  with pytest.raises(KeyboardInterrupt):
+    prepared(source, tmp_path / "out")
+  monkeypatch.setattr(staging.Stage, "write", write)
+  if edited == "nothing":
+    assert sum(report.pairs for report in prepared(source, tmp_path / "out").values()) == COUNT
+    return
+  names = {"caption": "set1/001.txt", "image": "set1/001.png", "json": "set1/001.json", "parquet": "0.parquet"}
+  file = source / names[edited]
+  before = file.stat()
+  os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))  # of the same size, as a mended letter leaves
+  with pytest.raises(UserError, match="unfinished preparation with another source; give the same, or delete it"):
+    prepared(source, tmp_path / "out")
+
+
 def test_a_table_whose_rows_end_in_a_comma(tmp_path):
   put(tmp_path / "raw" / "0.png", picture(0))
   put(tmp_path / "raw" / "metadata.csv", 'file_name,text\n0.png,"a ""red"", \nstar", \n')
@@ -293,8 +401,8 @@ def test_a_table_whose_rows_end_in_a_comma(tmp_path):
   assert captions(tmp_path / "out", "train") == {"0.png": 'a "red", \nstar'}
 
 
-def write_table(path: pathlib.Path, kind: str, count: int = COUNT) -> None:
-  data = [picture(i) for i in range(count)]
+def write_table(path: pathlib.Path, kind: str, count: int = COUNT, *, seed: int = 0) -> None:
+  data = [picture(seed + i) for i in range(count)]
   names = [f"picture {i}" for i in range(count)]
   if kind == "img2dataset":
     columns = {"key": [f"{i:09d}" for i in range(count)], "jpg": [*data[:-1], None], "caption": names}
@@ -312,7 +420,7 @@ def write_table(path: pathlib.Path, kind: str, count: int = COUNT) -> None:
 
 def test_img2datasets_parquet(tmp_path):
   for shard in ("00000", "00001"):
-    write_table(tmp_path / "raw" / f"{shard}.parquet", "img2dataset")
+    write_table(tmp_path / "raw" / f"{shard}.parquet", "img2dataset", seed=COUNT * int(shard))
   reports = prepared(tmp_path / "raw", tmp_path / "out", held_out=0.2)
   assert sum(report.pairs for report in reports.values()) == 2 * COUNT - 2
   assert sum(report.skipped.get("missing image", 0) for report in reports.values()) == 2
@@ -398,7 +506,7 @@ def test_a_datasets_folder(tmp_path, several):
   source = tmp_path / "raw"
   folder = source / "train" if several else source
   for i in range(2):
-    write_table(folder / f"data-{i:05d}-of-00002.arrow", "datasets")
+    write_table(folder / f"data-{i:05d}-of-00002.arrow", "datasets", seed=COUNT * i)
   names = [{"filename": f"data-{i:05d}-of-00002.arrow"} for i in range(2)]
   put(folder / "state.json", json.dumps({"_data_files": names, "_split": "train"}))
   put(folder / "dataset_info.json", "{}")
@@ -453,7 +561,6 @@ def columns(**values) -> bytes:
     ({"metadata.jsonl": b'{"text": "a"}\n'}, {}, "row 1 has no file_name; its columns are text"),
     ({"metadata.jsonl": b'{"file_name": "a.png"}\n'}, {}, "has no column caption or text; name those"),
     ({"metadata.jsonl": b"{\n"}, {}, "metadata.jsonl, line 1 is not JSON"),
-    ({"metadata.csv": b"file_name,text\na.png,a\na.png,b\n"}, {}, "has a.png twice; give each picture one row"),
     ({"metadata.csv": b"file_name,text\na.png,a\nb.png,a, b\n"}, {}, "line 3 has more values .*; put quotes around"),
     ({"metadata.csv": b'file_name,text\na.png,a\nb.png,"a\nc.png,c\n'}, {}, "unexpected end of data, from line 3 on"),
     ({"metadata.csv": b'file_name,text\na.png,"a "b" c"\n'}, {}, "from line 2 on; a quoted text ends in a quote, and"),

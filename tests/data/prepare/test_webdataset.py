@@ -40,8 +40,19 @@ def test_groups_by_key(tmp_path):
 def test_extensions_keys_and_strangers(tmp_path):
   files = {"sub/x.JPG": b"1", "sub/x.txt": b"t", "sub/x.cls": b"9", "y.seg.png": b"no", "README": b""}
   files |= {"y.webp": b"2", "z.jpeg": b"3"}
+  files |= {"sub/._x.jpg": b"of macOS", "sub/more": b""}
+  path = write_tar(tmp_path / "0.tar", files)
+  part = webdataset.TarPart(path, "train")
+  named = [RawPair("sub/x", b"1", b"t"), RawPair("y.seg", b"no"), RawPair("y", b"2"), RawPair("z", b"3")]
+  assert [dataclasses.replace(pair, key=pair.key.removeprefix("0/")) for pair in part] == named
+  assert part.passed_over == {".cls": 1, "without an ending": 2, "hidden": 1}
+
+
+def test_names_with_dots_keep_their_pairs(tmp_path):
+  names = ["photo.2020", "a.b.c", "v1.5/x", "v1.5/y.z", "plain", "trailing.", "2020.01.02", "x.png"]
+  files = {f"{name}.{ending}": f"{name} {ending}".encode() for name in names for ending in ("png", "txt")}
   pairs, _ = read(write_tar(tmp_path / "0.tar", files))
-  assert pairs == [RawPair("sub/x", b"1", b"t"), RawPair("y", b"2"), RawPair("z", b"3")]
+  assert pairs == [RawPair(name, f"{name} png".encode(), f"{name} txt".encode()) for name in names]
 
 
 @pytest.mark.parametrize(
