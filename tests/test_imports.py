@@ -15,7 +15,7 @@ ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # The rooms of the package, from the ground up: a folder, or a file at the root. It may import those before it.
 CORE = (
   *("errors", "structs", "common", "config", "__init__"),
-  *("parallel", "data", "run", "models", "method"),
+  *("parallel", "run", "data", "models", "method"),
   *("interop", "inference", "evals", "training"),
   *("train", "evaluate", "generate", "prepare_data", "import_weights", "export_weights", "verify", "demo"),
 )

@@ -62,7 +62,13 @@ def doubts(run: Run) -> list[str]:
 
 
 def enlarged(path: str, *, split: str, image_size: int) -> str:
-  """A sentence where half of a prepared split's images are smaller than `image_size`; else empty, as without a card."""
+  """Say in a sentence that half of a prepared split's images are smaller than `image_size`; empty where they are not.
+
+  Raises:
+    UserError: the card, by which this is known, is damaged.
+  """
+  if (buckets.path(path) / "card.json").exists():
+    records.check_digests(path, ("card.json",))
   try:
     side = int(files.read_object(buckets.path(path) / "card.json")["splits"][split]["short_side"]["median"])
   except (KeyError, TypeError, ValueError):

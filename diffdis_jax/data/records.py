@@ -25,8 +25,10 @@ from diffdis_jax.common.files import leads_out, may_open
 from diffdis_jax.data import copies, image_files
 from diffdis_jax.data.transforms import Decoded, decode_reduced
 from diffdis_jax.errors import UserError, parse_json
+from diffdis_jax.run import digests
 
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
+DESCRIPTION = ("dataset_info.json", "features.json", "metadata.json")  # what TFDS reads beside the records
 OTHERS = 100  # files and connections that a process has open beside its records
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -346,13 +348,25 @@ def read_info(path: str | os.PathLike[str]) -> Any:
   return builder(path).info
 
 
+def check_digests(folder: str | os.PathLike[str], names: tuple[str, ...]) -> None:
+  """Refuse a folder of which one of these files is not as it was written. One without digests is not checked.
+
+  Raises:
+    UserError: a file is damaged; a bit in a description may mean other records.
+  """
+  if damage := digests.damage(folder, ending=names):
+    raise UserError(f"{folder}: {damage.file} {damage.what}; copy the data set again, or prepare it again")
+
+
 def builder(path: str | os.PathLike[str]) -> Any:
-  """Raises UserError: its description is damaged."""
+  """Open the tfds.core.DatasetBuilder of a prepared data set. Raises UserError: its description is damaged."""
   import tensorflow_datasets as tfds  # here, since it takes half a second and `shapes` does without
   from google.protobuf import json_format
 
+  folder = copies.folder_of(path)
+  check_digests(folder, DESCRIPTION)
   try:
-    return tfds.builder_from_directory(copies.folder_of(path))
+    return tfds.builder_from_directory(folder)
   except (FileNotFoundError, ValueError, json_format.ParseError) as error:  # a bucket's errors may pass
     said = " ".join(str(error).split())[:200]
     raise UserError(f"{path} is no whole data set: {said}; copy it again, or prepare it again") from error

@@ -27,7 +27,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from diffdis_jax.common import buckets, files, progress
-from diffdis_jax.data import image_files
 from diffdis_jax.errors import FULL_DISK, may_pass
 from diffdis_jax.run import history
 from diffdis_jax.run.trackers import Tracker
@@ -64,7 +63,9 @@ class Writer:
 
   def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
     """One picture, such as a grid of samples: samples/<name>_<step>.png, and TensorBoard."""
-    content = image_files.png(Image.fromarray(image))
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    content = buffer.getvalue()
     file = self._path / "samples" / f"{name}_{step:08d}.png"
     try:
       file.parent.mkdir(parents=True, exist_ok=True)

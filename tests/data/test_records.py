@@ -1,15 +1,20 @@
+import functools
 import os
+import pathlib
+import random
 import resource
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffdis_jax.data import records
+from diffdis_jax import prepare_data
+from diffdis_jax.data import build, records
 from diffdis_jax.data.prepare import builder, pairs, parts
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.errors import UserError
-from tests.raw_pairs import encode, faults, picture
+from diffdis_jax.run import digests
+from tests.raw_pairs import encode, faults, load, picture, write_tar
 
 FAULTS = faults()
 
@@ -111,3 +116,47 @@ def test_more_files_than_the_system_lets_be_open_are_no_damaged_records(in_many_
     assert said in caplog.text and source[8]["caption"] == "caption 8"
     with pytest.raises(UserError, match=f"{said} .* where ulimit -n is at least"):
       [source[i] for i in range(FILES)]
+
+
+SMALL = ("dataset_info.json", "features.json", "metadata.json", "card.json", digests.NAME)
+
+
+def flip(data: bytes, rng: random.Random) -> bytes:
+  """A bit, or a byte, changed somewhere."""
+  place = rng.randrange(len(data))
+  change = 1 << rng.randrange(8) if rng.random() < 0.5 else rng.randrange(1, 256)
+  return data[:place] + bytes([data[place] ^ change]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("seed", [pytest.param(0, id="few"), pytest.param(1, marks=pytest.mark.slow, id="many")])
+def test_a_flip_in_a_small_file_is_refused_in_one_line(tmp_path, seed):
+  """It would be read as another split, another number of records, or as views that are not there."""
+  (tmp_path / "raw").mkdir()
+  for split, count in (("train", 5), ("val", 3)):
+    content = {f"{i}.png": picture(i) for i in range(count)} | {f"{i}.txt": b"a caption" for i in range(count)}
+    write_tar(tmp_path / "raw" / f"{split}-0.tar", dict(sorted(content.items())))
+  folder, rng = tmp_path / "data", random.Random(seed)
+  prepare_data.publish(functools.partial(write, tmp_path / "raw"), str(folder), finished="card.json")
+  # Its digests stay true, and every file that is read beside the records has one.
+  whole = {name: (folder / name).read_bytes() for name in SMALL}
+  opened = read_splits(folder)
+  for _ in range(500 if seed else 40):
+    name = rng.choice(SMALL)
+    (folder / name).write_bytes(flip(whole[name], rng))
+    try:
+      assert read_splits(folder) == opened, name
+    except UserError as error:
+      assert f"{name} holds other bytes than were saved" in str(error) and "\n" not in str(error)
+    (folder / name).write_bytes(whole[name])
+
+
+def write(raw: pathlib.Path, out: pathlib.Path) -> None:
+  builder.prepare(parts.tars(raw), out)
+  prepare_data.write_card(out)
+
+
+def read_splits(folder: pathlib.Path) -> list[object]:
+  """All that a run is told of a folder."""
+  info = records.read_info(folder)
+  small = [build.enlarged(str(folder), split=split, image_size=64) for split in ("train", "val")]
+  return [small, dict(info.metadata), sorted(info.features), {split: load(folder, split) for split in info.splits}]
