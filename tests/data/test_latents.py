@@ -4,7 +4,6 @@ import os
 import pathlib
 import resource
 import threading
-import types
 
 import ml_dtypes
 import numpy as np
@@ -214,19 +213,6 @@ def test_going_on_needs_the_same_images_autoencoder_and_views(data, tmp_path):
     with pytest.raises(UserError, match=f"unfinished preparation with another {differing}; give the same"):
       prepare(data, tmp_path / "out", **{name: value})
   assert prepare(data, tmp_path / "out")["train"].pairs == VIEWS * (N - 1)
-
-
-def test_a_disk_that_may_be_too_small_is_named_before_hours_of_encoding(data, tmp_path, monkeypatch, caplog):
-  found = latents.find_parts(data)
-  stage = make_stage(tmp_path)
-  assert sum(map(stage.most_bytes, found)) == N * VIEWS * 2 * (2 * 2 * 4)
-  text = latents.TextConditions(encode=encode, shape=(3, 5), fingerprint="2.5")
-  assert make_stage(tmp_path, text=text).most_bytes(found[0]) == N * VIEWS * 2 * (2 * 2 * 4 + 3 * 5)
-  monkeypatch.setattr(latents.LatentStage, "most_bytes", lambda self, part: 1_400_000_000)
-  monkeypatch.setattr(builder.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=800_000_000))
-  builder.prepare(found, tmp_path / "out", builder=latents.LatentCache, make_stage=make_stage)
-  said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-  assert said[0] == f"{tmp_path / 'out'} may take up to 1.4 GB, and its disk has 0.8 GB left"
 
 
 def test_wrong_data(data, tmp_path):

@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -49,14 +49,6 @@ class Settings:
   drop_duplicates: bool = False
   num_processes: int = 1
   beam_options: tuple[str, ...] = ()
-
-
-class _NoPair(UserError):
-  """Splits without one usable pair."""
-
-  def __init__(self, message: str, splits: Sequence[str]):
-    super().__init__(message)
-    self.splits = splits
 
 
 class _Shard(NamedTuple):
@@ -134,9 +126,11 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     if not settings.drop_duplicates:  # which leaves none
       self._count_shared()
     if lacking := [split for split, each in shards.items() if not each.files]:
-      said = f"no usable pair in split {lacking[0]}: {_none_usable(self.reports[lacking[0]])}"
       kept = [split for split in shards if split not in lacking]
-      raise _NoPair(said + (f"; what is finished of {' and '.join(kept)} is kept" if kept else ""), lacking)
+      raise UserError(
+        f"no usable pair in split {lacking[0]}: {_none_usable(self.reports[lacking[0]])}"
+        + (f"; what is finished of {' and '.join(kept)} is kept" if kept else "")
+      )
     infos, metadata = [], cast(dict[str, Any], self.info.metadata)
     for split, each in shards.items():
       infos.append(self._link(split, each.files))
@@ -149,7 +143,6 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     # In the order of the parts, so that killed and whole preparations end in the same records.
     for part in parts:
       report, path = self._stage.report_of(part), self._stage.records_of(part)
-      assert report is not None  # write_all has written them all
       if dropped := duplicates.get(part.name, []):
         # Beside the part's own file, which stays as its report says it is.
         path = path.with_suffix(UNIQUE)
@@ -212,10 +205,9 @@ def _none_usable(report: Report) -> str:
 
 
 def _copy_without(path: pathlib.Path, out: pathlib.Path, dropped: set[int]) -> list[str]:
-  """Copies the other records, unless that is done; returns the keys of those that are dropped."""
+  """Copy the other records; return the keys of those that are dropped."""
   source = array_record_data_source.ArrayRecordDataSource([str(path)])
-  if not out.exists():
-    staging.write_records(out, (source[i] for i in range(len(source)) if i not in dropped))
+  staging.write_records(out, (source[i] for i in range(len(source)) if i not in dropped))
   skip = {"image": tfds.decode.SkipDecoding()}
   read: Any = functools.partial(staging.features().deserialize_example_np, decoders=skip)
   return [read(source[i])["key"].decode() for i in sorted(dropped)]
@@ -251,9 +243,10 @@ def prepare(
   settings: Settings | None = None,
   make_stage: Callable[..., Stage] | None = None,
 ) -> dict[str, Report]:
-  """Writes folder `out`, whole or not at all. Killed at any point and called again, it resumes, with the same records.
+  """Write folder `out`, whole or not at all. Killed at any point and called again, it resumes, with the same records.
 
-  What is finished of it lies in the folder `.NAME.partial` beside it until then.
+  What is finished of it lies in the folder `.NAME.partial` beside it until then. Parts whose raw data have changed are
+  made again.
 
   Args:
     parts: of the raw data.
@@ -267,7 +260,7 @@ def prepare(
 
   Raises:
     UserError: `out` is not an empty folder, not in UTF-8 or cannot be written, no part, a split without one usable
-      pair or a name that it can have, or an unfinished preparation there of another source or with other settings.
+      pair or a name that it can have, or an unfinished preparation there of another data set or with other settings.
   """
   settings = settings or Settings()
   if settings.beam_options:
@@ -294,29 +287,19 @@ def prepare(
       Stage, short_side=settings.short_side, reduced_decoding=settings.reduced_decoding
     )
     stage = make_stage(partial / "parts")
-    _check_same(partial, parts, builder, stage)
+    _check_same(partial, builder, stage)
     stage.folder.mkdir(exist_ok=True)
     files.sweep(stage.folder)
-    _warn_of_little_room(out, sum(stage.most_bytes(part) for part in parts if stage.report_of(part) is None))
     # TFDS reuses a folder that is there.
     shutil.rmtree(partial / "tfds", ignore_errors=True)
     made = builder(parts=parts, stage=stage, settings=settings, data_dir=partial / "tfds")
-    try:
-      with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download there
-        made.download_and_prepare()
-    except _NoPair as error:
-      _forget(partial, error.splits, parts, stage)
-      raise
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download there
+      made.download_and_prepare()
     # By one rename, so that `out` is whole or not there; what is left of the preparation goes after it.
     _described(made).replace(out)
     shutil.rmtree(partial)
   logging.info("wrote %s", out)
   return made.reports
-
-
-def _warn_of_little_room(out: pathlib.Path, needed: int) -> None:
-  if needed > (room := shutil.disk_usage(out.parent).free):
-    logging.warning("%s may take up to %.1f GB, and its disk has %.1f GB left", out, needed / 1e9, room / 1e9)
 
 
 def _check_splits(parts: Iterable[Part]) -> None:
@@ -352,45 +335,17 @@ def _only_process(partial: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def _forget(partial: pathlib.Path, splits: Collection[str], parts: Sequence[Part], stage: Stage) -> None:
-  """Leaves of a preparation what is finished of other splits, so that these may be mended or taken out."""
-  if not (others := [part for part in parts if part.split not in splits]):
-    shutil.rmtree(partial)
-    return
-  plan = files.read_json(partial / "plan.json")
-  files.write_whole(partial / "plan.json", json.dumps({**plan, "source": _identities(others)}).encode())
-  for part in parts:
-    if part.split in splits:
-      stage.forget(part)
-  _forget_unique(stage)
-
-
-def _forget_unique(stage: Stage) -> None:
-  """Of other splits than these copies were made beside: which images came before is found again."""
-  for copy in stage.folder.glob(f"*{UNIQUE}"):
-    copy.unlink()
-
-
-def _identities(parts: Iterable[Part]) -> list[list[Any]]:
-  return [[part.split, *part.identity()] for part in parts]
-
-
-def _check_same(partial: pathlib.Path, parts: Sequence[Part], builder: type[CaptionedImages], stage: Stage) -> None:
-  """Writes down what is being prepared, or compares it with what was begun, to which splits may have come.
+def _check_same(partial: pathlib.Path, builder: type[CaptionedImages], stage: Stage) -> None:
+  """Write down how the data set is prepared, or compare it with how that was begun.
 
   Raises:
-    UserError: something else was begun.
+    UserError: it was begun otherwise.
   """
-  plan = {"data set": builder.name, **stage.identity(), "source": _identities(parts)}
-  path = partial / "plan.json"
+  plan, path = {"data set": builder.name, **stage.identity()}, partial / "plan.json"
   if path.exists():
     begun = files.read_object(path)
-    splits = {split for split, *_ in begun.get("source", [])}
-    now = {**plan, "source": [each for each in plan["source"] if each[0] in splits]}
-    if differing := [key for key in now if begun.get(key) != now[key]]:
+    if differing := [key for key in plan if begun.get(key) != plan[key]]:
       raise UserError(
         f"{partial} holds an unfinished preparation with another {' and '.join(differing)}; give the same, or delete it"
       )
-    if begun["source"] != plan["source"]:
-      _forget_unique(stage)
   files.write_whole(path, json.dumps(plan).encode())

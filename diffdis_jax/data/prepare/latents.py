@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,11 +145,6 @@ class LatentStage(staging.Stage):
     own = dict(views=self.views, image_size=self.image_size, shape=self.shape, fingerprint=self.fingerprint)
     text = self.text and {"text": dict(shape=self.text.shape, fingerprint=self.text.fingerprint)}
     return {"latents": {**own, **(text or {}), "augmentation": augmentation}}
-
-  def most_bytes(self, part: Part) -> int:
-    assert isinstance(part, RecordsPart)
-    numbers = math.prod(self.shape) + (math.prod(self.text.shape) if self.text else 0)
-    return (part.stop - part.start) * self.views * numbers * 2  # of bf16; files are compressed
 
   def serialized(self, part: Part, report: staging.Report, digests: list[bytes]) -> Iterator[bytes]:
     assert isinstance(part, RecordsPart)

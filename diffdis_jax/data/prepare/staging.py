@@ -1,7 +1,8 @@
 """Parts of a raw data set -> one ArrayRecord file each, by several processes, resumable after a kill at any point.
 
-A part's file counts once its report, PART.json, lies beside it; the report is the last thing written. A part depends on
-nothing but itself, so that any number of processes, or Apache Beam's workers, write the same files.
+A part's file counts once its report, PART.json, lies beside it, the last thing written, and as long as the raw data are
+those that the report names. A part depends on nothing but itself, so that any number of processes, or Apache Beam's
+workers, write the same files.
 """
 
 from __future__ import annotations
@@ -114,27 +115,20 @@ class Stage:
     """What belongs into the data set's metadata beside the reports."""
     return {}
 
-  def most_bytes(self, part: Part) -> int:
-    """Of a part's records; 0 where that is not known before they are made."""
-    return 0
-
   def records_of(self, part: Part) -> pathlib.Path:
     return self.folder / f"{part.name}.array_record"
 
-  def report_of(self, part: Part) -> Report | None:
-    """None before the part is written, and where a power cut has left an empty file."""
-    found = files.read_object(self.folder / f"{part.name}.json")
-    return Report(**found) if found else None
+  def report_of(self, part: Part) -> Report:
+    """Read what became of a part that is written."""
+    return Report(**files.read_object(self.folder / f"{part.name}.json")["report"])
+
+  def is_written(self, part: Part) -> bool:
+    """Say whether the part is written, of the same raw data. A power cut may leave an empty report, which is none."""
+    return files.read_object(self.folder / f"{part.name}.json").get("part") == part.identity()
 
   def digests_of(self, part: Part) -> np.ndarray:
     """One digest for each record, as void of 16 bytes."""
     return np.fromfile(self.folder / f"{part.name}.digests", f"V{DIGEST}")
-
-  def forget(self, part: Part) -> None:
-    """Has a part written again the next time."""
-    # The report first: it is what says that the others are whole.
-    for ending in (".json", ".digests", ".array_record"):
-      (self.folder / f"{part.name}{ending}").unlink(missing_ok=True)
 
   def write(self, part: Part) -> Report:
     """Writes one part, unless it is written.
@@ -142,14 +136,18 @@ class Stage:
     Raises:
       UserError: the part cannot be read, or its file not be written, such as to a full disk.
     """
-    if (report := self.report_of(part)) is not None:
-      return report
-    report, digests = Report(), []
+    if self.is_written(part):
+      return self.report_of(part)
+    # Before anything is read: of a file that changes meanwhile the next start makes the part again.
+    report, digests, identity = Report(), [], part.identity()
+    report_file = self.folder / f"{part.name}.json"
     with writing(self.folder):
-      # The report last: it is what says that the other two files are whole.
+      # The report goes first and comes last: it is what says that the other two files are whole, and of one source.
+      report_file.unlink(missing_ok=True)
       write_records(self.records_of(part), self.serialized(part, report, digests))
       files.write_whole(self.folder / f"{part.name}.digests", b"".join(digests))
-      files.write_whole(self.folder / f"{part.name}.json", json.dumps(dataclasses.asdict(report)).encode())
+      content = {"part": identity, "report": dataclasses.asdict(report)}
+      files.write_whole(report_file, json.dumps(content).encode())
     return report
 
   def serialized(self, part: Part, report: Report, digests: list[bytes]) -> Iterator[bytes]:
@@ -250,7 +248,7 @@ def write_all(stage: Stage, parts: Sequence[Part], *, num_processes: int, beam_o
     UserError: as Stage.write, or no Apache Beam.
   """
   # By their reports, which are written last; Beam's workers and this machine's processes go by the same files.
-  missing = [part for part in parts if stage.report_of(part) is None]
+  missing = [part for part in parts if not stage.is_written(part)]
   if len(missing) < len(parts):
     logging.info("resuming: %d of %d parts are written", len(parts) - len(missing), len(parts))
   if beam_options:
