@@ -74,7 +74,7 @@ PREVIEWED, COLUMNS = 16, 4  # pairs of --preview, and how many stand side by sid
 
 
 def find_files(source: pathlib.Path) -> list[parts.Part]:
-  """Of one's own pictures, as the flags ask for them."""
+  """Find the parts of one's own pictures, by the flags."""
   held_out = own_pairs.HELD_OUT if FLAGS.held_out is None else FLAGS.held_out
   return pictures.find_parts(source, own_pairs.Asked(caption_fields=tuple(FLAGS.caption_fields), held_out=held_out))
 
@@ -227,7 +227,8 @@ def publish(
 
 
 def _lacks(out: pathlib.Path, name: str, *, after: str) -> bool:
-  """Whether the command was killed when the file `after` was there, and nothing to tidy up, but not this one."""
+  """Say whether the command was killed after it wrote the file `after`, with nothing to tidy up, and before this
+  one."""
   return (out / after).exists() and not (out / name).exists() and not builder.partial_of(out).exists()
 
 
@@ -254,7 +255,7 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def log_total(reports: Mapping[str, staging.Report]) -> None:
-  """What became of all pairs, in one line."""
+  """Log what became of all pairs, in one line."""
   total = staging.Report()
   for report in reports.values():
     total.add(report)

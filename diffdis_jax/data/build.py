@@ -21,7 +21,7 @@ from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch
 
 
 def batch_type(data: Data) -> type[Batch] | type[LatentBatch] | type[LabelledBatch]:
-  """What the loader's arrays are fields of. Raises UserError for a mixture of latents and images."""
+  """Return the type whose fields are the loader's arrays. Raises UserError for a mixture of latents and images."""
   if data.sampling is not None:
     return LabelledBatch
   kinds = {section.get("name", "pairs") == "latents" for section in data.sources.values()}
@@ -91,7 +91,7 @@ def _other_views(path: str, stored: Mapping[str, Any], asked: Augmentation) -> s
 
 
 def has_conditions(data: Data) -> bool:
-  """Whether its batches of latents have text conditions beside them; not where the latents are not here yet."""
+  """Say whether the batches of latents have text conditions beside them. Latents that are not there yet have none."""
   try:
     return any("text" in facts for facts in latent_facts(data).values())
   except UserError:
@@ -99,7 +99,7 @@ def has_conditions(data: Data) -> bool:
 
 
 def _check_sampling(data: Data) -> None:
-  """Raises UserError where a long-tailed set has no sampling, or another set has one."""
+  """Refuse a long-tailed set without a sampling, and a sampling of any other set. Raises UserError."""
   name, is_sampled = data.source["name"], data.sampling is not None
   if long_tail.is_sampled(**data.source) != is_sampled or (is_sampled and data.mixture):
     raise UserError(
@@ -167,7 +167,7 @@ def open_tokens(data: Data) -> Tokens:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentShapes:
-  """Of what a network's encoders give.
+  """The shapes that a network's encoders give.
 
   Attributes:
     latent: [h, w, c] of a latent.
@@ -179,7 +179,7 @@ class LatentShapes:
 
 
 def _check_latents(run: Run, cached: Sequence[Latents], expected: LatentShapes | None) -> None:
-  """Raises UserError unless a run can train from these latents."""
+  """Refuse latents that a run cannot train from. Raises UserError."""
   # A stored latent is of one view, and has no pixels to take another one of.
   if expected is None or run.data.own_augment is not None:
     raise UserError(
@@ -201,7 +201,7 @@ def _check_latents(run: Run, cached: Sequence[Latents], expected: LatentShapes |
 
 
 def _check_text(data: Data, cached: Latents, text_width: int) -> None:
-  """Raises UserError for stored text conditions of another length or width."""
+  """Refuse stored text conditions of another length or width. Raises UserError."""
   if not cached.has_conditions:
     return
   length, width = cached.facts["text"]["shape"]

@@ -28,12 +28,12 @@ _RECORDS = ".array_record"
 
 
 def reads_in_place(path: str | os.PathLike[str]) -> bool:
-  """Whether records are read from the bucket itself, as DIFFDIS_READ_IN_BUCKET=1 asks for."""
+  """Say whether records are read from the bucket itself, as DIFFDIS_READ_IN_BUCKET=1 asks for."""
   return buckets.is_url(path) and os.environ.get(IN_PLACE, "0") not in ("", "0")
 
 
 def folder_of(path: str | os.PathLike[str], *, split: str | None = None) -> str:
-  """Where to read a data set: a local one where it is, one in a bucket from its copy in the user's cache directory.
+  """Return the folder to read a data set from: its own, or for a bucket the copy in the user's cache directory.
 
   Args:
     path: of the data set.
@@ -86,7 +86,7 @@ def _check_room(url: str, folder: pathlib.Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def _one_process(folder: pathlib.Path) -> Iterator[None]:
-  """Of those of this machine, which share the copy."""
+  """Hold the lock of a copy, which the processes of this machine share."""
   with (folder / "lock").open("w") as lock:
     files.lock(lock, wait=True)
     yield
@@ -94,8 +94,8 @@ def _one_process(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_silence(sources: Collection[str], patience: float | None = None) -> Iterator[None]:
-  """Around what waits for data: names the sources when they have been silent for so many seconds, by default PATIENCE,
-  and again after as many."""
+  """Name the sources whenever they have been silent for so many seconds, by default PATIENCE, while data are waited
+  for."""
   if not sources:
     yield
     return

@@ -64,7 +64,7 @@ class Tokens:
 
 
 def read_corpus(path: pathlib.Path, *, wordnet: bool) -> Corpus:
-  """Of a folder with `labels.txt` and `wiki/`.
+  """Read a corpus from a folder with `labels.txt` and `wiki/`.
 
   Args:
     path: the folder.

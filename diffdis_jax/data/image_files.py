@@ -73,7 +73,7 @@ class _Tile(NamedTuple):
 
 
 def _tile(image: Image.Image) -> _Tile:
-  """Of a TIFF's tiles, each of which is decoded whole, even where the image is smaller."""
+  """Return the size of a TIFF's tiles. Each is decoded whole, even where the image is smaller."""
   if not isinstance(image, TiffImagePlugin.TiffImageFile):
     return _Tile(0, 0)
   return _Tile(image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 0))

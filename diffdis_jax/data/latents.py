@@ -15,7 +15,7 @@ from diffdis_jax.errors import UserError
 
 
 def is_finite(*arrays: BFloat16[np.ndarray, "..."] | UInt16[np.ndarray, "..."]) -> bool:
-  """Whether all of their numbers, bf16 or its bits, are: an exponent of ones stands for those that are not."""
+  """Say whether all numbers, bf16 or its bits, are finite. An exponent of ones marks those that are not."""
   return not any(((x.view(np.uint16) & 0x7F80) == 0x7F80).any() for x in arrays)
 
 
@@ -43,7 +43,7 @@ class Latents:
 
   @property
   def has_conditions(self) -> bool:
-    """Whether the text encoder's output is stored as well."""
+    """Say whether the text encoder's output is stored as well."""
     return "text" in self.facts
 
   def __len__(self) -> int:
@@ -53,7 +53,7 @@ class Latents:
     return self._view(index, 0).record
 
   def read(self, index: int, view: int) -> View:
-    """Raises as records.Pairs does, and records.Unusable of numbers that are not finite."""
+    """Read a view. Raises the errors of records.Pairs, and records.Unusable where numbers are not finite."""
     found = self._view(index, view)
     if not is_finite(found.moments, *([found.record["condition"]] if self.has_conditions else [])):
       raise records.Unusable(records.NOT_FINITE)

@@ -154,7 +154,7 @@ def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-  """Of an endless dataset, the examples at these places of every batch.
+  """The examples at these places of every batch of an endless dataset.
 
   Rows are taken out of the global order, and not the source shared out: so batches are the same for any number of
   hosts.
@@ -198,7 +198,7 @@ class _Example(grain.transforms.RandomMap):
 
   @abc.abstractmethod
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Raises records.Unusable."""
+    """Make the example of a record. Raises records.Unusable."""
 
   def _say(self, place: int, reason: str) -> None:
     if len(_said) >= MOST_NAMED:
@@ -214,7 +214,7 @@ class _Example(grain.transforms.RandomMap):
 
 
 def name_of(record: Mapping[str, Any], place: int) -> str:
-  """What a log calls a record: its key, or its place in the source, from 0."""
+  """Return a record's name in the log: its key, or its place in the source, from 0."""
   return str(record.get("key", place))
 
 

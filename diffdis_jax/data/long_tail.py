@@ -33,7 +33,7 @@ class LabelledSource(Protocol):
 
 
 def is_sampled(*, name: str, split: str = "train", **_: Any) -> bool:
-  """Whether a split is trained on by classes: of a long-tailed set, but not as pairs, as what a run starts from is."""
+  """Say whether a split is trained on by classes: it is of a long-tailed set, and not read as pairs."""
   return name in NAMES and not (name == "shapes_lt" and split in shapes_lt.STARTS)
 
 

@@ -54,7 +54,8 @@ def strength(name: str, magnitude: int, size: tuple[int, int]) -> float:
 
 
 def _between(start: float, end: float, magnitude: int) -> float:
-  """As torch.linspace rounds it, in single precision from the nearer end: thresholds of whole levels depend on it."""
+  """Space numbers evenly, rounded as torch.linspace does, in single precision from the nearer end: thresholds of whole
+  levels depend on it."""
   first, last = np.float32(start), np.float32(end)
   step = (last - first) / np.float32(MAGNITUDES - 1)
   if magnitude < MAGNITUDES // 2:

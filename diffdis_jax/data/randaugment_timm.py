@@ -82,7 +82,7 @@ def randaugment(
 def erase(
   pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, *, probability: float
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """With this probability a random box is noise (Zhong et al., 2020).
+  """Replace a random box by noise with this probability (Zhong et al., 2020).
 
   Its area and ratio are timm's. Each value is normal, with the mean and deviation of CLIP's training images; timm's,
   which is sampled after the images were normalised, is not cut to 0 ... 255.

@@ -39,8 +39,8 @@ class Reads:
 
   @property
   def are_slow(self) -> bool:
-    """Whether nearly all of the last records were waited for. Threads that compete for a processor wait too, but not
-    for each record."""
+    """Say whether nearly all of the last records were waited for. Threads that compete for a processor wait too, but
+    not for each record."""
     return sorted(self._waits)[_CACHED] > SLOW
 
   def of(self, make: Callable[[int], _Example], places: Sequence[int]) -> list[_Example]:

@@ -96,7 +96,7 @@ def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None) -> byte
 
 
 class Header(NamedTuple):
-  """What an encoded image says of itself; sides in pixels."""
+  """The size and format in an encoded image's header; sides in pixels."""
 
   width: int
   height: int
@@ -119,7 +119,8 @@ def read_image(image: bytes | UInt8[np.ndarray, "h w 3"] | None) -> Image.Image:
 
 
 def read_decoded(image: bytes | UInt8[np.ndarray, "h w 3"] | None | Any, *, at_least: int | None) -> Decoded:
-  """As `read_image`, but a JPEG at a fraction of its size, as `decode_reduced` has it; an array as it is.
+  """Decode an image like `read_image`, but a JPEG at a fraction of its size, by `decode_reduced`. An array stays as it
+  is.
 
   Raises:
     Unusable: as `read_image`.
@@ -214,7 +215,7 @@ class Recaptioned:
 
   @property
   def together(self) -> int:
-    """As the source's, of `sources.Grouped`."""
+    """The number of records that follow each other in training, as `sources.Grouped` has it."""
     return getattr(self.source, "together", 1)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
@@ -381,7 +382,7 @@ class Split(NamedTuple):
 
 
 def _open(path: str | os.PathLike[str], split: str) -> Split:
-  """Raises UserError: one of the files is missing, or they are of a format that is not read by number."""
+  """Open a split. Raises UserError: one of the files is missing, or they are of a format that is not read by number."""
   import tensorflow_datasets as tfds
 
   found = builder(copies.folder_of(path, split=split))

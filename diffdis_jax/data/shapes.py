@@ -112,7 +112,7 @@ SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """What an image shows. Lengths are fractions of the image's side, x and y from its middle, y downwards."""
+  """The content of an image. Lengths are fractions of the image's side, x and y from its middle, y downwards."""
 
   colour: str
   shape: str
@@ -166,7 +166,8 @@ def describe(rng: np.random.Generator, scene: Scene) -> str:
 def coverage(
   shape: str, *, x: float, y: float, radius: float, rotation: float, image_size: int
 ) -> Float32[np.ndarray, "h w 1"]:
-  """How much of each pixel a shape covers, 0 to 1. Lengths and places as `Scene` has them, rotation in degrees."""
+  """Return how much of each pixel a shape covers, 0 to 1. Lengths and places are those of `Scene`, rotation is in
+  degrees."""
   side = image_size * SUPERSAMPLING
   angle = math.radians(rotation)
   cos, sin = math.cos(angle) * radius * side, math.sin(angle) * radius * side

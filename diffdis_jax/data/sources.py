@@ -22,7 +22,7 @@ from diffdis_jax.errors import UserError
 
 @runtime_checkable
 class Source(Protocol):
-  """What `open_source` returns."""
+  """The records that `open_source` returns."""
 
   def __len__(self) -> int: ...
 
@@ -46,7 +46,7 @@ class Grouped(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-  """What a config says of a source. A kind of source says how it is opened, and which of these fields it lacks.
+  """The section of a config for a source. A kind of source says how it is opened, and which of these fields it lacks.
 
   Attributes:
     name: one of KINDS.
@@ -86,7 +86,7 @@ class Section:
       raise UserError(f"{self.name} has no {fields}; it is opened as a whole")
 
   def open(self) -> Source:
-    """Raises UserError: no such split or data, or fields that its first record does not have."""
+    """Open the source. Raises UserError: no such split or data, or fields that its first record does not have."""
     raise NotImplementedError
 
   def describe(self) -> str:
@@ -94,7 +94,7 @@ class Section:
     return f"{self.name}{f' in {path}' if (path := str(self.path)) else ''}, split {self.split}"
 
   def _check_no_path(self) -> None:
-    """Of what is rendered. Raises UserError for a path, whose images would be missing in silence."""
+    """Refuse a path of what is rendered, whose images would be missing in silence. Raises UserError."""
     if path := str(self.path):
       raise UserError(
         f"data.path is {path!r}, and data.name {self.name!r}, whose images are rendered, from no file: leave the path"
@@ -102,7 +102,7 @@ class Section:
       )
 
   def _recaptioned(self, source: Source) -> Source:
-    """With the captions that were asked for. Raises UserError: its first record does not have one of these fields."""
+    """Give a source the captions that were asked for. Raises UserError: its first record lacks one of these fields."""
     if not self.caption_fields:
       return source
     first = source.fields(0) if isinstance(source, Described) else source[0]
@@ -155,7 +155,7 @@ class _Pairs(Section):
 
 
 class _Latents(_Pairs):
-  """Such a folder, of encoded images."""
+  """A folder of encoded images written by prepare_data."""
 
   def open(self) -> Source:
     return latents.open_latents(
@@ -224,7 +224,7 @@ def read(*, name: str, **fields: Any) -> Section:
 
 
 def _check_names(name: str, fields: Mapping[str, Any], *others: str) -> None:
-  """Raises UserError for a field that a section of this name does not have, nor is one of the others."""
+  """Refuse a field that a section of this name does not have. Raises UserError."""
   known = {*others, *(field.name for field in dataclasses.fields(KINDS.get(name, Section)))}
   if unknown := sorted(fields.keys() - known):
     raise UserError(f"a data source has no field {unknown[0]!r}; {did_you_mean(unknown[0], known)}")

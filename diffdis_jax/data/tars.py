@@ -25,7 +25,7 @@ _HEADER = 2**20  # bytes that a header of a long name, or of further fields, may
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Member:
-  """Where in a tar a file's bytes lie.
+  """The place of a file's bytes in a tar.
 
   Attributes:
     size: bytes; None for what is not stored whole where it stands: a sparse file, a link, a device.
@@ -66,7 +66,7 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """What a tar holds.
+  """The content of a tar.
 
   Attributes:
     samples: key -> field -> its file, in the order in which the keys come first. A key is a path without its ending,

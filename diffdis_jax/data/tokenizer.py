@@ -112,7 +112,7 @@ class Tokenizer:
     return np.array(encoded, np.int32).reshape(len(captions), self.max_length)
 
   def cut(self, caption: str) -> str | None:
-    """What is left of a caption of more tokens than `max_length`, start and end counted; None of any other."""
+    """Return what is left of a caption of more tokens than `max_length`, start and end counted; None for any other."""
     (encoded,) = self._clip.encode_batch([spell_out(clean(caption))])
     return self.decode(np.array(encoded.ids)) if encoded.overflowing else None
 

@@ -70,7 +70,8 @@ def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
 
 
 def decode_reduced(image: bytes | UInt8[np.ndarray, "h w 3"], *, at_least: int | None) -> Decoded:
-  """As `decode`, but a JPEG at the smallest size, of 1/8, 1/4, 1/2 and 1, whose short side has `at_least` pixels.
+  """Decode like `decode`, but a JPEG at the smallest of 1/8, 1/4, 1/2 and 1 of its size whose short side has `at_least`
+  pixels.
 
   Args:
     image: arrays and other formats keep all of their pixels, and a JPEG that EXIF turns is reduced only where both
@@ -98,7 +99,7 @@ def decode_reduced(image: bytes | UInt8[np.ndarray, "h w 3"], *, at_least: int |
 
 
 def _turn(opened: Image.Image) -> Image.Transpose | None:
-  """What makes the image upright, by EXIF; None where it is, or EXIF cannot be read, on which no pixel depends."""
+  """Return the operation that makes the image upright, by EXIF; None where it is upright, or EXIF cannot be read."""
   try:
     return _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
   except Exception:  # Pillow's reader raises whatever damage leads it into
@@ -156,7 +157,7 @@ def _from_grey(image: Image.Image, *, white: float) -> Image.Image:
 
 
 def needed_side(size: int, *views: Augmentation) -> int | None:
-  """What `decode_reduced` takes as `at_least`, so that whatever part of the image these views show, `size` pixels
+  """Return the `at_least` of `decode_reduced` for which whatever part of the image these views show, `size` pixels
   square, has as many pixels a side; None where one of them is to have all pixels."""
   if not all(how.reduced_decoding for how in views):
     return None

@@ -49,7 +49,7 @@ def load() -> dict[str, ClassList]:
 
 
 def normalised(name: str) -> str:
-  """What the spellings of a class name have in common: `/a/apse/indoor` is `apse indoor`, `F-16A_B` is `f 16a b`."""
+  """Return what all spellings of a class name share: `/a/apse/indoor` is `apse indoor`, `F-16A_B` is `f 16a b`."""
   # First of all the letter that SUN397's paths begin with, which is no part of the name.
   name = name.strip()
   return " ".join(_SIGNS.split(name[3:] if _LETTER.match(name) else name)).strip().lower()

@@ -1,4 +1,4 @@
-"""Where a set lies under a folder of data sets, whoever's layout it has."""
+"""Find a set under a folder of data sets, in whichever layout it lies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffdis_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-  """What a set of labelled images is called.
+  """The names of a set of labelled images.
 
   Attributes:
     tfds: in TensorFlow Datasets; the folder of a config, if any, lies below it.
@@ -68,7 +68,7 @@ def folders(set_name: str) -> list[str]:
 
 
 def find_labelled(root: pathlib.Path, set_name: str) -> Callable[[], Named] | None:
-  """What reads the set, or None where it is not there; nothing is read yet."""
+  """Return the reader of the set, or None where the set is not there. Nothing is read yet."""
   names = LABELLED[set_name]
   for folder in (root / name for name in folders(set_name)):
     if wds_folder.is_one(folder):
@@ -84,7 +84,7 @@ def find_labelled(root: pathlib.Path, set_name: str) -> Callable[[], Named] | No
 
 
 def find_captioned(root: pathlib.Path, set_name: str) -> Callable[[], Captioned] | None:
-  """What reads the set, or None where it is not there; nothing is read yet."""
+  """Return the reader of the set, or None where the set is not there. Nothing is read yet."""
   for folder in (root / name for name in folders(set_name)):
     if found := _caption_files(folder, set_name):
       return found
@@ -114,7 +114,7 @@ def _find(root: pathlib.Path, set_name: str) -> Callable[[], Named | Captioned] 
 
 
 def is_there(root: pathlib.Path, set_name: str) -> bool:
-  """Whether a set of this name is found under the root."""
+  """Say whether a set of this name is found under the root."""
   return _find(root, set_name) is not None
 
 

@@ -14,7 +14,7 @@ ENDING = ".jpg"
 
 
 def read_coco(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Captioned:
-  """Of COCO's annotation format, in the order of the images' numbers, with all the captions of each.
+  """Read COCO's annotation format, in the order of the images' numbers, with all captions of each image.
 
   Raises:
     UserError: the file is damaged or of another form, or an image has no caption.
@@ -38,13 +38,13 @@ def read_coco(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Capti
 
 
 def flickr_images(folder: pathlib.Path) -> pathlib.Path:
-  """Where a copy of Flickr30k has its images: copies call the folder differently, or have none of its own."""
+  """Find the folder of Flickr30k's images. Copies give it different names, or have none."""
   folders = [folder / name for name in ("flickr30k-images", "flickr30k_images", "images", "Images")]
   return next((path for path in folders if path.is_dir()), folder)
 
 
 def read_flickr(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Captioned:
-  """Of a line of titles and then IMAGE.jpg,CAPTION, in the order of each image's first line.
+  """Read a file of a title line and lines IMAGE.jpg,CAPTION, in the order of each image's first line.
 
   Raises:
     UserError: a line of another form.

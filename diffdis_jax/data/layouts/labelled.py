@@ -67,7 +67,7 @@ def images_of(source: Any) -> Lazy:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-  """Where a set was found.
+  """The place where a set was found.
 
   Attributes:
     layout: whose folders: `wds`, `torchvision`, `tfds`, `prepared`, or `files` of captions.
@@ -84,7 +84,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-  """What a layout's reader finds: images, and labels that count into the data's own class names."""
+  """Images, and labels that count into the data's own class names, as a layout's reader finds them."""
 
   images: Images
   labels: Int[np.ndarray, " n"]

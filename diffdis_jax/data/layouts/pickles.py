@@ -18,7 +18,7 @@ _reconstruct: Any = np.empty(0).__reduce__()[0]
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-  """As Python 3 writes bytes in the protocol of Python 2: by `_codecs.encode(text, "latin1")`."""
+  """Decode bytes that Python 3 wrote in the protocol of Python 2, by `_codecs.encode(text, "latin1")`."""
   if encoding != "latin1":
     raise pickle.UnpicklingError(f"it encodes to {encoding}")
   return text.encode("latin1")

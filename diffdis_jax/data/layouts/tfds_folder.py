@@ -57,7 +57,7 @@ def read(path: pathlib.Path, *, split: str, called: str) -> Named:
 
 
 def read_captions(path: pathlib.Path) -> Captioned:
-  """Of a folder that prepare_data wrote of captions. Raises UserError: it is none."""
+  """Read a folder of captioned images that prepare_data wrote. Raises UserError: it is none."""
   info = records.read_info(path)
   if "metadata" not in info.features:
     raise UserError(f"{path} was not written by prepare_data, which captions are read of: prepare_data coco, flickr30k")
@@ -68,7 +68,7 @@ def read_captions(path: pathlib.Path) -> Captioned:
 
 
 def _prepared(path: pathlib.Path, info: Any) -> Named:
-  """Of class folders: `class` is the folder's name."""
+  """Read a set of class folders that prepare_data wrote, whose `class` is the folder's name."""
   split = _split(path, info)
   pairs = records.open_pairs(path, split=split, num_images=None)
   names = [record.get("class") for record in _all_of(pairs, path)]
@@ -80,7 +80,7 @@ def _prepared(path: pathlib.Path, info: Any) -> Named:
 
 
 def _split(path: pathlib.Path, info: Any) -> str:
-  """Of a prepared folder. Raises UserError: it has no split to measure on."""
+  """Choose the split of a prepared folder. Raises UserError: it has no split to measure on."""
   if [*info.splits] == ["train"]:  # as prepare_data calls what has no splits
     return "train"
   for name in PREFERRED:
@@ -90,7 +90,7 @@ def _split(path: pathlib.Path, info: Any) -> str:
 
 
 def _all_of(source: Any, path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """Its records. Raises UserError: one of them is damaged; a figure is of all or of none."""
+  """Read all records. Raises UserError: one of them is damaged; a figure is of all or of none."""
   for index in range(len(source)):
     try:
       record = source[index]

@@ -24,7 +24,7 @@ ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".w
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """How a set lies on the disk.
+  """The layout of a set on the disk.
 
   Attributes:
     base: its folder, below that which torchvision's class takes as root.
@@ -49,7 +49,7 @@ def find(parent: pathlib.Path, set_name: str, *, below: bool = True) -> pathlib.
 
 
 def read(path: pathlib.Path, set_name: str) -> Named:
-  """Of a folder that `find` found.
+  """Read a folder that `find` found.
 
   Raises:
     UserError: a file of it is missing, damaged, or of another form.
@@ -70,13 +70,13 @@ def read(path: pathlib.Path, set_name: str) -> Named:
 
 
 def _named(images: Images, names: Sequence[str], classes: Sequence[str], origin: Origin) -> Named:
-  """Of every image's class by name."""
+  """Make a set of images whose classes are given by name."""
   index = {name: number for number, name in enumerate(classes)}
   return Named(images, np.array([index[name] for name in names], np.int64), classes, origin)
 
 
 def _numbered(images: Images, labels: Any, classes: Sequence[str], origin: Origin) -> Named:
-  """Of every image's class by its place in `classes`. Raises UserError: there is none at such a place."""
+  """Make a set of images whose classes are places in `classes`. Raises UserError: there is none at such a place."""
   # Numbers of another copy would be taken for other classes without a word, so that both ends are checked.
   labels = np.asarray(labels, np.int64)
   if labels.shape != (len(images),):
@@ -105,8 +105,8 @@ def _class_folders(path: pathlib.Path, origin: Origin) -> Named:
 
 
 def _images_below(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Those of each folder before those of the folders in it, each by name, as os.walk's sorted entries are; without
-  hidden ones, such as macOS leaves on other disks, and what is in a hidden folder."""
+  """List the images of each folder before those of its subfolders, each by name, as os.walk's sorted entries are.
+  Hidden files and folders, such as macOS leaves on other disks, are left out."""
   files = [file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file()]
   files = [file for file in files if not any(map(is_hidden, file.relative_to(folder).parts))]
   return sorted(files, key=lambda file: (str(file.parent), file.name))
@@ -167,7 +167,7 @@ def _dtd(path: pathlib.Path, origin: Origin) -> Named:
 
 
 def _aircraft(path: pathlib.Path, origin: Origin) -> Named:
-  """Of the level `variant`. The line of credits at the bottom of each image stays, as torchvision leaves it."""
+  """Read the level `variant`. The line of credits at the bottom of each image stays, as torchvision leaves it."""
   data = path / "data"
   classes = [line.strip() for line in (data / "variants.txt").read_text().splitlines() if line.strip()]
   rows = [line.strip().split(" ", 1) for line in (data / "images_variant_test.txt").read_text().splitlines()]
@@ -176,7 +176,7 @@ def _aircraft(path: pathlib.Path, origin: Origin) -> Named:
 
 
 def _pets(path: pathlib.Path, origin: Origin) -> Named:
-  """By the name of the file; its number in the list, from 1, has to agree."""
+  """Read the classes from the names of the files. The number in the list, from 1, has to agree."""
   rows = [line.split() for line in (path / "annotations" / "test.txt").read_text().splitlines()]
   rows = [row for row in rows if row and not row[0].startswith("#")]
   names = [row[0].rsplit("_", 1)[0] for row in rows]

@@ -23,7 +23,7 @@ Sample = dict[str, tars.Member]  # of one key: ending -> its file, images as `im
 
 
 def is_one(path: pathlib.Path) -> bool:
-  """Whether such a folder is there."""
+  """Say whether such a folder is there."""
   return (path / SPLIT / "nshards.txt").is_file()
 
 
@@ -64,7 +64,7 @@ def _kind(path: pathlib.Path) -> str:
 
 
 def _lines(path: pathlib.Path) -> list[str]:
-  """Of a text file; none where there is none."""
+  """Read the lines of a text file; none where there is no file."""
   return [line.strip() for line in _text(path.read_bytes(), path).splitlines()] if path.is_file() else []
 
 
@@ -76,8 +76,8 @@ def _text(content: bytes, path: pathlib.Path) -> str:
 
 
 def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
-  """Of all the tars. Raises UserError: one is missing or damaged, has a file twice, or a sample lacks its image or the
-  field."""
+  """Yield the samples of all tars. Raises UserError: one is missing or damaged, has a file twice, or a sample lacks its
+  image or the field."""
   shards = path / SPLIT / "nshards.txt"
   count = _text(shards.read_bytes(), shards).strip()
   if not count.isdecimal() or len(count) > _DIGITS or not int(count):

@@ -34,7 +34,7 @@ UNIQUE = ".unique"  # ending of a part's records without duplicates
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """How to prepare.
+  """The settings of a preparation.
 
   Attributes:
     short_side: images whose short side is longer are stored as JPEG of this short side; None keeps every image's bytes.
@@ -59,7 +59,7 @@ class _Shard(NamedTuple):
 
 
 class _Shards(NamedTuple):
-  """What became of a split's parts, and their files of records; those without records are left out."""
+  """The report of a split's parts, and their files of records. Files without records are left out."""
 
   report: Report
   files: list[_Shard]
@@ -310,7 +310,7 @@ def _check_splits(parts: Iterable[Part]) -> None:
 
 
 def _described(made: CaptionedImages) -> pathlib.Path:
-  """Its folder, once its notices and its report are in it."""
+  """Write the notices and the report of a data set into its folder, and return the folder."""
   folder = pathlib.Path(made.data_dir)
   for name, text in made.notices().items():
     files.write_whole(folder / name, text.encode())
@@ -320,7 +320,7 @@ def _described(made: CaptionedImages) -> pathlib.Path:
 
 
 def partial_of(out: pathlib.Path) -> pathlib.Path:
-  """Where what is finished of the folder `out` lies until all is."""
+  """Return the folder in which the finished parts of `out` lie until all are finished."""
   out = out.resolve()
   return out.with_name(f".{out.name}.partial")
 

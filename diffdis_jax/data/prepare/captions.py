@@ -53,7 +53,7 @@ class Flickr30k(CaptionedImages):
 
 
 def find_flickr30k(source: pathlib.Path) -> list[Part]:
-  """Of a folder with Karpathy's `dataset_flickr30k.json` and the images, in it or in a folder `flickr30k-images`.
+  """Find the parts of a folder with Karpathy's `dataset_flickr30k.json` and the images, in it or in `flickr30k-images`.
 
   Raises:
     UserError: no such file, or one of another form.
@@ -66,7 +66,7 @@ def find_flickr30k(source: pathlib.Path) -> list[Part]:
 
 
 def find_coco(source: pathlib.Path) -> list[Part]:
-  """Of a folder with `annotations/captions_train2017.json` and the like, and the images in `train2017` and the like.
+  """Find the parts of a folder with `annotations/captions_train2017.json` and the images in `train2017`, and the like.
 
   A file `dataset_coco.json` in it, Karpathy's, takes precedence; its `restval` is part of `train`.
 

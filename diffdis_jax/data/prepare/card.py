@@ -39,7 +39,7 @@ class Card:
   captions: list[str]
 
   def lines(self) -> list[str]:
-    """For the log: one line a split, and one for what its preparation left out or changed."""
+    """Return the lines for the log: one for each split, and one for what its preparation left out or changed."""
     lines = [f"{self.name} {self.version}, pairs of {', '.join(self.splits)}"]
     for split, facts in self.splits.items():
       sides, characters = facts["short_side"], facts["caption_characters"]
@@ -89,7 +89,7 @@ def describe(path: pathlib.Path) -> Card:
 
 
 def spread(n: int, count: int) -> Int[np.ndarray, " k"]:
-  """At most `count` of n places, evenly apart, from the first on."""
+  """Return at most `count` of n places, evenly apart, from the first on."""
   # Not at random, so that the same folder has the same card.
   return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
 

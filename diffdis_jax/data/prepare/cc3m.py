@@ -103,5 +103,5 @@ def _rows(table: pathlib.Path) -> Iterator[Item]:
 
 
 def _unquoted(text: str) -> str:
-  """Without the quotes around a text in which each one is doubled, as is done to texts that have any."""
+  """Remove the quotes around a text in which each quote is doubled."""
   return text[1:-1].replace('""', '"') if '""' in text[1:-1] and _QUOTED.fullmatch(text) else text

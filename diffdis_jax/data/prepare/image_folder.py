@@ -25,8 +25,8 @@ class ImageFolder(CaptionedImages):
 
 
 def find_parts(source: pathlib.Path) -> list[Part]:
-  """Of CLASS/IMAGE, or SPLIT/CLASS/IMAGE with splits of the usual names. Classes are numbered as `in_order` has them,
-  over all splits; a record has the number as `label` and the folder's name as `class`.
+  """Find the parts of CLASS/IMAGE, or of SPLIT/CLASS/IMAGE with splits of the usual names. Classes are numbered by
+  `in_order` over all splits. A record has the number as `label` and the folder's name as `class`.
 
   Raises:
     UserError: no folder, or none of images in it; splits mixed with classes, in one of them, or twice.

@@ -55,7 +55,7 @@ class RecordsPart:
 
 
 def find_parts(data: str | os.PathLike[str]) -> list[Part]:
-  """Of every split. Raises UserError: no prepared data set there, or one that holds latents itself."""
+  """Cut every split into parts. Raises UserError: no prepared data set there, or one that holds latents itself."""
   info = records.read_info(data)
   if info.name == LatentCache.name:
     raise UserError(f"--data={data} holds latents already; name the data set of images")
@@ -67,7 +67,7 @@ def find_parts(data: str | os.PathLike[str]) -> list[Part]:
 
 
 def features(shape: tuple[int, int, int], text_shape: tuple[int, int] | None = None) -> tfds.features.FeaturesDict:
-  """Of a record; bf16 is stored as the u16 of the same bits."""
+  """Return the features of a record. bf16 is stored as the u16 of the same bits."""
   # As bytes, since TFDS's records hold numbers as int64 else.
   shapes = {"moments": shape} if text_shape is None else {"moments": shape, "condition": text_shape}
   return tfds.features.FeaturesDict(
@@ -84,7 +84,7 @@ def as_stored(x: BFloat16[np.ndarray, "..."]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TextConditions:
-  """How captions are encoded.
+  """The way in which captions are encoded.
 
   Attributes:
     encode: captions -> conditions of shape `shape`.

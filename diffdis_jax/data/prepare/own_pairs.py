@@ -1,4 +1,4 @@
-"""What the layouts of one's own pictures have in common: what was asked for, and how captions make a pair."""
+"""The common part of the layouts of one's own pictures: the flags, and how captions make a pair."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HELD_OUT = 0.05
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-  """How to read the folder.
+  """The flags by which a folder is read.
 
   Attributes:
     caption_fields: columns, or endings of files, whose texts are the captions; empty for the usual ones.
@@ -37,7 +37,7 @@ class Pairs(Protocol):
 
   @property
   def split(self) -> str:
-    """In the source's words."""
+    """The name that the source gives to the split."""
     ...
 
   @property
@@ -108,5 +108,5 @@ def other_fields(names: Iterable[str], captions: Sequence[str], asked: Asked) ->
 
 
 def is_plain(value: Any) -> bool:
-  """Whether JSON and a reader of records have it: a text, a number, or a list of texts."""
+  """Say whether JSON and a reader of records have such a value: a text, a number, or a list of texts."""
   return isinstance(value, (str, int, float)) or (isinstance(value, list) and all(isinstance(v, str) for v in value))

@@ -84,7 +84,7 @@ def shrink(image: Decoded, short_side: int) -> bytes:
 
 
 def to_record(pair: RawPair, *, short_side: int | None = None, reduced_decoding: bool = True) -> Record:
-  """What a pair becomes.
+  """Make a record of a pair.
 
   Args:
     pair: as read.

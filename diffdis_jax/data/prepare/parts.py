@@ -89,7 +89,8 @@ def stamp(path: pathlib.Path) -> list[int]:
 
 
 def encode(text: str) -> bytes:
-  """What was read as bytes that are not UTF-8, unchanged; of half a character, which JSON may hold, no UTF-8 either."""
+  """Encode a text, whose bytes that were not UTF-8 stay as they were. Half a character, which JSON may hold, becomes no
+  UTF-8 either."""
   try:
     return text.encode("utf-8", "surrogateescape")
   except UnicodeEncodeError:
@@ -156,13 +157,13 @@ def names_below(folder: pathlib.Path) -> Iterator[str]:
 
 
 def check_folder(source: pathlib.Path, what: str) -> None:
-  """Raises UserError unless the folder is there."""
+  """Refuse a folder that is not there. Raises UserError."""
   if not source.is_dir():
     raise UserError(f"no folder {source}; --source is {what}")
 
 
 def check_plain(path: pathlib.Path) -> None:
-  """Raises UserError: there is something else in the place of a file, such as a pipe, which might never end."""
+  """Refuse what is no plain file, such as a pipe, which might never end. Raises UserError."""
   if path.exists() and not path.is_file():
     raise UserError(f"{path} is no plain file; remove it, or put the file there")
 
@@ -179,7 +180,7 @@ def lines_of(file: IO[AnyStr], path: pathlib.Path) -> Iterator[AnyStr]:
 
 
 def read_json(path: pathlib.Path) -> Any:
-  """Raises UserError for a file that cannot be read."""
+  """Read a JSON file of the source. Raises UserError: it cannot be read."""
   check_plain(path)
   try:
     return run_files.read_json(path)

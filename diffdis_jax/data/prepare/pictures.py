@@ -85,7 +85,7 @@ class Shown(NamedTuple):
 
 
 def look(found: Sequence[Part], count: int) -> Shown:
-  """At most so many pairs of the first split, from all over it, as they would be stored.
+  """Read at most so many pairs of the first split, from all over it, as they would be stored.
 
   Raises:
     UserError: none of those looked at can be used.

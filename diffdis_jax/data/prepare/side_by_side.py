@@ -42,7 +42,7 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """Where a pair lies; files are relative to the root, and empty where there is none.
+  """The place of a pair. Files are relative to the root, and empty where there is none.
 
   Attributes:
     captions: texts; or files, where `is_file`.
@@ -61,7 +61,7 @@ class Sample:
 
   @property
   def is_whole(self) -> bool:
-    """Whether it seems to have image and caption."""
+    """Say whether the sample seems to have image and caption."""
     return bool(self.image and any(self.captions))
 
   @property
@@ -92,7 +92,7 @@ class SamplesPart:
     return [self.name, len(self.samples), digest.hexdigest(), *self.fields]
 
   def few(self, count: int) -> Iterator[RawPair]:
-    """At most so many of them, from all over the part."""
+    """Yield at most so many pairs, from all over the part."""
     places = spread(len(self.samples), count)
     return iter(dataclasses.replace(self, samples=[self.samples[place] for place in places]))
 
@@ -110,7 +110,7 @@ class SamplesPart:
         yield RawPair(sample.key, refused=str(error))
 
   def _text(self, name: str) -> bytes:
-    """Raises Unusable: too many bytes for one, no plain file, or one outside."""
+    """Read a small file. Raises Unusable: it has too many bytes, is no plain file, or lies outside."""
     path = self.root / name
     if path.is_file() and path.stat().st_size > MOST_TEXT_BYTES:
       raise Unusable(TOO_LARGE)
@@ -159,8 +159,8 @@ def _with_captions(sample: Sample, captions: tuple[str, ...]) -> Sample:
 
 
 def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, ...]) -> list[Pairs]:
-  """By the first folder, where all whole pairs lie in one that is called as a split. What lies elsewhere then, such as
-  a README.txt or a folder `test` without captions, is counted in one of these."""
+  """Group samples by their first folder, where all whole pairs lie in folders with names of splits. Other files, such
+  as a README.txt or a folder `test` without captions, are counted in one of these."""
   whole = {sample.folder for sample in samples if sample.is_whole}
   if not whole or not whole <= SPLITS:
     _warn_of_mixed_splits(root, samples)
@@ -173,8 +173,7 @@ def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, 
 
 
 def _warn_of_mixed_splits(root: pathlib.Path, samples: Sequence[Sample]) -> None:
-  """Where --source is a folder too high, or has pairs beside its splits, what is held out would be trained on, and
-  nobody be told."""
+  """Warn where --source is a folder too high, or has pairs beside its splits: held-out pairs would be trained on."""
   found: dict[str, set[str]] = {}
   for folders, is_whole in {(posixpath.dirname(sample.key), sample.is_whole) for sample in samples}:
     above = ""
@@ -274,7 +273,7 @@ def _written_otherwise(name: str, there: Collection[str]) -> str:
 
 
 def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """Raises UserError: the table cannot be read."""
+  """Yield the rows of a table. Raises UserError: it cannot be read."""
   parts.check_plain(path)
   if path.suffix == ".csv":
     yield from _rows_of_csv(path)
@@ -313,7 +312,7 @@ def _rows_of_csv(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def _is_file_name(name: str) -> bool:
-  """Whether a file can be called so: JSON may have halves of characters that no name has."""
+  """Say whether a file can have this name. JSON may hold halves of characters, which no name has."""
   try:
     return "\0" not in os.fsdecode(os.fsencode(name))
   except UnicodeEncodeError:
@@ -325,7 +324,7 @@ def _ending(name: str) -> str:
 
 
 def has_pair(names: Sequence[str]) -> bool:
-  """Whether there is a picture with a caption beside it."""
+  """Say whether there is a picture with a caption beside it."""
   keys = [{posixpath.splitext(name)[0] for name in names if is_one(name)} for is_one in (is_picture, is_text)]
   return bool(keys[0] & keys[1])
 
@@ -335,7 +334,7 @@ def is_picture(name: str) -> bool:
 
 
 def _is_of_a_rare_format(name: str) -> bool:
-  """Whether it is a picture of another format than those of webdataset tars."""
+  """Say whether a picture is of a format that webdataset tars do not have."""
   return is_picture(name) and _ending(name) not in tars.IMAGE_ENDINGS
 
 

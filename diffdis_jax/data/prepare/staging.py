@@ -37,7 +37,7 @@ FIRST = 10  # skipped pairs named in a report, of each reason
 
 @dataclasses.dataclass
 class Report:
-  """What became of a part, or of all parts of a split.
+  """The counts of a part, or of all parts of a split.
 
   Attributes:
     pairs: that are stored.
@@ -83,7 +83,7 @@ def listed(counts: dict[str, int]) -> str:
 
 
 def features() -> tfds.features.FeaturesDict:
-  """Of a record: encoded image, caption, key (where the pair comes from), and the json beside the image, as text."""
+  """Return the features of a record: encoded image, caption, key (the place of the pair), and the json as text."""
   text = tfds.features.Text
   return tfds.features.FeaturesDict(
     {"image": tfds.features.Image(), "caption": text(), "key": text(), "metadata": text()}
@@ -104,15 +104,15 @@ class Stage:
   reduced_decoding: bool = True
 
   def features(self) -> tfds.features.FeaturesDict:
-    """Of a record."""
+    """Return the features of a record."""
     return features()
 
   def identity(self) -> dict[str, Any]:
-    """What a preparation must have in common with the one that it resumes."""
+    """Return what a preparation must have in common with the one that it resumes."""
     return {"short side": self.short_side, "reduced decoding": self.reduced_decoding}
 
   def facts(self) -> dict[str, Any]:
-    """What belongs into the data set's metadata beside the reports."""
+    """Return what belongs into the data set's metadata beside the reports."""
     return {}
 
   def records_of(self, part: Part) -> pathlib.Path:
@@ -199,7 +199,7 @@ def write_records(path: pathlib.Path, serialized: Iterator[bytes]) -> None:
 
 @contextlib.contextmanager
 def _os_errors() -> Iterator[None]:
-  """Makes OSError of what ArrayRecord raises for a full disk and the like."""
+  """Make an OSError of what ArrayRecord raises for a full disk and the like."""
   try:
     yield
   except RuntimeError as error:
@@ -230,7 +230,7 @@ def _reading(part: Part) -> Iterator[Any]:
 
 
 def _of(error: OSError) -> str:
-  """Its file, where it says one."""
+  """Name the file of an error, where it says one."""
   return f" ({str(error.filename)!r})" if error.strerror and error.filename else ""
 
 
@@ -295,7 +295,8 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
 
 @contextlib.contextmanager
 def _starting(count: int) -> Iterator[None]:
-  """Raises UserError: no more processes may be started, or there is no place for what they share, /dev/shm on Linux."""
+  """Say in one line that no more processes can be started, or that what they share, /dev/shm on Linux, is full. Raises
+  UserError."""
   try:
     yield
   except OSError as error:
@@ -307,7 +308,7 @@ def _starting(count: int) -> Iterator[None]:
 
 
 def check_beam() -> None:
-  """Raises UserError: Apache Beam is not installed."""
+  """Refuse options of Apache Beam where it is not installed. Raises UserError."""
   try:
     importlib.import_module("apache_beam.options.pipeline_options")
   except ImportError as error:

@@ -42,7 +42,7 @@ BATCH = 32  # rows in memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """Where in a table's rows a pair lies.
+  """The columns of a table in which a pair lies.
 
   Attributes:
     others: that become metadata.
@@ -133,7 +133,7 @@ def parquet(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Pa
 
 
 def on_disk(source: pathlib.Path, asked: Asked) -> list[Pairs]:
-  """What datasets' save_to_disk wrote. Raises UserError: as `parquet`."""
+  """Read the folder that datasets' save_to_disk wrote. Raises UserError: as `parquet`."""
   found: list[Pairs] = []
   for file, split in _arrow_files(source):
     name = posixpath.splitext(file.relative_to(source).as_posix())[0]
@@ -144,7 +144,7 @@ def on_disk(source: pathlib.Path, asked: Asked) -> list[Pairs]:
 
 
 def _arrow_files(source: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
-  """And their splits. Raises UserError: the files that list them are not datasets' own."""
+  """List the arrow files and their splits. Raises UserError: the files that list them are not datasets' own."""
   try:
     splits = [""]
     if (source / "dataset_dict.json").exists():
@@ -167,7 +167,7 @@ def _saved_split(said: Any) -> str:
 
 
 def _below(source: pathlib.Path, name: str) -> pathlib.Path:
-  """Raises UserError: it is not."""
+  """Return the path of a file below the source. Raises UserError: it lies elsewhere."""
   if leads_out(source / name, source):
     raise UserError(f"{source} names {name}, which is not below it; write it again by save_to_disk")
   return source / name
@@ -221,7 +221,7 @@ def _is_image(kind: Any) -> bool:
 
 
 def _bytes_of(value: Any) -> bytes | None:
-  """Raises Unusable: too many for an image."""
+  """Return the bytes of an image. Raises Unusable: they are too many."""
   data = value.get("bytes") if isinstance(value, dict) else value
   if data is not None and len(data) > MOST_BYTES:
     raise Unusable(TOO_LARGE)
@@ -253,7 +253,8 @@ def _rows(path: pathlib.Path, columns: Columns, places: Sequence[int]) -> Iterat
 
 
 def _row(batch: Any) -> dict[str, Any]:
-  """Of a batch of one row. Bytes that are not UTF-8 are as those of a text file, and refused where they are used."""
+  """Read a batch of one row. Bytes that are not UTF-8 stay as those of a text file do, and are refused where they are
+  used."""
   try:
     return batch.to_pylist()[0]
   except UnicodeDecodeError:  # pyarrow does not look at what a column of texts holds

@@ -69,7 +69,7 @@ class TarPart:
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:
-  """Of a file: which one it is, and when it was written."""
+  """Return what tells which file it is, and when it was written."""
   return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

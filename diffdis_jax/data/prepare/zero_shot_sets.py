@@ -65,7 +65,8 @@ class SetPart:
 
 
 def find_parts(set_name: str, source: pathlib.Path) -> list[Part]:
-  """Of the set of this name under `source`, as `data.layouts.find` finds it. A set without splits becomes `train`.
+  """Find the parts of the set of this name under `source`, by `data.layouts.find`. A set without splits becomes
+  `train`.
 
   Raises:
     UserError: no such folder, or no such set in it.
