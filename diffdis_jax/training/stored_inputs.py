@@ -9,6 +9,9 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.model import Model
 from diffdis_jax.errors import UserError
@@ -42,7 +45,8 @@ def _digest(params: Params, which: re.Pattern[str], size: Any) -> str:
   for path, value in sorted(params.items()):
     if which.match(path):
       digest.update(f"{path} {value.shape} {value.dtype}".encode())
-      digest.update(processes.whole(value).tobytes())
+      whole = processes.whole(value) if isinstance(value, jax.Array) else value
+      digest.update(np.asarray(whole).tobytes())
   return digest.hexdigest()
 
 

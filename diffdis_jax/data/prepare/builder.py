@@ -293,8 +293,13 @@ def prepare(
     # TFDS reuses a folder that is there.
     shutil.rmtree(partial / "tfds", ignore_errors=True)
     made = builder(parts=parts, stage=stage, settings=settings, data_dir=partial / "tfds")
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download there
-      made.download_and_prepare()
+    try:
+      with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download there
+        made.download_and_prepare()
+    except UserError:
+      if made.reports and not any(report.pairs for report in made.reports.values()):
+        shutil.rmtree(partial)  # nothing in it is worth keeping
+      raise
     # By one rename, so that `out` is whole or not there; what is left of the preparation goes after it.
     _described(made).replace(out)
     shutil.rmtree(partial)
