@@ -75,8 +75,12 @@ PREVIEWED, COLUMNS = 16, 4  # pairs of --preview, and how many stand side by sid
 
 def find_files(source: pathlib.Path) -> list[parts.Part]:
   """Find the parts of one's own pictures, by the flags."""
+  return pictures.find_parts(source, _asked())
+
+
+def _asked() -> own_pairs.Asked:
   held_out = own_pairs.HELD_OUT if FLAGS.held_out is None else FLAGS.held_out
-  return pictures.find_parts(source, own_pairs.Asked(caption_fields=tuple(FLAGS.caption_fields), held_out=held_out))
+  return own_pairs.Asked(caption_fields=tuple(FLAGS.caption_fields), held_out=held_out)
 
 
 # name -> how its raw data are found, its builder
@@ -170,7 +174,7 @@ def main(argv: list[str]) -> None:
     if FLAGS.preview:
       if source.resolve() in pathlib.Path(FLAGS.preview).resolve().parents:
         raise UserError(f"--preview={FLAGS.preview} would be one of the pictures of --source; write it elsewhere")
-      write_preview(find_files(source), FLAGS.preview)
+      write_preview(pictures.preview_parts(source, _asked()), FLAGS.preview)
       if not FLAGS.out:
         return
     write, finished = functools.partial(write_pairs, name, source), "card.json"

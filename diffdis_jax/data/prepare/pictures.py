@@ -53,11 +53,27 @@ class OwnPictures(CaptionedImages):
 
 
 def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
-  """The parts of the folder, `train` and what is held out of it among them.
+  """Return the parts of the folder, `train` and what is held out of it among them. All images are read once for this.
 
   Raises:
-    UserError: nothing there that can be read so, a picture or a key that is there twice, or too few pairs.
+    UserError: nothing there that can be read so, a key that is there twice, or too few pairs.
   """
+  found = _find(source, asked)
+  return _cut(source, found, _join(found), asked.held_out)
+
+
+def preview_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
+  """Return the parts of the folder before rows are joined and images held out, for which no image has to be read.
+
+  Raises:
+    UserError: as `find_parts`.
+  """
+  found = _find(source, asked)
+  rows = [_Rows(_called(pairs), [], {}, [*range(len(pairs.keys))]) for pairs in found]
+  return _cut(source, found, rows, held_out=0.0)
+
+
+def _find(source: pathlib.Path, asked: Asked) -> list[Pairs]:
   parts.check_folder(source, f"a folder of {LAYOUTS}")
   names = list(parts.names_below(source))
   there = {posixpath.basename(name) for name in names}
@@ -74,7 +90,7 @@ def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
     found = tables.parquet(source, parquet, asked)
   else:
     raise _nothing(source, names)
-  return _cut(source, found, asked.held_out)
+  return found
 
 
 class Shown(NamedTuple):
@@ -135,7 +151,7 @@ def _join(found: Sequence[Pairs]) -> list[_Rows]:
   seen = collections.defaultdict[str, dict[bytes, tuple[int, int]]](dict)  # split -> digest -> the first such row
   groups: dict[tuple[int, int], list[tuple[int, int]]] = {}  # the first row -> all of its image
   for i, pairs in enumerate(found):
-    own = _Rows(CALLED.get(pairs.split, pairs.split), [], {}, [])
+    own = _Rows(_called(pairs), [], {}, [])
     rows.append(own)
     for place, (key, digest) in enumerate(zip(pairs.keys, pairs.digests(), strict=True)):
       own.units.append(digest or key.encode("utf-8", "surrogateescape"))
@@ -162,16 +178,20 @@ def _join(found: Sequence[Pairs]) -> list[_Rows]:
   return rows
 
 
-def _cut(source: pathlib.Path, found: Sequence[Pairs], held_out: float) -> list[Part]:
-  """Parts of ITEMS records, `train` first."""
-  rows = _join(found)
+def _called(pairs: Pairs) -> str:
+  """Return what the data set calls the split."""
+  return CALLED.get(pairs.split, pairs.split)
+
+
+def _cut(source: pathlib.Path, found: Sequence[Pairs], rows: Sequence[_Rows], held_out: float) -> list[Part]:
+  """Cut the records into parts of ITEMS, `train` first."""
   held: set[bytes] = set()
   if held_out and (splits := {own.split for own in rows}) >= {"train"} and "val" not in splits:
     held = _held_out(source, [(own, pairs) for own, pairs in zip(rows, found) if own.split == "train"], held_out)
   by_split: dict[str, list[Part]] = {}
   for apart in (False, True):
     for own, pairs in zip(rows, found, strict=True):
-      of_train = own.split == "train"
+      of_train = bool(held) and own.split == "train"
       places = [place for place in own.places if (of_train and own.units[place] in held) == apart]
       split = "val" if apart else own.split
       of_split = by_split.setdefault(split, []) if places else []

@@ -520,10 +520,10 @@ def test_a_datasets_folder(tmp_path, several):
 def test_a_look_is_from_all_over_it(tmp_path):
   source = beside(tmp_path / "raw")
   put(source / "set0" / "000.png", "no image")
-  shown = pictures.look(pictures.find_parts(source, Asked()), 16)
+  shown = pictures.look(pictures.preview_parts(source, Asked()), 16)
   assert len(shown.captions) == len(shown.images) == 15 and shown.captions[-1].startswith("picture 3")
   write_table(tmp_path / "table" / "0.parquet", "datasets")
-  assert len(pictures.look(pictures.find_parts(tmp_path / "table", Asked()), 16).captions) == 16
+  assert len(pictures.look(pictures.preview_parts(tmp_path / "table", Asked()), 16).captions) == 16
 
 
 def test_a_source_without_a_pair_writes_nothing(tmp_path):
@@ -531,7 +531,7 @@ def test_a_source_without_a_pair_writes_nothing(tmp_path):
   with pytest.raises(UserError, match="--source has no pair"):
     prepared(tmp_path / "raw", tmp_path / "out", held_out=0.0)
   with pytest.raises(UserError, match="no pair to show: there is none"):
-    pictures.look(pictures.find_parts(tmp_path / "raw", Asked(held_out=0.0)), 16)
+    pictures.look(pictures.preview_parts(tmp_path / "raw", Asked(held_out=0.0)), 16)
   assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
