@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 import json
 import os
 import pathlib
@@ -177,7 +178,7 @@ class Card:
     if found := history.results(self.run):
       yield from ("", "| task | data set | measured | protocol |", "|---|---|---|---|")
     for _, task, dataset, record in found:
-      yield f"| {task} | {dataset} | {_shown(record['metrics'])} | {_protocol(record)} |"
+      yield f"| {_plain(task)} | {_plain(dataset)} | {_shown(record['metrics'])} | {_protocol(record)} |"
 
 
 def _is_joint(fields: Mapping[str, Any]) -> bool:
@@ -195,7 +196,7 @@ def _data(section: Mapping[str, Any]) -> str:
 def _source(section: Mapping[str, Any]) -> str:
   # A source of a mixture may leave out what data/sources.py has a default for.
   where = " ".join(filter(None, (section.get("name", "pairs"), _public(section.get("path") or ""))))
-  return f"{where}, split {section.get('split', 'train')}"
+  return _plain(f"{where}, split {section.get('split', 'train')}")
 
 
 def _public(name: Any) -> Any:
@@ -212,11 +213,15 @@ def _protocol(record: Mapping[str, Any]) -> str:
     name: f"{len(value)} of them" if isinstance(value, list | dict) else _public(value) for name, value in cell.items()
   }
   words = (f"{name} {value}" for name, value in shown.items() if value not in (None, "") and len(str(value)) <= LONGEST)
-  # Either sign would end the table's cell.
-  return re.sub(r"[|\n]", " ", ", ".join(words))
+  return _plain(", ".join(words))
 
 
 def _shown(values: Mapping[str, Any]) -> str:
   """Numbers, None of which is one that was not finite."""
   shown = {name: value for name, value in values.items() if value is None or isinstance(value, int | float)}
-  return ", ".join(f"{name} {'not finite' if x is None else f'{x:.6g}'}" for name, x in shown.items())
+  return ", ".join(f"{_plain(name)} {'not finite' if x is None else f'{x:.6g}'}" for name, x in shown.items())
+
+
+def _plain(text: str) -> str:
+  """Escape what Markdown or HTML would read in a text, and join its lines: a file's values may be anybody's."""
+  return re.sub(r"(?<![^\W_])_|_(?![^\W_])|[\\`*\[\]|~$]", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 from PIL import Image
 
 from diffdis_jax.export_weights import export_weights
@@ -68,6 +70,19 @@ def test_a_mixture_whose_sources_leave_out_what_has_a_default():
   said = model_card._data({"name": "shapes", "path": "", "split": "train", "mixture": mixture})
   assert said == "pairs cc3m, split train, weight 1.0; shapes, split test, weight 0.5"
   assert model_card._data(mixture["a"] | {"mixture": {}}) == "pairs cc3m, split train"
+
+
+def test_what_a_file_of_results_says_is_no_markup(tmp_path):
+  """It may come from anybody. Of what Markdown and HTML read, nothing is left."""
+  hostile = "x |\n\n# Y <script>alert(1)</script> [a](javascript:b) ![c](//d) `e` *f* _g_ ~~h~~ $i$ \\"
+  record = {"metrics": {hostile: 0.5}, "protocol": {"templates": hostile[:50], hostile[:20]: 1}, "pretrained": "a_b"}
+  (tmp_path / "results.json").write_text(json.dumps({hostile: {hostile: record}}))
+  how = dict(fields={}, own={}, step=1, ema=True, dtype="float32")
+  *_, row = model_card.Card(run=epath.Path(tmp_path), **how)._results()
+  assert "\n" not in row and "<" not in row and "checkpoint a_b" in row
+  assert len(re.findall(r"(?<!\\)\|", row)) == 5, "four cells"
+  assert not re.search(r"(?<!\\)(?:\\\\)*[`*\[\]~$]", row)
+  assert model_card._plain("mean_per_class_recall 0.5") == "mean_per_class_recall 0.5"
 
 
 def test_of_a_run_that_only_classifies(tmp_path):
