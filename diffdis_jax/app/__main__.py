@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import pathlib
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.app import address, search, step_sampler
+from diffdis_jax.app import limits as limits_of
+from diffdis_jax.app import search, step_sampler
 from diffdis_jax.app.limits import Limits, read_names
 from diffdis_jax.common import cli
 from diffdis_jax.config import Run
@@ -36,7 +38,7 @@ BATCH_SIZE = 16
 
 
 def define_flags() -> None:
-  """The command line. Defined on call, so that two verbs can be imported side by side."""
+  """Define the command line. It is defined on call, so that two verbs can be imported side by side."""
   limits = Limits()
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
   flags.DEFINE_string(
@@ -48,7 +50,6 @@ def define_flags() -> None:
   flags.DEFINE_integer("port", 7860, "port to listen at; 0 takes a free one", lower_bound=0, upper_bound=65535)
   flags.DEFINE_list("allowed_hosts", [], "further host names of the page, such as a proxy's")
   flags.DEFINE_float("upload_mb", limits.upload_mb, "largest upload, MB")
-  flags.DEFINE_float("uploads_mb", limits.uploads_mb, "largest size of all kept uploads, MB; the oldest are deleted")
   flags.DEFINE_float("megapixels", limits.megapixels, "largest uploaded image, millions of pixels")
   flags.DEFINE_float("seconds", limits.seconds, "time after which a request is ended, in seconds")
   flags.DEFINE_integer("waiting", limits.waiting, "requests that may wait; further ones are refused")
@@ -63,7 +64,6 @@ def main(argv: Sequence[str]) -> None:
     raise not_installed("the page", "gradio", "app")
   limits = Limits(
     upload_mb=FLAGS.upload_mb,
-    uploads_mb=FLAGS.uploads_mb,
     megapixels=FLAGS.megapixels,
     seconds=FLAGS.seconds,
     waiting=FLAGS.waiting,
@@ -96,7 +96,7 @@ def serve(
   port: int,
   allowed_hosts: Sequence[str] = (),
 ) -> None:
-  """Serves the page until SIGINT or SIGTERM.
+  """Serve the page until SIGINT or SIGTERM.
 
   Args:
     run: a workdir.
@@ -112,52 +112,65 @@ def serve(
     UserError: no such run, data or checkpoint, a run that no tab can serve, data that none searches, no name of a host,
       or nobody can listen there.
   """
-  # Here, since starlette is installed with the extra `app` alone.
-  from diffdis_jax.app import same_site, uploads
+  limits_of.check_names(allowed_hosts)
+  # First: a taken port would show after minutes, in which the run is loaded and its first program compiled.
+  with limits_of.listen(host, port) as listener:
+    record = run_config.load(run)
+    # For its UserError alone: a run that no tab can serve ends before its weights are read.
+    step_sampler.tabs(record.objectives)
+    # Once: the page names the checkpoint that it serves, also where the run saves a newer one meanwhile.
+    step, ema = restore.choose(run, step, ema=ema)
+    # Before the weights, too: a mistyped --data ends at once.
+    source = open_data(record.evals, data, split, image_size=record.image_size)
+    # One device: a request has one image, which several could not share as rows.
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    model, params = inference.load(run, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
+    sampler = step_sampler.StepSampler(model, params, seconds=limits.seconds)
+    index = None
+    if "search" not in sampler.tabs:
+      if data:
+        raise UserError(f"--data={data} has no effect on this run, which cannot search; leave it out")
+    elif source is not None:
+      index = search.Index(sampler, source, num_images)
 
-  same_site.check_names(allowed_hosts)
-  # Here as well: a taken port would show after minutes, in which the run is loaded and its first program compiled.
-  address.check(host, port)
-  record = run_config.load(run)
-  # For its UserError alone: a run that no tab can serve ends before its weights are read.
-  step_sampler.tabs(record.objectives)
-  # Once: the page names the checkpoint that it serves, also where the run saves a newer one meanwhile.
-  step, ema = restore.choose(run, step, ema=ema)
-  # Before the weights, too: a mistyped --data ends at once.
-  source = open_data(record.evals, data, split, image_size=record.image_size)
-  # One device: a request has one image, which several could not share as rows.
-  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-  model, params = inference.load(run, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
-  sampler = step_sampler.StepSampler(model, params, seconds=limits.seconds)
-  index = None
-  if "search" not in sampler.tabs:
-    if data:
-      raise UserError(f"--data={data} has no effect on this run, which cannot search; leave it out")
-  elif source is not None:
-    index = search.Index(sampler.patient(), source, num_images)
+    preparing = threading.Thread(target=prepare, args=(sampler, index), name="prepare")
+    with limits_of.uploads():
+      import_gradio()
+      from diffdis_jax.app import page, server
 
-  preparing = threading.Thread(target=prepare, args=(sampler, index), name="prepare")
-  with same_site.asked_directly(), uploads.folder() as folder:
-    # After the folder is set: Gradio reads $GRADIO_TEMP_DIR when it is imported, and again later.
-    from diffdis_jax.app import page, server
+      # Its last folder alone: the page may be shown to others, whom this machine's folders do not concern.
+      name = pathlib.PurePath(run).name
+      contents = contents_of(record, f"{name}, checkpoint {step}{', averaged weights' if ema else ''}")
+      blocks = page.build(sampler, index, limits, contents)
+      preparing.start()
+      try:
+        server.serve(blocks, limits, listener=listener, host=host, allowed_hosts=allowed_hosts)
+      finally:
+        # First, since it stops the thread: else `join` would wait until every image is embedded.
+        sampler.close()
+        preparing.join()
 
-    contents = contents_of(record, f"{run}, checkpoint {step}{', averaged weights' if ema else ''}")
-    blocks = page.build(sampler, index, limits, contents)
-    preparing.start()
-    try:
-      server.serve(blocks, limits, folder=folder, host=host, port=port, allowed_hosts=allowed_hosts)
-    finally:
-      # First, since it stops the thread: else `join` would wait until every image is embedded.
-      sampler.close()
-      preparing.join()
+
+def import_gradio() -> None:
+  """Import it without the environment's proxy, of a kind that httpx may lack a package for. The page asks nobody."""
+  names = ("no_proxy", "NO_PROXY")  # of which Python prefers the former, where it is there
+  before = {name: os.environ.pop(name, None) for name in names}
+  os.environ.update(dict.fromkeys(names, "*"))
+  try:
+    importlib.import_module("gradio")
+  finally:
+    for name, value in before.items():
+      os.environ.pop(name)
+      if value is not None:
+        os.environ[name] = value
 
 
 def prepare(sampler: step_sampler.StepSampler, index: search.Index | None) -> None:
-  """Compiles what answers take, then embeds the images to search, while the page is there already."""
+  """Compile what answers take, then embed the images to search, while the page is there already."""
   try:
-    sampler.patient().warm_up()
+    sampler.warm_up()
     logging.info("every program is compiled")
-  except (UserError, RuntimeError, CancelledError) as error:  # too large, or closed meanwhile
+  except (UserError, RuntimeError) as error:  # too large, or closed meanwhile
     if not sampler.closed.is_set():
       logging.warning("the model does not answer: %s", error)
   # After an error too: embedding takes less than generation, and says itself what it fails on.
@@ -168,7 +181,7 @@ def prepare(sampler: step_sampler.StepSampler, index: search.Index | None) -> No
 def open_data(
   evals: Mapping[str, Any], data: str | None, split: str | None, *, image_size: int
 ) -> sources.Source | None:
-  """What is searched: the folder, or else the first data set whose images the run's config measures; None without
+  """Open what is searched: the folder, or else the first data set whose images the run's config measures; None without
   either.
 
   Raises:
@@ -194,7 +207,7 @@ def open_data(
 
 
 def contents_of(run: Run, about: str) -> Any:
-  """What the page's fields begin with: prompts, class names and templates of the run's own config."""
+  """Return what the page's fields begin with: prompts, class names and templates of the run's own config."""
   from diffdis_jax.app import page
 
   zero_shot = next((each for each in run.evals.values() if each["task"] == "zero_shot"), {})
@@ -202,7 +215,6 @@ def contents_of(run: Run, about: str) -> Any:
   # The plain prompt, where the first of many is another one.
   single = zero_shot.get("single_template") or (not isinstance(templates, str) and templates and templates[0])
   return page.Contents(
-    title=about,
     about=about,
     prompt=run.sample_prompts[0] if run.sample_prompts else "a red star",
     names=_names_of(zero_shot.get("classnames", "")),
@@ -213,7 +225,7 @@ def contents_of(run: Run, about: str) -> Any:
 
 
 def _names_of(classnames: Sequence[str] | Mapping[str, str] | str) -> str:
-  """What the field of class names begins with: those of an evaluation, where a request may have them."""
+  """Return what the field of class names begins with: those of an evaluation, where a request may have them."""
   # A string is the path of a file, which may lie on another machine.
   if classnames and not isinstance(classnames, str):
     names = prompts.resolve_classnames(classnames).names

@@ -1,24 +1,19 @@
-"""The tab *search*: images of a prepared folder by text, and by image."""
+"""Images of a prepared folder with their queries, for the tab *search*."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import CancelledError
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float, UInt8
 
-from diffdis_jax.app import charts
-from diffdis_jax.app.classify import read_square
-from diffdis_jax.app.limits import Limits, last_within, read_text
 from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 
-FOUND = 12  # images of an answer
 SEED = 0  # of the images' noise
 
 
@@ -29,7 +24,7 @@ class Hit(NamedTuple):
   score: float
 
 
-class Found(NamedTuple):
+class Record(NamedTuple):
   """An image's central square, and what its record calls it."""
 
   image: UInt8[np.ndarray, "s s 3"]
@@ -58,7 +53,7 @@ class Index:
     self._begun = threading.Event()  # some are embedded, or none will be
 
   def fill(self) -> None:
-    """Embeds all, a batch a turn of the model. What cannot be read ends it, and searches then say so."""
+    """Embed all, a batch a turn of the model. What cannot be read ends it, and searches then say so."""
     size = self._sampler.model.batch_size
     try:
       for start in range(0, len(self.indices), size):
@@ -74,7 +69,7 @@ class Index:
         self.embedded = start + len(queries)
         self._begun.set()
       logging.info("%d images can be searched", self.embedded)
-    except (UserError, OSError, RuntimeError, CancelledError) as error:  # the latter two of a model that is closed
+    except (UserError, OSError, RuntimeError) as error:
       self._error = str(error)
       if not self._sampler.closed.is_set():
         logging.warning("the search ends after %d images: %s", self.embedded, error)
@@ -83,7 +78,7 @@ class Index:
       self._begun.set()
 
   def nearest(self, query: Float[np.ndarray, " d"], count: int, *, seconds: float = 0.0) -> list[Hit]:
-    """The images with the highest inner products, best first, of those that are embedded by now.
+    """Return the images with the highest inner products, best first, of those that are embedded by now.
 
     Args:
       seconds: to wait for the first ones.
@@ -99,16 +94,16 @@ class Index:
     scores = self._queries[:done] @ query
     return [Hit(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")[:count]]
 
-  def record(self, place: int) -> Found:
-    """The image at this place among those that are searched. Raises UserError: it is damaged, or cannot be read now."""
+  def record(self, place: int) -> Record:
+    """Read the image at this place among those that are searched. Raises UserError: it cannot be read."""
     images = base.Images(self.source, self.indices, self._sampler.network.image_size)
     try:
-      return Found(images[np.array([place])][0], name_of(base.fields(self.source, self.indices[place])))
+      return Record(images[np.array([place])][0], name_of(base.fields(self.source, self.indices[place])))
     except OSError as error:  # of storage that was there when the page began
       raise UserError(f"an image cannot be read: {error}; try again later") from error
 
   def state(self) -> str:
-    """How far embedding is."""
+    """Say how far embedding is."""
     done, total = self.embedded, len(self.indices)
     if done == total:
       return f"{total:,} images are searched."
@@ -116,29 +111,5 @@ class Index:
 
 
 def name_of(record: Mapping[str, Any]) -> str:
-  """A record's caption, or else its class or its key."""
+  """Return a record's caption, or else its class or its key."""
   return next((value for field in ("caption", "class", "key") if isinstance(value := record.get(field), str)), "")
-
-
-def by_text(sampler: StepSampler, index: Index, limits: Limits, text: str | None) -> Iterator[str]:
-  """HTML with the images that fit the text best. Raises UserError: no text, too long, or nothing embedded yet."""
-  yield show(index, sampler.text_queries([read_text(text, "text", limits)])[0], seconds=limits.seconds)
-
-
-def by_image(sampler: StepSampler, index: Index, limits: Limits, path: str | None) -> Iterator[str]:
-  """HTML with the images nearest to an upload. Raises UserError: no usable image, or nothing embedded yet."""
-  square = read_square(path, sampler, limits)
-  samples = sampler.model.sampling.num_noise_samples
-  queries = last_within(limits.seconds, sampler.image_queries(square, seed=SEED, num_noise_samples=samples))
-  # As `Inference.embed_images` does for the images that are searched.
-  mean = queries.mean(axis=0)
-  yield show(index, mean / np.linalg.norm(mean), seconds=limits.seconds)
-
-
-def show(index: Index, query: Float[np.ndarray, " d"], *, seconds: float) -> str:
-  """The nearest images with their captions and scores; waits so long for the first that are embedded."""
-  figures = []
-  for hit in index.nearest(query, FOUND, seconds=seconds):
-    image, name = index.record(hit.place)
-    figures.append(charts.figure(image, name, f"{hit.score:.3f}"))
-  return charts.block(charts.line(index.state()), charts.row(figures), least=120)

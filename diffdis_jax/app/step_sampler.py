@@ -6,12 +6,10 @@ A step is that of Algorithm 2 or 3 (method/algorithms.py), one a call: what is s
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -44,9 +42,9 @@ TABS = {  # what each needs a run to be trained for, any of these
 
 
 def tabs(objectives: Sequence[str], *, aligned: bool = True) -> tuple[str, ...]:
-  """Those that a run with these objectives can serve. Raises UserError: none.
+  """Return the tabs that a run with these objectives can serve. Raises UserError: none.
 
-  `aligned`: whether it compares images with texts, as an import that nobody trained does not.
+  `aligned`: it compares images with texts, as an import that nobody trained does not.
   """
   found = tuple(
     name for name, needed in TABS.items() if {*needed} & {*objectives} and (aligned or needed == GENERATIVE)
@@ -95,29 +93,29 @@ class Estimate:
 
 @struct.dataclass
 class Conditions:
-  """c of the prompt, and of the empty one."""
+  """The condition c of the prompt, and of the empty one."""
 
   c: Float[AnyArray, "1 l d"]
   c_null: Float[AnyArray, "1 l d"]
 
 
 class StepSampler:
-  """A run's model on one device. Concurrent requests are interleaved, one program at a time.
+  """A run's model on one device, one program at a time.
 
   Args:
     model: its batch size is that of texts, and of images of a search.
     params: of the same run.
-    seconds: that a call may wait for its turn and its result, and all texts of a request.
+    seconds: that all texts of a request may take.
   """
 
   def __init__(self, model: inference.Inference, params: Params, *, seconds: float):
     self.model, self._params = model, params
-    self._seconds: float | None = seconds
+    self._seconds = seconds
     self.network = model.network
     self.tabs = tabs(self.network.objectives, aligned=model.aligned)
     self._tokenizer = Tokenizer(model.max_length)
-    # One thread: the device runs one program at a time, and so requests get their turns in the order in which they ask.
-    self._turns = ThreadPoolExecutor(1, thread_name_prefix="model")
+    # The device runs one program at a time: requests wait in the page's queue, images to search are embedded between.
+    self._turn = threading.Lock()
     self.closed = threading.Event()
     # As the model's own, by the run's precision and form of attention.
     self._conditions = model.compiled("a prompt's condition", self._encode_prompt)
@@ -129,51 +127,42 @@ class StepSampler:
     scale = params.get("logit_scale")
     self.temperature = 1.0 if scale is None else float(losses.temperature(jnp.asarray(scale)))
 
-  def patient(self) -> StepSampler:
-    """The same model, with the same turns, for work that nobody waits for: its calls may take any time."""
-    other = copy.copy(self)
-    other._seconds = None
-    return other
-
   def call(self, f: Callable[..., Any], *args: Any) -> Any:
-    """f(*args), as numpy arrays, when it is this call's turn. Raises UserError: the turn did not come in time."""
-    # As numpy within the turn: JAX returns before the device is done, and the next turn would begin too early.
-    job = self._turns.submit(lambda: jax.tree.map(np.asarray, f(*args)))
-    try:
-      return job.result(timeout=self._seconds)
-    except TimeoutError as error:
-      job.cancel()
-      raise UserError(f"the model was busy for more than {self._seconds:g} s; try again later") from error
+    """Return f(*args), as numpy arrays, when it is this call's turn. Raises UserError: the page has ended."""
+    with self._turn:
+      if self.closed.is_set():
+        raise UserError("the page has ended")
+      # As numpy within the turn: JAX returns before the device is done, and the next turn would begin too early.
+      return jax.tree.map(np.asarray, f(*args))
 
   def close(self) -> None:
-    """Ends what still waits for its turn."""
+    """End what still waits for its turn."""
     self.closed.set()
-    self._turns.shutdown(wait=True, cancel_futures=True)
 
   def _tokens(self, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
-    """In a turn, too: two threads may not use the tokenizer at a time."""
+    """Tokenize in a turn, too: two threads may not use the tokenizer at a time."""
     return self.call(self._tokenizer, texts)
 
   def cut(self, text: str) -> str | None:
-    """What the network reads of a text that is too long for it; None of any other."""
+    """Return what the network reads of a text that is too long for it; None of any other."""
     left = self.call(self._tokenizer.cut, text)
     return None if left is None else str(left)
 
   def text_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-    """e of each text, L2-normalised. Raises UserError: not within the time that a call may take, or not finite."""
+    """Embed texts: e of each, L2-normalised. Raises UserError: not in time, or not finite."""
     tokens, size = self._tokens(texts), self.model.batch_size
     starts = range(0, len(tokens), size)
     parts = (self.call(self.model.embed_texts, self._params, tokens[start : start + size]) for start in starts)
-    return _finite(np.concatenate([*(parts if self._seconds is None else within(self._seconds, parts))]))
+    return _finite(np.concatenate([*within(self._seconds, parts)]))
 
   def embed_images(self, images: UInt8[np.ndarray, "n H W 3"] | Any, *, seed: int) -> Float[np.ndarray, "n d"]:
-    """The query of each of a batch of images, by the run's own protocol, L2-normalised."""
+    """Embed a batch of images: the query of each of images, by the run's own protocol, L2-normalised."""
     return _finite(self.call(lambda: self.model.embed_images(self._params, images, seed=seed)))
 
   def image_queries(
     self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, num_noise_samples: int
   ) -> Iterator[Float[np.ndarray, "k d"]]:
-    """After each of the run's own number of steps, ê_0 of each noise sample; for CLIP, its one embedding."""
+    """Yield, after each of the run's own number of steps, ê_0 of each noise sample; for CLIP, its one embedding."""
     if self.network.is_clip:
       yield self.embed_images(image[None], seed=seed)
       return
@@ -182,10 +171,10 @@ class StepSampler:
       yield estimate.queries
 
   def generate(self, prompt: str, *, seed: int, steps: int, guidance_scale: float, frames: int) -> Iterator[Frame]:
-    """Algorithm 2, shown after the last step and, evenly spread, after `frames` - 1 of the others.
+    """Run Algorithm 2, shown after the last step and, evenly spread, after `frames` - 1 of the others.
 
     Raises:
-      UserError: a run without generation, no such number of steps, or no turn in time.
+      UserError: a run without generation, no such number of steps.
     """
     conditions = self.call(self._conditions, self._params, self._tokens([prompt]))
     timesteps, z_T = schedules.leading(steps), self.model.noise(1, seed)
@@ -201,10 +190,10 @@ class StepSampler:
   def estimates(
     self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, steps: int, num_noise_samples: int
   ) -> Iterator[Estimate]:
-    """Algorithm 3 from several noise samples, after each step. Their mean is what `Inference.embed_images` gives.
+    """Run Algorithm 3 from several noise samples, after each step. Their mean is what `Inference.embed_images` gives.
 
     Raises:
-      UserError: a run without discrimination, no such number of steps, or no turn in time.
+      UserError: a run without discrimination, no such number of steps.
     """
     # Whole blocks of ROWS: a shorter last one would be another program to compile. What is too much is left out below.
     width, rows = self.network.model.query_width, math.ceil(num_noise_samples / ROWS) * ROWS
@@ -217,7 +206,7 @@ class StepSampler:
   def _denoise(
     self, program: programs.Program, x_t: Float[np.ndarray, "n ..."], process: Process, timesteps: Timesteps, *args: Any
   ) -> Iterator[Any]:
-    """What each of DDIM's steps gives, from x_T on, ROWS rows a call.
+    """Yield what each of DDIM's steps gives, from x_T on, ROWS rows a call.
 
     Args:
       program: (params, x_t, coefficients, *args) -> GenerationStep or DdimStep.
@@ -232,14 +221,14 @@ class StepSampler:
       yield step
 
   def warm_up(self) -> None:
-    """Runs every program that an answer takes once, so that it is compiled."""
+    """Run every program that an answer takes once, so that it is compiled."""
     side = self.network.image_size
     blank = np.zeros((side, side, 3), np.uint8)
     # One step compiles what any number of steps takes, since coefficients are arguments.
     if "draw" in self.tabs:
       list(self.generate("a", seed=0, steps=1, guidance_scale=2.0, frames=1))
     if "classify" in self.tabs:
-      self.text_queries(["a"])
+      self.call(self.model.embed_texts, self._params, self._tokens(["a"]))
       list(self.image_queries(blank, seed=0, num_noise_samples=1))
 
   def _decode(self, params: Params, z: Float[Array, "n h w c"]) -> UInt8[Array, "n H W 3"]:
@@ -269,7 +258,7 @@ class StepSampler:
   def _denoise_once(
     self, params: Params, e_t: Float[Array, "k d"], now: DdimCoefficients, z: Float[Array, "1 h w c"]
   ) -> DdimStep:
-    """Its x_0 is L2-normalised, to be shown; x_prev, from which the next step starts, is not."""
+    """Take one step. Its x_0 is L2-normalised, to be shown; x_prev, from which the next step starts, is not."""
     model: Any = self.network.with_params(params)
     how = self.model.sampling
     step = algorithms.text_query_step(
@@ -286,7 +275,7 @@ class StepSampler:
 
 
 def _finite(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-  """x. Raises UserError: it has numbers that are not finite, of which there is nothing to show."""
+  """Return x. Raises UserError: it has numbers that are not finite, of which there is nothing to show."""
   if not np.isfinite(x).all():
     raise UserError(
       "the model gives numbers that are not finite, as after training that diverged; take an earlier checkpoint, --step"

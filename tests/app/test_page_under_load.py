@@ -55,7 +55,8 @@ def ask(client: httpx.Client, name: str, data: list) -> str:
       elif line.startswith("data: ") and event == "error":
         return line
       elif line.startswith("data: ") and event == "complete":
-        return "answer" if 'class="dd"' in json.loads(line.removeprefix("data: "))[0] else line
+        line_of_text, *values = json.loads(line.removeprefix("data: "))
+        return "answer" if isinstance(line_of_text, str) and all(values) else line
   return "the stream ended"
 
 

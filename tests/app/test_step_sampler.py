@@ -133,7 +133,6 @@ def test_many_texts_end_when_their_time_is_over(sampler, monkeypatch):
   assert len(sampler.text_queries(["a star", "a ring"])) == 2
   with pytest.raises(UserError, match="took longer than 1 s"):
     sampler.text_queries(["a star"] * 20)
-  assert len(sampler.patient().text_queries(["a star"] * 8)) == 8
 
 
 def test_a_clip_has_one_query_and_the_loss_temperature():
@@ -176,14 +175,15 @@ def test_a_long_tailed_run_serves_no_page():
     module.tabs(("long_tail_head",))
 
 
-def test_a_busy_model_is_a_message_and_the_next_request_has_its_turn(sampler, monkeypatch):
-  monkeypatch.setattr(sampler, "_seconds", 0.2)
-  held = threading.Event()
-  blocker = threading.Thread(target=lambda: sampler._turns.submit(held.wait).result())
+def test_calls_take_turns_and_end_with_the_page():
+  sampler = make(tiny_clip.get_config())
+  held, order = threading.Event(), []
+  blocker = threading.Thread(target=sampler.call, args=(lambda: (held.wait(), order.append(1)),))
   blocker.start()
-  with pytest.raises(UserError, match=r"busy for more than 0.2 s"):
-    sampler.call(np.ones, 3)
-  threading.Timer(0.3, held.set).start()
-  np.testing.assert_array_equal(sampler.patient().call(np.ones, 2), np.ones(2))
+  threading.Timer(0.2, held.set).start()
+  np.testing.assert_array_equal(sampler.call(lambda: (order.append(2), np.ones(3))[1]), np.ones(3))
   blocker.join()
-  np.testing.assert_array_equal(sampler.call(np.ones, 3), np.ones(3))
+  assert order == [1, 2]
+  sampler.close()
+  with pytest.raises(UserError, match="the page has ended"):
+    sampler.call(np.ones, 3)

@@ -1,12 +1,12 @@
+"""What the tabs answer, of a model whose queries are colours."""
+
 from __future__ import annotations
 
-import base64
 import io
 import itertools
-import re
+import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from configs import emoji
 from diffdis_jax.app import __main__ as app
-from diffdis_jax.app import charts, classify, draw, inside, search, step_sampler
+from diffdis_jax.app import answers, search, step_sampler
 from diffdis_jax.app.__main__ import open_data, prepare
 from diffdis_jax.app.limits import Limits
 from diffdis_jax.app.step_sampler import Estimate, Frame
@@ -91,38 +91,28 @@ def colour(tmp_path, name: str) -> str:
   return pictures.write(tmp_path, f"{name}.png", buffer.getvalue())
 
 
-def pixels(html: str) -> list[np.ndarray]:
-  found = re.findall(r"data:image/png;base64,([^\"]+)", html)
-  return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
-
-
-def test_shares_are_the_softmax_of_the_mean_query_and_the_spread_that_of_the_draws():
+def test_shares_are_the_softmax_of_the_mean_query_and_the_line_says_how_samples_agree():
   texts, queries = unit(RNG.normal(size=(4, 5))), unit(RNG.normal(size=(3, 5)))
-  found = classify.guesses("abcd", texts, queries, 7.0)
+  line, shares = answers.guess("abcd", texts, queries, 7.0)
   alone = scipy.special.softmax(7 * queries.astype(np.float64) @ texts.T, axis=1)
   mean = scipy.special.softmax(7 * unit(queries.mean(axis=0)).astype(np.float64) @ texts.T)
-  assert [guess.name for guess in found] == ["abcd"[i] for i in np.argsort(-mean)]
-  for guess in found:
-    i = "abcd".index(guess.name)
-    np.testing.assert_allclose(
-      (guess.share, guess.low, guess.high), (mean[i], alone[:, i].min(), alone[:, i].max()), rtol=1e-5
-    )
-    assert guess.note == f"first in {(alone.argmax(axis=1) == i).sum()}/3"
+  np.testing.assert_allclose([shares[name] for name in "abcd"], mean, rtol=1e-5)
+  best = int(mean.argmax())
+  first, low, high = (alone.argmax(axis=1) == best).sum(), alone[:, best].min(), alone[:, best].max()
+  expected = (
+    f"{'abcd'[best]}: {mean[best]:.1%}. Of 3 noise samples {first} have it first, with {low:.1%} to {high:.1%}."
+  )
+  assert line == expected
 
 
-def test_an_image_is_classified_with_bars_and_whiskers(tmp_path):
-  ask = lambda draws: [
-    *classify.answer(StepSampler(), LIMITS, colour(tmp_path, "red"), "red, green,blue", "a {}", draws, 0)
+def test_an_image_is_classified(tmp_path):
+  ask = lambda samples: [
+    *answers.classify(StepSampler(), LIMITS, colour(tmp_path, "red"), "red, green,blue", "a {}", samples, 0)
   ][-1]
   many, one = ask(8), ask(1)
-  assert re.findall(r'<div class="bar"><span>(\w+)', many)[0] == "red" and many.count('class="bar"') == 3
-  assert "first in 8/8" in many and 'class="spread"' in many
-  assert "first in" not in one and 'class="spread"' not in one
-
-
-def test_names_are_escaped():
-  html = classify.show([charts.Bar("<script>", 1.0, 0.0, 1.0)], draws=2)
-  assert "<script>" not in html and "&lt;script&gt;" in html
+  assert many.line.startswith("red: ") and "Of 8 noise samples 8 have it first" in many.line
+  assert list(many.shares) == ["red", "green", "blue"] and sum(many.shares.values()) == pytest.approx(1)
+  assert "noise samples" not in one.line
 
 
 @pytest.mark.parametrize(
@@ -131,43 +121,51 @@ def test_names_are_escaped():
     ({"path": None}, "no image yet"),
     ({"names": "red"}, "1 class names"),
     ({"template": "a"}, "no place"),
-    ({"draws": 65}, "noise samples is 65"),
+    ({"samples": 65}, "noise samples is 65"),
     ({"seed": 0.5}, "seed is 0.5"),
   ],
 )
 def test_wrong_inputs_of_classify(tmp_path, change, message):
-  given = {"path": colour(tmp_path, "red"), "names": "red, blue", "template": "{}", "draws": 2, "seed": 0} | change
+  given = {"path": colour(tmp_path, "red"), "names": "red, blue", "template": "{}", "samples": 2, "seed": 0} | change
   with pytest.raises(UserError, match=message):
-    next(classify.answer(StepSampler(), LIMITS, **given))
+    next(answers.classify(StepSampler(), LIMITS, **given))
 
 
-def test_the_time_of_the_class_names_is_the_requests_too(tmp_path):
+def test_the_time_of_the_class_names_is_the_requests_too(monkeypatch):
   class Slow(StepSampler):
     def text_queries(self, texts):
       time.sleep(0.3)
       return super().text_queries(texts)
 
-  path, limits = colour(tmp_path, "red"), Limits(seconds=0.2)
-  for answer, how in ((classify.answer, (2, 0)), (inside.answer, (3, 2, 0))):
+  path, limits = "red.png", Limits(seconds=0.2)
+  monkeypatch.setattr(answers, "read_square", lambda path, limits, side: Source("red")[0]["image"])
+  for answer, how in ((answers.classify, (2, 0)), (answers.inside, (3, 2, 0))):
     with pytest.raises(UserError, match="took longer than 0.2 s and was stopped; take fewer .* or names"):
       list(answer(Slow(), limits, path, "red, blue", "{}", *how))
 
 
-def test_a_drawing_shows_its_three_images_after_each_step_and_all_steps_below():
-  first, *steps = draw.answer(StepSampler(), LIMITS, " a star ", 0, 3, 2)
-  assert "Step 0 of 3" in first and not pixels(first)
-  assert [len(pixels(html)) for html in steps] == [5, 7, 9]
-  assert [image.mean() for image in pixels(steps[-1])] == [1, 2, 3, 2, 3, 2, 3, 2, 3]
-  assert "Step 2 of 3, t = 997" in steps[1] and "a star" not in steps[1]
-  assert "3 steps" in steps[2] and "a star" in steps[2]
+def test_a_generation_shows_three_images_after_each_step_and_all_steps_below():
+  first, *steps = answers.generate(StepSampler(), LIMITS, " a star ", 0, 3, 2)
+  assert first == ("Step 0 of 3", [], [])
+  assert [len(step.strip) for step in steps] == [1, 2, 3]
+  assert [image.mean() for image, _ in steps[-1].images] == [1, 2, 3]
+  assert all(image.shape == (16, 8, 3) and image.mean() == 2.5 for image, _ in steps[-1].strip)
+  assert [each.line for each in steps] == ["Step 1 of 3, t = 998.", "Step 2 of 3, t = 997.", "3 steps."]
   # The image is of the latent that the step leads to, its predictions of the one that it begins with.
-  assert "z at the next t, decoded" in steps[1] and "makes of z_t with the prompt" in steps[1]
-  assert not any("too long" in html for html in [first, *steps])
+  captions = [[caption for _, caption in step.images] for step in steps]
+  assert captions[1][0] == "z at the next t, decoded" and "makes of z_t with the prompt" in captions[1][2]
+  assert captions[2][0] == "a star"
 
 
-def test_of_a_prompt_that_is_too_long_a_drawing_says_what_is_read():
-  first, *steps = draw.answer(StepSampler(), LIMITS, "one two three four five six seven", 0, 3, 2)
-  assert all("too long for this model, which reads: one two three four five six<" in html for html in steps)
+def test_of_large_images_the_strip_has_small_ones():
+  frame = Frame(1, 1, 0, *(np.zeros((256, 256, 3), np.uint8),) * 3)
+  ((image, caption),) = answers._strip([frame])
+  assert image.shape == (128, 64, 3) and caption == "t = 0"
+
+
+def test_of_a_prompt_that_is_too_long_a_generation_says_what_is_read():
+  _, *steps = answers.generate(StepSampler(), LIMITS, "one two three four five six seven", 0, 3, 2)
+  assert all(step.line.endswith("too long for this model, which reads: one two three four five six") for step in steps)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +183,7 @@ def test_wrong_inputs_of_draw(place, value, message):
   given = ["a star", 0, 3, 2]
   given[place] = value
   with pytest.raises(UserError, match=message):
-    next(draw.answer(StepSampler(), LIMITS, *given))
+    next(answers.generate(StepSampler(), LIMITS, *given))
 
 
 def test_images_are_found_by_text_and_by_image(tmp_path):
@@ -195,16 +193,16 @@ def test_images_are_found_by_text_and_by_image(tmp_path):
     index.nearest(sampler.text_queries(["green"])[0], 2)
   filling = threading.Timer(0.2, index.fill)
   filling.start()
-  assert "&lt;" in next(search.by_text(sampler, index, LIMITS, "a green one")), "waits for the first images"
+  assert next(answers.search_text(sampler, index, LIMITS, "a green one")).images, "waits for the first images"
   filling.join()
   assert index.state() == "5 images are searched."
   assert sorted(hit.place for hit in index.nearest(sampler.text_queries(["green"])[0], 2)) == [1, 3]
-  for html in (
-    *search.by_text(sampler, index, LIMITS, "a green one"),
-    *search.by_image(sampler, index, LIMITS, colour(tmp_path, "green")),
+  for found in (
+    *answers.search_text(sampler, index, LIMITS, "a green one"),
+    *answers.search_image(sampler, index, LIMITS, colour(tmp_path, "green")),
   ):
-    assert [tuple(image[0, 0]) for image in pixels(html)][:2] == [(0, 255, 0)] * 2
-    assert html.count("&lt;green&gt;") == 4 and "<green>" not in html  # alt text and caption of each
+    assert [tuple(image[0, 0]) for image, _ in found.images][:2] == [(0, 255, 0)] * 2
+    assert [caption.split()[0] for _, caption in found.images][:2] == ["<green>"] * 2
 
 
 def test_what_is_embedded_can_be_searched_where_the_rest_cannot_be_read():
@@ -223,9 +221,6 @@ def test_images_are_embedded_where_another_program_does_not_compile(caplog):
   class Large(StepSampler):
     def warm_up(self):
       raise RuntimeError("RESOURCE_EXHAUSTED: the image's program")
-
-    def patient(self):
-      return self
 
   index = search.Index(Large(), Source("red", "green"), None)
   prepare(Large(), index)
@@ -271,18 +266,18 @@ def test_a_data_set_that_is_away_while_it_is_embedded_ends_the_search_with_a_rea
   assert f"the search ends after 2 images: {reason}" in caplog.text
   source.readable = 0
   with pytest.raises(UserError, match=reason):
-    list(search.by_text(sampler, index, LIMITS, "a green one"))
+    list(answers.search_text(sampler, index, LIMITS, "a green one"))
 
 
 def test_inside_shows_scores_and_paths_after_each_step(tmp_path):
-  given = colour(tmp_path, "blue"), "red, green, blue", "{}", 4, 3, 0
-  shown = [*inside.answer(StepSampler(), LIMITS, *given)]
+  shown = [*answers.inside(StepSampler(), LIMITS, colour(tmp_path, "blue"), "red, green, blue", "{}", 4, 3, 0)]
   assert len(shown) == 4
-  assert "Step 4 of 4, t = 995: blue, 0.99" in shown[-1] or "Step 4 of 4, t = 995: blue, 1.0" in shown[-1]
-  score, paths = re.findall(r"<svg.*?</svg>", shown[-1], flags=re.DOTALL)
-  assert score.count("<polyline") == 3 * (3 + 1)  # each name's noise samples and their mean
-  assert paths.count("<polyline") == 3 and paths.count("<circle") == 2 * 3 + 3
-  assert all(len(points.split()) == 4 for points in re.findall(r'points="([^"]+)"', score))
+  line, scores, paths = shown[-1]
+  assert line.startswith(("Step 4 of 4, t = 995: blue, 0.99", "Step 4 of 4, t = 995: blue, 1.0"))
+  assert "have a cosine of" in line
+  assert sorted(scores.name.unique()) == ["blue", "green", "red"] and [*scores.step.unique()] == [1, 2, 3, 4]
+  assert scores.groupby("step").score.idxmax().map(scores.name).eq("blue").all()
+  assert paths["of"].value_counts().to_dict() == {"on the way": 9, "noise sample": 3, "red": 1, "green": 1, "blue": 1}
 
 
 @pytest.mark.parametrize(
@@ -292,40 +287,23 @@ def test_wrong_inputs_of_inside(tmp_path, place, value, message):
   given = [colour(tmp_path, "blue"), "red, blue", "{}", 2, 2, 0]
   given[place] = value
   with pytest.raises(UserError, match=message):
-    next(inside.answer(StepSampler(), LIMITS, *given))
+    next(answers.inside(StepSampler(), LIMITS, *given))
 
 
 def test_agreement_is_the_mean_cosine_of_all_pairs():
   queries = unit(RNG.normal(size=(5, 7)))
   expected = np.mean([a @ b for a, b in itertools.combinations(queries, 2)])
-  assert inside.agreement(queries) == pytest.approx(float(expected), abs=1e-6)
+  assert answers.agreement(queries) == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_the_plane_has_the_two_directions_of_most_variance():
   texts, first = unit(RNG.normal(size=(6, 5))), unit(RNG.normal(size=(3, 5)))
-  directions = inside.plane(texts, first)
+  directions = answers.plane(texts, first)
   np.testing.assert_allclose(directions.T @ directions, np.eye(2), atol=1e-5)
   spread = (np.concatenate([texts, first]) - texts.mean(axis=0)).astype(np.float64)
   values, vectors = np.linalg.eigh(spread.T @ spread)
   expected = vectors[:, np.argsort(-values)[:2]]
   np.testing.assert_allclose(np.abs((expected * directions).sum(axis=0)), 1, atol=1e-4)
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (-0.03, 0.41), (5, 5), (0.9051, 0.9060)])
-def test_ticks_are_round_numbers_within_the_range(low, high):
-  found = charts.ticks(low, high)
-  assert 2 <= len(found) <= 11
-  assert (found >= min(low, high - 0.5) - 1e-9).all() and (found <= max(high, low + 0.5) + 1e-9).all()
-  size = np.diff(found)[0]
-  assert np.isclose(size / 10 ** np.floor(np.log10(size) + 1e-9), [1, 2, 5]).any()
-
-
-@pytest.mark.parametrize("low, high", [(0.0, 1.0), (-0.03, 0.41), (0.981, 0.989), (0.6, 0.63)])
-def test_a_line_across_the_scores_has_its_own_value(low, high):
-  svg = inside.score_chart([999, 0], np.array([[[low]], [[high]]]), 2)
-  labels = re.findall(r'text-anchor="end">([^<]+)</text>', svg)
-  assert "-0" not in labels
-  np.testing.assert_allclose([*map(float, labels)], charts.ticks(low, high)[::-1], atol=1e-9)
 
 
 def test_data_that_no_tab_searches_are_refused(monkeypatch, tmp_path):
@@ -337,12 +315,6 @@ def test_data_that_no_tab_searches_are_refused(monkeypatch, tmp_path):
   how = dict(split="test", num_images=9, step=None, ema=True, host="", port=0)
   with pytest.raises(UserError, match="--data=birds has no effect on this run, which cannot search; leave it out"):
     app.serve(run, LIMITS, data="birds", **how)
-
-
-def test_large_images_have_small_ones_in_the_strip():
-  html = charts.strip([("9", (np.zeros((256, 256, 3), np.uint8),))])
-  (image,) = pixels(html)
-  assert image.shape == (64, 64, 3)
 
 
 def test_others_are_answered_while_images_to_search_are_waited_for():
@@ -358,10 +330,10 @@ def test_others_are_answered_while_images_to_search_are_waited_for():
   class InTurns(StepSampler):
     def __init__(self):
       super().__init__()
-      self._turns, self._seconds = ThreadPoolExecutor(1), 1.0
+      self._turn = threading.Lock()
 
     def embed_images(self, images, *, seed):
-      return self.patient().call(lambda: StepSampler.embed_images(self, images, seed=seed))
+      return self.call(lambda: StepSampler.embed_images(self, images, seed=seed))
 
   sampler = InTurns()
   index = search.Index(sampler, Slow("red", "green"), None)
@@ -375,3 +347,11 @@ def test_others_are_answered_while_images_to_search_are_waited_for():
     filling.join()
     sampler.close()
   assert index.state() == "2 images are searched."
+
+
+def test_a_taken_port_is_known_before_the_run_is_looked_for():
+  with socket.create_server(("127.0.0.1", 0)) as other:
+    port = other.getsockname()[1]
+    how = dict(data=None, split=None, num_images=9, step=None, ema=True)
+    with pytest.raises(UserError, match=f"^cannot listen at 127.0.0.1, port {port}: Address already in use; take "):
+      app.serve("nowhere", LIMITS, **how, host="127.0.0.1", port=port)
