@@ -76,10 +76,6 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
   """
 
   VERSION = tfds.core.Version("1.1.0")
-  RELEASE_NOTES = {
-    "1.0.0": "First version.",
-    "1.1.0": "A file of records for each part; images may be stored smaller, and duplicates dropped.",
-  }
   DESCRIPTION = ""
   CITATION = ""
   HOMEPAGE = ""
