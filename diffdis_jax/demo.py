@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 
@@ -28,7 +29,7 @@ from diffdis_jax.evals import samples, sections
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
 from diffdis_jax.training import loop
-from diffdis_jax.training.prepared import Prepared
+from diffdis_jax.training.step import Trainer
 
 FLAGS = flags.FLAGS
 
@@ -56,13 +57,13 @@ def main(argv: Sequence[str]) -> None:
   config.sample_prompts = ()  # grid.png has these very prompts
   # One device trains the autoencoder as fast as two; the other cores compile what comes next.
   first, second = Run.of(autoencoder), Run.of(config)
-  small = Prepared.of(first, sharding.make_mesh(**vars(first.mesh), devices=jax.devices()[:1]))
-  large = Prepared.of(second, sharding.make_mesh(**vars(second.mesh)))
+  small = Trainer(first, sharding.make_mesh(**vars(first.mesh), devices=jax.devices()[:1]))
+  large = Trainer(second, sharding.make_mesh(**vars(second.mesh)))
   if not resumed:
     logging.info("compiling DiffDis while its autoencoder trains")
-    large.compile_ahead()
-  loop.train_and_evaluate(first, second.init_from, prepared=small)
-  loop.train_and_evaluate(second, run, prepared=large)
+    threading.Thread(target=large.compile_ahead, daemon=True).start()
+  loop.train_and_evaluate(first, second.init_from, trainer=small)
+  loop.train_and_evaluate(second, run, trainer=large)
 
   tasks = ("zero_shot", "generation_accuracy")
   found = evaluate.evaluate(run, sections.of_config(second.evals, tasks=tasks))

@@ -33,6 +33,20 @@ class Gone(OSError):
   """A file that was there is absent now; it may come back."""
 
 
+class Diverged(Exception):
+  """More steps in a row than may be had a loss or gradient that is not finite. Commands exit with `code`, as after a
+  crash: launchers start the run again, from its last checkpoint."""
+
+  code = 1
+
+  def __init__(self, step: int, count: int, saved: int | None):
+    super().__init__(
+      f"the last {count} steps up to {step} changed nothing, since loss or gradient was not finite; the last checkpoint"
+      f" is {'none' if saved is None else saved}; lower optim.rates, or set optim.clip_norm or model.dtype='float32',"
+      " in a new workdir"
+    )
+
+
 def install(extra: str) -> str:
   """Say how to get the packages of an extra of pyproject.toml. The project itself is on no package index."""
   return f"pip install -e '.[{extra}]' in the repository's folder"

@@ -56,7 +56,6 @@ class Inference:
     max_length: tokens of a caption.
     shapes: of the parameters.
     aligned: whether it compares images with texts, by a head that was trained.
-    sees_noised_images: whether that head was trained on noised images too, under their own t_z.
     duplicate_captions: what equal captions are to each other in its contrastive loss, as config.sections.Loss has it.
     mesh, after_batch: as given.
     batched: runs what `compiled` gives over rows of any number, as `batches.Batches` has it.
@@ -75,7 +74,7 @@ class Inference:
     after_batch: Callable[[], None] = lambda: None,
   ):
     self.network, self.sampling = network, sampling
-    self.aligned, self.sees_noised_images = network.task.aligned, False
+    self.aligned = network.task.aligned
     self.duplicate_captions = Loss.duplicate_captions
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
     # With every figure goes what decides on it, in effect: CLIP denoises nothing, and noise targets are not normalised.
@@ -403,7 +402,6 @@ def load(
     )
   run = run.replace(changes | {f"inference.{name}": value for name, value in sampling.items()})
   inference = Inference(Network.of(run), run.inference, batch_size=batch_size, mesh=mesh)
-  inference.sees_noised_images = run.loss.noised_image_share > 0
   inference.duplicate_captions = run.loss.duplicate_captions
   # An imported Stable Diffusion has DiffDis' head as it was initialised.
   inference.aligned &= not any(name.startswith("alignment.") for name in restore.initialised(path))

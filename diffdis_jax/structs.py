@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -67,20 +66,16 @@ TrainingBatch = AnyBatch | LabelledBatch
 
 @struct.dataclass
 class TrainState:
-  """What training changes and what it reads: as it is, as it is saved and read again; the shardings of it, its shapes.
-
-  In a step its small parameters are packed (training/packing.py). In a checkpoint everything is by path, and params has
-  the frozen ones too.
+  """What a training step changes, and what it reads beside the batch. Shardings and shapes of it have the same form.
 
   Attributes:
-    step: i32[], the number of finished steps; of shardings and shapes, one of those. None where a checkpoint says it.
-    params: flat (common/params.py).
-    ema: the averaged ones of them; may be empty.
+    step: i32[], the number of finished steps. None where a checkpoint's folder says it.
+    params: flat (common/params.py), the frozen ones among them.
+    ema: the averages of the trained ones; may be empty.
     opt_state: the optimizer's.
     seed: u32[], of all random choices; here, so that runs of other seeds share the compiled step. It is not saved.
     teacher: where an objective keeps them, the trainable parameters as they were at the start, which never change.
-    norms: of the gradients, by which a step is skipped (training/skips.py); may be empty. A checkpoint's meta has them.
-    frozen: the parameters that a step does not change.
+    skipped: i32[], how many of the last steps in a row were left out, as not finite. It is not saved.
   """
 
   step: Any = None
@@ -89,17 +84,7 @@ class TrainState:
   opt_state: Any = struct.field(default_factory=dict)
   seed: Any = None
   teacher: dict[str, Any] = struct.field(default_factory=dict)
-  norms: dict[str, Any] = struct.field(default_factory=dict)
-  frozen: dict[str, Any] = struct.field(default_factory=dict)
-
-  def split(self) -> tuple[TrainState, TrainState]:
-    """What a step changes, and what it only reads."""
-    fixed = TrainState(frozen=self.frozen, teacher=self.teacher, seed=self.seed)
-    return dataclasses.replace(self, frozen={}, teacher={}, seed=None), fixed
-
-  def joined(self, fixed: TrainState) -> TrainState:
-    """The inverse of `split`."""
-    return dataclasses.replace(self, frozen=fixed.frozen, teacher=fixed.teacher, seed=fixed.seed)
+  skipped: Any = None
 
 
 @struct.dataclass
@@ -147,8 +132,7 @@ class GenerationPass:
 class DiscriminationPass:
   """Arguments of Φ_θ(e_t, t_e, z): noised text query, its timestep, clean latents and theirs, the empty prompt's c.
 
-  Its t_z is one number for all rows, 1000 in the paper (Table 7), except for rows whose latents are noised
-  (loss.noised_image_share); GenerationPass.t_z is sampled.
+  Its t_z is one number for all rows, 1000 in the paper (Table 7); GenerationPass.t_z is sampled.
   """
 
   e_t: Float[AnyArray, "b e"]

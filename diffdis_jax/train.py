@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   from diffdis_jax.parallel import processes
-  from diffdis_jax.training import facts, loop
+  from diffdis_jax.training import loop, run_info
 
   cli.compilation_cache()
   cli.use_all_cores()  # before the first device is asked for, as must be processes.start
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     hang_timeout=FLAGS.hang_timeout,
   )
   if processes.is_first():
-    facts.log_end(run, FLAGS.workdir)
+    run_info.log_end(run, FLAGS.workdir)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def compare(trainer: Trainer, state: TrainState, batch: TrainingBatch) -> dict[s
 
   L_IG has its weights, and L_ITA is taken before λ.
   """
-  loss = dataclasses.replace(trainer.run.loss, ita_weight=1.0, dispersive_weight=0.0)  # no other term
+  loss = dataclasses.replace(trainer.run.loss, ita_weight=1.0)
   gradients: dict[str, Params] = {}
   for task in TASKS:
     single = copy.copy(trainer)  # the same state and parameters, with the loss of one task

@@ -21,21 +21,21 @@ def variables(mark: pathlib.Path, *, process: int, step: int) -> dict[str, str]:
 
 def patch() -> None:
   """Makes a step hang where the environment asks for it."""
-  from diffdis_jax.training.skips import SkippedSteps
+  from diffdis_jax.training.metrics import Meters
 
   mark, left = pathlib.Path(os.environ[MARK]), [int(os.environ[STEP])]
   if os.environ.get("DIFFDIS_PROCESS_ID", "0") != os.environ[PROCESS] or mark.exists():
     return
-  take = SkippedSteps.take
+  add = Meters.add
 
   def hang(*args: Any) -> Any:
     left[0] -= 1
     if not left[0]:
       mark.touch()
       threading.Event().wait()
-    return take(*args)
+    return add(*args)
 
-  SkippedSteps.take = hang
+  Meters.add = hang
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch, TrainState
-from diffdis_jax.training import plugs, step
-from diffdis_jax.training.loop import latent_shapes
-from diffdis_jax.training.packing import Layout
-from diffdis_jax.training.step import Metrics, step_keys
+from diffdis_jax.training import step
+from diffdis_jax.training.metrics import Metrics
+from diffdis_jax.training.start import latent_shapes
+from diffdis_jax.training.step import step_keys
 from tests import tiny
 from tests.models.networks import random_params
 
@@ -106,7 +106,7 @@ class Trainer:
     self.config, self.mesh = config, make_mesh() if mesh is None else mesh
     self.step = build_trainer(config, self.mesh)
     self.params = random_params(self.step.shapes, seed=0)
-    lowered = self.step.train_step.lower(*self.step.abstract_state.split(), self.place(make_batch(config)))
+    lowered = self.step.train_step.lower(self.step.abstract_state, self.place(make_batch(config)))
     self._train_step = lowered.compile()
 
   @property
@@ -119,21 +119,33 @@ class Trainer:
 
   def initial(self) -> TrainState:
     state = self.step.with_params(jax.device_put(self.params, self.step.param_shardings))
-    return self.step.layout.by_path(state)
+    return state
 
   def run(self, state: TrainState, *batches: Batch) -> tuple[TrainState, list[Metrics]]:
     """The state after a step on each of the batches, and each step's metrics, on the host."""
-    state, metrics = self.step.layout.pack_state(state), []
+    state, metrics = jax.tree.map(jnp.copy, state), []  # the step takes its memory
     for batch in batches:
-      state, now = step.take_step(self._train_step, state, self.place(batch))
+      state, now = self._train_step(state, self.place(batch))
       metrics.append(jax.device_get(now))
-    return self.step.layout.by_path(state), metrics
+    return state, metrics
 
 
-def moments(opt_state: Any, layout: Layout, name: str) -> dict[str, jax.Array]:
+def moments(opt_state: Any, name: str) -> dict[str, jax.Array]:
   """Adam's, mu or nu, by path."""
   leaves = jax.tree.leaves_with_path(opt_state)
-  return layout.unpack({key[-1].key: x for key, x in leaves if jax.tree_util.GetAttrKey(name) in key})
+  return {key[-1].key: x for key, x in leaves if jax.tree_util.GetAttrKey(name) in key}
+
+
+def loss_function(network: Network, run: Run) -> Any:
+  """A run's loss as a function of (trainable, fixed, batch, keys, teacher), without gathering over devices."""
+
+  def loss(
+    trainable: Params, fixed: Params, batch: Any, keys: dict[str, jax.Array], teacher: Params | None = None
+  ) -> Any:
+    build = lambda trainable: network.with_params({**fixed, **trainable})
+    return step.loss_of(network, run, build)(trainable, batch, keys, teacher or {})
+
+  return loss
 
 
 def make_keys(microbatch: int = 0) -> dict[str, jax.Array]:
@@ -148,7 +160,7 @@ class Loss:
     self.params = random_params(self.network.shapes, seed=0)
     self.trained = {path: value for path, value in self.params.items() if re.search(trained, path)}
     self._fixed = {path: value for path, value in self.params.items() if path not in self.trained}
-    self._loss = plugs.loss_function(self.network, Run.of(config))
+    self._loss = loss_function(self.network, Run.of(config))
 
   def __call__(self, trained: Params, batch: Batch, keys: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
     # As it gets them in the compiled step.

@@ -15,7 +15,7 @@ import diffdis_jax
 from diffdis_jax.config import Run, data, model, sections
 from diffdis_jax.config.objectives import TABLE
 from diffdis_jax.models import attention, layers, remat
-from diffdis_jax.training import optim, plugs
+from diffdis_jax.training import optim, step
 
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
 SECTIONS = [
@@ -85,5 +85,5 @@ def test_choices_are_those_that_there_are(names: tuple[str, ...], there: Any):
   assert names == (*there,)
 
 
-def test_every_objective_plugs_into_training():
-  assert plugs.PLUGS.keys() == TABLE.keys()
+def test_every_objective_has_a_loss():
+  assert step.LOSSES.keys() == TABLE.keys()

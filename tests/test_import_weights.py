@@ -132,7 +132,7 @@ def started(run: str, scratch: pathlib.Path, trainer: Trainer, *, seed: int = 0)
   trainer.run = dataclasses.replace(trainer.run, init_from=run, seed=seed)
   with checkpoint.Checkpointer(str(scratch)) as checkpointer:
     state, _ = start.restore_or_init(trainer, checkpointer, open_batches(config))
-  return trainer.layout.by_path(state).params
+  return state.params
 
 
 def differing(one: Params, other: Params) -> set[str]:

@@ -168,7 +168,7 @@ def decayed(name: str, arg: str, no_decay: str | None = None) -> set[str]:
   params = {path: np.ones((), np.float32) for path, each in listed(name, arg).items() if each.group != "frozen"}
   optimizer = optim.build_optimizer(params, section, num_steps=2)
   with jax.numpy_dtype_promotion("standard"):
-    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params, step=np.int32(0))
   return {path for path, update in updates.items() if update < 0}
 
 

@@ -48,7 +48,7 @@ def trace(name: str, **changes: Any) -> core.ClosedJaxpr:
     return steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4).trace(name).jaxpr
   step = build_trainer(config, steps.make_mesh())
   batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, steps.make_batch(config)))
-  return step.train_step.trace(*step.abstract_state.split(), batch).jaxpr
+  return step.train_step.trace(step.abstract_state, batch).jaxpr
 
 
 PROGRAMS = ("train", "generation", "discrimination")

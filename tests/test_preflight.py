@@ -24,6 +24,7 @@ from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
 from diffdis_jax.preflight import gpus, hlo, report, scaling, schedules, targets, times
 from diffdis_jax.training import flops
+from diffdis_jax.training.step import abstract_batch
 from tests import pages, steps, tiny_clip
 from tests.command_runs import call
 from tests.steps import network_of
@@ -91,7 +92,7 @@ def test_a_program_is_rematerialised_as_its_config_says():
 def test_batches_of_images_and_of_latents():
   config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
   shapes = lambda: {
-    name: x and x.shape for name, x in vars(flops.abstract_batch(Run.of(config), network_of(config), mesh)).items()
+    name: x and x.shape for name, x in vars(abstract_batch(Run.of(config), network_of(config), mesh)).items()
   }
   assert shapes() == dict(image=(16, 16, 16, 3), tokens=(16, 8), discrimination_image=None)
   config.data.discrimination_view = "own"

@@ -25,7 +25,6 @@ TOO_LARGE = {
   "text_diffusion.gamma": 2.0,
   "loss.condition_dropout": 1.5,
   "loss.image_dropout": 1.0,
-  "loss.noised_image_share": 1.5,
   "optim.final_fraction": 1.5,
   "optim.b1": 1.0,
   "optim.b2": 1.0,

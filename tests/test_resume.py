@@ -58,7 +58,7 @@ def restore_training(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
   iterator = steps.open_batches(config)
   with checkpoint.Checkpointer(str(run)) as checkpointer:
     state, _ = start.restore_or_init(trainer, checkpointer, iterator)
-  return jax.device_get(trainer.layout.by_path(state)), next(iterator)["image"]
+  return jax.device_get(state), next(iterator)["image"]
 
 
 def killed_twice(killed: pathlib.Path, command: list[str], environment: dict[str, str]) -> bool:

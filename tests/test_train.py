@@ -18,14 +18,15 @@ from diffdis_jax.common import machine
 from diffdis_jax.config import Run
 from diffdis_jax.data import build, shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import Diverged, UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import sections as sections_of
 from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.run import checkpoint, committed, history, provenance, restore
 from diffdis_jax.structs import Batch
-from diffdis_jax.training import facts, loop
 from diffdis_jax.training import flops as estimated
+from diffdis_jax.training import loop, run_info
+from diffdis_jax.training.step import Trainer
 from tests import steps, tiny
 from tests.command_runs import STEPS, call
 from tests.steps import build_trainer, config_of
@@ -134,11 +135,9 @@ def test_a_run_takes_what_was_compiled_before_it_for_the_devices_it_was_compiled
   caplog.set_level("INFO")
   logging.set_verbosity(logging.INFO)
   config = tiny.get_config("autoencoder")
-  prepared = loop.Prepared.of(Run.of(config), sharding.make_mesh(**config.mesh, devices=jax.devices()[:1]))
-  prepared.compile_ahead()
-  for program in (prepared.trainer.initialise, prepared.train_step):
-    program.compiled()
-  loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
+  trainer = Trainer(Run.of(config), sharding.make_mesh(**config.mesh, devices=jax.devices()[:1]))
+  trainer.compile_ahead()
+  loop.train_and_evaluate(Run.of(config), str(tmp_path), trainer=trainer)
   compiled = [message.split(" in ")[0] for message in caplog.messages if message.startswith("compiled")]
   assert sorted(compiled) == ["compiled the initialisation", "compiled the state", "compiled the training step"]
   found, expected = lines_of(str(tmp_path)), lines_of(autoencoder_run)  # of a process that has one device
@@ -332,7 +331,7 @@ def test_a_longer_run_says_what_its_rates_do(caplog):
   config = tiny.get_config("autoencoder")
   config.update(num_steps=20)
   config.optim.update(schedule_kind="linear", warmup_steps=0, rates=dict(new=0.1))
-  facts.log_longer(Run.of(config), before=10, step=5)
+  run_info.log_changes(Run.of(config), "", before=10, step=5)
   assert caplog.messages[-1] == (
     "the run gets longer: 20 steps instead of 10; its linear schedule is that of the longer run from step 5 on:"
     " new 0.05 to 0.075"
@@ -380,7 +379,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
   config = tiny.get_config("autoencoder")
   config.optim.update(clip_norm=0.0, warmup_steps=0, rates=dict(new=1e30), skip_bad_steps=0)
   config.update(save_every=1, log_every=1, num_steps=6)
-  with pytest.raises(UserError, match="is not finite by step 2; the last good checkpoint is step 1; lower optim.rates"):
+  with pytest.raises(Diverged, match="last 1 steps up to 2 changed nothing, .* the last checkpoint is 1; lower optim"):
     loop.train_and_evaluate(Run.of(config), str(tmp_path))
   assert committed.latest_step(str(tmp_path)) == 1
   assert all(np.isfinite(x).all() for x in restore.restore_params(str(tmp_path), ema=False).values())

@@ -29,7 +29,8 @@ from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import writers
-from diffdis_jax.training.step import Trainer, is_running, take_step
+from diffdis_jax.training.metrics import is_running
+from diffdis_jax.training.step import Trainer
 
 SOURCE, CROP, SHORT_SIDE = 512, 256, 288  # pixels
 BATCH = 16
@@ -167,17 +168,17 @@ def data_wait(trainer: Trainer, prepared: pathlib.Path, *, steps: int = 30) -> d
   draw = lambda: batch_type(run.data)(**sharding.to_global(substitutions.take(next(iterator)), trainer.mesh))
   # The first step compiles, and is not timed. Nor is what was read ahead meanwhile, which a long run has no more of
   # where its steps wait, and the steps in which it is read again where they do not.
-  state, metrics = take_step(trainer.train_step, state, draw())
+  state, metrics = trainer.train_step(state, draw())
   for _ in range(run.data.loader.prefetch):
     draw()
   for _ in range(run.data.loader.prefetch):
-    state, metrics = take_step(trainer.train_step, state, draw())
+    state, metrics = trainer.train_step(state, draw())
   jax.block_until_ready(metrics)
   progress = writers.Throughput(start_step=0, num_steps=steps, batch_size=run.batch_size)
   for _ in range(steps):  # as train does: a batch is loaded while the step before it runs
     with progress.waiting_for_data(functools.partial(is_running, metrics)):
       batch = draw()
-    state, metrics = take_step(trainer.train_step, state, batch)
+    state, metrics = trainer.train_step(state, batch)
   loss = jax.device_get(metrics)["loss"]  # waits for the last step
   report = progress.report(steps, {"loss": float(loss.total / loss.count)})
   return {"data_wait": report["data_wait"], "small_model_steps_per_second": report["steps_per_sec"]}

@@ -19,8 +19,8 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.parallel.chips import find
 from diffdis_jax.structs import TrainingBatch
-from diffdis_jax.training.flops import abstract_batch, turns
-from diffdis_jax.training.step import Trainer, take_step
+from diffdis_jax.training.flops import turns
+from diffdis_jax.training.step import Trainer, abstract_batch
 
 OBJECTIVES = {
   "joint": ("generation", "discrimination"),
@@ -45,7 +45,7 @@ def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any
   for name, step in trainers.items():
     states[name] = step.with_params(step.init_params(jax.random.key(0)))
     # Ahead of time: the compiler's count is of the very program that is timed.
-    traced = step.train_step.trace(*states[name].split(), batch)
+    traced = step.train_step.trace(states[name], batch)
     steps[name] = traced.lower().compile()
     operations[name] = operations_of(traced, steps[name], devices=mesh.size)
     logging.info("%s: compiled, %.1f GFLOP a step", name, operations[name] / 1e9)
@@ -54,7 +54,7 @@ def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any
   for index in range(rounds + 1):
     for name, step in steps.items():
       begin = time.perf_counter()
-      states[name], metrics = take_step(step, states[name], batch)
+      states[name], metrics = step(states[name], batch)
       jax.block_until_ready(metrics)
       if index:  # the first round warms up
         seconds[name].append(time.perf_counter() - begin)

@@ -32,7 +32,7 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import TrainingBatch
 from diffdis_jax.training import flops
 from diffdis_jax.training.metrics import Metrics
-from diffdis_jax.training.step import Trainer, take_step
+from diffdis_jax.training.step import Trainer
 
 NAMES = {"clip": "CLIP", "stable_diffusion": "Stable Diffusion", "diffdis": "DiffDis"}
 LOADED_STEPS = 3  # of a round, with the loader, at least: as many as it has batches ahead
@@ -170,13 +170,13 @@ class _Timed:
     return batch_type(self._model.step.run.data)(**sharding.to_global(batch, self._model.step.mesh))
 
   def _step(self, batch: TrainingBatch) -> Metrics:
-    self._state, metrics = take_step(self._model.step.train_step, self._state, batch)
+    self._state, metrics = self._model.step.train_step(self._state, batch)
     self.__dict__.pop("_params", None)
     return metrics
 
   @functools.cached_property
   def _params(self) -> Params:
-    return self._model.step.layout.by_path(self._state).params
+    return self._state.params
 
   def _train(self) -> int:
     metrics = self._step(self._batch)

@@ -31,7 +31,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from diffdis_jax.common import buckets, files, guesses, machine, shipped, signals, usage
-from diffdis_jax.errors import FULL_DISK, Preempted, UserError, full_disk, may_pass
+from diffdis_jax.errors import FULL_DISK, Diverged, Preempted, UserError, full_disk, may_pass
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
@@ -86,6 +86,8 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
       return main(argv)
     except UserError as error:
       _stop(error)
+    except Diverged as error:
+      _stop(error, code=error.code)
     except OSError as error:
       _stop_for(error)
     except Preempted as stopped:

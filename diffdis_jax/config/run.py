@@ -30,7 +30,7 @@ from diffdis_jax.errors import UserError
 MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
 MOST_ROWS = 2**22  # of a global batch, far above any that was trained with
 MOST_PIXELS = 8192  # a side of an image, of which one row of a batch then has 0.2 GB
-_OF_ONE_TASK = dict(snr_gamma="generation", noised_image_share="discrimination", dispersive_weight="generation")
+_OF_ONE_TASK = dict(snr_gamma="generation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,10 +141,9 @@ def _check_task(run: Run) -> None:
     if (value := getattr(run.loss, name)) and objective not in run.objectives:
       raise UserError(f"loss.{name} is {value}; it changes {objective} alone, which objectives lacks: leave it at 0")
   if run.optim.accumulate > 1 and run.optim.contrastive_batch == "whole":
-    of_whole = f"objective {first}" if task.contrasts and not task.grad_cache else ""
-    if of_whole := of_whole or ("loss.dispersive_weight" if run.loss.dispersive_weight else ""):
+    if task.contrasts and not task.grad_cache:
       raise UserError(
-        f"optim.accumulate is {run.optim.accumulate}; {of_whole} takes a batch whole: leave it at 1, or let each"
+        f"optim.accumulate is {run.optim.accumulate}; objective {first} takes a batch whole: leave it at 1, or let each"
         " microbatch be a batch of its own by optim.contrastive_batch='microbatch'"
       )
 

@@ -56,15 +56,6 @@ class Loss(Section):
   snr_gamma: float = number(
     0.0, ge=0, help="γ of min-SNR weighting, which multiplies L_IG by min(SNR, γ) / SNR; 5 is customary, 0 is off"
   )
-  # Not the paper's, whose Table 7 changes the clean image's t_z alone.
-  noised_image_share: float = number(
-    0.0, ge=0, le=1, help="share of samples whose image discrimination sees as z_t, as generation does"
-  )
-  # Not the paper's: Wang and He, 2025, arXiv:2506.09027, the InfoNCE-based variant with squared ℓ2 distances and
-  # temperature 1 (losses.dispersive).
-  dispersive_weight: float = number(
-    0.0, ge=0, help="weight of Dispersive Loss on the middle feature map of generation; 0.5 is theirs, 0 is off"
-  )
   # Not stated by the paper. open_clip takes them as negatives.
   duplicate_captions: str = choice(
     "mask", DUPLICATE_CAPTIONS, help="pairs with equal captions in a contrastive batch: out of both softmaxes, or not"
@@ -117,13 +108,9 @@ class Optim(Section):
   warmup_rate: float = number(0.0, ge=0, help="epoch_cosine: rate at which the warm-up begins")
   # The second stays f32: with b2 = 0.999 it changes by less than bf16 resolves, and would stand still.
   first_moment: str = choice("float32", MOMENTS, help="dtype of AdamW's first moment")
-  # A step whose loss or gradient is not finite changes nothing. Beyond that number the run ends.
+  # Such a step changes nothing. A run with more of them at a report or a save ends with code 1, as after a crash.
   skip_bad_steps: int = number(
-    10, ge=0, help="how many of the last `skip_window` steps may be left out as not finite; 0: the first ends the run"
-  )
-  skip_window: int = number(1000, ge=1, help="steps in which those that are left out are counted")
-  skip_deviations: float = number(
-    0.0, ge=0, help="leave out steps with a gradient norm this many standard deviations above the mean; 0 is off"
+    10, ge=0, help="how many steps in a row may be left out as their loss or gradient is not finite"
   )
 
   def __post_init__(self) -> None:

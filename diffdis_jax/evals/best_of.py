@@ -76,10 +76,7 @@ class BestOf:
     # Without a choice the protocol is the inference's, and so are the images.
     self.generation_protocol = inference.generation_protocol | (chosen if best_of > 1 else {})
     if self.is_early:
-      if not inference.sees_noised_images:
-        logging.warning(
-          "--best_at=%s: this run's head saw no noised images, and ranks half-way ones less well", best_at
-        )
+      logging.warning("--best_at=%s: the head was trained on clean images, and ranks half-way ones less well", best_at)
       self._halves = _Halves(inference, self._begun)
 
   def __getattr__(self, name: str) -> Any:
@@ -187,8 +184,7 @@ def _steps(coefficients: DdimCoefficients, part: slice) -> DdimCoefficients:
 class _Halves:
   """Algorithm 2 in two parts, between which the best of several is chosen: three programs of an inference.
 
-  A head that was trained on noised images too reads z_t under its own t_z. Any other reads ẑ_0, what the last step took
-  the image for, as if it were clean.
+  The head reads ẑ_0, what the last step took the image for, as if it were clean.
   """
 
   def __init__(self, inference: Any, begun: int):
@@ -197,9 +193,6 @@ class _Halves:
     all_steps = samplers.ddim_coefficients(network.image_process, schedules.leading(how.generation_steps))
     first, rest = (_steps(all_steps, slice(*part)) for part in ((begun - 1,), (begun, None)))
     (last,) = _steps(all_steps, slice(begun - 1, begun)).each()
-    self._noised, at = inference.sees_noised_images, network
-    if self._noised:
-      at = dataclasses.replace(network, condition_timestep=int(np.asarray(all_steps.t)[begun]))
     guidance = dict(network=network, guidance_scale=how.generation_guidance)
 
     def begin(params: Params, tokens: Int[Array, "b l"], z_T: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
@@ -217,7 +210,7 @@ class _Halves:
       model: Any = network.with_params(params)
       e_T = query_noise(key, num_noise_samples=how.num_noise_samples, places=places, width=network.model.query_width)
       settings = dict(steps=how.steps, guidance_scale=how.guidance, normalize_query=how.normalize_query)
-      return algorithms.denoise_text_query(model, z, e_T, network=at, **settings)
+      return algorithms.denoise_text_query(model, z, e_T, network=network, **settings)
 
     self._begin, self._finish = inference.compiled("first steps", begin), inference.compiled("last steps", finish)
     self._query = inference.compiled("half-way queries", query)
@@ -235,7 +228,7 @@ class _Halves:
     every = np.repeat(tokens, k, axis=0), noise.reshape(n * k, *shape)
     z = self._batched(functools.partial(self._begin, params), *every, done=done)
     z_t, z_0 = np.split(z, 2, axis=-1)
-    rows = z_t if self._noised else z_0, np.repeat(places.astype(np.int32), k)
+    rows = z_0, np.repeat(places.astype(np.int32), k)
     q = self._batched(functools.partial(self._query, params, jax.random.key(0)), *rows)
     e = np.repeat(_embed_prompts(self._inference, params, tokens), k, axis=0)
     best = _inner(q, e).reshape(n, k).argmax(axis=1)

@@ -33,14 +33,12 @@ class TrainingLosses:
   Attributes:
     total: L.
     generation: L_IG of each row, without weights.
-    dispersive: Dispersive Loss, which the paper lacks; None where its weight is 0.
     alignment: L_ITA, and how well the rows are classified.
   """
 
   total: Float[AnyArray, ""]
   generation: Float[AnyArray, "b"] | None
   alignment: Contrastive | None
-  dispersive: Float[AnyArray, ""] | None
 
 
 def training_losses(
@@ -68,30 +66,25 @@ def training_losses(
 
   # L = L_IG + λ L_ITA. Only here do rows meet: L_ITA compares each ê_0 with the e of all rows on all devices, at
   # whatever t_e was sampled.
-  total, alignment, dispersive = jnp.zeros(()), None, None
+  total, alignment = jnp.zeros(()), None
   if rows.loss_generation is not None:
     schedule = schedules.noise_schedule(network.image_process.schedule)
     weighted = losses.weighted_denoising(rows.loss_generation, noise.t_z, schedule, snr_gamma=loss.snr_gamma)
     total = total + weighted.mean()
-  if rows.middle is not None and loss.dispersive_weight:
-    dispersive = losses.dispersive(rows.middle, gather=sharding.everywhere)
-    total = total + loss.dispersive_weight * dispersive
   if rows.query is not None:
     e, logit_scale = encoded.text.e, model.logit_scale[...]
     alignment = losses.contrastive(
       rows.query, e, logit_scale, captions=captions, dropped=noise.drop_image, on_rows=sharding.each_own_rows
     )
     total = total + loss.ita_weight * alignment.loss
-  return TrainingLosses(total=total, generation=rows.loss_generation, alignment=alignment, dispersive=dispersive)
+  return TrainingLosses(total=total, generation=rows.loss_generation, alignment=alignment)
 
 
 @struct.dataclass
 class DenoisedRows:
-  """What the two passes give of each row: L_IG and generation's middle feature map, and ê_0. None of a pass that was
-  not asked for."""
+  """L_IG and ê_0 of each row; None of a pass that was not asked for."""
 
   loss_generation: Float[AnyArray, "b"] | None
-  middle: Float[AnyArray, "b i j c"] | None
   query: Float[AnyArray, "b e"] | None
 
 
@@ -129,29 +122,25 @@ def denoise_rows(
   z_shown = jnp.where(noise.drop_image[:, None, None, None], 0.0, z_clean)
   # The image is clean, and its timestep says so: 1000 is one past those that generation samples (Table 7).
   t_z = jnp.full((len(z),), network.condition_timestep, jnp.int32)
-  if noise.noised_image is not None:  # not the paper's: of some rows that keep their image it is z_t, under its t_z
-    z_noised = schedules.add_noise(of_image, z_clean, noise=noise.noise_z, t=noise.t_z)
-    noised = noise.noised_image & ~noise.drop_image
-    z_shown, t_z = jnp.where(noised[:, None, None, None], z_noised, z_shown), jnp.where(noised, noise.t_z, t_z)
   discrimination = DiscriminationPass(e_t=e_t, t_e=noise.t_e, z=z_shown, t_z=t_z, c_null=c_null)
 
   # ε̂_z = Φ_u(z_t, t_z, c);  ê_0 or ε̂_e = Φ_θ(e_t, t_e, z)
-  noise_z = middle = prediction = None
+  noise_z = prediction = None
   passes = passes or network.objectives
   if "discrimination" not in passes:
-    noise_z, middle = model.generation_with_middle(**vars(generation))
+    noise_z = model.generation(**vars(generation))
   elif "generation" not in passes:
     prediction = model.discrimination(**vars(discrimination))
   else:  # both as one batch, which costs less and gives the same
     both = joint.both_passes(model, generation, discrimination, parts=sharding.batch_parts())
-    noise_z, middle, prediction = both.noise_z, both.middle, both.prediction_e
+    noise_z, prediction = both.noise_z, both.prediction_e
 
   # L_IG = ‖ε_z − ε̂_z‖² of each row, and ê_0 by the target of the text process (Table 2).
   loss = None if noise_z is None else losses.denoising(noise.noise_z, noise_z)
   if prediction is None:
-    return DenoisedRows(loss_generation=loss, middle=middle, query=None)
+    return DenoisedRows(loss_generation=loss, query=None)
   query = schedules.to_data(of_text, e_t, prediction=prediction, t=noise.t_e)
-  return DenoisedRows(loss_generation=loss, middle=middle, query=query)
+  return DenoisedRows(loss_generation=loss, query=query)
 
 
 def generate(

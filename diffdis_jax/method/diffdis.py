@@ -70,14 +70,7 @@ class DiffDis(nnx.Module):
     self, *, z_t: Float[Array, "b h w c"], t_z: Int[Array, "b"], c: Float[Array, "b l d"]
   ) -> Float[Array, "b h w c"]:
     """ε̂_z = Φ_u(z_t, t_z, c). The text query is masked: its token is absent, so this is Stable Diffusion's UNet."""
-    return self.generation_with_middle(z_t=z_t, t_z=t_z, c=c)[0]
-
-  def generation_with_middle(
-    self, *, z_t: Float[Array, "b h w c"], t_z: Int[Array, "b"], c: Float[Array, "b l d"]
-  ) -> tuple[Float[Array, "b h w c"], Float[Array, "b i j e"]]:
-    """The same, and the UNet's middle feature map."""
-    down = self.unet.down_and_middle(z_t, t_z, c)
-    return self.unet.up_path(down, c), down.h
+    return self.unet.up_path(self.unet.down_and_middle(z_t, t_z, c), c)
 
   def discrimination(
     self,

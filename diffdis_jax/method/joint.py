@@ -21,10 +21,9 @@ from diffdis_jax.structs import AnyArray, DiscriminationPass, GenerationPass
 
 @struct.dataclass
 class BothPredictions:
-  """ε̂_z and the middle feature map of the generation pass; ê_0 or ε̂_e of the discrimination pass."""
+  """ε̂_z of the generation pass; ê_0 or ε̂_e of the discrimination pass."""
 
   noise_z: Float[AnyArray, "b h w c"]
-  middle: Float[AnyArray, "b i j m"]
   prediction_e: Float[AnyArray, "b d"]
 
 
@@ -78,7 +77,7 @@ def both_passes(
   up = dataclasses.replace(down, h=first(down.h), skips=skips, temb=first(down.temb), carry=None)
   prediction = model.alignment(h_e, unpair(down.h, parts)[1])
   noise_z = model.unet.up_path(up, generation.c)
-  return BothPredictions(noise_z=noise_z, middle=up.h, prediction_e=prediction)
+  return BothPredictions(noise_z=noise_z, prediction_e=prediction)
 
 
 def fuse_second_half(

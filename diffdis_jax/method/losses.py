@@ -1,6 +1,5 @@
-"""The paper's losses L_IG and L_ITA, the autoencoder's and Dispersive Loss, all in f32: arrays to one number a sample,
-of which the step takes the mean. `contrastive` takes its own means, since its two directions have different anchors,
-and `dispersive` is one number of all pairs."""
+"""The losses of the paper, L_IG and L_ITA, and of the autoencoder, all in f32: arrays to one number a sample, of which
+the step takes the mean. `contrastive` takes its own means, since its two directions have different anchors."""
 
 from __future__ import annotations
 
@@ -194,24 +193,6 @@ def contrastive(
   )
 
 
-def dispersive(features: Float[Array, "b ..."], *, gather: Callable[[Array], Array] = lambda x: x) -> Float[Array, ""]:
-  """Dispersive Loss (Wang and He, 2025, arXiv:2506.09027), the InfoNCE-based variant with ℓ2 distances:
-  log mean_ij exp(−‖h_i − h_j‖² / (τ d)) over all pairs of the global batch, each row with itself among them.
-
-  As their published code has it: d is the number of a row's elements, and the temperature τ is 1.
-  `gather`: makes of rows that are split over devices all rows on each (sharding.everywhere).
-  """
-  h = features.astype(jnp.float32).reshape(len(features), -1)
-  b, d = h.shape
-  h = h - h.mean(axis=0)  # distances stay, and fewer of their digits cancel below
-  everyone = gather(h)
-  product = jnp.einsum("id,jd->ij", h, everyone, precision=jax.lax.Precision.HIGHEST)
-  square, their_square = (jnp.sum(jnp.square(x), axis=1) for x in (h, everyone))
-  distance = jnp.maximum(square[:, None] + their_square - 2.0 * product, 0.0) / d
-  distance = jnp.where(jnp.eye(b, dtype=bool), 0.0, distance)
-  return jax.nn.logsumexp(-distance) - 2.0 * np.log(b).astype(np.float32)
-
-
 def caption_ids(tokens: Int[Array, "b l"]) -> UInt32[Array, "b"]:
   """A 32-bit polynomial hash of each caption.
 
@@ -221,10 +202,10 @@ def caption_ids(tokens: Int[Array, "b l"]) -> UInt32[Array, "b"]:
   return jnp.sum(tokens.astype(jnp.uint32) * powers, axis=1, dtype=jnp.uint32)
 
 
-def by_timestep_quarter(per_sample: Float[Array, "b"], t: Int[Array, "b"]) -> Quarters:
-  """Sums and counts of a per-sample loss by the quarter of 0 ... T-1 that its timestep lies in."""
+def by_timestep_quarter(per_sample: Float[Array, "b"], t: Int[Array, "b"], rows: Bool[Array, "b"]) -> Quarters:
+  """Sum and count a per-sample loss by the quarter of 0 ... T-1 that its timestep lies in, over these rows."""
   # Sums and counts rather than means: a quarter without a sample in one microbatch has none to give.
-  quarter = jax.nn.one_hot(t * 4 // NUM_TIMESTEPS, 4, dtype=jnp.float32)
+  quarter = jax.nn.one_hot(t * 4 // NUM_TIMESTEPS, 4, dtype=jnp.float32) * rows[:, None].astype(jnp.float32)
   return Quarters(sum=jnp.sum(per_sample[:, None] * quarter, axis=0), count=quarter.sum(axis=0))
 
 

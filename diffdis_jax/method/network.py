@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -155,6 +156,14 @@ class Network:
     if self.model.matmul_precision != AUTO:
       return self.model.matmul_precision
     return "highest" if self.model.dtype == "float32" else "default"
+
+  @contextlib.contextmanager
+  def tracing(self, mesh: Mesh) -> Iterator[None]:
+    """Around what traces one of the network's programs for the devices of `mesh`, with the network's precision and form
+    of attention."""
+    precision = jax.default_matmul_precision(self.matmul_precision)
+    with attention.by(self.model.attention_kernel), sharding.tracing(mesh), precision:
+      yield
 
   def traced_for(self, mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
     """f, one of the network's programs, to be jitted: traced for the devices of `mesh`, with the network's precision

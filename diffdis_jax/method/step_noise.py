@@ -33,7 +33,6 @@ class StepNoise:
   drop_image: Bool[AnyArray, "b"]
   posterior: Float[AnyArray, "b h w c"] | None = None  # where latents are samples of it, and not its mode
   posterior_discrimination: Float[AnyArray, "b h w c"] | None = None  # where that pass has a view of its own, too
-  noised_image: Bool[AnyArray, "b"] | None = None  # rows whose image discrimination sees as z_t, where there may be any
 
 
 def sample_noise(keys: Keys, batch: AnyBatch, *, network: Network, loss: Loss, sample_posterior: bool) -> StepNoise:
@@ -43,10 +42,10 @@ def sample_noise(keys: Keys, batch: AnyBatch, *, network: Network, loss: Loss, s
     keys: by the names of `StepNoise`.
     batch: gives the number of rows, and whether discrimination has a view of its own.
     network: gives the shapes.
-    loss: the shares of rows that are masked or noised.
+    loss: the shares of rows that are masked.
     sample_posterior: as a config has it.
   """
-  b, latents, share = len(batch.tokens), network.latent_shape, loss.noised_image_share
+  b, latents = len(batch.tokens), network.latent_shape
 
   def normal(name: str, *shape: int) -> Float[Array, "b ..."]:
     return jax.random.normal(keys[name], (b, *shape))
@@ -67,7 +66,6 @@ def sample_noise(keys: Keys, batch: AnyBatch, *, network: Network, loss: Loss, s
     drop_image=jax.random.bernoulli(keys["drop_image"], loss.image_dropout, (b,)),
     posterior=normal("posterior", *latents) if sample_posterior else None,
     posterior_discrimination=normal("posterior_discrimination", *latents) if sample_posterior and own_view else None,
-    noised_image=jax.random.bernoulli(keys["noised_image"], share, (b,)) if share else None,
   )
 
 

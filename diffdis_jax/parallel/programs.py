@@ -1,8 +1,7 @@
 """Programs that several processes run together: all of them have compiled one before any of them runs it.
 
 Otherwise a process that finds its program in the compilation cache runs ahead, waits in the first exchange for those
-that still compile, and fails: Gloo waits 30 s, as do the GPUs of one process for each other
-(replication/log/preemption.md).
+that still compile, and fails: Gloo waits 30 s, as do the GPUs of one process for each other (docs/log/preemption.md).
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def compiled(name: str, f: Any, *args: Any) -> jax.stages.Compiled:
     f: what jax.jit returns.
     args: arrays, or shapes with shardings; nothing is run, and nothing donated.
   """
-  return AheadOfTime(name, f, *args).compiled()
+  return AheadOfTime(name, f.lower(*args)).compiled()
 
 
 def is_compiling() -> bool:
@@ -55,37 +54,34 @@ def is_compiling() -> bool:
 
 
 class AheadOfTime:
-  """A jitted function that a thread compiles from shapes, while this one does what comes before the first call.
+  """A program that a thread compiles, while this one does what comes before the first call.
 
-  It takes the same arguments as `compiled`.
+  Several processes need not begin together.
+
+  Args:
+    name: for the log.
+    lowered: what `jax.jit(...).lower` returns. It is traced where its reader calls it, and not in that thread.
   """
 
-  def __init__(self, name: str, f: Any, *args: Any):
-    self._name, self._f, self._args = name, f, args
-    self._result: futures.Future[jax.stages.Compiled] | None = None
-    self._compiled: jax.stages.Compiled | None = None
-
-  def start(self) -> None:
-    """Begin compiling, unless it has begun; several processes need not begin together."""
-    if self._result is not None or self._compiled is not None:
-      return
+  def __init__(self, name: str, lowered: jax.stages.Lowered):
+    self._name, self._met = name, False
+    logging.info("compiling %s", name)
     # Not a daemon thread, which Python would end inside the compiler. common/cli.py waits for none.
     thread = futures.ThreadPoolExecutor(1, thread_name_prefix=_COMPILER)
-    self._result = thread.submit(self._compile)
+    self._result = thread.submit(self._compile, lowered)
     thread.shutdown(wait=False)
 
   def compiled(self) -> jax.stages.Compiled:
-    """Return the function once every process has compiled it. Raises what compiling raised."""
-    if self._compiled is None:
-      program = self._result.result() if self._result else self._compile()
+    """Return the program once every process has compiled it. Raises what compiling raised."""
+    program = self._result.result()
+    if not self._met:
       processes.barrier(f"compiled {self._name}")
-      self._compiled = program
-    return self._compiled
+    self._met = True
+    return program
 
-  def _compile(self) -> jax.stages.Compiled:
-    logging.info("compiling %s", self._name)
+  def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     begin, hits = time.monotonic(), _hits.count
-    program = self._f.lower(*self._args).compile()
+    program = lowered.compile()
     cached = " from the cache" if _hits.count > hits else ""
     logging.info("compiled %s in %.1f s%s", self._name, time.monotonic() - begin, cached)
     return program

@@ -26,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from diffdis_jax.common import buckets, files, storage
 from diffdis_jax.config.sections import CheckpointPolicy
-from diffdis_jax.errors import FULL_DISK, Preempted, UserError, full_disk
+from diffdis_jax.errors import FULL_DISK, Diverged, Preempted, UserError, full_disk
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import committed, digests, restore, workdir
 from diffdis_jax.run.restore import Restored
@@ -209,7 +209,7 @@ class Checkpointer:
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     # A UserError, such as a loss that is not finite, reaches every process; after a bug in one process the others
     # will not reach the barrier at which `close` waits for them.
-    if kind is None or issubclass(kind, (UserError, Preempted)) or jax.process_count() == 1:
+    if kind is None or issubclass(kind, (UserError, Preempted, Diverged)) or jax.process_count() == 1:
       self.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from diffdis_jax.common.params import Params
@@ -13,9 +14,35 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import samples
 from diffdis_jax.inference import Inference
-from diffdis_jax.parallel import processes
+from diffdis_jax.parallel import batches, processes
+from diffdis_jax.run import watchdog
 from diffdis_jax.run.writers import Writer
 from diffdis_jax.structs import TrainState
+from diffdis_jax.training.step import Trainer
+
+
+def make_inference(trainer: Trainer, stop: processes.PreemptionHandler, dog: watchdog.Watchdog) -> Inference:
+  """Make the inference of the network in training, which runs beside its state."""
+
+  def after_batch() -> None:
+    dog.alive()
+    stop.raise_if_agreed()
+
+  run, mesh = trainer.run, trainer.mesh
+  inference = Inference(
+    trainer.network, run.inference, mesh=mesh, batch_size=rows_at_a_time(run, mesh), after_batch=after_batch
+  )
+  inference.duplicate_captions = run.loss.duplicate_captions  # so that the held-out loss is the one that is trained
+  return inference
+
+
+def rows_at_a_time(run: Run, mesh: Mesh) -> int:
+  """Return the rows of a call of evaluations and samples: no more than a step has, beside whose state they must fit,
+  and which may take a batch in parts; of a whole batch at least 64."""
+  of_step = run.batch_size // run.optim.accumulate
+  if run.optim.accumulate == 1:
+    of_step = max(of_step, batches.ROWS)
+  return min(batches.rows_of_a_call(mesh), of_step)
 
 
 class UnknownMetric(UserError):

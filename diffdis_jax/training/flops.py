@@ -11,17 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
-from jax.sharding import Mesh
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.run import Run
-from diffdis_jax.data.build import batch_type, has_conditions
 from diffdis_jax.inference import Inference
-from diffdis_jax.method.network import Network
-from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch, TrainingBatch
+from diffdis_jax.parallel import chips
 from diffdis_jax.training.step import Trainer
 
 
@@ -42,31 +36,9 @@ class Program:
   operations: float
 
 
-def abstract_batch(run: Run, network: Network, mesh: Mesh) -> TrainingBatch:
-  """Shapes of a run's global batch, of images or latents as its data section has it; with text conditions where the
-  latents have them, which is not known before they are here."""
-
-  def rows(dtype: Any, *shape: int) -> Any:
-    return jax.ShapeDtypeStruct((run.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
-
-  data = run.data
-  tokens = rows(jnp.int32, data.max_length)
-  if batch_type(data) is LatentBatch:
-    moments = rows(jnp.bfloat16, *network.latent_shape)
-    width = network.model.text_encoder.width
-    condition = rows(jnp.bfloat16, data.max_length, width) if has_conditions(data) else None
-    return LatentBatch(mean=moments, log_variance=moments, tokens=tokens, condition=condition)
-  image = rows(jnp.uint8, run.image_size, run.image_size, 3)
-  if data.sampling is not None:
-    return LabelledBatch(image=image, label=rows(jnp.int32), tokens=tokens if data.sampling.sentences else None)
-  return Batch(image=image, tokens=tokens, discrimination_image=None if data.own_augment is None else image)
-
-
 def trace_train(trainer: Trainer) -> Program:
-  """The train step. Operations are those of `Trainer.counted`."""
-  batch = abstract_batch(trainer.run, trainer.network, trainer.mesh)
-  traced = trainer.train_step.trace(*trainer.abstract_state.split(), batch)
-  return _program(traced, trainer.run.batch_size, trainer.shapes, trainer.counted(batch))
+  """Trace the train step. Operations are those of `Trainer.counted`."""
+  return _program(trainer.traced, trainer.run.batch_size, trainer.shapes, trainer.counted())
 
 
 def trace_inference(name: str, inference: Inference) -> Program:
@@ -79,15 +51,13 @@ def trace_inference(name: str, inference: Inference) -> Program:
 
 
 def rate_at_peak(trainer: Trainer) -> float | None:
-  """Steps a second at the chips' peak in bf16, of which a run's MFU is a share; None on chips that are not known.
+  """Return the steps a second at the chips' peak in bf16, of which a run's MFU is a share; None on unknown chips.
 
-  By the operations of the step in which nothing is computed twice, as `preflight` counts them.
+  The operations are those of the step as it runs, so that what is computed twice to save memory counts twice:
+  `preflight`, which traces the step once more, leaves that out.
   """
   chip = chips.find(jax.devices()[0].device_kind)
-  if chip is None:
-    return None
-  operations = count(trainer.counted(abstract_batch(trainer.run, trainer.network, trainer.mesh)))
-  return chip.flops * trainer.mesh.size / operations
+  return None if chip is None else chip.flops * trainer.mesh.size / count(trainer.traced.jaxpr)
 
 
 def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.ClosedJaxpr) -> Program:  # pyright: ignore[reportPrivateImportUsage]

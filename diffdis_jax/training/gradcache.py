@@ -32,8 +32,8 @@ from diffdis_jax.method.step_noise import Keys, StepNoise
 from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import AnyBatch, Batch, Pairs, TextCondition
-from diffdis_jax.training import loss_function as objectives
-from diffdis_jax.training.loss_function import Gradient
+from diffdis_jax.training import losses as objectives
+from diffdis_jax.training.losses import Gradient
 from diffdis_jax.training.metrics import Metrics, mean_of
 from diffdis_jax.training.stored_inputs import TEXT_ENCODER
 
@@ -158,8 +158,8 @@ class GradCache:
     query, e = (representations[name] for name in REPRESENTATIONS)
     captions = objectives.captions_of(self.run.loss, rows.batch.tokens)
     if rows.noise is None:
-      of_clip = objectives.contrastive_loss(Pairs(image=query, text=e), logit_scale, captions=captions)
-      return of_clip.total, of_clip.metrics
+      total, (metrics, _) = objectives.contrastive_loss(Pairs(image=query, text=e), logit_scale, captions=captions)
+      return total, metrics
     found = losses.contrastive(
       query, e, logit_scale, captions=captions, dropped=rows.noise.drop_image, on_rows=sharding.each_own_rows
     )

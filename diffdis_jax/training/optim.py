@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import jax
@@ -14,17 +14,15 @@ from diffdis_jax.common.params import Params, first_match
 from diffdis_jax.config.sections import Optim
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.losses import MAX_LOGIT_SCALE
-from diffdis_jax.training.packing import Layout
 
 FROZEN = "frozen"
 # Measured, not trained: the latents' shift and scale.
 STATISTICS = r"^autoencoder\.(shift|scale)$"
-NOT_PACKED = Layout()
 MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def groups_of(paths: Iterable[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:
-  """Group of each parameter, by the first regex of `groups` that is found in its path.
+  """Return the group of each parameter, by the first regex of `groups` that is found in its path.
 
   Raises:
     UserError: a parameter that no regex matches.
@@ -34,7 +32,7 @@ def groups_of(paths: Iterable[str], groups: Sequence[tuple[str, str]]) -> dict[s
 
 
 def _epoch_schedule(section: Optim, peak: float, num_steps: int) -> optax.Schedule:
-  """VL-LTR's: timm's cosine, which changes once an epoch, and one epoch late, since timm steps it after each epoch.
+  """Return VL-LTR's schedule: timm's cosine, which changes once an epoch, one epoch late, as timm steps it after each.
 
   In epoch n, from 0, it is that of t = max(n - 1, 0): while t is in the warm-up, on the way from `warmup_rate` to the
   peak; then half a cosine over all epochs, the warm-up's included.
@@ -50,7 +48,7 @@ def _epoch_schedule(section: Optim, peak: float, num_steps: int) -> optax.Schedu
 
 
 def rate_schedule(section: Optim, group: str, *, num_steps: int) -> optax.Schedule:
-  """The learning rate of a group, as its section says; the first step is taken at the schedule's 0.
+  """Return the learning rate of a group, as its section says; the first step is taken at the schedule's 0.
 
   Args:
     num_steps: of the whole run, in optimizer steps.
@@ -67,27 +65,16 @@ def rate_schedule(section: Optim, group: str, *, num_steps: int) -> optax.Schedu
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after[section.schedule_kind]()], [warmup])
 
 
-def kinds_of(groups: Mapping[str, str], section: Optim) -> dict[str, str]:
-  """Of each parameter, by its group, what those that are packed together share: the group, and whether they decay."""
-  names = {True: "decayed", False: "not_decayed"}
-  decayed = _decayed_of(groups, section)
-  return {path: group if group == FROZEN else f"{group}.{names[decayed[path]]}" for path, group in groups.items()}
+def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> optax.GradientTransformationExtraArgs:
+  """Build AdamW over the trainable parameters, one learning rate a group, after clipping the gradient's global norm.
 
-
-def _decayed_of(paths: Iterable[str], section: Optim) -> dict[str, bool]:
-  return {path: first_match(path, ((section.no_decay, False), ("", True)), "optim.no_decay") for path in paths}
-
-
-def build_optimizer(
-  paths: Iterable[str], section: Optim, *, num_steps: int, layout: Layout = NOT_PACKED
-) -> optax.GradientTransformation:
-  """AdamW over the trainable parameters, as they are packed, one learning rate a group.
+  Its `update` takes the number of finished steps as `step`, which the rates follow: a count of the optimizer's own
+  would stand still at steps that are left out, and the schedule would end short.
 
   Args:
     paths: of the trainable parameters.
     section: the run's settings.
     num_steps: of the whole run, in optimizer steps.
-    layout: packs those of one group, that decay or do not, together.
 
   Raises:
     UserError: an unmatched parameter, or a group without a rate.
@@ -96,62 +83,52 @@ def build_optimizer(
   for path, group in labels.items():
     if group not in section.rates:
       raise UserError(f"optim.rates has no {group!r}, the group of {path}; it has {', '.join(sorted(section.rates))}")
-  labels, decayed = layout.common(labels), layout.common(_decayed_of(labels, section))
+  decayed = {path: first_match(path, ((section.no_decay, False), ("", True)), "optim.no_decay") for path in labels}
+
+  def decay_mask(params: Params) -> Params:
+    # Parameters of other groups arrive as empty nodes, and stay so.
+    return {path: node if isinstance(node, optax.MaskedNode) else decayed[path] for path, node in params.items()}
 
   def adamw(group: str) -> optax.GradientTransformation:
-    def mask(params: Params) -> Params:
-      # Parameters of other groups arrive as empty nodes, and stay so.
-      return {path: decayed[path] if labels[path] == group else node for path, node in params.items()}
-
-    return _decayed_in_f32(
-      optax.adamw(
-        rate_schedule(section, group, num_steps=num_steps),
-        b1=section.b1,
-        b2=section.b2,
-        eps=section.eps,
-        mu_dtype=MOMENTS[section.first_moment],
-        weight_decay=section.weight_decay,
-        mask=mask,
-      )
-    )
+    rate = rate_schedule(section, group, num_steps=num_steps)
+    return optax.chain(_adam(section), optax.add_decayed_weights(section.weight_decay, decay_mask), _scale_by(rate))
 
   # Sorted, since a set has another order in each process.
-  return optax.partition({group: adamw(group) for group in sorted(set(labels.values()))}, labels)
+  by_group = optax.partition({group: adamw(group) for group in sorted(set(labels.values()))}, labels)
+  return optax.chain(optax.clip_by_global_norm(section.clip_norm), by_group) if section.clip_norm else by_group
 
 
-def _decayed_in_f32(adamw: optax.GradientTransformation) -> optax.GradientTransformation:
-  """The same, whose first moment is bf16 between steps alone."""
+def _adam(section: Optim) -> optax.GradientTransformation:
+  """Adam without a rate, whose first moment has its own dtype between steps alone."""
+  adam = optax.scale_by_adam(section.b1, section.b2, section.eps, mu_dtype=MOMENTS[section.first_moment])
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     # b1 is a Python number, which beside an array of bf16 is one of bf16 too: 0.898 for 0.9, and 1 for 0.999.
-    adam, *rest = state
-    moment = jax.tree.map(lambda x: x.astype(jnp.float32), adam.mu)
-    return adamw.update(updates, (adam._replace(mu=moment), *rest), params)
+    moment = jax.tree.map(lambda x: x.astype(jnp.float32), state.mu)
+    return adam.update(updates, state._replace(mu=moment), params)
 
-  return optax.GradientTransformation(adamw.init, update)
+  return optax.GradientTransformation(adam.init, update)
 
 
-def clip(gradient: Params, norm: Float[Array, ""], section: Optim) -> Params:
-  """The gradient with a global norm of at most `section.clip_norm`, as optax.clip_by_global_norm has it.
+def _scale_by(rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+  """Descend by the rate at `step`."""
 
-  Args:
-    gradient: by path or packed.
-    norm: of all that is trained, by path: one of packed gradients would round otherwise.
-  """
-  if not section.clip_norm:
-    return gradient
-  return {name: jnp.where(norm < section.clip_norm, x, x / norm * section.clip_norm) for name, x in gradient.items()}
+  def update(updates: Any, state: Any, params: Any = None, *, step: Any, **_: Any) -> tuple[Any, Any]:
+    del params
+    return jax.tree.map(lambda x: jnp.asarray(-rate(step), x.dtype) * x, updates), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def limit_logit_scale(params: Params) -> Params:
-  """The parameters with CLIP's logit_scale within [0, ln 100], as open_clip limits it after each step."""
+  """Limit CLIP's logit_scale to [0, ln 100], as open_clip does after each step."""
   if "logit_scale" not in params:  # it is frozen
     return params
   return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0.0, MAX_LOGIT_SCALE)}
 
 
 def update_ema(new: Params, old: Params, *, decay: float, step: Int[Array, ""]) -> Params:
-  """Exponential moving average of weights: old · d + new · (1 − d), d = min(decay, (1 + step) / (10 + step)).
+  """Average the weights exponentially: old · d + new · (1 − d), d = min(decay, (1 + step) / (10 + step)).
 
   The ramp, TensorFlow's, is not stated by the paper; it lets short runs forget their initial values. It passes 0.9999
   after 89,990 steps: with that decay a run of the paper's 17,027 ends at 0.99947.

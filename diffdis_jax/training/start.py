@@ -6,7 +6,8 @@ or random text while its loss looks healthy.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -17,54 +18,99 @@ import numpy as np
 from absl import logging
 
 from diffdis_jax import config as run_config
-from diffdis_jax.common import buckets, one_file
+from diffdis_jax.common import buckets, files, one_file
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.fields import read_json_object
+from diffdis_jax.config.model import Model
 from diffdis_jax.config.run import Run
+from diffdis_jax.data.build import LatentShapes, latent_facts, open_loader
 from diffdis_jax.errors import UserError
-from diffdis_jax.method.network import HEAD_PREFIX
-from diffdis_jax.parallel import sharding
-from diffdis_jax.run import checkpoint, restore
+from diffdis_jax.inference import Inference
+from diffdis_jax.method.network import HEAD_PREFIX, Network
+from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.run import checkpoint, committed, restore, workdir
 from diffdis_jax.run.restore import Restored
-from diffdis_jax.training import optim
+from diffdis_jax.training import optim, run_info, stored_inputs
+from diffdis_jax.training.long_tail import anchors
 from diffdis_jax.training.step import Trainer
 
 # Fields of a part's section that its parameters' shapes do not show, and that decide what these compute.
 UNSEEN = ("activation", "num_heads", "groups")
 
 
+def open_batches(trainer: Trainer) -> grain.DatasetIterator:
+  """Open the data of a run, of which each process reads its own rows."""
+  run, network = trainer.run, trainer.network
+  return open_loader(run, rows=sharding.local_rows(trainer.mesh, run.batch_size), latents=latent_shapes(network))
+
+
+def latent_shapes(network: Network) -> LatentShapes | None:
+  """Return what stored latents must fit; None for the training of an autoencoder, of CLIP or on labels, which needs
+  images."""
+  if network.task.needs_images:
+    return None
+  return LatentShapes(latent=network.latent_shape, text_width=network.model.text_encoder.width)
+
+
+def anchor_choice(run: Run, inference: Inference, path: str) -> Callable[[Params], Params] | None:
+  """Return what chooses the anchors of a language-guided head by all other parameters; None where a run has no such
+  head. Raises UserError: data by which none can be chosen."""
+  if not run.task.head:
+    return None
+  return functools.partial(anchors.Selection(run).params, inference, path)
+
+
+def check_initial(trainer: Trainer, path: str) -> None:
+  """Raise UserError where a new run in this workdir could not start from its `init_from`."""
+  # As process 0 sees it: what follows is the same on all.
+  if bool(processes.from_first(np.uint8(committed.latest_step(path) is None))):
+    find_initial(trainer.run.init_from, trainer)
+
+
+def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> int | None:
+  """Make the workdir this run's, and lock it until `stack` closes. Returns the number of steps that it had before it
+  was made longer; None where it was not."""
+  fields = trainer.run.to_dict()
+  moved = run_info.moved(trainer.run, path)
+  # open_for_training does it again, when no other process can change the folder.
+  workdir.check_config(path, fields, moved=moved)
+  processes.check_shared(path)
+  # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
+  processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
+  before = workdir.lengthened(path, fields)
+  workdir.open_for_training(path, fields, is_writer=processes.is_first(), moved=moved)
+  if processes.is_first():
+    files.write_whole(buckets.path(path) / "parameters.txt", run_info.overview(trainer).encode())
+  return before
+
+
 def restore_or_init(
   trainer: Trainer,
-  checkpointer: checkpoint.Checkpointer,
-  iterator: grain.DatasetIterator,
-  made: Callable[[Params], Params] | None = None,
+  checkpoints: checkpoint.Checkpointer,
+  data: grain.DatasetIterator,
+  choose: Callable[[Params], Params] | None = None,
 ) -> Restored:
-  """The last checkpoint's state and meta (`steps.Steps`), with the data iterator set to its next batch; or the state of
-  step 0, of which no meta was saved.
+  """Return the last checkpoint's state and meta, with the data set to its next batch; or the state of step 0, of which
+  no meta was saved.
 
   Args:
-    made: of the parameters of step 0, those that are computed from the others; None for none.
+    choose: computes some parameters of step 0 from the others; None for none.
   """
-  step = checkpointer.latest_step()
-  if step is not None:
-    restored = checkpointer.restore(step, trainer.abstract_by_path, iterator)
-    restored = restored._replace(state=trainer.layout.pack_state(restored.state))
+  if (step := checkpoints.latest_step()) is not None:
+    restored = checkpoints.restore(step, trainer.abstract_state, data)
     logging.info("resuming from step %d", step)
-    number = trainer.place_number(np.asarray(step, np.int32))
-    # Those that were not kept when this was saved begin at 0.
-    norms = {name: restored.meta.get("norms", {}).get(name, 0.0) for name in trainer.abstract_state.norms}
-    state = dataclasses.replace(
-      restored.state,
-      step=number,
-      seed=trainer.place_seed(),
-      norms={name: trainer.place_number(np.asarray(value, np.float32)) for name, value in norms.items()},
-    )
-    return restored._replace(state=state)
-  run = trainer.run
-  loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
-  # All are initialised, also those that were loaded: the initial value of one does not depend on the others.
-  params = trainer.init_params(jax.random.key(run.seed)) | loaded
-  return Restored(trainer.with_params(params | made(params) if made else params), {})
+    restored = restored._replace(state=trainer.numbered(restored.state, step=step))
+  else:
+    run = trainer.run
+    loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
+    # All are initialised, also those that were loaded: the initial value of one does not depend on the others.
+    params = trainer.init_params(jax.random.key(run.seed)) | loaded
+    restored = Restored(trainer.with_params(params | choose(params) if choose else params), {})
+  # Not before: the digests are of parameters, which are there only now.
+  model = trainer.run.model
+  if (stored := latent_facts(trainer.run.data)) and isinstance(model, Model):  # CLIP has no latents
+    stored_inputs.check_stored(stored, restored.state.params, model, trainer.trainable)
+  return restored
 
 
 def find_initial(path: str, trainer: Trainer) -> set[str]:
@@ -78,15 +124,20 @@ def find_initial(path: str, trainer: Trainer) -> set[str]:
     UserError: no run there, or not the one that the objective starts from; nothing in common, a parameter of another
       shape, a part that would compute something else here, or a frozen parameter that would stay random.
   """
-  run = trainer.run
-  if run.task.starts_from:
-    _check_earlier(path, run)
+  task = trainer.run.task
+  if task.starts_from:
+    _check_earlier(path, trainer.run)
   names = _names_in_common(path, trainer) if path else set()
-  if run.task.starts_from:
+  if task.starts_from:
     _check_backbone(path, trainer, names)
-  names |= trainer.plug.chosen
+  names |= _chosen(trainer)
   _check_frozen(path, trainer, names)
   return names
+
+
+def _chosen(trainer: Trainer) -> set[str]:
+  """Name the parameters that `anchor_choice` chooses."""
+  return {anchors.ANCHORS} if trainer.run.task.head else set()
 
 
 def _check_earlier(path: str, run: Run) -> None:
@@ -188,7 +239,7 @@ def load_initial(path: str, trainer: Trainer) -> Params:
   names = find_initial(path, trainer)
   if not names:
     return {}
-  names -= trainer.plug.chosen  # initialised again
+  names -= _chosen(trainer)  # initialised again
   saved = restore.saved_params(path)
   # Split at once as this mesh has them, so that no device ever holds the whole.
   abstract = jax.tree.map(

@@ -1,4 +1,4 @@
-"""The training state and the train step: the one jit boundary. What it minimises is in plugs.py.
+"""The training state and the train step: the one jit boundary. What it minimises is in losses.py.
 
 Parameters are a flat dict (common/params.py). Those whose group is `frozen` get no gradient, no optimizer state and no
 average. With optim.ema_decay of 0 nothing has one.
@@ -6,10 +6,10 @@ average. With optim.ema_decay of 0 nothing has one.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -24,39 +24,39 @@ from jaxtyping import Array, Int, UInt32
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.objectives import Objective
 from diffdis_jax.config.run import Run
+from diffdis_jax.data.build import batch_type, has_conditions
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import remat
 from diffdis_jax.parallel import programs, sharding
-from diffdis_jax.structs import LabelledBatch, TrainingBatch, TrainState
-from diffdis_jax.training import gradcache, packing, plugs, skips
+from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch, TrainingBatch, TrainState
+from diffdis_jax.training import gradcache, losses
 from diffdis_jax.training import optim as optimizers
-from diffdis_jax.training.loss_function import Gradient
-from diffdis_jax.training.metrics import Metrics
+from diffdis_jax.training.long_tail import objectives as long_tail
+from diffdis_jax.training.losses import Build, Gradient
+from diffdis_jax.training.metrics import SKIPPED, Metrics
 
 # One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.
 KEYS = (
   *("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image", "posterior_discrimination"),
-  *("mix", "noised_image"),
+  "mix",
 )
+# What each objective minimises. Those that stand together share one: Algorithm 1 leaves out the loss of an objective
+# that is not there.
+LOSSES = {
+  "generation": losses.diffusion_loss,
+  "discrimination": losses.diffusion_loss,
+  "reconstruction": losses.reconstruction_loss,
+  "contrastive": losses.clip_loss,
+  "class_contrastive": long_tail.class_contrastive_loss,
+  "long_tail_head": long_tail.head_loss,
+}
 
 
 def step_keys(seed: int | UInt32[Array, ""], step: Int[Array, ""], microbatch: Int[Array, ""]) -> dict[str, jax.Array]:
-  """The keys of one microbatch, a function of (seed, step, microbatch) alone, so a resumed run samples the same."""
+  """Make the keys of one microbatch from (seed, step, microbatch) alone, so that a resumed run samples the same."""
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), microbatch)
   return {name: jax.random.fold_in(key, i) for i, name in enumerate(KEYS)}
-
-
-def is_running(metrics: Metrics | None) -> bool:
-  """Whether the step that gives these has not ended yet."""
-  return metrics is not None and not all(value.is_ready() for value in jax.tree.leaves(metrics))
-
-
-def take_step(train_step: Callable[..., Any], state: TrainState, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
-  """The state after a step, and its metrics; donates what the step changes. `train_step`: compiled or not."""
-  changed, fixed = state.split()
-  changed, metrics = train_step(changed, fixed, batch)
-  return changed.joined(fixed), metrics
 
 
 class Trainer:
@@ -69,17 +69,14 @@ class Trainer:
   Attributes:
     run, mesh: as given.
     network: of the run.
-    plug: of its objectives.
     shapes: parameter path -> ShapeDtypeStruct.
     groups: parameter path -> group of the optimizer.
     trainable: paths of the parameters that are trained.
-    layout: of a state's small parameters; its `by_path` gives a state as it is saved and as inference takes its params.
+    optimizer: clips the gradient, and makes updates of it.
     param_shardings: parameter path -> NamedSharding.
     state_shardings: of TrainState.
     abstract_state: TrainState of ShapeDtypeStructs, with their shardings.
-    abstract_by_path: the same, as it is saved.
-    train_step: (what it changes, what it only reads, batch) -> (what it changed, metrics), of `TrainState.split`;
-      donates the first. `take_step` calls it.
+    train_step: (state, batch) -> (state, metrics), jitted; donates the state.
 
   Raises:
     UserError: sections that do not fit the network, or a batch that the mesh cannot split.
@@ -87,149 +84,128 @@ class Trainer:
 
   def __init__(self, run: Run, mesh: Mesh):
     sharding.check_batch(mesh, run.batch_size, run.optim.accumulate)
-    self.run, self.mesh, self.plug = run, mesh, plugs.plug_of(run.objectives)
-    self.network = network = Network.of(run)
-    self.shapes = network.shapes
+    self.run, self.mesh, self.network = run, mesh, Network.of(run)
+    self.shapes = self.network.shapes
     self.groups = optimizers.groups_of(self.shapes, run.optim.groups)
     self.trainable = [path for path, group in self.groups.items() if group != optimizers.FROZEN]
     _check_trainable(run.task, self.trainable)
-    self._averages = self.run.optim.ema_decay > 0  # without them, inference takes the raw parameters
-    # Changed by an autoencoder's step, though by no optimizer.
-    measured = optimizers.STATISTICS if run.task.is_autoencoder else "^$"
-    groups = {path: group for path, group in self.groups.items() if not re.search(measured, path)}
-    frozen = groups.keys() - {*self.trainable}
+    self.optimizer = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps)
     # From shapes alone: where each array lies is known before the first one is allocated.
     self.param_shardings = sharding.shardings(self.shapes, mesh, self.shapes)
-    split = [path for path, place in self.param_shardings.items() if place.spec]
-    self.layout = packing.layout(self.shapes, optimizers.kinds_of(groups, run.optim), frozen, split)
-    self._trained = [*self.layout.common(dict.fromkeys(self.trainable))]  # as they are packed
-    self._tx = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps, layout=self.layout)
-
-    self.abstract_state = self._placed(jax.eval_shape(self._around, *self._lent(self.shapes)))
-    self.abstract_by_path = self._placed(jax.eval_shape(self.layout.by_path, self.abstract_state))
-    self.state_shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-    changed, fixed = self.state_shardings.split()
+    abstract = jax.eval_shape(self._at_start, self.shapes)
+    self.state_shardings = sharding.shardings(abstract, mesh, self.shapes)
+    self.abstract_state = jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, self.state_shardings
+    )
     self.train_step = jax.jit(
-      network.traced_for(mesh, self._train_step),
+      self._train_step,
       donate_argnums=0,  # the new state takes the old one's memory
-      in_shardings=(changed, fixed, sharding.batch_sharding(mesh)),
-      out_shardings=(changed, None),
+      in_shardings=(self.state_shardings, sharding.batch_sharding(mesh)),
+      out_shardings=(self.state_shardings, None),
     )
 
-  def _placed(self, abstract: TrainState) -> TrainState:
-    place = sharding.shardings(abstract, self.mesh, self.shapes)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, place)
+  @functools.cached_property
+  def traced(self) -> jax.stages.Traced:
+    """The training step, traced for its shapes."""
+    return self.train_step.trace(self.abstract_state, abstract_batch(self.run, self.network, self.mesh))
+
+  @functools.cached_property
+  def step(self) -> programs.AheadOfTime:
+    """The training step, which compiles from the first look on."""
+    return programs.AheadOfTime("the training step", self.traced.lower())
 
   @functools.cached_property
   def initialise(self) -> programs.AheadOfTime:
-    """Key -> fresh parameters, born sharded."""
+    """Key -> fresh parameters, born sharded: the frozen ones too, which are not to stay random."""
     # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
     is_cpu = self.mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if is_cpu else None
     initialise = jax.jit(self.network.initialise, out_shardings=self.param_shardings, compiler_options=options)
-    return programs.AheadOfTime("the initialisation", initialise, jax.eval_shape(jax.random.key, 0))
+    return programs.AheadOfTime("the initialisation", initialise.lower(jax.eval_shape(jax.random.key, 0)))
 
   @functools.cached_property
   def assemble(self) -> programs.AheadOfTime:
     """Parameters -> the state of step 0; donates them."""
-    around = jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)
-    return programs.AheadOfTime("the state", around, *self._lent(self.abstract_by_path.params))
+    assemble = jax.jit(self._at_start, donate_argnums=0, out_shardings=self.state_shardings)
+    return programs.AheadOfTime("the state", assemble.lower(self.abstract_state.params))
 
-  def _lent(self, params: Params) -> tuple[Params, Params]:
-    """Those whose memory the state takes, and the small ones, which it packs."""
-    whole = self.layout.not_packed(params)
-    return whole, {path: value for path, value in params.items() if path not in whole}
+  def compile_ahead(self) -> None:
+    """Begin to compile all that takes long before the first step of a new run."""
+    _ = self.step, self.initialise, self.assemble
+
+  def place(self, rows: dict[str, Any]) -> TrainingBatch:
+    """Make the global batch of each process's own rows."""
+    return batch_type(self.run.data)(**sharding.to_global(rows, self.mesh))
 
   def init_params(self, key: jax.Array) -> Params:
-    """Fresh parameters, born sharded: the frozen ones too, which are not to stay random (start.restore_or_init)."""
+    """Make fresh parameters."""
     return self.initialise.compiled()(key)
 
   def with_params(self, params: Params) -> TrainState:
-    """The state of step 0 around these parameters; donates them."""
+    """Make the state of step 0 around these parameters; donates them."""
     # Where they lie already, except those that a run chooses by itself.
     params = jax.device_put(params, self.param_shardings)
-    return self.assemble.compiled()(*self._lent(params)).replace(seed=self.place_seed())
+    return self.numbered(self.assemble.compiled()(params), step=0)
 
-  def place_seed(self) -> UInt32[Array, ""]:
-    """The run's, as `place_number` does it."""
-    return self.place_number(np.asarray(self.run.seed, np.uint32))
+  def numbered(self, state: TrainState, *, step: int) -> TrainState:
+    """Give a state its step and the run's seed, which no checkpoint holds."""
 
-  def place_number(self, number: np.ndarray) -> jax.Array:
-    """A global array of no axes, which every process makes from its own number."""
-    return jax.make_array_from_callback((), self.state_shardings.seed, lambda _: number)
+    def placed(number: np.ndarray) -> jax.Array:
+      # A global array of no axes, which every process makes from its own number.
+      return jax.make_array_from_callback((), self.state_shardings.seed, lambda _: number)
 
-  def _around(self, whole: Params, small: Params) -> TrainState:
-    state = self.layout.pack_state(TrainState(params=whole | small))
-    trainable = {name: state.params[name] for name in self._trained}
     return dataclasses.replace(
       state,
-      step=jnp.zeros((), jnp.int32),
-      ema=dict(trainable) if self._averages else {},
-      opt_state=self._tx.init(trainable),
-      seed=jnp.zeros((), jnp.uint32),  # with_params puts the run's in its place
-      teacher=dict(trainable) if self.run.task.teacher else {},
-      norms=skips.no_norms(self.run.optim),
+      step=placed(np.asarray(step, np.int32)),
+      seed=placed(np.asarray(self.run.seed, np.uint32)),
+      skipped=placed(np.asarray(0, np.int32)),
     )
 
-  def counted(self, batch: TrainingBatch) -> core.ClosedJaxpr:  # pyright: ignore[reportPrivateImportUsage]
-    """The step by which operations are counted: nothing is computed twice, and none of them is inside a kernel. A batch
-    that is one whole in several microbatches is taken at once, without the pass that GradCache adds."""
-    whole = self.run.optim.contrastive_batch == "whole"
-    step = functools.partial(self._train_step, microbatches=1 if whole else None)
-    with remat.keeping_all():
-      traced = jax.jit(self.network.counted().traced_for(self.mesh, step)).trace(*self.abstract_state.split(), batch)
-    return traced.jaxpr
+  def _at_start(self, params: Params) -> TrainState:
+    trainable = self._trainable(params)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      ema=trainable if self.run.optim.ema_decay else {},
+      opt_state=self.optimizer.init(trainable),
+      seed=jnp.zeros((), jnp.uint32),  # `numbered` puts the run's in its place
+      teacher=trainable if self.run.task.teacher else {},
+      skipped=jnp.zeros((), jnp.int32),
+    )
 
-  def _parts(self, state: TrainState) -> tuple[Params, Params]:
-    """Differentiated with respect to the first alone: frozen parameters cost no gradient and no memory for one."""
-    params = self.layout.unpack(state.params) | self.layout.unpack(state.frozen)
-    trainable = {path: params.pop(path) for path in self.trainable}
-    return trainable, params
+  def _trainable(self, params: Params) -> Params:
+    return {path: params[path] for path in self.trainable}
 
   def _train_step(
-    self, changed: TrainState, fixed: TrainState, batch: TrainingBatch, *, microbatches: int | None = None
+    self, state: TrainState, batch: TrainingBatch, *, microbatches: int | None = None
   ) -> tuple[TrainState, Metrics]:
-    state = changed.joined(fixed)
-    trainable = {name: state.params[name] for name in self._trained}
-    gradient, metrics, statistics = self.gradient(state, batch, microbatches=microbatches)
-    norm = optax.tree.norm(gradient)
-    clipped = optimizers.clip(self.layout.pack(gradient), norm, self.run.optim)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
-      updates, opt_state = self._tx.update(clipped, state.opt_state, trainable)
-    trainable = cast(Params, optax.apply_updates(trainable, updates))
-    # Of CLIP as open_clip does it, after the step; in DiffDis the loss limits τ (losses.temperature).
-    if self.run.task.is_clip:
-      trainable = optimizers.limit_logit_scale(trainable)
-    # Before it is clipped: after that it says no more than clip_norm.
-    metrics["grad_norm"] = Average(total=norm, count=jnp.ones(()))
-    new = dataclasses.replace(
-      state,
-      step=state.step + 1,
-      params={**trainable, **statistics},
-      ema=optimizers.update_ema(trainable, state.ema, decay=self.run.optim.ema_decay, step=state.step)
-      if self._averages
-      else {},
-      opt_state=opt_state,
-    )
-    if not self.run.optim.skip_bad_steps:
-      return new.split()[0], metrics
-    judged = skips.judge(metrics["loss"].total, norm, state.norms, self.run.optim)
-    # Here alone, after all that adds up over microbatches and devices: each device has the same norm.
-    new = skips.chosen(judged.good, new, state).replace(step=new.step, norms=judged.norms)
-    return new.split()[0], skips.of_taken(judged.good, metrics, norm)
+    section, trainable = self.run.optim, self._trainable(state.params)
+    with self.network.tracing(self.mesh):
+      gradient, metrics, statistics = self.gradient(state, batch, microbatches=microbatches)
+      with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, trainable, step=state.step)
+      trainable = cast(Params, optax.apply_updates(trainable, updates))
+      # As open_clip does for CLIP, after the step; in DiffDis the loss limits τ (losses.temperature).
+      if self.run.task.is_clip:
+        trainable = optimizers.limit_logit_scale(trainable)
+      # Before it is clipped: after that it says no more than clip_norm.
+      metrics["grad_norm"] = Average(total=optax.tree.norm(gradient), count=jnp.ones(()))
+      new = dataclasses.replace(
+        state,
+        params={**state.params, **trainable, **statistics},
+        ema=optimizers.update_ema(trainable, state.ema, decay=section.ema_decay, step=state.step) if state.ema else {},
+        opt_state=opt_state,
+      )
+      return _unless_bad(new, state, metrics)
 
-  def gradient(
-    self,
-    state: TrainState,
-    batch: TrainingBatch,
-    *,
-    microbatches: int | None = None,
-  ) -> Gradient:
-    """Of the whole batch, or the mean over microbatches that are batches of their own; metrics, added up; and the new
-    latent statistics.
+  def gradient(self, state: TrainState, batch: TrainingBatch, *, microbatches: int | None = None) -> Gradient:
+    """Compute the gradient of the whole batch, or the mean over microbatches that are batches of their own.
 
     Args:
       microbatches: None for as many as the run has.
+
+    Returns:
+      the gradient; the metrics, added up; and the new latent statistics.
 
     Raises:
       UserError: images that are not uint8.
@@ -237,7 +213,8 @@ class Trainer:
     _check_images(batch)
     network, run = self.network, self.run
     n = microbatches or run.optim.accumulate
-    trainable, fixed = self._parts(state)
+    trainable = self._trainable(state.params)
+    fixed = {path: value for path, value in state.params.items() if path not in trainable}
     keys = functools.partial(step_keys, state.seed, state.step)
     if n > 1 and run.optim.contrastive_batch == "whole" and run.task.grad_cache:
       assert not isinstance(batch, LabelledBatch)
@@ -245,19 +222,15 @@ class Trainer:
       # By the keys of microbatch 0, which are those of a batch that is not split.
       return whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32)))
 
-    gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=network.dtype)
-    loss_of = plugs.loss_function(network, run)
-
-    def loss(trainable: Params, fixed: Params, *args: Any) -> Any:
+    def build(trainable: Params) -> Any:
       # Inside of what is differentiated, so that gradients go back the same way, to where the parameters are stored.
-      return loss_of(gathered(trainable), gathered(fixed), *args)
+      return network.with_params(sharding.gathered({**fixed, **trainable}, self.mesh, dtype=network.dtype))
 
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    # Differentiated by what is trained alone: frozen parameters cost no gradient and no memory for one.
+    value_and_grad = jax.value_and_grad(loss_of(network, run, build), has_aux=True)
 
     def one(microbatch: Int[Array, ""], batch: TrainingBatch) -> Gradient:
-      (_, (metrics, statistics)), gradient = value_and_grad(
-        trainable, fixed, batch, keys(microbatch), gathered(self.layout.unpack(state.teacher))
-      )
+      (_, (metrics, statistics)), gradient = value_and_grad(trainable, batch, keys(microbatch), state.teacher)
       return Gradient(gradient, metrics, statistics)
 
     if n == 1:
@@ -277,10 +250,56 @@ class Trainer:
     # Metrics are sums and counts, and so are added; the parts are equal, so that the mean of their means is the mean.
     return Gradient(mean(total.gradient), total.metrics, mean(total.statistics))
 
+  def counted(self) -> core.ClosedJaxpr:  # pyright: ignore[reportPrivateImportUsage]
+    """Trace the step by which operations are counted: nothing is computed twice, and none of them is inside a kernel.
+    A batch that is one whole in several microbatches is taken at once, without the pass that GradCache adds."""
+    plain = copy.copy(self)
+    plain.network = self.network.counted()
+    whole = self.run.optim.contrastive_batch == "whole"
+    step = functools.partial(plain._train_step, microbatches=1 if whole else None)
+    with remat.keeping_all():
+      return jax.jit(step).trace(self.abstract_state, abstract_batch(self.run, self.network, self.mesh)).jaxpr
+
+
+def loss_of(network: Network, run: Run, build: Build) -> functools.partial[losses.Result]:
+  """Return the loss of a run's objectives: (trainable, batch, keys, teacher) -> loss, (metrics, latent statistics)."""
+  return functools.partial(LOSSES[run.objectives[0]], build=build, network=network, run=run)
+
+
+def abstract_batch(run: Run, network: Network, mesh: Mesh) -> TrainingBatch:
+  """Return the shapes of a run's global batch, of images or latents as its data section has it; with text conditions
+  where the latents have them, which is not known before they are here."""
+
+  def rows(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct((run.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+
+  data = run.data
+  tokens = rows(jnp.int32, data.max_length)
+  if batch_type(data) is LatentBatch:
+    moments = rows(jnp.bfloat16, *network.latent_shape)
+    width = network.model.text_encoder.width
+    condition = rows(jnp.bfloat16, data.max_length, width) if has_conditions(data) else None
+    return LatentBatch(mean=moments, log_variance=moments, tokens=tokens, condition=condition)
+  image = rows(jnp.uint8, run.image_size, run.image_size, 3)
+  if data.sampling is not None:
+    return LabelledBatch(image=image, label=rows(jnp.int32), tokens=tokens if data.sampling.sentences else None)
+  return Batch(image=image, tokens=tokens, discrimination_image=None if data.own_augment is None else image)
+
+
+def _unless_bad(new: TrainState, old: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
+  """Take a step, unless its loss or gradient is not finite: then the state stays, bit for bit, but for the step's
+  number, and its metrics count nothing."""
+  # Here alone, after all that adds up over microbatches and devices: each device has the same numbers.
+  good = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(metrics["grad_norm"].total)
+  chosen = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+  numbers = {"step": old.step + 1, "skipped": jnp.where(good, 0, old.skipped + 1)}
+  bad = Average(total=1.0 - good.astype(jnp.float32), count=jnp.ones(()))
+  metrics = {**chosen(metrics, jax.tree.map(jnp.zeros_like, metrics)), SKIPPED: bad}
+  return dataclasses.replace(chosen(new, old), **numbers), metrics
+
 
 def _check_images(batch: Any) -> None:
-  """Raises UserError for numbers of 0 to 1, as other libraries have them, all of which would be black. Of latents
-  nothing is checked."""
+  """Raise UserError for numbers of 0 to 1, as other libraries have them, all of which would be black."""
   for name in ("image", "discrimination_image"):
     image = getattr(batch, name, None)
     if image is not None and image.dtype != np.uint8:

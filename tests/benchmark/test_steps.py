@@ -14,7 +14,7 @@ from diffdis_jax.benchmark import steps
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import provenance
-from diffdis_jax.training import flops
+from diffdis_jax.training.step import abstract_batch
 from tests import tiny
 from tests.command_runs import call
 from tests.steps import make_mesh
@@ -71,14 +71,14 @@ def test_the_batch_is_one_that_the_run_trains_on(fields, names):
   assert {name for name, each in vars(batch).items() if each is not None} == names
   shapes = [
     [(each.shape, each.dtype, each.sharding) for each in jax.tree.leaves(found)]
-    for found in (batch, flops.abstract_batch(run, trainer.network, trainer.mesh))
+    for found in (batch, abstract_batch(run, trainer.network, trainer.mesh))
   ]
   assert shapes[0] == shapes[1]
 
 
 def test_a_step_of_one_task_has_no_switch_of_the_other(monkeypatch):
   """Which a run of that task alone refuses, so that no config with such a switch could be timed."""
-  switches = {"snr_gamma": 5.0, "noised_image_share": 0.5, "dispersive_weight": 0.5}
+  switches = {"snr_gamma": 5.0}
   run = Run.of(tiny.get_config()).replace({f"loss.{name}": x for name, x in switches.items()})
   monkeypatch.setattr(benchmark, "FLAGS", types.SimpleNamespace(preflight=None, rounds=1))
   monkeypatch.setattr(benchmark, "Trainer", lambda run, mesh: run)
@@ -89,8 +89,8 @@ def test_a_step_of_one_task_has_no_switch_of_the_other(monkeypatch):
   }
   assert found == {
     "joint": {*switches},
-    "generation": {"snr_gamma", "dispersive_weight"},
-    "discrimination": {"noised_image_share"},
+    "generation": {"snr_gamma"},
+    "discrimination": set(),
   }
 
 

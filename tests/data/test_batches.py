@@ -19,7 +19,8 @@ from diffdis_jax.method import encode
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch, LatentBatch
-from diffdis_jax.training import flops, stored_inputs
+from diffdis_jax.training import stored_inputs
+from diffdis_jax.training.step import abstract_batch
 from tests import steps, tiny
 from tests.models.networks import random_params
 from tests.raw_pairs import picture, write_tar
@@ -144,7 +145,7 @@ def test_a_step_is_compiled_for_the_batches_that_are_stored(stored, request):
   path = str(request.getfixturevalue(stored))
   config, mesh = config_of(**{"data.name": "latents", "data.path": path}), steps.make_mesh()
   batch = LatentBatch(**loader.Substitutions().take(next(steps.open_batches(config))))
-  compiled_for = flops.abstract_batch(Run.of(config), network_of(config), mesh)
+  compiled_for = abstract_batch(Run.of(config), network_of(config), mesh)
   assert (compiled_for.condition is not None) == (stored == "cache_with_text")
   assert jax.tree.structure(compiled_for) == jax.tree.structure(batch)
   of = lambda batch: [(x.shape, x.dtype) for x in jax.tree.leaves(batch)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax.evals import base, nearest
-from diffdis_jax.training import anchors
+from diffdis_jax.training.long_tail import anchors
 
 IMAGES, SENTENCES, CLASSES = 30, 50, 6
 

@@ -16,7 +16,7 @@ from diffdis_jax.interop import mapping, sections
 from diffdis_jax.method import algorithms
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.structs import Batch
-from diffdis_jax.training.loss_function import noise_of
+from diffdis_jax.training.losses import noise_of
 from diffdis_jax.training.step import step_keys
 from tests import steps
 from tests.models import from_torch, networks

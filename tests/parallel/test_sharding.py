@@ -17,7 +17,7 @@ from diffdis_jax.common.params import first_match
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.preflight import hlo, targets
-from diffdis_jax.training import flops
+from diffdis_jax.training.step import abstract_batch
 from tests import steps
 from tests.steps import build_trainer, network_of
 
@@ -49,7 +49,7 @@ def measure(trainer: steps.Trainer) -> Measured:
 def first_gradient(opt_state: Any, trainer: steps.Trainer) -> dict[str, np.ndarray]:
   """Adam's first moment after one step is 1 - b1 of the gradient, where that is not clipped."""
   assert not trainer.config.optim.clip_norm
-  moments = steps.moments(opt_state, trainer.step.layout, "mu")
+  moments = steps.moments(opt_state, "mu")
   found = {path: np.asarray(x) / (1 - trainer.config.optim.b1) for path, x in moments.items()}
   assert found.keys() == set(trainer.step.trainable)
   return found
@@ -126,7 +126,7 @@ def test_parameters_are_born_sharded_and_their_state_lies_with_them():
   assert {shard.data.shape for shard in state.params[conv].addressable_shards} == {(3, 3, 4, 4)}
   assert state.params["logit_scale"].sharding.is_fully_replicated
 
-  params = trainer.layout.by_path(state).params
+  params = state.params
   split = {name for name, x in params.items() if not x.sharding.is_fully_replicated}
   assert sum(params[name].size for name in split) > 0.9 * sum(x.size for x in params.values())
   assert {name: x.sharding for name, x in params.items()} == trainer.param_shardings
@@ -228,9 +228,7 @@ def test_only_parameters_and_embeddings_are_gathered_in_a_step():
   # The same program as one of the joint steps above, which is compiled once.
   config, mesh = steps.make_config(**{"optim.clip_norm": 0.0}), steps.make_mesh(1, 8, 1)
   trainer = build_trainer(config, mesh)
-  lowered = trainer.train_step.lower(
-    *trainer.abstract_state.split(), flops.abstract_batch(trainer.run, trainer.network, mesh)
-  )
+  lowered = trainer.train_step.lower(trainer.abstract_state, abstract_batch(trainer.run, trainer.network, mesh))
   text = lowered.compile().as_text()
   b, d = config.batch_size, config.model.text_encoder.width
   allowed = {leaf.shape for leaf in trainer.shapes.values()} | {(b, d), (b, 2)}

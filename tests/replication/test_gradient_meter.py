@@ -62,7 +62,7 @@ def expected() -> dict[str, float]:
 @pytest.mark.parametrize(
   "changes, mesh",
   [
-    ({"loss.ita_weight": 0.01, "loss.dispersive_weight": 0.5}, (1, 1, 1)),
+    ({"loss.ita_weight": 0.01}, (1, 1, 1)),
     ({"optim.accumulate": 2}, (2, 2, 1)),
   ],
 )

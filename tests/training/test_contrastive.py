@@ -22,8 +22,8 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.method import encode
 from diffdis_jax.models.clip import normalise
 from diffdis_jax.structs import Batch
-from diffdis_jax.training import loss_function as objectives
-from diffdis_jax.training import optim, plugs
+from diffdis_jax.training import losses as objectives
+from diffdis_jax.training import optim
 from tests import steps, tiny_clip
 from tests.models import open_clip_twin
 from tests.models.from_torch import nchw, randomise
@@ -85,7 +85,7 @@ def test_loss_and_gradients_equal_open_clips(remat):
   config = make_config(**{"model.remat": remat})
   theirs = make_theirs(config)
   params, batch = open_clip_twin.to_ours(dict(theirs.named_parameters())), steps.make_batch(config)
-  total = plugs.loss_function(network_of(config), Run.of(config))
+  total = steps.loss_function(network_of(config), Run.of(config))
   value_and_grad = jax.value_and_grad(lambda params, batch: total(params, {}, batch, {}), has_aux=True)
   lowered = jax.jit(value_and_grad).lower(params, jax.tree.map(jnp.asarray, batch))
   assert ("optimization_barrier" in lowered.as_text()) == (remat == "full")  # around what is computed again

@@ -12,7 +12,7 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.preflight import __main__ as preflight
 from diffdis_jax.training import flops
-from diffdis_jax.training.step import Trainer
+from diffdis_jax.training.step import Trainer, abstract_batch
 from tests import steps, tiny_clip
 from tests.steps import build_trainer
 
@@ -58,8 +58,8 @@ def test_turns_of_whole_programs():
 
   def of_step(config):
     trainer = Trainer(Run.of(config), mesh)
-    batch = flops.abstract_batch(trainer.run, trainer.network, mesh)
-    return flops.turns(trainer.train_step.trace(*trainer.abstract_state.split(), batch).jaxpr)
+    batch = abstract_batch(trainer.run, trainer.network, mesh)
+    return flops.turns(trainer.train_step.trace(trainer.abstract_state, batch).jaxpr)
 
   alone = {"optim.accumulate": 2, "optim.contrastive_batch": "microbatch"}
   assert of_step(steps.make_config()) == 1 and of_step(steps.make_config(**alone)) == pytest.approx(2)
@@ -109,8 +109,8 @@ def test_what_one_contrastive_batch_in_four_microbatches_costs(name, config, exp
   config.model.update(remat="none", attention_kernel="xla")
   for config.optim.accumulate in (1, 4):
     step = build_trainer(config, mesh)
-    batch = flops.abstract_batch(step.run, step.network, mesh)
-    counts.append(flops.count(step.train_step.trace(*step.abstract_state.split(), batch).jaxpr))
+    batch = abstract_batch(step.run, step.network, mesh)
+    counts.append(flops.count(step.train_step.trace(step.abstract_state, batch).jaxpr))
     counted.add(preflight.trace_program("train", step.run, mesh).operations)
   assert counts[1] / counts[0] - 1 == pytest.approx(expected, rel=0.1), name
   assert counted == {counts[0]}

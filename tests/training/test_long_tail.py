@@ -20,8 +20,9 @@ from diffdis_jax.method import features, losses
 from diffdis_jax.method.step_noise import query_noise
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import LabelledBatch
-from diffdis_jax.training import long_tail_losses, mixing, plugs
-from diffdis_jax.training.step import step_keys, take_step
+from diffdis_jax.training.long_tail import losses as long_tail_losses
+from diffdis_jax.training.long_tail import mixing
+from diffdis_jax.training.step import step_keys
 from tests import steps, tiny_clip
 from tests.models.networks import random_params, relative_error
 from tests.steps import build_trainer, network_of
@@ -136,13 +137,12 @@ class Trainer:
     self.step = build_trainer(config, self.mesh)
     self.params = random_params(self.step.shapes, seed=0)
     place = self.step.param_shardings
-    self.state = self.step.layout.by_path(self.step.with_params(jax.device_put(self.params, place)))
+    self.state = self.step.with_params(jax.device_put(self.params, place))
 
   def __call__(self, state, batch):
     rows = LabelledBatch(**sharding.to_global(vars(batch), self.mesh))
-    state = self.step.layout.pack_state(state)
-    state, metrics = take_step(self.step.train_step, state, rows)
-    return self.step.layout.by_path(state), steps.means(jax.device_get(metrics))
+    state, metrics = self.step.train_step(jax.tree.map(jnp.copy, state), rows)  # it takes its memory
+    return state, steps.means(jax.device_get(metrics))
 
 
 BACKBONES = [pytest.param(clip, id=name, marks=pytest.mark.slow) for name, clip in (("diffdis", False), ("clip", True))]
@@ -181,7 +181,7 @@ class Loss:
     self.network, self.batch = network_of(config), make_batch(config)
     self.params = random_params(self.network.shapes, seed=0)
     self.keys = step_keys(config.seed, jnp.int32(0), jnp.int32(0))
-    self._loss = plugs.loss_function(self.network, Run.of(config))
+    self._loss = steps.loss_function(self.network, Run.of(config))
 
   def metrics(self, teacher=None):
     """By name; `teacher` has other values for some of the parameters."""

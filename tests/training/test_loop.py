@@ -5,14 +5,14 @@ import json
 import jax
 import numpy as np
 import pytest
-from clu.metrics import Average
 
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.run import checkpoint, committed, history
 from diffdis_jax.training import evaluator, loop
-from diffdis_jax.training.steps import check_finite, slowest_host
+from diffdis_jax.training.metrics import slowest_host
+from diffdis_jax.training.step import Trainer
 from tests import steps, tiny
 
 
@@ -23,29 +23,17 @@ def test_the_host_that_waits_longest_for_data_is_named(monkeypatch):
   assert slowest_host(0.25) == {"slowest_host": 2.0, "slowest_host_data_wait": 0.75}
 
 
-@pytest.mark.parametrize("loss, norm", [(np.nan, 1.0), (1.0, np.inf)])
-def test_a_loss_or_a_gradient_that_is_not_finite_ends_a_run(tmp_path, loss, norm):
-  def totals(count):
-    of = {"loss": loss, "grad_norm": norm}
-    return {name: Average(total=np.float32(value), count=np.float32(count)) for name, value in of.items()}
-
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
-    with pytest.raises(UserError, match=f"^loss {loss} or gradient norm {norm} is not finite by step 6; .* is none; "):
-      check_finite(totals(1), 6, checkpointer)
-    assert np.isnan([*check_finite(totals(0), 6, checkpointer).values()]).all()  # of steps that were all skipped
-
-
 @pytest.mark.parametrize(
   "batch_size, accumulate, of_a_call, rows",
   [(48, 1, 64, 64), (48, 4, 64, 12), (1024, 1, 512, 512), (256, 1, 512, 256), (1024, 4, 512, 256)],
 )
 def test_evaluations_take_no_more_rows_than_a_step(monkeypatch, batch_size, accumulate, of_a_call, rows):
   run = Run.of(steps.make_config(batch_size=batch_size, **{"optim.accumulate": accumulate}))
-  monkeypatch.setattr(loop.batches, "rows_of_a_call", lambda mesh: of_a_call)
-  assert loop.rows_at_a_time(run, steps.make_mesh()) == rows
+  monkeypatch.setattr(evaluator.batches, "rows_of_a_call", lambda mesh: of_a_call)
+  assert evaluator.rows_at_a_time(run, steps.make_mesh()) == rows
 
 
-class Evaluator(evaluator.Evaluator):
+class FakeEvaluator(evaluator.Evaluator):
   """Due after every fourth step; says where it was asked, and fails where it is told to."""
 
   def __init__(self, failing: type[UserError] | None):
@@ -63,24 +51,24 @@ class Evaluator(evaluator.Evaluator):
 
 
 def prepare(config):
-  """Its programs, once for all the runs of a test."""
+  """Its trainer, which compiles once for all the runs of a test."""
   run = Run.of(config)
-  return loop.Prepared.of(run, sharding.make_mesh(**vars(run.mesh)))
+  return Trainer(run, sharding.make_mesh(**vars(run.mesh)))
 
 
 def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monkeypatch):
   config = tiny.get_config("autoencoder")
   config.update(num_steps=6, save_every=3, log_every=3)
-  prepared = prepare(config)
-  train = lambda: loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
-  failing, passing = Evaluator(failing=UserError), Evaluator(failing=None)
-  monkeypatch.setattr(loop, "Evaluator", lambda *_: failing)
+  trainer = prepare(config)
+  train = lambda: loop.train_and_evaluate(Run.of(config), str(tmp_path), trainer=trainer)
+  failing, passing = FakeEvaluator(failing=UserError), FakeEvaluator(failing=None)
+  monkeypatch.setattr(evaluator, "Evaluator", lambda *_: failing)
   for _ in range(2):  # the second time it is done before the first step
     with pytest.raises(UserError, match="best_metric=test/acc_1 is none of test/acc1"):
       train()
   assert committed.latest_step(tmp_path) == 4 and failing.asked == [4, 4]
 
-  monkeypatch.setattr(loop, "Evaluator", lambda *_: passing)
+  monkeypatch.setattr(evaluator, "Evaluator", lambda *_: passing)
   train()
   assert passing.asked == [4] and committed.latest_step(tmp_path) == 6
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -100,14 +88,14 @@ def test_an_evaluation_that_is_done_again_decides_on_the_best_checkpoint(tmp_pat
   config.update(num_steps=8, save_every=4, log_every=4, train_evals=("test",))
   config.evals = {"test": {"task": "zero_shot"}}
   config.checkpoint.update(keep_last=1, keep_best=1, best_metric="test/acc1")
-  failing, passing = Evaluator(failing=UserError), Evaluator(failing=None)
+  failing, passing = FakeEvaluator(failing=UserError), FakeEvaluator(failing=None)
   monkeypatch.setattr(passing, "after_step", lambda step, *_, last: {"test/acc1": 1.0 / step})
-  monkeypatch.setattr(loop, "Evaluator", lambda *_: failing)
-  prepared = prepare(config)
+  monkeypatch.setattr(evaluator, "Evaluator", lambda *_: failing)
+  trainer = prepare(config)
   with pytest.raises(UserError):
-    loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
-  monkeypatch.setattr(loop, "Evaluator", lambda *_: passing)
-  loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
+    loop.train_and_evaluate(Run.of(config), str(tmp_path), trainer=trainer)
+  monkeypatch.setattr(evaluator, "Evaluator", lambda *_: passing)
+  loop.train_and_evaluate(Run.of(config), str(tmp_path), trainer=trainer)
   assert checkpoint.best(tmp_path, Run.of(config).checkpoint) == checkpoint.Best(4, 0.25)
 
 
@@ -123,8 +111,8 @@ def test_several_processes_save_what_all_of_them_refuse_alike(tmp_path, monkeypa
   """Of a damaged record only those know that have read it, while the others wait for them."""
   config = tiny.get_config("autoencoder")
   config.update(num_steps=6, save_every=3, log_every=3)
-  monkeypatch.setattr(loop, "Evaluator", lambda *_: Evaluator(failing=kind))
-  monkeypatch.setattr("diffdis_jax.training.steps.jax", TwoProcesses())
+  monkeypatch.setattr(evaluator, "Evaluator", lambda *_: FakeEvaluator(failing=kind))
+  monkeypatch.setattr("diffdis_jax.training.loop.jax", TwoProcesses())
   with pytest.raises(kind, match="best_metric=test/acc_1 is none of test/acc1"):
     loop.train_and_evaluate(Run.of(config), str(tmp_path))
   assert committed.latest_step(tmp_path) == saved

@@ -14,11 +14,12 @@ import pytest
 
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
-from diffdis_jax.method import joint, losses, schedules
+from diffdis_jax.method import joint, schedules
 from diffdis_jax.method.diffdis import DiffDis, to_signed
 from diffdis_jax.structs import Batch, DiscriminationPass, GenerationPass, LatentBatch, TrainState
-from diffdis_jax.training import flops, plugs, step
-from diffdis_jax.training import loss_function as objectives
+from diffdis_jax.training import losses as objectives
+from diffdis_jax.training import step
+from diffdis_jax.training.step import abstract_batch
 from tests import steps, tiny
 from tests.steps import build_trainer
 
@@ -43,7 +44,6 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     both = outputs.noise_z, outputs.prediction_e
     for name, inputs, output in zip(("generation", "discrimination"), passes, both, strict=True):
       seen[name] = {**vars(inputs), "output": output}
-    seen["generation"]["middle"] = outputs.middle
     return outputs
 
   monkeypatch.setattr(joint, "both_passes", both_passes)
@@ -55,7 +55,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
 def info_nce(
   query: np.ndarray, e: np.ndarray, scale: float, tokens: np.ndarray, dropped: np.ndarray
 ) -> tuple[float, np.ndarray]:
-  """The loss and the direction from ê to e by sample, in float64 and with loops."""
+  """The loss, and the mean of both directions of each row that has an image, in float64 and with loops."""
   query = query / np.linalg.norm(query, axis=1, keepdims=True)
   logits = min(np.exp(scale), 100.0) * query @ e.T
   b = len(e)
@@ -63,7 +63,7 @@ def info_nce(
   forth = [-logits[i, i] + np.log(sum(np.exp(logits[i, j]) for j in range(b) if rival(i, j))) for i in range(b)]
   kept = [j for j in range(b) if not dropped[j]]
   back = [-logits[j, j] + np.log(sum(np.exp(logits[i, j]) for i in kept if rival(i, j))) for j in kept]
-  return (np.mean(forth) + np.mean(back)) / 2, np.array(forth)
+  return (np.mean(forth) + np.mean(back)) / 2, (np.array(forth)[kept] + np.array(back)) / 2
 
 
 VARIANTS = {
@@ -82,8 +82,6 @@ VARIANTS = {
   # What the paper lacks.
   "beside the paper": {
     "loss.snr_gamma": 2.0,
-    "loss.noised_image_share": 0.5,
-    "loss.dispersive_weight": 0.5,
     "loss.image_dropout": 0.5,
   },
 }
@@ -133,33 +131,20 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
   discrimination = passes["discrimination"]
   np.testing.assert_array_equal(discrimination["t_e"], t_e)
   np.testing.assert_allclose(discrimination["e_t"], e_t, atol=1e-5)
-  shown, shown_t = z.copy(), np.full(b, config.condition_timestep)
-  if beside:
-    chosen = np.asarray(jax.random.bernoulli(keys["noised_image"], config.loss.noised_image_share, (b,)))
-    assert {*zip(chosen, no_image)} == {(False, False), (False, True), (True, False), (True, True)}
-    for i in np.flatnonzero(chosen & ~no_image):
-      shown[i], shown_t[i] = generation["z_t"][i], t_z[i]
-  np.testing.assert_allclose(discrimination["z"], np.where(no_image[:, None, None, None], 0, shown), atol=1e-5)
-  np.testing.assert_array_equal(discrimination["t_z"], shown_t)
+  np.testing.assert_allclose(discrimination["z"], np.where(no_image[:, None, None, None], 0, z), atol=1e-5)
+  np.testing.assert_array_equal(discrimination["t_z"], np.full(b, config.condition_timestep))
   np.testing.assert_allclose(discrimination["c_null"], np.broadcast_to(null, text.c.shape), atol=1e-5)
   query = discrimination["output"]
   if config.text_diffusion.target == "noise":
     query = (e_t - np.sqrt(1 - alpha_bar) * query) / (gamma * np.sqrt(alpha_bar))
   scale = loss.params["logit_scale"].astype(np.float64)
-  ita, query_to_text = info_nce(query, text.e, scale, batch.tokens, no_image)
-  np.testing.assert_allclose(means["loss_discrimination"], ita, rtol=1e-5)
+  ita, of_pairs = info_nce(query, text.e, scale, batch.tokens, no_image)
+  np.testing.assert_allclose(means["loss_discrimination"], of_pairs.mean(), rtol=1e-5)
 
-  dispersive = 0.0
-  if beside:
-    middle = generation["middle"].reshape(b, -1)
-    pairs = [np.exp(-np.mean((one - other) ** 2)) for one in middle for other in middle]
-    dispersive = np.log(np.mean(pairs))
-    np.testing.assert_allclose(means["loss_dispersive"], dispersive, rtol=1e-5)
-    assert dispersive < -0.1
-  expected = (weights * by_sample).mean() + config.loss.ita_weight * ita + config.loss.dispersive_weight * dispersive
+  expected = (weights * by_sample).mean() + config.loss.ita_weight * ita
   np.testing.assert_allclose(total, expected, rtol=1e-5)
   np.testing.assert_allclose(means["loss"], total, rtol=1e-6)
-  for name, t, values in (("generation", t_z, by_sample), ("discrimination", t_e, query_to_text)):
+  for name, t, values in (("generation", t_z, by_sample), ("discrimination", t_e[~no_image], of_pairs)):
     sums, counts = np.array([jax.tree.leaves(metrics[f"loss_{name}_q{i}"]) for i in (1, 2, 3, 4)]).T
     np.testing.assert_array_equal(counts, np.bincount(t // 250, minlength=4))
     np.testing.assert_allclose(sums, np.bincount(t // 250, values, minlength=4), rtol=1e-5, atol=1e-6)
@@ -168,16 +153,13 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
 def test_what_the_paper_lacks_is_off_and_leaves_all_other_choices_as_they_are(monkeypatch):
   """The same bits of noise with every switch on; no array for one that is off, and none of its operations."""
   off, on = steps.make_config(), steps.make_config(**VARIANTS["beside the paper"] | {"loss.image_dropout": 0.1})
-  for name in ("snr_gamma", "noised_image_share", "dispersive_weight"):
-    assert off.loss[name] == 0.0, name
+  assert off.loss.snr_gamma == 0.0
   batch, keys, network = steps.make_batch(off), steps.make_keys(), steps.network_of(off)
   expected, found = (objectives.noise_of(Run.of(each), keys, batch, network) for each in (off, on))
-  assert expected.noised_image is None and found.noised_image.any()
   for name, value in vars(expected).items():
     if value is not None:
       np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
-  for module, name in ((schedules, "min_snr_weights"), (losses, "dispersive")):
-    monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} is called"))
+  monkeypatch.setattr(schedules, "min_snr_weights", lambda *_, **__: pytest.fail("min_snr_weights is called"))
   loss = steps.Loss(off)
   jax.eval_shape(loss, loss.trained, batch, keys)
 
@@ -212,7 +194,6 @@ GOLDEN_KEYS = {
   "drop_image": (522268029, 110828973),
   "posterior_discrimination": (1737289153, 2762526652),
   "mix": (3319635749, 3255860998),
-  "noised_image": (1558116093, 179335879),
 }
 
 
@@ -240,8 +221,8 @@ def test_another_seed_takes_the_same_compiled_step():
   for seed in (0, 7):
     config.seed = seed
     trainer = build_trainer(config, mesh)
-    batch = flops.abstract_batch(trainer.run, trainer.network, mesh)
-    texts.append(trainer.train_step.lower(*trainer.abstract_state.split(), batch).as_text())
+    batch = abstract_batch(trainer.run, trainer.network, mesh)
+    texts.append(trainer.train_step.lower(trainer.abstract_state, batch).as_text())
     assert int(trainer.place_seed()) == seed
   assert texts[0] == texts[1]
 
@@ -271,7 +252,7 @@ def test_one_objective_trains_its_own_parts_and_averages_them(objective, frozen,
   state, batch = trainer.initial(), steps.make_batch(trainer.config)
   trained = {name for name in names if not re.search(frozen, name)}
   assert state.ema.keys() == trained
-  assert steps.moments(state.opt_state, trainer.step.layout, "mu").keys() == trained
+  assert steps.moments(state.opt_state, "mu").keys() == trained
 
   average = {name: trainer.params[name].astype(np.float64) for name in trained}
   for i in range(3):
@@ -322,10 +303,10 @@ def test_latent_statistics_of_microbatches_are_the_mean_of_theirs():
   config = steps.make_config("reconstruction", **{"optim.accumulate": 2})
   trainer, batch = build_trainer(config, steps.make_mesh()), jax.tree.map(jnp.asarray, steps.make_batch(config))
   params = jax.tree.map(jnp.asarray, steps.random_params(trainer.shapes, seed=0))
-  state = trainer.layout.pack_state(TrainState(params=params)).replace(step=jnp.int32(0), seed=jnp.uint32(0))
+  state = TrainState(params=params, step=jnp.int32(0), seed=jnp.uint32(0))
   found = jax.jit(lambda state, batch: trainer.gradient(state, batch).statistics)(state, batch)
 
-  loss = plugs.loss_function(trainer.network, trainer.run)
+  loss = steps.loss_function(trainer.network, trainer.run)
   of_part = jax.jit(lambda batch, keys: loss(params, {}, batch, keys)[1][1])
   parts = [of_part(jax.tree.map(lambda x, i=i: x[i::2], batch), steps.make_keys(i)) for i in range(2)]
   assert found.keys() == {"autoencoder.shift", "autoencoder.scale"}
@@ -412,9 +393,6 @@ def test_bf16_compute_keeps_f32_parameters_and_is_close():
       {"objectives": ("discrimination",), "loss.snr_gamma": 5.0},
       "loss.snr_gamma is 5.0; it changes generation alone, which objectives lacks: leave it at 0",
     ),
-    ({"objectives": ("discrimination",), "loss.dispersive_weight": 0.5}, "dispersive_weight .* generation alone"),
-    ({"objectives": ("generation",), "loss.noised_image_share": 0.5}, "noised_image_share .* discrimination alone"),
-    ({"loss.dispersive_weight": 0.5, "optim.accumulate": 2}, "loss.dispersive_weight takes a batch whole"),
     ({"objectives": ("reconstruction", "generation")}, "cannot be combined"),
     ({"objectives": ("generation", "generation")}, "objectives names generation twice"),
     ({"image_size": 18}, "image_size is 18; .* multiple of 4, such as 16"),

@@ -16,7 +16,7 @@ from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import digests, history, workdir
-from diffdis_jax.training import facts
+from diffdis_jax.training import run_info
 from tests import tiny, tiny_clip
 from tests.raw_pairs import picture, write_tar
 
@@ -36,7 +36,7 @@ def test_a_finished_run_says_where_its_picture_is_and_what_to_type_next(tmp_path
   (tmp_path / "a run" / "samples").mkdir(parents=True)
   for name in ("samples_00000004", "samples_00000008", "notes"):
     (tmp_path / "a run" / "samples" / f"{name}.png").touch()
-  facts.log_end(run, path)
+  run_info.log_end(run, path)
   where, second, third = caplog.messages
   assert where == (
     f"finished at step {run.num_steps}: last samples in {path}/samples/samples_00000008.png,"
@@ -54,21 +54,21 @@ def test_a_finished_run_says_where_its_picture_is_and_what_to_type_next(tmp_path
 def test_a_finished_run_without_samples_names_none(tmp_path, caplog):
   caplog.set_level("INFO")
   logging.set_verbosity(logging.INFO)
-  facts.log_end(Run.of(tiny.get_config()), str(tmp_path))
+  run_info.log_end(Run.of(tiny.get_config()), str(tmp_path))
   assert caplog.messages[0] == f"finished at step 8: metrics in {tmp_path}/metrics.jsonl"
 
 
 def test_a_run_that_resumes_with_other_data_says_so(tmp_path, monkeypatch, caplog):
   run = Run.of(tiny.get_config())
   said = lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-  facts.warn_of_other_data(run, str(tmp_path))  # of an earlier version, whose history has no data
-  for lines in (["shapes, split train: 8 records"], facts.describe(run.data)):
+  run_info.warn_of_other_data(run, str(tmp_path))  # of an earlier version, whose history has no data
+  for lines in (["shapes, split train: 8 records"], run_info.describe(run.data)):
     with history.recorded(tmp_path, step=0, is_writer=True, facts={"data": lines}):
       pass
-  facts.warn_of_other_data(run, str(tmp_path))
+  run_info.warn_of_other_data(run, str(tmp_path))
   assert said() == []
-  monkeypatch.setattr(facts, "describe", lambda data: ["shapes, split train: 9 records"])
-  facts.warn_of_other_data(run, str(tmp_path))
+  monkeypatch.setattr(run_info, "describe", lambda data: ["shapes, split train: 9 records"])
+  run_info.warn_of_other_data(run, str(tmp_path))
   (line,) = said()
   assert (
     "since the last start: shapes, split train then, shapes, split train: 9 records now; from here on the order" in line
@@ -93,18 +93,18 @@ def test_a_run_goes_on_where_its_data_have_been_moved(tmp_path, caplog, mixture)
   (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
   (tmp_path / "run" / "checkpoints" / "1" / "commit_success.txt").touch()
   run = Run.of(config_of(first, mixture))
-  known = {"data": facts.describe(run.data), "data_digests": facts.digests_of(run)}
+  known = {"data": run_info.describe(run.data), "data_digests": run_info.digests_of(run)}
   with history.recorded(tmp_path / "run", step=0, is_writer=True, facts=known):
     pass
   field = "data.mixture.one.path" if mixture else "data.path"
   for path, may in ((str(copy), True), (other, False)):
-    moved = facts.moved(Run.of(config_of(path, mixture)), str(tmp_path / "run"))
+    moved = run_info.moved(Run.of(config_of(path, mixture)), str(tmp_path / "run"))
     assert moved == ({field} if may else set())
     allowed = pytest.raises(UserError, match=f"another config: {field} is ") if not may else contextlib.nullcontext()
     with allowed:
       workdir.open_for_training(tmp_path / "run", config_of(path, mixture).to_dict(), moved=moved)
     caplog.clear()
-    facts.warn_of_other_data(Run.of(config_of(path, mixture)), str(tmp_path / "run"))
+    run_info.warn_of_other_data(Run.of(config_of(path, mixture)), str(tmp_path / "run"))
     assert sum("the data have changed" in line for line in caplog.messages) == (not may)
   assert str(copy) in (tmp_path / "run" / "config.json").read_text()
 
@@ -122,9 +122,9 @@ def test_hosts_with_other_data_are_named(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 3)
   monkeypatch.setattr(processes, "texts", lambda mine: [mine, mine, "another"])
   with pytest.raises(UserError, match="other data than host 0: 2; here it is shapes, split train; copy the same"):
-    facts.check_same_on_all(run)
+    run_info.check_same_on_all(run)
   monkeypatch.setattr(processes, "texts", lambda mine: [mine] * 3)
-  facts.check_same_on_all(run)
+  run_info.check_same_on_all(run)
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -142,7 +142,7 @@ def test_hosts_with_as_many_records_of_another_preparation_are_named(tmp_path, m
     (tmp_path / name).mkdir()
     prepared(tmp_path / name, first)
     (tmp_path / name / "data").rename(tmp_path / "data")
-    facts.check_same_on_all(Run.of(config))
+    run_info.check_same_on_all(Run.of(config))
     shutil.rmtree(tmp_path / "data")
   first, other, same = hosts[::2]  # beside each the config
   assert first != other and first == same
@@ -164,4 +164,4 @@ def test_hosts_with_another_config_or_other_code_are_named(monkeypatch, change, 
   first = lambda text: json.dumps(json.loads(text) | change) if text.startswith("{") else text  # the same data
   monkeypatch.setattr(processes, "texts", lambda text: [first(text), first(text), text])
   with pytest.raises(UserError, match=said):
-    facts.check_same_on_all(Run.of(tiny.get_config()))
+    run_info.check_same_on_all(Run.of(tiny.get_config()))

@@ -17,10 +17,11 @@ from clu import parameter_overview
 
 from diffdis_jax.common import buckets, machine
 from diffdis_jax.config.run import Run
+from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.data.build import describe, doubts
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import digests, history, provenance, workdir
+from diffdis_jax.run import checkpoint, digests, history, provenance, workdir
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
 
@@ -109,7 +110,19 @@ def check_same_on_all(run: Run) -> None:
     raise UserError(f"{said}; start the same command, with the same code and packages, on every host")
 
 
-def warn_of_other_data(run: Run, path: str) -> None:
+def log_changes(run: Run, path: str, *, before: int | None, step: int) -> None:
+  """Log what differs from the last start of a run that resumes at this step.
+
+  Args:
+    before: its number of steps before it was made longer; None where it was not.
+  """
+  if before is not None:
+    _log_longer(run, before, step)
+  if step and processes.is_first():
+    _warn_of_other_data(run, path)
+
+
+def _warn_of_other_data(run: Run, path: str) -> None:
   """Says so where a run that resumes has other data than at its last start, such as a folder that was prepared again:
   its records then come in another order, some of them a second time in an epoch."""
   now, before = describe(run.data), _last(path, "data")
@@ -126,10 +139,31 @@ def warn_of_other_data(run: Run, path: str) -> None:
   )
 
 
+def _log_longer(run: Run, before: int, step: int) -> None:
+  """What it does to the learning rate that a run of `before` steps gets longer at this step."""
+  rate = lambda num_steps, group: float(np.asarray(optim.rate_schedule(run.optim, group, num_steps=num_steps)(step)))
+  changes = {group: (rate(before, group), rate(run.num_steps, group)) for group in run.optim.rates}
+  said = ", ".join(f"{group} {old:.3g} to {new:.3g}" for group, (old, new) in changes.items() if old != new)
+  logging.info(
+    "the run gets longer: %d steps instead of %d; %s",
+    run.num_steps,
+    before,
+    f"its {run.optim.schedule_kind} schedule is that of the longer run from step {step} on: {said}"
+    if said
+    else "learning rates stay as they are",
+  )
+
+
 def overview(trainer: Trainer) -> str:
   """A table of the parameters: path, shape, dtype, number."""
   # Without statistics, which need values: there are only shapes yet.
   return parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
+
+
+def log_best(path: str, kept: CheckpointPolicy) -> None:
+  """Log which checkpoint of a finished run is the best, where that is defined."""
+  if kept.best_metric and (best := checkpoint.best(path, kept)):
+    logging.info("best %s %.4f at step %d: evaluate --best measures it", kept.best_metric, best.value, best.step)
 
 
 def log_end(run: Run, path: str) -> None:
@@ -149,21 +183,6 @@ def log_end(run: Run, path: str) -> None:
   elif run.evals:
     logging.info("to measure it: %s --out=results.json", command % "evaluate")
   logging.info("to see all of it: %s --out=report.html", command % "report")
-
-
-def log_longer(run: Run, before: int, step: int) -> None:
-  """What it does to the learning rate that a run of `before` steps gets longer at this step."""
-  rate = lambda num_steps, group: float(np.asarray(optim.rate_schedule(run.optim, group, num_steps=num_steps)(step)))
-  changes = {group: (rate(before, group), rate(run.num_steps, group)) for group in run.optim.rates}
-  said = ", ".join(f"{group} {old:.3g} to {new:.3g}" for group, (old, new) in changes.items() if old != new)
-  logging.info(
-    "the run gets longer: %d steps instead of %d; %s",
-    run.num_steps,
-    before,
-    f"its {run.optim.schedule_kind} schedule is that of the longer run from step {step} on: {said}"
-    if said
-    else "learning rates stay as they are",
-  )
 
 
 def log(trainer: Trainer) -> None:

@@ -1,0 +1,152 @@
+"""The loss of a training step, one function for each kind of objective, and what it reports.
+
+`diffusion_loss` is the paper's Algorithm 1 (method/algorithms.py); `reconstruction_loss` trains an autoencoder, and
+`clip_loss` CLIP, the paper's baseline. `step.LOSSES` says which objective has which.
+
+Each takes (trainable, batch, keys, teacher, *, build, network, run): `build` makes the model of the trainable
+parameters, and `teacher` holds those at the start where an objective keeps them. Each returns what `result` makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from clu.metrics import Average
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from diffdis_jax.common.params import Params
+from diffdis_jax.config.run import Run
+from diffdis_jax.config.sections import Loss
+from diffdis_jax.method import algorithms, encode, losses
+from diffdis_jax.method.diffdis import to_signed
+from diffdis_jax.method.network import Network
+from diffdis_jax.method.step_noise import Keys, StepNoise, sample_noise
+from diffdis_jax.models.autoencoder import sample_posterior
+from diffdis_jax.parallel import sharding
+from diffdis_jax.structs import AnyBatch, Batch, Pairs
+from diffdis_jax.training.metrics import Metrics, mean_of
+
+# Share of the running latent statistics that each reconstruction step keeps: they look back over some 50 steps.
+STATISTICS_DECAY = 0.98
+
+Build = Callable[[Params], Any]
+# The loss, its metrics, and the latent statistics that it measured: what jax.value_and_grad takes with has_aux.
+Result = tuple[Float[Array, ""], tuple[Metrics, Params]]
+
+
+class Gradient(NamedTuple):
+  """The gradient of a loss with respect to the trainable parameters, its metrics, and the new latent statistics."""
+
+  gradient: Params
+  metrics: Metrics
+  statistics: Params = {}
+
+
+def result(total: Float[Array, ""], metrics: Metrics, statistics: Params | None = None) -> Result:
+  """Return a loss with its metrics, the loss itself among them."""
+  return total, ({"loss": mean_of(total[None]), **metrics}, statistics or {})
+
+
+def noise_of(run: Run, keys: Keys, batch: AnyBatch, network: Network) -> StepNoise:
+  """Sample the random choices of each row of a batch."""
+  return sample_noise(keys, batch, network=network, loss=run.loss, sample_posterior=run.sample_posterior)
+
+
+def captions_of(section: Loss, tokens: Int[Array, "b l"]) -> UInt32[Array, "b"] | None:
+  """Number the captions, as `losses.contrastive` takes them; None where equal ones are negatives too."""
+  return losses.caption_ids(tokens) if section.duplicate_captions == "mask" else None
+
+
+def diffusion_loss(
+  trainable: Params, batch: AnyBatch, keys: Keys, teacher: Params, *, build: Build, network: Network, run: Run
+) -> Result:
+  """Compute the paper's Algorithm 1, and its two losses by themselves for the log."""
+  del teacher
+  model, noise = build(trainable), noise_of(run, keys, batch, network)
+  captions = captions_of(run.loss, batch.tokens)
+  found = algorithms.training_losses(model, batch, noise, network=network, loss=run.loss, captions=captions)
+  metrics: Metrics = {}
+  # What the run is not trained for has no loss, and leaves no line in the log.
+  if found.generation is not None:
+    metrics |= generation_metrics(found.generation, noise)
+  if found.alignment is not None:
+    metrics |= discrimination_metrics(found.alignment, model.logit_scale[...], noise)
+  return result(found.total, metrics)
+
+
+def generation_metrics(per_sample: Float[Array, "b"], noise: StepNoise) -> Metrics:
+  """Report L_IG without weights, so that runs with other weights compare; and by the quarter of t_z."""
+  everything = jnp.ones(len(per_sample), bool)
+  return {"loss_generation": mean_of(per_sample), **quarters_of("loss_generation", per_sample, noise.t_z, everything)}
+
+
+def discrimination_metrics(found: losses.Contrastive, logit_scale: Float[Array, ""], noise: StepNoise) -> Metrics:
+  """Report L_ITA of the rows that have an image, the mean of both directions as of held-out pairs; and by the quarter
+  of t_e. Rows whose image is dropped for guidance can only guess, and would hide how far the others have come."""
+  rows = ~noise.drop_image
+  per_pair = jnp.where(rows, 0.5 * (found.query_to_text + found.text_to_query), 0.0)
+  return {
+    "loss_discrimination": Average(total=per_pair.sum(), count=rows.sum(dtype=jnp.float32)),
+    **alignment(found, logit_scale),
+    **quarters_of("loss_discrimination", per_pair, noise.t_e, rows),
+  }
+
+
+def clip_loss(
+  trainable: Params, batch: Batch, keys: Keys, teacher: Params, *, build: Build, network: Network, run: Run
+) -> Result:
+  """Compute `contrastive_loss` of CLIP, which makes no random choices."""
+  del keys, teacher, network
+  model = build(trainable)
+  pairs = encode.encode_pairs(model, batch)
+  return contrastive_loss(pairs, model.logit_scale[...], captions=captions_of(run.loss, batch.tokens))
+
+
+def contrastive_loss(pairs: Pairs, logit_scale: Float[Array, ""], *, captions: UInt32[Array, "b"] | None) -> Result:
+  """Compute CLIP's loss (Radford et al., 2021): InfoNCE between images and texts, both ways, over all of the batch."""
+  # Whole on every device: the negatives of a row are those of the global batch.
+  found = losses.contrastive(pairs.image, pairs.text, logit_scale, captions=captions, on_rows=sharding.each_own_rows)
+  return result(found.loss, {"loss_contrastive": mean_of(found.loss[None]), **alignment(found, logit_scale)})
+
+
+def reconstruction_loss(
+  trainable: Params, batch: Batch, keys: Keys, teacher: Params, *, build: Build, network: Network, run: Run
+) -> Result:
+  """Compute L1 + KL of the autoencoder, and its latents' running shift and scale to zero mean and unit variance."""
+  del network, teacher
+  model, x = build(trainable), to_signed(batch.image)
+  posterior = model.autoencoder.encode(x)
+  latent = sample_posterior(posterior, keys["posterior"])
+  found = losses.reconstruction(
+    x,
+    model.autoencoder.decode(latent),
+    mean=posterior.mean,
+    log_variance=posterior.log_variance,
+    kl_weight=run.loss.kl_weight,
+  )
+  # Measured, not learned: the statistics follow the latents and must not pull at them.
+  latent = jax.lax.stop_gradient(latent)
+  keep, shift, scale = STATISTICS_DECAY, model.autoencoder.shift[...], model.autoencoder.scale[...]
+  mean, deviation = latent.mean(axis=(0, 1, 2)), latent.std(axis=(0, 1, 2))
+  # The mean is that of the deviation, and not of its reciprocal. Latents that are all alike deviate by 0.
+  statistics = {
+    "autoencoder.shift": keep * shift + (1.0 - keep) * mean,
+    "autoencoder.scale": 1.0 / (keep / scale + (1.0 - keep) * jnp.maximum(deviation, 1e-6)),
+  }
+  return result(found.loss.mean(), {"loss_l1": mean_of(found.l1), "loss_kl": mean_of(found.kl)}, statistics)
+
+
+def alignment(found: losses.Contrastive, logit_scale: Float[Array, ""]) -> Metrics:
+  """Report accuracy among the texts of a contrastive batch, and the temperature."""
+  temperature = losses.temperature(logit_scale)
+  return {"alignment_accuracy": mean_of(found.accuracy[None]), "temperature": mean_of(temperature[None])}
+
+
+def quarters_of(name: str, per_sample: Float[Array, "b"], t: Int[Array, "b"], rows: Bool[Array, "b"]) -> Metrics:
+  """Report the loss of some rows by the quarter of its timestep, q1 the least noisy: a diffusion loss alone says
+  little."""
+  quarters = losses.by_timestep_quarter(jax.lax.stop_gradient(per_sample), t, rows)
+  return {f"{name}_q{i + 1}": Average(total=quarters.sum[i], count=quarters.count[i]) for i in range(4)}
