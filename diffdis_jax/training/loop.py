@@ -99,6 +99,7 @@ def train_and_evaluate(
       last = step == run.num_steps
       logs, saves = last or step % run.log_every == 0, last or step % run.save_every == 0
       if (logs or saves) and (bad := int(state.skipped)) > run.optim.skip_bad_steps:
+        checkpoints.wait()  # for the save in progress
         raise Diverged(step, bad, checkpoints.latest_step())
       if logs:
         out.scalars(step, meters.report(step))

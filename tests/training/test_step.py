@@ -223,7 +223,7 @@ def test_another_seed_takes_the_same_compiled_step():
     trainer = build_trainer(config, mesh)
     batch = abstract_batch(trainer.run, trainer.network, mesh)
     texts.append(trainer.train_step.lower(trainer.abstract_state, batch).as_text())
-    assert int(trainer.place_seed()) == seed
+    assert int(trainer.numbered(trainer.abstract_state, step=0).seed) == seed
   assert texts[0] == texts[1]
 
 
@@ -394,7 +394,7 @@ def test_bf16_compute_keeps_f32_parameters_and_is_close():
       "loss.snr_gamma is 5.0; it changes generation alone, which objectives lacks: leave it at 0",
     ),
     ({"objectives": ("reconstruction", "generation")}, "cannot be combined"),
-    ({"objectives": ("generation", "generation")}, "objectives names generation twice"),
+    ({"objectives": ("generation", "generation")}, "objectives is generation, generation; name each once"),
     ({"image_size": 18}, "image_size is 18; .* multiple of 4, such as 16"),
     ({"optim.groups": ((".*", "frozen"),)}, "freezes every parameter"),
     ({"optim.groups": ((".*", "new"),)}, "trains the autoencoder"),
