@@ -14,6 +14,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint
 from diffdis_jax.training import loop, start
+from diffdis_jax.training.metrics import Meters
 from tests import steps
 from tests.models.networks import random_params
 from tests.steps import build_trainer
@@ -35,11 +36,11 @@ def saved(tmp_path_factory, config):
   path = str(tmp_path_factory.mktemp("elastic"))
   trainer = build_trainer(config, steps.make_mesh(*SAVED_ON))
   params = jax.device_put(random_params(trainer.shapes, seed=0), trainer.param_shardings)
-  state = trainer.layout.by_path(trainer.with_params(params))
+  state = trainer.with_params(params)
   iterator = steps.open_batches(config)
   for _ in range(STEPS):
     next(iterator)
-  meta = {"totals": metrics.write_totals({"loss": Average(total=np.float32(0.1), count=np.float32(3))})}
+  meta = {"totals": {"loss": [float(np.float32(0.1)), 3.0]}, "substituted": []}
   with checkpoint.Checkpointer(path) as checkpointer:
     checkpointer.save(STEPS, state, iterator, meta=meta)
   return path, jax.device_get(state), next(iterator)
@@ -62,9 +63,7 @@ def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config
     assert np.asarray(b).tobytes() == a.tobytes(), jax.tree_util.keystr(name)
   for path, leaf in state.params.items():
     assert leaf.sharding == trainer.param_shardings[path]
-  totals = metrics.read_totals(meta)
-  assert totals == {"loss": Average(total=np.float32(0.1), count=np.float32(3))}
-  assert totals["loss"].total.dtype == np.float32
+  assert meta["totals"] == {"loss": [float(np.float32(0.1)), 3.0]}
   for name, values in next(iterator).items():
     np.testing.assert_array_equal(values, next_batch[name])
 
@@ -132,13 +131,16 @@ def test_the_best_metric_is_of_an_evaluation_in_training(config, tmp_path):
       Run.of(bad)
 
 
-def test_totals_keep_their_bits_through_json():
-  rng = np.random.default_rng(0)
+def test_totals_keep_their_bits_through_json(config):
+  rng, run = np.random.default_rng(0), Run.of(config)
   pairs = rng.normal(size=(100, 2)).astype(np.float32)
   totals = {f"m{i}": Average(total=total, count=count) for i, (total, count) in enumerate(pairs)}
-  meta = json.loads(json.dumps({"totals": metrics.write_totals(totals)}))
-  assert metrics.read_totals(meta) == totals
-  assert metrics.read_totals({"totals": metrics.write_totals(None)}) is None
+  meters = Meters(run, start_step=0, meta={}, peak_rate=None)
+  meters.add(1, totals)
+  meta = json.loads(json.dumps(meters.to_meta()))
+  resumed = Meters(run, start_step=1, meta=meta, peak_rate=None)
+  assert resumed.to_meta() == meta and len(meta["totals"]) == 100
+  assert meta["totals"] == {name: [float(x.total), float(x.count)] for name, x in totals.items()}
 
 
 def test_every_host_has_rows_of_its_own(config):

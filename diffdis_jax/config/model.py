@@ -114,7 +114,7 @@ class AutoencoderSize(Section):
   latent_channels: int = number(4, ge=1, help="channels of a latent")
   groups: int = number(32, ge=1, help="groups of every GroupNorm")
   attention: bool = field(True, help="the middle has a self-attention")
-  # Stable Diffusion v1's own factor. An autoencoder that is trained here measures its own (training/loss_function.py).
+  # Stable Diffusion v1's own factor. An autoencoder that is trained here measures its own (training/losses.py).
   shift: float = number(0.0, help="z = (latent − shift) · scale, for all channels")
   scale: float = number(0.18215, gt=0, help="z = (latent − shift) · scale, for all channels")
 

@@ -61,14 +61,14 @@ def test_a_finished_run_without_samples_names_none(tmp_path, caplog):
 def test_a_run_that_resumes_with_other_data_says_so(tmp_path, monkeypatch, caplog):
   run = Run.of(tiny.get_config())
   said = lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-  run_info.warn_of_other_data(run, str(tmp_path))  # of an earlier version, whose history has no data
+  run_info.log_changes(run, str(tmp_path), before=None, step=1)  # of an earlier version, whose history has no data
   for lines in (["shapes, split train: 8 records"], run_info.describe(run.data)):
     with history.recorded(tmp_path, step=0, is_writer=True, facts={"data": lines}):
       pass
-  run_info.warn_of_other_data(run, str(tmp_path))
+  run_info.log_changes(run, str(tmp_path), before=None, step=1)
   assert said() == []
   monkeypatch.setattr(run_info, "describe", lambda data: ["shapes, split train: 9 records"])
-  run_info.warn_of_other_data(run, str(tmp_path))
+  run_info.log_changes(run, str(tmp_path), before=None, step=1)
   (line,) = said()
   assert (
     "since the last start: shapes, split train then, shapes, split train: 9 records now; from here on the order" in line
@@ -104,7 +104,7 @@ def test_a_run_goes_on_where_its_data_have_been_moved(tmp_path, caplog, mixture)
     with allowed:
       workdir.open_for_training(tmp_path / "run", config_of(path, mixture).to_dict(), moved=moved)
     caplog.clear()
-    run_info.warn_of_other_data(Run.of(config_of(path, mixture)), str(tmp_path / "run"))
+    run_info.log_changes(Run.of(config_of(path, mixture)), str(tmp_path / "run"), before=None, step=1)
     assert sum("the data have changed" in line for line in caplog.messages) == (not may)
   assert str(copy) in (tmp_path / "run" / "config.json").read_text()
 
