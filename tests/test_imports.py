@@ -23,9 +23,9 @@ CORE = (
 TOOLS = ("app", "preflight", "report", "status", "benchmark", "ablate")
 ROOMS = (*CORE, *TOOLS, "__main__")
 COMMANDS = {*CORE[-8:], *TOOLS, "config"}
-# Torch is an extra: for these alone, of which those outside SHIPPED ask for it only to read a pickle, or to time it.
+# Torch is an extra: for these alone, of which the one outside SHIPPED asks for it only to read a pickle.
 SHIPPED = {f"interop/torch_{name}.py" for name in ("diffdis", "parts", "pipeline")}  # with what export_weights writes
-TORCH_FILES = {"interop/tensor_files.py", "benchmark/peer.py", *SHIPPED}
+TORCH_FILES = {"interop/tensor_files.py", *SHIPPED}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.read_text())
 NAMES = {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__") for path in FILES}
 

@@ -97,6 +97,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.ablate run ...",
     "python -m diffdis_jax.ablate plan --base=diffdis_cc3m",
     "python -m diffdis_jax.preflight",
+    "python -m replication.scaling",
     "python -m diffdis_jax.train --config=diffdis_cc3m:path=gs://",
     "python -m diffdis_jax.train ...",
   ),

@@ -5,17 +5,9 @@
 The steps are timed in turns, round by round, so that a machine whose speed drifts affects all of them alike. With
 --preflight=F.json, written by `preflight --out` for the same config, the measured time is compared with the estimate.
 
-Times data loading instead, from tars to batches; the config is that of the model whose steps wait for it:
-
-  diffdis benchmark data --config=diffdis_cc3m:runlocal --out=data.json
-
 Times the rows of the paper's Table 6: CLIP, Stable Diffusion and DiffDis; table6.md gets the table:
 
   diffdis benchmark table6 --config=table6 --out=table6.json
-
-Times the config's UNet, forward and backward, against diffusers' with the same weights in PyTorch:
-
-  diffdis benchmark peer --config=benchmark --out=peer.json
 """
 
 from __future__ import annotations
@@ -31,11 +23,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffdis_jax import inference
-from diffdis_jax.benchmark import data, peer, steps, table6
+from diffdis_jax.benchmark import steps, table6
 from diffdis_jax.common import cli, files, usage
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
-from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
 from diffdis_jax.training.step import Trainer
@@ -49,17 +40,17 @@ def define_flags() -> None:
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
   flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
   flags.DEFINE_string("preflight", None, "the JSON file that preflight --out wrote for the same config; for steps only")
-  with usage.group("Flags of data and table6"):
-    flags.DEFINE_integer("images", 200, "how many distinct 512 px JPEGs", lower_bound=data.BATCH)
+  with usage.group("Flags of table6"):
+    flags.DEFINE_integer("images", 200, "how many distinct 512 px JPEGs", lower_bound=1)
     flags.DEFINE_string("scratch", None, "folder for temporary files, about 3 MB for each image")
 
 
 def main(argv: Sequence[str]) -> None:
-  if argv[1:] not in ([], ["data"], ["table6"], ["peer"]):
-    raise UserError(f"unexpected argument {argv[1]!r}; diffdis benchmark [data|table6|peer] --config=... --out=...")
+  if argv[1:] not in ([], ["table6"]):
+    raise UserError(f"unexpected argument {argv[1]!r}; diffdis benchmark [table6] --config=... --out=...")
   kind = argv[1] if argv[1:] else "steps"
   if ("models" in FLAGS.config) != (kind == "table6"):
-    raise UserError("table6 takes --config=table6, the other benchmarks the config of one model")
+    raise UserError("table6 takes --config=table6, the other benchmark the config of one model")
   if FLAGS.preflight and kind != "steps":
     raise UserError(f"--preflight is of steps alone; leave it out of {kind}")
   cli.compilation_cache()
@@ -70,8 +61,6 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--out={FLAGS.out} should end in .json; the table is written beside it, as .md")
   if FLAGS.scratch is not None and not os.path.isdir(FLAGS.scratch):
     raise UserError(f"no folder --scratch={FLAGS.scratch}; create it first")
-  if kind == "peer":  # before jax has its devices: else it leaves PyTorch no memory of a GPU
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   # Before the measurement, during which the checkout may change.
   made = provenance.provenance(origin(FLAGS.config))
   if kind == "table6":
@@ -86,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
         classified=FLAGS.config.classified,
       )
   else:
-    results = dict(steps=time_steps, data=time_data, peer=time_peer)[kind](Run.of(FLAGS.config))
+    results = time_steps(Run.of(FLAGS.config))
   files.write_out(FLAGS.out, files.as_json({**results, "provenance": made}))
   if kind == "table6":
     files.write_out(f"{FLAGS.out.removesuffix('.json')}.md", table6.markdown(results))
@@ -131,17 +120,6 @@ def read_preflight(path: str) -> dict[str, Any]:
     return dict(files.read_json(path))
   except (UserError, ValueError, TypeError) as error:
     raise UserError(f"--preflight={path} is no file that preflight --out wrote: {error}") from error
-
-
-def time_peer(run: Run) -> dict[str, Any]:
-  return peer.time_peer(Network.of(run), batch_size=run.batch_size, rounds=FLAGS.rounds)
-
-
-def time_data(run: Run) -> dict[str, Any]:
-  """The data's way, in a temporary folder under --scratch."""
-  trainer = Trainer(run, sharding.make_mesh(**vars(run.mesh)))
-  with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
-    return data.benchmark_data(trainer, pathlib.Path(folder), images=FLAGS.images, rounds=FLAGS.rounds)
 
 
 def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:

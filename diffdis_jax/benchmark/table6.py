@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from diffdis_jax.benchmark import data as synthetic
+from diffdis_jax.benchmark import synthetic
 from diffdis_jax.common.params import Params
 from diffdis_jax.data import loader, sources
 from diffdis_jax.data.build import batch_type, open_loader

@@ -6,14 +6,6 @@ It compiles the real training step from shapes, with the compiler for TPUs or fo
 `cuda`), and reports whether it fits, the time of a step, and the cost of the whole run. For TPUs the time is the
 compiler's own estimate; for GPUs it is a bound from the chip's peak figures. Without these extras XLA compiles for as
 many CPU devices, and memory and collectives are those of a CPU's program.
-
-Weak scaling, the batch of a chip held, which is that of the smallest topology; those of more than 64 chips are fitted:
-
-  diffdis preflight --config=diffdis_cc3m --topology=h100 --scaling=8,16,32,64,256 --fit_above=64
-
-Calibration compares the TPU compiler's estimates of plain products, convolutions and sums with their least time:
-
-  diffdis preflight calibration --topology=v5p:2x2x1 --out=calibration.json
 """
 
 from __future__ import annotations
@@ -26,14 +18,14 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffdis_jax.common import buckets, cli, files, usage
+from diffdis_jax.common import buckets, cli, files
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError, install
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.preflight import calibration, report, scaling, targets
+from diffdis_jax.preflight import report, targets
 from diffdis_jax.training import flops
 from diffdis_jax.training.step import Trainer
 
@@ -153,8 +145,7 @@ def describe_search(trials: Sequence[dict[str, Any]]) -> str:
 
 def define_flags() -> None:
   """The command line."""
-  cli.config_flag(required=False)
-  usage.mark_required("config")
+  cli.config_flag()
   flags.DEFINE_string(
     "topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight"
   )
@@ -164,8 +155,6 @@ def define_flags() -> None:
   )
   flags.DEFINE_list("programs", ["train"], f"any of {','.join(PROGRAMS)}")
   flags.DEFINE_bool("search", False, "if the training step does not fit, try remat, fsdp and smaller batches")
-  flags.DEFINE_list("scaling", [], "numbers of chips, such as 4,16,64: weak scaling of the train step")
-  flags.DEFINE_integer("fit_above", None, "with --scaling: more chips are fitted, not compiled", lower_bound=1)
   flags.DEFINE_float("epochs", 6, "epochs of the run, for its cost", lower_bound=0)
   flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "size of the training set, for the run's cost", lower_bound=1)
   flags.DEFINE_string("out", None, "JSON file to write")
@@ -173,17 +162,8 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  if argv[1:] not in ([], ["calibration"]):
-    raise UserError(
-      f"unexpected argument {argv[1]!r}; diffdis preflight --config=... --topology=..., or calibration --topology=..."
-    )
-  if not argv[1:] and FLAGS.config is None:
-    raise UserError("--config=FILE.py is missing, such as configs/diffdis_cc3m.py")
-  apart = argv[1:] or FLAGS.programs != ["train"] or FLAGS.search or FLAGS.hlo or FLAGS.slices > 1
-  if FLAGS.scaling and apart:
-    raise UserError("--scaling goes with neither calibration nor --programs, --search, --hlo or --slices")
-  if argv[1:] and (unused := [f"--{name}" for name in ("programs", "search", "hlo") if FLAGS[name].present]):
-    raise UserError(f"calibration compiles programs of its own, and has no use for {', '.join(unused)}; leave that out")
+  if argv[1:]:
+    raise UserError(f"unexpected argument {argv[1]!r}; diffdis preflight --config=... --topology=...")
   for name in FLAGS.programs:
     if name not in PROGRAMS:
       raise UserError(f"--programs has {name!r}; it is some of {','.join(PROGRAMS)}")
@@ -193,10 +173,14 @@ def main(argv: Sequence[str]) -> None:
     files.check_out(FLAGS.out)
   if FLAGS.hlo and not buckets.path(FLAGS.hlo).is_dir():
     raise UserError(f"--hlo={FLAGS.hlo} is no folder; create it first")
-  plan = scaling.Plan.of(FLAGS.topology, FLAGS.scaling, FLAGS.fit_above) if FLAGS.scaling or FLAGS.fit_above else None
-  if plan:
-    plan.batch_size(plan.topologies[0], FLAGS.config.batch_size)  # refused before anything is compiled
-  topology = plan.compiled[-1] if plan else chips.parse(FLAGS.topology) if FLAGS.topology else None
+  topology = chips.parse(FLAGS.topology) if FLAGS.topology else None
+  results = estimate(FLAGS.config, prepare(topology), topology)
+  if FLAGS.out:
+    files.write_out(FLAGS.out, files.as_json(results))
+
+
+def prepare(topology: chips.Topology | None) -> str:
+  """Make JAX ready to compile for these chips, before anything asks for devices. Returns the platform."""
   platform = targets.choose_platform(FLAGS.platform, topology)
   if platform == "cpu" and topology and FLAGS.platform is None:
     what, extra = ("libtpu", "tpu") if topology.is_tpu else ("jax's CUDA plugin", "cuda")
@@ -208,29 +192,7 @@ def main(argv: Sequence[str]) -> None:
   else:
     cli.compilation_cache()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
-  if argv[1:]:
-    results = calibration.calibrate(targets.find(platform, topology, FLAGS.slices))
-  elif plan:
-    results = scale(platform, plan)
-  else:
-    results = estimate(FLAGS.config, platform, topology)
-  if FLAGS.out:
-    files.write_out(FLAGS.out, files.as_json(results))
-
-
-def scale(platform: str, plan: scaling.Plan) -> dict[str, Any]:
-  """The table of a weak scaling, and the report of each topology that was compiled for it. Raises UserError at the
-  first that has no program, before those are compiled, for as long, that would be compared with it."""
-  reports = {}
-  for topology in plan.compiled:
-    config = FLAGS.config.copy_and_resolve_references()
-    config.batch_size = plan.batch_size(topology, config.batch_size)
-    reports[topology.name] = estimate(config, platform, topology)["train"]
-    scaling.check(topology, reports[topology.name])
-  table = scaling.tabulate(plan, [*reports.values()])
-  for line in scaling.lines(table):
-    logging.info("%s", line)
-  return {"scaling": table, "compiled": reports}
+  return platform
 
 
 def estimate(config: ConfigDict, platform: str, topology: chips.Topology | None) -> dict[str, Any]:

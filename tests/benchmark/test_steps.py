@@ -120,9 +120,9 @@ def test_a_file_that_preflight_did_not_write_is_refused(tmp_path, content):
 
 
 def test_a_preflight_of_another_benchmark_is_refused(environment, tmp_path):
-  flags = ("--config=tests/tiny.py", f"--preflight={tmp_path / 'preflight.json'}", f"--out={tmp_path / 'out.json'}")
-  done = call("benchmark", environment, "data", *flags)
-  assert (done.returncode, done.stderr) == (2, "error: --preflight is of steps alone; leave it out of data\n")
+  flags = ("--config=table6", f"--preflight={tmp_path / 'preflight.json'}", f"--out={tmp_path / 'out.json'}")
+  done = call("benchmark", environment, "table6", *flags)
+  assert (done.returncode, done.stderr) == (2, "error: --preflight is of steps alone; leave it out of table6\n")
 
 
 def test_the_record_says_what_was_timed_where(environment, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import chips
-from diffdis_jax.preflight import calibration, targets
+from diffdis_jax.preflight import targets
+from tests.preflight import calibration
 
 
 @pytest.mark.parametrize(

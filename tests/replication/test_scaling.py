@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
-from diffdis_jax.preflight import scaling, times
-from diffdis_jax.preflight.scaling import Plan
+from diffdis_jax.preflight import times
+from replication import scaling
+from replication.scaling import Plan
 from tests.command_runs import call
 
 pytest_plugins = ("tests.command_runs",)
@@ -126,9 +127,9 @@ def test_what_has_no_program_is_refused_before_the_next_is_compiled(monkeypatch)
     return {"train": report_of(topology.size, memory_gib=memory)}
 
   monkeypatch.setattr(preflight, "estimate", estimate)
-  monkeypatch.setattr(preflight, "FLAGS", types.SimpleNamespace(config=ConfigDict({"batch_size": 64})))
+  monkeypatch.setattr(scaling, "FLAGS", types.SimpleNamespace(config=ConfigDict({"batch_size": 64})))
   with pytest.raises(UserError, match=r"v5e:2x2 would take 20\.50 GiB a chip of 16; see --topology=v5e:2x2 --search"):
-    preflight.scale("tpu", Plan.of("v5e", ["4", "16"], None))
+    scaling.scale("tpu", Plan.of("v5e", ["4", "16"], None))
   assert asked == [("v5e:2x2", 64)]
 
 

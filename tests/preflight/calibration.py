@@ -1,14 +1,17 @@
-"""How far the compiler's estimates lie above the least time that a chip's peak figures allow, on plain programs.
+"""Compare the compiler's estimates of plain programs with the least time that a chip's peak figures allow.
 
 A large product of matrices runs close to the peak on any TPU, and a sum of two arrays close to the memory's bandwidth.
 So an estimate of these says how an estimate of a training step is to be read. The smaller ones are layers of Stable
 Diffusion's UNet for 16 images of 256 px.
+
+  python -m tests.preflight.calibration v5p:2x2x1
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ from absl import logging
 from jaxtyping import Array
 
 from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import targets
 from diffdis_jax.training import flops
 
@@ -129,3 +133,10 @@ def _ratios(result: dict[str, float | None], least: float) -> Iterator[str]:
   for key, by in ESTIMATES.items():
     seconds = result[key]
     yield f"{by} {'none' if seconds is None else f'{seconds / least:.2f}'}"
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.INFO)
+  topology = chips.parse(sys.argv[1])
+  targets.prepare("tpu", topology, 1)
+  calibrate(targets.find("tpu", topology, 1))

@@ -1,4 +1,8 @@
-"""Times the UNet, forwards and backwards, against diffusers' under PyTorch, in turns, in one process.
+"""Time the UNet, forwards and backwards, against diffusers' under PyTorch, in turns, in one process.
+
+  python -m tests.benchmark.peer OUT.json [ROUNDS]
+
+takes configs/benchmark.py.
 
 Both have the same weights, noised latents and text conditions. On a GPU diffusers' is compiled by `torch.compile`, in
 channels-last layout; on a CPU both use all cores.
@@ -7,7 +11,9 @@ channels-last layout; on a CPU both use all cores.
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,13 +24,17 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 
+from configs import benchmark
+from diffdis_jax.common import files
 from diffdis_jax.common.params import Params, flatten, merge
 from diffdis_jax.config.model import Model
-from diffdis_jax.errors import UserError, not_installed
+from diffdis_jax.config.run import Run
+from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.method.network import Network, abstract_module, initial_state
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.parallel import sharding
+from diffdis_jax.run import provenance
 
 Inputs = Mapping[str, np.ndarray]
 # One pass forwards and backwards, finished; returns the predicted noise [b, h, w, c].
@@ -40,11 +50,11 @@ def time_peer(network: Network, *, batch_size: int, rounds: int) -> dict[str, An
     rounds: timed passes of each; one more warms up.
 
   Raises:
-    UserError: a network without a UNet, PyTorch or diffusers not installed, or no device that both can use.
+    UserError: a network without a UNet, or no device that both can use.
   """
   model = network.model
   if not isinstance(model, Model):
-    raise UserError("benchmark peer times a UNet, and this config is a CLIP model; take configs/benchmark.py")
+    raise UserError("a UNet is timed, and this config is a CLIP model; take configs/benchmark.py")
   device, inputs = _device_of_torch(), _inputs(network, model, batch_size)
   params, ours = _ours(network, model, inputs)
   ways = {"ours": ours, "diffusers": _theirs(network, model, params, inputs, device)}
@@ -75,11 +85,8 @@ def time_peer(network: Network, *, batch_size: int, rounds: int) -> dict[str, An
 
 
 def _device_of_torch() -> str:
-  try:
-    import diffusers  # noqa: F401
-    import torch
-  except ImportError as error:
-    raise not_installed("benchmark peer", str(error.name), "torch") from error
+  import torch
+
   backend = jax.default_backend()
   if backend == "cpu":
     return "cpu"
@@ -177,3 +184,12 @@ def _theirs(network: Network, model: Model, params: Params, inputs: Inputs, devi
     return prediction.detach().float().cpu().numpy().transpose(0, 2, 3, 1)
 
   return once
+
+
+if __name__ == "__main__":
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it leaves PyTorch no memory of a GPU
+  logging.set_verbosity(logging.INFO)
+  run = Run.of(benchmark.get_config())
+  made = provenance.provenance(provenance.of_config(run.to_dict()))
+  measured = time_peer(Network.of(run), batch_size=run.batch_size, rounds=int(sys.argv[2]) if sys.argv[2:] else 5)
+  files.write_out(sys.argv[1], files.as_json({**measured, "provenance": made}))

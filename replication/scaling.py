@@ -1,6 +1,10 @@
-"""Weak scaling: one config on more and more chips, each of which keeps its share of the batch.
+"""Estimate weak scaling: one config on more and more chips, each of which keeps its share of the batch.
 
-Small topologies are compiled. Larger ones are fitted, by least squares of as many terms as topologies are compiled:
+  python -m replication.scaling --config=diffdis_cc3m:latents=none --topology=h100 --scaling=8,16,32,64,128,256 \\
+      --fit_above=64 --config.mesh.fsdp=8 --config.model.remat=none --out=scaling.json
+
+The batch is that of the smallest topology. Small topologies are compiled, as `diffdis preflight` does it. Larger ones
+are fitted, by least squares of as many terms as topologies are compiled:
 
   computing   a                        a chip has as much to do; that of the largest compiled
   bytes       a (n - 1) / n + b + c n  a of groups that grow with n chips, by ring algorithms, such as gradients' sums;
@@ -19,12 +23,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import flags, logging
 
+from diffdis_jax.common import cli, files
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import chips
+from diffdis_jax.preflight import __main__ as preflight
 from diffdis_jax.preflight import gpus, report
 from diffdis_jax.preflight.times import Traffic
 
+FLAGS = flags.FLAGS
 Terms = tuple[Callable[[int], float], ...]
 BYTES: Terms = (lambda n: (n - 1) / n, lambda n: 1, lambda n: n)
 HOPS: Terms = (lambda n: 1, lambda n: n)
@@ -205,3 +213,39 @@ def lines(table: Mapping[str, Any]) -> Iterator[str]:
       f"{row['topology']:<12}{row['images']:>9,}{1e3 * row['seconds']:>10.1f}{row['between_chips_gib']:>19.3f}"
       f"{row['memory_gib']:>12.2f}{row['images_per_second']:>10,.0f}{100 * row['efficiency']:>10.1f} %  {said}"
     )
+
+
+def scale(platform: str, plan: Plan) -> dict[str, Any]:
+  """Return the table of a weak scaling, and the report of each topology that was compiled for it. Raises UserError at
+  the first that has no program, before those are compiled, for as long, that would be compared with it."""
+  reports = {}
+  for topology in plan.compiled:
+    config = FLAGS.config.copy_and_resolve_references()
+    config.batch_size = plan.batch_size(topology, config.batch_size)
+    reports[topology.name] = preflight.estimate(config, platform, topology)["train"]
+    check(topology, reports[topology.name])
+  table = tabulate(plan, [*reports.values()])
+  for line in lines(table):
+    logging.info("%s", line)
+  return {"scaling": table, "compiled": reports}
+
+
+def main(argv: object) -> None:
+  if FLAGS.programs != ["train"] or FLAGS.search or FLAGS.hlo or FLAGS.slices > 1:
+    raise UserError(
+      "weak scaling is of the train step on one slice; leave out --programs, --search, --hlo and --slices"
+    )
+  plan = Plan.of(FLAGS.topology, FLAGS.scaling, FLAGS.fit_above)
+  plan.batch_size(plan.topologies[0], FLAGS.config.batch_size)  # refused before anything is compiled
+  if FLAGS.out:
+    files.check_out(FLAGS.out)
+  results = scale(preflight.prepare(plan.compiled[-1]), plan)
+  if FLAGS.out:
+    files.write_out(FLAGS.out, files.as_json(results))
+
+
+if __name__ == "__main__":
+  preflight.define_flags()
+  flags.DEFINE_list("scaling", None, "numbers of chips, such as 4,16,64", required=True)
+  flags.DEFINE_integer("fit_above", None, "more chips are fitted, not compiled", lower_bound=1)
+  cli.run(main)

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import pathlib
 import statistics
-import tarfile
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 from absl import logging
-from PIL import Image
 
+from diffdis_jax.benchmark.synthetic import SHORT_SIDE
 from diffdis_jax.config.data import Augmentation, Loading
 from diffdis_jax.config.model import TextEncoderSize
 from diffdis_jax.data import loader, sources
@@ -32,66 +29,12 @@ from diffdis_jax.run import writers
 from diffdis_jax.training.metrics import is_running
 from diffdis_jax.training.step import Trainer
 
-SOURCE, CROP, SHORT_SIDE = 512, 256, 288  # pixels
+CROP = 256  # pixels
 BATCH = 16
-REPEATS = 10  # of the images: fewer records than some thousands take longer to shuffle, for the way Grain does it
 BATCHES = {"source": 20, "short_side": 40}  # of a round: about as long for each
 KINDS = {"source": "kept", "short_side": "reencoded"}  # what the loader reads -> its folder
 AHEAD = 2  # batches that the loader reads ahead, which cost nothing once they are there
 AUGMENTATION = Augmentation(crop="random", flip=True)
-
-
-def photo(rng: np.random.Generator, side: int) -> bytes:
-  """A JPEG of about a photograph's entropy: soft shapes, texture, grain."""
-  noise = lambda n: Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8))
-  layer = lambda n: noise(n).resize((side, side), Image.Resampling.BICUBIC)
-  grain_ = rng.normal(0, 4, (side, side, 3))
-  # Size and time of decoding follow from entropy: plain colours would be decoded too fast, pure noise too slowly.
-  pixels = 0.75 * np.asarray(layer(12), np.float32) + 0.2 * np.asarray(layer(side // 8), np.float32) + grain_
-  file = io.BytesIO()
-  Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-  return file.getvalue()
-
-
-def caption(rng: np.random.Generator) -> str:
-  words = "a photo of the red old small house with two people near river and green trees in winter light".split()
-  return " ".join(rng.choice(words, rng.integers(6, 14)))
-
-
-def write_tar(path: pathlib.Path, images: list[bytes], count: int, seed: int) -> None:
-  """`count` pairs of these images, each with a caption of its own."""
-  rng = np.random.default_rng(seed)
-  with tarfile.open(path, "w") as tar:
-    for i in range(count):
-      # What img2dataset packs: image, caption, and a json beside them.
-      for ending, data in (("jpg", images[i % len(images)]), ("txt", caption(rng).encode()), ("json", b"{}")):
-        member = tarfile.TarInfo(f"{i:06d}.{ending}")
-        member.size = len(data)
-        tar.addfile(member, io.BytesIO(data))
-
-
-def benchmark_data(trainer: Trainer, folder: pathlib.Path, *, images: int, rounds: int) -> dict[str, Any]:
-  """Every figure.
-
-  Args:
-    trainer: of the small model whose steps wait for data.
-    folder: empty; everything is written there.
-    images: distinct ones of 512 px; REPEATS times as many pairs.
-    rounds: of what takes turns.
-  """
-  prepared = prepare_speed(write_photos(folder, images), folder, REPEATS * images)
-  # The loader reads what the preparation has just written.
-  loaded = loader_speed({name: make_loader(open_pairs(folder / kind)) for name, kind in KINDS.items()}, BATCHES, rounds)
-  return {**prepared, **loaded, **data_wait(trainer, folder / "reencoded")}
-
-
-def write_photos(folder: pathlib.Path, images: int) -> pathlib.Path:
-  """A new folder with one tar of photographs, each REPEATS times."""
-  raw = folder / "raw"
-  raw.mkdir()
-  rng = np.random.default_rng(0)
-  write_tar(raw / "train-00000.tar", [photo(rng, SOURCE) for _ in range(images)], REPEATS * images, seed=0)
-  return raw
 
 
 def prepare_speed(raw: pathlib.Path, folder: pathlib.Path, images: int) -> dict[str, float]:

@@ -1,0 +1,51 @@
+"""Synthetic photographs with captions, in a tar as img2dataset packs them."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+SOURCE, SHORT_SIDE = 512, 288  # pixels: of a photograph, and of one as it is stored
+REPEATS = 10  # of the images: fewer records than some thousands take longer to shuffle, for the way Grain does it
+
+
+def photo(rng: np.random.Generator, side: int) -> bytes:
+  """A JPEG of about a photograph's entropy: soft shapes, texture, grain."""
+  noise = lambda n: Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8))
+  layer = lambda n: noise(n).resize((side, side), Image.Resampling.BICUBIC)
+  grain_ = rng.normal(0, 4, (side, side, 3))
+  # Size and time of decoding follow from entropy: plain colours would be decoded too fast, pure noise too slowly.
+  pixels = 0.75 * np.asarray(layer(12), np.float32) + 0.2 * np.asarray(layer(side // 8), np.float32) + grain_
+  file = io.BytesIO()
+  Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+  return file.getvalue()
+
+
+def caption(rng: np.random.Generator) -> str:
+  words = "a photo of the red old small house with two people near river and green trees in winter light".split()
+  return " ".join(rng.choice(words, rng.integers(6, 14)))
+
+
+def write_tar(path: pathlib.Path, images: list[bytes], count: int, seed: int) -> None:
+  """`count` pairs of these images, each with a caption of its own."""
+  rng = np.random.default_rng(seed)
+  with tarfile.open(path, "w") as tar:
+    for i in range(count):
+      # What img2dataset packs: image, caption, and a json beside them.
+      for ending, data in (("jpg", images[i % len(images)]), ("txt", caption(rng).encode()), ("json", b"{}")):
+        member = tarfile.TarInfo(f"{i:06d}.{ending}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+
+def write_photos(folder: pathlib.Path, images: int) -> pathlib.Path:
+  """A new folder with one tar of photographs, each REPEATS times."""
+  raw = folder / "raw"
+  raw.mkdir()
+  rng = np.random.default_rng(0)
+  write_tar(raw / "train-00000.tar", [photo(rng, SOURCE) for _ in range(images)], REPEATS * images, seed=0)
+  return raw
