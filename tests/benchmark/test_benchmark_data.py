@@ -27,8 +27,9 @@ from tests.steps import make_mesh
 
 @pytest.fixture
 def small(monkeypatch):
-  for name, value in dict(SOURCE=48, CROP=16, SHORT_SIDE=24, BATCH=4, REPEATS=3).items():
-    monkeypatch.setattr(data, name, value)
+  for module, changes in ((synthetic, dict(SOURCE=48, REPEATS=3)), (data, dict(CROP=16, SHORT_SIDE=24, BATCH=4))):
+    for name, value in changes.items():
+      monkeypatch.setattr(module, name, value)
   changes = dict(LATENT=(2, 2, 8), LONG=600, SHARDS=6, BATCHES=dict.fromkeys(data_bars.BATCHES, 2))
   for name, value in changes.items():
     monkeypatch.setattr(data_bars, name, value)

@@ -13,7 +13,7 @@ from diffdis_jax.preflight import __main__ as preflight
 from diffdis_jax.preflight import times
 from replication import scaling
 from replication.scaling import Plan
-from tests.command_runs import call
+from tests.replication.test_commands import command
 
 pytest_plugins = ("tests.command_runs",)
 
@@ -173,13 +173,12 @@ def test_numbers_that_cannot_be(topology, sizes, fit_above, message):
       "batch_size is 18, for 4 chips; --scaling needs a",
     ),
     (["--topology=v5e", "--scaling=4,x"], "--scaling=4,x; give two numbers"),
-    (["--topology=v5e", "--fit_above=4"], "--scaling=; give two numbers"),
-    (["--topology=v5e", "--scaling=4,16", "--search"], "--scaling goes with neither calibration nor --programs"),
-    (["--topology=v5e", "--scaling=4,16", "--programs=generation"], "--scaling goes with neither calibration nor"),
+    (["--topology=v5e", "--scaling=4,16", "--search"], "weak scaling is of the train step on one slice; leave out"),
+    (["--topology=v5e", "--scaling=4,16", "--programs=generation"], "weak scaling is of the train step on one slice"),
   ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(environment, tmp_path, flags, message):
   out = tmp_path / "out.json"
-  done = call("preflight", environment, "--config=tests/tiny.py", "--platform=cpu", f"--out={out}", *flags)
+  done = command("replication.scaling", environment, "--config=tests/tiny.py", "--platform=cpu", f"--out={out}", *flags)
   assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
   assert not out.exists()
