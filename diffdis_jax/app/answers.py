@@ -1,4 +1,4 @@
-"""What the tabs answer, as values of Gradio's components: first a line of text."""
+"""Answers the tabs' requests, as values of Gradio's components: first a line of text."""
 
 from __future__ import annotations
 

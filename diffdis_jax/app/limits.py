@@ -1,4 +1,4 @@
-"""What a request may ask for: sizes of uploads and texts, and for how long. Neither jax nor Gradio is imported here."""
+"""Limits of requests: sizes of uploads and texts, and time. Neither jax nor Gradio is imported here."""
 
 from __future__ import annotations
 

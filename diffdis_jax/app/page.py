@@ -39,7 +39,7 @@ CSS = """
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contents:
-  """What the page begins with.
+  """The values that the page begins with.
 
   Attributes:
     about: the run and its checkpoint.

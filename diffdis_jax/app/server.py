@@ -35,7 +35,7 @@ ORIGIN = re.compile(r"https?://(?P<host>(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:
 
 
 class KnownHost(TrustedHostMiddleware):
-  """Starlette's, which also takes any address where the page listens at all of them: no site can rebind an address."""
+  """Starlette's middleware, which takes any address where the page listens at all: no site can rebind one."""
 
   def __init__(self, app: ASGIApp, *, host: str, names: Sequence[str]):
     self._everywhere = host in ("", "0.0.0.0", "::")

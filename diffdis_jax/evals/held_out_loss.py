@@ -1,4 +1,4 @@
-"""The losses of training on pairs that it does not see: where they rise while training's fall, a run overfits."""
+"""Measures the training losses on held-out pairs: where they rise while training's fall, a run overfits."""
 
 from __future__ import annotations
 

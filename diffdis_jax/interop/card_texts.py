@@ -1,4 +1,4 @@
-"""What a model card says, with places for what a run says; model_card.py fills them."""
+"""Texts of the model card, with places for what a run says; model_card.py fills them."""
 
 # What both kinds have below their own beginning.
 REST = """

@@ -1,4 +1,4 @@
-"""CLIP's parameters to a folder that transformers' CLIPModel and open_clip load, without PyTorch.
+"""Writes CLIP's parameters to a folder that transformers' CLIPModel and open_clip load, without PyTorch.
 
 Both libraries' files lie in one folder, as in those that are shared: config.json and model.safetensors, and
 open_clip_config.json and open_clip_model.safetensors.
@@ -23,7 +23,7 @@ POSITIONS, TEXT_POSITIONS = "vision_encoder.positions", "text_encoder.positions"
 
 
 def check(model: Mapping[str, Any]) -> None:
-  """Raises UserError for a network that the two libraries cannot hold."""
+  """Raise UserError for a network that the two libraries cannot hold."""
   text, vision = model["text_encoder"], model["vision_encoder"]
   for field in ("spatial_pool", "convolutional"):
     if vision.get(field):
@@ -58,7 +58,7 @@ def write(
   max_length: int,
   dtype: str = "float32",
 ) -> None:
-  """Writes weights and configs of both libraries, the tokenizer excepted.
+  """Write weights and configs of both libraries, the tokenizer excepted.
 
   Args:
     folder: empty.
@@ -102,7 +102,7 @@ def write(
 
 
 def _preprocessor(image_size: int) -> dict[str, Any]:
-  """Of transformers' CLIPImageProcessor: short side to the size, bicubic, then the central square."""
+  """Return transformers' CLIPImageProcessor: short side to the size, bicubic, then the central square."""
   return dict(
     image_processor_type="CLIPImageProcessor",
     do_convert_rgb=True,

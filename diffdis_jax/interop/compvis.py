@@ -57,7 +57,7 @@ class Split(NamedTuple):
 
 
 def split(tensors: Tensors) -> Split:
-  """A single file's tensors as diffusers would have them in a folder for each component."""
+  """Split a single file's tensors, as diffusers would have them in a folder for each component."""
   components: dict[str, Tensors] = {component: {} for component in PREFIXES}
   others = []
   for name, tensor in tensors.items():
@@ -75,7 +75,7 @@ def split(tensors: Tensors) -> Split:
 
 
 def unet_depth(names: Collection[str]) -> int:
-  """Residual blocks a level on the way down, from the UNet's names in the file."""
+  """Count the residual blocks of a level on the way down, from the UNet's names in the file."""
   # The blocks of a level are its residual ones and its downsampling, which the last level lacks; the first convolution
   # makes up for that, so that they divide evenly.
   blocks = {name.split(".")[1] for name in names if name.startswith("input_blocks.")}
@@ -88,7 +88,7 @@ def vae_levels(names: Collection[str]) -> int:
 
 
 def unet_name(name: str, *, depth: int) -> str:
-  """The UNet's parameter as diffusers names it.
+  """Name the UNet's parameter as diffusers does.
 
   `input_blocks.0` is the first convolution; a level's last block on the way down is its downsampling, and an upsampling
   comes after what else its block on the way up holds.
@@ -108,7 +108,7 @@ def unet_name(name: str, *, depth: int) -> str:
 
 
 def vae_name(name: str, *, levels: int) -> str:
-  """The autoencoder's parameter as diffusers names it. The decoder's levels are counted from the image there, from the
+  """Name the autoencoder's parameter as diffusers does. The decoder's levels are counted from the image there, from the
   latent here.
   """
   for pattern, replacement in _VAE_PARTS:

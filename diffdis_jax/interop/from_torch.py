@@ -1,4 +1,4 @@
-"""PyTorch users' checkpoints to our parameters: Stable Diffusion v1 and CLIP, in every form in which they are shared.
+"""Converts PyTorch users' checkpoints of Stable Diffusion v1 and CLIP, in every form in which they are shared.
 
 `open_source` finds out what a path holds and what network it makes, `match` gives every tensor its place there, and
 `read` alone reads them, one by one, so that no more than one of them is in memory twice.
@@ -35,7 +35,7 @@ BICUBIC = 3  # Pillow's number for it, which transformers writes
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What a path holds.
+  """The content of a path.
 
   Attributes:
     components: unread tensors by component and name, as mapping.py has them.
@@ -66,7 +66,7 @@ class Matched:
 
 
 def open_source(path: pathlib.Path) -> Source:
-  """Finds out what there is; reads no more than config files and headers.
+  """Find out what there is; read no more than config files and headers.
 
   Args:
     path: a folder of diffusers, of transformers' CLIPModel or of open_clip, or a file of Stable Diffusion in CompVis'
@@ -97,7 +97,7 @@ def _open_folder(path: pathlib.Path) -> Source:
 
 
 def check_kind(path: pathlib.Path) -> str:
-  """The library that wrote a folder: diffusers, transformers or open_clip. It takes the config files alone.
+  """Name the library that wrote a folder: diffusers, transformers or open_clip. It takes the config files alone.
 
   Raises:
     UserError: none of them, or a pipeline that is not Stable Diffusion v1.
@@ -115,7 +115,7 @@ def check_kind(path: pathlib.Path) -> str:
 
 
 def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matched:
-  """Finds the parameters of a network.
+  """Find the parameters of a network.
 
   Args:
     source: its components are emptied, so that whoever reads a tensor last closes its file.
@@ -154,7 +154,7 @@ def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matche
 
 
 def read(matched: Matched) -> Params:
-  """The parameters in f32. Their tensors are used up, and the files closed."""
+  """Read the parameters in f32. Their tensors are used up, and the files closed."""
   params, progress = {}, Progress("read", len(matched.tensors), "arrays")
   for path in list(matched.tensors):
     # A copy in C order: transposed views would keep the file's own array alive beside it.
@@ -164,7 +164,7 @@ def read(matched: Matched) -> Params:
 
 
 def _in_our_layout(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...]) -> Tensor:
-  """Where one side has a 1x1 convolution and the other a matrix, they are the same numbers."""
+  """Reshape a 1x1 convolution where the other side has a matrix: they are the same numbers."""
   expected = entry.shape_in_theirs(shape)
   if [n for n in tensor.shape if n != 1] != [n for n in expected if n != 1]:
     raise UserError(
@@ -215,7 +215,7 @@ def _add_diffdis(path: pathlib.Path, model: dict[str, Any], fields: dict[str, An
 
 
 def check_version(folder: pathlib.Path) -> None:
-  """Raises UserError unless a diffusers folder's config files are Stable Diffusion v1's, and all its parts there."""
+  """Raise UserError unless a diffusers folder's config files are Stable Diffusion v1's, and all its parts there."""
   index = read_json(folder / "model_index.json")
   unet = read_json(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
   context, name = unet.get("cross_attention_dim"), index.get("_class_name")
@@ -291,7 +291,7 @@ def _open_single_file(path: pathlib.Path) -> Source:
 
 
 def _unwrapped(tensors: Tensors) -> Tensors:
-  """Without what PyTorch puts before the names of what several processes train, as open_clip's own reader has them."""
+  """Remove what PyTorch puts before names where several processes train, as open_clip's own reader does."""
   return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
@@ -345,7 +345,7 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
 
 
 def _object(config: Mapping[str, Any], field: str, where: str) -> Mapping[str, Any]:
-  """A section of a config file, empty where there is none. Raises UserError: something else."""
+  """Return a section of a config file, empty where there is none. Raises UserError: something else."""
   found = config.get(field) or {}
   if not isinstance(found, Mapping):
     raise UserError(f"{where}: {field} is {found!r}; it should be an object")
@@ -353,7 +353,7 @@ def _object(config: Mapping[str, Any], field: str, where: str) -> Mapping[str, A
 
 
 def _check_pixels(config: Mapping[str, Any], where: str, *, mean: str, std: str) -> None:
-  """Raises UserError for images that are normalised by other numbers than OpenAI's."""
+  """Raise UserError for images that are normalised by other numbers than OpenAI's."""
   for name, expected in ((mean, PIXEL_MEAN), (std, PIXEL_STD)):
     found = config.get(name, expected)
     numbers = isinstance(found, (list, tuple)) and all(isinstance(each, (int, float)) for each in found)
@@ -362,7 +362,7 @@ def _check_pixels(config: Mapping[str, Any], where: str, *, mean: str, std: str)
 
 
 def _warn_of_resize(where: str, *, squashed: bool, bicubic: bool) -> None:
-  """Says so where images are brought to the network's size otherwise than here, as for its published figures."""
+  """Warn where images are brought to the network's size otherwise than here."""
   if squashed or not bicubic:
     what = "squashed to a square" if squashed else "not resized bicubically"
     logging.warning(

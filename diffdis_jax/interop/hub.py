@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: fetched before an import, pushed after an export.
+"""Fetches models from the Hugging Face hub before an import, and pushes them after an export.
 
 It takes huggingface_hub (extra `hub`), whose own settings say where the hub is and who asks: HF_ENDPOINT, HF_TOKEN or
 `hf auth login`, HF_HOME for what is kept of downloads. Safetensors alone go either way: no other file of weights is
@@ -28,7 +28,7 @@ _OF_AN_EXPORT = (".safetensors", ".json", ".txt", ".py")
 
 
 class Fetched(NamedTuple):
-  """What was downloaded: a folder, or a single file of weights; and its address with the commit."""
+  """A download: a folder, or a single file of weights; and its address with the commit."""
 
   path: pathlib.Path
   address: str
@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
 
 
 def fetch(address: str) -> Fetched:
-  """Downloads what an import reads, to where huggingface_hub keeps downloads; what is there is not downloaded again.
+  """Download what an import reads, to where huggingface_hub keeps downloads; what is there is not downloaded again.
 
   Args:
     address: `hf:ORG/NAME`, or `hf:ORG/NAME@REV` with a branch, tag or commit.
@@ -73,7 +73,7 @@ def fetch(address: str) -> Fetched:
 
 
 def choose(names: Collection[str], repo: str) -> Wanted:
-  """The files of a repository that an import reads, of weights safetensors alone.
+  """Choose the files of a repository that an import reads, of weights safetensors alone.
 
   Of each part of a pipeline, and for CLIP, the weights that `tensor_files.open_folder` would read there; of a
   repository with the config files of neither, its single file.
@@ -101,7 +101,7 @@ def choose(names: Collection[str], repo: str) -> Wanted:
 
 
 def _weights(names: Collection[str], repo: str, folder: str = "") -> list[str]:
-  """Of a repository's folder (its path and a slash) the file of weights, or its shards and their index."""
+  """Return the file of weights in a repository's folder (its path and a slash), or its shards and their index."""
   inside = [name.removeprefix(folder) for name in names if re.fullmatch(re.escape(folder) + "[^/]+", name)]
   safe = [name for name in inside if ".safetensors" in name]
   found = tensor_files.preferred(safe)
@@ -145,7 +145,7 @@ class Push:
       )
 
   def folder(self, folder: pathlib.Path, *, message: str) -> str:
-    """Writes a folder of an export as one commit, and returns its address. It is there whole or not at all.
+    """Write a folder of an export as one commit, and return its address. It is there whole or not at all.
 
     The same commit removes files of an earlier export that this one does not have: those whose kind an export writes.
     Others, such as a licence, stay.
@@ -153,20 +153,16 @@ class Push:
     Raises:
       UserError: the hub refuses it or cannot be reached, or somebody else wrote in the meantime.
     """
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     with _in_one_line(self.repo):
       # Its head before the commit, which names it as parent: what somebody pushes in between makes the hub refuse.
       self._api.create_repo(self.repo, private=self._private, exist_ok=True)
-      there = self._api.model_info(self.repo)
-      old = {file.rfilename for file in there.siblings or () if file.rfilename.endswith(_OF_AN_EXPORT)}
-      operations = [self._hub.CommitOperationAdd(name, str(path)) for name, path in files.items()]
-      operations += [self._hub.CommitOperationDelete(name) for name in sorted(old - files.keys())]
-      commit = self._api.create_commit(self.repo, operations, commit_message=message, parent_commit=there.sha)
-    return commit.commit_url
+      head, removed = self._api.model_info(self.repo).sha, [f"*{ending}" for ending in _OF_AN_EXPORT]
+      how = dict(commit_message=message, parent_commit=head, delete_patterns=removed)
+      return self._api.upload_folder(repo_id=self.repo, folder_path=folder, **how).commit_url
 
 
 def _library() -> Any:
-  """huggingface_hub, imported when it is needed: most imports and exports do without."""
+  """Import huggingface_hub when it is needed: most imports and exports do without."""
   try:
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars
@@ -179,7 +175,7 @@ def _library() -> Any:
 
 @contextlib.contextmanager
 def _in_one_line(repo: str, revision: str | None = None) -> Iterator[None]:
-  """Turns what huggingface_hub raises into a UserError."""
+  """Turn what huggingface_hub raises into a UserError."""
   from huggingface_hub import constants, errors
 
   # Of httpx, which raises it where nobody answers. It depends on huggingface_hub's version which httpx that is.

@@ -1,4 +1,4 @@
-"""The weights of FID's Inception network, from the file that the user has: torch-fidelity's or pytorch-fid's."""
+"""Reads the weights of FID's Inception network from the file that the user has: torch-fidelity's or pytorch-fid's."""
 
 from __future__ import annotations
 
@@ -55,24 +55,24 @@ class Weights:
 
 
 def name_of(path: str) -> str:
-  """Of a parameter in the file: `mixed_6b.branch7x7_2.bn.mean` -> `Mixed_6b.branch7x7_2.bn.running_mean`."""
+  """Name a parameter in the file: `mixed_6b.branch7x7_2.bn.mean` -> `Mixed_6b.branch7x7_2.bn.running_mean`."""
   *block, layer, kind = path.split(".")
   return ".".join([block[0].capitalize(), *block[1:], ENDINGS[f"{layer}.{kind}"]])
 
 
 @functools.cache
 def module() -> tuple[nnx.GraphDef, nnx.State]:
-  """Graph definition and shapes of the network, as `params.merge` takes them."""
+  """Return graph definition and shapes of the network, as `params.merge` takes them."""
   return abstract_module(lambda rngs: inception.Inception(rngs=rngs))
 
 
 def shapes() -> Params:
-  """Parameter path -> ShapeDtypeStruct."""
+  """Return each parameter's ShapeDtypeStruct by its path."""
   return flatten(module()[1])
 
 
 def read(path: str) -> Weights:
-  """Reads the file, and logs its SHA-256.
+  """Read the file, and log its SHA-256.
 
   Raises:
     UserError: no such file, one that cannot be read or would execute code, or other tensors than this network's.

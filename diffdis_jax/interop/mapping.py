@@ -64,12 +64,12 @@ class Entry(NamedTuple):
     return theirs.transpose(np.argsort(self.axes)) if self.axes else theirs
 
   def shape_in_theirs(self, ours: Sequence[int]) -> tuple[int, ...]:
-    """Shape that an array of this shape on our side has on theirs."""
+    """Return the shape that an array of this shape on our side has on theirs."""
     return tuple(ours[i] for i in self.axes) if self.axes else tuple(ours)
 
 
 def from_path(path: str, components: Sequence[str] = DIFFDIS) -> Entry:
-  """Where our parameter goes.
+  """Return where our parameter goes.
 
   Args:
     path: ours; none of STATISTICS.
@@ -86,7 +86,7 @@ def from_path(path: str, components: Sequence[str] = DIFFDIS) -> Entry:
 
 
 def from_name(component: str, name: str) -> Entry | None:
-  """Where their parameter goes, or None: their files hold things that nothing here uses."""
+  """Return where their parameter goes, or None: their files hold things that nothing here uses."""
   for row in TABLE[component]:
     if indices := _regex(row.theirs).fullmatch(name):
       return Entry(component, _fill(row.ours, indices), name, row.axes)
@@ -94,7 +94,7 @@ def from_name(component: str, name: str) -> Entry | None:
 
 
 def under(ours: str, theirs: str, rows: Sequence[Row]) -> Rows:
-  """The rows below a prefix on each side; an empty prefix adds nothing."""
+  """Put rows below a prefix on each side; an empty prefix adds nothing."""
   return tuple(Row(_below(ours, row.ours), _below(theirs, row.theirs), row.axes) for row in rows)
 
 
@@ -103,7 +103,7 @@ def _below(prefix: str, name: str) -> str:
 
 
 def _same(rows: Rows, *names: str) -> Rows:
-  """The sub-table below each of these names, which both sides share."""
+  """Put a sub-table below each of these names, which both sides share."""
   return tuple(row for name in names for row in under(name, name, rows))
 
 

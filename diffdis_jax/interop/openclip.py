@@ -1,4 +1,4 @@
-"""open_clip's state dicts and config in the names of transformers' CLIPModel, and back: one table of names.
+"""Converts open_clip's state dicts and config to the names of transformers' CLIPModel, and back.
 
 q, k and v are one tensor there, and the two projections are transposed. Of its towers the vision transformer and the
 text transformer of its class CLIP are supported.
@@ -58,19 +58,19 @@ _OTHER_TOWERS = {
 
 
 def is_state_dict(names: Collection[str]) -> bool:
-  """Whether tensors of these names are open_clip's, of whichever towers."""
+  """Say whether tensors of these names are open_clip's, of whichever towers."""
   return any(name.startswith("visual.") for name in names)
 
 
 def check_towers(names: Collection[str], where: str) -> None:
-  """Raises UserError for tensors of towers that are not supported."""
+  """Raise UserError for tensors of towers that are not supported."""
   for beginning, what in _OTHER_TOWERS.items():
     if any(name.startswith(beginning) for name in names):
       raise UserError(f"{where} has {what} ({beginning}*); {SUPPORTED}")
 
 
 def convert(tensors: Tensors) -> Tensors:
-  """The same tensors as CLIPModel has them: the projections transposed, q, k and v apart."""
+  """Return the tensors as CLIPModel has them: the projections transposed, q, k and v apart."""
   converted: Tensors = {}
   for name, tensor in tensors.items():
     # By its new name, which both of the projections' rules below go by.
@@ -87,7 +87,7 @@ def convert(tensors: Tensors) -> Tensors:
 
 
 def restore(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> dict[str, Shaped[np.ndarray, "..."]]:
-  """The inverse of `convert`, of arrays: CLIPModel's as open_clip has them."""
+  """Invert `convert` for arrays: CLIPModel's as open_clip has them."""
   restored = {}
   for name, array in arrays.items():
     if match := re.fullmatch(r"(.+)\.q_proj\.(weight|bias)", name):
@@ -143,7 +143,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def check_config(config: Any, where: str) -> None:
-  """Raises UserError for a `model_cfg` with towers, or settings of them, that are not supported."""
+  """Raise UserError for a `model_cfg` with towers, or settings of them, that are not supported."""
   _refuse_others(config, {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}, f"{where}: model_cfg")
   for name, fields in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
     known = {theirs for _, theirs in fields} | {"head_width", "mlp_ratio"}
@@ -151,7 +151,7 @@ def check_config(config: Any, where: str) -> None:
 
 
 def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-  """The `model` section, both towers, of a config's `model_cfg`.
+  """Return the `model` section, both towers, of a config's `model_cfg`.
 
   Args:
     config: one that `check_config` takes, which may lack fields.
@@ -178,7 +178,7 @@ def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str)
 
 
 def write_config(model: Mapping[str, Any]) -> dict[str, Any]:
-  """open_clip_config.json of a `model` section."""
+  """Return open_clip_config.json of a `model` section."""
   text, vision = model["text_encoder"], model["vision_encoder"]
   return {
     "model_cfg": {
@@ -196,7 +196,7 @@ def _tower(section: Mapping[str, Any], fields: Collection[tuple[str, str]]) -> d
 
 
 def _ratio(section: Mapping[str, Any]) -> float:
-  """Of the MLP's width, as it is multiplied and rounded down there."""
+  """Return the ratio of the MLP's width, which is multiplied and rounded down there."""
   width, hidden = section["width"], section["mlp_width"]
   # Half a unit more where the quotient is rounded down, so that int() there gives the same width.
   return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
@@ -210,7 +210,7 @@ def _number(section: Mapping[str, Any], field: str, default: int, where: str) ->
 
 
 def _refuse_others(section: Any, known: Collection[str], where: str) -> None:
-  """Raises UserError for a field that is set, changes the network, and is not known."""
+  """Raise UserError for a field that is set, changes the network, and is not known."""
   if not isinstance(section, Mapping):
     raise UserError(f"{where} is {section!r}; it should be an object")
   for field, value in section.items():

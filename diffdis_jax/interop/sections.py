@@ -1,4 +1,4 @@
-"""The config.json of diffusers' and transformers' models, and our `model` section: one table of fields, both ways."""
+"""Reads and writes config.json of diffusers' and transformers' models by one table of fields."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ SAMPLER = dict(steps_offset=1, set_alpha_to_one=False, clip_sample=False, timest
 
 
 def read_unet(config: Config, where: str) -> dict[str, Any]:
-  """`model.unet`. Each of these functions raises a UserError that starts with `where` for what is not supported."""
+  """Return `model.unet`. These functions raise a UserError that starts with `where` for what is not supported."""
   # Which levels have attention is said by the names of the way down; those of the way up must then mirror it.
   section = _read(config, UNET, FIXED_UNET, where)
   attention = tuple(
@@ -117,7 +117,7 @@ def write_unet(section: Config, *, latent_channels: int, context_width: int, sam
 
 
 def read_vae(config: Config, where: str) -> dict[str, Any]:
-  """`model.autoencoder`."""
+  """Return `model.autoencoder`."""
   section = _read(config, VAE, FIXED_VAE, where)
   # Of patches, as export_weights writes it (torch_parts.py): their pixels are channels.
   patch = math.isqrt(max(config.get("in_channels", 3) // 3, 1)) if config.get("_class_name") == PATCHES else 1
@@ -136,7 +136,7 @@ def write_vae(section: Config, *, scaling_factor: float, sample_size: int) -> di
 
 
 def read_text(config: Config, where: str) -> dict[str, Any]:
-  """`model.text_encoder`, except its ids of start and end, which old config.json files have wrong."""
+  """Return `model.text_encoder`, except its ids of start and end, which old config.json files have wrong."""
   return _activation(_read(config, TEXT, FIXED_TEXT, where), where)
 
 
@@ -152,12 +152,12 @@ def write_text(section: Config) -> dict[str, Any]:
 
 
 def read_vision(config: Config, where: str) -> dict[str, Any]:
-  """`model.vision_encoder`, except its projection."""
+  """Return `model.vision_encoder`, except its projection."""
   return _activation(_read(config, VISION, FIXED_VISION, where), where)
 
 
 def write_clip(text: Config, vision: Config) -> dict[str, Any]:
-  """config.json of transformers' CLIPModel, of `model.text_encoder` and `model.vision_encoder`."""
+  """Return config.json of transformers' CLIPModel, of `model.text_encoder` and `model.vision_encoder`."""
   projection = dict(projection_dim=text["projection"])
   return dict(
     architectures=["CLIPModel"],
@@ -169,7 +169,7 @@ def write_clip(text: Config, vision: Config) -> dict[str, Any]:
 
 
 def check_widths(unet: Config, model: Config, where: str) -> None:
-  """Raises UserError unless the UNet takes the autoencoder's latents and the text tower's condition, and no more."""
+  """Raise UserError unless the UNet takes the autoencoder's latents and the text tower's condition, and no more."""
   channels, width = model["autoencoder"]["latent_channels"], model["text_encoder"]["width"]
   if isinstance(found := unet.get("in_channels", channels), int) and found > channels:
     raise UserError(
@@ -180,7 +180,7 @@ def check_widths(unet: Config, model: Config, where: str) -> None:
 
 
 def read_scheduler(config: Config, where: str) -> str:
-  """`image_diffusion.schedule`."""
+  """Return `image_diffusion.schedule`."""
   _require(config, FIXED_SCHEDULER, where)
   theirs = config.get("beta_schedule", "linear")
   names = {name: ours for ours, name in SCHEDULES.items()}

@@ -1,4 +1,4 @@
-"""The `model` section of a checkpoint without config.json, from the shapes of its tensors.
+"""Derives the `model` section of a checkpoint without config.json from the shapes of its tensors.
 
 Head counts, groups and activations leave no trace there: they are Stable Diffusion v1's and published CLIPs'.
 """
@@ -18,7 +18,7 @@ MOST_VISION_HEADS = 16  # beyond ViT-L the heads of published vision towers are 
 
 
 def unet(tensors: Tensors, where: str) -> dict[str, Any]:
-  """`model.unet`, from diffusers' names."""
+  """Return `model.unet`, from diffusers' names."""
   # Of the first level's blocks: all of them have the same number, in Stable Diffusion and here.
   levels, depth = _count(tensors, "down_blocks.#."), _count(tensors, "down_blocks.0.resnets.#.")
   return dict(
@@ -31,12 +31,12 @@ def unet(tensors: Tensors, where: str) -> dict[str, Any]:
 
 
 def in_channels(tensors: Tensors, where: str) -> int:
-  """Of the UNet, from diffusers' names."""
+  """Return the UNet's input channels, from diffusers' names."""
   return _shape(tensors, "conv_in.weight", where, axes=4)[1]
 
 
 def vae(tensors: Tensors, where: str) -> dict[str, Any]:
-  """`model.autoencoder` except its scale, from diffusers' names."""
+  """Return `model.autoencoder` except its scale, from diffusers' names."""
   levels = _count(tensors, "encoder.down_blocks.#.")
   return dict(
     widths=tuple(_shape(tensors, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", where)[0] for i in range(levels)),
@@ -50,7 +50,7 @@ def vae(tensors: Tensors, where: str) -> dict[str, Any]:
 
 
 def text(tensors: Tensors, where: str) -> dict[str, Any]:
-  """`model.text_encoder` except its activation and projection, from transformers' names."""
+  """Return `model.text_encoder` except its activation and projection, from transformers' names."""
   # Of the embeddings: layers have the width several times, in shapes that differ between towers.
   vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", where, axes=2)
   return dict(
@@ -61,7 +61,7 @@ def text(tensors: Tensors, where: str) -> dict[str, Any]:
 
 
 def vision(tensors: Tensors, where: str) -> dict[str, Any]:
-  """`model.vision_encoder` except its activation, from transformers' names."""
+  """Return `model.vision_encoder` except its activation, from transformers' names."""
   width, _, patch, _ = _shape(tensors, "vision_model.embeddings.patch_embedding.weight", where, axes=4)
   # One for each patch of a square image, and the class token's.
   positions = _shape(tensors, "vision_model.embeddings.position_embedding.weight", where)[0]
@@ -86,13 +86,13 @@ def _transformer(
 
 
 def _count(tensors: Tensors, pattern: str) -> int:
-  """How many indices there are in the place of `#`."""
+  """Count the indices in the place of `#`."""
   regex = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
   return len({match[1] for match in map(regex.match, tensors) if match})
 
 
 def _shape(tensors: Tensors, name: str, where: str, *, axes: int | None = None) -> Sequence[int]:
-  """Of `axes` axes, or else of one or more. Raises UserError: it has another number, or the parameter is missing."""
+  """Return a parameter's shape, of `axes` axes or else one or more. Raises UserError: another, or none."""
   if name not in tensors:
     raise UserError(f"{where} lacks parameter {name}; it is no whole checkpoint")
   shape = tensors[name].shape

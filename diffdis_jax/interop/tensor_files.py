@@ -1,4 +1,4 @@
-"""Tensors of PyTorch users' weight files, read one by one: safetensors, .bin and .ckpt, whole or in shards.
+"""Reads tensors of PyTorch users' weight files one by one: safetensors, .bin and .ckpt, whole or in shards.
 
 A pickle is never executed: .bin and .ckpt go through PyTorch's weights-only reader, which takes torch.
 """
@@ -37,7 +37,7 @@ class Tensor:
   kind: str = ""
 
   def map(self, f: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Tensor:
-    """f of this tensor, of the given shape, still unread."""
+    """Return f of this tensor, of the given shape, still unread."""
     return Tensor(shape, lambda: f(self.read()), self.kind)
 
 
@@ -50,7 +50,7 @@ HEAD = "head.safetensors"  # of a long-tailed run's second stage, beside what li
 
 
 def save(arrays: Mapping[str, Shaped[np.ndarray, "..."]], path: pathlib.Path) -> None:
-  """A safetensors file as PyTorch's libraries write it. Raises OSError: it cannot be written."""
+  """Write a safetensors file as PyTorch's libraries do. Raises OSError: it cannot be written."""
   try:
     save_file(dict(arrays), path, metadata={"format": "pt"})
   except SafetensorError as error:
@@ -89,7 +89,7 @@ class _Discarded:
 
 
 def preferred(names: Iterable[str]) -> str | None:
-  """Of the files in a folder the one whose weights are read, or the index of its shards; None if there are none.
+  """Choose the file in a folder whose weights are read, or the index of its shards; None if there are none.
 
   Safetensors rather than .bin, full precision rather than a variant, open_clip's own file rather than timm's copy of
   the vision tower, which its repositories hold too.
@@ -104,7 +104,7 @@ def preferred(names: Iterable[str]) -> str | None:
 
 
 def open_folder(folder: pathlib.Path) -> Tensors:
-  """The tensors of one model's folder, those of its `preferred` file.
+  """Open the tensors of one model's folder, those of its `preferred` file.
 
   Raises:
     UserError: no weights there, a shard missing, or a file that `open_file` refuses.
@@ -121,7 +121,7 @@ def open_folder(folder: pathlib.Path) -> Tensors:
 
 
 def open_file(path: pathlib.Path) -> Tensors:
-  """The tensors of a .safetensors, .bin or .ckpt file, unread.
+  """Open the tensors of a .safetensors, .bin or .ckpt file, unread.
 
   Raises:
     UserError: no such file, one that is cut short or otherwise broken, or a pickle that would need code execution.
@@ -135,7 +135,7 @@ def open_file(path: pathlib.Path) -> Tensors:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object.
+  """Read a JSON object.
 
   Raises:
     UserError: no such file, or another content.
@@ -211,7 +211,7 @@ def _open_torch(path: pathlib.Path) -> Tensors:
 
 
 def _kind(tensor: Any) -> str:
-  """Of a tensor of PyTorch, as `Tensor.kind`."""
+  """Return `Tensor.kind` of a tensor of PyTorch."""
   if tensor.is_meta:
     return "no numbers"
   if (layout := str(tensor.layout)) != "torch.strided":

@@ -1,4 +1,4 @@
-"""Our parameters to a folder that diffusers loads, without PyTorch: a StableDiffusionPipeline, and beside it the
+"""Writes our parameters to a folder that diffusers loads, without PyTorch: a StableDiffusionPipeline, and beside it the
 component `diffdis` with what DiffDis adds, and the code of both (torch_pipeline.py, torch_diffdis.py, torch_parts.py).
 
 diffusers' custom components have their class in their own folder, in the file that model_index.json names.
@@ -59,7 +59,7 @@ def write(
   diffdis: Mapping[str, Any],
   dtype: str = "float32",
 ) -> None:
-  """Writes weights and configs of the pipeline, its tokenizer excepted; of an autoencoder alone one with `vae` alone.
+  """Write weights and configs of the pipeline, its tokenizer excepted; of an autoencoder alone one with `vae` alone.
 
   Args:
     folder: empty.
@@ -117,7 +117,7 @@ def write(
 def _configs(
   model: Mapping[str, Any], *, image_size: int, schedule: str, scaling_factor: float
 ) -> dict[str, Mapping[str, Any]]:
-  """By file, of the components that diffusers and transformers have."""
+  """Return the configs of diffusers' and transformers' components by their files."""
   folded_size = image_size // model["autoencoder"]["patch"]
   sample_size = folded_size // 2 ** (len(model["autoencoder"]["widths"]) - 1)
   return {
@@ -137,14 +137,14 @@ def _configs(
 
 
 def write_configs(folder: pathlib.Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-  """JSON files, by their path in the folder."""
+  """Write JSON files, by their path in the folder."""
   for file, content in configs.items():
     (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def fold_statistics(params: Params) -> float:
-  """Takes the latents' shift and scale out of the parameters, and returns diffusers' scaling factor in their place.
+  """Take the latents' shift and scale out of the parameters, and return diffusers' scaling factor.
 
   Ours are z = (latent - shift) · scale, by channel. Diffusers has z = latent' · s with one s for all, so that
   latent' = (latent - shift) · r, r = scale / s: both 1x1 convolutions beside the latent take that in, exactly, and
@@ -171,7 +171,7 @@ def fold_statistics(params: Params) -> float:
 
 
 def convert(entry: mapping.Entry, value: np.floating | Float[AnyArray, "..."], dtype: str) -> np.ndarray:
-  """Their layout and dtype, a copy."""
+  """Copy a parameter to their layout and dtype."""
   with np.errstate(over="ignore"):
     # Half precision may overflow without a word; what became of it is looked at below.
     array = np.array(entry.to_theirs(np.asarray(value)), DTYPES[dtype], order="C")

@@ -60,7 +60,7 @@ class Rates(NamedTuple):
 
 
 def alpha_bar(schedule: str) -> jt.Float[Tensor, " n"]:
-  """ᾱ(t) of a noise schedule, float64. Its last entry, at t = -1, is the data's: 1."""
+  """Return ᾱ(t) of a noise schedule, float64. Its last entry, at t = -1, is the data's: 1."""
   # float64, as method/schedules.py has it, so that a sampler's coefficients are exact; on the CPU, as not every device
   # knows float64.
   linspace = functools.partial(torch.linspace, dtype=torch.float64, device="cpu")
@@ -75,7 +75,7 @@ def alpha_bar(schedule: str) -> jt.Float[Tensor, " n"]:
 
 
 def trailing(steps: int) -> list[int]:
-  """The timesteps of `steps` DDIM steps, from T-1 down, and -1 for the data: 999, 666, 332, -1 for three."""
+  """Return the timesteps of `steps` DDIM steps, from T-1 down, and -1 for the data: 999, 666, 332, -1 for three."""
   if not 1 <= steps <= NUM_TIMESTEPS:
     raise ValueError(f"steps is {steps}; it must be 1 to {NUM_TIMESTEPS}")
   # From T down, so that the first step is always at T-1, where e_T is noise. A fractional stride may give an entry too
@@ -85,8 +85,8 @@ def trailing(steps: int) -> list[int]:
 
 
 def onload(*parts: Part) -> None:
-  """Has accelerate bring parts to the device, as before a `forward` of theirs: of `enable_model_cpu_offload` each is on
-  the CPU until then, and what follows calls their layers."""
+  """Have accelerate bring parts to the device, as before their `forward`: `enable_model_cpu_offload` keeps them on the
+  CPU until then, and what follows calls their layers."""
   for part in parts:
     if hasattr(part, "_hf_hook"):
       part._hf_hook.pre_forward(part)
@@ -139,7 +139,7 @@ class FusionBlock(nn.Module):
     self.fc_out = nn.Linear(width, query_width)
 
   def forward(self, image_block: Part, x: Features, c: Tokens, h_e: Query, e_t: Query) -> Streams:
-    """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added again here."""
+    """Update image features and hidden text query h_e. `e_t` is time-conditioned and added again here."""
     block = image_block.transformer_blocks[0]
     u = self.fc_in(h_e + e_t)
     image = image_block.proj_in(image_block.norm(x)).flatten(2).transpose(1, 2)
@@ -156,7 +156,7 @@ class FusionBlock(nn.Module):
     return Streams(x + image_block.proj_out(image.transpose(1, 2).reshape(x.shape)), self.fc_out(u))
 
   def _joint_attention(self, attn1: Part, tokens: Tokens) -> Tokens:
-    """Stable Diffusion's self-attention, with one more token."""
+    """Run Stable Diffusion's self-attention with one more token."""
     if self.attn is None:
       return attn1(tokens)
     # Own projections, but one attention: the text token sees the image's keys, and the image the text token's.
@@ -178,7 +178,7 @@ class TextStream(nn.Module):
     self.blocks = nn.ModuleList(FusionBlock(width, query_width, **how) for width in widths)
 
   def time_conditioned(self, e_t: Query, t_e: Timesteps) -> Query:
-    """e_t + Embedder(t_e)"""
+    """Return e_t + Embedder(t_e)."""
     sinusoid = get_timestep_embedding(t_e, e_t.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
     return e_t + self.embedder(sinusoid.to(e_t.dtype))
 
@@ -218,13 +218,13 @@ class AlignmentTransformer(nn.Module):
     return query + self.from_map(features) if self.spatial_pool else query
 
   def from_map(self, features: Features) -> Query:
-    """What the layout of the middle feature map adds: its means over parts, a matrix for each."""
+    """Return what the layout of the middle feature map adds: its means over parts, a matrix for each."""
     normed = self.map_norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return self.map_out(F.adaptive_avg_pool2d(normed, self.spatial_pool).permute(0, 2, 3, 1).flatten(1))
 
 
 class DiffDis(ModelMixin, ConfigMixin):
-  """What DiffDis adds to Stable Diffusion's UNet, so that it aligns images and texts.
+  """The parts that DiffDis adds to Stable Diffusion's UNet, so that it aligns images and texts.
 
   Args:
     model (`dict`): of the run's config: {fusion, share_attention, modality_ffn, alignment, unet.{widths, attention,
@@ -275,7 +275,7 @@ class DiffDis(ModelMixin, ConfigMixin):
 
   @classmethod
   def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-    """As diffusers' models have it, but weights that do not fit the config are an error.
+    """Load as diffusers' models do, but weights that do not fit the config are an error.
 
     Raises:
       OSError: no file of weights or config, or one that cannot be read to its end.
@@ -301,7 +301,7 @@ class DiffDis(ModelMixin, ConfigMixin):
 
   @torch.no_grad()
   def null_condition(self, text_encoder: Part, device: torch.device | str | None = None) -> Null:
-    """c of the empty prompt, [1, l, d].
+    """Return c of the empty prompt, [1, l, d].
 
     Args:
       device: where the text encoder runs, if that is not where its weights are: of `enable_sequential_cpu_offload` they
@@ -312,7 +312,7 @@ class DiffDis(ModelMixin, ConfigMixin):
 
   @torch.no_grad()
   def embed_text(self, input_ids: jt.Int[Tensor, "b l"], *, text_encoder: Part) -> Query:
-    """Text queries e: the condition at the first end-of-text token, through the projection if any, L2-normalised.
+    """Return text queries e: the condition at the first end-of-text token, projected if need be, L2-normalised.
 
     With `query_tokens` the mean of the caption's tokens' vectors there is added to that condition, times
     `token_embedding_weight`.
@@ -330,7 +330,7 @@ class DiffDis(ModelMixin, ConfigMixin):
     return F.normalize((query if self.text_projection is None else self.text_projection(query)).float(), dim=-1)
 
   def predict(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Null) -> Query:
-    """Φ_θ(e_t, t_e, z): ê_0 or ε̂_e, as the run's target says. The UNet's up path does not run.
+    """Run Φ_θ(e_t, t_e, z): ê_0 or ε̂_e, as the run's target says. The UNet's up path does not run.
 
     The image is clean, which its own timestep says: 1000, one past the generative range (Table 7). Its text condition
     is the empty prompt's, so that no caption leaks.
@@ -371,11 +371,11 @@ class DiffDis(ModelMixin, ConfigMixin):
     return self.alignment(h_e if self.text_stream.blocks else e_t, h).float()
 
   def predict_query(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Null) -> Query:
-    """ê_0, whatever the target: not normalised. Arguments are those of `predict`."""
+    """Predict ê_0, whatever the target: not normalised. Arguments are those of `predict`."""
     return self.to_query(self.predict(z, e_t, t_e, unet=unet, c_null=c_null), e_t, t_e)
 
   def to_query(self, prediction: Query, e_t: Query, t_e: Timesteps) -> Query:
-    """ê_0 of a prediction: from the noise, ê_0 = (e_t − √(1−ᾱ) ε̂_e) / (γ √ᾱ)."""
+    """Return ê_0 of a prediction: from the noise, ê_0 = (e_t − √(1−ᾱ) ε̂_e) / (γ √ᾱ)."""
     if self.target == "data":
       return prediction
     signal, sigma = self._rates(t_e)
@@ -385,7 +385,7 @@ class DiffDis(ModelMixin, ConfigMixin):
   def embed_image(
     self, z: Features, noise: Query, *, unet: Part, c_null: Null, steps: int = 1, guidance: float = 1.0
   ) -> Query:
-    """The denoised text query, L2-normalised: `steps` DDIM steps from e_T = noise ~ N(0, I) (the paper's Algorithm 3).
+    """Return the denoised text query, L2-normalised: `steps` DDIM steps from e_T = noise (the paper's Algorithm 3).
 
     The paper uses one step, the prediction at T-1. To average several noise samples, average their results and
     normalise again. Never start from a caption's own noised query.
@@ -418,7 +418,7 @@ class DiffDis(ModelMixin, ConfigMixin):
 
   @torch.no_grad()
   def similarity(self, image: jt.Float[Tensor, "n d"], text: jt.Float[Tensor, "m d"]) -> jt.Float[Tensor, "n m"]:
-    """Logits τ ⟨ê_0, e⟩ of image queries and text queries, τ = min(exp(logit_scale), 100)."""
+    """Return logits τ ⟨ê_0, e⟩ of image queries and text queries, τ = min(exp(logit_scale), 100)."""
     return self.logit_scale.float().exp().clamp(max=100) * image @ text.T
 
   def _rates(self, t: Timesteps) -> Rates:

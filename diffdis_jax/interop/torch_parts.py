@@ -32,12 +32,12 @@ class PatchAutoencoderKL(AutoencoderKL):
     return math.isqrt(self.config["in_channels"] // 3)
 
   def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-    """Posterior over the latents of images [b, 3, H, W] in [-1, 1], as AutoencoderKL's."""
+    """Return the posterior over the latents of images [b, 3, H, W] in [-1, 1], as AutoencoderKL's."""
     # A colour's pixels of a patch lie side by side, rows first, as in training.
     return super().encode(F.pixel_unshuffle(x, self.patch), return_dict=return_dict)
 
   def decode(self, z: Any, return_dict: bool = True, generator: Any = None) -> Any:
-    """Images [b, 3, H, W] of latents, as AutoencoderKL's."""
+    """Decode latents to images [b, 3, H, W], as AutoencoderKL does."""
     (folded,) = super().decode(z, return_dict=False, generator=generator)
     sample = F.pixel_shuffle(folded, self.patch)
     return DecoderOutput(sample=sample) if return_dict else (sample,)

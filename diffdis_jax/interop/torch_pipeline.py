@@ -71,7 +71,7 @@ _LIBRARIES = ("diffusers", "transformers")
 
 
 class Classification(NamedTuple):
-  """What `classify` returns.
+  """The result of `classify`.
 
   Attributes:
     labels: the likeliest name of each image.
@@ -83,7 +83,7 @@ class Classification(NamedTuple):
 
 
 class Ranking(NamedTuple):
-  """What `rank` returns.
+  """The result of `rank`.
 
   Attributes:
     order: places of the images in what was given, the nearest to the text first.
@@ -166,7 +166,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
     **how: Any,
   ) -> Classification:
     r"""
-    The likeliest of these class names for each image.
+    Find the likeliest of these class names for each image.
 
     Args:
       images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): as `embed_images` takes them.
@@ -193,7 +193,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
 
   def rank(self, images: Images, text: str, **how: Any) -> Ranking:
     r"""
-    Orders images by how near they are to a text.
+    Order images by how near they are to a text.
 
     Args:
       images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): as `embed_images` takes them.
@@ -212,7 +212,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
   @torch.no_grad()
   def embed_texts(self, texts: str | Sequence[str], batch_size: int = 32) -> jt.Float[Tensor, "n d"]:
     r"""
-    Text queries e, which the cosine compares with images.
+    Embed texts: queries e, which the cosine compares with images.
 
     Args:
       texts (`str` or `List[str]`): cut where they are longer than the model's `max_length`. They are cleaned as in
@@ -241,7 +241,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
     batch_size: int = 32,
   ) -> jt.Float[Tensor, "n d"]:
     r"""
-    Denoised text queries ê_0 of images (the paper's Algorithm 3), which the cosine compares with texts.
+    Embed images: denoised queries ê_0 (the paper's Algorithm 3), which the cosine compares with texts.
 
     Args:
       images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): of any size. Tensors are
@@ -297,7 +297,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
     return torch.cat(found)
 
   def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-    """Of `save_pretrained`: model_index.json as export_weights writes it, and the files of code."""
+    """Write, for `save_pretrained`, model_index.json as export_weights writes it, and the files of code."""
     folder = pathlib.Path(save_directory)
     super().save_config(folder, push_to_hub=False, **kwargs)
     # diffusers names a class by its module in this process, which no other has.
@@ -329,13 +329,13 @@ class DiffDisPipeline(StableDiffusionPipeline):
     return self.diffdis
 
   def _encode(self, pixels: jt.UInt8[Tensor, "b H W 3"]) -> jt.Float[Tensor, "b c h w"]:
-    """Latents z: the posterior's mode, scaled."""
+    """Return latents z: the posterior's mode, scaled."""
     x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     return self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
 
   @contextlib.contextmanager
   def _evaluating(self) -> Iterator[None]:
-    """Evaluation mode, and afterwards what was before; and accelerate's offloading, if any, ends as after a call."""
+    """Switch to evaluation mode, and back afterwards; and accelerate's offloading, if any, ends as after a call."""
     training = [part for part in self.components.values() if isinstance(part, nn.Module) and part.training]
     for part in training:
       part.eval()
@@ -372,7 +372,7 @@ def _check_whole(what: str, value: Any) -> None:
 
 
 def _to_list(images: Images) -> list[Any]:
-  """Single images, of a batch or a list."""
+  """List the single images of a batch or a list."""
   if isinstance(images, (Tensor, np.ndarray)):
     images = list(images) if images.ndim == 4 else [images]
   elif isinstance(images, Image.Image):
@@ -385,7 +385,7 @@ def _to_list(images: Images) -> list[Any]:
 
 
 def _square(image: Any, size: int) -> np.ndarray:
-  """u8[size, size, 3]: the short side scaled to `size`, bicubic, and the central square, in one resampling."""
+  """Return u8[size, size, 3]: the short side scaled to `size`, bicubic, and the central square, in one resampling."""
   pil = _to_pil(image)
   if pil.size != (size, size):
     side = min(pil.size)
@@ -403,7 +403,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_pil(image: Any) -> Image.Image:
-  """RGB, upright by EXIF, transparency on white."""
+  """Convert to RGB, upright by EXIF, transparency on white."""
   if isinstance(image, Image.Image):
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits, or floats, which Pillow would cut off at 255
