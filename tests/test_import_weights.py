@@ -332,9 +332,9 @@ OWN = "open_clip's own vision transformer and text transformer are supported, su
   [
     ({"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_base"}}}, "timm_model_name is 'convnext_base'"),
     ({"model_cfg": {"text_cfg": {"hf_model_name": "roberta-base"}}}, "text_cfg: hf_model_name is 'roberta-base'"),
-    ({"model_cfg": {"custom_text": True}}, f"model_cfg: custom_text is True, which is not supported; {OWN}"),
+    ({"model_cfg": {"custom_text": True}}, f"model_cfg: custom_text is True; it is not supported; {OWN}"),
     ({"model_cfg": {"vision_cfg": {"pool_type": "avg"}}}, "vision_cfg: pool_type is 'avg'"),
-    ({"model_cfg": {"vision_cfg": {"layers": [3, 4, 6, 3]}}}, "layers is .3, 4, 6, 3., and should be a number"),
+    ({"model_cfg": {"vision_cfg": {"layers": [3, 4, 6, 3]}}}, "layers is .3, 4, 6, 3.; it should be a number"),
     ({"model_cfg": {"vision_cfg": {"mlp_ratio": "4"}}}, "vision_cfg: mlp_ratio is '4'; it must be above 0"),
     ({"model_cfg": {"vision_cfg": "ViT"}}, "vision_cfg is 'ViT'; it should be an object"),
     ({"model_cfg": None}, "model_cfg is None; it should be an object"),

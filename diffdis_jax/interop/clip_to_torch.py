@@ -26,27 +26,23 @@ def check(model: Mapping[str, Any]) -> None:
   """Raise UserError for a network that the two libraries cannot hold."""
   text, vision = model["text_encoder"], model["vision_encoder"]
   for field in ("spatial_pool", "convolutional"):
-    if vision.get(field):
-      raise UserError(
-        f"model.vision_encoder.{field} is {vision[field]}; neither library has such a tower, so only a run with"
-        f" {type(vision[field])()} can be exported"
-      )
+    if value := vision.get(field):
+      wanted = f"neither library has such a tower, so only a run with {type(value)()} can be exported"
+      raise _unsupported(f"vision_encoder.{field}", value, wanted)
   # transformers has an activation for each tower; open_clip's `quick_gelu` is one switch.
   if text["activation"] != vision["activation"]:
-    raise UserError(
-      f"model.text_encoder.activation is {text['activation']} and model.vision_encoder.activation"
-      f" {vision['activation']}; open_clip has one for both towers"
-    )
-  if text.get("token_embedding_weight"):
-    raise UserError(
-      f"model.text_encoder.token_embedding_weight is {text['token_embedding_weight']}; neither library has"
-      " such token vectors, so only a run with 0 can be exported"
-    )
+    wanted = f"open_clip has one for both towers, and model.vision_encoder.activation is {vision['activation']}"
+    raise _unsupported("text_encoder.activation", text["activation"], wanted)
+  if weight := text.get("token_embedding_weight"):
+    wanted = "neither library has such token vectors, so only a run with 0 can be exported"
+    raise _unsupported("text_encoder.token_embedding_weight", weight, wanted)
   if text["eos_id"] != text["vocab_size"] - 1:
-    raise UserError(
-      f"model.text_encoder.eos_id is {text['eos_id']}; open_clip takes the largest token, {text['vocab_size'] - 1}, for"
-      " the end of a text"
-    )
+    wanted = f"open_clip takes the largest token, {text['vocab_size'] - 1}, for the end of a text"
+    raise _unsupported("text_encoder.eos_id", text["eos_id"], wanted)
+
+
+def _unsupported(field: str, value: Any, wanted: str) -> UserError:
+  return sections.unsupported("the run's config", f"model.{field}", value, wanted)
 
 
 def write(

@@ -306,7 +306,7 @@ def _open_clip_model(folder: pathlib.Path) -> Source:
     _warn_of_resize(str(preprocessor), squashed=squashed, bicubic=how.get("resample", BICUBIC) == BICUBIC)
   projection = config.get("projection_dim", 512)
   if not isinstance(projection, int):
-    raise UserError(f"{where}: projection_dim is {projection!r}; it should be a number such as 512")
+    raise sections.unsupported(where, "projection_dim", projection, "it should be a number such as 512")
   text = sections.read_text(_object(config, "text_config", where), where)
   vision = sections.read_vision(_object(config, "vision_config", where), where)
   tensors = tensor_files.open_folder(folder)
@@ -348,7 +348,7 @@ def _object(config: Mapping[str, Any], field: str, where: str) -> Mapping[str, A
   """Return a section of a config file, empty where there is none. Raises UserError: something else."""
   found = config.get(field) or {}
   if not isinstance(found, Mapping):
-    raise UserError(f"{where}: {field} is {found!r}; it should be an object")
+    raise sections.unsupported(where, field, found, "it should be an object")
   return found
 
 
@@ -358,7 +358,7 @@ def _check_pixels(config: Mapping[str, Any], where: str, *, mean: str, std: str)
     found = config.get(name, expected)
     numbers = isinstance(found, (list, tuple)) and all(isinstance(each, (int, float)) for each in found)
     if not numbers or len(found) != 3 or not np.allclose(found, expected, atol=1e-4):
-      raise UserError(f"{where}: {name} is {found}; only OpenAI's, {expected}, is supported")
+      raise sections.unsupported(where, name, found, f"only OpenAI's, {expected}, is supported")
 
 
 def _warn_of_resize(where: str, *, squashed: bool, bicubic: bool) -> None:

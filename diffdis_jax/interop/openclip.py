@@ -16,6 +16,7 @@ from jaxtyping import Shaped
 from diffdis_jax.config.section import check_number
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import shapes
+from diffdis_jax.interop.sections import unsupported
 from diffdis_jax.interop.tensor_files import Tensor, Tensors
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 
@@ -205,7 +206,7 @@ def _ratio(section: Mapping[str, Any]) -> float:
 def _number(section: Mapping[str, Any], field: str, default: int, where: str) -> int:
   value = section.get(field, default)
   if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-    raise UserError(f"{where}: {field} is {value!r}, and should be a number such as {default}; {SUPPORTED}")
+    raise unsupported(where, field, value, f"it should be a number such as {default}; {SUPPORTED}")
   return value
 
 
@@ -215,4 +216,4 @@ def _refuse_others(section: Any, known: Collection[str], where: str) -> None:
     raise UserError(f"{where} is {section!r}; it should be an object")
   for field, value in section.items():
     if field not in known and field not in _NO_MATTER and value and value not in _FIXED.get(field, ()):
-      raise UserError(f"{where}: {field} is {value!r}, which is not supported; {SUPPORTED}")
+      raise unsupported(where, field, value, f"it is not supported; {SUPPORTED}")

@@ -90,6 +90,11 @@ DIFFUSERS_BETAS = dict(beta_start=0.0001, beta_end=0.02)  # of a scheduler_confi
 SAMPLER = dict(steps_offset=1, set_alpha_to_one=False, clip_sample=False, timestep_spacing="leading")
 
 
+def unsupported(where: str, field: str, value: Any, wanted: str) -> UserError:
+  """Return the error for a field of a config with a value that is not supported; `wanted` says what is."""
+  return UserError(f"{where}: {field} is {value!r}; {wanted}")
+
+
 def read_unet(config: Config, where: str) -> dict[str, Any]:
   """Return `model.unet`. These functions raise a UserError that starts with `where` for what is not supported."""
   # Which levels have attention is said by the names of the way down; those of the way up must then mirror it.
@@ -172,10 +177,8 @@ def check_widths(unet: Config, model: Config, where: str) -> None:
   """Raise UserError unless the UNet takes the autoencoder's latents and the text tower's condition, and no more."""
   channels, width = model["autoencoder"]["latent_channels"], model["text_encoder"]["width"]
   if isinstance(found := unet.get("in_channels", channels), int) and found > channels:
-    raise UserError(
-      f"{where}: in_channels is {found}; an image goes in beside the noise, to be inpainted or edited; Stable Diffusion"
-      f" v1 and this package have {channels}"
-    )
+    why = "an image goes in beside the noise, to be inpainted or edited; Stable Diffusion v1 and this package have"
+    raise unsupported(where, "in_channels", found, f"{why} {channels}")
   _require(unet, dict(in_channels=channels, out_channels=channels, cross_attention_dim=width), where)
 
 
@@ -185,7 +188,7 @@ def read_scheduler(config: Config, where: str) -> str:
   theirs = config.get("beta_schedule", "linear")
   names = {name: ours for ours, name in SCHEDULES.items()}
   if theirs not in names:
-    raise UserError(f"{where}: beta_schedule is {theirs!r}; it must be one of {', '.join(names)}")
+    raise unsupported(where, "beta_schedule", theirs, f"it must be one of {', '.join(names)}")
   # Stable Diffusion's own range, which `method/schedules.py` has fixed. A cosine schedule does without.
   if names[theirs] != "cosine":
     _require({**DIFFUSERS_BETAS, **config}, BETAS, where)
@@ -204,7 +207,7 @@ def _read(config: Config, fields: Fields, fixed: Config, where: str) -> dict[str
     # JSON has lists, a config tuples. A float may be written as a whole number; a bool is no whole number here.
     value = tuple(value) if isinstance(value, list) else value
     if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-      raise UserError(f"{where}: {theirs} is {value!r}; it should be a value such as {default!r}")
+      raise unsupported(where, theirs, value, f"it should be a value such as {default!r}")
     section[ours] = value
   return section
 
@@ -218,12 +221,12 @@ def _require(config: Config, expected: Config, where: str) -> None:
     # A field that is not there has the library's default, which is this value: old files lack what came later.
     found = config.get(field, value)
     if (tuple(found) if isinstance(found, list) else found) != value:
-      raise UserError(f"{where}: {field} is {found!r}; Stable Diffusion v1 and this package have {value!r}")
+      raise unsupported(where, field, found, f"Stable Diffusion v1 and this package have {value!r}")
 
 
 def _activation(section: dict[str, Any], where: str) -> dict[str, Any]:
   if section["activation"] not in ACTIVATIONS:
-    raise UserError(f"{where}: hidden_act is {section['activation']!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    raise unsupported(where, "hidden_act", section["activation"], f"it must be one of {', '.join(ACTIVATIONS)}")
   return section
 
 
