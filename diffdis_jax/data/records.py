@@ -355,9 +355,8 @@ def check_digests(folder: str | os.PathLike[str], names: tuple[str, ...]) -> Non
   Raises:
     UserError: a file is damaged; a bit in a description may mean other records.
   """
-  for name in names:
-    if damage := digests.damage(folder, ending=name):
-      raise UserError(f"{folder}: {damage.file} {damage.what}; copy the data set again, or prepare it again")
+  if damage := digests.damage(folder, ending=names):
+    raise UserError(f"{folder}: {damage.file} {damage.what}; copy the data set again, or prepare it again")
 
 
 def builder(path: str | os.PathLike[str]) -> Any:

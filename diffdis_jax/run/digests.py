@@ -119,8 +119,8 @@ def fingerprint(folder: epath.PathLike, *, part: str) -> str:
   return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16] if listed else ""
 
 
-def damage(folder: epath.PathLike, *, ending: str = "") -> Damage | None:
-  """Find the smallest file with this ending that is not as it was written.
+def damage(folder: epath.PathLike, *, ending: str | tuple[str, ...] = "") -> Damage | None:
+  """Find the smallest file with this ending, or one of these, that is not as it was written.
 
   None where all are whole, or where the folder has no digests.
   """

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import itertools
+import operator
 import pathlib
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -66,7 +68,7 @@ def preview_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
   """Return the parts of the folder before rows are joined and images held out, for which no image has to be read.
 
   Raises:
-    UserError: as `find_parts`.
+    UserError: as `find_parts`, except for too few pairs.
   """
   found = _find(source, asked)
   rows = [_Rows(_called(pairs), [], {}, [*range(len(pairs.keys))]) for pairs in found]
@@ -130,9 +132,9 @@ class _Rows(NamedTuple):
 
   Attributes:
     split: what the data set calls it.
-    units: what tells a row's picture: its digest, or the row's key where no image can be read.
-    joined: place -> captions, of the records that have those of several rows.
-    places: of the records.
+    units: the digest of each row's image, or the row's key where no image can be read.
+    joined: place -> captions, for the records that have those of several rows.
+    places: the places of the records.
   """
 
   split: str
@@ -158,13 +160,13 @@ def _join(found: Sequence[Pairs]) -> list[_Rows]:
       first = seen[own.split].setdefault(digest, (i, place)) if digest else (i, place)
       if first != (i, place):
         groups.setdefault(first, [first]).append((i, place))
-  several = [*groups.values()]
   captions: dict[tuple[int, int], list[str]] = {}
-  for i, pairs in enumerate(found):
-    places = sorted(place for group in several for each, place in group if each == i)
-    captions |= {(i, place): texts for place, texts in zip(places, pairs.captions(places), strict=True)}
+  in_order = sorted(itertools.chain.from_iterable(groups.values()))
+  for i, of_pairs in itertools.groupby(in_order, key=operator.itemgetter(0)):
+    places = [place for _, place in of_pairs]
+    captions |= {(i, place): texts for place, texts in zip(places, found[i].captions(places), strict=True)}
   dropped: set[tuple[int, int]] = set()
-  for group in several:
+  for group in groups.values():
     # A row whose captions cannot be used stays a record of its own, which the preparation skips and counts.
     usable = [where for where in group if captions[where]]
     if len(usable) > 1:
@@ -202,7 +204,7 @@ def _cut(source: pathlib.Path, found: Sequence[Pairs], rows: Sequence[_Rows], he
 
 
 def _held_out(source: pathlib.Path, train: Sequence[tuple[_Rows, Pairs]], share: float) -> set[bytes]:
-  """The pictures that become `val`: by the hash of each one's bytes, so that none is in both splits."""
+  """Choose the images that become `val` by the hash of their bytes, so that none is in both splits."""
   count = sum(len(own.places) for own, _ in train)
   hashes = {own.units[place]: share_of(own.units[place]) for own, pairs in train for place in pairs.whole}
   if count < 2 or len(hashes) == 1:

@@ -413,6 +413,23 @@ def test_a_preparation_does_not_go_on_with_something_else(many, raw, tmp_path, m
   assert content(tmp_path / "other") == content(tmp_path / "direct")
 
 
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_a_file_of_the_same_size_is_another_where_it_was_written_later(tmp_path, kind):
+  if kind == "tar":
+    file = tmp_path / "0.tar"
+    write_tar(file, {"0.png": picture(0), "0.txt": b"x"})
+  else:
+    file = tmp_path / "class" / "0.png"
+    file.parent.mkdir()
+    file.write_bytes(picture(0))
+  find = parts.tars if kind == "tar" else image_folder.find_parts
+  stage, before = staging.Stage(tmp_path), file.stat()
+  stage.write(*find(tmp_path))
+  assert stage.is_written(*find(tmp_path))
+  os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+  assert not stage.is_written(*find(tmp_path))
+
+
 def interrupt(source, out, monkeypatch):
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     write = staging.Stage.write
