@@ -32,7 +32,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +49,6 @@ from diffdis_jax.evals import base, registry, suites, tables
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import sections as eval_sections
 from diffdis_jax.evals import settings as eval_settings
-from diffdis_jax.evals.best_of import FAILURES, BestOf, check_failures
 from diffdis_jax.evals.results import ResultFile, Results
 from diffdis_jax.evals.sections import Section
 from diffdis_jax.parallel import processes
@@ -62,7 +60,6 @@ SETTINGS_OF = {task: registry.settings_of(task) for task in registry.EVALS}
 SETTINGS = eval_settings.merged(SETTINGS_OF)
 SAMPLING = eval_settings.of(inference.Sampling)
 LOADING = eval_settings.of(inference.load)
-RANKING = eval_settings.of(BestOf)
 RENAMED = {"steps": "query_steps"}  # field of Sampling -> its flag, which would else be taken for the images' steps
 OF_A_SUITE = {"seed", "num_images", "shuffle_labels", *registry.settings_of("fid")}  # all else a suite has of its own
 
@@ -89,10 +86,6 @@ def define_flags() -> None:
       for name in settings:
         if name not in shared:
           settings[name].define(name)
-  with usage.group("Flags of all that generate images"):
-    for name, setting in RANKING.items():
-      setting.define(name)
-    flags.DEFINE_string("failures", None, FAILURES)
   with usage.group("Flags of a suite"):
     flags.DEFINE_string("suite", None, f"benchmarks to measure: one of {', '.join(suites.SUITES)}")
     flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts")
@@ -127,11 +120,9 @@ def main(argv: Sequence[str]) -> None:
   asked = _sections(record.evals, objectives=record.objectives, image_size=record.image_size)
   # In this order: flags may name --parts, and what has none of its own gets one.
   sections = eval_sections.with_parts(eval_sections.override(asked, _given(SETTINGS)), FLAGS.out)
-  ranking, sampling = _given(RANKING), _sampling()
-  check_failures(FLAGS.failures)
-  of_images = [*ranking, *(["failures"] if FLAGS.failures else [])]
-  _check_effect(sections, record.objectives, [*of_images, *sampling], is_clip=isinstance(record.model, ClipModel))
-  protocol = {**sampling, **_given(LOADING), "ranking": ranking, "failures": FLAGS.failures or ""}
+  sampling = _sampling()
+  _check_effect(sections, record.objectives, [*sampling], is_clip=isinstance(record.model, ClipModel))
+  protocol = {**sampling, **_given(LOADING)}
   if FLAGS.best:
     protocol["step"] = _best_step(FLAGS.workdir, record.checkpoint)
   if FLAGS.suite:
@@ -169,8 +160,6 @@ def evaluate(
   kept: ResultFile | None = None,
   measured: Callable[[Results], None] = lambda results: None,
   check: Callable[[str, base.Eval], None] = lambda dataset, evaluation: None,
-  ranking: Mapping[str, Any] = types.MappingProxyType({}),
-  failures: str = "",
   **protocol: Any,
 ) -> Results:
   """{task: {data set: record}} of a run.
@@ -183,8 +172,6 @@ def evaluate(
     kept: where each record is kept as soon as it is there; what it has is not measured again.
     measured: is called with the results so far after each data set, so that an interruption loses none of them.
     check: of each data set and its evaluation, before anything is measured.
-    ranking: settings of `evals.best_of.BestOf`, for what generates images.
-    failures: PNG to write with the generated images that rank lowest; empty for none.
     protocol: as `inference.load` takes it.
 
   Raises:
@@ -200,8 +187,6 @@ def evaluate(
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   common = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
   origin = provenance.provenance(provenance.of_run(run, step=step))
-  ranked = BestOf(model, **ranking) if ranking or failures else None
-  model = ranked or model
   if kept is not None:
     common["weights"] = base.fingerprint(params)
     made = [(each, how) for each, how in made if not kept.has(each.task, each.dataset, how.protocol(model) | common)]
@@ -213,8 +198,6 @@ def evaluate(
     measured(results)
     if kept is not None:
       kept.write()
-  if ranked is not None and failures:
-    ranked.write_lowest(failures)
   return results
 
 
@@ -347,7 +330,7 @@ def _sampling() -> dict[str, Any]:
 def _check_effect(
   sections: Sequence[Section], objectives: Sequence[str], given: Sequence[str], *, is_clip: bool = False
 ) -> None:
-  """Of fields of RANKING and SAMPLING, and --failures. Raises UserError where one of them changes nothing."""
+  """Raise UserError where one of these fields of Sampling changes nothing."""
   of_queries = [name for name in given if name in SAMPLING and not name.startswith("generation_")]
   of_images = [name for name in given if name not in of_queries]
   if of_images and not any(section.task in registry.GENERATING for section in sections):

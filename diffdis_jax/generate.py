@@ -3,8 +3,7 @@
   diffdis generate --workdir=runs/demo/diffdis --prompt="a red star" --out=images
 
 Writes 00000.png, 00001.png, ... (all images of the first prompt first), grid.png of the first 64, and prompts.json
-with each file's prompt and the sampling settings. With --best_of=4 four images of each are made, and the one is kept
-that the run's own head ranks first; --failures=F.png shows those of all that it ranks last.
+with each file's prompt and the sampling settings.
 """
 
 from __future__ import annotations
@@ -23,18 +22,14 @@ from PIL import Image
 from diffdis_jax import inference
 from diffdis_jax.common import cli, files, progress
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.section import check_number
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
-from diffdis_jax.evals import settings as eval_settings
-from diffdis_jax.evals.best_of import FAILURES, BestOf, check_failures
 from diffdis_jax.evals.prompts import warn_of_long
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import restore
 
 FLAGS = flags.FLAGS
-RANKING = eval_settings.of(BestOf)
 BATCH_SIZE = 16
 CHUNK = 256  # images in memory at a time, or those of a call where it has more
 GRID = 64  # images of grid.png
@@ -53,16 +48,11 @@ def define_flags() -> None:
   flags.DEFINE_string("prompts_file", None, "text file with one prompt a line, instead of --prompt")
   flags.DEFINE_integer("num_images", 1, "images of each prompt", lower_bound=1, upper_bound=MOST_IMAGES)
   flags.DEFINE_integer("seed", 0, "seed of the initial noise", lower_bound=0, upper_bound=2**32 - 1)
-  flags.DEFINE_string(
-    "noise", None, "initial noise instead of --seed: .npy, [n, h, w, c]; with --best_of=k [n, k, h, w, c]"
-  )
+  flags.DEFINE_string("noise", None, "initial noise instead of --seed: .npy, [n, h, w, c]")
   # Bounds as config.sections.Sampling has them.
   flags.DEFINE_integer("steps", None, "sampling steps; by default the run's", lower_bound=1, upper_bound=999)
   flags.DEFINE_float("guidance", None, "guidance scale, of which 1 is none; by default the run's", lower_bound=0.0)
   flags.DEFINE_integer("batch_size", BATCH_SIZE, "images per compiled call", lower_bound=1)
-  for name, setting in RANKING.items():
-    setting.define(name)
-  flags.DEFINE_string("failures", None, FAILURES)
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
 
@@ -75,7 +65,6 @@ def main(argv: Sequence[str]) -> None:
   cli.use_all_cores()
   processes.start()
   given = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
-  given |= {name: FLAGS[name].value for name in (*RANKING, "failures")}
   generate(
     FLAGS.workdir,
     read_prompts(FLAGS.prompt, FLAGS.prompts_file),
@@ -98,9 +87,6 @@ def generate(
   num_images: int = 1,
   seed: int = 0,
   noise: str | None = None,
-  best_of: int = 1,
-  best_at: float = 1.0,
-  failures: str = "",
   step: int | None = None,
   ema: bool = True,
   batch_size: int = BATCH_SIZE,
@@ -114,9 +100,7 @@ def generate(
     out: folder, absent or empty.
     num_images: images of each prompt.
     seed: of the initial noise.
-    noise: .npy file with the initial noise, [n, h, w, c], instead of `seed`; [n, k, h, w, c] for the best of k.
-    best_of, best_at: as `evals.best_of.BestOf` takes them.
-    failures: PNG to write with the images that the run's head ranks lowest; empty for none.
+    noise: .npy file with the initial noise, [n, h, w, c], instead of `seed`.
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
     batch_size: images a compiled call, at most.
@@ -125,21 +109,18 @@ def generate(
   Raises:
     UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
-  check_count(len(prompts), num_images, best_of)
+  check_count(len(prompts), num_images)
   folder = files.empty_folder(out)  # here: what is in the way shows before anything is loaded
-  check_failures(failures)
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
   z_T = read_noise(noise) if noise else None
   step, ema = restore.choose(run, step, ema=ema)
   # A batch of the compiled program is computed whole, however few images it is for.
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
-  ranked = BestOf(model, best_of, best_at) if best_of != 1 or best_at != 1 or failures else None
-  model = ranked or model
   # The noise of all of them, so that no image depends on how they are parted.
   z_T = model.noise(len(prompts), seed) if z_T is None else z_T
   z_T = check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
   warn_of_long(tuple(prompts), model.max_length)
-  images = sample(model, params, prompts, z_T, best_of=best_of)
+  images = sample(model, params, prompts, z_T)
   if not processes.is_first():
     deque(images, maxlen=0)  # its share of each
     return
@@ -147,34 +128,29 @@ def generate(
   how = {**model.generation_protocol, **start, "checkpoint": step, "ema": ema}
   columns = num_images if 1 < num_images <= MOST_COLUMNS else COLUMNS  # a prompt a row, where a row can hold it
   write(folder, images, prompts, protocol=how, columns=columns)
-  if ranked is not None and failures:
-    ranked.write_lowest(failures)
   logging.info("%d images in %s", len(prompts), out)
 
 
-def check_count(prompts: int, num_images: int, best_of: int) -> None:
-  """Raises UserError: more images than a call makes, or no number of them."""
-  check_number("best_of", best_of, ge=1)
-  if (count := prompts * num_images * best_of) > MOST_IMAGES:
-    each = f"--num_images={num_images}" + (f" and --best_of={best_of}" if best_of > 1 else "")
+def check_count(prompts: int, num_images: int) -> None:
+  """Raise UserError: more images than a call makes."""
+  if (count := prompts * num_images) > MOST_IMAGES:
     raise UserError(
-      f"{prompts} prompts with {each} are {count} images; one call makes at most {MOST_IMAGES},"
+      f"{prompts} prompts with --num_images={num_images} are {count} images; one call makes at most {MOST_IMAGES},"
       " so give fewer, and several calls with other --seed"
     )
 
 
 def sample(
-  model: Any, params: Params, prompts: Sequence[str], z_T: Float32[np.ndarray, "n *k h w c"], *, best_of: int
+  model: Any, params: Params, prompts: Sequence[str], z_T: Float32[np.ndarray, "n h w c"]
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-  """The prompts' images, about CHUNK at a time. `model` is an Inference or a BestOf, which makes `best_of` of each."""
-  done = progress.Progress("generated", len(prompts) * best_of, "images").add
-  tokens, places = Tokenizer(model.max_length)(prompts), np.arange(len(prompts)) % CHUNK
-  # In whole calls, since those are computed whole. A BestOf compares by places that do not depend on them.
+  """Yield the prompts' images, about CHUNK at a time."""
+  done = progress.Progress("generated", len(prompts), "images").add
+  tokens = Tokenizer(model.max_length)(prompts)
+  # In whole calls, since those are computed whole.
   size = max(1, CHUNK // model.batch_size) * model.batch_size
   for start in range(0, len(prompts), size):
     rows = slice(start, start + size)
-    ranked: dict[str, Any] = {"places": places[rows]} if isinstance(model, BestOf) else {}
-    yield from model.generate(params, tokens[rows], z_T[rows], done=done, **ranked)
+    yield from model.generate(params, tokens[rows], z_T[rows], done=done)
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -229,11 +205,10 @@ def read_noise(file: str) -> np.ndarray:
     raise UserError(f"cannot read --noise={file}: {error}; it should be an .npy file, [n, h, w, c]") from error
 
 
-def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> Float32[np.ndarray, "n *k h w c"]:
+def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> Float32[np.ndarray, "n h w c"]:
   """The noise as f32. Raises UserError unless it is finite and has the expected shape."""
   if noise.shape != expected:
-    axes = "[n, h, w, c]" if len(expected) == 4 else "[n, k, h, w, c] for --best_of=k"
-    raise UserError(f"--noise has shape {noise.shape}; this run and these prompts need {expected}, {axes}")
+    raise UserError(f"--noise has shape {noise.shape}; this run and these prompts need {expected}, [n, h, w, c]")
   if not np.isfinite(noise).all():
     raise UserError("--noise holds values that are not finite; it should be sampled from a standard normal")
   return np.asarray(noise, np.float32)

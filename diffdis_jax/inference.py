@@ -216,18 +216,12 @@ class Inference:
     """[h, w, c] of one image's initial noise."""
     return self.network.latent_shape
 
-  def noise(self, n: int, seed: int, *, first: int = 0, candidates: int = 1) -> Float[np.ndarray, "n *k h w c"]:
-    """Initial noise of the images first, first + 1, ...; image i's depends on the seed and i alone.
-
-    Of several candidates an image there are as many, [n k h w c], and the first of them is that of one.
-    """
-    # A key an image, not one for all: asking for more images changes none of those before. A further candidate's key
-    # is at a place from the end, which no image has.
+  def noise(self, n: int, seed: int, *, first: int = 0) -> Float[np.ndarray, "n h w c"]:
+    """Initial noise of the images first, first + 1, ...; image i's depends on the seed and i alone."""
+    # A key an image, not one for all: asking for more images changes none of those before.
     key, places = jax.random.key(seed), jnp.arange(first, first + n)
-    keys = [key, *(jax.random.fold_in(key, 2**32 - k) for k in range(1, candidates))]
-    sample = lambda key, place: jax.random.normal(jax.random.fold_in(key, place), self.noise_shape())
-    found = [np.asarray(jax.vmap(functools.partial(sample, each))(places)) for each in keys]
-    return found[0] if candidates == 1 else np.stack(found, axis=1)
+    sample = lambda place: jax.random.normal(jax.random.fold_in(key, place), self.noise_shape())
+    return np.asarray(jax.vmap(sample)(places))
 
   def abstract_params(self) -> Params:
     """Shapes of the parameters, each with its place on the mesh."""

@@ -249,7 +249,6 @@ def test_command_line(command, tmp_path):
     (["--query_steps=0"], "--query_steps is 0; it must be at least 1"),
     (["--image_size=0"], "image_size is 0"),
     (["--steps=3"], "did you mean --query_steps?"),
-    (["--best_of=4"], "--best_of has no effect on these tasks, which generate nothing; leave it out"),
     (["--generation_steps=9"], "--generation_steps has no effect on these tasks, which generate nothing; leave it out"),
     (["--compare=A.json,B.json"], "--workdir has no effect beside --compare, which reads results alone; leave it out"),
     (["--tasks=agreement"], "task agreement is now called generation_accuracy"),

@@ -147,14 +147,6 @@ def test_more_images_than_a_call_draws(model, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-def test_the_best_of_several_has_noise_for_each():
-  noise = np.random.default_rng(0).normal(size=(2, 3, 8, 8, 4))
-  found = generate.check_noise(noise, expected=(2, 3, 8, 8, 4))
-  assert found.dtype == np.float32 and (found == noise.astype(np.float32)).all()
-  with pytest.raises(UserError, match=r"need \(2, 3, 8, 8, 4\), \[n, k, h, w, c\] for --best_of=k"):
-    generate.check_noise(noise[:, 0], expected=(2, 3, 8, 8, 4))
-
-
 def test_noise_must_be_finite_numbers(tmp_path):
   np.save(tmp_path / "noise.npy", np.array(["a"]))
   with pytest.raises(UserError, match="cannot read --noise="):
@@ -218,16 +210,12 @@ def test_command_line(run, environment, tmp_path):
   for flag in ("--steps=1000", "--guidance=-1.0"):
     bad = call("generate", environment, *to, "--prompt=a red star", flag)
     assert bad.returncode == 2 and bad.stderr.startswith(f"error: flag {flag}: ") and bad.stderr.count("\n") == 1
-  flags = ["--prompt=a red star", "--prompt=a ring, blue", "--steps=3", "--seed=4", "--noema", "--best_of=2"]
-  flags += [f"--failures={tmp_path}/failures.png"]
+  flags = ["--prompt=a red star", "--prompt=a ring, blue", "--steps=3", "--seed=4", "--noema"]
   good = call("generate", environment, *to, *flags, own_process=True)
   assert good.returncode == 0, good.stderr
   written = json.loads((tmp_path / "out" / "prompts.json").read_text())
   assert [entry["prompt"] for entry in written["images"]] == ["a red star", "a ring, blue"]
   expected = {"steps": 3, "guidance": 4.0, "matmul_precision": "highest", "seed": 4, "checkpoint": 3, "ema": False}
-  ranked_by = {"steps": 1, "num_noise_samples": 1, "guidance": 1.0, "normalize_query": True}
-  ranked_by["matmul_precision"] = "highest"
-  assert written["protocol"] == expected | {"best_of": 2, "best_at": 1.0, "ranked_by": ranked_by}
-  assert pixels(tmp_path / "failures.png").shape[1] == 2 * 136 + 8  # both images that were kept
+  assert written["protocol"] == expected
   image = pixels(tmp_path / "out" / "00000.png")
   assert image.shape == (32, 32, 3) and image.std() > 0

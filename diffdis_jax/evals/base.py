@@ -323,3 +323,19 @@ def make_record(
 def shuffled(indices: Int[np.ndarray, " n"], *, seed: int) -> Int[np.ndarray, " n"]:
   """A random order of `indices`: the leak test shows the image of one record in the place of another's."""
   return np.random.default_rng(seed).permutation(indices)
+
+
+def similarity(
+  inference: Any,
+  params: Mapping[str, Any],
+  images: UInt8[np.ndarray, "n H W 3"],
+  tokens: Int[np.ndarray, "n l"],
+  places: Int[np.ndarray, " n"],
+) -> Float[np.ndarray, " n"]:
+  """Return ⟨ê_0, e⟩ of each image and its own prompt: what the run's head says of its own images.
+
+  Noise depends on an image's place alone, as in `Inference.embed_images`.
+  """
+  q = inference.embed_images(params, images, seed=0, places=places)
+  different, rows = np.unique(tokens, axis=0, return_inverse=True)
+  return (q * inference.embed_texts(params, different)[rows.ravel()]).sum(axis=1)

@@ -19,7 +19,7 @@ from diffdis_jax.config.section import check_choice
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, best_of, distances, drawn_prompts, reference, resize
+from diffdis_jax.evals import base, distances, drawn_prompts, reference, resize
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.evals.feature_parts import PartsFolder, Sampled
 from diffdis_jax.evals.features import Extractor
@@ -164,11 +164,10 @@ class Fid:
     # `first` makes the noise that of the image's place among all, whatever the parts are.
     tokens = self._tokenizer(inference.max_length)([prompt for part in parts for prompt in part.prompts])
     noise = np.concatenate([inference.noise(len(part), self._seed, first=part.first) for part in parts])
-    # By places in the part the head sees its noise, so that no choice or similarity depends on the parts of a call.
+    # By places in the part the head sees its noise, so that no similarity depends on the parts of a call.
     places = np.concatenate([np.arange(len(part)) for part in parts])
-    ranked: dict[str, Any] = {"places": places} if isinstance(inference, best_of.BestOf) else {}
-    images = inference.generate(params, tokens, noise, **ranked)
-    own = best_of.similarity(inference, params, images, tokens, places) if inference.aligned else None
+    images = inference.generate(params, tokens, noise)
+    own = base.similarity(inference, params, images, tokens, places) if inference.aligned else None
     features, ends = extractor(images), np.cumsum([len(part) for part in parts])
     found = {}
     for part, end in zip(parts, ends, strict=True):

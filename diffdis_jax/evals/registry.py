@@ -45,7 +45,7 @@ MEASURES = {
   "long_tail": ALIGNED,
   "linear_probe": tuple(dict.fromkeys(GENERATIVE + ALIGNED)),  # of which an autoencoder alone has no features
 }
-GENERATING = ("generation_accuracy", "fid")  # images, of which --best_of keeps the best
+GENERATING = ("generation_accuracy", "fid")  # images
 WITHOUT_QUERIES = ("held_out_loss",)  # whose figures are the same however text queries are denoised
 # Tasks that no config names; they are measured on the sets of another one.
 ON_THE_SETS_OF = {"diffusion_classifier": "zero_shot"}

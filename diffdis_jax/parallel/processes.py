@@ -202,9 +202,10 @@ def over_hosts(value: np.ndarray) -> np.ndarray:
   return value if jax.process_count() == 1 else gathered(value.astype(np.int32)).sum(axis=0, dtype=value.dtype)
 
 
-def whole(array: jax.Array) -> np.ndarray:
+def whole(array: jax.Array | np.ndarray) -> np.ndarray:
   """Return a global array, on every process."""
-  return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+  is_whole = getattr(array, "is_fully_addressable", True)
+  return np.asarray(array if is_whole else multihost_utils.process_allgather(array, tiled=True))
 
 
 def texts(text: str) -> list[str]:

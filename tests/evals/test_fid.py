@@ -25,7 +25,6 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, distances, drawn_prompts, feature_parts, reference, resize, results
 from diffdis_jax.evals import fid as fid_module
 from diffdis_jax.evals import registry as evals
-from diffdis_jax.evals.best_of import BestOf
 from diffdis_jax.interop.inception import Weights
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
@@ -175,12 +174,6 @@ def test_the_heads_own_similarity_of_all_images_even_of_those_that_were_there(tm
 class Placed(Comparing):
   """One whose embedding of an image has noise of its place."""
 
-  sampling = types.SimpleNamespace(generation_steps=5)
-
-  def noise(self, n, seed, *, first=0, candidates=1):
-    sampled = np.stack([super(Placed, self).noise(n, seed + 100 * k, first=first) for k in range(candidates)], axis=1)
-    return sampled[:, 0] if candidates == 1 else sampled
-
   def generate(self, params, tokens, noise, *, done=None):
     return super().generate(params, tokens, noise)
 
@@ -190,14 +183,12 @@ class Placed(Comparing):
     return (super().embed_images(params, images, seed=seed) + noise).astype(np.float32)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_what_the_head_says_is_the_same_however_many_parts_a_call_has(tmp_path, count):
-  """Its similarity, and with several images a prompt the choice among them, and so FID."""
+def test_what_the_head_says_is_the_same_however_many_parts_a_call_has(tmp_path):
   found = {}
   for rows in (PART, 3 * PART + 5):
     inference = Placed()
     inference.batch_size = rows
-    found[rows] = make(parts=str(tmp_path / str(rows))).run(BestOf(inference, count), {})
+    found[rows] = make(parts=str(tmp_path / str(rows))).run(inference, {})
   assert found[PART] == found[3 * PART + 5]
   np.testing.assert_array_equal(features_in(tmp_path / str(PART)), features_in(tmp_path / str(3 * PART + 5)))
 
@@ -326,14 +317,12 @@ def test_parts_of_another_protocol(tmp_path, section, inference, params, name):
   assert name in str(error.value) and "give another folder" in str(error.value) and not other.calls
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_parts_by_another_way_of_the_head(tmp_path, count):
-  """Which decides on its similarity, and on which of several images is kept."""
+def test_parts_by_another_way_of_the_head(tmp_path):
+  """It decides on the similarity."""
   first, other = Placed(steps=1), Placed(steps=4)
-  make(parts=str(tmp_path)).run(BestOf(first, count), {})
-  assert BestOf(other, count).generation_protocol.get("ranked_by") == (other.protocol if count > 1 else None)
+  make(parts=str(tmp_path)).run(first, {})
   with pytest.raises(UserError, match=r'is of another protocol: head is \{.*"steps": 1.*"steps": 4'):
-    make(parts=str(tmp_path)).run(BestOf(other, count), {})
+    make(parts=str(tmp_path)).run(other, {})
   assert not other.calls
 
 
