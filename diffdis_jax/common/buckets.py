@@ -12,7 +12,6 @@ import base64
 import contextlib
 import functools
 import importlib.util
-import io
 import logging as python_logging
 import os
 import pathlib
@@ -21,12 +20,11 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import google_crc32c
 from absl import logging
 from etils import epath
-from etils.epath import backend
 
 from diffdis_jax.errors import Gone, UserError
 
@@ -40,7 +38,6 @@ _BUCKET = re.compile(r"gs://[^/]+")
 # are patterns, by which it would remove another run's files.
 _SPECIAL = re.compile(r"[#?*[]")
 _HOME = re.compile(r"~[\w-]*(/|$)")
-_SESSIONS = 3  # that a large object may need
 _READS = 5  # of a small object that arrives damaged
 _AT_ONCE = 8  # files that are uploaded, of each of which gcsfs holds 50 MB
 EVERY = 30.0  # seconds between two copies of files that are appended to
@@ -108,68 +105,44 @@ def _configure() -> None:
   python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL)
   # A kept listing hides what other processes write, and cuts an object off at the length that it had before.
   config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-  # gcsfs answers that nothing is there when it cannot look: a run would begin from nothing, or remove its checkpoints.
-  of_etils: Any = backend.fsspec_backend
-  of_etils.exists = lambda path: _kind(path) is not None
-  of_etils.isdir = lambda path: _kind(path) == "directory"
-  of_etils.open = _open
 
 
-def _open(where: epath.PathLike, mode: str) -> io.IOBase:
-  if mode not in ("w", "wb"):
+@epath.register_path_cls(SCHEME)
+class BucketPath(type(epath.Path())):
+  """A path in a bucket. gcsfs says that nothing is there when it cannot look: a run would begin from nothing."""
+
+  def exists(self) -> bool:
+    """Say whether a file or folder is there. Raise what a bucket that cannot be asked answers."""
+    return self._kind() is not None
+
+  def is_dir(self) -> bool:
+    """Say whether a folder is there. Raise what a bucket that cannot be asked answers."""
+    return self._kind() == "directory"
+
+  def _kind(self) -> str | None:
     try:
-      return backend.fsspec_backend.fs(where).open(os.fspath(where), mode=mode)
-    except FileNotFoundError as error:  # which says its path in the server's form, and nothing else
-      raise FileNotFoundError(f"there is no {os.fspath(where)}") from error
-  written = _Object(os.fspath(where))
-  return written if mode == "wb" else _Text(written, encoding="utf-8", newline="")
+      return _system().info(os.fspath(self))["type"]
+    except (FileNotFoundError, NotADirectoryError):
+      return None
 
+  def open(self, mode: str = "r", **options: Any) -> Any:
+    """Open an object. What is written into it appears when it is closed."""
+    try:
+      return super().open(mode, **options)
+    except FileNotFoundError as error:  # which has its name in the server's form, and nothing else
+      raise FileNotFoundError(f"there is no {self}") from error
 
-class _Object(io.BytesIO):
-  """A file that becomes an object when it is closed, in one request unless it is large.
+  def write_bytes(self, data: bytes) -> int:
+    """Write an object whole, in one request unless it is large."""
+    try:
+      _system().pipe_file(os.fspath(self), data)
+    except FileNotFoundError as error:
+      raise FileNotFoundError(f"there is no bucket {_BUCKET.findall(os.fspath(self))[0]}") from error
+    return len(data)
 
-  gcsfs begins a session for each file, however small, and gives up where the server has lost it between two requests.
-  """
-
-  def __init__(self, where: str):
-    super().__init__()
-    self._where = where
-
-  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    if kind is not None:  # a part of a file is none
-      super().close()
-    self.close()
-
-  def close(self) -> None:
-    if self.closed:
-      return
-    data = self.getvalue()
-    super().close()
-    for attempt in range(_SESSIONS):
-      try:
-        _system().pipe_file(self._where, data)
-        return
-      except FileNotFoundError as error:  # the session, or the bucket
-        if attempt == _SESSIONS - 1:
-          raise FileNotFoundError(f"there is no bucket {_BUCKET.findall(self._where)[0]}") from error
-
-
-class _Text(io.TextIOWrapper):
-  """The same of text."""
-
-  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    if kind is not None:
-      io.BytesIO.close(cast(_Object, self.detach()))
-    else:
-      self.close()
-
-
-def _kind(where: epath.PathLike) -> str | None:
-  """Either "file" or "directory", or None where there is neither. Raises what a bucket that cannot be asked answers."""
-  try:
-    return backend.fsspec_backend.fs(where).info(os.fspath(where))["type"]
-  except (FileNotFoundError, NotADirectoryError):
-    return None
+  def write_text(self, data: str, encoding: str | None = None, errors: str | None = None) -> int:
+    """Write an object of text whole."""
+    return self.write_bytes(data.encode(encoding or "utf-8", errors or "strict"))
 
 
 def files_below(folder: epath.PathLike) -> dict[str, dict[str, Any]]:

@@ -260,31 +260,9 @@ def test_a_bucket_that_is_away_is_not_taken_for_an_empty_one(url, monkeypatch):
     assert may_pass(raised.value)
 
 
-@pytest.mark.parametrize("size", [3, 51 * 2**20])
-def test_a_session_that_the_server_has_lost_is_begun_anew(url, monkeypatch, size):
-  """A large object has a session for its parts; a small one needs none."""
-  from gcsfs import core
-
-  begin, begun = core.initiate_upload, []
-
-  async def lost_at_first(*args, **options):
-    begun.append(await begin(*args, **options))
-    return begun[-1] + ("0" if len(begun) == 1 else "")
-
-  monkeypatch.setattr(core, "initiate_upload", lost_at_first)
-  (buckets.path(url) / "object").write_bytes(b"a" * size)
-  assert (buckets.path(url) / "object").read_bytes() == b"a" * size
-  assert len(begun) == (2 if size > 3 else 0)
+def test_text_and_bytes_are_written(url):
   (buckets.path(url) / "text").write_text("ä\n")
   assert (buckets.path(url) / "text").read_bytes() == "ä\n".encode()
-
-
-@pytest.mark.parametrize("mode, half", [("wb", b"half"), ("w", "half")])
-def test_what_fails_while_it_is_written_is_not_there(url, mode, half):
-  with pytest.raises(ZeroDivisionError), (buckets.path(url) / "object").open(mode) as file:
-    file.write(half)
-    raise ZeroDivisionError
-  assert not (buckets.path(url) / "object").exists()
 
 
 def test_an_upload_holds_few_files_in_memory(bucket, monkeypatch, tmp_path):
