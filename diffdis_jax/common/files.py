@@ -1,4 +1,4 @@
-"""Files and output folders, written whole or not at all."""
+"""Write files and folders whole or not at all, and read JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import json
 import os
 import pathlib
 import re
-import resource
 import secrets
 import shutil
 import tempfile
@@ -22,32 +21,13 @@ from etils import epath
 from diffdis_jax.common import buckets
 from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
 
-MOST_OPEN = (2**16, 10_240)  # files at a time that are asked for; the latter of macOS, which takes no more
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of file systems such as some of clusters
 # With what makes it unique.
 _TEMPORARY = re.compile(r"(.+)\.(?:\d+|[a-z0-9_]{8})\.tmp")
 
 
-def may_open() -> int:
-  """How many files this process may have open at a time, and each that it starts: from here on as many as the system
-  lets it.
-
-  A shell's own limit is often 1,024, which is for programs that do not ask for more.
-  """
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  infinite = resource.RLIM_INFINITY  # of Linux -1
-  for asked in MOST_OPEN:
-    most = asked if hard == infinite else min(asked, hard)
-    if soft == infinite or soft >= most:
-      break
-    with contextlib.suppress(OSError, ValueError):
-      resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-      return most
-  return MOST_OPEN[0] if soft == infinite else soft
-
-
 def user_cache(name: str) -> str:
-  """A folder of the user's cache directory."""
+  """Name a folder of the user's cache directory."""
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   if home.startswith("~"):  # as it was: of a user without a home, as in a container
     home = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
@@ -55,7 +35,7 @@ def user_cache(name: str) -> str:
 
 
 def empty_folder(out: str | os.PathLike[str]) -> epath.Path:
-  """The folder of this name, absent or empty.
+  """Return the folder of this name, absent or empty.
 
   Raises:
     UserError: it has something in it, is no folder, or is where a disk is mounted, which nothing can replace.
@@ -72,10 +52,10 @@ def empty_folder(out: str | os.PathLike[str]) -> epath.Path:
 
 @contextlib.contextmanager
 def whole_folder(out: epath.PathLike, *, last: Collection[str] = ()) -> Iterator[pathlib.Path]:
-  """A local folder to write into. At the end it takes the name `out`, or is copied there, to a bucket; it vanishes if
-  something goes wrong.
+  """Yield a local folder to write into. At the end it takes the name `out`, or is copied there, to a bucket.
 
   Args:
+    out: absent or empty. It stays so if something goes wrong.
     last: names of files by which the folder is known to be whole. A bucket gets them after all others, since what was
       copied stays there when the process is killed.
 
@@ -83,8 +63,8 @@ def whole_folder(out: epath.PathLike, *, last: Collection[str] = ()) -> Iterator
     UserError: `out` is not empty, or cannot be written. What the caller reads meanwhile raises its own errors.
   """
   folder = empty_folder(out)
-  writing = _in_a_bucket(folder, last) if buckets.is_url(folder) else _on_a_disk(pathlib.Path(folder).resolve())
-  with writing as temporary:
+  write = _in_a_bucket(folder, last) if buckets.is_url(folder) else _on_a_disk(pathlib.Path(folder).resolve())
+  with write as temporary:
     yield temporary
 
 
@@ -103,28 +83,24 @@ def _in_a_bucket(out: epath.Path, last: Collection[str]) -> Iterator[pathlib.Pat
 
 @contextlib.contextmanager
 def _on_a_disk(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  temporary = None
+  made = ""
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
-    sweep(out.parent, f".{out.name}")
     # Beside its place, since a rename cannot go from one disk to another.
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    temporary.chmod(0o755)  # mkdtemp's 700 would stay, and lock other users out
-    with in_use(temporary):
+    with temporary_folder(f".{out.name}", out.parent) as temporary:
+      made = str(temporary)
+      temporary.chmod(0o755)  # 700, as it is made, would stay and lock other users out
       yield temporary
       os.replace(temporary, out)  # which an empty folder gives way to
   except OSError as error:
-    if temporary is not None and error.errno not in FULL_DISK and not str(error.filename).startswith(str(temporary)):
+    if made and error.errno not in FULL_DISK and not str(error.filename).startswith(made):
       raise  # of what is read meanwhile
     raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
-  finally:
-    if temporary is not None:
-      shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-  """Around what writes to `what`, such as --out=FILE. Raises UserError for an OSError, unless it may pass."""
+  """Raise UserError for an OSError within, unless it may pass. `what` is written to, such as --out=FILE."""
   try:
     yield
   except OSError as error:
@@ -134,7 +110,7 @@ def writing(what: str) -> Iterator[None]:
 
 
 def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
-  """Writes a file, under another name first; an object of a bucket appears whole by itself."""
+  """Write a file, under another name first; an object of a bucket appears whole by itself."""
   if buckets.is_url(path):
     path.write_bytes(content)
     return
@@ -153,7 +129,7 @@ def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def in_use(temporary: str | os.PathLike[str], flags: int = 0) -> Iterator[None]:
-  """Locks a temporary file or folder, so that `sweep` leaves it. Where a file system has no locks, nothing is swept."""
+  """Lock a temporary file or folder, so that `sweep` leaves it. Where a file system has no locks, nothing is swept."""
   descriptor = os.open(temporary, os.O_RDONLY | flags, 0o666)
   try:
     with contextlib.suppress(OSError):
@@ -165,22 +141,22 @@ def in_use(temporary: str | os.PathLike[str], flags: int = 0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_folder(begin: str, within: str | os.PathLike[str] | None = None) -> Iterator[pathlib.Path]:
-  """A new folder, which is removed at the end, or, of a process that was killed, when the next one is asked for.
+  """Yield a new folder, which is removed at the end, or, after a kill, when the next one is asked for.
 
   Args:
-    begin: of its name.
+    begin: the beginning of its name.
     within: where it lies; None for the system's folder for temporary files.
   """
   place = within or tempfile.gettempdir()
   sweep(place, begin)
-  # A thread that still writes into it at the end is no error.
+  # A thread that still writes into it at the end is no error, nor is that it was renamed.
   how: Any = dict(prefix=f"{begin}.", suffix=".tmp", dir=place, ignore_cleanup_errors=True)
   with tempfile.TemporaryDirectory(**how) as made, in_use(made):
     yield pathlib.Path(made)
 
 
 def lock(file: IO[Any], *, wait: bool) -> None:
-  """Keeps an open file to this process until it is closed; where its file system has no locks, warns instead.
+  """Keep an open file to this process until it is closed; where its file system has no locks, warn instead.
 
   Raises:
     BlockingIOError: another process has it, and this one is not to wait.
@@ -194,7 +170,7 @@ def lock(file: IO[Any], *, wait: bool) -> None:
 
 
 def sweep(folder: str | os.PathLike[str], begin: str = "") -> None:
-  """Removes what killed processes left in a local folder: all whose name begins so, or hidden files of any name."""
+  """Remove what killed processes left in a local folder: all whose name begins so, or hidden files of any name."""
   for path in pathlib.Path(folder).glob("*.tmp"):
     found = _TEMPORARY.fullmatch(path.name)
     if found is None or (found[1] != begin if begin else path.is_dir() or not path.name.startswith(".")):
@@ -208,32 +184,8 @@ def sweep(folder: str | os.PathLike[str], begin: str = "") -> None:
         os.close(descriptor)
 
 
-def is_hidden(name: str) -> bool:
-  """Whether a file or folder is a program's own, such as .git, or macOS's beside others; ..b is a name like any."""
-  return name.startswith((".", "__MACOSX")) and not name.startswith("..")
-
-
-def is_below(path: pathlib.Path, folder: pathlib.Path) -> bool:
-  """Whether that is what its name says: ../x and an absolute one say something else."""
-  return pathlib.Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
-
-
-def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
-  """Whether a file lies outside of a folder, by its name, or by being a link. A folder that is a link is the user's.
-
-  A link of the Hugging Face hub's cache leads from `snapshots/REVISION` into `blobs`, which counts as inside.
-  """
-  if not is_below(path, folder) or not os.path.islink(path):
-    return not is_below(path, folder)
-  root = os.path.realpath(folder)
-  cache, is_cached, _ = f"{root}/".rpartition("/snapshots/")
-  inside = [os.path.realpath(path.parent), root, *([f"{cache}/blobs"] if is_cached else [])]
-  return not any(pathlib.Path(os.path.realpath(path)).is_relative_to(each) for each in inside)
-
-
 def check_workdir(folder: str) -> None:
-  """Before anything else is done, which may take long. Raises UserError: no such folder can be made or looked into, or
-  no checkpoint be in it."""
+  """Raise UserError, before anything that may take long: no such folder can be made, read, or hold a checkpoint."""
   if buckets.is_url(folder):
     return
   path = pathlib.Path(folder)
@@ -248,8 +200,7 @@ def check_workdir(folder: str) -> None:
 
 
 def check_utf8(path: str | os.PathLike[str], flag: str) -> None:
-  """Raises UserError for a path in another encoding, which the libraries of checkpoints and of records do not take.
-  `flag`: that named it."""
+  """Raise UserError for a path, named by a flag, in an encoding that no library of checkpoints or records takes."""
   try:
     os.path.abspath(path).encode()
   except UnicodeEncodeError as error:
@@ -260,10 +211,9 @@ def check_utf8(path: str | os.PathLike[str], flag: str) -> None:
 
 
 def check_out(out: str, flag: str = "out") -> None:
-  """Before work whose result goes there at the end, so that it is not lost. `flag`: that named it.
+  """Raise UserError, before work whose result would be lost: `out` is a folder, or no file of this name can be written.
 
-  Raises:
-    UserError: `out` is a folder, or no file of this name can be written.
+  `flag` is the one that named it.
   """
   path = buckets.path(out)
   if path.is_dir():
@@ -280,13 +230,13 @@ def check_out(out: str, flag: str = "out") -> None:
 
 
 def write_out(out: str, text: str) -> None:
-  """Raises UserError: it cannot be written."""
+  """Write the file of --out. Raise UserError: it cannot be written."""
   with writing(f"--out={out}"):
     write_whole(buckets.path(out), text.encode())
 
 
 def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
-  """The value in a JSON file, local or wherever etils.epath reads.
+  """Return the value in a JSON file, local or wherever etils.epath reads.
 
   Args:
     path: of the file.
@@ -307,7 +257,7 @@ def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """The JSON object in a file; of anything else, such as one that is not there or cannot be reached, an empty one."""
+  """Return the JSON object in a file; an empty one of a file that is absent, damaged or out of reach."""
   try:
     found = read_json(path)
   except Exception as error:
@@ -319,15 +269,15 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def as_json(content: Any) -> str:
-  """JSON for people to read."""
+  """Return JSON for people to read."""
   return json.dumps(content, indent=2) + "\n"
 
 
 def lines(path: epath.Path) -> list[str]:
-  """Of a text file that a run appends to; none where there is none. Bytes that a power cut left are replaced."""
+  """Return the lines of a text file; none of an absent one. Bytes that a power cut left are replaced."""
   return path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-  """Writes a JSON file for people to read. Raises OSError where it cannot be written."""
+  """Write a JSON file for people to read. Raise OSError where it cannot be written."""
   write_whole(buckets.path(path), as_json(content).encode())

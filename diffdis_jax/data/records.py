@@ -21,8 +21,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diffdis_jax.common import buckets, storage
-from diffdis_jax.common.files import leads_out, may_open
 from diffdis_jax.data import copies, image_files
+from diffdis_jax.data.paths import leads_out, may_open
 from diffdis_jax.data.transforms import Decoded, decode_reduced
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests

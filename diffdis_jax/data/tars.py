@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from diffdis_jax.common import files
+from diffdis_jax.data import paths
 from diffdis_jax.data.records import NOT_PLAIN, TOO_LARGE, Unusable
 from diffdis_jax.errors import Gone, UserError
 
@@ -100,7 +100,7 @@ def index(path: pathlib.Path, field_of: Callable[[str], str | None]) -> Index:
         continue
       key, ending = posixpath.splitext(entry.name)
       field = field_of(ending[1:].lower())
-      hidden = files.is_hidden(posixpath.basename(entry.name))  # such as macOS packs beside each file
+      hidden = paths.is_hidden(posixpath.basename(entry.name))  # such as macOS packs beside each file
       if field is None or hidden:
         passed_over["hidden" if hidden else ending.lower() or "without an ending"] += 1
         continue

@@ -21,6 +21,7 @@ from absl import logging
 from jaxtyping import Float
 
 from diffdis_jax.common import buckets, files
+from diffdis_jax.data import paths
 from diffdis_jax.errors import UserError, may_pass, parse_json
 from diffdis_jax.evals import distances
 from diffdis_jax.models.inception import WIDTH
@@ -72,7 +73,7 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
   folder = buckets.local(path, "reference_images")
   if not folder.is_dir():
     raise UserError(f"no folder {folder}; it should hold the reference's images, {', '.join(ENDINGS)}")
-  found = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not files.is_hidden(file.name))
+  found = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not paths.is_hidden(file.name))
   if len(found) < 2:
     raise UserError(f"{folder} holds {len(found)} images ({', '.join(ENDINGS)}); a reference takes at least 2")
   return Folder(found)

@@ -6,8 +6,9 @@ import collections
 import pathlib
 from typing import Any
 
-from diffdis_jax.common.files import is_below, read_json
+from diffdis_jax.common.files import read_json
 from diffdis_jax.data.layouts.labelled import Captioned, Origin, image_files
+from diffdis_jax.data.paths import is_below
 from diffdis_jax.errors import UserError
 
 ENDING = ".jpg"

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from diffdis_jax.common.files import is_below, is_hidden, read_json
+from diffdis_jax.common.files import read_json
 from diffdis_jax.data.layouts import class_lists, pickles
 from diffdis_jax.data.layouts.labelled import Images, Lazy, Named, Origin, image_files
+from diffdis_jax.data.paths import is_below, is_hidden
 from diffdis_jax.errors import UserError
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # as torchvision's ImageFolder

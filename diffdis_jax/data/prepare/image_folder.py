@@ -6,8 +6,7 @@ import json
 import pathlib
 from collections.abc import Iterable, Iterator
 
-from diffdis_jax.common import files
-from diffdis_jax.data import image_files
+from diffdis_jax.data import image_files, paths
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.parts import Item, Part
@@ -71,7 +70,7 @@ def _is_image(path: pathlib.Path) -> bool:
 
 
 def _folders(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  return (path for path in folder.iterdir() if path.is_dir() and not files.is_hidden(path.name))
+  return (path for path in folder.iterdir() if path.is_dir() and not paths.is_hidden(path.name))
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ from typing import IO, Any, AnyStr, Protocol, runtime_checkable
 from absl import logging
 
 from diffdis_jax.common import files as run_files
+from diffdis_jax.data import paths
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.webdataset import TarPart, split_of
 from diffdis_jax.data.records import MOST_TEXT_BYTES, Unusable, read_file
@@ -134,7 +135,7 @@ def files(items: Iterable[Item], *, split: str, root: pathlib.Path) -> list[Part
 
 def listed(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
   """Files of a name directly in the folder, in order; without hidden ones, such as macOS leaves on other disks."""
-  return sorted(path for path in folder.glob(pattern) if not run_files.is_hidden(path.name))
+  return sorted(path for path in folder.glob(pattern) if not paths.is_hidden(path.name))
 
 
 def names_below(folder: pathlib.Path) -> Iterator[str]:
@@ -148,12 +149,12 @@ def names_below(folder: pathlib.Path) -> Iterator[str]:
     raise error
 
   for path, below, names in os.walk(folder, onerror=stop):
-    below[:] = sorted(name for name in below if not run_files.is_hidden(name))
+    below[:] = sorted(name for name in below if not paths.is_hidden(name))
     for name in below:
       if os.path.islink(os.path.join(path, name)):  # which might lead around in a circle
         logging.warning("%s is a link to a folder, and left out; copy or mount it there", os.path.join(path, name))
     inside = pathlib.Path(path).relative_to(folder).as_posix()
-    yield from (posixpath.normpath(f"{inside}/{name}") for name in sorted(names) if not run_files.is_hidden(name))
+    yield from (posixpath.normpath(f"{inside}/{name}") for name in sorted(names) if not paths.is_hidden(name))
 
 
 def check_folder(source: pathlib.Path, what: str) -> None:

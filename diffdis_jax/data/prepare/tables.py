@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.common.files import leads_out
+from diffdis_jax.data.paths import leads_out
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.image_folder import SPLITS
 from diffdis_jax.data.prepare.own_pairs import (
