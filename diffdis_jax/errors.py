@@ -14,7 +14,9 @@ TERMINATED = 143  # 128 + SIGTERM, of a command that had nothing to save
 
 
 class UserError(Exception):
-  """Bad input. Its message is one line: what is wrong, and what would be right. Commands exit with code 2."""
+  """Bad input. Its message is one line: what is wrong, and what would be right. Commands exit with `code`."""
+
+  code = 2
 
 
 class Preempted(Exception):

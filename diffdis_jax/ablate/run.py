@@ -23,7 +23,7 @@ from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.common import buckets, files, signals
 from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import workdir
+from diffdis_jax.run import lock
 
 PATIENCE = 10.0  # seconds between two looks at a run that another process has
 BAD_INPUT = 2  # the exit code of a UserError
@@ -86,7 +86,7 @@ def run(
   def measured() -> None:
     # Training locks the workdir itself; measuring needs the same lock, or two processes would write one file.
     with contextlib.ExitStack() as stack:
-      processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
+      processes.on_first(lambda: stack.enter_context(lock.Lock(path)))
       measure(one, path, folder.results(one))
 
   _when_free(lambda: folder.state(one).measured, measured)
@@ -98,7 +98,7 @@ def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
     try:
       action()
       return
-    except workdir.InUse as error:
+    except lock.InUse as error:
       # One of several processes cannot wait alone: the others are on their way to what all of them do together.
       if jax.process_count() > 1:
         raise

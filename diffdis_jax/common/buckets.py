@@ -210,6 +210,29 @@ def download(wanted: Mapping[str, pathlib.Path]) -> None:
       file.unlink(missing_ok=True)
 
 
+def create(where: epath.Path, content: bytes) -> bool:
+  """Write an object unless there is one already, and return whether it was written."""
+  try:
+    _system().pipe_file(os.fspath(where), content, mode="create")  # only at generation 0
+  except FileExistsError:
+    return False
+  return True
+
+
+def generation(where: epath.Path) -> int:
+  """An object's generation, which each write changes; 0 if there is no object."""
+  try:
+    return int(_system().info(os.fspath(where))["generation"])
+  except FileNotFoundError:
+    return 0
+
+
+def remove(where: epath.Path, *, generation: int) -> None:
+  """Remove an object, unless it was written or removed since it had this generation."""
+  with contextlib.suppress(FileNotFoundError):
+    _system(version_aware=True).rm_file(f"{os.fspath(where)}#{generation}")
+
+
 class Mirror:
   """A local folder, in which files are appended to, and its copy in a bucket.
 
@@ -263,11 +286,11 @@ class Mirror:
     self._temporary.cleanup()
 
 
-def _system() -> Any:
+def _system(**options: bool) -> Any:
   import fsspec
 
   _configure()
-  return fsspec.filesystem("gcs")
+  return fsspec.filesystem("gcs", **options)
 
 
 @contextlib.contextmanager

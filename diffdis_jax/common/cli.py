@@ -84,9 +84,7 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
         raise UserError(f"unexpected argument {extra[0]!r}; every argument is a flag, --name=value")
       _check_values()
       return main(argv)
-    except UserError as error:
-      _stop(error)
-    except Diverged as error:
+    except (UserError, Diverged) as error:
       _stop(error, code=error.code)
     except OSError as error:
       _stop_for(error)

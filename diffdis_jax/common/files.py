@@ -258,6 +258,8 @@ def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Return the JSON object in a file; an empty one of a file that is absent, damaged or out of reach."""
+  if not buckets.is_url(path) and not pathlib.Path(path).is_file():  # a named pipe would be waited for
+    return {}
   try:
     found = read_json(path)
   except Exception as error:

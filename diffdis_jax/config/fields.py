@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,6 +66,8 @@ def read_json_object(path: epath.Path) -> dict[str, Any]:
     UserError: it holds no JSON object, or another one than was written.
   """
   file = path / "config.json"
+  if not buckets.is_url(file) and file.exists() and not pathlib.Path(file).is_file():  # a named pipe hangs its reader
+    raise UserError(f"{file} is no file; give the folder of a training run")
   config = normalise(read_json(file))
   if not isinstance(config, dict):
     raise UserError(f"{file} is of no training run; it should hold a JSON object")

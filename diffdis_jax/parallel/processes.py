@@ -228,12 +228,15 @@ def differing(value: str) -> list[int]:
 
 
 def on_first(action: Callable[[], Any]) -> None:
-  """Run the action on process 0. Raises UserError on every process if it raises that."""
+  """Run the action on process 0. Raises UserError on every process if it raises that. One with another code than 2
+  ends process 0, and so the others."""
   message = ""
   if is_first():
     try:
       action()
     except UserError as error:
+      if error.code != UserError.code:
+        raise
       message = str(error)
   if message := first_message(message):
     raise UserError(message)

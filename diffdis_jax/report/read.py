@@ -14,7 +14,7 @@ from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, files, one_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import curves
-from diffdis_jax.run import committed, history, workdir
+from diffdis_jax.run import committed, history
 
 ALIVE = 60.0  # seconds since the last sign of life of a run
 
@@ -119,10 +119,8 @@ def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _taken(lock: epath.Path) -> float | None:
-  """When the process that has the workdir now took it, seconds since 1970; None where none has it."""
-  try:
-    beat = lock.stat().mtime
-  except OSError:
+  """Return when the process that holds the workdir now took it, in seconds since 1970; None if none does."""
+  if not lock.exists() or time.time() - (beat := lock.stat().mtime) > ALIVE:
     return None
-  beats = files.read_object(lock).get("beats", 1)
-  return beat - workdir.BEAT * (beats - 1 if history.is_step(beats) else 0) if time.time() - beat < ALIVE else None
+  taken = files.read_object(lock).get("time")
+  return taken if isinstance(taken, float) else beat

@@ -28,7 +28,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import HEAD_PREFIX, Network
 from diffdis_jax.parallel import processes, sharding
-from diffdis_jax.run import checkpoint, committed, restore, workdir
+from diffdis_jax.run import checkpoint, committed, lock, restore, workdir
 from diffdis_jax.run.restore import Restored
 from diffdis_jax.training import optim, run_info, stored_inputs
 from diffdis_jax.training.long_tail import anchors
@@ -76,7 +76,7 @@ def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> in
   workdir.check_config(path, fields, moved=moved)
   processes.check_shared(path)
   # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
-  processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
+  processes.on_first(lambda: stack.enter_context(lock.Lock(path)))
   before = workdir.lengthened(path, fields)
   workdir.open_for_training(path, fields, is_writer=processes.is_first(), moved=moved)
   if processes.is_first():

@@ -21,7 +21,7 @@ from diffdis_jax.ablate import status, tables
 from diffdis_jax.ablate.folder import Folder, State, seconds_per_step
 from diffdis_jax.errors import Interrupted, Preempted, UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import workdir
+from diffdis_jax.run import lock
 from tests import tiny
 from tests.ablate import synthetic
 from tests.ablate.synthetic import make_plan
@@ -52,8 +52,8 @@ class Done:
 
   def measure(self, run, path, out):
     assert self.folder.workdir(run) == path and self.folder.results(run) == out
-    with pytest.raises(workdir.InUse):
-      workdir.Lock(path).__enter__()
+    with pytest.raises(lock.InUse):
+      lock.Lock(path).__enter__()
     self.measured.append(run.name)
 
 
@@ -94,7 +94,7 @@ def test_what_another_process_has_is_waited_for(plan, done, monkeypatch):
     waits.append(path)
     if len(waits) == 3:
       done.trained.append(path)  # by the other process
-    raise workdir.InUse("in use by process 1 on another; wait for it")
+    raise lock.InUse("in use by process 1 on another; wait for it")
 
   running.run(first, done.folder, train=train, measure=done.measure)
   assert waits == [path] * 3 and not done.measured
@@ -344,9 +344,9 @@ def test_a_run_that_was_stopped_ends_all(plan, tmp_path, code, cause):
 
 def test_seconds_of_a_step(tmp_path):
   """Lines of 2 and 4 steps a second, as many steps each: 0.375 s. Evaluations and a line cut off say nothing."""
-  assert seconds_per_step(workdir.epath.Path(tmp_path)) is None
+  assert seconds_per_step(epath.Path(tmp_path)) is None
   lines = [{"step": 4, "steps_per_sec": 2.0}, {"step": 4, "test/acc1": 1.0}, {"step": 8, "steps_per_sec": 4.0}]
   lines.append({"step": 9, "steps_per_sec": None})
   text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 12, "steps_p'
   (pathlib.Path(tmp_path) / "metrics.jsonl").write_text(text)
-  assert seconds_per_step(workdir.epath.Path(tmp_path)) == 0.375
+  assert seconds_per_step(epath.Path(tmp_path)) == 0.375

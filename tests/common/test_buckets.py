@@ -17,7 +17,7 @@ import pytest
 from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import Preempted, UserError, may_pass
 from diffdis_jax.evals import results
-from diffdis_jax.run import committed, history, workdir, writers
+from diffdis_jax.run import committed, history, lock, workdir, writers
 
 pytest_plugins = ("tests.bucket_server",)
 # Of sessions that gcsfs's own thread holds to the end.
@@ -221,18 +221,16 @@ def test_two_hosts_copy_one_object_to_one_file(url, tmp_path, monkeypatch):
 
 
 def test_a_second_run_is_refused_and_a_dead_ones_lock_taken_over(url, monkeypatch):
-  monkeypatch.setattr(workdir, "ENDING", 0.3)
-  monkeypatch.setattr(workdir, "SETTLING_IN_A_BUCKET", 0.1)
-  with workdir.Lock(url):
+  monkeypatch.setattr(lock, "BEAT", 0.2)
+  monkeypatch.setattr(lock, "PATIENCE", 2.0)
+  monkeypatch.setattr(lock, "ENDING", 0.3)
+  with lock.Lock(url):
     assert json.loads((buckets.path(url) / "lock.json").read_text())["pid"] == os.getpid()
-    with pytest.raises(workdir.InUse, match="is in use by process"):
-      workdir.Lock(url).__enter__()
+    with pytest.raises(lock.InUse, match="is in use by process"):
+      lock.Lock(url).__enter__()
   assert not (buckets.path(url) / "lock.json").exists()
-  elsewhere(
-    f"from diffdis_jax.run import workdir\nworkdir.SETTLING_IN_A_BUCKET = 0.1\n"
-    f"workdir.Lock({url!r}).__enter__()\nimport os\nos._exit(0)"
-  )
-  with workdir.Lock(url):
+  elsewhere(f"import os\nfrom diffdis_jax.run import lock\nlock.Lock({url!r}).__enter__()\nos._exit(0)")
+  with lock.Lock(url):
     assert json.loads((buckets.path(url) / "lock.json").read_text())["pid"] == os.getpid()
 
 
