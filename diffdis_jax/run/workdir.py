@@ -178,8 +178,3 @@ def run_digest(workdir: epath.PathLike) -> str:
     return ""
   fields = identity(read_json_object(path))
   return digest({name: value for name, value in fields.items() if not re.search(_OF_NO_NUMBER, name)})
-
-
-def may_change(field: str) -> bool:
-  """Whether a field, by its dotted path, leaves the numbers of a training alone."""
-  return any(re.search(pattern, field) for pattern in MAY_CHANGE)
