@@ -84,14 +84,17 @@ MUTATIONS = (
   Mutation("evals/hog.py", "edges + COLOUR_WEIGHT *", "edges + 0.0 *", "tests/evals/test_hog.py"),
   # Long-tailed.
   Mutation(
-    "training/long_tail.py", "Total((1.0 - section.distill_weight)", "Total((0.0 + section.distill_weight)", LONG_TAIL
+    "training/long_tail/objectives.py",
+    "result((1.0 - section.distill_weight)",
+    "result((0.0 + section.distill_weight)",
+    LONG_TAIL,
   ),
-  Mutation("training/long_tail_losses.py", "same / same.sum(axis=1, keepdims=True)", "same / same.sum()", LONG_TAIL),
+  Mutation("training/long_tail/losses.py", "same / same.sum(axis=1, keepdims=True)", "same / same.sum()", LONG_TAIL),
   Mutation(
-    "training/long_tail_losses.py", "smoothing * log_p.mean(axis=1)", "smoothing * log_p.sum(axis=1)", LONG_TAIL
+    "training/long_tail/losses.py", "smoothing * log_p.mean(axis=1)", "smoothing * log_p.sum(axis=1)", LONG_TAIL
   ),
-  Mutation("training/mixing.py", "beta(of_cutmix, cutmix)", "beta(of_cutmix, mixup or cutmix)", MIXING),
-  Mutation("training/mixing.py", "randint(column,", "randint(row,", MIXING),
+  Mutation("training/long_tail/mixing.py", "beta(of_cutmix, cutmix)", "beta(of_cutmix, mixup or cutmix)", MIXING),
+  Mutation("training/long_tail/mixing.py", "randint(column,", "randint(row,", MIXING),
   Mutation("models/lgr.py", "scores, axis=-1, where=there)", "scores, axis=-1)", "tests/models/test_lgr.py"),
   # Data.
   Mutation(

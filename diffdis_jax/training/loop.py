@@ -30,31 +30,23 @@ def train_and_evaluate(
   """Train to `run.num_steps`, from the last checkpoint in the workdir `path` if there is one.
 
   Args:
-    run: its config's record.
-    path: its workdir.
     tracker: one of trackers.TRACKERS, which gets what the writers get; empty for none.
     profiled: steps to trace, as `profile.parse` takes them; empty for none.
     trainer: of this run; None to build it here, for a mesh of all devices.
-    hang_timeout: as `watchdog.Watchdog` takes its seconds.
+    hang_timeout: seconds, as `watchdog.Watchdog` takes them.
 
   Raises:
     UserError: bad data or workdir, or a config that the devices cannot train.
     Diverged: more than `optim.skip_bad_steps` steps in a row were not finite.
     Preempted: SIGTERM or, as Interrupted, Ctrl-C came; the steps so far are saved.
   """
-  # Flags first: they need neither devices nor data.
   span = profile.parse(profiled, num_steps=run.num_steps) if profiled else None
-  trackers.check(tracker)
+  processes.on_first(functools.partial(trackers.sign_in, tracker))
   provenance.code()  # now: the checkout may change in the minutes until a start is recorded
   mesh = trainer.mesh if trainer else sharding.make_mesh(**vars(run.mesh))
   stop = processes.PreemptionHandler(sharding.batch_sharding(mesh))
-  if jax.process_count() == 1:  # each of several has said so when it joined the others
-    processes.log_place()
-  processes.on_first(functools.partial(trackers.sign_in, tracker))
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(stop.listening())  # from the start: building and compiling may take minutes
-    dog = stack.enter_context(watchdog.Watchdog(hang_timeout))
-
+  # From the start: building and compiling may take minutes.
+  with stop.listening(), watchdog.Watchdog(hang_timeout) as dog, contextlib.ExitStack() as stack:
     # Everything that can be wrong with a config or its data is found before the workdir is touched.
     trainer = trainer or Trainer(run, mesh)
     data = stack.enter_context(contextlib.closing(start.open_batches(trainer)))
@@ -63,18 +55,17 @@ def train_and_evaluate(
     run_info.log(trainer)
     run_info.check_same_on_all(run)
     start.check_initial(trainer, path)
-    before = start.open_workdir(path, trainer, stack)
+    before = start.open_workdir(path, trainer, stack)  # locked until the end
     checkpoints = stack.enter_context(checkpoint.Checkpointer(path, run.checkpoint))
     # It compiles while parameters are read or initialised, each of which may take a minute.
     program = trainer.step if checkpoints.latest_step() != run.num_steps else None
     state, meta = start.restore_or_init(trainer, checkpoints, data, choose)
-    first = int(state.step)
+    first, is_writer, evaluated = int(state.step), processes.is_first(), meta.get("evaluated", True)
     run_info.log_changes(run, path, before=before, step=first)
 
     # What is entered closes from the last to the first: trace, lines, history; then a pending save, and the lock.
-    info, is_writer = run_info.of_start(trainer, begins=not first), processes.is_first()
+    info = run_info.of_start(trainer, begins=not first)
     stack.enter_context(history.recorded(path, step=first, is_writer=is_writer, facts=info))
-    evaluated = meta.get("evaluated", True)
     track = functools.partial(trackers.open_tracker, tracker, path, run.to_dict())
     out = writers.open_writer(path, start_step=first, is_writer=is_writer, evaluated=evaluated, open_tracker=track)
     stack.enter_context(contextlib.closing(out))

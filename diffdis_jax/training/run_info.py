@@ -187,6 +187,8 @@ def log_end(run: Run, path: str) -> None:
 
 def log(trainer: Trainer) -> None:
   """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
+  if jax.process_count() == 1:  # each of several has logged its place when it joined the others
+    processes.log_place()
   logging.info("mesh %s", dict(trainer.mesh.shape))
   for line in describe(trainer.run.data):
     logging.info("data: %s", line)

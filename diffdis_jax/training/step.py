@@ -229,12 +229,13 @@ class Trainer:
     # Differentiated by what is trained alone: frozen parameters cost no gradient and no memory for one.
     value_and_grad = jax.value_and_grad(loss_of(network, run, build), has_aux=True)
 
-    def one(microbatch: Int[Array, ""], batch: TrainingBatch) -> Gradient:
-      (_, (metrics, statistics)), gradient = value_and_grad(trainable, batch, keys(microbatch), state.teacher)
-      return Gradient(gradient, metrics, statistics)
-
+    named = lambda found: Gradient(found[1], *found[0][1])  # of ((loss, (metrics, statistics)), gradient)
     if n == 1:
-      return one(jnp.zeros((), jnp.int32), batch)
+      return named(value_and_grad(trainable, batch, keys(jnp.zeros((), jnp.int32)), state.teacher))
+
+    def one(microbatch: Int[Array, ""], batch: TrainingBatch) -> Gradient:
+      return named(value_and_grad(trainable, batch, keys(microbatch), state.teacher))
+
     # Rows are dealt out in turn, so that each device's rows stay on it.
     arrays, kind = jax.tree.flatten(batch)
     split = [jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1) for x in arrays]

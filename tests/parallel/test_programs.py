@@ -45,51 +45,35 @@ def test_the_log_says_what_the_cache_had(cache, caplog):
   assert log == [*first, "compiling the sum", "compiled the sum in N s from the cache"]
 
 
-def test_a_program_compiles_ahead_of_its_first_call(cache, caplog):
+def test_a_program_compiles_ahead_of_its_first_call_and_is_waited_for_once(cache, caplog, monkeypatch):
   caplog.set_level("INFO")
   logging.set_verbosity(logging.INFO)
-  tracing, arrays = threading.Event(), threading.Event()
+  met, compiling, arrays = [], threading.Event(), threading.Event()
+  monkeypatch.setattr(programs.processes, "barrier", met.append)
 
-  def f(x):
-    tracing.set()
+  def waiting(lowered, compile=jax.stages.Lowered.compile):
+    compiling.set()
     assert arrays.wait(60), "the main thread waits for the compiler"
-    return (x * 5).sum()
+    return compile(lowered)
 
-  ahead = programs.AheadOfTime("the sum", jax.jit(f), jax.ShapeDtypeStruct((4,), jnp.float32))
-  ahead.start()
-  assert tracing.wait(60)
+  lowered = jax.jit(lambda x: (x * 5).sum()).lower(jax.ShapeDtypeStruct((4,), jnp.float32))
+  monkeypatch.setattr(jax.stages.Lowered, "compile", waiting)
+  ahead = programs.AheadOfTime("the sum", lowered)
+  assert compiling.wait(60)
   x = jnp.ones(4)  # while it compiles
   arrays.set()
-  assert ahead.compiled()(x) == 20
-  assert [message.split()[0] for message in caplog.messages] == ["compiling", "compiled"]
-
-
-def test_a_program_is_compiled_once_and_waited_for_once(cache, caplog, monkeypatch):
-  caplog.set_level("INFO")
-  logging.set_verbosity(logging.INFO)
-  met = []
-  monkeypatch.setattr(programs.processes, "barrier", met.append)
-  ahead = programs.AheadOfTime("the sum", jax.jit(lambda x: (x * 9).sum()), jnp.ones(4))
-  ahead.start()
-  ahead.start()
-  first = ahead.compiled()
-  ahead.start()
-  assert ahead.compiled() is first
+  assert ahead.compiled()(x) == 20 and ahead.compiled() is ahead.compiled()
   assert [message.split()[0] for message in caplog.messages] == ["compiling", "compiled"]
   assert met == ["compiled the sum"]
 
 
-def test_a_program_that_was_not_begun_compiles_at_its_first_call(cache):
-  ahead = programs.AheadOfTime("the sum", jax.jit(lambda x: (x * 6).sum()), jnp.ones(4))
-  assert ahead.compiled()(jnp.ones(4)) == 24
-
-
-def test_what_fails_in_compiling_ahead_fails_where_it_is_needed(cache):
-  def f(x):
+def test_what_fails_in_compiling_ahead_fails_where_it_is_needed(monkeypatch):
+  def fails(_):
     raise ValueError("no such shape")
 
-  ahead = programs.AheadOfTime("the sum", jax.jit(f), jnp.ones(4))
-  ahead.start()
+  lowered = jax.jit(lambda x: x).lower(jnp.ones(4))
+  monkeypatch.setattr(jax.stages.Lowered, "compile", fails)
+  ahead = programs.AheadOfTime("the sum", lowered)
   with pytest.raises(ValueError, match="no such shape"):
     ahead.compiled()
 
@@ -102,9 +86,7 @@ def test_a_hit_in_the_cache_counts_for_the_thread_that_had_it(cache, caplog, mon
   jax.clear_caches()
 
   def other(x):
-    ahead = programs.AheadOfTime("the sum", jax.jit(lambda x: (x * 7).sum()), x)
-    ahead.start()
-    ahead.compiled()
+    programs.compiled("the sum", jax.jit(lambda x: (x * 7).sum()), x)
     return (x * 8).sum()
 
   caplog.clear()
@@ -126,19 +108,18 @@ def test_an_end_does_not_wait_for_what_compiles_ahead(error, code, message):
 
 _ENDS_WHILE_COMPILING = """
 import threading, time
-import jax, jax.numpy as jnp
 from diffdis_jax.common import cli
 from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.parallel import programs
 
 def main(argv):
-  tracing = threading.Event()
-  def f(x):
-    tracing.set()
-    time.sleep(60)
-    return x
-  programs.AheadOfTime("the sum", jax.jit(f), jnp.ones(3)).start()
-  tracing.wait()
+  compiling = threading.Event()
+  class Lowered:
+    def compile(self):
+      compiling.set()
+      time.sleep(60)
+  programs.AheadOfTime("the sum", Lowered())
+  compiling.wait()
   raise ERROR
 
 cli.run(main)
