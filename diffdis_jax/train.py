@@ -3,8 +3,8 @@
   diffdis train --config=shapes:autoencoder --workdir=runs/autoencoder
 
 Run it again with the same --workdir to resume from the last checkpoint. The numbers are those of a run that was never
-stopped; on another number of processes or devices they differ by rounding. SIGTERM saves and exits with code 75,
-Ctrl-C with code 130.
+stopped; on another number of processes, devices or CPU cores they differ by rounding. SIGTERM saves and exits with code
+75, Ctrl-C with code 130.
 
   --config=NAME[:argument=value,...]   the config, with arguments of its own
   --config.optim.accumulate=2                     sets a field of the config

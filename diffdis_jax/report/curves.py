@@ -42,10 +42,15 @@ class Band:
 
 
 def read(lines: Sequence[str]) -> dict[str, Curve]:
-  """The curves of metrics.jsonl by metric. A line that is cut off is left out, and so is what is no number, with a
-  warning where it is not the last line, which may still be being written."""
+  """Read the curves of metrics.jsonl, by metric.
+
+  What is no number is left out, and so is a line that cannot be read, with a warning unless it is the last one, which
+  may still be being written.
+  """
+  found = [*_parsed([line for line in lines if line.strip()])]
+  history.warn_of_lost(found)
   try:
-    return _joined(_parsed(lines))
+    return _joined(found)
   except (TypeError, ValueError, OverflowError):
     logging.warning("metrics.jsonl has text where numbers should be; it is left out")
     return _joined(map(history.metrics_of, lines))
@@ -69,16 +74,13 @@ def _joined(lines: Iterable[Any]) -> dict[str, Curve]:
   }
 
 
-def _parsed(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-  """The lines' objects: many at once, which takes half the time, or one by one where one of them is cut off."""
+def _parsed(lines: Sequence[str]) -> Iterator[Any]:
+  """The lines' objects: many at once, which takes half the time, or one by one where one of them cannot be read."""
   for start in range(0, len(lines), AT_ONCE):
     some = lines[start : start + AT_ONCE]
     try:
       yield from json.loads(f"[{','.join(some)}]")
     except (ValueError, RecursionError):
-      before_last = some[: len(lines) - 1 - start]
-      if lost := sum(bool(line.strip()) and not history.parse(line) for line in before_last):
-        logging.warning("metrics.jsonl has %d lines that cannot be read; they are left out", lost)
       yield from map(history.parse, some)
 
 

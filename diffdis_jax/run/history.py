@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -102,6 +102,16 @@ def reported(workdir: epath.PathLike) -> float | None:
 def last_line(path: epath.Path) -> dict[str, Any] | None:
   """The last line with a step of metrics.jsonl, or None."""
   return next(filter(None, map(metrics_of, reversed(files.lines(path)))), None)
+
+
+def warn_of_lost(found: Sequence[Any]) -> None:
+  """Warn of the lines of metrics.jsonl that cannot be read, but for the last one, which may be cut off.
+
+  Args:
+    found: the object of each line, in the file's order.
+  """
+  if lost := sum(not isinstance(each, dict) or not is_step(each.get("step")) for each in found[:-1]):
+    logging.warning("metrics.jsonl has %d lines that cannot be read; they are left out", lost)
 
 
 def metrics_of(line: str) -> dict[str, Any]:

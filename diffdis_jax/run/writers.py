@@ -172,14 +172,15 @@ def open_writer(
 
 
 def _drop_lines_beyond(path: epath.Path, step: int, *, evaluated: bool) -> None:
-  def stays(line: str) -> bool:
-    found = history.metrics_of(line)
+  def stays(found: Mapping[str, Any]) -> bool:
     is_again = found.get("step") == step and not evaluated and any("/" in name for name in found)
-    # A line without a step was cut off, and goes too.
+    # A line without a step was cut off or damaged, and goes too.
     return found.get("step", step + 1) <= step and not is_again
 
   lines = files.lines(path)
-  kept = [line for line in lines if stays(line)]
+  found = [history.metrics_of(line) for line in lines]
+  history.warn_of_lost(found)
+  kept = [line for line, each in zip(lines, found, strict=True) if stays(each)]
   if len(kept) < len(lines):
     files.write_whole(path, "".join(line + "\n" for line in kept).encode())
 

@@ -120,6 +120,7 @@ def log_changes(run: Run, path: str, *, before: int | None, step: int) -> None:
     _log_longer(run, before, step)
   if step and processes.is_first():
     _warn_of_other_data(run, path)
+    _warn_of_other_processors(path)
 
 
 def _warn_of_other_data(run: Run, path: str) -> None:
@@ -137,6 +138,15 @@ def _warn_of_other_data(run: Run, path: str) -> None:
     "; ".join([*map(str, before), *digests_before.values()]),
     "; ".join([*now, *digests_now.values()]),
   )
+
+
+def _warn_of_other_processors(path: str) -> None:
+  """Warn when a run resumes on a CPU with another number of processors, by which a CPU splits its sums."""
+  now, before = machine.processors(), _last(path, "processors")
+  if jax.default_backend() == "cpu" and before not in (None, now):
+    logging.warning(
+      "the run resumes on %d processors, and had %d before: its numbers from here on differ by rounding", now, before
+    )
 
 
 def _log_longer(run: Run, before: int, step: int) -> None:

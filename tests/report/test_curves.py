@@ -51,6 +51,15 @@ def test_lines_that_cannot_be_read_are_counted_but_for_the_last(caplog):
   assert "metrics.jsonl has 2 lines that cannot be read" in caplog.text
 
 
+@pytest.mark.parametrize(
+  "damaged", ['{"stfp": 2, "loss": 2.0}', '{"step": -2, "loss": 2.0}', '{"step": 2, "loss": 2.0', "3"]
+)
+def test_a_line_in_the_middle_is_not_lost_in_silence(damaged, caplog):
+  whole = lines_of({"step": 1, "loss": 2.0}, {"step": 3, "loss": 1.0})
+  curves.read([whole[0], damaged, whole[1], '{"step": 4, "lo'])
+  assert "metrics.jsonl has 1 lines that cannot be read; they are left out" in caplog.text
+
+
 @pytest.mark.parametrize("step", ['"x"', "true", "-1", "1e400", "1" + "0" * 30, "[1]"])
 def test_a_line_whose_step_is_no_number_of_steps_is_left_out(step):
   found = curves.read(['{"step": 1, "loss": 2.0}', f'{{"step": {step}, "loss": 3.0}}', '{"step":' * 20_000])

@@ -293,3 +293,11 @@ def test_the_progress_line_fits_a_terminal_and_metrics_keep_the_rest(caplog, tmp
 def test_progress_gives_the_steps_that_are_left():
   assert list(writers.Throughput(start_step=3, num_steps=6, batch_size=1).steps()) == [4, 5, 6]
   assert list(writers.Throughput(start_step=6, num_steps=6, batch_size=1).steps()) == []
+
+
+def test_a_damaged_line_is_not_dropped_in_silence(tmp_path, caplog):
+  metrics = tmp_path / "metrics.jsonl"
+  metrics.write_text('{"step": 1, "loss": 1.0}\n{"stfp": 2, "loss": 1.0}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+  writers.open_writer(tmp_path, start_step=3, is_writer=True).close()
+  assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 3]
+  assert caplog.messages == ["metrics.jsonl has 1 lines that cannot be read; they are left out"]

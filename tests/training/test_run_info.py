@@ -165,3 +165,14 @@ def test_hosts_with_another_config_or_other_code_are_named(monkeypatch, change, 
   monkeypatch.setattr(processes, "texts", lambda text: [first(text), first(text), text])
   with pytest.raises(UserError, match=said):
     run_info.check_same_on_all(Run.of(tiny.get_config()))
+
+
+def test_a_run_that_resumes_on_another_number_of_processors_says_so_once(tmp_path, monkeypatch, caplog):
+  run = Run.of(tiny.get_config())
+  for now, told in ((2, 0), (2, 0), (1, 1), (1, 1)):
+    monkeypatch.setattr(run_info.machine, "processors", lambda count=now: count)
+    run_info.log_changes(run, str(tmp_path), before=None, step=1)
+    assert caplog.text.count("its numbers from here on differ by rounding") == told
+    with history.recorded(tmp_path, step=1, is_writer=True, facts={"processors": now}):
+      pass
+  assert "the run resumes on 1 processors, and had 2 before" in caplog.text
