@@ -135,7 +135,7 @@ def _digest(image: bytes | UInt8[np.ndarray, "h w 3"], caption: str, *, seed: in
   """Return what a pair is ordered by: its content, keyed by the seed."""
   content = hashlib.blake2b(caption.encode(errors="surrogatepass"), digest_size=16, key=str(seed).encode())
   content.update(b"\0")
-  content.update(image if isinstance(image, bytes) else np.ascontiguousarray(image))
+  content.update(image if isinstance(image, bytes) else image.tobytes())
   return content.digest()
 
 
