@@ -157,13 +157,9 @@ def while_importing() -> None:
   if multiprocessing.parent_process() is not None:
     if _PACKAGE in pathlib.Path(sys.argv[0]).resolve().parents:
       signal.signal(signal.SIGINT, signal.SIG_IGN)
-  elif is_command():
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-
-
-def is_command() -> bool:
-  """Whether this process is a command of the package, as the package is being imported."""
+    return
   name = pathlib.Path(sys.argv[0]).name  # `diffdis`, the script of an installed package
   if name == "-m" and "-m" in sys.orig_argv:  # while Python looks for the module, and imports its package
     name = sys.orig_argv[sys.orig_argv.index("-m") + 1].partition(".")[0]
-  return name in ("diffdis", _PACKAGE.name)
+  if name in ("diffdis", _PACKAGE.name):
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))

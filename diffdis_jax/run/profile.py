@@ -28,7 +28,7 @@ class Span:
 
 
 def parse(text: str, *, num_steps: int) -> Span:
-  """START:STEPS, of a run of `num_steps`. Raises UserError if it is something else, or not within the run."""
+  """Read START:STEPS. Raises UserError if it is something else, or not within the run of `num_steps`."""
   start, _, steps = text.partition(":")
   if not (start.isdecimal() and steps.isdecimal() and int(start) and int(steps)):
     raise UserError(f"--profile={text} should be START:STEPS, such as 100:5 for the steps 100 to 104")
@@ -56,7 +56,7 @@ class Profiler:
       self._span = None
 
   def before(self, step: int, running: Any) -> None:
-    """Before the data of this step; waits, at the first step of the span, for `running`, what the last one gives."""
+    """Begin this step, before its data. The first step of the span waits for `running`, the result of the last one."""
     if self._span is None or not self._span.start <= step <= self._span.last:
       return
     if self._folder is None:
@@ -74,14 +74,14 @@ class Profiler:
     self._annotation.__enter__()
 
   def after(self, step: int) -> bool:
-    """After this step; whether it was the last one of the span, so that it is time to wait for it and to `close`."""
+    """End this step. Returns whether it was the last one of the span: wait for it, and `close`."""
     if self._annotation is not None:
       self._annotation.__exit__(None, None, None)
       self._annotation = None
     return self._folder is not None and self._span is not None and step == self._span.last
 
   def close(self) -> None:
-    """Writes what is traced, if there is a trace."""
+    """Write the trace, if there is one."""
     if self._folder is None or self._span is None:
       return
     folder, self._folder = self._folder, None

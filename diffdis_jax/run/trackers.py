@@ -1,15 +1,11 @@
-"""Trackers beside TensorBoard and metrics.jsonl: Weights & Biases, and trackio. The same numbers and pictures, by the
-same names.
+"""Trackers that get a run's numbers and pictures beside TensorBoard: Weights & Biases, and trackio.
 
-A run's id is kept in its workdir, in trackers.json, so that a resumed run is the same run there. Both read
-from their own environment variables where to write, and whether to reach their servers: WANDB_MODE=offline,
-TRACKIO_DIR, ...
+A run's id is kept in its workdir, in trackers.json, so that a resumed run is the same run there. Both read their
+settings from environment variables of their own, such as WANDB_MODE=offline and TRACKIO_DIR.
 """
 
 from __future__ import annotations
 
-import abc
-import functools
 import importlib
 import importlib.util
 import os
@@ -31,37 +27,18 @@ PROJECT = "diffdis_jax"
 FILE = "trackers.json"
 
 
-class Tracker(abc.ABC):
-  """Where a run's numbers go as well."""
+class Wandb:
+  """Sends numbers to Weights & Biases, with the step as a value over which curves are drawn.
 
-  @abc.abstractmethod
-  def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    """Finite numbers by their name in metrics.jsonl."""
-
-  @abc.abstractmethod
-  def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """One picture."""
-
-  @abc.abstractmethod
-  def close(self) -> None:
-    """Sends what is left."""
-
-
-class Wandb(Tracker):
-  """Weights & Biases.
-
-  Its own count of steps only grows, and would refuse those that a run takes again after it was killed. So the step is a
-  value like others, over which the curves are drawn.
+  Its own count of steps only grows, and would refuse those that a run takes again after it was killed.
   """
 
   def __init__(self, id: str, name: str, config: Mapping[str, Any], folder: str | None):
     self._wandb: Any = importlib.import_module("wandb")
-    project = os.environ.get("WANDB_PROJECT", PROJECT)
-    start = functools.partial(
-      self._wandb.init, project=project, id=id, name=name, resume="allow", config=dict(config), dir=folder
-    )
+    options = {"id": id, "name": name, "resume": "allow", "config": dict(config), "dir": folder}
+    options["project"] = os.environ.get("WANDB_PROJECT", PROJECT)
     try:
-      self._run = start()
+      self._run = self._wandb.init(**options)
     except self._wandb.errors.CommError as error:  # after a hundred seconds, of a server that does not answer
       logging.warning(
         "--tracker=wandb: %s; the numbers of this start are kept in %s/wandb, from where wandb sync sends them",
@@ -69,7 +46,7 @@ class Wandb(Tracker):
         folder or ".",
       )
       self._wandb.teardown()  # or else the id is still in use
-      self._run = start(mode="offline")
+      self._run = self._wandb.init(**options, mode="offline")
     self._run.define_metric("*", step_metric="step")
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -82,8 +59,8 @@ class Wandb(Tracker):
     self._run.finish()
 
 
-class Trackio(Tracker):
-  """trackio, which resumes a run by its name: the name has the id in it."""
+class Trackio:
+  """Sends numbers to trackio, which resumes a run by its name: the name has the id in it."""
 
   def __init__(self, id: str, name: str, config: Mapping[str, Any], folder: str | None):
     del folder  # TRACKIO_DIR says
@@ -103,17 +80,18 @@ class Trackio(Tracker):
     self._run.finish()
 
 
-TRACKERS: dict[str, type[Wandb] | type[Trackio]] = {"wandb": Wandb, "trackio": Trackio}
+Tracker = Wandb | Trackio
+TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "trackio": Trackio}
 
 
 def check(kind: str) -> None:
-  """Raises UserError if the tracker's package is not installed; empty is none."""
+  """Raise UserError if the tracker's package is not installed. An empty kind is no tracker."""
   if kind and importlib.util.find_spec(kind) is None:
     raise not_installed(f"--tracker={kind}", f"the package {kind}", kind)
 
 
 def sign_in(kind: str) -> None:
-  """Asks for the account that the numbers go to, in the first process. Raises UserError: there is none."""
+  """Ask for the account that the numbers go to. Raises UserError if there is none."""
   # At the start, and not with the first numbers, before which a program is compiled or a set is measured.
   if kind == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
     wandb: Any = importlib.import_module("wandb")
@@ -124,12 +102,12 @@ def sign_in(kind: str) -> None:
 
 
 def open_tracker(kind: str, workdir: epath.PathLike, config: Mapping[str, Any]) -> Tracker | None:
-  """The tracker of the run in this folder: a new run there, or the one that was begun before.
+  """Open the tracker of the run in this folder: a new run there, or the one that was begun before.
 
   Args:
     kind: a key of TRACKERS; empty for none.
     workdir: folder of the run.
-    config: the run's.
+    config: of the run.
   """
   if not kind:
     return None

@@ -177,7 +177,7 @@ def test_tensorflow_is_never_loaded(tmp_path):
 
 
 def test_a_tracker_gets_the_same_numbers_and_pictures(tmp_path):
-  class Kept(trackers.Tracker):
+  class Kept(trackers.Wandb):
     def __init__(self):
       self.found = []
 
