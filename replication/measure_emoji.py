@@ -110,7 +110,7 @@ def table(title: str, results: Results) -> str:
 
 def main(argv: object) -> None:
   extensions.add()
-  cli.compilation_cache(FLAGS.workdir)
+  cli.compilation_cache()
   cli.use_all_cores()
   result_files.check_out(FLAGS.out)
   asked = sections(pathlib.Path(FLAGS.data_root), image_size=config.load(FLAGS.workdir).image_size)

@@ -69,10 +69,10 @@ class GenerationAccuracy:
     of_labels = _given(splits=splits, label_field=label_field, epochs=epochs, held_out=held_out)
     of_shapes = _given(classifier_steps=classifier_steps, required_accuracy=required_accuracy)
     self.judge = self.make_judge(data, seed, of_labels, of_shapes)
-    per_class = self.judge.per_class if per_class is None else per_class
-    check_number("per_class", per_class, ge=1)
+    copies: int = self.judge.per_class if per_class is None else per_class
+    check_number("per_class", copies, ge=1)
     self._template = prompts.resolve_templates((template or self.judge.template,))[0]
-    self._classes, self._seed = np.tile(self.judge.asked, per_class), seed
+    self._classes, self._seed = np.tile(self.judge.asked, copies), seed
 
   def make_judge(
     self, data: Mapping[str, Any] | None, seed: int, of_labels: Mapping[str, Any], of_shapes: Mapping[str, Any]
