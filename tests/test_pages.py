@@ -79,8 +79,6 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "make emoji-small",
     "python -m diffdis_jax.demo --out=runs/s1",
     "python -m diffdis_jax.ablate run --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2",
-    "python -m replication.ablate",
-    "python -m replication benchmark",
     "python -m replication evaluate",
     "python -m replication.measure_emoji",
   ),
