@@ -25,7 +25,7 @@ USAGE = """DiffDis in JAX: one diffusion model that generates images from text a
 
 
 def commands() -> dict[str, str]:
-  """What each command does, by its name: the beginning of its file's docstring. Nothing is imported."""
+  """Say what each command does, by its name: the beginning of its file's docstring. Nothing is imported."""
   found = {}
   package = pathlib.Path(__file__).parent
   for path in sorted([*package.glob("*.py"), *package.glob("*/__main__.py")]):
@@ -38,7 +38,7 @@ def commands() -> dict[str, str]:
 
 
 def main(argv: Sequence[str]) -> int:
-  """The exit code, unless a command of that name takes over."""
+  """Return the exit code, unless a command of that name takes over."""
   found = commands()
   if argv and argv[0] == "--version":
     usage.write(f"{usage.version()}\n")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run() -> NoReturn:
-  """The command `diffdis` of an installed package."""
+  """Run the command `diffdis` of an installed package."""
   sys.exit(main(sys.argv[1:]))
 
 

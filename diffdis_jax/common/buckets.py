@@ -46,12 +46,12 @@ LAST_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
 
 def is_url(path: epath.PathLike) -> bool:
-  """Whether this is an address rather than a path on this machine."""
+  """Say whether this is an address rather than a path on this machine."""
   return "://" in os.fspath(path)
 
 
 def path(where: epath.PathLike) -> epath.Path:
-  """A local path, or one in a bucket.
+  """Return a local path, or one in a bucket.
 
   Raises:
     UserError: an address of another kind, or one of a bucket where the package that reads those is missing.
@@ -62,13 +62,13 @@ def path(where: epath.PathLike) -> epath.Path:
 
 
 def absolute(where: epath.PathLike) -> epath.Path:
-  """The path from the root; an address stands for itself, which etils would take for a local path here."""
+  """Return the path from the root; an address stands for itself, which etils would take for a local path here."""
   found = path(where)
   return found if is_url(where) else found.absolute()
 
 
 def local(where: epath.PathLike, flag: str) -> pathlib.Path:
-  """A path on this machine. Raises UserError: it is an address; `flag` is what was given it."""
+  """Return a path on this machine. Raise UserError: it is an address, which `flag` was given."""
   if is_url(where):
     how = "write it to this machine, and copy it there" if flag == "--out" else "copy it to this machine first"
     raise UserError(f"{flag}={os.fspath(where)} must be a local path; {how}")
@@ -76,9 +76,8 @@ def local(where: epath.PathLike, flag: str) -> pathlib.Path:
 
 
 def check(where: str) -> None:
-  """Raises UserError: an address of another kind than gs://BUCKET/..., one that is mistyped or has a special character,
-  or a bucket's where the package that reads those is missing; or a ~, of which a folder of that name would be made. A
-  local path passes."""
+  """Raise UserError for an address other than gs://BUCKET/..., one with a special character, one that needs a missing
+  package, or a ~, of which a folder of that name would be made. A local path passes."""
   if _HOME.match(where):
     meant = os.path.expanduser(where)
     raise UserError(f"the shell leaves the ~ of {where} as it is behind a =; give {meant}")
@@ -96,7 +95,7 @@ def check(where: str) -> None:
 
 @functools.cache
 def _configure() -> None:
-  """Once in each process, before etils opens a bucket."""
+  """Set up gcsfs, once in each process, before a bucket is opened."""
   from fsspec import config
 
   # Without credentials gcsfs would ask at each access which kind the bucket is. This is right for all but Rapid ones.
@@ -146,14 +145,14 @@ class BucketPath(type(epath.Path())):
 
 
 def files_below(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
-  """What lies in a folder of a bucket: name within it -> gcsfs's facts, among them `size` (bytes) and `etag`."""
+  """List a folder of a bucket: name within it -> gcsfs's facts, among them `size` (bytes) and `etag`."""
   root = path(folder)
   system, prefix = _system(), os.fspath(root).removeprefix(SCHEME).rstrip("/") + "/"
   return {name.removeprefix(prefix): facts for name, facts in system.find(os.fspath(root), detail=True).items()}
 
 
 def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = ()) -> None:
-  """Copies a local folder into a bucket; files named as in `last` after all others, as marks that those are there."""
+  """Copy a local folder into a bucket; files named as in `last` after all others, as marks that those are there."""
   found = sorted(file for file in folder.rglob("*") if file.is_file())
   for is_mark in (False, True):
     if group := [file.relative_to(folder).as_posix() for file in found if (file.name in last) == is_mark]:
@@ -256,12 +255,12 @@ class Mirror:
     self._last = clock()
 
   def copy_if_due(self) -> None:
-    """Copies, if the last time was long enough ago."""
+    """Copy, if the last time was long enough ago."""
     if self._clock() - self._last >= EVERY:
       self.copy()
 
   def copy(self) -> bool:
-    """Copies the files that have grown; whether all of them are there now."""
+    """Copy the files that have grown, and say whether all of them are there now."""
     self._last, all_there = self._clock(), True
     for file in sorted(self.folder.iterdir()):
       size = file.stat().st_size
@@ -275,7 +274,7 @@ class Mirror:
     return all_there
 
   def close(self) -> None:
-    """Copies what is left, while a bucket that is away may come back."""
+    """Copy what is left, while a bucket that is away may come back."""
     for pause in LAST_PAUSES:
       if self.copy():
         break
@@ -295,7 +294,7 @@ def _system(**options: bool) -> Any:
 
 @contextlib.contextmanager
 def appended(file: epath.Path) -> Iterator[IO[bytes]]:
-  """A file to append bytes to. One in a bucket is rewritten at the end, after what was in it."""
+  """Open a file to append bytes to. One in a bucket is rewritten at the end, after what was in it."""
   if not is_url(file):
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab") as opened:

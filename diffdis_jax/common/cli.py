@@ -49,8 +49,7 @@ _OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROF
 
 
 def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
-  """Parses the flags and calls `main(argv)`; never returns. `positional`: how many arguments may follow the program's
-  name.
+  """Parse the flags and call `main(argv)`; never return. `positional` arguments may follow the program's name.
 
   With several processes, or while a thread compiles, an error ends this process at once: waiting for the others, or for
   the compiler, in Python's clean-up would take minutes.
@@ -101,16 +100,16 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
 
 
 def _open_closed_streams() -> None:
-  """Gives stdin, stdout and stderr that were closed a place to go: the next file to be opened would have the number of
-  one of them, and get what libraries write there."""
+  """Open stdin, stdout and stderr that were closed: the next file to be opened would have the number of one of them,
+  and get what libraries write there."""
   for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
     if getattr(sys, name) is None:
       setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _check_values() -> None:
-  """Raises UserError: a folder's flag is empty, a number's is nan, an address in any flag or field is of no kind that
-  can be read, or the workdir is none that can be."""
+  """Raise UserError: a folder's flag is empty, a number is nan, an address in any flag or field cannot be read, or the
+  workdir cannot be one."""
   values = {name: flags.FLAGS[name] for name in flags.FLAGS}
   for name in _FOLDERS & {*values}:
     if values[name].present and values[name].value == "":
@@ -130,7 +129,7 @@ def _check_values() -> None:
 
 
 def _stop_for(error: Exception) -> NoReturn:
-  """For what a disk, a network or a right is to blame, one line; a bug is raised again."""
+  """Stop with one line for an error of a disk, a network or a right; raise a bug again."""
   number, path = getattr(error, "errno", None), getattr(error, "filename", None)
   said = getattr(error, "strerror", None) or error
   where = f" ({path})" if path else ""
@@ -148,9 +147,9 @@ def _stop_for(error: Exception) -> NoReturn:
 
 
 def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHolder[ConfigDict]:
-  """Defines the flag --config=NAME[:args] or FILE.py[:args], with --config.a.b=value for single fields.
+  """Define the flag --config=NAME[:args] or FILE.py[:args], with --config.a.b=value for single fields.
 
-  `alias`: another name of the flag, by which the file is asked for; its fields are --config.a.b all the same.
+  `alias` is another name of the flag, by which the file is asked for; its fields stay --config.a.b.
   """
   holder = config_flags.DEFINE_config_file(
     "config", None, "configuration: NAME[:args] of one that comes with the package, or FILE.py[:args]"
@@ -166,7 +165,7 @@ def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHo
 
 
 def process_flags() -> None:
-  """The flags that every verb with a network has; the last group of --help."""
+  """Define the flags that every command with a network has; they are the last group of --help."""
   with usage.group(usage.PROCESSES):
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0")
     flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
@@ -188,13 +187,13 @@ class Given(NamedTuple):
 
 
 def config_given() -> Given:
-  """What the command line says of its config."""
+  """Return what the command line says of its config."""
   flag = flags.FLAGS["config"]
   return Given(config_flags.get_config_filename(flag), config_flags.get_override_values(flag))
 
 
 def read_config(path: str, flag: str = "config") -> ConfigDict:
-  """The config of NAME[:args] or FILE.py[:args], not locked.
+  """Return the config of NAME[:args] or FILE.py[:args], not locked.
 
   Args:
     path: name of a config that comes with the package, such as `shapes`, or any Python file with a `get_config`.
@@ -232,8 +231,8 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
 
 @contextlib.contextmanager
 def _own_modules() -> Iterator[None]:
-  """Within, modules of the folder where the command was typed are found, as `python -m` finds them and `diffdis` does
-  not; after all others, so that none is in anybody's way."""
+  """Find modules of the folder where the command was typed, as `python -m` does and `diffdis` does not; after all
+  others, so that none is in anybody's way."""
   folder = os.getcwd()
   is_new = not sys.flags.safe_path and folder not in sys.path
   if is_new:
@@ -246,7 +245,7 @@ def _own_modules() -> Iterator[None]:
 
 
 def _make_own_flags_known() -> None:
-  """To --help, which lists the flags of the command's own file: also those that this package defines elsewhere."""
+  """Have --help list also the flags that this package defines outside of the command's own file."""
   for module, defined in flags.FLAGS.flags_by_module_dict().items():
     for flag in defined:
       if module.startswith("diffdis_jax.") or flag.name == "config":
@@ -300,9 +299,9 @@ def _remove_unfinished(folder: pathlib.Path) -> None:
 
 
 def use_all_cores() -> None:
-  """On a CPU, as many devices as cores, rounded down to a power of two, at most 8: one device leaves cores idle.
+  """Take as many CPU devices as cores, rounded down to a power of two, at most 8: one device leaves cores idle.
 
-  No effect on accelerators, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many.
+  It has no effect on accelerators, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many.
   """
   chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if not chosen and "JAX_NUM_CPU_DEVICES" not in os.environ:
@@ -313,7 +312,7 @@ def use_all_cores() -> None:
 
 
 class _ConfigFile(flags.ArgumentParser):
-  """Loads a config file; every mistake in the path, the file or the overrides is a UserError."""
+  """Load a config file; every mistake in the path, the file or the overrides is a UserError."""
 
   def __init__(self, flag: str):
     self._flag = flag
@@ -327,7 +326,7 @@ class _ConfigFile(flags.ArgumentParser):
 
 
 def _check_has_type(config: ConfigDict, key: str, file: str) -> None:
-  """Raises UserError where a field of the config is None: the type of what is there is what a value is read by."""
+  """Raise UserError where a field of the config is None: a value is read by the type of what is there."""
   *sections, name = key.partition("[")[0].split(".")
   if functools.reduce(lambda section, each: section[each], sections, config).get_type(name) is type(None):
     raise UserError(f"--config.{key} cannot be set: the config has None there, which is of no type; set it in {file}")
@@ -358,7 +357,7 @@ def _stop(error: Exception | str, *, code: int = 2) -> NoReturn:
 
 
 def _shortened(word: str) -> str:
-  """Of a message, which may quote all that someone gave."""
+  """Shorten a word of a message, which may quote all that someone gave."""
   word = word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-20:]}"
   # Of a file's name or a class's, which a terminal would take for orders.
   return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in word)
@@ -373,14 +372,14 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
 
 
 def _unraisablehook(dropped: Any) -> None:
-  """Python drops what is raised within a callback of its garbage collector, and jax has set one."""
+  """End at Ctrl-C within a callback of the garbage collector, such as jax's: Python drops what is raised there."""
   if issubclass(dropped.exc_type, KeyboardInterrupt):
     signals.end_interrupted(dropped.exc_type)
   sys.__unraisablehook__(dropped)
 
 
 def _exit_at_once_if_waiting(code: int) -> None:
-  """Where Python's clean-up would wait for other processes, or for a compiler (programs.AheadOfTime)."""
+  """Exit at once where Python's clean-up would wait for other processes, or for a compiler (programs.AheadOfTime)."""
   # Looked up and not imported: where jax was not imported, nobody waits.
   distributed = sys.modules.get("jax.distributed")
   if (distributed is not None and distributed.is_initialized()) or _is_compiling():
@@ -398,7 +397,7 @@ def _exit_at_once(code: int) -> NoReturn:
 
 
 def _is_ours(record: python_logging.LogRecord) -> bool:
-  """Lets our own progress through, of the libraries only warnings; with --verbosity=1 everything."""
+  """Let our own progress through, and only warnings of libraries; with --verbosity=1 everything."""
   if logging.get_verbosity() > 0 or record.pathname.startswith(_PACKAGE):
     return True
   if record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt):  # which is one line at the end

@@ -32,7 +32,7 @@ Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-  """What a file says of its weights.
+  """A file's description of its weights.
 
   Attributes:
     config: the run's, as its config.json has it.
@@ -52,7 +52,7 @@ class Record:
 
 
 def at(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
-  """The file that a path or a name stands for; None where it is a workdir's. A folder of that name is a workdir."""
+  """Return the file that a path or a name stands for; None for a workdir. A folder of that name is a workdir."""
   given = os.fspath(workdir)
   if given.endswith(SUFFIX) and os.path.isfile(given):
     return pathlib.Path(given)
@@ -62,7 +62,7 @@ def at(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
 def write(
   path: str | os.PathLike[str], params: Mapping[str, Shaped[np.ndarray, "..."]], record: Record, *, dtype: Any
 ) -> None:
-  """Writes a file, whole or not at all.
+  """Write a file, whole or not at all.
 
   Args:
     path: of it.
@@ -89,7 +89,7 @@ def write(
 
 
 def check_written(name: str, value: Shaped[np.ndarray, "..."], written: Shaped[np.ndarray, "..."]) -> None:
-  """Raises UserError unless a parameter's numbers, as they are `written` in a dtype of their own, are finite."""
+  """Raise UserError unless a parameter's numbers, as they are `written` in a dtype of their own, are finite."""
   # In f32, for bfloat16, which is not numpy's own.
   if np.isfinite(written.astype(np.float32)).all():
     return
@@ -101,12 +101,12 @@ def check_written(name: str, value: Shaped[np.ndarray, "..."], written: Shaped[n
 
 
 def read_record(path: pathlib.Path) -> Record:
-  """What it says, from its first kilobytes. Raises UserError: it is damaged, or holds no run."""
+  """Read what a file says, from its first kilobytes. Raise UserError: it is damaged, or holds no run."""
   return _record(path, _metadata(path))
 
 
 def check(path: pathlib.Path, step: int | None, *, ema: bool) -> Record:
-  """What it says, where this is what was asked for: a step, None for any, and averaged weights if there are some.
+  """Read what a file says, and check that it holds the step asked for, None for any, and the weights asked for.
 
   Raises:
     UserError: another step is in it, averaged weights alone are, or it is damaged.
@@ -120,7 +120,7 @@ def check(path: pathlib.Path, step: int | None, *, ema: bool) -> Record:
 
 
 def read_params(path: pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
-  """The weights, f32, with every token's vector. Raises UserError: it is damaged, or holds no run."""
+  """Read the weights, f32, with every token's vector. Raise UserError: the file is damaged, or holds no run."""
   text = _metadata(path)
   record = _record(path, text)
   try:
@@ -141,7 +141,7 @@ def read_params(path: pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
 
 
 def _without_untrained(params: Mapping[str, Shaped[np.ndarray, "..."]], record: Record) -> Arrays:
-  """The weights, without the vectors of tokens that were never trained, of which the mean is the last row.
+  """Leave out the vectors of tokens that were never trained; their mean becomes the last row.
 
   The token vectors that are added to the text query begin at zero (models/text_encoder.py), and those of tokens that
   discrimination never read are zero still. A run that trained none of these, or began from an import, keeps all tokens.
@@ -170,7 +170,7 @@ def _with_all_rows(
 
 
 def _metadata(path: pathlib.Path) -> dict[str, str]:
-  """The texts of its header: 8 bytes of length, and as much JSON."""
+  """Read the texts of the header: 8 bytes of length, and as much JSON."""
   try:
     with path.open("rb") as file:
       length = int.from_bytes(file.read(8), "little")
@@ -196,7 +196,7 @@ def _damaged(path: pathlib.Path, why: str) -> UserError:
 
 
 def _digest(said: str, arrays: Arrays) -> str:
-  """SHA-256 of what is said and of every array, whatever their order in the file."""
+  """Return the SHA-256 of the record and of every array, whatever their order in the file."""
   digest = hashlib.sha256(said.encode())
   for name in sorted(arrays):
     each = arrays[name]

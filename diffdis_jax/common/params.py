@@ -17,19 +17,19 @@ Params = dict[str, Any]
 
 
 def flatten(state: nnx.State) -> Params:
-  """nnx state -> {dotted path: array or ShapeDtypeStruct}, sorted by name, and in a list by number."""
+  """Turn an nnx state into {dotted path: array or ShapeDtypeStruct}, sorted by name, and in a list by number."""
   return {".".join(map(str, path)): var.get_value() for path, var in nnx.to_flat_state(state)}
 
 
 def merge(graphdef: nnx.GraphDef, abstract: nnx.State, params: Params) -> Any:
-  """The module with `params` in place. `abstract` is the state that `params` was flattened from, values unused."""
+  """Return the module with `params` in place. `abstract` is the state that `params` was flattened from."""
   # Replaced in its variable, whose kind and metadata nnx needs to find it again.
   flat = [(path, var.replace(params[".".join(map(str, path))])) for path, var in nnx.to_flat_state(abstract)]
   return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def first_match(path: str, rules: Sequence[tuple[str, Any]], what: str) -> Any:
-  """Value of the first rule whose regex is found in `path`.
+  """Return the value of the first rule whose regex is found in `path`.
 
   Raises:
     UserError: no rule matches; `what` names the table in the message.

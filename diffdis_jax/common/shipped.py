@@ -25,29 +25,28 @@ _said: list[str] = []
 
 
 def folder() -> pathlib.Path:
-  """Where they lie."""
+  """Return the folder of the config files."""
   return (_PACKAGE / "configs").resolve()
 
 
 def names() -> dict[str, pathlib.Path]:
-  """The file of each name, such as `shapes`."""
+  """Return the config file of each name, such as `shapes`."""
   return {path.stem: path for path in sorted(folder().glob("*.py")) if path.stem not in _SHARED}
 
 
 def file_of(given: str) -> str:
-  """The file of a name; anything else is a path, as it stands."""
+  """Return the config file of a name; anything else is a path, as it stands."""
   return str(names().get(given, given))
 
 
 def models() -> dict[str, pathlib.Path]:
-  """The file of each trained model's name."""
+  """Return the file of each trained model's name."""
   return {path.stem: path for path in sorted((_PACKAGE / "shipped").glob(f"*{SUFFIX}"))}
 
 
 def meant(given: str | os.PathLike[str]) -> str:
-  """What to do with a name that is no workdir's: '; did you mean NAME?' where a trained model has almost this name, the
-  runs below a folder such as the demo's or an ablation's, or how the weights of PyTorch that are there become one; else
-  empty."""
+  """Say what a path that is no workdir may mean: a trained model of almost this name, one of the runs below the folder,
+  or weights of PyTorch that have to be imported. Return an empty text where nothing is near."""
   if os.path.isfile(given) or any(os.path.isfile(os.path.join(given, name)) for name in _OF_PYTORCH):
     return IMPORT_FIRST
   path = pathlib.Path(given)
@@ -59,20 +58,20 @@ def meant(given: str | os.PathLike[str]) -> str:
 
 
 def say(line: str) -> None:
-  """Has a line of a config file logged. It is read with the flags, before anything can be: then `log_said` does it."""
+  """Log a line of a config file; before the flags are parsed, when nothing can be logged, keep it for `log_said`."""
   _said.append(line)
   if flags.FLAGS.is_parsed():
     log_said()
 
 
 def log_said() -> None:
-  """Logs what config files have said so far."""
+  """Log what config files have said so far."""
   while _said:
     logging.info("%s", _said.pop(0))
 
 
 def provide(file: str | os.PathLike[str]) -> None:
-  """Makes `from configs import common` work in a config file, wherever it lies and wherever the command was typed.
+  """Make `from configs import common` work in a config file, wherever it lies and wherever the command was typed.
 
   A folder `configs` where the command was typed is a part of that package too, and of a file of one's own the first.
   """

@@ -32,7 +32,7 @@ class Away(OSError):
 
 
 def patiently(read: Callable[[], _Read], what: str) -> _Read:
-  """What `read` returns, which is called until it raises nothing that may pass.
+  """Call `read` until it raises nothing that may pass, and return what it returns.
 
   Args:
     read: may be called again.
@@ -62,7 +62,7 @@ def patiently(read: Callable[[], _Read], what: str) -> _Read:
 
 
 def _rest(seconds: float) -> None:
-  """In a loader's thread no longer than the program runs, which waits for its threads at its end."""
+  """Sleep, but no longer than the program runs, which waits for its loader's threads at its end."""
   end = time.monotonic() + seconds
   while (left := end - time.monotonic()) > 0:
     # While it waits for the threads of a pool, as the loader's are, the main thread still counts as alive.
@@ -72,7 +72,7 @@ def _rest(seconds: float) -> None:
 
 
 def away(error: Exception, files: Iterable[str | os.PathLike[str]]) -> Exception | None:
-  """What a reader of these files has raised, as an error that may pass; None where it is not storage's."""
+  """Turn what a reader of these files has raised into an error that may pass; None where it is not storage's."""
   if may_pass(error):
     return error
   for file in files:
@@ -82,7 +82,7 @@ def away(error: Exception, files: Iterable[str | os.PathLike[str]]) -> Exception
 
 
 def _say(what: str, said: str, pause: float) -> None:
-  """Once, where many threads wait for the same."""
+  """Warn once where many threads wait for the same."""
   now, message = time.monotonic(), f"cannot read {what}: {said}"
   if now - _told.get(message, -pause) >= pause:
     _told[message] = now

@@ -22,7 +22,7 @@ NUMBERS = {"show": 1, "diff": 2}  # of configs that a verb takes
 
 
 def define_flags() -> None:
-  """The command line."""
+  """Define the command line."""
   flags.DEFINE_string("fields", "", "of show: only fields whose dotted path begins so, such as optim or model.unet")
 
 

@@ -20,7 +20,7 @@ _VARYING += ("randaugment_operations", "erase")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation(Section):
-  """How training images vary. The defaults change nothing but the size. None of it is stated by the paper."""
+  """The variation of training images. The defaults change nothing but the size. None of it is stated by the paper."""
 
   # The largest square, from the middle or from a random place; or a box of random area and ratio, stretched to a
   # square. A generative model trained on the latter generates stretched images.
@@ -69,7 +69,7 @@ class Augmentation(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loading(Section):
-  """How batches are read ahead; a config's `data.loader`."""
+  """The reading ahead of batches; a config's `data.loader`."""
 
   num_threads: int = number(4, ge=0, le=MOST_READERS, help="threads that read ahead; 0 reads in the calling thread")
   num_workers: int = number(0, ge=0, le=MOST_READERS, help="processes that prepare batches; 0 for none")
@@ -78,7 +78,7 @@ class Loading(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassSampling(Section):
-  """How images of a long-tailed set are sampled; a config's `data.sampling`."""
+  """The sampling of a long-tailed set's images; a config's `data.sampling`."""
 
   # 0.5 is VL-LTR's square-root sampling.
   sampling_exponent: float = number(0.5, ge=0, le=1, help="x: a class of n images has the share n^x of the samples")
@@ -87,7 +87,7 @@ class ClassSampling(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(Section):
-  """What a run trains on; a config's `data` section.
+  """The training data of a run; a config's `data` section.
 
   Raises:
     UserError: a value is out of its range, there is an image_size, or data of one source beside a mixture.

@@ -139,7 +139,7 @@ class HeadSize(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Computing(Section):
-  """What both networks have."""
+  """The fields that both networks have."""
 
   # From 1: CLIP's training keeps ln τ at 0 or above (optim.limit_logit_scale). It is learned, or stays where
   # `optim.groups` freezes logit_scale, its logarithm. Not stated by the paper.

@@ -112,7 +112,7 @@ class Run(Section):
 
   @property
   def task(self) -> Objective:
-    """What the objectives ask for together."""
+    """Return what the objectives ask for together."""
     return task_of(self.objectives)
 
 

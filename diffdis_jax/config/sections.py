@@ -171,7 +171,7 @@ class CheckpointPolicy(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Section):
-  """How to sample; a config's `inference` section."""
+  """The sampling of queries and images; a config's `inference` section."""
 
   # The paper uses one, from noise (Algorithm 3, Table 6).
   steps: int = number(1, ge=1, le=1000, help="denoising steps of the text query")
@@ -188,7 +188,7 @@ class Sampling(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshShape(Section):
-  """How the devices are arranged; a config's `mesh`."""
+  """The arrangement of the devices; a config's `mesh`."""
 
   # parallel/sharding.py checks them: nobody knows here how many devices there are.
   data: int = field(-1, help="parts of the batch, each with a copy of all parameters; -1: the other devices")
