@@ -38,7 +38,7 @@ def test_shapes():
     ({"name": "shapes", "split": None}, "split is None; it must be a text"),
     *(
       ({"name": name, "path": "birds"}, f"data.path is 'birds', and data.name '{name}', whose images are rendered")
-      for name in ("shapes", "scenes", "shapes_lt")
+      for name in ("shapes", "shapes_lt")
     ),
   ],
 )
