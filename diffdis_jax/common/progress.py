@@ -1,4 +1,4 @@
-"""How far a long piece of work is, and how long the rest will take: a bar on a terminal, a line now and then in a log.
+"""Progress of long work, and the time that is left: a bar on a terminal, a line now and then in a log.
 
 With --quiet neither. No jax, since the processes that prepare data import this file too.
 """
@@ -35,14 +35,14 @@ class Progress:
     self._bar = _open_bar(what, total, unit, done=0) if shows_bars() else None
 
   def pass_over(self, count: int) -> None:
-    """So many that were there already."""
+    """Count so many that were there already."""
     self._done += count
     if self._bar is not None:
       self._bar.initial += count  # so that they do not count as fast ones
       self._advance(count)
 
   def add(self, count: int) -> None:
-    """So many that have just been made."""
+    """Count so many that have just been made."""
     self._done, self._new = self._done + count, self._new + count
     if self._bar is not None:
       self._advance(count)
@@ -68,7 +68,7 @@ class Progress:
 
 @contextlib.contextmanager
 def bar(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable[[int], object]]:
-  """A bar on a terminal for work that writes its own log lines; elsewhere nothing.
+  """Show a bar on a terminal for work that writes its own log lines; elsewhere nothing.
 
   Args:
     what, total, unit: as `Progress` takes them.
@@ -85,7 +85,7 @@ def bar(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable
 
 
 def shows_bars() -> bool:
-  """Whether a person looks: stderr is a terminal, and nobody asked for quiet."""
+  """Return whether a person looks: stderr is a terminal, and --quiet was not given."""
   return sys.stderr.isatty() and logging.get_verbosity() >= logging.INFO
 
 
@@ -111,7 +111,7 @@ class _AboveBars:
 
 
 def duration(seconds: float) -> str:
-  """In words: `80 seconds`, `12 minutes`, `2.5 hours`."""
+  """Say seconds in words: `80 seconds`, `12 minutes`, `2.5 hours`."""
   if seconds < 100:
     return f"{seconds:.0f} seconds"
   return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

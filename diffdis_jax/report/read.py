@@ -1,4 +1,4 @@
-"""What a run has left in its workdir, also while it runs."""
+"""Reads what a run has left in its workdir, also while it runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Run:
 
   @property
   def step(self) -> int:
-    """The last one that was reported, or else saved; 0 before the first."""
+    """The last step that was reported, or else saved; 0 before the first."""
     return max((int(curve.steps[-1]) for curve in self.curves.values()), default=max(self.checkpoints, default=0))
 
 

@@ -85,7 +85,7 @@ def cost(run: Run, made: Sequence[Mapping[str, Any]], *, hour_price: float | Non
 
 
 def _seconds_in_steps(run: Run, first: float = 0, last: float = math.inf) -> float:
-  """Time of the steps after `first`, up to `last`, whose speed was reported: no evaluation, no save, no start."""
+  """Add up the time of the steps after `first`, up to `last`, whose speed was reported."""
   if "steps_per_sec" not in run.curves:
     return 0.0
   curve = run.curves["steps_per_sec"]
@@ -119,7 +119,7 @@ def learning_rates(run: Run) -> dict[str, Curve]:
 
 
 def parameters(run: Run) -> dict[str, dict[str, int]]:
-  """Numbers of parameters by group and part of the network, as the last start told; empty where none did."""
+  """Return numbers of parameters by group and part of the network, as the last start recorded them."""
   told = [event["parameters"] for event in run.events if "parameters" in event]
   return told[-1] if told else {}
 

@@ -25,7 +25,7 @@ COPIED = 600.0  # seconds by which the file is younger than its last line only i
 
 
 class Result(NamedTuple):
-  """What evaluate measured on a data set, as a `record` with `metrics`, in a `file` of the workdir."""
+  """A `record` with the `metrics` that evaluate measured on a data set, in a `file` of the workdir."""
 
   file: str
   task: str
@@ -35,7 +35,7 @@ class Result(NamedTuple):
 
 @contextlib.contextmanager
 def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapping[str, Any]) -> Iterator[None]:
-  """Around the steps of a run, before its writer is opened, which drops the lines of steps that are taken again.
+  """Record the start and the end of the steps of a run. Enter it before its writer is opened, which drops lines.
 
   Args:
     workdir: folder of the run.
@@ -71,12 +71,12 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-  """The lines of the file, except those that were cut off; empty where there is none."""
+  """Read the events of the file, without lines that were cut off. A missing file has none."""
   return [line for line in map(parse, files.lines(buckets.path(workdir) / FILE)) if _is_event(line)]
 
 
 def results(workdir: epath.PathLike) -> list[Result]:
-  """What evaluate left in the folder."""
+  """Find the results that evaluate left in the folder."""
   # Its --out may have any name, so that what a file is shows in its form.
   return [
     Result(path.name, task, dataset, record)
@@ -88,8 +88,10 @@ def results(workdir: epath.PathLike) -> list[Result]:
 
 
 def reported(workdir: epath.PathLike) -> float | None:
-  """When metrics.jsonl was last written, in seconds since 1970; None where there is none, and in a copy of the folder
-  that did not keep the files' times."""
+  """Return when metrics.jsonl was last written, in seconds since 1970.
+
+  None if there is none, or in a copy of the folder that did not keep the files' times.
+  """
   path = buckets.path(workdir)
   file, own = path / "metrics.jsonl", path / FILE
   if not file.exists():
@@ -100,7 +102,7 @@ def reported(workdir: epath.PathLike) -> float | None:
 
 
 def last_line(path: epath.Path) -> dict[str, Any] | None:
-  """The last line with a step of metrics.jsonl, or None."""
+  """Return the last line of metrics.jsonl that has a step, or None."""
   return next(filter(None, map(metrics_of, reversed(files.lines(path)))), None)
 
 
@@ -115,7 +117,10 @@ def warn_of_lost(found: Sequence[Any]) -> None:
 
 
 def metrics_of(line: str) -> dict[str, Any]:
-  """The `step` of a line of metrics.jsonl, and its numbers, None for one that was not finite; empty without a step."""
+  """Read the `step` and the numbers of a line of metrics.jsonl; None stands for one that was not finite.
+
+  A line without a step gives an empty dict.
+  """
   found = parse(line)
   if not is_step(found.get("step")):
     return {}
@@ -123,12 +128,12 @@ def metrics_of(line: str) -> dict[str, Any]:
 
 
 def is_step(value: Any) -> bool:
-  """Whether it can be a number of steps."""
+  """Return whether a value can be a number of steps."""
   return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def parse(line: str) -> dict[str, Any]:
-  """A line's object; empty of one that was cut off when its process was killed, or is still being written."""
+  """Read a line's object; an empty one if the line was cut off, or is still being written."""
   try:
     found = parse_json(line, "a line")
   except UserError:
@@ -137,7 +142,7 @@ def parse(line: str) -> dict[str, Any]:
 
 
 def _is_event(line: Mapping[str, Any]) -> bool:
-  """Whether a line says what the file's lines do, for its readers to count with."""
+  """Return whether a line holds an event that readers can count with."""
   optional = all(_is_number(line.get(name) or 0) for name in ("reached", "until", "devices", "num_steps"))
   optional &= isinstance(line.get("parameters", {}), dict) and isinstance(line.get("data", []), list)
   known = is_step(line.get("step")) if line.get("event") == "start" else isinstance(line.get("why"), str)
@@ -145,7 +150,7 @@ def _is_event(line: Mapping[str, Any]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-  """One that an array of floats takes."""
+  """Return whether a value fits into an array of floats."""
   return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 

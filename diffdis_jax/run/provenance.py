@@ -34,7 +34,7 @@ _FOLDERS = re.compile(
 
 
 def provenance(run: Mapping[str, Any]) -> dict[str, Any]:
-  """What made a record, as JSON.
+  """Describe what made a record, as JSON.
 
   Args:
     run: `of_run` of a trained one, or `of_config`; of several models, name -> one of these.
@@ -53,14 +53,14 @@ def provenance(run: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def code() -> dict[str, Any]:
-  """`commit`, `clean` and `versions`, as they are when this is first called."""
+  """Return `commit`, `clean` and `versions`, as they are when this is first called."""
   commit, clean = _checkout(ROOT)
   versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy")}
   return {"commit": commit, "clean": clean, "versions": {"diffdis_jax": diffdis_jax.__version__, **versions}}
 
 
 def of_run(path: str, *, step: int | None) -> dict[str, Any]:
-  """A trained run.
+  """Describe a trained run.
 
   Args:
     path: its workdir.
@@ -81,12 +81,12 @@ def of_run(path: str, *, step: int | None) -> dict[str, Any]:
 
 
 def of_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """As `of_run`, of a network that is not trained."""
+  """Describe a network that is not trained, as `of_run` does a run."""
   return {**_fields(dict(fields)), "steps": 0, "commits": [], "clean": None, "init_from": []}
 
 
 def behind(init_from: str) -> list[dict[str, Any]]:
-  """What a run that begins now from this workdir has behind it, the nearest first; nothing for "".
+  """List the runs from which a run starts that begins in this workdir, the nearest first; none for "".
 
   Recorded when the run begins, it is known also when the folders are gone.
   """
@@ -127,14 +127,14 @@ def public(value: Any) -> Any:
 
 
 def _began_from(path: str) -> list[dict[str, Any]]:
-  """What the run's first start recorded; nothing for an import, which has no history."""
+  """Read what the run's first start recorded. An import has no history."""
   # From the end: a run whose first start never saved begins again, and may then begin from another one.
   found = (event["init_from"] for event in reversed(history.read(path)) if isinstance(event.get("init_from"), list))
   return next(found, [])
 
 
 def _link(path: str, step: int | None) -> dict[str, Any]:
-  """As `of_run`, without what it began from."""
+  """Describe a run as `of_run`, without the runs that it began from."""
   starts = [event for event in history.read(path) if "commit" in event]
   cleans = [event.get("clean") for event in starts]
   link = {
@@ -154,7 +154,7 @@ def _fields(config: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _hash(config: dict[str, Any]) -> str:
-  """The same wherever the run and its data lie."""
+  """Hash a config, the same wherever the run and its data lie."""
   fields = {
     field: str(value).rstrip("/").rpartition("/")[2] if field.split(".")[-1] == "path" else value
     for field, value in workdir.identity(config).items()
@@ -183,7 +183,7 @@ class Checkout(NamedTuple):
 
 
 def _checkout(root: pathlib.Path) -> Checkout:
-  """What git says. What it does not track counts in the package alone: elsewhere lie runs."""
+  """Ask git. Files that it does not track count in the package alone, since runs lie elsewhere."""
   # As launch/tpu_pod.sh writes it: the commit whose files it has copied, and the extras that it has installed. The
   # Dockerfile writes what `git describe --dirty` says.
   if (root / ".commit").is_file():
@@ -203,7 +203,7 @@ def _checkout(root: pathlib.Path) -> Checkout:
 
 
 def _git(root: pathlib.Path, *arguments: str) -> str:
-  """What git says in this folder, whoever owns it, and whichever repository the environment names, as in a hook."""
+  """Run git in this folder, whoever owns it, and whichever repository the environment names, as in a hook."""
   command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
   environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
   done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)

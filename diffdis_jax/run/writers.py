@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, a tracker, sample images, and the progress line.
+"""Writers of a run's reports: metrics.jsonl, TensorBoard, a tracker, sample images, and the progress line.
 
 Only one process writes; on the others a Writer does nothing.
 """
@@ -35,7 +35,7 @@ MOST_EVENTS = 2**23  # bytes of a file of TensorBoard's that is copied to a buck
 
 
 class Writer:
-  """Scalars and images of a run, to files, to TensorBoard and to a tracker.
+  """Writes scalars and images of a run to files, to TensorBoard and to a tracker.
 
   Args:
     path: the run's folder.
@@ -50,7 +50,7 @@ class Writer:
     self._begin_events()
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-    """One line of metrics.jsonl and one point of every TensorBoard curve. A value that is not finite becomes null."""
+    """Write a line of metrics.jsonl and a point of each curve. A value that is not finite becomes null."""
     numbers = {name: np.asarray(value).item() for name, value in values.items()}
     # JSON knows neither NaN nor infinity, and strict readers refuse the line.
     line = {"step": step, **{name: x if math.isfinite(x) else None for name, x in numbers.items()}}
@@ -62,7 +62,7 @@ class Writer:
       self._tracker.scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
 
   def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """One picture, such as a grid of samples: samples/<name>_<step>.png, and TensorBoard."""
+    """Write a picture, such as a grid of samples, to samples/<name>_<step>.png and TensorBoard."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     content = buffer.getvalue()
@@ -81,8 +81,10 @@ class Writer:
       self._tracker.image(step, name, image)
 
   def flush(self) -> bool:
-    """What was written so far is in the run's folder: before a checkpoint is, so that a run resumed from it lacks no
-    line of the steps before. Returns whether it is."""
+    """Bring all lines into the run's folder, and return whether they are there.
+
+    Call it before a checkpoint is saved: a run that resumes from it then lacks no line of the steps before.
+    """
     return not self._unwritten and (self._mirror is None or self._mirror.copy())
 
   def close(self) -> None:
@@ -113,7 +115,10 @@ class Writer:
     self._append(self._events, record.getvalue())
 
   def _append(self, name: str, content: bytes) -> None:
-    """Closed each time: a killed process has lost none. What finds a full disk is written with what comes next."""
+    """Append to a file and close it, so that a killed process loses nothing.
+
+    What a full disk has no room for is written with the next content.
+    """
     waiting, content = name in self._unwritten, self._unwritten.pop(name, b"") + content
     path = self._appended / name
     before = path.stat().st_size if path.exists() else 0
@@ -131,7 +136,7 @@ class Writer:
 
 
 class _NoWriter(Writer):
-  """The writer of a process that does not write."""
+  """Writes nothing, in a process that is not the writer."""
 
   def __init__(self) -> None:
     pass
@@ -157,10 +162,10 @@ def open_writer(
   evaluated: bool = True,
   open_tracker: Callable[[], Tracker | None] = lambda: None,
 ) -> Writer:
-  """The writer of a run that begins, or resumes, after `start_step` steps. A tracker is opened where it writes.
+  """Open the writer of a run that begins, or resumes, after `start_step` steps, and its tracker.
 
-  Lines of metrics.jsonl beyond that step are dropped: they are from steps that are about to be taken again. So are
-  those of evaluations at that step, unless it is `evaluated`.
+  Lines of metrics.jsonl beyond that step are dropped, since those steps are taken again. So are the lines of
+  evaluations at that step, unless it is `evaluated`.
   """
   if not is_writer:
     return _NoWriter()
@@ -192,7 +197,7 @@ _SYMBOLS = {"loss_generation": "L_IG", "loss_discrimination": "L_ITA", "loss_cla
 
 
 class Throughput:
-  """How fast a run is: the progress line, which fits a terminal, and the speeds in metrics.jsonl."""
+  """Measures how fast a run is, for the progress line and for metrics.jsonl."""
 
   def __init__(
     self,
@@ -218,7 +223,7 @@ class Throughput:
     self.restart(start_step)
 
   def steps(self) -> Iterator[int]:
-    """The numbers of the steps that are left, with a bar on a terminal."""
+    """Yield the numbers of the steps that are left, with a bar on a terminal."""
     first = self._step + 1
     with progress.bar("training", self._num_steps, "steps", done=first - 1) as advance:
       for step in range(first, self._num_steps + 1):
@@ -236,19 +241,19 @@ class Throughput:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Around what is no training step: evaluation, a save. Its time does not count."""
+    """Leave out the time within, such as of an evaluation or a save."""
     begin = self._clock()
     yield
     self._begin += self._clock() - begin
 
   def restart(self, step: int) -> None:
-    """Counts from here, `step` steps being finished: after a report, and after the first step, which compiles."""
+    """Count from here, after `step` steps: after a report, and after the first step, which compiles."""
     self._step = step
     self._begin = self._clock()
     self._waited = 0.0
 
   def report(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Logs the progress line; returns the speeds since the last report.
+    """Log the progress line, and return the speeds since the last report.
 
     Args:
       step: steps finished, more than at the last report.

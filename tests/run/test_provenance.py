@@ -15,11 +15,12 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from etils.epath import gpath
 
 import diffdis_jax
 from diffdis_jax.run import committed, history, provenance, workdir
 from tests import tiny
+
+pytest_plugins = ("tests.bucket_server",)
 
 
 def git(folder: pathlib.Path, *arguments: str) -> str:
@@ -198,14 +199,8 @@ def test_an_import_says_of_what(tmp_path):
   assert "imported" not in provenance.of_run(write_run(tmp_path / "run", steps=1), step=1)
 
 
-def test_runs_may_lie_in_a_bucket(tmp_path, monkeypatch):
-  """With etils' own stand-in for its backends, by which the address is a folder here."""
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)  # which would be asked before it
-  with epath.testing.mock_epath():
-    last = chain("gs://bucket/a", "gs://bucket/b", "gs://bucket/c")
-    assert (tmp_path / "gs:" / "bucket" / "c" / "config.json").exists()
-    found = provenance.of_run(last, step=40)
+def test_runs_may_lie_in_a_bucket(bucket):
+  found = provenance.of_run(chain(f"{bucket}/p/a", f"{bucket}/p/b", f"{bucket}/p/c"), step=40)
   check_chain(found)
   assert "bucket" not in json.dumps(found)
 
