@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from diffdis_jax import evaluate
 from diffdis_jax.ablate import tables
@@ -43,7 +44,7 @@ def test_records(tmp_path, monkeypatch, ema, kept):
   saved = tmp_path / "7"
   (saved / "ema" if kept else saved).mkdir(parents=True)
   asked = []
-  monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: saved)
+  monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: epath.Path(saved))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: asked.append(how) or (Inference(), {}))
   tasks = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
   settings = {task: {"data": DATA, "seed": 2} for task in tasks}
@@ -86,7 +87,7 @@ def test_hosts_that_find_other_records_are_named(tmp_path, monkeypatch):
 
 def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
   (tmp_path / "7").mkdir()
-  monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: tmp_path / "7")
+  monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: epath.Path(tmp_path / "7"))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
   run = evals.ZeroShot.run
   done = []

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from diffdis_jax import generate
@@ -42,7 +43,7 @@ def model(tmp_path_factory, monkeypatch):
     return model, {}
 
   monkeypatch.setattr(generate.inference, "load", load)
-  monkeypatch.setattr(generate.restore, "find", lambda workdir, step: saved)
+  monkeypatch.setattr(generate.restore, "find", lambda workdir, step: epath.Path(saved))
   return model
 
 

@@ -20,7 +20,7 @@ from diffdis_jax.errors import UserError
 from replication.measured import paired, records, replication
 
 ROOT = pathlib.Path(__file__).parents[2]
-README, RESULTS, WEIGHTS, PREFLIGHT = "README.md", "docs/results.md", "docs/weights.md", "docs/preflight.md"
+README, RESULTS, WEIGHTS, SCALING = "README.md", "docs/results.md", "docs/weights.md", "replication/scaling.md"
 REPLICATION = replication.PAGE
 NORMAL = statistics.NormalDist().inv_cdf(1 - significance.ALPHA / 2)  # half of a 95 % interval, in standard errors
 
@@ -265,7 +265,7 @@ PLACES: dict[str, tuple[str, Callable[[], str]]] = {
   "neighbours": (RESULTS, neighbours),
   "icons": (RESULTS, icons),
   "costs": (RESULTS, costs),
-  "weak scaling": (PREFLIGHT, weak_scaling),
+  "weak scaling": (SCALING, weak_scaling),
   "paper": (RESULTS, paper),
   "paper costs": (RESULTS, paper_costs),
   **{
