@@ -139,12 +139,12 @@ def test_sigterm_saves_and_the_run_goes_on_without_losing_a_step(environment, tm
 
 def test_a_hung_process_ends_and_the_run_resumes(environment, tmp_path):
   run = tmp_path / "run"
-  command = launch(2, 1, "train", *flags(run, num_steps=12, save_every=4), "--hang_timeout=30")
+  command = launch(2, 1, "train", *flags(run, num_steps=12, save_every=4), "--hang_timeout=90")
   command[command.index("--max-restarts") + 1] = "1"
   command.insert(command.index("-m") + 1, "tests.hanging")
   hung = hanging.variables(tmp_path / "hung", process=1, step=7)
   begin = time.monotonic()
-  done = subprocess.run(command, cwd=ROOT, env=environment | hung, capture_output=True, text=True, timeout=300)
+  done = subprocess.run(command, cwd=ROOT, env=environment | hung, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0, done.stderr
-  assert "error: no step for 31 s" in done.stderr and "in hang" in done.stderr, "and where it stood"
-  assert steps_logged(run) == [*range(1, 13)] and time.monotonic() - begin < 200
+  assert "error: no step for 91 s" in done.stderr and "in hang" in done.stderr, "and where it stood"
+  assert steps_logged(run) == [*range(1, 13)] and time.monotonic() - begin < 500
