@@ -1,4 +1,4 @@
-"""Trains a config.
+"""Train a config.
 
   diffdis train --config=shapes:autoencoder --workdir=runs/autoencoder
 
@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """The command line."""
+  """Define the flags."""
   cli.config_flag()
   cli.process_flags()
   flags.DEFINE_string("workdir", None, "folder of the run; created, or resumed if it holds one", required=True)

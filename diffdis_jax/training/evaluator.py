@@ -46,7 +46,7 @@ def rows_at_a_time(run: Run, mesh: Mesh) -> int:
 
 
 class UnknownMetric(UserError):
-  """Every process finds it, where other errors of an evaluation may be of what one has read."""
+  """`checkpoint.best_metric` names no metric. Every process finds it; other errors may be of what one of them read."""
 
 
 class Evaluator:
@@ -70,11 +70,11 @@ class Evaluator:
     self._prompts = list(run.sample_prompts) if run.task.generates else []
 
   def is_due(self, step: int, *, last: bool) -> bool:
-    """Whether there is something to do after this step."""
+    """Tell whether there is something to do after this step."""
     return self._evaluates(step, last) or self._draws(step, last)
 
   def after_step(self, step: int, state: TrainState, writer: Writer, *, last: bool) -> dict[str, float]:
-    """Does what is due, and writes it when all of it is done; returns the metrics, the same on every process.
+    """Do what is due, write it when all of it is done, and return the metrics, the same on every process.
 
     Raises:
       Preempted: the processes stop in the middle of it; nothing was written.

@@ -1,4 +1,4 @@
-"""Operations of a traced function: matrix products and convolutions, each turn of a loop counted.
+"""Count the operations of a traced function: matrix products and convolutions, at each turn of a loop.
 
 XLA's own count takes a loop's body once, and adds what a layout pads and what rematerialisation repeats.
 """
@@ -21,7 +21,7 @@ from diffdis_jax.training.step import Trainer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-  """One program, traced.
+  """A program that is traced, not compiled.
 
   Attributes:
     lower: what `targets.compile` takes.
@@ -42,7 +42,7 @@ def trace_train(trainer: Trainer) -> Program:
 
 
 def trace_inference(name: str, inference: Inference) -> Program:
-  """One call of "generation" or "discrimination"; none of the operations that are counted is inside a kernel."""
+  """Trace one call of "generation" or "discrimination"; no operation that is counted is inside a kernel."""
   # The plain form is counted and the other is run: a kernel hides its products, and pads them.
   counted = Inference(
     inference.network.counted(), inference.sampling, mesh=inference.mesh, batch_size=inference.batch_size
@@ -70,7 +70,7 @@ def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.C
 
 
 def count(jaxpr: core.ClosedJaxpr, *, turns: bool = True) -> float:  # pyright: ignore[reportPrivateImportUsage]
-  """Floating-point operations, two for a multiply-add, over all devices.
+  """Count floating-point operations, two for a multiply-add, over all devices.
 
   Args:
     turns: whether a loop counts as often as it turns, or once. A `while` whose turns are not known counts once.
@@ -79,7 +79,7 @@ def count(jaxpr: core.ClosedJaxpr, *, turns: bool = True) -> float:  # pyright: 
 
 
 def turns(jaxpr: core.ClosedJaxpr) -> float:  # pyright: ignore[reportPrivateImportUsage]
-  """Operations over those with every loop's body counted once, as compilers do."""
+  """Divide the operations by those with every loop's body counted once, as compilers do."""
   return count(jaxpr) / count(jaxpr, turns=False)
 
 

@@ -1,4 +1,4 @@
-"""One contrastive batch over several microbatches, exactly: GradCache (Gao et al., 2021, arXiv:2101.06983).
+"""Take one contrastive batch in several microbatches, exactly: GradCache (Gao et al., 2021, arXiv:2101.06983).
 
 A contrastive loss couples all rows of a batch, but by one vector on each side of a row. So a step goes over the
 microbatches twice:
@@ -47,21 +47,21 @@ Rows = dict[str, Float[Array, "b ..."]]
 
 
 class Microbatch(NamedTuple):
-  """What a pass starts from. CLIP makes no random choices."""
+  """The rows that a pass starts from, and their noise. CLIP makes no random choices."""
 
   batch: AnyBatch
   noise: StepNoise | None
 
 
 class Pass(NamedTuple):
-  """What a pass gives: gradients, summed over rows, and what the next one takes of each row."""
+  """The gradients of a pass, summed over rows, and the arrays of each row that the next pass takes."""
 
   gradient: Params
   rows: Rows
 
 
 class GradCache:
-  """Gradient and metrics of a network's loss on a whole batch, `n` microbatches one after another.
+  """Compute gradient and metrics of a network's loss on a whole batch, `n` microbatches one after another.
 
   Args:
     network: any but an autoencoder alone.
@@ -74,7 +74,7 @@ class GradCache:
     self.network, self.run, self.mesh, self.n = network, run, mesh, n
 
   def __call__(self, trainable: Params, fixed: Params, batch: AnyBatch, keys: Keys) -> Gradient:
-    """The gradient of the trainable parameters, f32, and the metrics: those of all rows at once."""
+    """Compute the gradient of the trainable parameters, f32, and the metrics of all rows at once."""
     gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
     params = gathered(trainable), gathered(fixed)  # once, for both passes
     # Before the rows are split, so that the noise does not depend on n and is the same in both passes.
@@ -102,7 +102,7 @@ class GradCache:
     return Gradient(gradient, {"loss": mean_of(total[None]), **metrics})
 
   def first_pass(self, trainable: Params, fixed: Params, rows: Microbatch) -> Pass:
-    """No gradient. Of DiffDis the discrimination pass alone, and what both passes have in common."""
+    """Compute the representations without a gradient, and what both passes have in common."""
     model = self.network.with_params({**fixed, **trainable})
     if isinstance(model, Clip):
       return Pass({}, _pairs(model, rows))
@@ -119,7 +119,7 @@ class GradCache:
   def second_pass(
     self, trainable: Params, fixed: Params, rows: Microbatch, first: Rows, cache: Rows, *, batch_size: int
   ) -> Pass:
-    """The gradient of these rows' share: of L_IG, a mean over the whole batch, and of L_ITA by way of the cache."""
+    """Compute the gradient of these rows' share of L_IG, a mean over the batch, and of L_ITA by way of the cache."""
 
     def share(trainable: Params) -> tuple[Float[Array, ""], Rows]:
       model = self.network.with_params({**fixed, **trainable})
@@ -154,7 +154,7 @@ class GradCache:
   def _contrast(
     self, representations: Rows, logit_scale: Float[Array, ""], rows: Microbatch
   ) -> tuple[Float[Array, ""], Metrics]:
-    """CLIP's loss or λ L_ITA, of the whole batch; here alone do rows meet."""
+    """Compute CLIP's loss or λ L_ITA of the whole batch; here alone do rows meet."""
     query, e = (representations[name] for name in REPRESENTATIONS)
     captions = objectives.captions_of(self.run.loss, rows.batch.tokens)
     if rows.noise is None:
@@ -172,7 +172,7 @@ class GradCache:
     rows: tuple[Any, ...],
     summed: Params | None = None,
   ) -> Pass:
-    """f(trainable, fixed, *rows) of each microbatch: its gradients added up, and what it gives of each row.
+    """Call f(trainable, fixed, *rows) on each microbatch; add up its gradients, and join what it returns of each row.
 
     Args:
       rows: trees of arrays of all rows.
@@ -201,13 +201,14 @@ def _pairs(clip: Clip, rows: Microbatch) -> Rows:
 
 
 def _text_is_encoded_once(trainable: Params, batch: AnyBatch) -> bool:
-  """Rather than in each pass: a text tower in training has its gradient in the second, and a stored c costs nothing."""
+  """Tell whether the first pass encodes the text for both: a text tower in training has its gradient in the second, and
+  a stored c costs nothing."""
   trained = any(TEXT_ENCODER.match(path) for path in trainable)
   return not trained and (isinstance(batch, Batch) or batch.condition is None)
 
 
 def _encoded(model: DiffDis, rows: Microbatch, first: Rows) -> Encoded:
-  """What the first pass encoded; the rest is computed again."""
+  """Take what the first pass encoded; compute the rest again."""
   assert rows.noise is not None
   if "z" not in first:  # generation alone, which has no first pass
     return encode.encode_rows(model, rows.batch, rows.noise)

@@ -117,4 +117,3 @@ def train_and_evaluate(
         logging.warning("the run stops: saving step %d; run the same command again to resume", step)
         raise why
     checkpoints.wait()  # for the last save, without which the run has not finished
-    run_info.log_best(path, run.checkpoint)

@@ -1,4 +1,4 @@
-"""What a run measures between two lines of its log: the steps' metrics, replaced records, and speed."""
+"""Measure a run between two lines of its log: the steps' metrics, replaced records, and speed."""
 
 from __future__ import annotations
 

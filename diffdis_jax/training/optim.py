@@ -1,4 +1,4 @@
-"""Optimizer from a config section: regexes over parameter paths give groups; groups have rates; AdamW; EMA."""
+"""Build the optimizer of a config: regexes over parameter paths give groups, groups have rates; AdamW and averages."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> 
 
 
 def _adam(section: Optim) -> optax.GradientTransformation:
-  """Adam without a rate, whose first moment has its own dtype between steps alone."""
+  """Return Adam without a rate, whose first moment has its own dtype between steps alone."""
   adam = optax.scale_by_adam(section.b1, section.b2, section.eps, mu_dtype=MOMENTS[section.first_moment])
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

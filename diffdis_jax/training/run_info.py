@@ -1,4 +1,4 @@
-"""What a run says of itself when it starts and when it has finished."""
+"""Log and record a run at its start and at its end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from clu import parameter_overview
 
 from diffdis_jax.common import buckets, machine
 from diffdis_jax.config.run import Run
-from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.data.build import describe, doubts
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
@@ -27,7 +26,7 @@ from diffdis_jax.training.step import Trainer
 
 
 def parameter_groups(trainer: Trainer) -> dict[str, dict[str, int]]:
-  """Numbers of parameters by group of the optimizer and part of the network."""
+  """Count the parameters by group of the optimizer and part of the network."""
   sizes: dict[str, Counter[str]] = {}
   for path, group in trainer.groups.items():
     sizes.setdefault(group, Counter())[path.split(".")[0]] += math.prod(trainer.shapes[path].shape)
@@ -35,7 +34,7 @@ def parameter_groups(trainer: Trainer) -> dict[str, dict[str, int]]:
 
 
 def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
-  """What history.jsonl gets to know of a start.
+  """Return the values that history.jsonl keeps of a start.
 
   Args:
     trainer: of the run.
@@ -60,7 +59,7 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
 
 
 def digests_of(run: Run) -> dict[str, str]:
-  """Field of a path, such as `data.path`, -> digest of the records of the prepared data that lie there."""
+  """Return, by the field of their path, such as `data.path`, the digests of the prepared data's records."""
   paths = {
     "data.path" if name == "data" else f"data.mixture.{name}.path": section.get("path")
     for name, section in run.data.sources.items()
@@ -69,27 +68,28 @@ def digests_of(run: Run) -> dict[str, str]:
 
 
 def _digests(paths: Mapping[str, Any]) -> dict[str, str]:
-  """Of those where prepared data lie."""
+  """Return the digests of those paths where prepared data lie."""
   found = {field: digests.fingerprint(str(path), part=digests.RECORDS) for field, path in paths.items() if path}
   return {field: digest for field, digest in found.items() if digest}
 
 
 def moved(run: Run, path: str) -> set[str]:
-  """Fields of paths where the very data lie, in a copy, that the run in this workdir had at its last start."""
+  """Return the fields of paths where a copy of the data lies that the run in this workdir had at its last start."""
   before = _last(path, "data_digests") or {}
   return {field for field, digest in digests_of(run).items() if before.get(field) == digest}
 
 
 def _last(path: str, name: str) -> Any:
-  """What the run's newest event that has it says of this; None where none has."""
+  """Return this value of the run's newest event that has it; None where none has."""
   return next((event[name] for event in reversed(history.read(path)) if name in event), None)
 
 
 def check_same_on_all(run: Run) -> None:
-  """Raises UserError, on every process, where some hosts have other data than host 0, such as fewer records, or as many
-  of another preparation, or another config, such as a seed of their own: each would take its rows out of an order of
-  its own, or start from parameters of its own. With other code or another JAX they would run programs that wait for
-  each other in vain."""
+  """Raise UserError, on every process, where some hosts have other data, another config or other code than host 0.
+
+  Each would take its rows out of an order of its own, or start from its own parameters, or wait in vain for a program
+  that the others do not run.
+  """
   if jax.process_count() == 1:
     return
   measured = {f"evals.{name}.data.path": (run.evals[name].get("data") or {}).get("path") for name in run.train_evals}
@@ -124,11 +124,10 @@ def log_changes(run: Run, path: str, *, before: int | None, step: int) -> None:
 
 
 def _warn_of_other_data(run: Run, path: str) -> None:
-  """Says so where a run that resumes has other data than at its last start, such as a folder that was prepared again:
-  its records then come in another order, some of them a second time in an epoch."""
+  """Warn where a run that resumes has other data than at its last start, such as a folder that was prepared again."""
   now, before = describe(run.data), _last(path, "data")
   digests_now = digests_of(run)
-  digests_before = _last(path, "data_digests") or digests_now  # an earlier start has none where none were there
+  digests_before = _last(path, "data_digests") or digests_now
   is_known = len(digests_now) == len(run.data.sources)  # then it does not matter where they lie
   if before is None or (digests_now == digests_before and (is_known or now == before)):
     return
@@ -150,7 +149,7 @@ def _warn_of_other_processors(path: str) -> None:
 
 
 def _log_longer(run: Run, before: int, step: int) -> None:
-  """What it does to the learning rate that a run of `before` steps gets longer at this step."""
+  """Log how the learning rates change where a run of `before` steps gets longer at this step."""
   rate = lambda num_steps, group: float(np.asarray(optim.rate_schedule(run.optim, group, num_steps=num_steps)(step)))
   changes = {group: (rate(before, group), rate(run.num_steps, group)) for group in run.optim.rates}
   said = ", ".join(f"{group} {old:.3g} to {new:.3g}" for group, (old, new) in changes.items() if old != new)
@@ -165,19 +164,16 @@ def _log_longer(run: Run, before: int, step: int) -> None:
 
 
 def overview(trainer: Trainer) -> str:
-  """A table of the parameters: path, shape, dtype, number."""
+  """Return a table of the parameters: path, shape, dtype, number."""
   # Without statistics, which need values: there are only shapes yet.
   return parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
 
 
-def log_best(path: str, kept: CheckpointPolicy) -> None:
-  """Log which checkpoint of a finished run is the best, where that is defined."""
-  if kept.best_metric and (best := checkpoint.best(path, kept)):
-    logging.info("best %s %.4f at step %d: evaluate --best measures it", kept.best_metric, best.value, best.step)
-
-
 def log_end(run: Run, path: str) -> None:
-  """Where a finished run's picture and numbers are, and what to type next; three lines at most."""
+  """Log which checkpoint of a finished run is best, where its picture and numbers are, and what to type next."""
+  if run.checkpoint.best_metric and (best := checkpoint.best(path, run.checkpoint)):
+    name = run.checkpoint.best_metric
+    logging.info("best %s %.4f at step %d: evaluate --best measures it", name, best.value, best.step)
   folder = buckets.path(path)
   samples = folder / "samples"
   pictures = sorted(samples.glob("*_[0-9]*.png") if samples.is_dir() else (), key=lambda each: each.stem.split("_")[-1])
@@ -196,7 +192,7 @@ def log_end(run: Run, path: str) -> None:
 
 
 def log(trainer: Trainer) -> None:
-  """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
+  """Log mesh, data and parameters by group, so that a wrong regex shows before the first step."""
   if jax.process_count() == 1:  # each of several has logged its place when it joined the others
     processes.log_place()
   logging.info("mesh %s", dict(trainer.mesh.shape))

@@ -114,7 +114,7 @@ def restore_or_init(
 
 
 def find_initial(path: str, trainer: Trainer) -> set[str]:
-  """Names of the parameters that a new run takes from the run in `path`: those that both have. None for "".
+  """Name the parameters that a new run takes from the run in `path`: those that both have. None for "".
 
   Of what import_weights wrote only those that its source had: the others were initialised at random there, and are
   initialised again here by this run's own seed and config. From shapes alone: what does not fit is found before
@@ -141,7 +141,7 @@ def _chosen(trainer: Trainer) -> set[str]:
 
 
 def _check_earlier(path: str, run: Run) -> None:
-  """Raises UserError unless the run in `path` is the one that this objective starts from, at its end."""
+  """Raise UserError unless the run in `path` is the one that this objective starts from, at its end."""
   name, row = run.objectives[0], run.task
   if not path:
     raise UserError(
@@ -162,7 +162,7 @@ def _check_earlier(path: str, run: Run) -> None:
 
 
 def _check_backbone(path: str, trainer: Trainer, names: Collection[str]) -> None:
-  """Raises UserError where the run in `path` has not all but the head."""
+  """Raise UserError where the run in `path` has not all but the head."""
   wanted = {name for name in trainer.shapes if not name.startswith(HEAD_PREFIX)}
   if missing := sorted(wanted - set(names)):
     raise UserError(
@@ -189,7 +189,7 @@ def _names_in_common(path: str, trainer: Trainer) -> set[str]:
 
 
 def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
-  """Raises UserError where a part was trained there with another of UNSEEN: its weights would mean nothing here; or
+  """Raise UserError where a part was trained there with another of UNSEEN: its weights would mean nothing here; or
   where its config is damaged."""
   if one_file.at(path) is not None:
     fields = run_config.read_fields(path)
@@ -212,7 +212,7 @@ def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
 
 
 def _check_frozen(path: str, trainer: Trainer, loaded: Collection[str]) -> None:
-  """Raises UserError for frozen parameters that are not loaded and not named in optim.allow_uninitialized."""
+  """Raise UserError for frozen parameters that are not loaded and not named in optim.allow_uninitialized."""
   # A run of the autoencoder measures its statistics; in any other run they are as frozen as its weights.
   measured = optim.STATISTICS if trainer.run.task.is_autoencoder else "^$"
   expected = [name for name, group in trainer.groups.items() if group == optim.FROZEN and name not in loaded]
@@ -231,7 +231,7 @@ def _check_frozen(path: str, trainer: Trainer, loaded: Collection[str]) -> None:
 
 
 def load_initial(path: str, trainer: Trainer) -> Params:
-  """The parameters of `find_initial`; averaged ones where the other run keeps them. None for "".
+  """Read the parameters of `find_initial`; averaged ones where the other run keeps them. None for "".
 
   Raises:
     UserError: as `find_initial`.
@@ -255,5 +255,5 @@ def load_initial(path: str, trainer: Trainer) -> Params:
 
 
 def parts_of(paths: Iterable[str]) -> str:
-  """`unet 686, autoencoder 250`: how many of these parameters each part has."""
+  """Count these parameters by part of the network, such as `unet 686, autoencoder 250`."""
   return ", ".join(f"{part} {n}" for part, n in sorted(Counter(path.split(".")[0] for path in paths).items()))

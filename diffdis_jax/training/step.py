@@ -106,7 +106,7 @@ class Trainer:
 
   @functools.cached_property
   def traced(self) -> jax.stages.Traced:
-    """The training step, traced for its shapes."""
+    """The training step, traced for its shapes; nothing is allocated."""
     return self.train_step.trace(self.abstract_state, abstract_batch(self.run, self.network, self.mesh))
 
   @functools.cached_property
@@ -116,7 +116,7 @@ class Trainer:
 
   @functools.cached_property
   def initialise(self) -> programs.AheadOfTime:
-    """Key -> fresh parameters, born sharded: the frozen ones too, which are not to stay random."""
+    """The program that makes fresh parameters of a key, born sharded; also the frozen ones, which must not stay so."""
     # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
     is_cpu = self.mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if is_cpu else None
@@ -125,7 +125,7 @@ class Trainer:
 
   @functools.cached_property
   def assemble(self) -> programs.AheadOfTime:
-    """Parameters -> the state of step 0; donates them."""
+    """The program that makes the state of step 0 of parameters, which it donates."""
     assemble = jax.jit(self._at_start, donate_argnums=0, out_shardings=self.state_shardings)
     return programs.AheadOfTime("the state", assemble.lower(self.abstract_state.params))
 

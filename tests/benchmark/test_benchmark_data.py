@@ -80,11 +80,11 @@ def test_steps_wait_as_in_a_long_training(monkeypatch):
   monkeypatch.setattr(data.writers, "Throughput", functools.partial(Throughput, clock=clock.perf_counter))
   loss = Average(total=jnp.ones(()), count=jnp.ones(()))
   taken = itertools.chain([10.0], itertools.repeat(0.02))  # the first one compiles
-  trainer.train_step = lambda *args: clock.sleep(next(taken)) or (None, {"loss": loss})
+  train_step = lambda *args: clock.sleep(next(taken)) or (None, {"loss": loss})
   monkeypatch.setattr(Trainer, "init_params", lambda self, key: {})
   monkeypatch.setattr(Trainer, "with_params", lambda self, params: None)
   trainer = object.__new__(Trainer)
-  vars(trainer).update(run=run, mesh=make_mesh(1), train_step=None)
+  vars(trainer).update(run=run, mesh=make_mesh(1), train_step=train_step)
   found = data.data_wait(trainer, pathlib.Path("nowhere"), steps=4)
   assert found == pytest.approx({"data_wait": 0.6, "small_model_steps_per_second": 20})
 

@@ -243,8 +243,8 @@ def test_only_parameters_and_embeddings_are_gathered_in_a_step():
   assert kernel in gathered and (b, d) in gathered
 
 
-@pytest.mark.parametrize("mesh_shape, frozen", [((1, 8, 1), 145), ((1, 4, 2), 148)])
-def test_the_papers_state_on_eight_devices_is_at_most_a_seventh(mesh_shape, frozen):
+@pytest.mark.parametrize("mesh_shape", [(1, 8, 1), (1, 4, 2)])
+def test_the_papers_state_on_eight_devices_is_at_most_a_seventh(mesh_shape):
   trainer = build_trainer(diffdis_cc3m.get_config("latents=none"), steps.make_mesh(*mesh_shape))
   whole = local = 0
   for leaf in jax.tree.leaves(trainer.abstract_state):
@@ -252,8 +252,6 @@ def test_the_papers_state_on_eight_devices_is_at_most_a_seventh(mesh_shape, froz
     whole += size * math.prod(leaf.shape)
     local += size * math.prod(leaf.sharding.shard_shape(leaf.shape))
   assert whole > 4 * 4 * 8e8 and local < whole / 7
-  # Arrays that a step changes, and others that it reads: by path there would be 3,912 of them.
-  assert [len(jax.tree.leaves(half)) for half in trainer.abstract_state.split()] == [1421, frozen]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Anchor sentences (AnSS): of each class's sentences those that the language-guided head attends to."""
+"""Choose anchor sentences (AnSS): those of each class that the language-guided head attends to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRAINING_IMAGES = 50  # of a class, where they are taken of the training split
 
 @dataclasses.dataclass(frozen=True)
 class Anchors:
-  """What was chosen.
+  """The anchors of all classes.
 
   Attributes:
     embeddings: of each class's anchors, the best first; where a class has fewer, zeros at the end.
@@ -41,8 +41,8 @@ class Anchors:
   losses: Float[np.ndarray, "k s"]
 
   def describe(self, corpus: Corpus) -> dict[str, Any]:
-    """For people: class -> its sentences, with their losses. Of classes that share a name, such as ImageNet's two
-    cranes, each has its number behind it."""
+    """Return each class's sentences with their losses, for people to read. Classes that share a name, such as
+    ImageNet's two cranes, have their number behind it."""
     flat, shared = corpus.flat, Counter(corpus.classnames)
     return {
       name if shared[name] == 1 else f"{name} ({number})": [
@@ -56,7 +56,7 @@ class Anchors:
 
 
 class Selection:
-  """How the anchors of a backbone after stage 1 are chosen.
+  """Chooses the anchors of a backbone after stage 1.
 
   Args:
     run: of stage 2. Its `long_tail` says how they are chosen, and by which images; its seed is that of random choices,
@@ -91,7 +91,7 @@ class Selection:
       raise UserError(f"no image of {self.corpus.classnames[absent[0]]!r} to choose its sentences by, in split {split}")
 
   def params(self, inference: Inference, path: str, params: Params) -> Params:
-    """The head's anchors, by the backbone among `params`; anchors.json in the workdir `path` says which they are.
+    """Choose the head's anchors by the backbone among `params`, and name them in anchors.json in the workdir `path`.
 
     Raises:
       Preempted: the processes stop in the middle of it; the same command begins it again.
@@ -102,7 +102,7 @@ class Selection:
     return sharding.replicated({ANCHORS: chosen.embeddings}, inference.mesh)
 
   def run(self, inference: Any, params: Params) -> Anchors:
-    """By this backbone: a network, which may have a head, and its parameters."""
+    """Choose by this backbone: a network, which may have a head, and its parameters."""
     ids, choice = self._tokens.ids, self._section.anchor_choice
     losses = np.full(len(ids), np.inf, np.float32)  # of the other choices, which look at no image
     if choice == "linear_loss":
@@ -129,7 +129,7 @@ class Selection:
 def choose(
   losses: Float[np.ndarray, " m"], starts: Int[np.ndarray, " k1"], choice: str, *, count: int, seed: int
 ) -> Int[np.ndarray, "k s"]:
-  """Places of each class's anchors, -1 where it has no more sentences.
+  """Return the places of each class's anchors, -1 where it has no more sentences.
 
   Args:
     losses: of all sentences.

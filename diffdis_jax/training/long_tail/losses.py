@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 @struct.dataclass
 class ClassContrastive:
-  """What `class_contrastive` gives."""
+  """The class-wise contrastive loss, and the accuracy among the texts of a batch."""
 
   loss: Float[Array, ""]
   accuracy: Float[Array, ""]
@@ -27,8 +27,8 @@ def class_contrastive(
   smoothing: float,
   gather: Callable[[Array], Array] = lambda x: x,
 ) -> ClassContrastive:
-  """VL-LTR's class-wise contrastive loss: cross-entropy of s_ij = exp(logit_scale) ⟨image_i, text_j⟩, both ways, with
-  every pair of one class a positive (Tian et al., 2022; the code's label smoothing).
+  """Compute VL-LTR's class-wise contrastive loss: cross-entropy of s_ij = exp(logit_scale) ⟨image_i, text_j⟩, both
+  ways, with every pair of one class a positive (Tian et al., 2022; the code's label smoothing).
 
   Args:
     image, text: L2-normalised.
@@ -67,7 +67,7 @@ def distill(
   teacher_logit_scale: Float[Array, ""],
   gather: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, ""]:
-  """VL-LTR's distillation, −Σ_j softmax(teacher)_j log softmax(student)_j on the logits of `class_contrastive`.
+  """Compute VL-LTR's distillation, −Σ_j softmax(teacher)_j log softmax(student)_j on the logits of `class_contrastive`.
 
   The mean over rows and over both directions. All four are L2-normalised; no gradient goes to the teacher.
   """

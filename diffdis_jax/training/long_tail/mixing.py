@@ -1,4 +1,4 @@
-"""Mixup and CutMix of a batch with itself backwards, as VL-LTR takes them from timm: one random choice a batch.
+"""Mix a batch by Mixup or CutMix with itself backwards, as VL-LTR takes them from timm: one random choice a batch.
 
 Rows are mixed with those of the global batch, whatever the number of devices; VL-LTR's partners are of one process.
 """
@@ -15,7 +15,7 @@ from diffdis_jax.structs import AnyArray
 
 @struct.dataclass
 class Mix:
-  """How a batch is mixed.
+  """The random choice by which a batch is mixed.
 
   `share` is λ, a row's own part; with CutMix that of the pixels outside of the box. The box holds rows top ... bottom-1
   and columns left ... right-1.
@@ -30,7 +30,7 @@ class Mix:
 
 
 def draw_mix(key: PRNGKeyArray, *, size: int, mixup: float, cutmix: float, cutmix_share: float) -> Mix:
-  """λ ~ Beta(a, a), a of mixup or of CutMix; and a box of 1 − λ of the area around a uniform pixel, cut to the image.
+  """Sample λ ~ Beta(a, a), a of mixup or of CutMix; and a box of 1 − λ of the area around a uniform pixel, cut to it.
 
   Args:
     size: side of the images, pixels.
@@ -55,7 +55,7 @@ def draw_mix(key: PRNGKeyArray, *, size: int, mixup: float, cutmix: float, cutmi
 def boxed(
   share: Float[Array, ""], is_cutmix: Bool[Array, ""], row: Int[Array, ""], column: Int[Array, ""], *, size: int
 ) -> Mix:
-  """The mix of λ, and of a box around this pixel; of CutMix λ is then what the box, cut to the image, leaves."""
+  """Return the mix of λ and a box around this pixel; λ of CutMix is then what the box, cut to the image, leaves."""
   # As timm halves it: sides are even, and the box is a little smaller than 1 − λ asks for.
   half = jnp.floor(size * jnp.sqrt(1.0 - share)).astype(jnp.int32) // 2
   edges = [jnp.clip(edge, 0, size) for edge in (row - half, row + half, column - half, column + half)]
@@ -66,7 +66,7 @@ def boxed(
 
 
 def mix_images(images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], mix: Mix) -> Float[Array, "b h w 3"]:
-  """Each image with that of the row as far from the other end of the batch; f32, of the same range."""
+  """Mix each image with that of the row as far from the other end of the batch; f32, of the same range."""
   own = images.astype(jnp.float32)
   other = own[::-1]
   rows, columns = (jnp.arange(side) for side in own.shape[1:3])
@@ -77,6 +77,6 @@ def mix_images(images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], mix: M
 
 
 def mix_targets(labels: Int[Array, "b"], mix: Mix, *, classes: int, smoothing: float) -> Float[Array, "b k"]:
-  """λ of a row's own class, 1 − λ of its partner's; of each, `smoothing` is spread evenly over all classes."""
+  """Return λ of a row's own class and 1 − λ of its partner's, with `smoothing` of each spread over all classes."""
   own = (1.0 - smoothing) * jax.nn.one_hot(labels, classes, dtype=jnp.float32) + smoothing / classes
   return mix.share * own + (1.0 - mix.share) * own[::-1]
