@@ -157,8 +157,9 @@ def test_equal_captions_are_negatives_or_left_out():
     own = np.diag(logits)
     expected = np.mean([np.log(np.exp(found).sum(axis)) - own for axis in (0, 1)])
     section = Loss(**{**config.loss, "duplicate_captions": equal})
-    found = objectives.contrastive_loss(pairs, jnp.float32(2.0), captions=objectives.captions_of(section, batch.tokens))
-    assert float(found.total) == pytest.approx(expected, rel=1e-5)
+    captions = objectives.captions_of(section, batch.tokens)
+    found, _ = objectives.contrastive_loss(pairs, jnp.float32(2.0), captions=captions)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
   assert not np.isclose(np.exp(logits[-1, -2]), 0)
 
 
@@ -196,13 +197,13 @@ def test_the_recipes_differ_in_the_images_and_in_equal_captions():
     ({"image_size": 18}, "image_size is 18; patches of 4 px do not tile it, so it must be a multiple of 4, such as 16"),
     (
       {"model.vision_encoder.spatial_pool": 3},
-      "vision_encoder.spatial_pool is 3; the tower's map is 4 x 4, so it must",
+      "vision_encoder.spatial_pool is 3; the map is 4 x 4, so it must",
     ),
     (
       {"model.vision_encoder.convolutional": True, "model.vision_encoder.spatial_pool": 2},
-      "vision_encoder.spatial_pool is 2; the tower's map is 1 x 1, so it must divide 1",
+      "vision_encoder.spatial_pool is 2; the map is 1 x 1, so it must divide 1",
     ),
-    ({"model.vision_encoder.widths": (64, 12)}, "vision_encoder.widths is .64, 12.; give a multiple of 8 for each"),
+    ({"model.vision_encoder.widths": (64, 12)}, "vision_encoder.widths has 12; it must be a multiple of groups=8"),
     ({"data.max_length": 9}, "data.max_length is 9; it must be from 2 to model.text_encoder.max_length, 8"),
     ({"model.remat": "some"}, "model.remat is 'some'; it must be one of none, full"),
     ({"loss.duplicate_captions": "kept"}, "loss.duplicate_captions is 'kept'; it must be one of mask, negatives"),
