@@ -173,7 +173,7 @@ def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = Fals
       made[name] = normalise(value) if isinstance(default, tuple) else value
       for key, child in dict(value).items() if default == {} else ():  # named by the config itself, as evaluations are
         check_type(f"{at}.{key}", child, {})
-      for key, child in default.items() if name == rest and whole else ():
+      for key, child in dict(default).items() if name == rest and whole else ():
         if key not in value:
           raise UserError(f"{at}.{key} is missing; every config of a run has it")
         check_type(f"{at}.{key}", value[key], child)

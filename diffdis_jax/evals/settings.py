@@ -50,8 +50,9 @@ def of(made: Callable[..., Any]) -> dict[str, Setting]:
   """The settings of a function or class by name; those without a default, and objects, are none of a flag's."""
   # The docstring is what a reader of the code sees; --help says the same, word for word.
   said = said_in(inspect.getdoc(made))
-  if dataclasses.is_dataclass(made):  # a section of a config says it at each field
-    said |= {each.name: each.metadata["help"] for each in dataclasses.fields(made) if "help" in each.metadata}
+  section: Any = made
+  if dataclasses.is_dataclass(section):  # a section of a config says it at each field
+    said |= {each.name: each.metadata["help"] for each in dataclasses.fields(section) if "help" in each.metadata}
   found = {}
   for name, parameter in inspect.signature(made).parameters.items():
     kinds = _kinds(made, name)

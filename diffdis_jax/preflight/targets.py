@@ -248,7 +248,7 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
   if target.compiler == "tpu":
     schedules.clear()  # what lies there is taken for this program's
   try:
-    program = lowered.compile(compiler_options=target.options or None)
+    program = lowered.compile(compiler_options=dict(target.options or {}) or None)
   except jax.errors.JaxRuntimeError as error:
     needed = memory_needed(str(error))
     if needed is None:

@@ -52,7 +52,9 @@ class Meters:
       start_step=start_step, num_steps=run.num_steps, batch_size=run.batch_size, peak_rate=peak_rate
     )
     saved = meta.get("totals") or {}
-    self._totals: Metrics = {name: Average(*map(np.float32, pair)) for name, pair in saved.items()}
+    self._totals: Metrics = {
+      name: Average(total=np.float32(total), count=np.float32(count)) for name, (total, count) in saved.items()
+    }
     self._last: Metrics | None = None  # of the newest step
     self._replaced = loader.Substitutions()
     if processes.is_first() and (counts := meta.get("substituted")):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import jax
@@ -110,14 +110,14 @@ def _adam(section: Optim) -> optax.GradientTransformation:
   return optax.GradientTransformation(adam.init, update)
 
 
-def _scale_by(rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+def _scale_by(rate: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
   """Descend by the rate at `step`."""
 
   def update(updates: Any, state: Any, params: Any = None, *, step: Any, **_: Any) -> tuple[Any, Any]:
     del params
     return jax.tree.map(lambda x: jnp.asarray(-rate(step), x.dtype) * x, updates), state
 
-  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), cast(Any, update))
 
 
 def limit_logit_scale(params: Params) -> Params:
