@@ -107,7 +107,7 @@ def last_line(path: epath.Path) -> dict[str, Any] | None:
 
 
 def warn_of_lost(found: Sequence[Any]) -> None:
-  """Warn of the lines of metrics.jsonl that cannot be read, but for the last one, which may be cut off.
+  """Warn of the lines of metrics.jsonl that cannot be read, except the last one, which may be cut off.
 
   Args:
     found: the object of each line, in the file's order.

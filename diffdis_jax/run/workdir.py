@@ -168,7 +168,7 @@ def may_change(field: str) -> bool:
 def run_digest(workdir: epath.PathLike) -> str:
   """Give the digest of a run's config by which its checkpoints know it; empty where there is no config.json.
 
-  It covers what the numbers of the training depend on, but for its length and for where its data lie.
+  It covers what the numbers of the training depend on, except its length and where its data lie.
 
   Raises:
     UserError: config.json is damaged.

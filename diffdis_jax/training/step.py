@@ -288,7 +288,7 @@ def abstract_batch(run: Run, network: Network, mesh: Mesh) -> TrainingBatch:
 
 
 def _unless_bad(new: TrainState, old: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
-  """Take a step, unless its loss or gradient is not finite: then the state stays, bit for bit, but for the step's
+  """Take a step, unless its loss or gradient is not finite: then the state stays, bit for bit, except the step's
   number, and its metrics count nothing."""
   # Here alone, after all that adds up over microbatches and devices: each device has the same numbers.
   good = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(metrics["grad_norm"].total)
