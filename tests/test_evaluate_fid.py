@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from diffdis_jax.config import Run
+from diffdis_jax.config import Run, read_fields
 from diffdis_jax.data import shapes
 from diffdis_jax.evals import distances, resize
 from diffdis_jax.evals import registry as evals
@@ -88,7 +88,7 @@ def fid_run(run, inception_file, tmp_path_factory) -> pathlib.Path:
   """The untrained run, whose config measures FID."""
   folder = tmp_path_factory.mktemp("fid") / "run"
   shutil.copytree(run, folder)
-  config = json.loads((folder / "config.json").read_text())
+  config = read_fields(folder)
   config["evals"] = {"few": {**section(40), "inception": str(inception_file)}}
   (folder / "config.json").write_text(json.dumps(config))
   return folder
@@ -166,7 +166,7 @@ def test_killed_at_random_it_ends_in_the_same_bits(fid_run, tmp_path, environmen
 def test_bad_input(run, environment, tmp_path, flags, message):
   folder = tmp_path / "run"
   shutil.copytree(run, folder)
-  config = json.loads((folder / "config.json").read_text())
+  config = read_fields(folder)
   config["evals"] = {"few": section(40)}
   (folder / "config.json").write_text(json.dumps(config))
   bad = call("evaluate", environment, f"--workdir={folder}", f"--out={tmp_path}/out.json", *flags)

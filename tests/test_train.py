@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffdis_jax import evaluate, inference
 from diffdis_jax.common import machine
-from diffdis_jax.config import Run
+from diffdis_jax.config import Run, read_fields
 from diffdis_jax.data import build, shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import Diverged, UserError
@@ -103,7 +103,7 @@ def check_provenance(found: dict, run: str, autoencoder: str) -> None:
   known = provenance.code()
   assert {name: found[name] for name in known} == known and len(known["commit"]) == 40
   assert found["device"] == {"kind": "cpu", "count": 1} and found["processors"] >= 1
-  fields = json.loads((pathlib.Path(run) / "config.json").read_text())
+  fields = read_fields(run)
   of_joint = provenance.of_config(fields)
   trained = {"commits": [known["commit"]], "clean": known["clean"]}
   of_autoencoder = provenance.of_config(tiny.get_config("autoencoder").to_dict()) | trained | {"steps": 8}

@@ -156,7 +156,7 @@ def damage_of_step(
     if isinstance(found, Digests):
       if found.step != int(path.name):
         return Damage(NAME, f"says that it was saved as step {found.step}")
-      if found.run != run:
+      if found.run and found.run != run:  # one that was saved where there was no config.json has none
         return Damage(NAME, "says that it was saved by a run of another config than config.json has")
     return _damage(path, found, is_asked, largest, share)
 
