@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffdis_jax.common import files
+from diffdis_jax.common import files, storage
 from diffdis_jax.common.params import Params
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
@@ -124,7 +124,8 @@ def test_parts_that_would_compute_something_else(tmp_path, monkeypatch):
     return read(path)
 
   monkeypatch.setattr(type(epath.Path()), "read_bytes", away)
-  with pytest.raises(gcsfs.retry.HttpError):  # on which a launcher starts the run again
+  monkeypatch.setattr(storage, "PATIENCE", 0.0)
+  with pytest.raises(storage.Away):  # on which a launcher starts the run again
     start.find_initial(path, step)
 
 
