@@ -72,7 +72,7 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """Read the events of the file, without lines that were cut off. A missing file has none."""
-  return [line for line in map(parse, files.lines(buckets.path(workdir) / FILE)) if _is_event(line)]
+  return [line for line in map(parse, files.lines(buckets.path(workdir) / FILE)) if "event" in line]
 
 
 def results(workdir: epath.PathLike) -> list[Result]:
@@ -139,14 +139,6 @@ def parse(line: str) -> dict[str, Any]:
   except UserError:
     return {}
   return found if isinstance(found, dict) else {}
-
-
-def _is_event(line: Mapping[str, Any]) -> bool:
-  """Return whether a line holds an event that readers can count with."""
-  optional = all(_is_number(line.get(name) or 0) for name in ("reached", "until", "devices", "num_steps"))
-  optional &= isinstance(line.get("parameters", {}), dict) and isinstance(line.get("data", []), list)
-  known = is_step(line.get("step")) if line.get("event") == "start" else isinstance(line.get("why"), str)
-  return line.get("event") in ("start", "end") and _is_number(line.get("time")) and known and optional
 
 
 def _is_number(value: Any) -> bool:
