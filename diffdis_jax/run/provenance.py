@@ -13,10 +13,9 @@ import pathlib
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from etils import epath
 
 import diffdis_jax
 from diffdis_jax.common import buckets, files, machine, one_file
@@ -99,8 +98,8 @@ def behind(init_from: str) -> list[dict[str, Any]]:
 
 
 def together(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-  """The provenance of a figure that was made of several records, each value that occurs once: `commits`, `versions`,
-  `devices`, `processors`; null stands for a record that has none. `clean`: whether all were."""
+  """Describe what made a figure of several records: each value of `commits`, `versions`, `devices`, `processors` once,
+  null for a record that has none; and `clean`, whether all were."""
   found = [record.get("provenance") or {} for record in records]
 
   def values(name: str) -> list[Any]:
@@ -117,8 +116,7 @@ def together(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def public(value: Any) -> Any:
-  """JSON without the folders of absolute paths and of buckets' addresses, which say how somebody's machine is arranged:
-  `/data/sd/v1.ckpt` is `v1.ckpt`."""
+  """Take the folders of absolute paths and of buckets' addresses out of JSON: `/data/sd/v1.ckpt` becomes `v1.ckpt`."""
   if isinstance(value, Mapping):
     return {name: public(each) for name, each in value.items()}
   if isinstance(value, list | tuple):
@@ -135,71 +133,51 @@ def _began_from(path: str) -> list[dict[str, Any]]:
 
 def _link(path: str, step: int | None) -> dict[str, Any]:
   """Describe a run as `of_run`, without the runs that it began from."""
+  try:
+    config = read_fields(path)
+  except (UserError, OSError):
+    config = None
   starts = [event for event in history.read(path) if "commit" in event]
   cleans = [event.get("clean") for event in starts]
   link = {
-    **_fields(_config(path)),
+    **_fields(config),
     "steps": step,
     "commits": [*dict.fromkeys(event["commit"] for event in starts)],
     "clean": None if not cleans or None in cleans else all(cleans),
   }
-  source = _imported(buckets.path(path) / "import.json")
-  return link | ({"imported": source} if source else {})
+  source = history.parse(" ".join(files.lines(buckets.path(path) / "import.json"))).get("source")
+  return link | ({"imported": public(source)} if source else {})
 
 
 def _fields(config: dict[str, Any] | None) -> dict[str, Any]:
+  """Describe a config; its hash is the same wherever the run and its data lie."""
   if config is None:
     return {"config_hash": None, "seed": None, "objectives": None}
-  return {"config_hash": _hash(config), "seed": config.get("seed"), "objectives": [*config["objectives"]]}
-
-
-def _hash(config: dict[str, Any]) -> str:
-  """Hash a config, the same wherever the run and its data lie."""
   fields = {
     field: str(value).rstrip("/").rpartition("/")[2] if field.split(".")[-1] == "path" else value
     for field, value in workdir.identity(config).items()
     if field != "init_from"
   }
-  return workdir.digest(fields)
+  return {"config_hash": workdir.digest(fields), "seed": config.get("seed"), "objectives": [*config["objectives"]]}
 
 
-def _config(path: str) -> dict[str, Any] | None:
-  try:
-    return read_fields(path)
-  except (UserError, OSError):
-    return None
-
-
-def _imported(file: epath.Path) -> str | None:
-  source = history.parse(" ".join(files.lines(file))).get("source")
-  return public(source) if isinstance(source, str) else None
-
-
-class Checkout(NamedTuple):
-  """A checkout's commit, and whether its files are the commit's own; None where there is no checkout."""
-
-  commit: str | None
-  clean: bool | None
-
-
-def _checkout(root: pathlib.Path) -> Checkout:
-  """Ask git. Files that it does not track count in the package alone, since runs lie elsewhere."""
-  # As launch/tpu_pod.sh writes it: the commit whose files it has copied, and the extras that it has installed. The
-  # Dockerfile writes what `git describe --dirty` says.
+def _checkout(root: pathlib.Path) -> tuple[str | None, bool | None]:
+  """Ask git for the commit, and whether the files are its own. Untracked ones count in the package alone."""
+  untracked = ""
+  # As the Dockerfile writes it, and launch/tpu_pod.sh, which adds the extras that it has installed.
   if (root / ".commit").is_file():
-    commit, changed, _ = (root / ".commit").read_text().partition(" ")[0].strip().partition("-dirty")
-    return Checkout(commit, not changed)
+    described = (root / ".commit").read_text().partition(" ")[0].strip()
   # Only the root itself: a wheel may lie inside of somebody's own repository.
-  if not (root / ".git").exists():
-    return Checkout(None, None)
-  try:
-    status = _git(root, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
-    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", "diffdis_jax")
-  except (OSError, subprocess.SubprocessError):  # no git, or one that refuses
-    return Checkout(None, None)
-  commit = re.search(r"^# branch\.oid ([0-9a-f]{40,64})$", status, re.M)
-  changed = [line for line in status.splitlines() if not line.startswith("#")]
-  return Checkout(commit[1], not changed and not untracked) if commit else Checkout(None, None)
+  elif not (root / ".git").exists():
+    return None, None
+  else:
+    try:
+      described = _git(root, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+      untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", "diffdis_jax")
+    except (OSError, subprocess.SubprocessError):  # no git, no commit, or one that refuses
+      return None, None
+  commit, changed, _ = described.strip().partition("-dirty")
+  return commit, not changed and not untracked
 
 
 def _git(root: pathlib.Path, *arguments: str) -> str:
