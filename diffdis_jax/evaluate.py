@@ -148,7 +148,7 @@ def track(kind: str, run: str, config: Mapping[str, Any], results: Results) -> N
         finite = {name: value for name, value in record["metrics"].items() if math.isfinite(value)}
         # The means of a suite have no protocol of their own; all its sets are of one checkpoint.
         step = next(each["protocol"]["checkpoint"] for each in records.values() if "checkpoint" in each["protocol"])
-        tracker.scalars(step, {f"{task}/{dataset}/{name}": value for name, value in finite.items()})
+        tracker.log(step, {f"{task}/{dataset}/{name}": value for name, value in finite.items()})
 
 
 def evaluate(

@@ -11,8 +11,8 @@ import importlib.util
 import os
 import pathlib
 import secrets
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -27,61 +27,46 @@ PROJECT = "diffdis_jax"
 FILE = "trackers.json"
 
 
-class Wandb:
-  """Sends numbers to Weights & Biases, with the step as a value over which curves are drawn.
+class Tracker(NamedTuple):
+  """A run of a tracker: `log` takes the step and values by name, `image` makes a value of a picture."""
+
+  log: Callable[[int, Mapping[str, Any]], None]
+  image: Callable[[UInt8[np.ndarray, "h w 3"]], Any]
+  close: Callable[[], None]
+
+
+def _wandb(id: str, name: str, config: Mapping[str, Any], folder: str | None) -> Tracker:
+  """Open a run of Weights & Biases, with the step as a value over which curves are drawn.
 
   Its own count of steps only grows, and would refuse those that a run takes again after it was killed.
   """
-
-  def __init__(self, id: str, name: str, config: Mapping[str, Any], folder: str | None):
-    self._wandb: Any = importlib.import_module("wandb")
-    options = {"id": id, "name": name, "resume": "allow", "config": dict(config), "dir": folder}
-    options["project"] = os.environ.get("WANDB_PROJECT", PROJECT)
-    try:
-      self._run = self._wandb.init(**options)
-    except self._wandb.errors.CommError as error:  # after a hundred seconds, of a server that does not answer
-      logging.warning(
-        "--tracker=wandb: %s; the numbers of this start are kept in %s/wandb, from where wandb sync sends them",
-        " ".join(str(error).split()),
-        folder or ".",
-      )
-      self._wandb.teardown()  # or else the id is still in use
-      self._run = self._wandb.init(**options, mode="offline")
-    self._run.define_metric("*", step_metric="step")
-
-  def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    self._run.log({"step": step, **values})
-
-  def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    self._run.log({"step": step, name: self._wandb.Image(image)})
-
-  def close(self) -> None:
-    self._run.finish()
+  wandb: Any = importlib.import_module("wandb")
+  options = {"id": id, "name": name, "resume": "allow", "config": dict(config), "dir": folder}
+  options["project"] = os.environ.get("WANDB_PROJECT", PROJECT)
+  try:
+    run = wandb.init(**options)
+  except wandb.errors.CommError as error:  # after a hundred seconds, of a server that does not answer
+    logging.warning(
+      "--tracker=wandb: %s; the numbers of this start are kept in %s/wandb, from where wandb sync sends them",
+      " ".join(str(error).split()),
+      folder or ".",
+    )
+    wandb.teardown()  # or else the id is still in use
+    run = wandb.init(**options, mode="offline")
+  run.define_metric("*", step_metric="step")
+  return Tracker(lambda step, values: run.log({"step": step, **values}), wandb.Image, run.finish)
 
 
-class Trackio:
-  """Sends numbers to trackio, which resumes a run by its name: the name has the id in it."""
-
-  def __init__(self, id: str, name: str, config: Mapping[str, Any], folder: str | None):
-    del folder  # TRACKIO_DIR says
-    self._trackio: Any = importlib.import_module("trackio")
-    project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-    own = dict(auto_log_gpu=False, auto_log_cpu=False)  # else curves of processor and memory come between
-    name = f"{name}-{id}"
-    self._run = self._trackio.init(project, name=name, resume="allow", config=dict(config), embed=False, **own)
-
-  def scalars(self, step: int, values: Mapping[str, float]) -> None:
-    self._run.log(dict(values), step=step)
-
-  def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    self._run.log({name: self._trackio.Image(image)}, step=step)
-
-  def close(self) -> None:
-    self._run.finish()
+def _trackio(id: str, name: str, config: Mapping[str, Any], folder: str | None) -> Tracker:
+  """Open a run of trackio, which resumes it by its name: the name has the id in it. TRACKIO_DIR says where it lies."""
+  trackio: Any = importlib.import_module("trackio")
+  project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+  own = dict(auto_log_gpu=False, auto_log_cpu=False)  # else curves of processor and memory come between
+  run = trackio.init(project, name=f"{name}-{id}", resume="allow", config=dict(config), embed=False, **own)
+  return Tracker(lambda step, values: run.log(dict(values), step=step), trackio.Image, run.finish)
 
 
-Tracker = Wandb | Trackio
-TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "trackio": Trackio}
+TRACKERS = {"wandb": _wandb, "trackio": _trackio}
 
 
 def check(kind: str) -> None:

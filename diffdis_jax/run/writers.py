@@ -59,7 +59,7 @@ class Writer:
     if self._mirror:
       self._mirror.copy_if_due()
     if self._tracker:
-      self._tracker.scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
+      self._tracker.log(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
 
   def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Write a picture, such as a grid of samples, to samples/<name>_<step>.png and TensorBoard."""
@@ -78,7 +78,7 @@ class Writer:
     png = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=content)
     self._write_values(step, [Summary.Value(tag=name, image=png)])
     if self._tracker:
-      self._tracker.image(step, name, image)
+      self._tracker.log(step, {name: self._tracker.image(image)})
 
   def flush(self) -> bool:
     """Bring all lines into the run's folder, and return whether they are there.

@@ -150,6 +150,7 @@ class Away(types.SimpleNamespace):
 
   begun: tuple[dict[str, Any], ...] = ()
   in_use = False
+  Image = None
 
   def init(self, **how):
     self.begun += (how,)
@@ -158,7 +159,7 @@ class Away(types.SimpleNamespace):
     if "mode" not in how:
       self.in_use = True
       raise self.errors.CommError("context deadline exceeded\nwhile retrying")
-    return types.SimpleNamespace(define_metric=lambda *_, **__: None)
+    return types.SimpleNamespace(define_metric=lambda *_, **__: None, finish=None)
 
   def teardown(self):
     self.in_use = False
