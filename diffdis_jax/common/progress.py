@@ -5,14 +5,13 @@ With --quiet neither. No jax, since the processes that prepare data import this 
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import logging
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 EVERY = 10.0  # seconds between two lines
 DELAY = 2.0  # seconds after which a bar shows: what takes less has none
@@ -32,19 +31,19 @@ class Progress:
     self._what, self._total, self._unit, self._every = what, total, unit, every
     self._begin = self._said = time.monotonic()
     self._done = self._new = 0
-    self._bar = _open_bar(what, total, unit, done=0) if shows_bars() else None
+    self._bar = bar(what, total, unit)
 
   def pass_over(self, count: int) -> None:
     """Count so many that were there already."""
     self._done += count
-    if self._bar is not None:
+    if not self._bar.disable:
       self._bar.initial += count  # so that they do not count as fast ones
       self._advance(count)
 
   def add(self, count: int) -> None:
     """Count so many that have just been made."""
     self._done, self._new = self._done + count, self._new + count
-    if self._bar is not None:
+    if not self._bar.disable:
       self._advance(count)
       return
     now = time.monotonic()
@@ -59,55 +58,24 @@ class Progress:
     )
 
   def _advance(self, count: int) -> None:
-    assert self._bar is not None
     self._bar.update(count)
     if self._done >= self._total:
       self._bar.refresh()  # the last of many in short order would not be seen
       self._bar.close()
 
 
-@contextlib.contextmanager
-def bar(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable[[int], object]]:
-  """Show a bar on a terminal for work that writes its own log lines; elsewhere nothing.
-
-  Args:
-    what, total, unit: as `Progress` takes them.
-    done: so many of them before.
-
-  Yields:
-    What to call with the number of those that have just been done.
-  """
-  if not shows_bars():
-    yield lambda count: None
-    return
-  with contextlib.closing(_open_bar(what, total, unit, done=done)) as shown:
-    yield shown.update
+def bar(what: str, total: int, unit: str, *, done: int = 0) -> tqdm:
+  """Return a bar for work that writes its own log lines, of which `done` were there before. It shows on a terminal."""
+  handler = logging.get_absl_handler().python_handler
+  if (shows := shows_bars()) and not isinstance(handler.stream, DummyTqdmFile):
+    handler.setStream(DummyTqdmFile(handler.stream))  # which writes a line above the bars
+  options: Any = dict(leave=False, delay=DELAY, dynamic_ncols=True, disable=not shows)
+  return tqdm(total=total, initial=done, desc=what, unit=f" {unit}", **options)
 
 
 def shows_bars() -> bool:
   """Return whether a person looks: stderr is a terminal, and --quiet was not given."""
   return sys.stderr.isatty() and logging.get_verbosity() >= logging.INFO
-
-
-def _open_bar(what: str, total: int, unit: str, *, done: int) -> Any:
-  handler = logging.get_absl_handler().python_handler
-  if not isinstance(handler.stream, _AboveBars):
-    handler.setStream(_AboveBars(handler.stream))
-  return tqdm(total=total, initial=done, desc=what, unit=f" {unit}", leave=False, delay=DELAY, dynamic_ncols=True)
-
-
-class _AboveBars:
-  """The log's stream while there are bars: a line is written in their place, and they below it."""
-
-  def __init__(self, stream: Any):
-    self._stream = stream
-
-  def write(self, text: str) -> None:
-    with tqdm.external_write_mode(file=self._stream):
-      self._stream.write(text)
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._stream, name)
 
 
 def duration(seconds: float) -> str:

@@ -225,10 +225,10 @@ class Throughput:
   def steps(self) -> Iterator[int]:
     """Yield the numbers of the steps that are left, with a bar on a terminal."""
     first = self._step + 1
-    with progress.bar("training", self._num_steps, "steps", done=first - 1) as advance:
+    with progress.bar("training", self._num_steps, "steps", done=first - 1) as bar:
       for step in range(first, self._num_steps + 1):
         yield step
-        advance(1)
+        bar.update(1)
 
   @contextlib.contextmanager
   def waiting_for_data(self, is_busy: Callable[[], bool]) -> Iterator[None]:

@@ -45,8 +45,8 @@ for i in range(30):
   if i == 15:
     logging.info("a line of the log")
   time.sleep(0.02)
-with progress.bar("preparing", 2, "parts") as advance:
-  advance(1)
+with progress.bar("preparing", 2, "parts") as bar:
+  bar.update(1)
 """
 
 

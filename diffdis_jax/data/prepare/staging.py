@@ -255,10 +255,10 @@ def write_all(stage: Stage, parts: Sequence[Part], *, num_processes: int, beam_o
     _write_by_beam(stage, missing, beam_options)
     return
   done = len(parts) - len(missing)
-  with progress.bar("preparing", len(parts), "parts", done=done) as advance:
+  with progress.bar("preparing", len(parts), "parts", done=done) as bar:
     for part, report in _write_by_processes(stage, missing, num_processes):
       done += 1
-      advance(1)
+      bar.update(1)
       skipped = sum(report.skipped.values())
       logging.info("%s: %d pairs, %d skipped (part %d of %d)", part.name, report.pairs, skipped, done, len(parts))
 
