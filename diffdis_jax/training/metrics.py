@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -16,10 +18,10 @@ from absl import logging
 from clu.metrics import Average
 from jaxtyping import Array, Float
 
+from diffdis_jax.common import progress
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import copies, loader
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import writers
 
 # Name -> total and count: totals over samples, microbatches and steps add up, and their ratio is the mean.
 Metrics = dict[str, Average]
@@ -43,12 +45,12 @@ class Meters:
     run: the run's config.
     start_step: the steps that are finished.
     meta: what `to_meta` returned when the run was saved; empty for a new run.
-    peak_rate: as `writers.Throughput` takes it.
+    peak_rate: as `Throughput` takes it.
   """
 
   def __init__(self, run: Run, *, start_step: int, meta: Mapping[str, Any], peak_rate: float | None):
     self._run, self._first = run, start_step + 1
-    self._speed = writers.Throughput(
+    self._speed = Throughput(
       start_step=start_step, num_steps=run.num_steps, batch_size=run.batch_size, peak_rate=peak_rate
     )
     saved = meta.get("totals") or {}
@@ -114,3 +116,115 @@ def slowest_host(data_wait: float) -> dict[str, float]:
     return {}
   shares = np.nan_to_num(processes.gathered(np.float32(data_wait)))
   return {"slowest_host": float(shares.argmax()), "slowest_host_data_wait": float(shares.max())}
+
+
+# What a loss adds up; its quarters of the timestep are in metrics.jsonl.
+_PART = re.compile(r"loss_(?!.*_q[1-4]$)\w+")
+# As the paper names them; others by their column.
+_SYMBOLS = {"loss_generation": "L_IG", "loss_discrimination": "L_ITA", "loss_class_contrastive": "class"}
+
+
+class Throughput:
+  """Measures how fast a run is, for the progress line and for metrics.jsonl."""
+
+  def __init__(
+    self,
+    *,
+    start_step: int,
+    num_steps: int,
+    batch_size: int,
+    peak_rate: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ) -> None:
+    """
+    Args:
+      start_step: steps already finished.
+      num_steps: steps of the whole run.
+      batch_size: images a step, over all processes.
+      peak_rate: steps a second at the chips' peak; None where it is not known.
+      clock: seconds.
+    """
+    self._num_steps = num_steps
+    self._batch_size = batch_size
+    self._peak_rate = peak_rate
+    self._clock = clock
+    self.restart(start_step)
+
+  def steps(self) -> Iterator[int]:
+    """Yield the numbers of the steps that are left, with a bar on a terminal."""
+    first = self._step + 1
+    with progress.bar("training", self._num_steps, "steps", done=first - 1) as bar:
+      for step in range(first, self._num_steps + 1):
+        yield step
+        bar.update(1)
+
+  @contextlib.contextmanager
+  def waiting_for_data(self, is_busy: Callable[[], bool]) -> Iterator[None]:
+    """Count the time within as waiting, unless `is_busy` says at its end that the devices are still at an earlier step,
+    so that none of it was lost."""
+    begin = self._clock()
+    yield
+    if not is_busy():
+      self._waited += self._clock() - begin
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leave out the time within, such as of an evaluation or a save."""
+    begin = self._clock()
+    yield
+    self._begin += self._clock() - begin
+
+  def restart(self, step: int) -> None:
+    """Count from here, after `step` steps: after a report, and after the first step, which compiles."""
+    self._step = step
+    self._begin = self._clock()
+    self._waited = 0.0
+
+  def report(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Log the progress line, and return the speeds since the last report.
+
+    Args:
+      step: steps finished, more than at the last report.
+      metrics: `loss` and its parts are shown.
+
+    Returns:
+      `steps_per_sec`, `images_per_sec`, and `data_wait`, the share of time spent waiting for data, in [0, 1]; where the
+      chips' peak is known `mfu`, the share of it that the steps' operations are. NaN where no step counted.
+    """
+    # The clock may not have moved since the last report.
+    seconds = max(self._clock() - self._begin, 1e-9)
+    counted = step - self._step
+    rate = counted / seconds if counted else math.nan
+    speeds = {
+      "steps_per_sec": rate,
+      "images_per_sec": rate * self._batch_size,
+      "data_wait": min(self._waited / seconds, 1.0) if counted else math.nan,
+    }
+    if self._peak_rate is not None:
+      speeds["mfu"] = rate / self._peak_rate
+    logging.info("%s", self._line(step, metrics, speeds))
+    self.restart(step)
+    return speeds
+
+  def _line(self, step: int, metrics: Mapping[str, Any], speeds: Mapping[str, float]) -> str:
+    known = [name for name in _SYMBOLS if name in metrics]  # L_IG first; jax sorts metrics by their names
+    parts = {name: float(metrics[name]) for name in [*known, *metrics] if _PART.fullmatch(name)}
+    shown = [f"step {step}/{self._num_steps}", f"loss {float(metrics['loss']):.4f}"]
+    if len(parts) > 1:  # a single one is the loss itself
+      shown += [f"{_SYMBOLS.get(name, name.removeprefix('loss_'))} {x:.3g}" for name, x in parts.items()]
+    if not math.isnan(rate := speeds["steps_per_sec"]):
+      shown += [
+        f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / rate:.3g} s/step",
+        f"data wait {speeds['data_wait']:.0%}",
+        f"{_duration((self._num_steps - step) / rate)} left",
+      ]
+    return "  ".join(shown)
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  days, rest = divmod(hours, 24)
+  if days > 1:
+    return f"{days}d{rest:02}h"
+  return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

@@ -25,8 +25,7 @@ from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import writers
-from diffdis_jax.training.metrics import is_running
+from diffdis_jax.training.metrics import Throughput, is_running
 from diffdis_jax.training.step import Trainer
 
 CROP = 256  # pixels
@@ -117,7 +116,7 @@ def data_wait(trainer: Trainer, prepared: pathlib.Path, *, steps: int = 30) -> d
   for _ in range(run.data.loader.prefetch):
     state, metrics = trainer.train_step(state, draw())
   jax.block_until_ready(metrics)
-  progress = writers.Throughput(start_step=0, num_steps=steps, batch_size=run.batch_size)
+  progress = Throughput(start_step=0, num_steps=steps, batch_size=run.batch_size)
   for _ in range(steps):  # as train does: a batch is loaded while the step before it runs
     with progress.waiting_for_data(functools.partial(is_running, metrics)):
       batch = draw()

@@ -16,7 +16,7 @@ from diffdis_jax.benchmark import synthetic
 from diffdis_jax.config.data import Loading
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import sources
-from diffdis_jax.run.writers import Throughput
+from diffdis_jax.training.metrics import Throughput
 from diffdis_jax.training.step import Trainer
 from tests import tiny
 from tests.benchmark import data_bars
@@ -77,7 +77,7 @@ def test_steps_wait_as_in_a_long_training(monkeypatch):
   batches = ReadAhead(clock, ahead=run.data.loader.prefetch, seconds=0.05, batch=batch)
   monkeypatch.setattr(data, "open_loader", lambda run: batches)
   monkeypatch.setattr(data.loader, "Substitutions", lambda: types.SimpleNamespace(take=lambda batch: batch))
-  monkeypatch.setattr(data.writers, "Throughput", functools.partial(Throughput, clock=clock.perf_counter))
+  monkeypatch.setattr(data, "Throughput", functools.partial(Throughput, clock=clock.perf_counter))
   loss = Average(total=jnp.ones(()), count=jnp.ones(()))
   taken = itertools.chain([10.0], itertools.repeat(0.02))  # the first one compiles
   train_step = lambda *args: clock.sleep(next(taken)) or (None, {"loss": loss})
