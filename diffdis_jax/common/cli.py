@@ -24,7 +24,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
@@ -57,7 +57,10 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   # Garbage is looked for among all that jax has traced, which stays: by default that is a fifth of a start's time.
   gc.set_threshold(100_000, 50, 50)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA, which has it from TensorFlow
-  _open_closed_streams()
+  # Closed ones: the next file to be opened would have the number of one of them, and get what libraries write there.
+  for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
   if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr: a name of another encoding ends no command
     sys.stdout.reconfigure(errors="backslashreplace")
   sys.excepthook = _excepthook
@@ -65,9 +68,12 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   signals.end_on_signals()
   logging.get_absl_handler().addFilter(_is_ours)
   flags.DEFINE_boolean("quiet", False, "write warnings and errors only, no progress")
-  _make_own_flags_known()
   # Not left to absl, whose help exits with 1.
   if {"--help", "-help", "-h", "-?"} & {*sys.argv[1:]}:
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+      for flag in defined:  # those too that the package defines outside of the command's own file
+        if module.startswith("diffdis_jax.") or flag.name == "config":
+          flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     usage.write(usage.text(sys.modules["__main__"].__doc__ or "", sys.argv[0]))
     sys.exit(0)
   if "--version" in sys.argv[1:]:
@@ -97,14 +103,6 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
       _stop_for(error)
 
   app.run(guarded, flags_parser=_parse_flags)
-
-
-def _open_closed_streams() -> None:
-  """Open stdin, stdout and stderr that were closed: the next file to be opened would have the number of one of them,
-  and get what libraries write there."""
-  for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-    if getattr(sys, name) is None:
-      setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _check_values() -> None:
@@ -203,7 +201,7 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
     UserError: every mistake in the path, the file or its arguments.
   """
   given, colon, argument = path.partition(":")
-  file = shipped.file_of(given)
+  file = str(shipped.names().get(given, given))
   if not os.path.isfile(file):
     folder = pathlib.Path(given).parent
     near = [*shipped.names(), *map(str, folder.glob("*.py"))]
@@ -215,9 +213,10 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
     spec: Any = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where a dataclass in the file looks up its annotations
-    with _own_modules():
-      spec.loader.exec_module(module)
-      made = module.get_config(*([argument] if colon else []))
+    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+      sys.path.append(os.getcwd())  # as `python -m` does and `diffdis` does not; last, so that it is in nobody's way
+    spec.loader.exec_module(module)
+    made = module.get_config(*([argument] if colon else []))
     if made is None:
       raise ValueError("get_config returned None; it should end with `return config`")
     return ConfigDict(made)
@@ -229,29 +228,6 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
     raise UserError(f"--{flag}={path}: {type(error).__name__}: {error}{where}") from error
 
 
-@contextlib.contextmanager
-def _own_modules() -> Iterator[None]:
-  """Find modules of the folder where the command was typed, as `python -m` does and `diffdis` does not; after all
-  others, so that none is in anybody's way."""
-  folder = os.getcwd()
-  is_new = not sys.flags.safe_path and folder not in sys.path
-  if is_new:
-    sys.path.append(folder)
-  try:
-    yield
-  finally:
-    if is_new:
-      sys.path.remove(folder)
-
-
-def _make_own_flags_known() -> None:
-  """Have --help list also the flags that this package defines outside of the command's own file."""
-  for module, defined in flags.FLAGS.flags_by_module_dict().items():
-    for flag in defined:
-      if module.startswith("diffdis_jax.") or flag.name == "config":
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-
-
 def compilation_cache() -> None:
   """Keep compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory.
 
@@ -261,14 +237,15 @@ def compilation_cache() -> None:
 
   own = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # empty, it would be this folder
   folder = own or files.user_cache("jax")
-  if not buckets.is_url(folder) and (reason := _refusal(folder)):
+  if buckets.is_url(folder):
+    if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
+      # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.
+      jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+  elif reason := _refusal(folder):
     logging.warning("compiled programs are not kept: %s; name another folder by JAX_COMPILATION_CACHE_DIR", reason)
     jax.config.update("jax_compilation_cache_dir", None)
     return
   jax.config.update("jax_compilation_cache_dir", str(buckets.path(folder)))
-  if buckets.is_url(folder) and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
-    # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
   if not own:
     _remove_unfinished(pathlib.Path(folder))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
@@ -320,16 +297,13 @@ class _ConfigFile(flags.ArgumentParser):
   def parse(self, path: str) -> ConfigDict:
     config = read_config(path, self._flag)
     for override in filter(None, map(_OVERRIDE.match, sys.argv[1:])):
-      guesses.check_key(config.to_dict(), override[1], list(flags.FLAGS))
-      _check_has_type(config, override[1], path.partition(":")[0])
+      guesses.check_key(config.to_dict(), key := override[1], list(flags.FLAGS))
+      *sections, name = key.partition("[")[0].split(".")
+      # A value is read by the type of what is there.
+      if functools.reduce(lambda section, each: section[each], sections, config).get_type(name) is type(None):
+        file = path.partition(":")[0]
+        raise UserError(f"--config.{key} cannot be set: the config has None there; set it in {file}")
     return config.lock()  # so that no code adds a field by misspelling one
-
-
-def _check_has_type(config: ConfigDict, key: str, file: str) -> None:
-  """Raise UserError where a field of the config is None: a value is read by the type of what is there."""
-  *sections, name = key.partition("[")[0].split(".")
-  if functools.reduce(lambda section, each: section[each], sections, config).get_type(name) is type(None):
-    raise UserError(f"--config.{key} cannot be set: the config has None there, which is of no type; set it in {file}")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -338,16 +312,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
   except flags.UnrecognizedFlagError as error:
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     guess = guesses.guess_flag(error.flagname, list(flags.FLAGS), guesses.fields_of(config.to_dict()) if config else ())
-    _stop(UserError(f"unknown flag --{error.flagname}; {guess}"))
+    _stop(f"unknown flag --{error.flagname}; {guess}")
   # Flags of our own raise UserError, absl's its own, and ConfigDict the others, of single fields.
   except (UserError, flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
     missing = usage.MISSING.findall(str(error))
-    _stop(_missing_flags(missing) if missing else error)
-
-
-def _missing_flags(names: Sequence[str]) -> UserError:
-  described = " and ".join(f"--{name} ({flags.FLAGS[name].help})" for name in names)
-  return UserError(f"{described} {'is' if len(names) == 1 else 'are'} missing")
+    described = " and ".join(f"--{name} ({flags.FLAGS[name].help})" for name in missing)
+    _stop(f"{described} {'is' if len(missing) == 1 else 'are'} missing" if missing else error)
 
 
 def _stop(error: Exception | str, *, code: int = 2) -> NoReturn:

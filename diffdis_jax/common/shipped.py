@@ -34,11 +34,6 @@ def names() -> dict[str, pathlib.Path]:
   return {path.stem: path for path in sorted(folder().glob("*.py")) if path.stem not in _SHARED}
 
 
-def file_of(given: str) -> str:
-  """Return the config file of a name; anything else is a path, as it stands."""
-  return str(names().get(given, given))
-
-
 def models() -> dict[str, pathlib.Path]:
   """Return the file of each trained model's name."""
   return {path.stem: path for path in sorted((_PACKAGE / "shipped").glob(f"*{SUFFIX}"))}
