@@ -145,8 +145,8 @@ def test_bad_input_is_one_line(quick, flags, message):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (["calibrate", "--topology=v5e:2x2"], "unexpected argument 'calibrate'"),
-    (["--topology=v5e:2x2"], "--config=FILE.py is missing"),
+    (["calibrate", "--config=shapes", "--topology=v5e:2x2"], "unexpected argument 'calibrate'"),
+    (["--topology=v5e:2x2"], "or FILE.py[:args]) is missing"),
   ],
 )
 def test_a_config_is_needed_and_nothing_else(quick, arguments, message):

@@ -24,8 +24,8 @@ from diffdis_jax.evals import sections as sections_of
 from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.run import checkpoint, committed, history, provenance, restore
 from diffdis_jax.structs import Batch
+from diffdis_jax.training import evaluator, loop, run_info, start
 from diffdis_jax.training import flops as estimated
-from diffdis_jax.training import loop, run_info
 from diffdis_jax.training.step import Trainer
 from tests import steps, tiny
 from tests.command_runs import STEPS, call
@@ -64,7 +64,6 @@ def test_a_run_holds_what_the_readme_says(joint_run):
   losses = {"loss", "loss_generation", "loss_discrimination"}
   others = {"grad_norm", "alignment_accuracy", "temperature", "substituted"}
   speeds = {"steps_per_sec", "images_per_sec", "data_wait"}
-  ita_weight = json.loads((run / "config.json").read_text())["loss"]["ita_weight"]
   for line in lines:
     assert line.keys() == {"step"} | losses | quarters | others | speeds
     assert all(math.isfinite(line[name]) for name in losses | others)
@@ -72,8 +71,8 @@ def test_a_run_holds_what_the_readme_says(joint_run):
       assert {line[name] for name in speeds} == {None}
     else:
       assert 0 <= line["data_wait"] <= 1 and line["steps_per_sec"] > 0
-    total = line["loss_generation"] + ita_weight * line["loss_discrimination"]
-    assert math.isclose(line["loss"], total, rel_tol=1e-5)
+    # L_ITA is logged of rows with an image, and minimised over all: training/test_step.py has the exact relation.
+    assert line["loss"] > line["loss_generation"]
   assert np.mean([line["loss"] for line in lines[-4:]]) < np.mean([line["loss"] for line in lines[:4]])
   assert json.loads((run / "config.json").read_text())["num_steps"] == STEPS
   assert list(run.glob("events.out.tfevents.*"))
@@ -449,8 +448,8 @@ def test_a_run_that_fails_reads_no_further_batches(tmp_path, monkeypatch):
   def fail(*args):
     raise UserError("no such evaluation")
 
-  monkeypatch.setattr(loop, "open_loader", open_loader)
-  monkeypatch.setattr(loop, "Evaluator", fail)
+  monkeypatch.setattr(start, "open_loader", open_loader)
+  monkeypatch.setattr(evaluator, "Evaluator", fail)
   with pytest.raises(UserError, match="no such evaluation"):
     loop.train_and_evaluate(Run.of(tiny.get_config()), str(tmp_path))
   with pytest.raises(ValueError, match="closed"):
