@@ -169,18 +169,18 @@ def read_bytes(where: epath.PathLike) -> bytes:
   """
   for _ in range(_READS):
     content = path(where).read_bytes()
-    if not is_url(where) or _as_sent(os.fspath(where), google_crc32c.value(content)):
+    if not is_url(where) or _as_sent(os.fspath(where), google_crc32c.Checksum(content)):
       return content
   raise Gone(f"{os.fspath(where)} arrived damaged")
 
 
-def _as_sent(url: str, digest: int) -> bool:
+def _as_sent(url: str, digest: google_crc32c.Checksum) -> bool:
   """Compare the CRC32C of what was read with the server's, where it has one."""
   try:
     there = _system().info(url).get("crc32c")
   except ValueError:  # an answer that is no JSON has arrived damaged itself
     return False
-  return there is None or there == base64.b64encode(digest.to_bytes(4, "big")).decode()
+  return there is None or there == base64.b64encode(digest.digest()).decode()
 
 
 def download(wanted: Mapping[str, pathlib.Path]) -> None:
@@ -199,9 +199,9 @@ def download(wanted: Mapping[str, pathlib.Path]) -> None:
     for url, file in wanted.items():
       digest = google_crc32c.Checksum()
       with partial[url].open("rb") as copied:
-        for chunk in iter(functools.partial(copied.read, 1 << 20), b""):
-          digest.update(chunk)
-      if not _as_sent(url, int.from_bytes(digest.digest(), "big")):
+        for _ in digest.consume(copied, 1 << 20):
+          pass
+      if not _as_sent(url, digest):
         raise Gone(f"{url} arrived damaged")
       partial[url].replace(file)
   finally:
@@ -275,13 +275,12 @@ class Mirror:
 
   def close(self) -> None:
     """Copy what is left, while a bucket that is away may come back."""
-    for pause in LAST_PAUSES:
+    for pause in (0.0, *LAST_PAUSES):
+      time.sleep(pause)
       if self.copy():
         break
-      time.sleep(pause)
     else:
-      if not self.copy():
-        logging.error("the last lines of %s could not be written", self._to)
+      logging.error("the last lines of %s could not be written", self._to)
     self._temporary.cleanup()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from diffdis_jax.errors import UserError
@@ -87,17 +87,13 @@ def check_key(config: Mapping[str, Any], key: str, flags: Collection[str] = ()) 
     raise UserError(f"unknown config key {key}; {guess_field(key, known, flags)}")
 
 
-def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Return a config's fields by their dotted paths. A section without fields stands for itself."""
-  return dict(_leaves(config))
-
-
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for key, value in section.items():
-    if isinstance(value, Mapping) and value:
-      yield from _leaves(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", value
+  fields: dict[str, Any] = {}
+  for key, value in config.items():
+    is_section = isinstance(value, Mapping) and value
+    fields |= fields_of(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
+  return fields
 
 
 def _sections(known: Iterable[str]) -> set[str]:

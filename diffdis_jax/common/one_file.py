@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float32, Int32, Shaped
+from jaxtyping import Float32, Shaped
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
@@ -102,7 +102,7 @@ def check_written(name: str, value: Shaped[np.ndarray, "..."], written: Shaped[n
 
 def read_record(path: pathlib.Path) -> Record:
   """Read what a file says, from its first kilobytes. Raise UserError: it is damaged, or holds no run."""
-  return _record(path, _metadata(path))
+  return _header(path)[0]
 
 
 def check(path: pathlib.Path, step: int | None, *, ema: bool) -> Record:
@@ -121,8 +121,7 @@ def check(path: pathlib.Path, step: int | None, *, ema: bool) -> Record:
 
 def read_params(path: pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
   """Read the weights, f32, with every token's vector. Raise UserError: the file is damaged, or holds no run."""
-  text = _metadata(path)
-  record = _record(path, text)
+  record, text = _header(path)
   try:
     arrays: Arrays = {
       name: np.frombuffer(each["data"], _DTYPES[each["dtype"]]).reshape(each["shape"])
@@ -136,7 +135,9 @@ def read_params(path: pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
   params = {name: each.astype(np.float32) for name, each in arrays.items()}
   if kept is not None:
     size = record.config["model"]["text_encoder"]["vocab_size"]
-    params |= {name: _with_all_rows(each, kept, size) for name, each in params.items() if name.endswith(_TABLES)}
+    for name in (name for name in arrays if name.endswith(_TABLES)):
+      table, params[name] = params[name], np.repeat(params[name][-1:], size, axis=0)
+      params[name][kept] = table[:-1]
   return params
 
 
@@ -161,32 +162,20 @@ def _without_untrained(params: Mapping[str, Shaped[np.ndarray, "..."]], record: 
   return {**params, **short, KEPT: np.flatnonzero(trained).astype(np.int32)}
 
 
-def _with_all_rows(
-  table: Float32[np.ndarray, "m d"], kept: Int32[np.ndarray, " n"], size: int
-) -> Float32[np.ndarray, "v d"]:
-  whole = np.repeat(table[-1:], size, axis=0)
-  whole[kept] = table[:-1]
-  return whole
-
-
-def _metadata(path: pathlib.Path) -> dict[str, str]:
-  """Read the texts of the header: 8 bytes of length, and as much JSON."""
+def _header(path: pathlib.Path) -> tuple[Record, dict[str, str]]:
+  """Read the record, and the texts of the header: 8 bytes of length, and as much JSON."""
   try:
     with path.open("rb") as file:
       length = int.from_bytes(file.read(8), "little")
       # A damaged length may be any number.
       header = parse_json(file.read(min(length, path.stat().st_size)), "its header")
-      found = header["__metadata__"]
-      return {name: found[name] for name in ("run", "sha256")}
+      text = {name: header["__metadata__"][name] for name in ("run", "sha256")}
   except (OSError, UserError, TypeError, KeyError) as error:
     raise UserError(
       f"{path} holds no run, or is damaged; it should be as export_weights wrote it{shipped.IMPORT_FIRST}"
     ) from error
-
-
-def _record(path: pathlib.Path, text: Mapping[str, str]) -> Record:
   try:
-    return Record(**parse_json(text["run"], "its run"))
+    return Record(**parse_json(text["run"], "its run")), text
   except (UserError, TypeError) as error:
     raise _damaged(path, str(error)) from error
 

@@ -6,7 +6,6 @@ a disk or a bucket.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import threading
@@ -41,24 +40,27 @@ def patiently(read: Callable[[], _Read], what: str) -> _Read:
   Raises:
     Away: it has failed for PATIENCE seconds.
   """
-  waited = 0.0
-  for attempt in itertools.count():
+  waited, pause = 0.0, PAUSE
+  while True:
     try:
       found = read()
-      if attempt:
-        logging.warning("%s can be read again, after %.0f s", what, waited)
-      return found
+      break
     except Exception as error:
       if not may_pass(error):
         raise
       said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
       if waited >= PATIENCE:
         raise Away(f"{what} could not be read for {waited:.0f} s: {said}") from error
-    pause = min(PAUSE * 2**attempt, LONGEST, PATIENCE - waited)
-    _say(what, said, pause)
-    _rest(pause)
-    waited += pause
-  raise AssertionError  # it never ends so
+    this = min(pause, PATIENCE - waited)
+    now, message = time.monotonic(), f"cannot read {what}: {said}"
+    if now - _told.get(message, -this) >= this:  # once, where many threads wait for the same
+      _told[message] = now
+      logging.warning("%s; trying again in %.3g s", message, this)
+    _rest(this)
+    waited, pause = waited + this, min(2 * pause, LONGEST)
+  if waited:
+    logging.warning("%s can be read again, after %.0f s", what, waited)
+  return found
 
 
 def _rest(seconds: float) -> None:
@@ -79,11 +81,3 @@ def away(error: Exception, files: Iterable[str | os.PathLike[str]]) -> Exception
     if not buckets.path(file).exists():
       return Gone(f"{file} is not there")
   return Gone(" ".join(str(error).split())) if _OF_A_CALL.search(str(error)) else None
-
-
-def _say(what: str, said: str, pause: float) -> None:
-  """Warn once where many threads wait for the same."""
-  now, message = time.monotonic(), f"cannot read {what}: {said}"
-  if now - _told.get(message, -pause) >= pause:
-    _told[message] = now
-    logging.warning("%s; trying again in %.3g s", message, pause)
