@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from diffdis_jax.run import history
 
 BUCKETS = 400
-AT_ONCE = 1000  # lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +31,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-  """A curve in buckets: of each the step of its last point, and mean, least and most of its finite values, NaN where it
-  has none."""
+  """A curve in buckets. Each has the step of its last point, and mean, least and most of its finite values, or NaN."""
 
   steps: Int[np.ndarray, " k"]
   mean: Float[np.ndarray, " k"]
@@ -47,7 +45,12 @@ def read(lines: Sequence[str]) -> dict[str, Curve]:
   What is no number is left out, and so is a line that cannot be read, with a warning unless it is the last one, which
   may still be being written.
   """
-  found = [*_parsed([line for line in lines if line.strip()])]
+  lines = [line for line in lines if line.strip()]
+  try:
+    # All but the last at once, which takes half the time.
+    found = [*json.loads(f"[{','.join(lines[:-1])}]"), *map(history.parse, lines[-1:])]
+  except (ValueError, RecursionError):
+    found = [*map(history.parse, lines)]
   history.warn_of_lost(found)
   try:
     return _joined(found)
@@ -74,18 +77,8 @@ def _joined(lines: Iterable[Any]) -> dict[str, Curve]:
   }
 
 
-def _parsed(lines: Sequence[str]) -> Iterator[Any]:
-  """The lines' objects: many at once, which takes half the time, or one by one where one of them cannot be read."""
-  for start in range(0, len(lines), AT_ONCE):
-    some = lines[start : start + AT_ONCE]
-    try:
-      yield from json.loads(f"[{','.join(some)}]")
-    except (ValueError, RecursionError):
-      yield from map(history.parse, some)
-
-
 def thin(curve: Curve, buckets: int = BUCKETS) -> Band:
-  """A curve in at most `buckets` buckets, equally many steps wide; one of fewer points stays as it is."""
+  """Put a curve into at most `buckets` buckets, equally many steps wide; one of fewer points stays as it is."""
   steps, values = curve.steps, curve.values
   if len(steps) <= buckets:
     return Band(steps, values, values, values)
@@ -95,7 +88,7 @@ def thin(curve: Curve, buckets: int = BUCKETS) -> Band:
   count = np.add.reduceat(finite.astype(np.int64), starts)
 
   def reduced(f: np.ufunc, empty: float) -> Float[np.ndarray, " k"]:
-    """f over each bucket's finite values; `empty` is what changes nothing in it."""
+    """Reduce each bucket's finite values by f, in which `empty` changes nothing."""
     return np.where(count > 0, f.reduceat(np.where(finite, values, empty), starts), np.nan)
 
   # Least and most beside the mean, so that a spike of one step still shows.

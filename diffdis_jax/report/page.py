@@ -26,7 +26,7 @@ PLACE = re.compile(r"\{\{(\w+)\}\}")  # of the template
 
 
 def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float | None = None) -> str:
-  """One HTML page of these runs.
+  """Render one HTML page of these runs.
 
   Args:
     runs: one, or several to compare.
@@ -47,7 +47,7 @@ def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float |
 
 
 def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dict[str, Any]:
-  """All that the page shows except its pictures."""
+  """Collect all that the page shows except its pictures."""
   facts = [facts_of(run, hour_price=hour_price, now=now) for run in runs]
   rates = [name for each in facts for name in each["curves"] if name.startswith("rate/")]
   metrics = dict.fromkeys([*(name for run in runs for name in charts.distinct(run.curves)), *rates])
@@ -64,7 +64,7 @@ def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dic
 
 
 def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any]:
-  """What the page shows of one run, except its pictures."""
+  """Collect what the page shows of one run, except its pictures."""
   made = summary.starts(run, now=now)
   every = {**run.curves, **summary.learning_rates(run)}
   return {
@@ -94,8 +94,7 @@ def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any
 
 
 def thinned(curve: curves.Curve) -> dict[str, Any]:
-  """A curve for the page; `least` and `most` only where buckets hold more than one point, and the number of points and
-  of those that were not finite."""
+  """Return a curve for the page, with `least` and `most` only where buckets hold more than one point."""
   band = curves.thin(curve)
   found = {"steps": band.steps.tolist(), "mean": numbers(band.mean), "points": len(curve.steps)}
   found["not_finite"] = int((~np.isfinite(curve.values)).sum())
@@ -114,7 +113,7 @@ def numbers(values: np.ndarray) -> list[float | None]:
 
 
 def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
-  """Fields in which the runs' configs differ: `field`, and the `values` as JSON, None where a run has no such field."""
+  """List the fields in which the runs differ, with their `values` as JSON; None where a run has no such field."""
   every = [summary.fields(run) for run in runs]
   names = sorted({name for fields in every for name in fields})
   # As JSON, by which a tuple of one config and a list of another are equal.
@@ -123,41 +122,35 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def embed(runs: Sequence[Run]) -> list[dict[str, Any]]:
-  """Of each run the pictures of its samples and of its data cards."""
-  found = []
-  kept = {
-    (i, name): spread(files, max(2, MOST_GRIDS // sum(len(run.grids) for run in runs)))
-    for i, run in enumerate(runs)
-    for name, files in run.grids.items()
-  }
-  paths = [path for files in kept.values() for _, path in files]
-  made = iter(pictures.embed(paths, most_bytes=GRID_BYTES))
-  shown = {key: [(step, next(made)) for step, _ in files] for key, files in kept.items()}
+  """Return each run's pictures of its samples and of its data cards."""
+  most = max(2, MOST_GRIDS // max(1, sum(len(run.grids) for run in runs)))
+  kept = [{name: spread(files, most) for name, files in run.grids.items()} for run in runs]
+  paths = [path for grids in kept for files in grids.values() for _, path in files]
+  drawn = iter(pictures.embed(paths, most_bytes=GRID_BYTES))
   sheets = [card["picture"] for run in runs for card in run.cards.values()]
-  drawn = iter(pictures.embed(sheets, most_bytes=CARD_BYTES))
-  for i, run in enumerate(runs):
-    grids = [
-      {
-        "name": name,
-        "all": len(files),
-        "grids": [{"step": step, **vars(each)} for step, each in shown[i, name] if each],
-      }
-      for name, files in run.grids.items()
-    ]
-    cards = [vars(picture) if picture else None for picture in (next(drawn) for _ in run.cards)]
-    found.append({"grids": grids, "cards": cards})
-  return found
+  cards = iter(pictures.embed(sheets, most_bytes=CARD_BYTES))
+
+  def shown(files: Sequence[tuple[int, Any]]) -> list[dict[str, Any]]:
+    return [{"step": step, **vars(picture)} for step, _ in files if (picture := next(drawn))]
+
+  return [
+    {
+      "grids": [{"name": name, "all": len(run.grids[name]), "grids": shown(files)} for name, files in grids.items()],
+      "cards": [vars(picture) if (picture := next(cards)) else None for _ in run.cards],
+    }
+    for run, grids in zip(runs, kept, strict=True)
+  ]
 
 
 def spread(files: Sequence[Any], most: int) -> list[Any]:
-  """At most so many of them, evenly apart, the last among them."""
+  """Choose at most so many of them, evenly apart, the last among them."""
   if len(files) <= most:
     return list(files)
   return [files[i] for i in np.unique(np.linspace(0, len(files) - 1, most).astype(int))]
 
 
 def as_json(value: Any) -> str:
-  """JSON that may stand inside a script element, whatever is in it. Numbers that are not finite are null."""
+  """Write JSON that may stand inside a script element, whatever is in it. Numbers that are not finite are null."""
   # In ASCII, so that it holds neither a line's end of JavaScript nor half of a character.
   text = json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
   return text.replace("&", "\\u0026").replace("<", "\\u003c")
@@ -172,9 +165,9 @@ def _finite(value: Any) -> Any:
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
-  """The last part of each path, or as many parts as make the names different."""
-  parts: Mapping[str, list[str]] = {path: path.rstrip("/").split("/") for path in paths}
-  depth = 1
-  while len({"/".join(parts[path][-depth:]) for path in paths}) < len(paths):
+  """Return the last part of each path, or as many parts as make the names different."""
+  names, depth = paths, 0
+  while depth == 0 or len(set(names)) < len(paths):
     depth += 1
-  return ["/".join(parts[path][-depth:]) for path in paths]
+    names = ["/".join(path.rstrip("/").split("/")[-depth:]) for path in paths]
+  return [*names]

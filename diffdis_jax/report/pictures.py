@@ -18,7 +18,7 @@ from diffdis_jax.data import image_files
 
 # Longest side, and quality of WebP, from the finest on.
 SIZES = ((1600, 85), (1280, 80), (1024, 72), (832, 62), (704, 52), (576, 44), (448, 38), (352, 34), (256, 30))
-TRIED = 3  # pictures by whose bytes the finest is chosen that should fit
+TRIED = 5  # pictures by whose bytes the finest is chosen that should fit
 MARGIN = 0.85  # of the bytes that there are, since the others differ
 
 
@@ -32,22 +32,18 @@ class Picture:
 
 
 def embed(paths: Sequence[epath.Path], *, most_bytes: int) -> list[Picture | None]:
-  """Each file as a picture, all at one longest side and quality; None for a file that is no picture, or not yet.
+  """Return each file as a picture, all at one longest side and quality; None for a file that is no picture, or not yet.
 
   Args:
     most_bytes: of all data URIs together. At the coarsest of SIZES it may be more.
   """
   if not paths:
     return []
-  lengths = [_length(path) for path in paths]
   tried = {*np.linspace(0, len(paths) - 1, TRIED).astype(int)}
-  few = {i: image for i in tried if (image := _open(paths[i]))}
-  share = sum(lengths) / max(1, sum(lengths[i] for i in few))  # files of more bytes make more of them here too
-
-  def guess(side: int, quality: int) -> float:
-    return share * sum(len(_shrink(image, side, quality).uri) for image in few.values())
-
-  finest = next((i for i, size in enumerate(SIZES) if guess(*size) < MARGIN * most_bytes), len(SIZES) - 1)
+  few = [image for i in tried if (image := _open(paths[i]))]
+  share = MARGIN * most_bytes * max(1, len(few)) / len(paths)
+  total = lambda size: sum(len(_shrink(image, *size).uri) for image in few)
+  finest = next((i for i, size in enumerate(SIZES) if total(size) < share), len(SIZES) - 1)
   found: list[Picture | None] = []
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for side, quality in SIZES[finest:]:
@@ -69,13 +65,6 @@ def _open(path: epath.Path) -> Image.Image | None:
       return image if image.mode == "RGB" else image.convert("RGB")
   except Exception:  # Pillow raises whatever it likes for a damaged file
     return None
-
-
-def _length(path: epath.Path) -> int:
-  try:
-    return path.stat().length
-  except OSError:
-    return 0
 
 
 def _shrink(image: Image.Image, side: int, quality: int) -> Picture:
