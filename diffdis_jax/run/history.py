@@ -132,8 +132,8 @@ def is_step(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
-def parse(line: str) -> dict[str, Any]:
-  """Read a line's object; an empty one if the line was cut off, or is still being written."""
+def parse(line: str | bytes) -> dict[str, Any]:
+  """Read a JSON object; an empty one if the line was cut off, or is still being written."""
   try:
     found = parse_json(line, "a line")
   except UserError:

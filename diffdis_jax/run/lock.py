@@ -20,8 +20,8 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax.common import buckets, signals
-from diffdis_jax.errors import PREEMPTED, UserError, parse_json
-from diffdis_jax.run import workdir
+from diffdis_jax.errors import PREEMPTED, UserError
+from diffdis_jax.run import history, workdir
 
 BEAT = 5.0  # seconds between two signs of life of the process that holds a workdir
 PATIENCE = 20.0  # seconds without a sign of life after which a holder on another machine is dead
@@ -88,10 +88,8 @@ class Lock:
           self._file.remove(seen)
           continue
       if (seen.is_locked or signs > 1) and now - begin > ENDING:
-        message = (
-          f"--workdir={self._workdir} is in use by {_named(seen)}; wait for it, stop it, or take another --workdir"
-        )
-        raise InUse(message)
+        who = f"--workdir={self._workdir} is in use by {_named(seen)}"
+        raise InUse(f"{who}; wait for it, stop it, or take another --workdir")
       time.sleep(0.2)
 
   def __exit__(self, *_: object) -> None:
@@ -144,7 +142,7 @@ class _File:
 
   @contextlib.contextmanager
   def seen(self) -> Iterator[_Seen | None]:
-    """The file, which no other process removes within, if it is free."""
+    """Look at the file, which no other process removes within, if it is free."""
     try:
       file = os.open(self._path, os.O_RDWR | os.O_NONBLOCK)  # which waits for nobody at the end of a pipe either
     except FileNotFoundError:
@@ -160,7 +158,7 @@ class _File:
         is_locked = True
       except OSError:
         has_locks = False
-      yield _Seen(_parsed(os.pread(file, 2**16, 0)), status.st_mtime_ns, status.st_ino, is_locked, has_locks)
+      yield _Seen(history.parse(os.pread(file, 2**16, 0)), status.st_mtime_ns, status.st_ino, is_locked, has_locks)
     finally:
       os.close(file)
 
@@ -185,9 +183,9 @@ class _Object:
 
   @contextlib.contextmanager
   def seen(self) -> Iterator[_Seen | None]:
-    """The object at this moment."""
+    """Look at the object as it is at this moment."""
     generation = buckets.generation(self._path)
-    content = _parsed(self._path.read_bytes()) if generation else {}
+    content = history.parse(self._path.read_bytes()) if generation else {}
     yield _Seen(content, generation, generation, is_locked=False, has_locks=False) if generation else None
 
   def remove(self, seen: _Seen) -> None:
@@ -201,17 +199,8 @@ def _named(seen: _Seen) -> str:
   return f"process {seen.content.get('pid')} on {seen.content.get('host')}"
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
-  """The object in a lock.json; an empty one while it is being written, or damaged."""
-  try:
-    found = parse_json(content, "lock.json")
-  except UserError:
-    return {}
-  return found if isinstance(found, dict) else {}
-
-
 def _machine() -> str:
-  """This boot of the machine, whose kernel keeps the locks."""
+  """Name this boot of the machine, whose kernel keeps the locks."""
   try:
     return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
   except OSError:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -15,8 +14,7 @@ from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError, full_disk, may_pass
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
   """The steps to trace: `steps` of them, from `start` on; the first step of a run is 1."""
 
   start: int

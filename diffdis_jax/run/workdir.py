@@ -133,16 +133,13 @@ def _set_aside(path: epath.Path) -> epath.Path:
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a config by their dotted paths, lists as tuples. A section without fields stands for itself."""
+  """List the fields of a config by their dotted paths, lists as tuples. A section without fields stands for itself."""
   return guesses.fields_of(normalise(config))
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
   """Name each field outside of MAY_CHANGE in which two configs differ; both as from `flatten`."""
-
-  def shown(fields: Mapping[str, Any], field: str) -> str:
-    return repr(fields[field]) if field in fields else "absent"
-
+  shown = lambda fields, field: repr(fields[field]) if field in fields else "absent"
   return [
     f"{field} is {shown(there, field)} there and {shown(here, field)} here"
     for field in sorted(there.keys() | here.keys())
@@ -151,12 +148,12 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields on which the numbers of a training depend, by their dotted paths: those outside of MAY_CHANGE."""
+  """Choose the fields on which the numbers of a training depend, those outside of MAY_CHANGE, by their dotted paths."""
   return {field: value for field, value in flatten(config).items() if not may_change(field)}
 
 
 def digest(fields: Mapping[str, Any]) -> str:
-  """Eight hexadecimal digits of the SHA-256 of the fields as JSON, sorted."""
+  """Return eight hexadecimal digits of the SHA-256 of the fields as JSON, sorted."""
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
