@@ -53,8 +53,8 @@ class Writer:
     # JSON knows neither NaN nor infinity, and strict readers refuse the line.
     line = {"step": step, **{name: x if math.isfinite(x) else None for name, x in numbers.items()}}
     self._append("metrics.jsonl", (json.dumps(line, allow_nan=False) + "\n").encode())
-    values = [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()]
-    self._write_event(step=step, summary=Summary(value=values))
+    points = [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()]
+    self._write_event(step=step, summary=Summary(value=points))
     if self._mirror:
       self._mirror.copy_if_due()
     if self._tracker:
