@@ -252,7 +252,7 @@ def main(_):
         return read_json(self, *args, **kwargs)
 
       ocp.JsonCheckpointHandler.restore = wavering
-    resumed = restore.read_state(restore.find(WORKDIR.value), TrainState(params=params))
+    resumed = restore.read_state(WORKDIR.value, 1, TrainState(params=params))
     assert resumed.meta["step"] == 1
     said = []
     for found in (resumed.state.params, restore.restore_params(WORKDIR.value, abstract=params)):
