@@ -248,7 +248,7 @@ def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
   """
   name = name or os.fspath(path)
   try:
-    content = buckets.path(path).read_bytes()
+    content = buckets.read_bytes(path)
   except (OSError, ValueError) as error:  # the latter of a name that no file can have
     if may_pass(error):
       raise

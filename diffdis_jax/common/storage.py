@@ -46,7 +46,8 @@ def patiently(read: Callable[[], _Read], what: str) -> _Read:
       found = read()
       break
     except Exception as error:
-      if not may_pass(error):
+      # A 403 too, since this is no first access: a server that has answered before may refuse for a while.
+      if not may_pass(error) and not _is_forbidden(error):
         raise
       said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
       if waited >= PATIENCE:
@@ -61,6 +62,13 @@ def patiently(read: Callable[[], _Read], what: str) -> _Read:
   if waited:
     logging.warning("%s can be read again, after %.0f s", what, waited)
   return found
+
+
+def _is_forbidden(error: Exception) -> bool:
+  """Tell gcsfs's and TensorStore's error for a 403, which has no class of its own."""
+  return isinstance(error, (OSError, ValueError)) and bool(
+    re.search(r"^Forbidden: |HTTP response code: 403", str(error))
+  )
 
 
 def _rest(seconds: float) -> None:

@@ -53,6 +53,15 @@ def test_what_gcsfs_raises_for_any_answer_of_a_failing_server_may_pass():
     assert may_pass(raised.value), status
 
 
+def test_a_403_in_the_middle_is_tried_again(pauses):
+  from gcsfs import retry
+
+  with pytest.raises(OSError) as raised:
+    retry.validate_response(403, b"", "gs://b/c")
+  read = Flaky(raised.value, raised.value)
+  assert storage.patiently(read, "gs://b/c") == 7 and pauses == [1, 2]
+
+
 def test_a_system_without_linuxs_own_number_has_the_others(monkeypatch):
   """As macOS. Every command reads the numbers when it starts."""
   monkeypatch.delattr(errno, "EREMOTEIO", raising=False)
