@@ -25,7 +25,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -91,14 +91,12 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
       return main(argv)
     except (UserError, Diverged) as error:
       _stop(error, code=error.code)
-    except OSError as error:
-      _stop_for(error)
     except Preempted as stopped:
       if _is_compiling():
         _exit_at_once(stopped.code)
       sys.exit(stopped.code)
     except Exception as error:
-      if not may_pass(error):
+      if not (isinstance(error, OSError) or may_pass(error)):
         raise
       _stop_for(error)
 
@@ -108,20 +106,18 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
 def _check_values() -> None:
   """Raise UserError: a folder's flag is empty, a number is nan, an address in any flag or field cannot be read, or the
   workdir cannot be one."""
-  values = {name: flags.FLAGS[name] for name in flags.FLAGS}
-  for name in _FOLDERS & {*values}:
-    if values[name].present and values[name].value == "":
+  for name in {*flags.FLAGS} - _TEXTS:
+    value = flags.FLAGS[name].value
+    if name in _FOLDERS and value == "" and flags.FLAGS[name].present:
       raise UserError(f"--{name}= is empty; give a path")
-  for name in {*values} - _TEXTS:
-    value = values[name].value
     if isinstance(value, float) and math.isnan(value):  # which is within any bounds for absl
       raise UserError(f"--{name}={value} is no number; give one")
     found = guesses.fields_of(value.to_dict()).values() if isinstance(value, ConfigDict) else [value]
     for each in itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in found):
       if isinstance(each, str):
         buckets.check(each)
-  if "workdir" in values:
-    given = values["workdir"].value or []
+  if "workdir" in flags.FLAGS:
+    given = flags.FLAGS["workdir"].value or []
     for folder in [given] if isinstance(given, str) else given:
       files.check_workdir(folder)
 
@@ -177,17 +173,10 @@ def process_flags() -> None:
     )
 
 
-class Given(NamedTuple):
-  """FILE.py[:args] of the flag --config, and the values that --config.a.b=value gave to single fields."""
-
-  path: str
-  overrides: dict[str, Any]
-
-
-def config_given() -> Given:
-  """Return what the command line says of its config."""
+def config_given() -> tuple[str, dict[str, Any]]:
+  """Return FILE.py[:args] of the flag --config, and the values that --config.a.b=value gave to single fields."""
   flag = flags.FLAGS["config"]
-  return Given(config_flags.get_config_filename(flag), config_flags.get_override_values(flag))
+  return config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
 
 
 def read_config(path: str, flag: str = "config") -> ConfigDict:

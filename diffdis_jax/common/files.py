@@ -21,7 +21,6 @@ from etils import epath
 from diffdis_jax.common import buckets
 from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
 
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of file systems such as some of clusters
 # With what makes it unique.
 _TEMPORARY = re.compile(r"(.+)\.(?:\d+|[a-z0-9_]{8})\.tmp")
 
@@ -63,21 +62,18 @@ def whole_folder(out: epath.PathLike, *, last: Collection[str] = ()) -> Iterator
     UserError: `out` is not empty, or cannot be written. What the caller reads meanwhile raises its own errors.
   """
   folder = empty_folder(out)
-  write = _in_a_bucket(folder, last) if buckets.is_url(folder) else _on_a_disk(pathlib.Path(folder).resolve())
-  with write as temporary:
-    yield temporary
-
-
-@contextlib.contextmanager
-def _in_a_bucket(out: epath.Path, last: Collection[str]) -> Iterator[pathlib.Path]:
-  check_out(os.fspath(out / "file"))  # before hours of work, which a bucket that there is not would lose
+  if not buckets.is_url(folder):
+    with _on_a_disk(pathlib.Path(folder).resolve()) as temporary:
+      yield temporary
+    return
+  check_out(os.fspath(folder / "file"))  # before hours of work, which a bucket that there is not would lose
   with temporary_folder("diffdis-out") as temporary:
     yield temporary
     try:
-      buckets.upload(temporary, out, last=last)
+      buckets.upload(temporary, folder, last=last)
     except BaseException:
       with contextlib.suppress(Exception):  # of the bucket, which must not take the place of what went wrong
-        out.rmtree()
+        folder.rmtree()
       raise
 
 
@@ -86,7 +82,7 @@ def _on_a_disk(out: pathlib.Path) -> Iterator[pathlib.Path]:
   made = ""
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, since a rename cannot go from one disk to another.
+    # Beside its place: a rename cannot go from one disk to another.
     with temporary_folder(f".{out.name}", out.parent) as temporary:
       made = str(temporary)
       temporary.chmod(0o755)  # 700, as it is made, would stay and lock other users out
@@ -128,11 +124,15 @@ def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def in_use(temporary: str | os.PathLike[str], flags: int = 0) -> Iterator[None]:
-  """Lock a temporary file or folder, so that `sweep` leaves it. Where a file system has no locks, nothing is swept."""
+def in_use(temporary: str | os.PathLike[str], flags: int = 0, *, strict: bool = False) -> Iterator[None]:
+  """Lock a temporary file or folder, so that `sweep` leaves it. Where a file system has no locks, nothing is swept.
+
+  Raises:
+    OSError: it is locked, or cannot be, and that is asked for by `strict`.
+  """
   descriptor = os.open(temporary, os.O_RDONLY | flags, 0o666)
   try:
-    with contextlib.suppress(OSError):
+    with contextlib.nullcontext() if strict else contextlib.suppress(OSError):
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     yield
   finally:
@@ -163,9 +163,9 @@ def lock(file: IO[Any], *, wait: bool) -> None:
   """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError:
+    raise
   except OSError as error:
-    if error.errno not in _NO_LOCKS:
-      raise
     logging.warning("%s cannot be locked (%s); let no other process write there meanwhile", file.name, error.strerror)
 
 
@@ -175,13 +175,9 @@ def sweep(folder: str | os.PathLike[str], begin: str = "") -> None:
     found = _TEMPORARY.fullmatch(path.name)
     if found is None or (found[1] != begin if begin else path.is_dir() or not path.name.startswith(".")):
       continue
-    with contextlib.suppress(OSError):
-      descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-      try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-      finally:
-        os.close(descriptor)
+    # A lock fails while its process lives.
+    with contextlib.suppress(OSError), in_use(path, os.O_NOFOLLOW | os.O_NONBLOCK, strict=True):
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def check_workdir(folder: str) -> None:

@@ -79,8 +79,7 @@ def provide(file: str | os.PathLike[str]) -> None:
   for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
     del sys.modules[name]
   spec = importlib.util.spec_from_file_location("configs", ours / "__init__.py", submodule_search_locations=places)
-  if spec is None or spec.loader is None:
-    raise FileNotFoundError(ours / "__init__.py")
+  assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   sys.modules["configs"] = module
   spec.loader.exec_module(module)

@@ -6,6 +6,7 @@ A group is a heading. Flags outside of any group come first, with those that are
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import re
@@ -24,6 +25,7 @@ MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than
 _AUTOMATIC = "must have a value other than None"  # in absl's message of a required flag
 _VALUES = {flags.IntegerParser: "N", flags.FloatParser: "X", flags.ListParser: "A,B"}
 
+_wrap = functools.partial(textwrap.fill, break_on_hyphens=False)
 _group_of: weakref.WeakKeyDictionary[flags.Flag, str] = weakref.WeakKeyDictionary()
 _required: weakref.WeakSet[flags.Flag] = weakref.WeakSet()
 
@@ -73,10 +75,6 @@ def version() -> str:
   return f"diffdis_jax {sys.modules['diffdis_jax'].__version__}"
 
 
-def _wrap(content: str, width: int) -> str:
-  return textwrap.fill(content, width, break_on_hyphens=False)
-
-
 def _groups(program: str) -> Iterator[str]:
   keys = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(program)}
   shown = [flags.FLAGS[name] for name in flags.FLAGS if name in keys]  # as they were defined
@@ -92,16 +90,14 @@ def _groups(program: str) -> Iterator[str]:
 
 def _entry(flag: flags.Flag, required: bool) -> str:
   """Return a flag's row: how it is written, such as --name=N, and what it does."""
-  form = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={_values(flag)}"
+  if isinstance(flag.parser, flags.EnumParser):
+    value = "|".join(flag.parser.enum_values)
+  else:
+    value = next((value for kind, value in _VALUES.items() if isinstance(flag.parser, kind)), "...")
+  form = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={value}"
   help = re.sub(r"^<[^>]*>: ", "", " ".join((flag.help or "").split()))  # without an enum's values, which the form has
   default = "" if flag.default in (None, "", [], False) else f" (default: {str(flag.default_as_str).strip(chr(39))})"
   return _row(form, f"{'(required) ' * required}{help}{default}")
-
-
-def _values(flag: flags.Flag) -> str:
-  if isinstance(flag.parser, flags.EnumParser):
-    return "|".join(flag.parser.enum_values)
-  return next((value for kind, value in _VALUES.items() if isinstance(flag.parser, kind)), "...")
 
 
 def _row(form: str, help: str) -> str:
