@@ -76,7 +76,24 @@ def of_run(path: str, *, step: int | None) -> dict[str, Any]:
   """
   if (file := one_file.at(path)) is not None:
     return one_file.read_record(file).provenance
-  return {**_link(path, step), "init_from": _began_from(path)}
+  try:
+    config = read_fields(path)
+  except (UserError, OSError):
+    config = None
+  events = history.read(path)
+  starts = [event for event in events if "commit" in event]
+  cleans = [event.get("clean") for event in starts]
+  source = history.parse(" ".join(files.lines(buckets.path(path) / "import.json"))).get("source")
+  # From the end: a run whose first start never saved begins again, and may then begin from another one.
+  began_from = (event["init_from"] for event in reversed(events) if "init_from" in event)
+  return {
+    **_fields(config),
+    "steps": step,
+    "commits": [*dict.fromkeys(event["commit"] for event in starts)],
+    "clean": None if not cleans or None in cleans else all(cleans),
+    **({"imported": public(source)} if source else {}),
+    "init_from": next(began_from, []),  # an import has no history
+  }
 
 
 def of_config(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,10 +108,8 @@ def behind(init_from: str) -> list[dict[str, Any]]:
   """
   if not init_from:
     return []
-  if (file := one_file.at(init_from)) is not None:
-    found = one_file.read_record(file).provenance
-    return [{name: value for name, value in found.items() if name != "init_from"}, *found["init_from"]]
-  return [_link(init_from, committed.latest_step(init_from)), *_began_from(init_from)]
+  found = of_run(init_from, step=None if one_file.at(init_from) else committed.latest_step(init_from))
+  return [{name: value for name, value in found.items() if name != "init_from"}, *found["init_from"]]
 
 
 def together(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -122,31 +137,6 @@ def public(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return [public(each) for each in value]
   return _FOLDERS.sub("", value) if isinstance(value, str) else value
-
-
-def _began_from(path: str) -> list[dict[str, Any]]:
-  """Read what the run's first start recorded. An import has no history."""
-  # From the end: a run whose first start never saved begins again, and may then begin from another one.
-  found = (event["init_from"] for event in reversed(history.read(path)) if isinstance(event.get("init_from"), list))
-  return next(found, [])
-
-
-def _link(path: str, step: int | None) -> dict[str, Any]:
-  """Describe a run as `of_run`, without the runs that it began from."""
-  try:
-    config = read_fields(path)
-  except (UserError, OSError):
-    config = None
-  starts = [event for event in history.read(path) if "commit" in event]
-  cleans = [event.get("clean") for event in starts]
-  link = {
-    **_fields(config),
-    "steps": step,
-    "commits": [*dict.fromkeys(event["commit"] for event in starts)],
-    "clean": None if not cleans or None in cleans else all(cleans),
-  }
-  source = history.parse(" ".join(files.lines(buckets.path(path) / "import.json"))).get("source")
-  return link | ({"imported": public(source)} if source else {})
 
 
 def _fields(config: dict[str, Any] | None) -> dict[str, Any]:
