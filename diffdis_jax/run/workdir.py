@@ -98,9 +98,7 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: C
   config_there = read_json_object(path)
   there, here = flatten(config_there), flatten(config)
   may_be_replaced = SECTIONS <= config_there.keys() and committed.latest_step(workdir) is None
-  ignored = {*moved}
-  if not may_be_replaced and _is_longer(there, here):
-    ignored.add("num_steps")
+  ignored = {*moved} if lengthened(workdir, config) is None else {*moved, "num_steps"}
   differing = differences(*({name: each[name] for name in each.keys() - ignored} for each in (there, here)))
   if differing and not may_be_replaced:
     raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")
@@ -112,13 +110,8 @@ def lengthened(workdir: epath.PathLike, config: Mapping[str, Any]) -> int | None
   path = buckets.path(workdir)
   if not (path / "config.json").exists() or committed.latest_step(workdir) is None:
     return None
-  there = flatten(read_json_object(path))
-  return there["num_steps"] if _is_longer(there, flatten(config)) else None
-
-
-def _is_longer(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-  before, after = there.get("num_steps"), here.get("num_steps")
-  return isinstance(before, int) and isinstance(after, int) and before < after
+  before, after = read_json_object(path).get("num_steps"), config.get("num_steps")
+  return before if isinstance(before, int) and isinstance(after, int) and before < after else None
 
 
 def _set_aside(path: epath.Path) -> epath.Path:
