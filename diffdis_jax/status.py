@@ -24,7 +24,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """The command line."""
+  """Define the command line."""
   flags.DEFINE_bool("json", False, "one JSON object instead of lines")
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def facts(run: Run, *, now: float) -> dict[str, Any]:
-  """How a run stands, as JSON values; None for what is not known.
+  """Say how a run stands in JSON values; None for what is not known.
 
   Args:
     now: seconds since 1970.
@@ -67,7 +67,7 @@ def facts(run: Run, *, now: float) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-  """`facts` in words."""
+  """Put `facts` in words."""
   said = [f"{found['state']}{': ' if found['message'] else ''}{found['message']}"]
   step = f"step {found['step']:,} of {found['num_steps']:,}"
   if found["steps_per_sec"] is not None:

@@ -24,7 +24,7 @@ MOST_RUNS = 8  # that have a colour of their own
 
 
 def define_flags() -> None:
-  """The command line."""
+  """Define the command line."""
   flags.DEFINE_list("workdir", None, "folder of a run, or several, separated by commas", required=True)
   flags.DEFINE_string("out", None, "HTML file to write", required=True)
   flags.DEFINE_float("hour_price", None, "price of one device for an hour, for the cost of a run", lower_bound=0.0)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def report(paths: Sequence[str], out: str, *, hour_price: float | None = None) -> None:
-  """Writes the page.
+  """Write the page.
 
   Args:
     paths: workdirs.

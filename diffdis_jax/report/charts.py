@@ -27,7 +27,7 @@ _QUARTER = re.compile(r"(loss_\w+)_q([1-4])")
 
 
 def distinct(curves: Mapping[str, Curve]) -> list[str]:
-  """The metrics except those of an evaluation that are equal, at every step, to one before: with one template, the
+  """Leave out those metrics of an evaluation that are equal, at every step, to one before: with one template, the
   accuracy of all templates is that of the first."""
   kept: dict[str, Curve] = {}
   for name, curve in curves.items():
@@ -40,7 +40,7 @@ def distinct(curves: Mapping[str, Curve]) -> list[str]:
 
 
 def group(metrics: Iterable[str]) -> list[dict[str, Any]]:
-  """Charts in the order of the page: `section`, `title`, `format` (number or share) and `series`, [metric, label]."""
+  """List the charts in order: `section`, `title`, `format` (number or share) and `series`, [metric, label]."""
   # Each metric is on one chart: what a chart takes is gone from here, and what is left at the end gets one of its own.
   left = dict.fromkeys(metrics)
   charts = []

@@ -1,4 +1,4 @@
-"""Reads what a run has left in its workdir, also while it runs."""
+"""Read what a run has left in its workdir, also while it runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Run:
 
 
 def read(path: str, name: str) -> Run:
-  """Reads a workdir; touches nothing.
+  """Read a workdir, and change nothing.
 
   Raises:
     UserError: no folder of a run.
@@ -105,8 +105,7 @@ def _checkpoints(path: str) -> dict[int, dict[str, float]]:
 
 
 def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """Of the run's sources that prepare_data wrote, and that can be reached from here."""
-  # One that lies on another machine is left out: the page is of what can be read here.
+  """Read the cards of the run's sources that prepare_data wrote, as far as they can be reached from here."""
   sections = data["mixture"] or {"data": data}
   found = {}
   for name, section in sections.items():

@@ -22,7 +22,7 @@ RATE_POINTS = 400
 
 
 def status(run: Run) -> dict[str, str]:
-  """`state`: one of running, finished, stopped, failed, killed, unfinished; `message` of what failed."""
+  """Return `state`, one of running, finished, stopped, failed, killed, unfinished, and `message` of what failed."""
   last = run.events[-1] if run.events else {}
   # One that was started again may read its checkpoint and compile for long before it says so.
   if last.get("event") == "end" and not run.restarted:
@@ -36,8 +36,8 @@ def status(run: Run) -> dict[str, str]:
 
 
 def starts(run: Run, *, now: float) -> list[dict[str, Any]]:
-  """Each start: from which step and when, on what, for how many seconds (at least, of one that was killed), how it
-  ended, and the steps after its last checkpoint that were taken again."""
+  """List the starts: from which step and when, on what, for how many seconds (at least, of one that was killed), how
+  each ended, and the steps after its last checkpoint that were taken again."""
   places = [i for i, event in enumerate(run.events) if event["event"] == "start"]
   found = []
   for place, after in itertools.pairwise([*places, len(run.events)]):
@@ -62,7 +62,7 @@ def starts(run: Run, *, now: float) -> list[dict[str, Any]]:
 
 
 def cost(run: Run, made: Sequence[Mapping[str, Any]], *, hour_price: float | None) -> dict[str, Any]:
-  """Device-hours by kind, and where the time went.
+  """Add up device-hours by kind, and say where the time went.
 
   Args:
     made: of `starts`.
@@ -72,13 +72,10 @@ def cost(run: Run, made: Sequence[Mapping[str, Any]], *, hour_price: float | Non
   for start in made:
     kind = start["device_kind"] or "unknown"
     hours[kind] = hours.get(kind, 0.0) + start["seconds"] * (start["devices"] or 1) / HOUR
-  # By kind: an hour of one is not an hour of another, and a run may have moved.
-  in_steps = _seconds_in_steps(run)
-  total = sum(start["seconds"] for start in made)
   return {
-    "device_hours": hours,
-    "seconds": total if made else None,
-    "seconds_in_steps": in_steps,
+    "device_hours": hours,  # by kind: an hour of one is not an hour of another, and a run may have moved
+    "seconds": sum(start["seconds"] for start in made) if made else None,
+    "seconds_in_steps": _seconds_in_steps(run),
     "images": run.step * run.config["batch_size"],
     "price": None if hour_price is None else hour_price * sum(hours.values()),
   }
@@ -96,7 +93,7 @@ def _seconds_in_steps(run: Run, first: float = 0, last: float = math.inf) -> flo
 
 
 def learning_rates(run: Run) -> dict[str, Curve]:
-  """`rate/GROUP` of each group that is trained, at the steps so far: those of the config's schedule."""
+  """Return `rate/GROUP` of each group that is trained, at the steps so far, as the config's schedule has it."""
   from diffdis_jax.training import optim  # jax takes two seconds, in which the pictures are made
 
   if not run.step:
@@ -104,9 +101,9 @@ def learning_rates(run: Run) -> dict[str, Curve]:
   section = read_section(Optim, run.config["optim"], "optim")
   steps = np.unique(np.linspace(1, run.step, RATE_POINTS).astype(int))
   lengths = [(event["step"], event["num_steps"]) for event in run.events if event.get("num_steps")]
-  found = {}
+  found, trained = {}, parameters(run)
   for group in section.rates:
-    if group not in parameters(run) and parameters(run):
+    if trained and group not in trained:
       continue
     rates = np.empty(len(steps), np.float64)
     # A run that was made longer has the schedule of its length at each start.
@@ -120,17 +117,16 @@ def learning_rates(run: Run) -> dict[str, Curve]:
 
 def parameters(run: Run) -> dict[str, dict[str, int]]:
   """Return numbers of parameters by group and part of the network, as the last start recorded them."""
-  told = [event["parameters"] for event in run.events if "parameters" in event]
-  return told[-1] if told else {}
+  return next((event["parameters"] for event in reversed(run.events) if "parameters" in event), {})
 
 
 def fields(run: Run) -> dict[str, str]:
-  """Every field of the config, by its dotted name, as JSON."""
+  """Write every field of the config as JSON, by its dotted name."""
   return {name: json.dumps(value) for name, value in workdir.flatten(run.config).items()}
 
 
 def differing(run: Run) -> list[str]:
-  """Fields that differ from the default that every config has."""
+  """List the fields that differ from the default that every config has."""
   defaults = workdir.flatten(default_fields())
   own = fields(run)
   return [name for name, value in defaults.items() if name in own and own[name] != json.dumps(value)]
