@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -124,37 +125,32 @@ _PART = re.compile(r"loss_(?!.*_q[1-4]$)\w+")
 _SYMBOLS = {"loss_generation": "L_IG", "loss_discrimination": "L_ITA", "loss_class_contrastive": "class"}
 
 
+@dataclasses.dataclass(kw_only=True)
 class Throughput:
-  """Measures how fast a run is, for the progress line and for metrics.jsonl."""
+  """Measures how fast a run is, for the progress line and for metrics.jsonl.
 
-  def __init__(
-    self,
-    *,
-    start_step: int,
-    num_steps: int,
-    batch_size: int,
-    peak_rate: float | None = None,
-    clock: Callable[[], float] = time.monotonic,
-  ) -> None:
-    """
-    Args:
-      start_step: steps already finished.
-      num_steps: steps of the whole run.
-      batch_size: images a step, over all processes.
-      peak_rate: steps a second at the chips' peak; None where it is not known.
-      clock: seconds.
-    """
-    self._num_steps = num_steps
-    self._batch_size = batch_size
-    self._peak_rate = peak_rate
-    self._clock = clock
+  Attributes:
+    start_step: steps already finished.
+    num_steps: steps of the whole run.
+    batch_size: images a step, over all processes.
+    peak_rate: steps a second at the chips' peak; None where it is not known.
+    clock: seconds.
+  """
+
+  start_step: dataclasses.InitVar[int]
+  num_steps: int
+  batch_size: int
+  peak_rate: float | None = None
+  clock: Callable[[], float] = time.monotonic
+
+  def __post_init__(self, start_step: int) -> None:
     self.restart(start_step)
 
   def steps(self) -> Iterator[int]:
     """Yield the numbers of the steps that are left, with a bar on a terminal."""
     first = self._step + 1
-    with progress.bar("training", self._num_steps, "steps", done=first - 1) as bar:
-      for step in range(first, self._num_steps + 1):
+    with progress.bar("training", self.num_steps, "steps", done=first - 1) as bar:
+      for step in range(first, self.num_steps + 1):
         yield step
         bar.update(1)
 
@@ -162,22 +158,22 @@ class Throughput:
   def waiting_for_data(self, is_busy: Callable[[], bool]) -> Iterator[None]:
     """Count the time within as waiting, unless `is_busy` says at its end that the devices are still at an earlier step,
     so that none of it was lost."""
-    begin = self._clock()
+    begin = self.clock()
     yield
     if not is_busy():
-      self._waited += self._clock() - begin
+      self._waited += self.clock() - begin
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
     """Leave out the time within, such as of an evaluation or a save."""
-    begin = self._clock()
+    begin = self.clock()
     yield
-    self._begin += self._clock() - begin
+    self._begin += self.clock() - begin
 
   def restart(self, step: int) -> None:
     """Count from here, after `step` steps: after a report, and after the first step, which compiles."""
     self._step = step
-    self._begin = self._clock()
+    self._begin = self.clock()
     self._waited = 0.0
 
   def report(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -192,16 +188,16 @@ class Throughput:
       chips' peak is known `mfu`, the share of it that the steps' operations are. NaN where no step counted.
     """
     # The clock may not have moved since the last report.
-    seconds = max(self._clock() - self._begin, 1e-9)
+    seconds = max(self.clock() - self._begin, 1e-9)
     counted = step - self._step
     rate = counted / seconds if counted else math.nan
     speeds = {
       "steps_per_sec": rate,
-      "images_per_sec": rate * self._batch_size,
+      "images_per_sec": rate * self.batch_size,
       "data_wait": min(self._waited / seconds, 1.0) if counted else math.nan,
     }
-    if self._peak_rate is not None:
-      speeds["mfu"] = rate / self._peak_rate
+    if self.peak_rate is not None:
+      speeds["mfu"] = rate / self.peak_rate
     logging.info("%s", self._line(step, metrics, speeds))
     self.restart(step)
     return speeds
@@ -209,14 +205,14 @@ class Throughput:
   def _line(self, step: int, metrics: Mapping[str, Any], speeds: Mapping[str, float]) -> str:
     known = [name for name in _SYMBOLS if name in metrics]  # L_IG first; jax sorts metrics by their names
     parts = {name: float(metrics[name]) for name in [*known, *metrics] if _PART.fullmatch(name)}
-    shown = [f"step {step}/{self._num_steps}", f"loss {float(metrics['loss']):.4f}"]
+    shown = [f"step {step}/{self.num_steps}", f"loss {float(metrics['loss']):.4f}"]
     if len(parts) > 1:  # a single one is the loss itself
       shown += [f"{_SYMBOLS.get(name, name.removeprefix('loss_'))} {x:.3g}" for name, x in parts.items()]
     if not math.isnan(rate := speeds["steps_per_sec"]):
       shown += [
         f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / rate:.3g} s/step",
         f"data wait {speeds['data_wait']:.0%}",
-        f"{_duration((self._num_steps - step) / rate)} left",
+        f"{_duration((self.num_steps - step) / rate)} left",
       ]
     return "  ".join(shown)
 
