@@ -97,7 +97,6 @@ def test_bad_input_is_one_line(args, message):
 def test_each_config_that_comes_with_the_package_is_shown_but_for_what_needs_arguments():
   refused = {
     "own": "argument path=DIR is missing",
-    "replication": "argument should be one of e1,",
     "table6": "unknown config key classified",
   }
   assert refused.keys() < {*shipped.names()}
