@@ -66,7 +66,7 @@ def test_every_extra_that_a_message_is_given_exists():
         extras = {last.value} if isinstance(last, ast.Constant) else NAMED_LATER[path.name]
         assert extras <= EXTRAS, f"{path}, line {node.lineno}: {extras}"
         found |= extras
-  assert found >= {"app", "torch", "tpu", "cuda", "hub", "plot", "wandb", "trackio"}
+  assert found >= {"app", "tpu", "cuda", "hub", "plot", "wandb", "trackio"}
 
 
 @pytest.mark.parametrize("otherwise, end", [("", "folder"), ("give --noplot", "folder, or give --noplot")])
