@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 # Most of the tests' time is the compiler's, and this more than halves it. Read when jax makes its first array, also by
@@ -26,6 +27,8 @@ from tests.machine import memory
 from tests.once import made_once
 
 typechecking.install()
+# Under nohup, the commands that the tests start would inherit that this signal is ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The files of fixtures, which test files name as plugins, before one of them is imported.
 pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.untrained", "tests.inception_weights")

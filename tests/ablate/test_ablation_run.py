@@ -59,7 +59,7 @@ class Done:
 
 @pytest.fixture
 def done(tmp_path, monkeypatch):
-  monkeypatch.setattr(workdir, "ENDING", 0.0)
+  monkeypatch.setattr(lock, "ENDING", 0.0)
   return Done(Folder(tmp_path), monkeypatch)
 
 
