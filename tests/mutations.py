@@ -81,7 +81,6 @@ MUTATIONS = (
   Mutation("evals/base.py", "~own & ~(scores < best)", "~own & (scores > best)", "tests/evals/test_base.py"),
   Mutation("evals/nearest.py", "(places < end) & ~jnp.isnan", "(places <= end) & ~jnp.isnan", NEAREST),
   Mutation("evals/nearest.py", "(own * scores).sum(axis=1) / own.sum(axis=1)", "(own * scores).sum(axis=1)", NEAREST),
-  Mutation("evals/hog.py", "edges + COLOUR_WEIGHT *", "edges + 0.0 *", "tests/evals/test_hog.py"),
   # Long-tailed.
   Mutation(
     "training/long_tail/objectives.py",

@@ -294,7 +294,7 @@ def test_figures_go_to_the_runs_tracker_at_the_step_of_their_checkpoint(monkeypa
   said = []
 
   class Recorder:
-    scalars = staticmethod(lambda step, values: said.append((step, values)))
+    log = staticmethod(lambda step, values: said.append((step, values)))
     close = staticmethod(lambda: said.append("closed"))
 
   asked = []

@@ -192,7 +192,6 @@ def test_the_protocol_says_which_splits(splits):
   ("task", "settings"),
   [
     ("linear_probe", {}),
-    ("hog", {}),
     ("zero_shot", {"classnames": CLASSES, "seen_split": "train"}),
     ("generation_accuracy", {"label_field": "class", "splits": ("train",)}),
   ],

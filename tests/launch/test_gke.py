@@ -79,6 +79,7 @@ def test_pods_find_each_other(programs):
   values = {entry["name"]: entry["value"] for entry in container["env"]}
   assert values == {
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "DIFFDIS_LAUNCHED": "1",
     "DIFFDIS_NUM_PROCESSES": "2",
     "DIFFDIS_COORDINATOR_ADDRESS": "my-run-host-0-0.my-run:8476",
@@ -103,7 +104,11 @@ def test_each_of_several_slices_has_a_node_pool_and_finds_the_others_by_gke(prog
   job = replicated["template"]["spec"]
   assert (replicated["replicas"], job["parallelism"], job["completions"]) == (4, 16, 16)
   (container,) = job["template"]["spec"]["containers"]
-  assert {entry["name"] for entry in container["env"]} == {"XLA_PYTHON_CLIENT_MEM_FRACTION", "DIFFDIS_LAUNCHED"}
+  assert {entry["name"] for entry in container["env"]} == {
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "DIFFDIS_LAUNCHED",
+    "GLIBC_TUNABLES",
+  }
 
 
 def test_gpus_have_no_slices(programs):

@@ -97,7 +97,7 @@ def broken(section: str | None, **changes: Any) -> dict[str, Any]:
   "model, objectives, image_size, message",
   [
     (broken(None), (), 16, "objectives is empty; choose among generation, discrimination, reconstruction"),
-    (broken(None), ("generate",), 16, "objectives is 'generate'; it must be one of generation"),
+    (broken(None), ("generate",), 16, r"objectives\[0\] is 'generate'; it must be one of generation"),
     (broken(None), ("contrastive", "discrimination"), 16, "contrastive trains CLIP's two towers alone"),
     (broken(None), ("reconstruction", "generation"), 16, "reconstruction trains the autoencoder alone"),
     (broken(None, dtype="float16"), BOTH, 16, "model.dtype is 'float16'; it must be one of float32, bfloat16"),
