@@ -142,7 +142,8 @@ def track(kind: str, run: str, config: Mapping[str, Any], results: Results) -> N
   tracker = trackers.open_tracker(kind, run, config)
   if tracker is None:
     return
-  with contextlib.closing(tracker):
+  with contextlib.ExitStack() as stack:
+    stack.callback(tracker.close)
     for task, records in results.items():
       for dataset, record in records.items():
         finite = {name: value for name, value in record["metrics"].items() if math.isfinite(value)}
