@@ -47,7 +47,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-  """What such a file says.
+  """The experiment that such a file describes.
 
   Attributes:
     title: the question.
@@ -72,14 +72,14 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-  """A table of the arms, and what is compared in it."""
+  """The table of the arms, and what is compared in it."""
 
   table: Table
   claims: tuple[Claim, ...]
 
 
 def read(path: str, *, base: str, overrides: Mapping[str, Any]) -> Read:
-  """The experiment of FILE.py[:args].
+  """Read the experiment of FILE.py[:args].
 
   Args:
     path: of the experiment.
@@ -147,7 +147,7 @@ def _check(claims: Sequence[Claim], rows: Sequence[Row]) -> None:
     for label in (claim.row, claim.base):
       if label not in by_label:
         raise UserError(f"a claim names arm {label!r}; measured are {', '.join(by_label)}")
-      # Of what its runs measure: an evaluation of what an arm does not train is left out of them.
+      # Only what its runs measure: an evaluation of what an arm does not train is left out of them.
       config = tables.changed(by_label[label].own_base or {}, by_label[label].changes)
       known = [column.name for column in columns.columns_of(plan.measured(config))]
       if claim.column not in known:

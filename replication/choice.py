@@ -1,4 +1,4 @@
-"""Choice among an image's caption and hard negatives, false captions that differ from it in one thing."""
+"""Measure the choice among an image's caption and hard negatives, false captions that differ from it in one thing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Choice:
     self.kinds, self.texts = _read(self.source, self._indices.tolist())
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures with this inference."""
+    """Return how `run` measures with this inference."""
     return {
       **inference.protocol,
       "seed": self._seed,
@@ -65,7 +65,8 @@ class Choice:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """acc1, among the caption and a negative of each kind; acc1_KIND, between the caption and the one of this kind."""
+    """Return acc1, among the caption and a negative of each kind, and acc1_KIND, between the caption and the one of
+    this kind."""
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
     images = base.embed_images(
       inference, params, self.source, order, seed=self._seed, reduced_decoding=self._reduced_decoding
@@ -83,14 +84,15 @@ class Choice:
 
 
 def share_right(own: Float[np.ndarray, "n 1"], others: Float[np.ndarray, "n k"]) -> float:
-  """How often a row's own score is the highest. One of m equal ones counts 1/m, so ties are chance; NaN is wrong."""
+  """Return how often a row's own score is the highest. One of m equal ones counts 1/m, so ties are chance; NaN is
+  wrong."""
   # "Not smaller" instead of "equal or larger": a NaN is neither.
   above = ~(others <= own)
   return float(np.where(above.any(axis=1), 0.0, 1 / (1 + (others == own).sum(axis=1))).mean())
 
 
 def _read(source: Any, indices: Sequence[int]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-  """The kinds of negatives; and of each record the caption, then a negative of each kind."""
+  """Read the kinds of negatives, and of each record the caption, then a negative of each kind."""
   kinds: tuple[str, ...] = ()
   texts = []
   for i in indices:

@@ -1,4 +1,4 @@
-"""How many images are nearer to a training image than training images of one class are to each other.
+"""Count how many images are nearer to a training image than training images of one class are to each other.
 
 A judge that was trained on a generator's training images names copies of them right, so that this share belongs beside
 its accuracy. Distances are Euclidean, over all pixels and channels.
@@ -15,13 +15,13 @@ ROWS = 256  # whose distances to all others are in memory at a time
 def squared_distances(
   images: UInt8[np.ndarray, "n h w 3"], others: UInt8[np.ndarray, "m h w 3"]
 ) -> Float[np.ndarray, "n m"]:
-  """Exact: sums of products of bytes are whole numbers, which f64 holds."""
+  """Return exact squared distances: sums of products of bytes are whole numbers, which f64 holds."""
   a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (images, others))
   return (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
 
 
 class OwnDistances:
-  """Of the training images of each class, the least distance between two.
+  """The least distance between two training images of each class.
 
   Args:
     images: all training images.
@@ -40,7 +40,8 @@ class OwnDistances:
         self._least[k] = own[np.triu_indices(len(own), 1)].min()
 
   def share_nearer(self, images: UInt8[np.ndarray, "n h w 3"], labels: Int[np.ndarray, " n"]) -> float | None:
-    """The share of images whose nearest training image, of any class, is nearer than any two of their own class are.
+    """Return the share of images whose nearest training image, of any class, is nearer than any two of their own class
+    are.
 
     Images of a class with fewer than two training images are left out; None where all are.
     """

@@ -102,7 +102,7 @@ def _row(vendor: str, package: Package, splits: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-  """What emojibase says of an emoji; `concept_id` is its name in ASCII, as icons are called."""
+  """The entry of emojibase for an emoji; `concept_id` is its name in ASCII, as icons are called."""
 
   concept: str
   concept_id: str
@@ -161,7 +161,7 @@ class IconsPart:
 
 
 def find_parts(source: pathlib.Path) -> list[Part]:
-  """Of a folder with the tarballs of `emoji_packages`; that of OpenMoji may be absent.
+  """Return the parts of a folder with the tarballs of `emoji_packages`; that of OpenMoji may be absent.
 
   Raises:
     UserError: no such folder, a tarball that is missing or another one, or no renderer.
@@ -183,7 +183,7 @@ def find_parts(source: pathlib.Path) -> list[Part]:
 
 
 def read_concepts(source: pathlib.Path) -> list[Concept]:
-  """In the order of `emoji.json.gz`, which is that of their ids."""
+  """Read the concepts in the order of `emoji.json.gz`, which is that of their ids."""
   read = functools.partial(emoji_packages.read_json, source, EMOJIBASE)
   messages, by_code = read("en/messages.json"), {each["hexcode"]: each for each in read("en/data.json")}
   groups, subgroups = ({each["order"]: each["key"] for each in messages[kind]} for kind in ("groups", "subgroups"))
@@ -197,7 +197,7 @@ def read_concepts(source: pathlib.Path) -> list[Concept]:
 
 
 def icons_of(split: str, concepts: Sequence[Concept], chosen: Mapping[str, Any]) -> list[Icon]:
-  """Of a split of `SPLITS`, artist by artist, by name."""
+  """Return the icons of a split of `SPLITS`, artist by artist, by name."""
   # Held out for every artist alike: a concept that one of them shows is one that training has seen.
   held_out = {int(place) for place in chosen["held_out"].split()}
   every = {*range(len(concepts))}
@@ -211,7 +211,7 @@ def icons_of(split: str, concepts: Sequence[Concept], chosen: Mapping[str, Any])
 
 
 def icons_of_openmoji(concepts: Sequence[Concept], chosen: Mapping[str, Any], there: Mapping[str, str]) -> list[Icon]:
-  """The concepts of `test_vendor` with its captions, of those that OpenMoji has an icon for, by its name."""
+  """Return the concepts of `test_vendor` with its captions, of those that OpenMoji has an icon for, by its name."""
   icons = icons_of("test_vendor", concepts, chosen)
   renamed = [dataclasses.replace(icon, vendor=OPENMOJI, name=icon.concept.concept_id) for icon in icons]
   return [icon for icon in renamed if icon.name in there]
@@ -228,7 +228,7 @@ def _icons_of_vendor(
 
 
 def _cut(split: str, source: pathlib.Path, icons: Sequence[Icon]) -> list[Part]:
-  """Parts of icons in the order in which they were first published."""
+  """Cut icons into parts, in the order in which they were first published."""
   order = np.random.default_rng(0).permutation(len(icons))
   starts = range(0, len(icons), ITEMS)
   return [
@@ -239,7 +239,7 @@ def _cut(split: str, source: pathlib.Path, icons: Sequence[Icon]) -> list[Part]:
 
 @functools.cache  # by each process, for all of its parts
 def read_icons(source: pathlib.Path, vendor: str) -> dict[str, str]:
-  """Name -> SVG of a vendor's icons."""
+  """Read name -> SVG of a vendor's icons."""
   content = emoji_packages.read_json(source, ICONS[vendor], "icons.json")
   default = {"left": 0, "top": 0, "width": content.get("width", 16), "height": content.get("height", 16)}
   svgs = {}
@@ -254,7 +254,8 @@ def read_icons(source: pathlib.Path, vendor: str) -> dict[str, str]:
 
 
 def render(svg: str, *, scale: int = 1) -> bytes:
-  """PNG of `SIZE` on white, from a drawing `scale` times as large. What cannot be drawn comes back, and is no image."""
+  """Render a PNG of `SIZE` on white, from a drawing `scale` times as large. What cannot be drawn comes back, and is no
+  image."""
   side = scale * SIZE
   try:
     drawn = _renderer().svg_to_bytes(
@@ -279,7 +280,7 @@ def _renderer() -> Any:
 
 
 def read_choices() -> dict[str, Any]:
-  """What `emoji.json.gz` holds."""
+  """Read the content of `emoji.json.gz`."""
   return json.loads(gzip.decompress(CHOICES.read_bytes()))
 
 

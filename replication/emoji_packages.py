@@ -46,7 +46,8 @@ def _icons(set_name: str, version: str, sha256: str, licence: str, author: str, 
   return Package(f"@iconify-json/{set_name}", version, sha256, licence, author, f"https://github.com/{repository}")
 
 
-# Of each artist. Versions are pinned by hash: another version has other icons, and the pairs would be others.
+# The packages of each artist. Versions are pinned by hash: another version has other icons, and the pairs would be
+# others.
 ICONS = {
   "noto": _icons(
     *("noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
@@ -88,7 +89,7 @@ ICONS = {
 
 
 def check(source: pathlib.Path, packages: Sequence[Package]) -> None:
-  """Raises UserError unless the tarballs of these packages lie in the folder as they were published."""
+  """Check that the tarballs of these packages lie in the folder as they were published. Raises UserError otherwise."""
   if missing := [package for package in packages if not (source / package.file).is_file()]:
     named = ", ".join(f"{package.name} {package.version}" for package in missing)
     raise UserError(f"{source} lacks {named}; in this folder: {_fetch(missing)}")
@@ -107,7 +108,7 @@ def check(source: pathlib.Path, packages: Sequence[Package]) -> None:
 
 
 def read_json(source: pathlib.Path, package: Package, member: str) -> Any:
-  """A JSON file of a package. Raises UserError: the tarball cannot be read, or has no such file."""
+  """Read a JSON file of a package. Raises UserError: the tarball cannot be read, or has no such file."""
   path = source / package.file
   try:
     with tarfile.open(path) as tar:

@@ -17,13 +17,13 @@ from replication.hog import Hog
 
 
 def of_choice(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Accuracy among a caption and its four negatives."""
+  """Return the columns of accuracy among a caption and its four negatives."""
   del section
   return [percent("choice", name, "acc1", f"choice of five, {name}")]
 
 
 def of_generated_images(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """For scenes also the share of the five attributes that are right."""
+  """Return the columns of generated images; for scenes also the share of the five attributes that are right."""
   found = columns.of_generated_images(name, section)
   if section.get("data", {}).get("name") == "scenes":
     title = f"generated images, {name}, of five attributes"

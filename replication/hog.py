@@ -61,12 +61,12 @@ class Hog:
       raise UserError(f"no class of these images is in the split {train_split}, among which the nearest is looked for")
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures; no inference takes part."""
+    """Return how `run` measures; no inference takes part."""
     del inference
     return {"train_split": self._split, "num_images": len(self._labels), "num_training_images": len(self._known)}
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """acc1 of all images, and acc1_seen of those whose class the training images have."""
+    """Return acc1 of all images, and acc1_seen of those whose class the training images have."""
     del inference, params
     queries = base.Images(self.source, self._indices, SIDE)[np.arange(len(self._indices))]
     keys = base.Images(self._train, np.arange(len(self._known)), SIDE)[np.arange(len(self._known))]
@@ -75,7 +75,7 @@ class Hog:
 
 
 def nearest(queries: UInt8[np.ndarray, "n s s 3"], keys: UInt8[np.ndarray, "m s s 3"]) -> np.ndarray:
-  """The place of each query's nearest key: the cosine of edges, and a quarter of that of colours."""
+  """Return the place of each query's nearest key: the cosine of edges, and a quarter of that of colours."""
   # Colours about the training images' mean: nearly all icons stand on white.
   centre = colours(keys).mean(axis=0)
   edges = unit(gradients(queries)) @ unit(gradients(keys)).T
@@ -83,7 +83,8 @@ def nearest(queries: UInt8[np.ndarray, "n s s 3"], keys: UInt8[np.ndarray, "m s 
 
 
 def gradients(images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n d"]:
-  """Histograms of oriented gradients, f32: of each cell, in blocks of 2 x 2 that overlap, each of length about 1."""
+  """Return histograms of oriented gradients, f32: of each cell, in blocks of 2 x 2 that overlap, each of length about
+  1."""
   # The root evens out contrast; a pixel's gradient is that of its strongest channel.
   x = np.sqrt(images.astype(np.float32) / 255)
   dy, dx = np.zeros_like(x), np.zeros_like(x)
@@ -101,11 +102,11 @@ def gradients(images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n d"]:
 
 
 def colours(images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n d"]:
-  """The mean colour of each cell, f32."""
+  """Return the mean colour of each cell, f32."""
   n, cells = len(images), images.shape[1] // CELL
   return images.astype(np.float32).reshape(n, cells, CELL, cells, CELL, 3).mean(axis=(2, 4)).reshape(n, -1)
 
 
 def unit(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-  """Rows of length 1; a row of zeros stays one."""
+  """Return rows of length 1; a row of zeros stays one."""
   return x / np.sqrt((x**2).sum(axis=1, keepdims=True) + 1e-10)

@@ -45,7 +45,7 @@ TPU_HOP, NVLINK_HOP, PCIE_HOP, NETWORK_HOP = 1e-6, 3.4e-6, 5.7e-6, 14e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """What to compile and what to fit to it.
+  """The topologies to compile, and those to fit to them.
 
   Attributes:
     topologies: of one kind of chip, the smallest first.
@@ -59,7 +59,7 @@ class Plan:
 
   @classmethod
   def of(cls, topology: str | None, sizes: Sequence[str], fit_above: int | None) -> Plan:
-    """From --topology, --scaling and --fit_above.
+    """Read the plan from --topology, --scaling and --fit_above.
 
     Raises:
       UserError: unknown chips, numbers of them that cannot be had, or too few to compile.
@@ -85,18 +85,18 @@ class Plan:
     return plan
 
   def like(self, topology: chips.Topology) -> list[chips.Topology]:
-    """The compiled ones to fit it to: a network between hosts changes what moves."""
+    """Return the compiled topologies to fit it to: a network between hosts changes what moves."""
     return [each for each in self.compiled if (len(each.shape) > 1) == (len(topology.shape) > 1)]
 
   def batch_size(self, topology: chips.Topology, configured: int) -> int:
-    """Of a topology. Raises UserError: the config's does not divide over its chips."""
+    """Return the batch size of a topology. Raises UserError: the config's does not divide over its chips."""
     if configured % self.base:
       raise UserError(f"batch_size is {configured}, for {self.base} chips; --scaling needs a multiple of {self.base}")
     return configured // self.base * topology.size
 
 
 def fitted(numbers: Sequence[int], values: Sequence[float], at: int, terms: Terms) -> float:
-  """The value at a number of chips, by least squares of the first terms, as many as there are numbers."""
+  """Return the value at a number of chips, by least squares of the first terms, as many as there are numbers."""
   basis = np.array([[float(term(n)) for term in terms[: len(numbers)]] for n in (*numbers, at)])
   return max(0.0, float(basis[-1] @ np.linalg.lstsq(basis[:-1], np.array(values))[0]))
 
@@ -123,7 +123,7 @@ class Row:
 
   @property
   def latency(self) -> float:
-    """Seconds of all hops."""
+    """Return the seconds of all hops."""
     kind = self.topology.name.partition(":")[0]
     link = TPU_HOP if self.topology.is_tpu else NVLINK_HOP if gpus.GPUS[kind].links else PCIE_HOP
     return self.traffic.links_hops * link + self.traffic.network_hops * NETWORK_HOP
@@ -135,7 +135,7 @@ class Row:
     return self.computing + moving + self.latency
 
   def as_json(self, first: Row) -> dict[str, Any]:
-    """Seconds of a step, bytes and hops of a chip, GiB of a chip; efficiency over the first row."""
+    """Return seconds of a step, bytes and hops of a chip, GiB of a chip; efficiency over the first row."""
     rate = self.images / self.seconds
     return dict(
       row="fitted" if self.is_fitted else "compiled",
@@ -155,7 +155,7 @@ class Row:
 
 
 def check(topology: chips.Topology, found: Mapping[str, Any]) -> None:
-  """Raises UserError where the train step's report (report.summarise) is of no program."""
+  """Check that the train step's report (report.summarise) is of a program. Raises UserError where it is of none."""
   memory = found["memory_gib"]
   if not memory["arguments"]:
     needed = f"{memory['total']:.2f} GiB a chip of {memory['chip']:.0f}"
@@ -163,7 +163,8 @@ def check(topology: chips.Topology, found: Mapping[str, Any]) -> None:
 
 
 def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Rows of all topologies, and what the time of computing goes by: the first estimate that all compiled ones have.
+  """Return rows of all topologies, and what the time of computing goes by: the first estimate that all compiled ones
+  have.
 
   Takes the train step's report, which passed `check`, of each of plan.compiled.
   """
@@ -203,7 +204,7 @@ def _fit(topology: chips.Topology, rows: Sequence[Row]) -> Row:
 
 
 def lines(table: Mapping[str, Any]) -> Iterator[str]:
-  """For reading."""
+  """Yield lines for reading."""
   by = report.ESTIMATES.get(table["planned_by"], "the chips' peak, a lower bound")
   yield f"weak scaling; nothing overlaps, computing by {by}"
   yield "topology       images  step, ms  GiB into one chip  GiB a chip  images/s  efficiency"

@@ -1,4 +1,4 @@
-"""Names both shapes of a rendered scene and how they stand to each other, after training on renders of any two pairs.
+"""Name both shapes of a rendered scene and how they stand to each other, after training on renders of any two pairs.
 
 It shares nothing with the model that it judges, and its renders none of that model's images. None of it is the paper's.
 """
@@ -29,7 +29,7 @@ PEAK_RATE = 3e-3
 
 
 class SceneLogits(struct.PyTreeNode):
-  """Of each image; the four halves are left, right, top and bottom."""
+  """The logits of each image; the four halves are left, right, top and bottom."""
 
   relation: Float[Array, "b r"]
   colour: Float[Array, "b 4 c"]
@@ -63,14 +63,15 @@ class SceneClassifier(nnx.Module):
 
 
 def attributes_of(scene: scenes.Scene) -> tuple[int, ...]:
-  """The numbers of ATTRIBUTES."""
+  """Return the numbers of ATTRIBUTES."""
   pairs = (scene.first, scene.second)
   named = (number for colour, shape in pairs for number in (COLOURS.index(colour), shapes.SHAPES.index(shape)))
   return (scenes.RELATIONS.index(scene.relation), *named)
 
 
 def render(*, image_size: int, num_images: int, seed: int) -> Examples:
-  """Real images, rendered at the generator's size and then brought to the judge's, and their attributes [n, 5]."""
+  """Return real images, rendered at the generator's size and then brought to the judge's, and their attributes [n,
+  5]."""
   source = scenes.Scenes(split="all", image_size=image_size, seed=seed, num_images=num_images)
   images = np.stack([base.to_square(source[i]["image"], SIZE) for i in range(num_images)])
   return Examples(images, np.array([attributes_of(source.scene(i)) for i in range(num_images)]))
@@ -78,7 +79,7 @@ def render(*, image_size: int, num_images: int, seed: int) -> Examples:
 
 @functools.cache
 def train(*, image_size: int, seed: int, num_steps: int) -> Trained:
-  """The judge of images of this size: once in a process, by Adam under a cosine schedule.
+  """Train the judge of images of this size: once in a process, by Adam under a cosine schedule.
 
   Its accuracy, judge_acc1, is the share of new renders on which all five attributes are right.
   """
@@ -106,7 +107,7 @@ def train(*, image_size: int, seed: int, num_steps: int) -> Trained:
 
 
 def attributes(model: SceneClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Int[np.ndarray, "n 5"]:
-  """The numbers of ATTRIBUTES, as the classifier sees them."""
+  """Return the numbers of ATTRIBUTES, as the classifier sees them."""
 
   def named(model: SceneClassifier, image: Array) -> Int[Array, "b 5"]:
     logits = model(image)
@@ -119,7 +120,7 @@ def attributes(model: SceneClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> 
 
 
 def right(found: Int[np.ndarray, "n 5"], asked: Int[np.ndarray, "n 5"]) -> Bool[np.ndarray, "n 5"]:
-  """Which attributes are right.
+  """Return which attributes are right.
 
   The two shapes are compared in the places that were asked for, or in each other's where more is right so. Then the
   relation is wrong: it is the converse of the one asked for, or another one.
@@ -158,11 +159,11 @@ class SceneJudge:
     self._seed, self._steps, self._required = seed, classifier_steps, required_accuracy
 
   def protocol(self) -> dict[str, Any]:
-    """How the classifier is trained, and whose captions it judges."""
+    """Return how the classifier is trained, and whose captions it judges."""
     return {"steps": self._steps, "split": self._split}
 
   def train(self, image_size: int) -> Trained:
-    """For generated images of this size. Raises UserError: its accuracy is below what is required."""
+    """Train the judge for generated images of this size. Raises UserError: its accuracy is below what is required."""
     trained = train(image_size=image_size, seed=self._seed, num_steps=self._steps)
     if (accuracy := trained.accuracy["judge_acc1"]) < self._required:
       raise UserError(
@@ -174,7 +175,8 @@ class SceneJudge:
   def measure(
     self, images: UInt8[np.ndarray, "n s s 3"], classes: Int[np.ndarray, " n"], *, image_size: int
   ) -> dict[str, float]:
-    """acc1, all five attributes right; acc1_attributes, the share of the five; and acc1_relation, _colour, _shape."""
+    """Return acc1, all five attributes right; acc1_attributes, the share of the five; and acc1_relation, _colour,
+    _shape."""
     trained = self.train(image_size)
     found = right(attributes(trained.model, images), self._targets[classes])
     of_kind = {

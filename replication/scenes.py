@@ -52,36 +52,37 @@ ORBIT = 8  # scenes that swaps of colours and of objects, and the other relation
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """`first` is left of `second`, or above it."""
+  """A scene, in which `first` is left of `second`, or above it."""
 
   first: Pair
   second: Pair
   relation: str  # one of RELATIONS
 
   def caption(self, *, converse: bool = False) -> str:
-    """The true one that begins with `first`, or its converse."""
+    """Return the true caption that begins with `first`, or its converse."""
     if converse:
       return say(self.second, CONVERSES[self.relation], self.first)
     return say(self.first, self.relation, self.second)
 
   @property
   def unseen(self) -> int:
-    """How many of its pairs are never in training."""
+    """Return how many of its pairs are never in training."""
     return (self.first in UNSEEN) + (self.second in UNSEEN)
 
   @property
   def swapped_colours(self) -> Scene:
-    """Each shape in the colour of the other."""
+    """Return the scene with each shape in the colour of the other."""
     (colour, shape), (other_colour, other_shape) = self.first, self.second
     return Scene((other_colour, shape), (colour, other_shape), self.relation)
 
   @property
   def swapped_objects(self) -> Scene:
-    """Each shape in the place of the other."""
+    """Return the scene with each shape in the place of the other."""
     return Scene(self.second, self.first, self.relation)
 
   def others(self, part: int) -> list[Scene]:
-    """Those with another colour (0) or shape (1) of one of the two, which no shape here has, and as many unseen pairs.
+    """Return the scenes with another colour (0) or shape (1) of one of the two, which no shape here has, and as many
+    unseen pairs.
 
     Args:
       part: of a pair.
@@ -97,13 +98,13 @@ class Scene:
 
 
 def say(first: Pair, relation: str, second: Pair) -> str:
-  """A caption."""
+  """Return a caption."""
   return f"a {' '.join(first)} {relation} a {' '.join(second)}"
 
 
 @functools.cache
 def scenes_of(split: str) -> tuple[Scene, ...]:
-  """The scenes of a split, each once.
+  """Return the scenes of a split, each once.
 
   `train` has all of two seen pairs that share neither colour nor shape, those that differ in little after each other:
   unless they meet in a batch, relations and shapes are learned late, or in some runs only. `val` and `test` have such
@@ -127,7 +128,8 @@ def scenes_of(split: str) -> tuple[Scene, ...]:
 
 
 def _alike_together(found: Sequence[Scene]) -> list[Scene]:
-  """Those of the same two colours after each other, and among these the four of the same two objects."""
+  """Order scenes so that those of the same two colours follow each other, and among these the four of the same two
+  objects."""
   by_colours: dict[frozenset[str], dict[Scene, None]] = {}
   for scene in found:
     orders = sorted((scene, scene.swapped_objects), key=lambda each: (each.first, each.second))
@@ -142,21 +144,21 @@ def _differs(scene: Scene) -> bool:
 
 @functools.cache
 def _orbits() -> list[tuple[Scene, ...]]:
-  """All orbits, in random order. `val` and `test` have every second one each, and so no scene in common."""
+  """Return all orbits, in random order. `val` and `test` have every second one each, and so no scene in common."""
   every = [Scene(first, second, RELATIONS[0]) for first in PAIRS for second in PAIRS]
   found = [*dict.fromkeys(_orbit(scene) for scene in every if _differs(scene))]
   return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
 
 def _orbit(scene: Scene) -> tuple[Scene, ...]:
-  """The eight scenes that swaps make of one, in an order that is the same for each of them."""
+  """Return the eight scenes that swaps make of one, in an order that is the same for each of them."""
   own = (scene, scene.swapped_colours)
   four = sorted((*own, *(each.swapped_objects for each in own)), key=lambda each: (each.first, each.second))
   return tuple(dataclasses.replace(each, relation=relation) for each in four for relation in RELATIONS)
 
 
 def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-  """Draws a scene; `rng` gives the background, places, sizes and turns, and the slight jitter of all colours."""
+  """Draw a scene; `rng` gives the background, places, sizes and turns, and the slight jitter of all colours."""
   background = tuple(shapes.BACKGROUNDS.values())[rng.integers(len(shapes.BACKGROUNDS))]
   image = np.broadcast_to(_jittered(background, shapes.BACKGROUND_JITTER, rng), (image_size, image_size, 3))
   axis = RELATIONS.index(scene.relation)
@@ -208,13 +210,13 @@ class Scenes:
     return {**fields, "image": render(self.scene(index), image_size=self._image_size, rng=rng)}
 
   def scene(self, index: int) -> Scene:
-    """What the image shows. Raises IndexError: there is no such image."""
+    """Return what the image shows. Raises IndexError: there is no such image."""
     if not 0 <= index < self._num_images:
       raise IndexError(f"index {index} outside of {self._num_images} images")
     return self._scenes[index % len(self._scenes)]
 
   def fields(self, index: int) -> dict[str, Any]:
-    """The record without its image."""
+    """Return the record without its image."""
     scene = self.scene(index)
     # One wording for all eight scenes of an orbit: the negatives of one are then the true captions of others.
     converse = bool(index // ORBIT % 2)

@@ -46,7 +46,7 @@ VERBS = ("plan", "run", "table")
 
 
 def define_flags() -> None:
-  """The command line."""
+  """Define the command line's flags."""
   cli.config_flag("base")
   flags.DEFINE_string("out", None, "folder of the runs, their results and the tables", required=True)
   flags.DEFINE_list("tables", [], "tables of the paper's appendix, any of 2,3,4,5,7")
@@ -130,7 +130,7 @@ def make_plan(asked: Sequence[tables.Table], *, own_starts: bool = False, claims
 
 
 def _check_overrides(plan: Plan, overrides: Mapping[str, Any]) -> None:
-  """Raises UserError for one that no run has, since every row or arm has a value of its own."""
+  """Refuse an override that no run has, since every row or arm has a value of its own. Raises UserError for it."""
   fields = {run: workdir.flatten(run.config) for run in plan.runs}
   of_rows = [fields[run] for runs in plan.rows.values() for run in runs]
   for field, value in workdir.flatten(overrides).items():
@@ -144,7 +144,8 @@ def _check_overrides(plan: Plan, overrides: Mapping[str, Any]) -> None:
 
 
 def check_evaluations(config: Mapping[str, Any]) -> None:
-  """Raises UserError for one that could not be, which else shows when the run has been trained."""
+  """Refuse an evaluation that could not be run, which would otherwise show only after the training. Raises UserError
+  for it."""
   for name, section in config["evals"].items():
     try:
       registry.check(**section)
@@ -153,7 +154,7 @@ def check_evaluations(config: Mapping[str, Any]) -> None:
 
 
 def run_selected(plan: Plan, folder: Folder, module: str) -> None:
-  """The run that --only names, in this process; or several, each in one of its own."""
+  """Do the run that --only names in this process, or several runs, each in a process of its own."""
   numbers = running.select(plan, FLAGS.only)
   # In this process: a job of an array gets its own signals, and only so can it be one of several processes that train
   # together.
@@ -170,7 +171,7 @@ def run_selected(plan: Plan, folder: Folder, module: str) -> None:
 
 
 def run_one(one: Run, plan: Plan, folder: Folder) -> None:
-  """Trains and measures a run in this process, or with others as one of its processes."""
+  """Train and measure a run in this process, or with others as one of its processes."""
   cli.compilation_cache()
   # Before `processes.start`, after which the number of devices is fixed.
   cli.use_all_cores()
@@ -187,7 +188,8 @@ def run_one(one: Run, plan: Plan, folder: Folder) -> None:
 
 
 def measure(one: Run, path: str, out: str) -> None:
-  """Every evaluation of a run, by the newest checkpoint's averaged weights; those in `out` already are not repeated."""
+  """Run every evaluation of a run, by the newest checkpoint's averaged weights; those in `out` already are not
+  repeated."""
   # CLIP takes no steps of denoising, so that `inference` says nothing of it. Long-tailed objectives are of either.
   protocol = {} if "vision_encoder" in one.config["model"] else one.config["inference"]
   asked = sections.with_parts(sections.of_config(one.evals, tasks=None), out)
@@ -195,7 +197,7 @@ def measure(one: Run, path: str, out: str) -> None:
 
 
 def write_tables(plan: Plan, folder: Folder) -> None:
-  """tables.json, tables.md and tables.png of what is finished."""
+  """Write tables.json, tables.md and tables.png for the runs that are finished."""
   of_runs = (run.evals for runs in plan.rows.values() for run in runs)
   chosen = columns.choose(columns.measured(columns.columns_of(plan.base["evals"]), of_runs), FLAGS.columns)
   base, _ = cli.config_given()

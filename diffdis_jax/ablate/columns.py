@@ -1,4 +1,4 @@
-"""What the columns of a table are: they follow from the evaluations that the base config has."""
+"""Choose the columns of a table, which follow from the evaluations that the base config has."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Column:
   scale: float
 
   def read(self, results: Results) -> float | None:
-    """The figure of these results, or None where they lack it."""
+    """Return the figure of these results, or None where they lack it."""
     values = [results.get(task, {}).get(name, {}).get("metrics", {}).get(metric) for task, name, metric in self.cells]
     # Never a mean over some of them: in that row the column would mean something else.
     if any(value is None for value in values):
@@ -65,7 +65,8 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
 
 
 def of_generated_images(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Rendered shapes have pairs that training never saw, which are a figure of their own; labelled images have none."""
+  """Return the columns of generated images. Rendered shapes have pairs that training never saw, which are a figure of
+  their own; labelled images have none."""
   titles = {"acc1": name} if "data" in section else {"acc1_seen": "seen pairs", "acc1_unseen": "unseen pairs"}
   return [
     percent("generation_accuracy", name, metric, f"generated images, {title}") for metric, title in titles.items()
@@ -73,7 +74,7 @@ def of_generated_images(name: str, section: Mapping[str, Any]) -> list[Column]:
 
 
 def of_fid(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """The paper's column is that of a set named as its task, of no fewer than FEW images."""
+  """Return the paper's column, which is that of a set named as its task, of no fewer than FEW images."""
   count = section.get("num_images")
   is_papers = name == "fid" and (count is None or count >= FEW)
   column = "fid" if is_papers else f"{name}/fid"
@@ -81,7 +82,7 @@ def of_fid(name: str, section: Mapping[str, Any]) -> list[Column]:
 
 
 def of_zero_shot(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Top-1, and that of seen classes where there is a split of them."""
+  """Return top-1, and that of seen classes where there is a split of them."""
   found = [percent("zero_shot", name, "acc1", "ImageNet top-1" if name == "imagenet" else f"top-1 {name}")]
   if section.get("seen_split"):
     found.append(percent("zero_shot", name, "acc1_seen", f"top-1 {name}, seen classes"))
@@ -89,7 +90,7 @@ def of_zero_shot(name: str, section: Mapping[str, Any]) -> list[Column]:
 
 
 def of_long_tail(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Accuracy on all classes and on the low ones."""
+  """Return the accuracy on all classes and on the low ones."""
   del section
   found = percent("long_tail", name, "acc", f"accuracy {name}")
   return [found, percent("long_tail", name, "acc_low", f"accuracy {name}, low classes")]
@@ -110,14 +111,15 @@ COLUMNS_OF: dict[str, Callable[[str, Mapping[str, Any]], list[Column]]] = {
 
 
 def measured(columns: Sequence[Column], evaluations: Iterable[Mapping[str, Mapping[str, Any]]]) -> tuple[Column, ...]:
-  """Those that one of these runs has, by the `evals` of each: of what none is trained for there is no blank column."""
+  """Return the columns that one of these runs has, by the `evals` of each: what no run is trained for gets no blank
+  column."""
   # By what they are of: a row that changes how many images it generates may name its column otherwise.
   cells = {column.cells for each in evaluations for column in columns_of(each)}
   return tuple(column for column in columns if column.cells in cells)
 
 
 def choose(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...]:
-  """The columns of these names, in their order; all for none. Raises UserError: one is unknown."""
+  """Return the columns of these names, in their order; all for none. Raises UserError: one is unknown."""
   known = {column.name: column for column in columns}
   for name in names:
     if name not in known:

@@ -19,7 +19,7 @@ from diffdis_jax.run.workdir import identity
 
 @dataclasses.dataclass(frozen=True)
 class State:
-  """How far a run is.
+  """The progress of a run.
 
   Attributes:
     step: of its newest checkpoint.
@@ -35,17 +35,17 @@ class State:
 
   @property
   def is_trained(self) -> bool:
-    """Whether its last step is saved."""
+    """Return whether its last step is saved."""
     return self.step >= self.num_steps
 
   @property
   def is_finished(self) -> bool:
-    """Whether there is nothing left to do."""
+    """Return whether there is nothing left to do."""
     return self.is_trained and self.measured
 
   @property
   def words(self) -> str:
-    """For people."""
+    """Describe the progress for people."""
     if self.is_finished:
       return "finished"
     if self.is_trained:
@@ -54,8 +54,8 @@ class State:
 
 
 def to_do(plan: Plan, states: Mapping[Run, State]) -> set[Run]:
-  """The runs of a plan that are left: rows that are not finished, and what these start from. A start has no results of
-  its own, so that it is not missed where those of all its rows are."""
+  """Return the runs of a plan that are left: rows that are not finished, and what these start from. A start has no
+  results of its own, so that it is not missed where those of all its rows are there."""
   found: set[Run] = set()
   for run in {run for runs in plan.rows.values() for run in runs}:
     each: Run | None = run
@@ -66,27 +66,28 @@ def to_do(plan: Plan, states: Mapping[Run, State]) -> set[Run]:
 
 
 class Folder:
-  """What lies where under --out. It may be a bucket's address."""
+  """The layout of the files under --out, which may be a bucket's address."""
 
   def __init__(self, out: epath.PathLike):
     self.path = buckets.path(out)
 
   def workdir(self, run: Run) -> str:
-    """Of its training. Absolute, so that `init_from` is the same from wherever a command is started."""
+    """Return the workdir of a run's training. It is absolute, so that `init_from` is the same from wherever a command
+    is started."""
     return str(buckets.absolute(self.path) / "runs" / run.name)
 
   def results(self, run: Run) -> str:
-    """The file of its evaluations, as evaluate writes it."""
+    """Return the file of its evaluations, as evaluate writes it."""
     # With a hash of how it was measured: another protocol writes another file, and costs no training.
     return str(self.path / "results" / f"{run.name}.{run.measurement}.json")
 
   def log(self, run: Run) -> epath.Path:
-    """What its process said."""
+    """Return the log of a run's process."""
     return self.path / "logs" / f"{run.name}.log"
 
   def config(self, run: Run) -> dict[str, Any]:
-    """Of its training: `init_from` is the workdir of what it starts from, if there is one; of a run that has a
-    checkpoint, that where it began, since the folder may have moved."""
+    """Return the config of a run's training. Its `init_from` is the workdir of what it starts from, if there is one; in
+    a run that has a checkpoint it is the one from which the run began, since the folder may have moved."""
     if run.start is None:
       return run.config
     # Not in the plan's config: a path would make the run's hash, and so its name, depend on the folder.
@@ -95,7 +96,7 @@ class Folder:
     return run.config | {"init_from": began or self.workdir(run.start)}
 
   def read(self, run: Run) -> Results | None:
-    """Its results, if every evaluation has one. Raises UserError: the file holds something else."""
+    """Return its results, if every evaluation has one. Raises UserError: the file holds something else."""
     path = self.results(run)
     found = result_files.read(path) if buckets.path(path).exists() else {}
     # They are written one by one: a file with some of them is of a run that was stopped.
@@ -103,7 +104,8 @@ class Folder:
     return found if whole else None
 
   def state(self, run: Run) -> State:
-    """How far it is. What has its results was trained to its end, also where its workdir was removed since."""
+    """Return the progress of a run. A run that has its results was trained to its end, also where its workdir was
+    removed since."""
     measured, num_steps = self.read(run) is not None, run.config["num_steps"]
     step = num_steps if run.evals and measured else committed.latest_step(self.workdir(run)) or 0
     return State(
@@ -114,12 +116,13 @@ class Folder:
     )
 
   def minutes(self, run: Run) -> float | None:
-    """Of its training steps, without starts, evaluations and saves; None where metrics.jsonl does not tell."""
+    """Return the minutes of its training steps, without starts, evaluations and saves; None where metrics.jsonl does
+    not tell."""
     seconds = seconds_per_step(buckets.path(self.workdir(run)))
     return None if seconds is None else seconds * run.config["num_steps"] / 60
 
   def check(self, plan: Plan) -> None:
-    """Raises UserError where the folder's runs are of another base."""
+    """Check that the folder's runs are of the same base. Raises UserError where they are of another."""
     file = self.path / "base.json"
     if not file.exists():
       names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set[str]()
@@ -142,7 +145,7 @@ class Folder:
       )
 
   def open(self, plan: Plan) -> None:
-    """Creates it with its base, or checks that it has the same. Raises UserError: it has another, or is no folder."""
+    """Create it with its base, or check that it has the same. Raises UserError: it has another, or is no folder."""
     self.check(plan)
     with files.writing(f"to --out={self.path}"):
       self.path.mkdir(parents=True, exist_ok=True)
@@ -153,7 +156,8 @@ class Folder:
 
 
 def seconds_per_step(path: epath.Path) -> float | None:
-  """The mean over the lines of a workdir's metrics.jsonl, which stand for equally many steps; None without a speed."""
+  """Return the mean over the lines of a workdir's metrics.jsonl, which stand for equally many steps; None without a
+  speed."""
   speeds = [history.metrics_of(line).get("steps_per_sec") for line in files.lines(path / "metrics.jsonl")]
   # Times of equally many steps have a mean; the mean of speeds would favour the fast ones.
   seconds = [1 / speed for speed in speeds if speed]

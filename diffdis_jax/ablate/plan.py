@@ -1,4 +1,4 @@
-"""Which runs a list of tables needs: one for each resolved config, by its hash, however many rows share it."""
+"""Plan the runs that a list of tables needs: one for each resolved config, by its hash, however many rows share it."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Run:
 
   @property
   def measurement(self) -> str:
-    """A hash of how it is measured, which may change without a new training."""
+    """Return a hash of how it is measured, which may change without a new training."""
     return digest({"evals": self.evals, "inference": self.config["inference"]})
 
   @property
   def depth(self) -> int:
-    """How many runs it has behind it."""
+    """Return how many runs it has behind it."""
     return self.start.depth + 1 if self.start else 0
 
 
@@ -80,7 +80,7 @@ def make(
   own_starts: bool = False,
   claims: Sequence[tables.Claim] = (),
 ) -> Plan:
-  """The plan of some tables.
+  """Make the plan of some tables.
 
   Args:
     base: the config that rows change, as nested dicts.
@@ -128,7 +128,7 @@ def make(
 
 
 def find_autoencoder(path: str, overrides: Mapping[str, Any], base: Config) -> dict[str, Any] | None:
-  """The config of the autoencoder that belongs to a base, by the argument `autoencoder` of its file.
+  """Return the config of the autoencoder that belongs to a base, by the argument `autoencoder` of its file.
 
   Args:
     path: FILE.py[:args] of the base.
@@ -154,7 +154,7 @@ def find_autoencoder(path: str, overrides: Mapping[str, Any], base: Config) -> d
 
 
 def _needs_autoencoder(objectives: Sequence[str]) -> bool:
-  """Whether such a run starts from a trained one."""
+  """Return whether such a run starts from a trained autoencoder."""
   return task_of(objectives).network in ("diffdis", "either")
 
 
@@ -167,7 +167,7 @@ def _make_run(
   *,
   own_starts: bool,
 ) -> Run:
-  """The run of a row, from `known`, or new and put there with what it starts from."""
+  """Return the run of a row, from `known`, or new and put there with what it starts from."""
   config = tables.changed(row.own_base or base, {**row.changes, "seed": seed})
   objectives: Sequence[str] = config["objectives"]
   trained = measured(config) if row.measured else {}
@@ -190,14 +190,15 @@ def _make_run(
 
 
 def measured(config: Config) -> dict[str, Any]:
-  """The evaluations of what is trained; others would measure chance, and their cells stay blank instead."""
+  """Return the evaluations of what is trained; others would measure chance, and their cells stay blank instead."""
   objectives: Sequence[str] = config["objectives"]
   measures = lambda task: {*evals.MEASURES.get(task, objectives)} & {*objectives}
   return {name: section for name, section in config["evals"].items() if measures(section["task"])}
 
 
 def _add(known: dict[tuple[str, str], Run], run: Run) -> Run:
-  """The run of this name and measurement that is known, or else this one. Raises UserError: another has its name."""
+  """Return the run of this name and measurement that is known, or else this one. Raises UserError: another has its
+  name."""
   for other in known.values():
     if other.name == run.name and identity(other.config) != identity(run.config):
       raise UserError(f"two runs have the name {run.name}: their hashes agree by chance; change a field of one of them")
@@ -206,7 +207,7 @@ def _add(known: dict[tuple[str, str], Run], run: Run) -> Run:
 
 
 def _describe(base: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-  """What a training changes in the base, as part of a file's name: `gamma_1.0-target_noise`."""
+  """Describe what a training changes in the base, as part of a file's name: `gamma_1.0-target_noise`."""
   there, here = workdir.flatten(base), workdir.flatten(config)
   changed = [
     f"{field.split('.')[-1]}_{tables.shown(value)}"

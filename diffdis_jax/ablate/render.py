@@ -1,4 +1,4 @@
-"""Tables of `summary.summarise` as Markdown and as a figure."""
+"""Render tables of `summary.summarise` as Markdown and as a figure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ ROW_HEIGHT, PANEL_WIDTH = 0.34, 2.0  # inches
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-  """A section for each table: of each row the figures, the differences to the base row, and the paper's figures."""
+  """Return a section for each table: of each row the figures, the differences to the base row, and the paper's
+  figures."""
   parts = [f"# Ablations of {summary['base']}, seeds {', '.join(map(str, summary['seeds']))}", NOTE]
   for name, table in summary["tables"].items():
     text = table_of(table, columns=summary["columns"], paper=summary["paper_columns"])
@@ -41,7 +42,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def table_of(table: Mapping[str, Any], *, columns: Mapping[str, str], paper: Mapping[str, str]) -> str:
-  """A table of `summary.table_of`, and below it how many differences are significant, and by chance.
+  """Return a table of `summary.table_of`, and below it how many differences are significant, and by chance.
 
   Args:
     table: as tables.json has it.
@@ -59,14 +60,14 @@ def table_of(table: Mapping[str, Any], *, columns: Mapping[str, str], paper: Map
 
 
 def claims_of(claims: Sequence[Mapping[str, Any]]) -> str:
-  """A table of `summary.claims_of`."""
+  """Return a table of `summary.claims_of`."""
   lines = [f"| {' | '.join(CLAIM_HEADS)} |", "|---" * len(CLAIM_HEADS) + "|"]
   lines += ["| " + " | ".join(claim_cells(claim)) + " |" for claim in claims]
   return "\n".join(lines) + f"\n\n{CLAIMS_NOTE}"
 
 
 def claim_cells(claim: Mapping[str, Any]) -> list[str]:
-  """A row of that table."""
+  """Return a row of that table."""
   return [f"{claim['row']} − {claim['base']}", claim["column"], *_verdict(claim["verdict"], claim["bound"])]
 
 
@@ -133,8 +134,8 @@ def _number(value: float | None) -> str:
 
 
 def plot(summary: Mapping[str, Any]) -> bytes:
-  """A PNG: a panel for each table and column, in which each row has its seeds, their mean and standard deviation. The
-  base row's mean is a line through its panel.
+  """Return a PNG: a panel for each table and column, in which each row has its seeds, their mean and standard
+  deviation. The base row's mean is a line through its panel.
 
   Raises:
     UserError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Doing the runs of a plan: one in this process, or several in processes of their own."""
+"""Do the runs of a plan: one in this process, or several in processes of their own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BAD_INPUT = 2  # the exit code of a UserError
 
 
 def select(plan: Plan, only: str) -> list[int]:
-  """Numbers of the runs that `only` means: `K` that run, `K/N` every N-th one from the K-th on, "" all.
+  """Return the numbers of the runs that `only` means: `K` that run, `K/N` every N-th one from the K-th on, "" all.
 
   Raises:
     UserError: it is something else, or no run.
@@ -49,8 +49,8 @@ def select(plan: Plan, only: str) -> list[int]:
 
 
 def is_needed(one: Run, plan: Plan, folder: Folder) -> bool:
-  """Of a run that is a start alone, whether a row that starts from it is left to do; of others true, since `run` leaves
-  them alone where they are finished. The same on every process."""
+  """Return, for a run that is a start alone, whether a row that starts from it is left to do. Return true for others,
+  since `run` leaves them alone where they are finished. The answer is the same on every process."""
   return bool(one.evals) or _as_first_sees(lambda: one in to_do(plan, {run: folder.state(run) for run in plan.runs}))
 
 
@@ -61,7 +61,7 @@ def run(
   train: Callable[[run_config.Run, str], Any],
   measure: Callable[[Run, str, str], Any],
 ) -> None:
-  """Trains a run, what it starts from first, and measures it, each from where it was stopped.
+  """Train a run, what it starts from first, and measure it, each from where it was stopped.
 
   What another process is at is waited for.
 
@@ -93,7 +93,7 @@ def run(
 
 
 def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
-  """Does it, unless it is done; while another process has the workdir, waits for it."""
+  """Do it, unless it is done; while another process has the workdir, wait for it."""
   while not _as_first_sees(is_done):
     try:
       action()
@@ -107,15 +107,15 @@ def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
 
 
 def _as_first_sees(look: Callable[[], bool]) -> bool:
-  """What process 0 sees, on every process: a shared file system may show a new file to some of them later, and what
-  follows all do together."""
+  """Return on every process what process 0 sees. A shared file system may show a new file to some processes later, and
+  all of them do together what follows."""
   return bool(processes.from_first(np.uint8(look() if processes.is_first() else False)))
 
 
 def run_all(
   plan: Plan, numbers: Sequence[int], folder: Folder, command: Callable[[int], list[str]], *, jobs: int = 1
 ) -> int:
-  """Does the runs of these numbers that are not finished, each in a process of its own; starts first.
+  """Do the runs of these numbers that are not finished, each in a process of its own; starts first.
 
   One that fails is reported, and the others continue. What a process says goes to its log, in a bucket at its end.
 
@@ -153,7 +153,7 @@ def run_all(
       logging.error("run %d, %s: failed with code %d: %s; log in %s", number, run.name, code, _last_words(log), log)
 
   with _Children().listening() as children:
-    # Of all runs, whichever are asked for: a start is done where any row still needs it.
+    # Look at all runs, whichever are asked for: a start is done where any row still needs it.
     wanted = to_do(plan, {run: folder.state(run) for run in plan.runs})
     left = [number for number in numbers if plan.runs[number] in wanted]
     # All of a wave before any of the next one: a run starts from the last checkpoint of one before it.
@@ -176,7 +176,7 @@ def run_all(
 
 
 def _waves(plan: Plan, numbers: Sequence[int]) -> list[list[int]]:
-  """The runs in their order, cut wherever one starts from another of the same wave."""
+  """Cut the runs, in their order, wherever one starts from another of the same wave."""
   waves: list[list[int]] = [[]]
   for number in numbers:
     start = plan.runs[number].start
@@ -189,7 +189,7 @@ def _waves(plan: Plan, numbers: Sequence[int]) -> list[list[int]]:
 def _side_by_side(
   one: Callable[[int, set[int] | None], None], numbers: Sequence[int], jobs: int, children: _Children
 ) -> None:
-  """Calls `one` for each number, `jobs` of them at a time, with cores of its own. Raises what it raises."""
+  """Call `one` for each number, `jobs` of them at a time, with cores of its own. Raises what it raises."""
   # As many shares as threads, so that a thread always finds one.
   free: queue.SimpleQueue[set[int] | None] = queue.SimpleQueue()
   for share in _shares(jobs):
@@ -213,7 +213,7 @@ def _side_by_side(
 
 
 def _shares(count: int) -> list[set[int] | None]:
-  """This process's cores, dealt out; None, all of them, for one, or where a process cannot be kept to some."""
+  """Divide this process's cores into shares; None, all of them, for one, or where a process cannot be kept to some."""
   if count == 1 or not hasattr(os, "sched_getaffinity"):
     return [None] * count
   cores = sorted(os.sched_getaffinity(0))
@@ -254,7 +254,7 @@ class _Children:
     self.stop()
 
   def run(self, command: Sequence[str], log: epath.Path, cores: set[int] | None) -> int:
-    """The exit code of a process on these cores, whose output is appended to the file `log`."""
+    """Return the exit code of a process on these cores, whose output is appended to the file `log`."""
     if self.asked:
       return PREEMPTED
     with buckets.appended(log) as out:
@@ -273,14 +273,14 @@ class _Children:
         self._running.discard(process)
 
   def stop(self) -> None:
-    """Sends SIGTERM to those that run, and starts no other."""
+    """Send SIGTERM to those that run, and start no other."""
     self.asked = True
     for process in tuple(self._running):
       process.terminate()
 
 
 def _last_words(log: Any) -> str:
-  """The last line of a log that says what was wrong."""
+  """Return the last line of a log that says what was wrong."""
   lines = [line for line in files.lines(log) if line.strip()]
   errors = [line for line in lines if line.startswith("error: ")]
   return (errors or lines or ["nothing was said"])[-1].removeprefix("error: ")

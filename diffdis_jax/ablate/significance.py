@@ -1,4 +1,4 @@
-"""What paired differences of a few seeds show: an interval, p, Holm's correction, and what the design can detect.
+"""Test paired differences of a few seeds: an interval, p, Holm's correction, and what the design can detect.
 
 All of it is the two-sided t-test of a mean. It takes the seeds' differences for samples of one normal distribution.
 """
@@ -47,7 +47,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Count:
-  """Of a table.
+  """The number of significant differences in a table.
 
   Attributes:
     differences: those with a p.
@@ -63,7 +63,7 @@ class Count:
 
 
 def paired(pairs: Sequence[float]) -> Difference:
-  """Of at least one difference, without a correction."""
+  """Return the mean of at least one difference, with its interval and p, without a correction."""
   from scipy import stats  # here and below, since it takes a second and `ablate run` does not need it
 
   mean, n = statistics.fmean(pairs), len(pairs)
@@ -86,10 +86,11 @@ def paired(pairs: Sequence[float]) -> Difference:
 
 
 def detectable(sd: float, n: int) -> float:
-  """The d of which P(T > t(0.975, n - 1)) = 80 %, T being noncentral t of n - 1 degrees and noncentrality √n d / sd.
+  """Return the d of which P(T > t(0.975, n - 1)) = 80 %.
 
-  Without a correction for other comparisons; sd is that of the paired differences. For n = 3, 5 and 10 it is 3.3, 1.7
-  and 1.0 times sd. That T lies beyond the other end, as the test's other side asks, has a probability below 1e-5.
+  T is noncentral t of n - 1 degrees and noncentrality √n d / sd, where sd is that of the paired differences. There is
+  no correction for other comparisons. For n = 3, 5 and 10 the result is 3.3, 1.7 and 1.0 times sd. That T lies beyond
+  the other end, as the test's other side asks, has a probability below 1e-5.
   """
   from scipy import special, stats
 
@@ -99,7 +100,7 @@ def detectable(sd: float, n: int) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-  """Of a comparison that was named before the runs.
+  """The verdict on a comparison that was named before the runs.
 
   Attributes:
     difference: corrected over all comparisons of the experiment.
@@ -119,7 +120,7 @@ class Verdict:
 
 
 def equivalent(pairs: Sequence[float], bound: float) -> float | None:
-  """p of a true difference outside of ± bound (Schuirmann, 1987): the larger of the two one-sided tests'.
+  """Return p of a true difference outside of ± bound (Schuirmann, 1987): the larger of the two one-sided tests'.
 
   It is below 5 % where the 90 % interval, mean ± t(0.95, n - 1) se, lies within the bound.
   """
@@ -132,7 +133,8 @@ def equivalent(pairs: Sequence[float], bound: float) -> float | None:
 
 
 def verdicts(pairs: Sequence[Sequence[float]], bounds: Sequence[float], *, named: int | None = None) -> list[Verdict]:
-  """Of the comparisons of an experiment, each with its paired differences and its bound, in their order.
+  """Return the verdicts on the comparisons of an experiment, each with its paired differences and its bound, in their
+  order.
 
   Args:
     pairs: of each comparison that has some.
@@ -154,7 +156,9 @@ def verdicts(pairs: Sequence[Sequence[float]], bounds: Sequence[float], *, named
 
 
 def holm(p_values: Sequence[float], *, named: int | None = None) -> list[float]:
-  """Adjusted p (Holm, 1979), in the order of `p_values`: that of rank i of m is the largest of (m - j) p_j, j <= i.
+  """Return adjusted p (Holm, 1979), in the order of `p_values`.
+
+  That of rank i of m is the largest of (m - j) p_j, j <= i.
 
   `named`: m, where some of the tests have no p yet, as if theirs were 1; None for as many as there are.
   """
@@ -167,7 +171,8 @@ def holm(p_values: Sequence[float], *, named: int | None = None) -> list[float]:
 
 
 def correct(differences: Sequence[Difference], *, named: int | None = None) -> list[Difference]:
-  """The differences of a table, in their order, with Holm's correction over all that have a p, or as `holm` has it."""
+  """Return the differences of a table, in their order, with Holm's correction over all that have a p, or as `holm` has
+  it."""
   # Only of differences that were tested: others would make the correction stricter for nothing.
   adjusted = iter(holm([each.p for each in differences if each.p is not None], named=named))
   found = []
@@ -179,7 +184,7 @@ def correct(differences: Sequence[Difference], *, named: int | None = None) -> l
 
 
 def count(differences: Sequence[Difference]) -> Count:
-  """Of the corrected differences of a table."""
+  """Count the corrected differences of a table."""
   p_values = [each.p for each in differences if each.p is not None]
   return Count(
     differences=len(p_values),

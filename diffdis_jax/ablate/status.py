@@ -1,4 +1,4 @@
-"""What of a plan is there, what is missing, and how long that should take."""
+"""List which runs of a plan are there, which are missing, and how long these should take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffdis_jax.config.objectives import task_of
 
 
 def lines(plan: Plan, folder: Folder, step_seconds: float | None) -> list[str]:
-  """A line for each run, by the number that --only takes; then which runs a row has, and the hours in all.
+  """Return a line for each run, by the number that --only takes; then which runs a row has, and the hours in all.
 
   Args:
     plan: the runs.
@@ -47,8 +47,8 @@ def _rows(plan: Plan) -> list[str]:
 
 
 def _seconds(run: Run, states: Mapping[Run, State], step_seconds: float | None) -> float | None:
-  """Of a step: the run's own, or the median of those with the same objectives, or what was given for all but
-  autoencoders."""
+  """Return the seconds of a step: the run's own, or the median of those with the same objectives, or what was given for
+  all but autoencoders."""
   # Runs of the same objectives take about as long a step; an autoencoder takes another.
   alike: Sequence[Any] = [
     state.seconds for other, state in states.items() if other.config["objectives"] == run.config["objectives"]

@@ -1,4 +1,4 @@
-"""Tables of figures: mean, spread and number over seeds, and paired differences to the base row."""
+"""Summarise the figures of tables: mean, spread and number over seeds, and paired differences to the base row."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FOLLOWS = {
 
 
 def summarise(plan: Plan, folder: Folder, columns: Sequence[Column], *, base: str) -> dict[str, Any]:
-  """What tables.json holds, of the runs that are finished; the same for the same results.
+  """Return the content of tables.json for the runs that are finished; the same for the same results.
 
   Args:
     plan: tables and their runs.
@@ -71,19 +71,20 @@ def summarise(plan: Plan, folder: Folder, columns: Sequence[Column], *, base: st
 
 
 def names_of(plan: Plan) -> dict[Run, str]:
-  """What tables.json calls each run: its own name or, where several are one training that is measured differently, that
-  of its file of results."""
+  """Return the name of each run in tables.json: its own or, where several are one training that is measured
+  differently, that of its file of results."""
   count = collections.Counter(run.name for run in plan.runs)
   return {run: run.name if count[run.name] == 1 else f"{run.name}.{run.measurement}" for run in plan.runs}
 
 
 def runs_of(plan: Plan, table: Table) -> list[Run]:
-  """The runs of a table, each once."""
+  """Return the runs of a table, each once."""
   return [*dict.fromkeys(run for place in range(len(table.rows)) for run in plan.rows[table.name, place])]
 
 
 def check_protocols(table: Table, results: Mapping[Run, Results | None], folder: Folder) -> None:
-  """Raises UserError where two runs of a table were measured differently, except for what its rows change.
+  """Check that the runs of a table were measured alike, except for what its rows change. Raises UserError where two
+  were not.
 
   A field of `only_some_have` may be missing in some of them; those that have it are compared with each other. So are,
   of an evaluation that rows change, those runs that have the same settings of it.
@@ -117,13 +118,14 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
 
 
 def _changed_by_args(table: Table) -> set[str]:
-  """Fields of FOLLOWS in which the configs that the rows change differ, as those of arms with arguments do."""
+  """Return the fields of FOLLOWS in which the configs that the rows change differ, as those of arms with arguments
+  do."""
   bases = [workdir.flatten(row.own_base) for row in table.rows if row.own_base is not None]
   return {field for field in FOLLOWS if len({repr(base.get(field)) for base in bases}) > 1}
 
 
 def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[str]]) -> dict[str, Any]:
-  """What tables.json holds of a table.
+  """Return the entry of a table in tables.json.
 
   Args:
     table: title, rows and which row is the base.
@@ -144,7 +146,7 @@ def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[s
 
 
 def claims_of(plan: Plan, results: Mapping[Run, Results | None]) -> list[dict[str, Any]]:
-  """Of each claim its fields, `values`, the figures of both rows by seed, and its `significance.Verdict`.
+  """Return, for each claim, its fields, `values`, the figures of both rows by seed, and its `significance.Verdict`.
 
   A claim without a seed that both rows have finished has no verdict. The others are corrected for it all the same: how
   many comparisons there are was said before the runs, and does not depend on which of them are done or diverged.
@@ -173,7 +175,7 @@ def _by_text(values: Mapping[int, float]) -> dict[str, float]:
 
 
 def cells_of(figures: Sequence[Figures], *, base: int | None) -> list[dict[str, dict[str, Any]]]:
-  """Of each row, column -> cell.
+  """Return, for each row, column -> cell.
 
   Args:
     figures: of each row.
@@ -226,7 +228,8 @@ def _table(
 def _by_seed(
   plan: Plan, row: tuple[str, int], results: Mapping[Run, Results | None], column: Column
 ) -> dict[int, float]:
-  """Seed -> figure, of the runs of a row that are finished and measure it. No mean has one that is not finite."""
+  """Return seed -> figure, for the runs of a row that are finished and measure it. No mean has one that is not
+  finite."""
   found = {}
   for seed, run in zip(plan.seeds, plan.rows[row], strict=True):
     value = column.read(results[run] or {})
@@ -250,8 +253,8 @@ def _row(row: Row, cells: Mapping[str, Any], *, is_base: bool, runs: Sequence[st
 
 
 def _run(run: Run, results: Results | None, folder: Folder, names: Mapping[Run, str]) -> dict[str, Any]:
-  """Of a run: its config, and the metrics and protocols of its evaluations, None where it is not finished; of a metric
-  that is not finite, None.
+  """Return the entry of a run: its config, and the metrics and protocols of its evaluations, None where it is not
+  finished. A metric that is not finite is None.
 
   `minutes` are those of its own training steps, None where its workdir is gone.
   `provenance` is the run's own, with what it began from; None in results that have none.
@@ -273,5 +276,5 @@ def _run(run: Run, results: Results | None, folder: Folder, names: Mapping[Run, 
 
 
 def _records(run: Run, results: Results) -> dict[str, dict[str, Any]]:
-  """Data set -> the record of that evaluation."""
+  """Return data set -> the record of that evaluation."""
   return {name: results[section["task"]][name] for name, section in run.evals.items()}

@@ -81,7 +81,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unstated:
-  """What the paper does not state of its ablations.
+  """The settings of the paper's ablations that it does not state.
 
   Attributes:
     schedule: the text schedule of Tables 2 and 7.
@@ -100,7 +100,7 @@ class Unstated:
 
 
 def paper_tables(unstated: Unstated) -> dict[str, Table]:
-  """Tables 2, 3, 4, 5 and 7 of the appendix, by number; their base rows are those of the final model.
+  """Return Tables 2, 3, 4, 5 and 7 of the appendix, by number; their base rows are those of the final model.
 
   "linear" is Stable Diffusion's schedule of that name, here `scaled_linear`.
   """
@@ -161,7 +161,7 @@ def paper_tables(unstated: Unstated) -> dict[str, Table]:
 
 
 def choose(names: Sequence[str], unstated: Unstated) -> list[Table]:
-  """The paper's tables of these numbers.
+  """Return the paper's tables of these numbers.
 
   Raises:
     UserError: one is unknown or named twice.
@@ -176,7 +176,7 @@ def choose(names: Sequence[str], unstated: Unstated) -> list[Table]:
 
 
 def grid(text: str, base: Mapping[str, Any]) -> Table:
-  """The table of every combination of values of some fields.
+  """Return the table of every combination of values of some fields.
 
   Args:
     text: `loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0`. Values are Python's, and words stand for themselves.
@@ -207,12 +207,12 @@ def grid(text: str, base: Mapping[str, Any]) -> Table:
 
 
 def shown(value: Any) -> str:
-  """A value as a label has it."""
+  """Return a value as a label has it."""
   return " + ".join(map(shown, value)) if isinstance(value, tuple) else str(value)
 
 
 def field_of(config: Mapping[str, Any], field: str) -> Any:
-  """The value of a field, or its section, by its dotted path.
+  """Return the value of a field, or its section, by its dotted path.
 
   Raises:
     UserError: the config has none of this name; the message says which is near.
@@ -225,8 +225,8 @@ def field_of(config: Mapping[str, Any], field: str) -> Any:
 
 
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-  """A copy with other values of some fields, by their dotted paths; data that are measured have a new image_size too.
-  Raises UserError: it has no such field."""
+  """Return a copy with other values of some fields, by their dotted paths; data that are measured have a new image_size
+  too. Raises UserError: it has no such field."""
   config = copy.deepcopy(dict(config))
   if "image_size" in changes:  # first: a change of theirs counts
     config["evals"] = sections.resized(config["evals"], config["image_size"], changes["image_size"])

@@ -1,4 +1,4 @@
-"""What every evaluation has in common: the protocol, reading images, ranks, and the result's record.
+"""Share what all evaluations need: the protocol, reading images, ranks, and the result's record.
 
 An evaluation is constructed from its own config section, where bad settings and bad data fail, and measures when `run`
 is called; when to run it is the caller's affair.
@@ -37,21 +37,21 @@ TIES = "count as wrong"  # of equal scores; an argmax would take the first
 
 @runtime_checkable
 class Eval(Protocol):
-  """`task` names the kind of measurement, in CLIP_benchmark's words where it has one."""
+  """An evaluation; `task` names the kind of measurement, in CLIP_benchmark's words where it has one."""
 
   task: str
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures with this inference: steps, noise samples, guidance, seed, number of images, ..."""
+    """Return how `run` measures with this inference: steps, noise samples, guidance, seed, number of images, ..."""
     ...
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics of the model that `inference` runs with `params`."""
+    """Return the metrics of the model that `inference` runs with `params`."""
     ...
 
 
 def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
-  """Indices, in order, of `num_images` records of a source of `length`; of all of them for None.
+  """Return the indices, in order, of `num_images` records of a source of `length`; of all of them for None.
 
   A random subset, since sources often list their classes in turn, but always the same one.
 
@@ -69,8 +69,8 @@ def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
 
 
 def first_of_each(labels: Int[np.ndarray, " n"], count: int, *, seed: int | None = None) -> Int[np.ndarray, " m"]:
-  """Places, in order, of the first `count` of each class, or of `count` random ones by `seed`; of all of a smaller
-  class. A larger count has those of a smaller one."""
+  """Return the places, in order, of the first `count` of each class, or of `count` random ones by `seed`; of all of a
+  smaller class. A larger count has those of a smaller one."""
   order = np.arange(len(labels)) if seed is None else np.random.default_rng(seed).permutation(len(labels))
   by_class = order[np.argsort(labels[order], kind="stable")]
   starts = np.searchsorted(labels[by_class], labels[by_class])
@@ -78,7 +78,7 @@ def first_of_each(labels: Int[np.ndarray, " n"], count: int, *, seed: int | None
 
 
 def get_field(record: Mapping[str, Any], field: str) -> Any:
-  """A field of a record.
+  """Return a field of a record.
 
   Raises:
     UserError: the record has no such field; the message lists those it has.
@@ -89,7 +89,7 @@ def get_field(record: Mapping[str, Any], field: str) -> Any:
 
 
 def captions(record: Mapping[str, Any], field: str = "") -> Sequence[str]:
-  """The captions in this field of a record; without one, all of its captions, of which training samples one.
+  """Return the captions in this field of a record; without one, all of its captions, of which training samples one.
 
   Raises:
     UserError: no such field, or no caption in it.
@@ -106,19 +106,19 @@ def captions(record: Mapping[str, Any], field: str = "") -> Sequence[str]:
 
 
 def read(source: Any, index: SupportsIndex) -> dict[str, Any]:
-  """A record of a source. Raises UserError where it is damaged: a figure is of all records or of none."""
+  """Read a record of a source. Raises UserError where it is damaged: a figure is of all records or of none."""
   with _usable(source, index):
     return source[int(index)]
 
 
 def fields(source: Any, index: SupportsIndex) -> dict[str, Any]:
-  """A record of a source, without its image where the source can spare reading it. Raises as `read` does."""
+  """Read a record of a source, without its image where the source can spare reading it. Raises as `read` does."""
   with _usable(source, index):
     return source.fields(int(index)) if isinstance(source, sources.Described) else source[int(index)]
 
 
 def text_labels(source: Any, field: str) -> Shaped[np.ndarray, " n"]:
-  """Each record's class by its name. Raises UserError: one that is no text."""
+  """Return each record's class by its name. Raises UserError: one that is no text."""
   labels = [get_field(fields(source, i), field) for i in range(len(source))]
   if wrong := [label for label in labels if not isinstance(label, str)]:
     raise UserError(f"field {field!r} holds {wrong[0]!r}; a label should be a class's name: give another label_field")
@@ -126,14 +126,14 @@ def text_labels(source: Any, field: str) -> Shaped[np.ndarray, " n"]:
 
 
 def origin(source: Any) -> dict[str, Any]:
-  """Of a published set, for the protocol, in whose layout and which split it is; of other sources nothing."""
+  """Return the layout and the split of a published set, for the protocol; of other sources nothing."""
   if not isinstance(source, Captioned | Labelled):
     return {}
   return {"data": {"layout": source.origin.layout, "split": source.origin.split}}
 
 
 def open_split(data: Mapping[str, Any], split: str) -> sources.Source:
-  """Another split of the same data.
+  """Open another split of the same data.
 
   Raises:
     UserError: there is none; of a published set there is only the one that it is measured on.
@@ -155,7 +155,7 @@ def _usable(source: Any, index: SupportsIndex, what: str = "the data set") -> It
   except records.Unusable as error:
     images = source.images if isinstance(source, Captioned | Labelled) else None
     # A published set was not prepared: it is the file that is mended, and a number would not say which.
-    # Of a list alone: another source would read the record again, which cannot be read.
+    # Only for a list: another source would read the record again, which cannot be read.
     items = images.items if isinstance(images, Lazy) and isinstance(images.items, Sequence) else None
     if items is not None and isinstance(file := items[int(index)], pathlib.Path):
       raise UserError(f"{file} cannot be used: {error}; download it again") from error
@@ -163,7 +163,7 @@ def _usable(source: Any, index: SupportsIndex, what: str = "the data set") -> It
 
 
 def read_image(source: Any, index: SupportsIndex) -> Image.Image:
-  """The image of a record of a source. Raises as `read` does."""
+  """Return the image of a record of a source. Raises as `read` does."""
   with _usable(source, index):
     return records.read_image(source[int(index)]["image"])
 
@@ -171,7 +171,7 @@ def read_image(source: Any, index: SupportsIndex) -> Image.Image:
 def to_square(
   image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int, crop_pct: float = 1.0, *, reduced_decoding: bool = False
 ) -> UInt8[np.ndarray, "s s 3"]:
-  """The image's central square, resized. Raises records.Unusable: bytes that show no image.
+  """Return the image's central square, resized. Raises records.Unusable: bytes that show no image.
 
   Args:
     crop_pct: of the square's side that is kept, its middle; 0.875 is 224 px of 256.
@@ -186,7 +186,7 @@ def to_square(
 
 @functools.cache
 def decoders() -> ThreadPoolExecutor:
-  """Threads that decode images, a core each."""
+  """Return threads that decode images, a core each."""
   # Decoding and resizing leave the interpreter to the others.
   return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decoder")
 
@@ -237,13 +237,13 @@ def embed_images(
   crop_pct: float = 1.0,
   reduced_decoding: bool = False,
 ) -> Float[np.ndarray, "n d"]:
-  """ê_0 of each image, L2-normalised, in the order of `indices`; settings as `to_square` has them."""
+  """Return ê_0 of each image, L2-normalised, in the order of `indices`; settings as `to_square` has them."""
   images = Images(source, indices, inference.image_size, crop_pct, reduced_decoding=reduced_decoding)
   return inference.embed_images(params, images, seed=seed)
 
 
 def embed_texts(inference: Any, params: Mapping[str, Any], texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-  """e of each text, L2-normalised."""
+  """Return e of each text, L2-normalised."""
   # Text by text there is no noise, and so no seed. The pieces are for the progress line and the memory of tokens.
   tokenizer = Tokenizer(inference.max_length)
   found, progress = [], Progress("embedded", len(texts), "texts")
@@ -261,7 +261,8 @@ def ranks(
   query_groups: Int[np.ndarray, " q"],
   key_groups: Int[np.ndarray, " k"],
 ) -> Int[np.ndarray, " q"]:
-  """How many keys of other groups come before each query's best key of its own group, by inner product; 0 is right.
+  """Return how many keys of other groups come before each query's best key of its own group, by inner product; 0 is
+  right.
 
   A tie counts against the query, and so does a NaN: a model that maps everything to one point ranks last, not first.
   Scores are computed on the device, `BLOCK` queries at a time.
@@ -307,7 +308,8 @@ def make_record(
   protocol: Mapping[str, Any],
   provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """One result in CLIP_benchmark's schema, which users' tools read, and our `protocol` and `provenance` beside it."""
+  """Return one result in CLIP_benchmark's schema, which users' tools read, and our `protocol` and `provenance` beside
+  it."""
   return {
     "dataset": dataset,
     "model": model,
@@ -321,7 +323,7 @@ def make_record(
 
 
 def shuffled(indices: Int[np.ndarray, " n"], *, seed: int) -> Int[np.ndarray, " n"]:
-  """A random order of `indices`: the leak test shows the image of one record in the place of another's."""
+  """Return a random order of `indices`: the leak test shows the image of one record in the place of another's."""
   return np.random.default_rng(seed).permutation(indices)
 
 

@@ -54,7 +54,7 @@ def fit(
   loss: Callable[[Any, Array, Array], Array],
   batches: Iterable[Examples],
 ) -> None:
-  """Trains a classifier in place: loss(model, images, targets), one step a batch."""
+  """Train a classifier in place: loss(model, images, targets), one step a batch."""
   state = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
   @nnx.jit
@@ -70,7 +70,8 @@ def fit(
 def apply(
   f: Callable[[Any, Array], Array], model: Any, images: UInt8[np.ndarray, "n s s 3"], *, batch_size: int
 ) -> Any:
-  """f(model, images) of all images. The last batch is filled with zeros, since another shape is another compilation."""
+  """Return f(model, images) of all images. The last batch is filled with zeros, since another shape is another
+  compilation."""
   # The network is an argument: weights that are closed over would be constants of the program.
   compiled, found = nnx.jit(f), []
   for start in range(0, len(images), batch_size):
@@ -81,14 +82,14 @@ def apply(
 
 
 class ShapeLogits(struct.PyTreeNode):
-  """What a classifier of rendered shapes says of each image, for the colour and for the shape."""
+  """The logits that a classifier of rendered shapes gives each image, for the colour and for the shape."""
 
   colour: Float[Array, "b c"]
   shape: Float[Array, "b k"]
 
 
 def with_contrast(image: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 4"]:
-  """The image from -1 to 1, and how much each of its pixels differs from the border's median, from -1 to 1."""
+  """Return the image from -1 to 1, and how much each of its pixels differs from the border's median, from -1 to 1."""
   x = image.astype(jnp.float32) / 127.5 - 1
   # A shape of nearly the background's colour is as visible in this channel as any other: it is scaled to the largest
   # difference of its own image.
@@ -126,7 +127,7 @@ class ShapeClassifier(nnx.Module):
 
 
 def render(*, image_size: int, num_images: int, seed: int) -> UInt8[np.ndarray, "n s s 3"]:
-  """Real images of all the classes in turn, rendered at the generator's size and then brought to the judge's."""
+  """Return real images of all the classes in turn, rendered at the generator's size and then brought to the judge's."""
   source = shapes.Shapes(split="all", image_size=image_size, seed=seed, num_images=num_images)
   return np.stack([base.to_square(source[i]["image"], SIZE) for i in range(num_images)])
 
@@ -134,7 +135,7 @@ def render(*, image_size: int, num_images: int, seed: int) -> UInt8[np.ndarray, 
 def train_on_shapes(
   *, image_size: int, seed: int, num_steps: int, batch_size: int = 64, num_images: int = 8192
 ) -> ShapeClassifier:
-  """Trains on `num_images` renders by Adam under a cosine schedule."""
+  """Train on `num_images` renders by Adam under a cosine schedule."""
   images = render(image_size=image_size, num_images=num_images, seed=seed)
   targets = PAIRS[np.arange(num_images) % len(PAIRS)]
   model, rng = ShapeClassifier(rngs=nnx.Rngs(seed)), np.random.default_rng(seed)
@@ -152,7 +153,7 @@ def train_on_shapes(
 
 
 def pairs_of(model: ShapeClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Int[np.ndarray, "n 2"]:
-  """The colour's and the shape's number, as the classifier sees them."""
+  """Return the colour's and the shape's number, as the classifier sees them."""
 
   def named(model: ShapeClassifier, image: Array) -> Int[Array, "b 2"]:
     logits = model(image)
@@ -187,7 +188,7 @@ class LabelClassifier(nnx.Module):
 def train_on_labels(
   images: Sequence[Image.Image], labels: Int[np.ndarray, " n"], *, num_classes: int, epochs: int, seed: int
 ) -> LabelClassifier:
-  """Trains on varied views of the images by AdamW under a one-cycle schedule, which peaks at PEAK_RATE."""
+  """Train on varied views of the images by AdamW under a one-cycle schedule, which peaks at PEAK_RATE."""
   # What is left of an epoch is no batch, so that a step is compiled once; few images are one batch.
   batch_size = min(BATCH, len(images))
   num_steps = epochs * (len(images) // batch_size)
@@ -211,7 +212,7 @@ def train_on_labels(
 
 
 def _epochs(n: int, batch_size: int, *, num_steps: int, seed: int) -> Iterator[Int[np.ndarray, " b"]]:
-  """Rows of each step: all in random order, then all again. What is left of an epoch is left out."""
+  """Yield the rows of each step: all in random order, then all again. What is left of an epoch is left out."""
   rng = np.random.default_rng(seed)
   for _ in range(0, num_steps, n // batch_size):
     order = rng.permutation(n)
@@ -223,5 +224,5 @@ def _view(image: Image.Image, *, seed: Sequence[int]) -> UInt8[np.ndarray, "s s 
 
 
 def classify(model: LabelClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n k"]:
-  """Logits of the classes."""
+  """Return the logits of the classes."""
   return apply(lambda model, image: model(image), model, images, batch_size=BATCH)

@@ -29,7 +29,8 @@ IMAGES = 1024  # whose latents are kept at a time
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """How many evaluations each class that is left has had at its end, and how many classes are then kept."""
+  """The number of evaluations that each remaining class has had at a stage's end, and how many classes are then
+  kept."""
 
   evaluations: int
   kept: int
@@ -100,7 +101,7 @@ class DiffusionClassifier:
     self._errors_of = functools.lru_cache(1)(NoiseErrors)  # in a run the inference is one, and compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures with this inference."""
+    """Return how `run` measures with this inference."""
     return {
       **self.zero_shot.protocol(inference),
       "stages": [f"{stage.evaluations}:{stage.kept}" for stage in self._stages],
@@ -108,8 +109,8 @@ class DiffusionClassifier:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """acc1, acc5 and recalls as zero_shot has them, and evaluations_per_image, of the UNet; then head_acc1 and so on,
-    and head_evaluations_per_image, where there is a trained head.
+    """Return acc1, acc5 and recalls as zero_shot has them, and evaluations_per_image, of the UNet; then head_acc1 and
+    so on, and head_evaluations_per_image, where there is a trained head.
 
     Raises:
       UserError: a run that was not trained for generation.
@@ -122,7 +123,7 @@ class DiffusionClassifier:
     prompts.warn_of_long(tuple(texts), inference.max_length)
     c = noise_errors.conditions(params, Tokenizer(inference.max_length)(texts))
     labels, found = self.zero_shot.labels, []
-    # Of an image in each stage, how many classes are left, and how often each of them is evaluated.
+    # How many classes of an image are left in each stage, and how often each of them is evaluated.
     left = [len(names), *(min(len(names), stage.kept) for stage in self._stages[:-1])]
     counts = [len(t) for t in new_timesteps(self._stages)]
     progress = Progress("compared", len(labels) * sum(left), "images and classes")
@@ -149,7 +150,7 @@ class DiffusionClassifier:
 
 
 def read_stages(stages: Sequence[str]) -> tuple[Stage, ...]:
-  """Out of EVALUATIONS:KEPT each.
+  """Read the stages, EVALUATIONS:KEPT each.
 
   Raises:
     UserError: no stage, another form, counts that do not increase or of which the last is no multiple, or a last stage
@@ -174,12 +175,13 @@ def read_stages(stages: Sequence[str]) -> tuple[Stage, ...]:
 
 
 def timesteps(count: int) -> Int[np.ndarray, " s"]:
-  """The middles of `count` equal parts of 0 ... T-1: those of Li et al.'s code, where `count` divides T."""
+  """Return the middles of `count` equal parts of 0 ... T-1: those of Li et al.'s code, where `count` divides T."""
   return ((2 * np.arange(count) + 1) * NUM_TIMESTEPS // (2 * count)).astype(np.int32)
 
 
 def new_timesteps(stages: Sequence[Stage]) -> list[Int[np.ndarray, " s"]]:
-  """Of each stage those of the last one's that are evenly spaced among them, without those that an earlier one had."""
+  """Return the timesteps that each stage adds: evenly spaced among the last stage's, without those that an earlier one
+  had."""
   every, had, found = timesteps(stages[-1].evaluations), np.zeros(0, np.int32), []
   for stage in stages:
     apart = len(every) // stage.evaluations
@@ -190,8 +192,8 @@ def new_timesteps(stages: Sequence[Stage]) -> list[Int[np.ndarray, " s"]]:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Of each stage, image and class, the mean error over the timesteps that it had by the end of the stage, infinite
-  where it was left out before; and of each image and class, the stage in which it was left out."""
+  """The errors of each stage, image and class, and the stage in which each image left a class out. An error is the mean
+  over the timesteps that the pair had by the end of the stage, infinite where the class was left out before."""
 
   error: Float[np.ndarray, "m n k"]
   stage: Int[np.ndarray, "n k"]
@@ -200,7 +202,7 @@ class Outcome:
 def classify(
   errors: Callable[..., Float[np.ndarray, "m s"]], stages: Sequence[Stage], *, num_images: int, num_classes: int
 ) -> Outcome:
-  """Li et al.'s adaptive evaluation of all images.
+  """Evaluate all images adaptively, as Li et al. do.
 
   Args:
     errors: (images=, classes=, t=) -> the error of each pair of an image and a class, by their numbers, at each t.
@@ -222,7 +224,8 @@ def classify(
 
 
 def ranks(found: Outcome, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-  """How many classes come before each image's own, 0 is right: those that were kept longer, then those of less error.
+  """Count the classes that come before each image's own, 0 is right: those that were kept longer, then those of less
+  error.
 
   A tie counts against the image's own, and so does a NaN, as in `base.ranks`: also where the order of the classes kept
   it and left the other one out.

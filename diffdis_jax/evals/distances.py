@@ -35,7 +35,7 @@ class Kernel:
 
 
 def gaussian(features: Float[np.ndarray, "n d"]) -> Gaussian:
-  """Mean and covariance, a block of rows in f64 at a time.
+  """Return mean and covariance, a block of rows in f64 at a time.
 
   Raises:
     UserError: fewer than two rows, or values that are not finite.
@@ -57,7 +57,7 @@ def gaussian(features: Float[np.ndarray, "n d"]) -> Gaussian:
 
 
 def frechet(a: Gaussian, b: Gaussian) -> float:
-  """|μ1 - μ2|² + tr S1 + tr S2 - 2 tr (S1 S2)^½.
+  """Return |μ1 - μ2|² + tr S1 + tr S2 - 2 tr (S1 S2)^½.
 
   The last trace is that of (R S2 R)^½ where R R = S1: real and never negative, also where there are fewer samples than
   dimensions. A product's square root itself, as scipy's sqrtm takes it, is neither.
@@ -78,7 +78,7 @@ def kernel(
   subset_size: int = SUBSET_SIZE,
   seed: int = KERNEL_SEED,
 ) -> Kernel:
-  """KID: the unbiased MMD² with the kernel (x·y / d + 1)³, over random subsets. Unlike FID it has no bias by n.
+  """Return KID: the unbiased MMD² with the kernel (x·y / d + 1)³, over random subsets. Unlike FID it has no bias by n.
 
   Subsets are those of torch-fidelity's metric_kid.py: `subset_size` rows without replacement, from one generator, x's
   before y's in each turn. Where there are fewer rows than `subset_size`, a subset is as large as the smaller set,
@@ -101,7 +101,7 @@ def kernel(
 
 
 def _mmd(x: Float[np.ndarray, "m d"], y: Float[np.ndarray, "m d"]) -> float:
-  """The unbiased estimate: an element's kernel with itself does not count."""
+  """Return the unbiased estimate: an element's kernel with itself does not count."""
   m, d = x.shape
   of = lambda a, b: (a @ b.T / d + 1) ** 3
   within = [(k.sum() - np.trace(k)) / (m * (m - 1)) for k in (of(x, x), of(y, y))]

@@ -1,4 +1,4 @@
-"""Which captions of a data set images are generated for, sampled by a seed, in parts."""
+"""Sample, by a seed and in parts, the captions of a data set for which images are generated."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Part:
 
 
 def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> list[Part]:
-  """Prompts out of a source's captions, in the order in which their images are generated.
+  """Sample prompts out of a source's captions, in the order in which their images are generated.
 
   The first n of a sample are the sample of n. (Count and rule are not stated by the paper.)
 
@@ -82,24 +82,24 @@ def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> li
 
 
 def check_count(num_images: int) -> None:
-  """Raises UserError for fewer than two images."""
+  """Refuse fewer than two images. Raises UserError for them."""
   if num_images < 2:
     raise UserError(f"num_images is {num_images}; FID takes at least 2 images, and means something from thousands on")
 
 
 def sha256(parts: list[Part]) -> str:
-  """Of all the prompts' texts."""
+  """Return the hash of all the prompts' texts."""
   return prompts.sha256([text for part in parts for text in part.prompts])
 
 
 def records(parts: list[Part]) -> Int[np.ndarray, " n"]:
-  """Of all the prompts, in order."""
+  """Return the records of all the prompts, in order."""
   return np.concatenate([part.records for part in parts])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-  """A text, of which record and which of its captions."""
+  """A prompt's text, its record, and which of the record's captions it is."""
 
   record: int
   caption: int

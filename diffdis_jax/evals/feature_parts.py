@@ -28,7 +28,8 @@ from diffdis_jax.parallel import processes
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-  """Of a part's images the features, and the similarity that the run's head gives each and its prompt; none without."""
+  """The features of a part's images, and the similarity that the run's head gives each image and its prompt; no
+  similarity without a head."""
 
   features: Float[np.ndarray, "n d"]
   similarity: Float[np.ndarray, " m"]
@@ -49,7 +50,7 @@ class PartsFolder:
   keep_images: bool = False
 
   def finished(self, parts: Sequence[Part]) -> Bool[np.ndarray, " k"]:
-    """Which of the parts are there, on every process the same.
+    """Return which of the parts are there, on every process the same.
 
     Raises:
       UserError: one that cannot be read, or was made otherwise; on every process.
@@ -65,7 +66,7 @@ class PartsFolder:
     return processes.from_first(found).astype(bool)
 
   def read(self, part: Part) -> Sampled:
-    """What a finished part holds. Raises UserError: unreadable."""
+    """Return the content of a finished part. Raises UserError: unreadable."""
     content = self._load(part)
     return Sampled(content["features"], content["similarity"])
 
@@ -75,7 +76,7 @@ class PartsFolder:
     sampled: Sampled,
     images: UInt8[np.ndarray, "n h w 3"],
   ) -> None:
-    """Writes the images, where they are kept, and then the part. Raises UserError: they cannot be written."""
+    """Write the images, where they are kept, and then the part. Raises UserError: they cannot be written."""
     with files.writing(f"to --parts={self.path}"):
       # Images first: a part is finished where its features are, and then its images must be there too.
       if self.keep_images:

@@ -53,7 +53,7 @@ class Extractor:
     self._network = compiled("Inception", self._features)
 
   def __call__(self, images: UInt8[np.ndarray, "n h w 3"] | Any) -> Float[np.ndarray, "n 2048"]:
-    """The features of FID, of images or of what gives images by `[places]`, as `base.Images` does."""
+    """Return the features of FID, of images or of what gives images by `[places]`, as `base.Images` does."""
     # clean-fid resizes by PIL, which runs on the host. TensorFlow's resize is a few gathers, on the device.
     shown = _Clean(images) if self._kind == "clean" else images
     return self._batched(lambda x: self._network(self._params, self._normalise(x)), shown)

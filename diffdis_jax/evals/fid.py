@@ -105,7 +105,8 @@ class Fid:
     self._subset_size = 0
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures with this inference; what is known of the reference only after it."""
+    """Return how `run` measures with this inference; what is known of the reference only afterwards is there after the
+    run."""
     # Before the run there is none yet, where it is made of the data, but how it will be made; the results file compares
     # these fields as far as they are known (results.AFTERWARDS).
     found = self._reference
@@ -130,8 +131,8 @@ class Fid:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """fid, kid and kid_std, where the reference has the features that KID takes, and num_images; of a run with a head
-    head_similarity, the mean ⟨ê_0, e⟩ of image and prompt."""
+    """Return fid, kid and kid_std, where the reference has the features that KID takes, and num_images; of a run with a
+    head also head_similarity, the mean ⟨ê_0, e⟩ of image and prompt."""
     # Parts before the reference: a folder of another protocol is refused before minutes go into real images.
     extractor, folder, finished = self._extractor_of(inference), None, np.zeros(len(self._plan), bool)
     if self._parts:
@@ -160,7 +161,8 @@ class Fid:
     extractor: Extract,
     folder: PartsFolder | None,
   ) -> dict[int, Sampled]:
-    """What is taken of their images, written if there is a folder. Image i's noise is of the seed and i alone."""
+    """Generate the parts' images and return what is kept of them, written if there is a folder. Image i's noise is of
+    the seed and i alone."""
     # `first` makes the noise that of the image's place among all, whatever the parts are.
     tokens = self._tokenizer(inference.max_length)([prompt for part in parts for prompt in part.prompts])
     noise = np.concatenate([inference.noise(len(part), self._seed, first=part.first) for part in parts])
@@ -178,7 +180,7 @@ class Fid:
     return found
 
   def _measure(self, sampled: list[Sampled]) -> dict[str, float]:
-    """On process 0, for all."""
+    """Measure on process 0, and return its figures on all."""
     # NaN stands for a figure that there is not, in an array that process 0 can send to all.
     found = np.full(len(MEASURES), np.nan)
 
@@ -203,11 +205,11 @@ class Fid:
     return {name: float(value) for name, value in zip(MEASURES, values) if not np.isnan(value)}
 
   def _real_count(self) -> int | None:
-    """Of the reference's images; None where another tool's file does not say."""
+    """Return the number of the reference's images; None where another tool's file does not say."""
     return len(self._real_indices) if self._reference is None else self._reference.gaussian.count
 
   def _header(self, inference: Any, params: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the features of a prompt's image, and the head's similarity of the two, depend on."""
+    """Return all that the features of a prompt's image, and the head's similarity of the two, depend on."""
     return {
       **_drawing(inference),
       "params": base.fingerprint(params),
@@ -229,7 +231,7 @@ class Fid:
     )
 
   def _open_reference(self, file: str, images: str, resampling: str) -> None:
-    """Reads the file, if there is one, or else finds the images of which it will be made."""
+    """Read the file, if there is one, or else find the images of which it will be made."""
     self._reference_file, self._resampling, self._reference = file, resampling, None
     # "all" by default, but only what was asked for is a reason to refuse a file: others do not say what theirs is of.
     which = images or "all"
@@ -252,7 +254,7 @@ class Fid:
     return {**self._made, "code": provenance.code()["versions"], **of_images}
 
   def _make_reference(self, extractor: Extract, image_size: int) -> None:
-    """Unless there is one, on process 0: makes it on all, and writes it where it has a name."""
+    """Make the reference on all processes, and write it where it has a name, unless process 0 has one."""
     # Process 0 may have read a file that the others cannot see.
     if bool(processes.from_first(np.uint8(self._reference is not None))):
       return
@@ -274,7 +276,7 @@ class Fid:
 
 
 def _drawing(inference: Any) -> dict[str, Any]:
-  """How images are generated."""
+  """Return how images are generated."""
   network = inference.network
   return {
     **inference.generation_protocol,
@@ -288,7 +290,7 @@ def _drawing(inference: Any) -> dict[str, Any]:
 def _check_settings(
   inception: str, num_images: int | None, kind: str, resampling: str, file: str, parts: str, keep_images: bool
 ) -> None:
-  """What can be seen before anything is read."""
+  """Check what can be seen before anything is read."""
   check_choice("resize", kind, resize.KINDS)
   check_choice("resampling", resampling, resize.RESAMPLING)
   if not inception:

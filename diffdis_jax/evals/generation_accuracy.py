@@ -1,4 +1,4 @@
-"""Do generated images show what was asked for? A classifier of real images, the judge, names them.
+"""Measure whether generated images show what was asked for. A classifier of real images, the judge, names them.
 
 The judge of rendered shapes is all but perfect. That of labelled images errs too, so its own accuracy on real images
 that it was not trained on stands beside every figure.
@@ -86,7 +86,7 @@ class GenerationAccuracy:
     return ShapeJudge(seed, **of_shapes) if data is None else LabelJudge(data, seed, **of_labels)
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures with this inference."""
+    """Return how `run` measures with this inference."""
     return {
       **inference.generation_protocol,
       "seed": self._seed,
@@ -97,7 +97,7 @@ class GenerationAccuracy:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """acc1 of generated images, and judge_acc1 of real ones that the judge was not trained on.
+    """Return acc1 of generated images, and judge_acc1 of real ones that the judge was not trained on.
 
     Of shapes also acc1_seen and acc1_unseen, of pairs that training saw and of others, and acc1_colour and acc1_shape.
     Of labelled images also acc5 and judge_acc5.
@@ -117,7 +117,8 @@ class GenerationAccuracy:
   def _measure_by_head(
     self, inference: Any, params: Mapping[str, Any], images: UInt8[np.ndarray, "n h w 3"]
   ) -> dict[str, float]:
-    """What the model itself says of its images: no judge of their truth, but of whether its two sides agree."""
+    """Measure the images by the model's own head, which judges not their truth but whether the model's two sides
+    agree."""
     prompts_of_all = [prompts.fill(self._template, name) for name in self.judge.classnames]
     e = base.embed_texts(inference, params, prompts_of_all)
     q = inference.embed_images(params, images, seed=self._seed)
@@ -141,11 +142,12 @@ class ShapeJudge:
     self._trained: dict[int, Trained] = {}
 
   def protocol(self) -> dict[str, Any]:
-    """How the classifier is trained."""
+    """Return how the classifier is trained."""
     return {"steps": self._steps}
 
   def train(self, image_size: int) -> Trained:
-    """For generated images of this size, once. Raises UserError: its accuracy is below what is required."""
+    """Train the classifier for generated images of this size, once. Raises UserError: its accuracy is below what is
+    required."""
     if image_size not in self._trained:
       # Renders are made at the generator's size and shrunk as its images are, so that they are as sharp or as blurred.
       model = classifiers.train_on_shapes(image_size=image_size, seed=self._seed, num_steps=self._steps)
@@ -164,7 +166,7 @@ class ShapeJudge:
   def measure(
     self, images: UInt8[np.ndarray, "n s s 3"], classes: Int[np.ndarray, " n"], *, image_size: int
   ) -> dict[str, float]:
-    """Accuracy of colour and shape together, of all, seen and unseen pairs; of the colour; of the shape."""
+    """Return the accuracy of colour and shape together, of all, seen and unseen pairs; of the colour; of the shape."""
     trained = self.train(image_size)
     colour, shape = (classifiers.pairs_of(trained.model, images) == PAIRS[classes]).T
     both, seen = colour & shape, SEEN[classes]
@@ -210,12 +212,12 @@ class LabelJudge:
     self._trained: Trained | None = None
 
   def protocol(self) -> dict[str, Any]:
-    """How the classifier is trained, and on how many images."""
+    """Return how the classifier is trained, and on how many images."""
     counts = {"trained_on": len(self._trained_on), "measured_on": len(self._measured_on)}
     return {"splits": list(self._splits), "epochs": self._epochs, **counts}
 
   def train(self, image_size: int = SIZE) -> Trained:
-    """For generated images of any size, once, on the images that are not held out."""
+    """Train the classifier for generated images of any size, once, on the images that are not held out."""
     del image_size
     if self._trained is None:
       # Read once and kept as they are: every epoch takes other views of them.
@@ -239,13 +241,13 @@ class LabelJudge:
   def measure(
     self, images: UInt8[np.ndarray, "n s s 3"], classes: Int[np.ndarray, " n"], *, image_size: int
   ) -> dict[str, float]:
-    """acc1 and acc5, and the judge's own."""
+    """Return acc1 and acc5, and the judge's own."""
     trained = self.train(image_size)
     return {**_accuracy("", ranks(classifiers.classify(trained.model, images), classes)), **trained.accuracy}
 
 
 def ranks(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-  """How many other classes are as likely as each row's own, or likelier; 0 is right. A NaN ranks before all."""
+  """Count the other classes that are as likely as each row's own, or likelier; 0 is right. A NaN ranks before all."""
   # As in base.ranks a tie is wrong, so that a classifier that says the same of all is right on none.
   own = np.take_along_axis(logits, labels[:, None], axis=1)
   others = np.arange(logits.shape[1]) != labels[:, None]

@@ -138,7 +138,7 @@ class LinearProbe:
     self._program_of = functools.lru_cache(1)(self._compile)  # in a run the inference is one, and compiled once
 
   def _warn_of_few(self) -> None:
-    """Says which numbers of shots are more than some classes have images to train on."""
+    """Warn of the numbers of shots that are more than some classes have images to train on."""
     counts = np.bincount(self.examples["train"].labels)
     fewer = {k: int((counts < k).sum()) for k in self._shots if k is not None}
     if said := [f"of {k} shots {count} of {len(counts)}" for k, count in fewer.items() if count]:
@@ -146,7 +146,7 @@ class LinearProbe:
       logging.warning("linear_probe: %s; all of theirs count", ", ".join(said))
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures with this inference."""
+    """Return how `run` measures with this inference."""
     counts = {f"num_{name}_images": len(each.labels) for name, each in self.examples.items()}
     return {
       **inference.protocol,
@@ -161,7 +161,8 @@ class LinearProbe:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """For each kind of features and number of shots acc1_embedding_4_shots and so on, and the l2 that was chosen."""
+    """Return, for each kind of features and number of shots, acc1_embedding_4_shots and so on, and the l2 that was
+    chosen."""
     metrics = {}
     for kind, features in self._features(inference, params).items():
       for k in self._shots:
@@ -189,7 +190,7 @@ class LinearProbe:
     return {"acc1": chosen.accuracy(scaled["test"]), "l2": l2}
 
   def _features(self, inference: Any, params: Mapping[str, Any]) -> dict[str, dict[str, Examples]]:
-    """Of each kind, of each split."""
+    """Return the features of each kind and of each split."""
     found: dict[str, dict[str, Examples]] = {}
     for name, each in self.examples.items():
       source = self._sources[name]
@@ -215,7 +216,7 @@ class LinearProbe:
 
 
 def middle_map(network: Network, t: int, params: Params, images: UInt8[Array, "b H W 3"]) -> Float[Array, "b d"]:
-  """The mean over positions of what the UNet's middle gives of clean images at timestep t, under the empty caption."""
+  """Return the mean over positions of the UNet's middle map of clean images at timestep t, under the empty caption."""
   model: Any = network.with_params(params)
   z, c_null = model.encode_image(images), encode.null_condition(model, network.max_length)
   c = jnp.broadcast_to(c_null, (len(z), *c_null.shape[1:]))
@@ -230,14 +231,14 @@ class Linear:
   bias: Float[np.ndarray, " k"]
 
   def accuracy(self, examples: Examples) -> float:
-    """The share whose class has the largest logit. A tie is wrong, as everywhere."""
+    """Return the share whose class has the largest logit. A tie is wrong, as everywhere."""
     logits = examples.x @ self.weight + self.bias
     own = np.take_along_axis(logits, examples.labels[:, None], axis=1)
     return float(((logits >= own).sum(axis=1) == 1).mean())
 
 
 def fit(examples: Examples, *, num_classes: int, l2: float, start: Linear | None = None) -> Linear:
-  """Minimises mean cross-entropy + l2 / 2 ‖W‖² by L-BFGS; the bias is free.
+  """Minimise mean cross-entropy + l2 / 2 ‖W‖² by L-BFGS; the bias is free.
 
   Args:
     start: from which it begins; None for zeros. The minimum is one, and does not depend on it.
@@ -271,7 +272,7 @@ def _value_and_gradient(
 
 
 def _read_shots(text: str | int) -> int | None:
-  """None for all. Raises UserError unless it is a number of at least 1, or all."""
+  """Read a number of shots; None for all. Raises UserError unless it is a number of at least 1, or all."""
   if text == ALL:
     return None
   if str(text).isdecimal() and int(text) >= 1:

@@ -73,7 +73,7 @@ class LongTail:
     self._squares: dict[str, Any] = dict(crop_pct=crop_pct, reduced_decoding=reduced_decoding)
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures with this inference."""
+    """Return how `run` measures with this inference."""
     group = lambda name: int(in_group(self.train_counts, name).sum())
     return {
       **inference.protocol,
@@ -91,9 +91,10 @@ class LongTail:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """image_acc: an image's nearest sentence is of its class. text_acc: a sentence's nearest image is of its class.
-    knn_acc: the most frequent class of its nearest sentences is its own. acc: the head's prediction, and
-    acc_summed_GROUP by the sum of its branches' logits, by which VL-LTR gives its groups."""
+    """Return image_acc, text_acc, knn_acc and, of a run with a head, acc. image_acc: an image's nearest sentence is of
+    its class. text_acc: a sentence's nearest image is of its class. knn_acc: the most frequent class of its nearest
+    sentences is its own. acc: the head's prediction, and acc_summed_GROUP by the sum of its branches' logits, by which
+    VL-LTR gives its groups."""
     # All of a split: groups of rare classes have few images, and a part of them would be noise.
     indices = np.arange(len(self.labels))
     images = base.embed_images(inference, params, self.source, indices, seed=self._seed, **self._squares)
@@ -117,7 +118,7 @@ class LongTail:
     return metrics
 
   def _by_group(self, name: str, right: Bool[np.ndarray, " n"]) -> dict[str, float]:
-    """The share of right answers, and that among the images of each group that has any."""
+    """Return the share of right answers, and that among the images of each group that has any."""
     metrics = {name: float(right.mean())}
     for group in GROUPS:
       of_group = in_group(self.train_counts, group)[self.labels]
@@ -127,6 +128,6 @@ class LongTail:
 
 
 def in_group(train_counts: Int[np.ndarray, " k"], group: str) -> Bool[np.ndarray, " k"]:
-  """Whether each class is in one of GROUPS."""
+  """Return whether each class is in one of GROUPS."""
   above, at_most = GROUPS[group]
   return (train_counts > above) & (train_counts <= at_most)

@@ -1,4 +1,5 @@
-"""Nearest sentences of images and images of sentences, votes, and how well a sentence tells its class's images.
+"""Find the nearest sentences of images and images of sentences, count votes, and measure how well a sentence tells its
+class's images.
 
 Of equal scores the first counts, as in an argmax. Scores are computed on the device, a block of them at a time.
 """
@@ -19,7 +20,7 @@ QUERIES, KEYS = 1024, 16384  # rows and columns of a block
 def nearest(
   queries: Float[np.ndarray, "q d"], keys: Float[np.ndarray, "m d"], *, count: int, block: int = KEYS
 ) -> Int[np.ndarray, "q n"]:
-  """Places of the `count` keys of the largest inner products with each query, the best first."""
+  """Return the places of the `count` keys of the largest inner products with each query, the best first."""
   # Scores of all images with all sentences of Places-LT would not fit: the best of a block meet the best so far.
   count, block = min(count, len(keys)), min(block, len(keys))
   blocks = [_padded(keys, start, block) for start in range(0, len(keys), block)]
@@ -34,12 +35,12 @@ def nearest(
 
 
 def _padded(x: Float[np.ndarray, "n d"], start: int, size: int) -> Float[np.ndarray, "m d"]:
-  """`size` rows from `start` on; at the end the last row again, so that all blocks have one shape."""
+  """Return `size` rows from `start` on; at the end the last row again, so that all blocks have one shape."""
   return x[np.minimum(np.arange(start, start + size), len(x) - 1)]
 
 
 class Best(struct.PyTreeNode):
-  """Of each query the largest scores so far, and whose they are; the best first."""
+  """The largest scores of each query so far, and whose they are; the best first."""
 
   scores: Float[Array, "q n"]
   places: Int[Array, "q n"]
@@ -55,7 +56,7 @@ def _better(
   *,
   count: int,
 ) -> Best:
-  """The best so far and of these keys, whose places begin at `first`; places from `end` on are padding."""
+  """Return the best so far and of these keys, whose places begin at `first`; places from `end` on are padding."""
   places = first + jnp.arange(len(keys), dtype=jnp.int32)
   scores = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
   # Padding and NaN must never win; -inf loses even against the initial best, whose place is 0.
@@ -67,7 +68,7 @@ def _better(
 
 
 def vote(classes: Int[np.ndarray, "q n"]) -> Int[np.ndarray, " q"]:
-  """The most frequent class of each row; of equally frequent ones that which is met first."""
+  """Return the most frequent class of each row; of equally frequent ones that which is met first."""
   # argmax takes the first of equal counts, which is the class of the better sentence.
   counts = (classes[:, :, None] == classes[:, None, :]).sum(axis=2)
   return classes[np.arange(len(classes)), counts.argmax(axis=1)]
@@ -81,7 +82,8 @@ def linear_loss(
   image_labels: Int[np.ndarray, " n"],
   logit_scale: float,
 ) -> Float[np.ndarray, " m"]:
-  """AnSS: L(m) = −Σ_i y_i log softmax_i(exp(logit_scale) t_m · v_i), y_i = 1 / (images of m's class) for these, else 0.
+  """Return AnSS: L(m) = −Σ_i y_i log softmax_i(exp(logit_scale) t_m · v_i), y_i = 1 / (images of m's class) for these,
+  else 0.
 
   Every class of a text has an image. A small loss means that a sentence tells its class's images from all others.
   """

@@ -1,4 +1,4 @@
-"""How well the network predicts an image's noise under each of several prompts: what diffusion_classifier compares."""
+"""Measure how well the network predicts an image's noise under each of several prompts, for diffusion_classifier."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class NoiseErrors:
   def latents(
     self, params: Mapping[str, Any], images: UInt8[np.ndarray, "n H W 3"] | Any
   ) -> Float[np.ndarray, "n h w c"]:
-    """z of each image, by the posterior's mode."""
+    """Return z of each image, by the posterior's mode."""
     return self._batched(functools.partial(self._latents, params), images)
 
   def conditions(self, params: Mapping[str, Any], tokens: Int[np.ndarray, "k l"]) -> Float[Array, "k l d"]:
-    """c of each prompt, whole on every device."""
+    """Return c of each prompt, whole on every device."""
     c = self._batched(functools.partial(self._conditions, params), tokens)
     return sharding.replicated({"c": c}, self._mesh)["c"]
 
@@ -55,7 +55,7 @@ class NoiseErrors:
     t: Int[np.ndarray, " s"],
     done: Callable[[int], object] = lambda count: None,
   ) -> Float[np.ndarray, "m s"]:
-    """Of each pair of images and classes, numbers in z and c, the mean square error at each t.
+    """Return the mean square error at each t for each pair of an image and a class, given by their numbers in z and c.
 
     Noise is of seed, the image's place in its data set and t alone: neither of the class nor of the batch.
     """
@@ -90,7 +90,7 @@ def _conditions(network: Network, params: Params, tokens: Int[Array, "b l"]) -> 
 def noise_of(
   key: PRNGKeyArray, t: Int[Array, ""], *, places: Int[Array, "b"], network: Network
 ) -> Float[Array, "b h w c"]:
-  """ε ~ N(0, I) of the images at these places in their data set."""
+  """Return ε ~ N(0, I) of the images at these places in their data set."""
   at_t = jax.random.fold_in(key, t)
   return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(at_t, place), network.latent_shape))(places)
 
@@ -105,7 +105,7 @@ def noise_errors(
   places: Int[Array, "b"],
   classes: Int[Array, "b"],
 ) -> Float[Array, "b s"]:
-  """The mean of (ε − ε̂(z_t, t, c))² over an image's latent, at each t, f32. The label is nowhere in it."""
+  """Return the mean of (ε − ε̂(z_t, t, c))² over an image's latent, at each t, f32. The label is nowhere in it."""
   model: Any = network.with_params(params)
   condition = c[classes]
 

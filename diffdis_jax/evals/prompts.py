@@ -33,7 +33,7 @@ _SLOT = re.compile(r"\{c?\}")
 
 
 def fill(template: str, classname: str) -> str:
-  """Puts the class name wherever the template says `{}` or `{c}`, as CLIP_benchmark's files do."""
+  """Put the class name wherever the template says `{}` or `{c}`, as CLIP_benchmark's files do."""
   return _SLOT.sub(lambda _: classname, template)
 
 
@@ -52,13 +52,13 @@ class ClassNames(NamedTuple):
 
 
 def comparable(name: str) -> str:
-  """What two spellings of a class name have in common: underscores are spaces, as in captions, and case is of no
+  """Return what two spellings of a class name have in common: underscores are spaces, as in captions, and case is of no
   account, nor whether an accent is a character of its own, as in tokens."""
   return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
 
 
 def read_strings(path: str, *, what: str) -> Sequence[str]:
-  """A JSON file with one list of strings.
+  """Read a JSON file with one list of strings.
 
   Raises:
     UserError: no such file, not JSON, not a list of strings, or an empty list.
@@ -81,7 +81,8 @@ def _are_strings(values: Collection[Any]) -> bool:
 
 
 def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> ClassNames:
-  """Class names given as such or as a JSON file's path: a list, or an object {name in the data: name in the prompts}.
+  """Return class names given as such or as a JSON file's path: a list, or an object {name in the data: name in the
+  prompts}.
 
   Raises:
     UserError: the file is unreadable, or it is neither.
@@ -91,7 +92,7 @@ def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> C
   if isinstance(found, Mapping) and _are_strings([*found, *found.values()]):
     return ClassNames(names=tuple(found.values()), keys=tuple(found), by_key=True)
   names = read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(found)
-  # Of such an object the keys alone would be taken, such as the numbers of ImageNet's {"0": ["n01440764", "tench"]}.
+  # Only the keys of such an object would be taken, such as the numbers of ImageNet's {"0": ["n01440764", "tench"]}.
   if isinstance(found, Mapping) or not _are_strings(names):
     raise UserError(
       f"class names are {str(found)[:60]}; give a list of texts, or an object {{name in the data: name}} of texts"
@@ -100,23 +101,23 @@ def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> C
 
 
 def sha256(texts: Sequence[str]) -> str:
-  """Of texts in their order."""
+  """Return the hash of texts in their order."""
   return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def repeated_names(names: Sequence[str]) -> list[str]:
-  """The names that occur more than once, each once."""
+  """Return the names that occur more than once, each once."""
   return [name for name, count in collections.Counter(names).items() if count > 1]
 
 
 def repeated(names: Sequence[str]) -> str:
-  """The names that occur more than once, for a message; empty if there is none."""
+  """Return the names that occur more than once, for a message; empty if there is none."""
   found = repeated_names(names)
   return ", ".join(map(repr, found[:10])) + (", ..." if len(found) > 10 else "")
 
 
 def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
-  """Templates given as such or as a JSON file's path; empty means `TEMPLATES`.
+  """Return templates given as such or as a JSON file's path; empty means `TEMPLATES`.
 
   Raises:
     UserError: the file is unreadable, or a template has no place for the class name.
@@ -131,7 +132,7 @@ def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
 
 @functools.lru_cache(16)  # once of the same prompts, though a run in training measures by them again and again
 def warn_of_long(prompts: tuple[str, ...], max_length: int, *, what: str = "prompts") -> None:
-  """Says so of prompts, or `what` the texts are, of more tokens than the network reads."""
+  """Warn of prompts, or `what` the texts are, of more tokens than the network reads."""
   tokenizer = Tokenizer(max_length)
   cut = {prompt: left for prompt in dict.fromkeys(prompts) if (left := tokenizer.cut(prompt)) is not None}
   for prompt, left in [*cut.items()][:3]:

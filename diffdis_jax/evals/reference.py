@@ -37,7 +37,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """What generated images are compared with.
+  """The statistics that generated images are compared with.
 
   Attributes:
     gaussian: of the real images' features.
@@ -51,7 +51,7 @@ class Reference:
 
   @property
   def sha256(self) -> str:
-    """Of mean and covariance."""
+    """Return the hash of mean and covariance."""
     return hashlib.sha256(self.gaussian.mean.tobytes() + self.gaussian.covariance.tobytes()).hexdigest()
 
 
@@ -69,7 +69,7 @@ class Folder:
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
-  """Raises UserError: no folder there, or fewer than two images in it."""
+  """Open a folder of images. Raises UserError: no folder there, or fewer than two images in it."""
   folder = buckets.local(path, "reference_images")
   if not folder.is_dir():
     raise UserError(f"no folder {folder}; it should hold the reference's images, {', '.join(ENDINGS)}")
@@ -80,12 +80,12 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
 
 
 def of_features(features: Float[np.ndarray, "n d"], *, protocol: Mapping[str, Any]) -> Reference:
-  """Raises UserError: fewer than two images."""
+  """Return the reference of these features. Raises UserError: fewer than two images."""
   return Reference(distances.gaussian(features), features, {**protocol, "num_images": len(features)})
 
 
 def write(path: str | os.PathLike[str], reference: Reference) -> None:
-  """Writes a reference that has features. Raises UserError: it cannot be written."""
+  """Write a reference that has features. Raises UserError: it cannot be written."""
   buffer = io.BytesIO()
   content: dict[str, Any] = {
     "mu": reference.gaussian.mean,
@@ -102,7 +102,7 @@ def write(path: str | os.PathLike[str], reference: Reference) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> Reference:
-  """A file of ours, or of another tool, whose protocol is then unknown.
+  """Read a file of ours, or of another tool, whose protocol is then unknown.
 
   Raises:
     UserError: unreadable, or statistics of something else than Inception's 2048 features of two images or more.
@@ -136,7 +136,7 @@ def read(path: str | os.PathLike[str]) -> Reference:
 
 
 def check(reference: Reference, expected: Mapping[str, Any], path: str, *, images_asked_for: bool) -> None:
-  """Checks that statistics compare with what is measured. Of other tools' only a warning can be given.
+  """Check that statistics compare with what is measured. Of other tools' only a warning can be given.
 
   Args:
     reference: what was read.
@@ -183,6 +183,6 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str, *, image
 
 
 def _data(protocol: Mapping[str, Any]) -> str:
-  """Set and split of the reference's images; empty where they are not those of a set."""
+  """Return set and split of the reference's images; empty where they are not those of a set."""
   data = (protocol.get("images") or {}).get("data") or {}
   return ", ".join(str(data[name]) for name in ("path", "name", "split") if data.get(name))

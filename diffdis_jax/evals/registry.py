@@ -54,13 +54,14 @@ MOST_SEED = 2**32 - 1  # of jax's random keys
 
 @functools.cache
 def settings_of(task: str) -> dict[str, Setting]:
-  """The settings of an evaluation that a flag can give. Raises UserError: no such evaluation."""
+  """Return the settings of an evaluation that a flag can give. Raises UserError: no such evaluation."""
   check_task(task)
   return settings.of(EVALS[task])
 
 
 def check_task(task: str) -> None:
-  """Raises UserError: there is no evaluation of this name, or it has another name today."""
+  """Check the name of an evaluation. Raises UserError: there is no evaluation of this name, or it has another name
+  today."""
   if task in FORMER:
     raise UserError(f"task {task} is now called {FORMER[task]}; write that instead")
   if task not in EVALS:
@@ -68,7 +69,7 @@ def check_task(task: str) -> None:
 
 
 def check_objectives(what: str, task: str, objectives: Collection[str]) -> None:
-  """Raises UserError for an evaluation, named by `what`, of what these objectives do not train."""
+  """Refuse an evaluation, named by `what`, of what these objectives do not train. Raises UserError for it."""
   if task in MEASURES and not {*MEASURES[task]} & {*objectives}:
     raise UserError(
       f"{what}, whose task {task} measures {' or '.join(MEASURES[task])}; the run's objectives are"
@@ -77,7 +78,7 @@ def check_objectives(what: str, task: str, objectives: Collection[str]) -> None:
 
 
 def create(task: str, **section: Any) -> Eval:
-  """The evaluation of this name, with the rest of its config section as settings.
+  """Create the evaluation of this name, with the rest of its config section as settings.
 
   Raises:
     UserError: no such evaluation, or settings or data that it refuses.
@@ -87,8 +88,8 @@ def create(task: str, **section: Any) -> Eval:
 
 
 def check(task: str, **section: Any) -> None:
-  """Raises UserError: no such evaluation, or settings that it does not have or that are of another type. No data are
-  opened."""
+  """Check the name and the settings of an evaluation; no data are opened. Raises UserError: no such evaluation, or
+  settings that it does not have or that are of another type."""
   check_task(task)
   # Types first, then the data's fields, then the range of the seed: the constructor opens the data, which takes longer.
   settings.check(f"evaluation {task}", EVALS[task], section)

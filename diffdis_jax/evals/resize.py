@@ -1,4 +1,4 @@
-"""Images to the 299 x 299 pixels of Inception's input, by two conventions, which give different features.
+"""Resize images to the 299 x 299 pixels of Inception's input, by two conventions, which give different features.
 
 "tensorflow" is what the network's own graph does, and torch-fidelity's default; "clean" is clean-fid's. Both give
 values of 0 to 255, of which the network sees (value - 128) / 128. Statistics by one do not compare with the other's.
@@ -20,12 +20,12 @@ RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.B
 
 
 def to_input(x: Float[Array, "b 299 299 3"]) -> Float[Array, "b 299 299 3"]:
-  """What the network sees of values of 0 to 255."""
+  """Bring values of 0 to 255 to what the network sees."""
   return (x - 128) / 128
 
 
 def tensorflow(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
-  """Bilinear as TensorFlow 1 does it: no antialias, and grid points on corners, not on the middles of pixels.
+  """Resize bilinearly as TensorFlow 1 does it: no antialias, and grid points on corners, not on the middles of pixels.
 
   Source: torch-fidelity, interpolate_compat_tensorflow.py.
   """
@@ -38,7 +38,7 @@ def tensorflow(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
 
 @dataclasses.dataclass(frozen=True)
 class _Grid:
-  """Of each of the new places: the old ones below and above, and how far it is between them."""
+  """The old places below and above each of the new ones, and how far it is between them."""
 
   low: Int[np.ndarray, "299"]
   high: Int[np.ndarray, "299"]
@@ -59,7 +59,7 @@ def _between(
 
 
 def clean(images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b 299 299 3"]:
-  """Bicubic and antialiased by PIL, each channel in f32, cut to 0 to 255, on the host.
+  """Resize by PIL, bicubic and antialiased, each channel in f32, cut to 0 to 255, on the host.
 
   Source: clean-fid, resize.py.
   """
@@ -73,7 +73,8 @@ def clean(images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b 299 299 
 
 
 def square(image: Image.Image, size: int, resampling: str) -> UInt8[np.ndarray, "size size 3"]:
-  """A real image as generated ones are: its central square, in whole pixels, then to `size` by one of RESAMPLING.
+  """Return a real image as generated ones are: its central square, in whole pixels, then to `size` by one of
+  RESAMPLING.
 
   Source: U-ViT, datasets.py center_crop, which takes Lanczos (not stated by the paper).
   """

@@ -26,7 +26,7 @@ MEAN = ("mean_over_", "mean_of_")
 
 
 def read(path: str) -> Results:
-  """Of a file that `evaluate` wrote.
+  """Read the results of a file that `evaluate` wrote.
 
   Raises:
     UserError: there is none, or it is something else.
@@ -44,7 +44,7 @@ def read(path: str) -> Results:
 
 
 def _with_metrics(results: Mapping[str, Any], changed: Callable[[Any], Any]) -> Results:
-  """The same with each figure changed so."""
+  """Return the same results with `changed` applied to each figure."""
 
   def with_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "metrics": {name: changed(value) for name, value in record["metrics"].items()}}
@@ -58,7 +58,7 @@ def _is_record(record: Any) -> bool:
 
 
 def is_mean(dataset: str) -> bool:
-  """Whether a record of this name is a mean over others."""
+  """Return whether a record of this name is a mean over others."""
   return dataset.startswith(MEAN)
 
 
@@ -80,7 +80,7 @@ class ResultFile:
         self.results[task] = {name: record for name, record in records.items() if not is_mean(name)}
 
   def has(self, task: str, dataset: str, protocol: Mapping[str, Any]) -> bool:
-    """Whether the set is measured; the same on every process.
+    """Return whether the set is measured; the same on every process.
 
     Raises:
       UserError: it is, by another protocol; or another set is, with other weights.
@@ -111,23 +111,24 @@ class ResultFile:
       )
 
   def write(self) -> None:
-    """On process 0. Raises UserError: the file cannot be written."""
+    """Write the file on process 0. Raises UserError: the file cannot be written."""
     write(self._path, self.results)
 
 
 def as_written(results: Mapping[str, Any]) -> Results:
-  """The same with null for what is not finite, as the file has it."""
+  """Return the same results with null for what is not finite, as the file has it."""
   return _with_metrics(results, lambda value: value if math.isfinite(value) else None)
 
 
 def write(path: str, results: Mapping[str, Any]) -> None:
-  """On process 0. Raises UserError: it cannot be written."""
+  """Write results on process 0. Raises UserError: they cannot be written."""
   if processes.is_first():
     write_text(path, files.as_json(as_written(results)))
 
 
 def check_out(path: str) -> None:
-  """Before what takes hours. Raises UserError: no file of this name can be written, or no folder for it be made."""
+  """Check, before work that takes hours, that the file can be written. Raises UserError: no file of this name can be
+  written, or no folder for it be made."""
   out = buckets.path(path)
   if buckets.is_url(out) or out.parent.is_dir():  # in a bucket a folder appears with its first file
     files.check_out(path)
@@ -139,7 +140,7 @@ def check_out(path: str) -> None:
 
 
 def warn_of_lost(path: str, measured: Collection[tuple[str, str]]) -> None:
-  """Says so where the file has results that it will not have after a call which measures these tasks and data sets."""
+  """Warn where the file has results that it will not have after a call which measures these tasks and data sets."""
   try:
     there = read(path) if buckets.path(path).exists() else {}
   except UserError:  # no results
@@ -153,14 +154,14 @@ def warn_of_lost(path: str, measured: Collection[tuple[str, str]]) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-  """Raises UserError: it cannot be written."""
+  """Write a text to a file. Raises UserError: it cannot be written."""
   with files.writing(f"--out={path}"):
     buckets.path(path).parent.mkdir(parents=True, exist_ok=True)
   files.write_out(path, text)
 
 
 def differences(protocols: Iterable[Mapping[str, Any]], *, ignored: Iterable[str] = ()) -> dict[str, list[Any]]:
-  """Field -> its value in each of the protocols, of the fields in which they differ; None where one lacks it."""
+  """Return field -> its value in each of the protocols, of the fields in which they differ; None where one lacks it."""
   # One of them was read from a file, where tuples are lists.
   plain = [json.loads(json.dumps(dict(protocol))) for protocol in protocols]
   fields = dict.fromkeys(field for protocol in plain for field in protocol if field not in {*ignored})
@@ -169,8 +170,8 @@ def differences(protocols: Iterable[Mapping[str, Any]], *, ignored: Iterable[str
 
 
 def _of_references(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> dict[str, list[Any]]:
-  """How what FID compares with differs, by what is known before a measurement: which file it is, or, of one that is
-  still to be made, of which real images and how."""
+  """Return how what FID compares with differs, by what is known before a measurement: which file it is, or, of one that
+  is still to be made, of which real images and how."""
   if not there or not here:
     return {}
   if here["sha256"]:

@@ -61,7 +61,7 @@ class Retrieval:
     self.text_groups = np.repeat(self.image_groups, [len(texts) for texts in captions])
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures with this inference."""
+    """Return how `run` measures with this inference."""
     return {
       **inference.protocol,
       "seed": self._seed,
@@ -75,7 +75,8 @@ class Retrieval:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """image_retrieval_recall@k, a text finds its image; text_retrieval_recall@k, an image finds one of its texts.
+    """Return image_retrieval_recall@k, a text finds its image, and text_retrieval_recall@k, an image finds one of its
+    texts.
 
     Without a recall among more images, or texts, than there are, which is 1 of any model.
     """
@@ -100,6 +101,6 @@ class Retrieval:
 
 
 def _group(captions: Sequence[Sequence[str]]) -> Int[np.ndarray, " n"]:
-  """The same number for images whose captions are the same."""
+  """Return the same number for images whose captions are the same."""
   numbers: dict[Sequence[str], int] = {}
   return np.array([numbers.setdefault(tuple(texts), len(numbers)) for texts in captions])

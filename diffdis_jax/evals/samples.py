@@ -1,4 +1,4 @@
-"""A grid of images with their captions underneath."""
+"""Make a grid of images with their captions underneath."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 def save_grid(
   images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], path: str | os.PathLike, *, columns: int = 8
 ) -> None:
-  """Writes a PNG, row by row, whole or not at all. Small images are enlarged without smoothing.
+  """Write a PNG, row by row, whole or not at all. Small images are enlarged without smoothing.
 
   Raises:
     ValueError: not one caption an image, or no image.
@@ -32,7 +32,7 @@ def save_grid(
 
 
 def draw_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], *, columns: int) -> Image.Image:
-  """The picture that `save_grid` writes. Raises as it does."""
+  """Return the picture that `save_grid` writes. Raises as it does."""
   if not len(images) or len(images) != len(captions):
     raise ValueError(f"{len(images)} images and {len(captions)} captions; each image needs one")
   count, height, width, _ = images.shape
@@ -58,7 +58,8 @@ def draw_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], *, 
 
 
 def wrap(caption: str, font: Font, width: int) -> list[str]:
-  """Lines no wider than `width` pixels, at most `MAX_LINES`, the last one cut off with dots where that is too few."""
+  """Return lines no wider than `width` pixels, at most `MAX_LINES`, the last one cut off with dots where that is too
+  few."""
   lines: list[str] = []
   for word in caption.split():
     joined = f"{lines[-1]} {word}" if lines else word

@@ -1,4 +1,4 @@
-"""What is to be measured: sections of evaluations, out of a run's config or a prepared folder, and changes to them."""
+"""Choose the sections of evaluations to measure, out of a run's config or a prepared folder, and change them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Section:
   settings: Mapping[str, Any]
 
   def create(self) -> Eval:
-    """The evaluation. Raises UserError: no such task, or settings or data that it refuses."""
+    """Create the evaluation. Raises UserError: no such task, or settings or data that it refuses."""
     return registry.create(self.task, **self.settings)
 
   def changed(self, **settings: Any) -> Section:
-    """The same with other settings."""
+    """Return the same section with other settings."""
     return dataclasses.replace(self, settings={**self.settings, **settings})
 
 
 def of_config(sets: Mapping[str, Any], *, tasks: Sequence[str] | None) -> list[Section]:
-  """Of the sets that a run's config names, its `evals`, those of `tasks`, or all.
+  """Return those sets of a run's config, its `evals`, that are of `tasks`, or all.
 
   Raises:
     UserError: there is none, or none for one of the tasks.
@@ -62,7 +62,7 @@ def of_config(sets: Mapping[str, Any], *, tasks: Sequence[str] | None) -> list[S
 
 
 def resized(sets: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
-  """A config's `evals` for images of another size: data of the run's own size before have the new one."""
+  """Return a config's `evals` for images of another size: data of the run's own size before have the new one."""
   found = {}
   for name, section in sets.items():
     data = section.get("data")
@@ -72,13 +72,13 @@ def resized(sets: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
 
 
 def _lent(section: Section, task: str) -> Section:
-  """Another task on the same set, with those of its settings that this task has too."""
+  """Return another task on the same set, with those of its settings that this task has too."""
   known = {"data", *registry.settings_of(task)}
   return Section(section.dataset, task, {name: value for name, value in section.settings.items() if name in known})
 
 
 def of_folder(folder: str, split: str | None, *, tasks: Sequence[str], image_size: int) -> list[Section]:
-  """Each task on one split of a prepared folder.
+  """Return each task on one split of a prepared folder.
 
   Raises:
     UserError: no split, or a task that there is not or that takes no such data.
@@ -95,7 +95,7 @@ def of_folder(folder: str, split: str | None, *, tasks: Sequence[str], image_siz
 
 
 def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[Section]:
-  """Sections with these settings in place, wherever the task has them.
+  """Return the sections with these settings in place, wherever the task has them.
 
   Raises:
     UserError: a task is unknown, or a setting has no effect on any section.
@@ -112,8 +112,8 @@ def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[S
 
 
 def with_parts(sections: Sequence[Section], out: str) -> list[Section]:
-  """Sections with a folder for what fid samples: its own `parts`, or else one beside `out`, or none where `parts` is
-  empty; of several sets, each has a folder in it.
+  """Return the sections with a folder for what fid samples: its own `parts`, or else one beside `out`, or none where
+  `parts` is empty; of several sets, each has a folder in it.
 
   Raises:
     UserError: several sets, but one file of statistics.

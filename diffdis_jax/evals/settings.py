@@ -1,4 +1,4 @@
-"""What an evaluation takes, read off its constructor: which settings, of which type, and, from its docstring, what for.
+"""Read off an evaluation's constructor which settings it takes, of which type, and, from its docstring, what for.
 
 The constructor is the one place where a setting is named: configs are checked against it, and `evaluate` has a flag for
 each.
@@ -42,12 +42,12 @@ class Setting:
   help: str
 
   def define(self, name: str) -> None:
-    """Defines its flag, whose value is None where it is not given: defaults stand at the constructor alone."""
+    """Define its flag, whose value is None where it is not given: defaults stand at the constructor alone."""
     _DEFINE[self.kind](name, None, self.help)
 
 
 def of(made: Callable[..., Any]) -> dict[str, Setting]:
-  """The settings of a function or class by name; those without a default, and objects, are none of a flag's."""
+  """Return the settings of a function or class by name; those without a default, and objects, are none of a flag's."""
   # The docstring is what a reader of the code sees; --help says the same, word for word.
   said = said_in(inspect.getdoc(made))
   section: Any = made
@@ -65,7 +65,7 @@ def of(made: Callable[..., Any]) -> dict[str, Setting]:
 
 
 def merged(by_name: Mapping[str, Mapping[str, Setting]]) -> dict[str, Setting]:
-  """Each setting of several evaluations once; its help says what it is for each of them.
+  """Merge the settings of several evaluations, each once; its help says what it is for each of them.
 
   Args:
     by_name: of each evaluation, its settings.
@@ -82,12 +82,13 @@ def merged(by_name: Mapping[str, Mapping[str, Setting]]) -> dict[str, Setting]:
 
 
 def written(name: str) -> str:
-  """A setting as the user gives it: --NAME where the command has that flag, in a config the field NAME."""
+  """Return a setting as the user gives it: --NAME where the command has that flag, in a config the field NAME."""
   return f"--{name}" if name in flags.FLAGS else name
 
 
 def check(what: str, made: Callable[..., Any], given: Any) -> None:
-  """Raises UserError unless `made` can be called with these settings, each of a type that its signature has."""
+  """Check that `made` can be called with these settings, each of a type that its signature has. Raises UserError
+  otherwise."""
   taken = inspect.signature(made)
   if not isinstance(given, Mapping):
     raise UserError(f"{what} is {given!r}; it should have {', '.join(taken.parameters)}")
@@ -108,7 +109,7 @@ def check(what: str, made: Callable[..., Any], given: Any) -> None:
 
 
 def _kinds(made: Callable[..., Any], name: str) -> tuple[Any, ...]:
-  """The types of a parameter, without what they are of: of `Sequence[str] | str`, Sequence and str."""
+  """Return the types of a parameter, without what they are of: of `Sequence[str] | str`, Sequence and str."""
   hints = typing.get_type_hints(made.__init__ if isinstance(made, type) else made)
   if name not in hints:
     return ()

@@ -1,4 +1,5 @@
-"""The paper's benchmarks: which sets they are of, what has to be there before they are measured, and their means.
+"""Define the paper's benchmarks: the sets that they are of, what has to be there before they are measured, and their
+means.
 
 The paper says that zero-shot classification is measured on twelve sets, not which; these are FILIP's and NLIP's twelve.
 Their splits, prompts and metrics are not stated by the paper: OpenAI's templates, and the metric that is usual for the
@@ -51,7 +52,7 @@ class BenchmarkSet:
 
   @property
   def sizes(self) -> list[int]:
-    """Of all its splits."""
+    """Return the numbers of images of all its splits."""
     return [count for several in self.counts.values() for count in several]
 
 
@@ -89,13 +90,13 @@ SUITES = {"zero_shot12": ZERO_SHOT12, "retrieval": RETRIEVAL, "fid": FID, "paper
 
 
 def check_name(suite: str) -> None:
-  """Raises UserError: there is no such suite."""
+  """Check the name of a suite. Raises UserError: there is no such suite."""
   if suite not in SUITES:
     raise UserError(f"unknown suite {suite!r}; {did_you_mean(suite, SUITES)}")
 
 
 def sections(suite: str, root: str, *, objectives: Collection[str], image_size: int) -> list[Section]:
-  """Those of a suite's sets that lie under `root`; the others are warned of.
+  """Return the sections of those of a suite's sets that lie under `root`; warn of the others.
 
   Args:
     suite: one of `SUITES`.
@@ -136,7 +137,7 @@ def _section(name: str, root: str, image_size: int) -> Section:
 
 
 def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
-  """Whether the data of an evaluation are the set that they are said to be.
+  """Check that the data of an evaluation are the set that they are said to be.
 
   Args:
     name: of the set.
@@ -196,14 +197,14 @@ def _check_image(name: str, source: Labelled | Captioned, index: int) -> None:
 
 
 def is_whole(name: str, record: Mapping[str, Any]) -> bool:
-  """Whether a result is of a whole published split, and no leak test."""
+  """Return whether a result is of a whole published split, and no leak test."""
   protocol = record["protocol"]
   is_other = name in RETRIEVAL and protocol.get("data", {}).get("split") in NOT_KARPATHYS
   return protocol["num_images"] in SETS[name].sizes and not is_other and not protocol.get("shuffle_labels")
 
 
 def means(results: Mapping[str, Mapping[str, Any]]) -> Results:
-  """{task: {name: record}} of the means over the sets that were measured.
+  """Return {task: {name: record}} of the means over the sets that were measured.
 
   Of zero-shot classification the unweighted mean of each set's own metric, of retrieval that of recall@1 both ways. Its
   name is `mean_over_12`, or `mean_over_2`, if all the sets are there, whole; else `mean_of_k`.
@@ -232,7 +233,7 @@ def means(results: Mapping[str, Mapping[str, Any]]) -> Results:
 
 
 def figure(name: str, record: Mapping[str, Any], *, single: bool = False) -> float:
-  """A set's own metric of zero-shot classification, of all its templates or of the single one."""
+  """Return a set's own metric of zero-shot classification, of all its templates or of the single one."""
   return record["metrics"][f"{SETS[name].metric}{'_single_template' if single else ''}"]
 
 

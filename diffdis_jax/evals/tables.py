@@ -1,4 +1,4 @@
-"""Results as Markdown in the paper's layout, of one file or of several side by side."""
+"""Write results as Markdown in the paper's layout, of one file or of several side by side."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ PAPER_NOTE = (
   "The paper's models are trained on CC3M. Of its means over twelve sets only differences are known: DiffDis is 1.65"
   " points above single-task models, and 4.7 above CLIP. It does not say which twelve sets, splits and prompts."
 )
-# Of a protocol, how an image's text query is denoised: fields of config.sections.Sampling.
+# The fields of a protocol that say how an image's text query is denoised: those of config.sections.Sampling.
 OF_DENOISING = ("steps", "num_noise_samples", "guidance", "normalize_query")
 Row = tuple[str, list[str]]
 
 
 def compare(paths: Sequence[str], out: str) -> None:
-  """Writes the results of several files as one table.
+  """Write the results of several files as one table.
 
   Raises:
     UserError: a file that holds no results, one that is named twice, or a table that is not named .md.
@@ -57,14 +57,15 @@ def compare(paths: Sequence[str], out: str) -> None:
 
 
 def write(run: str, results: Results, out: str) -> None:
-  """Writes a run's results as a table beside the JSON file `out`, on process 0. Raises UserError: it cannot be."""
+  """Write a run's results as a table beside the JSON file `out`, on process 0. Raises UserError: it cannot be."""
   if processes.is_first():
     title = pathlib.PurePath(run).name
     result_files.write_text(f"{out.removesuffix('.json')}.md", table({title: results}))
 
 
 def table(by_name: Mapping[str, Results]) -> str:
-  """One row a file of results, with the paper's row under them; what is measured by different protocols is marked.
+  """Return one row a file of results, with the paper's row under them; what is measured by different protocols is
+  marked.
 
   Args:
     by_name: what a row is called -> its results.
@@ -102,7 +103,7 @@ def _zero_shot(by_name: Mapping[str, Results], notes: list[str]) -> str:
 
 
 def _mean(found: Mapping[str, Any], metric: str) -> str:
-  """The mean over 12, or that of so many as there are, said so."""
+  """Return the mean over 12 or, where fewer sets are there, the mean over these, marked with their number."""
   name, record = next(((name, record) for name, record in found.items() if is_mean(name)), ("", None))
   if record is None:
     return NONE
@@ -163,7 +164,7 @@ def _fid(by_name: Mapping[str, Results], notes: list[str]) -> str:
 
 
 def _long_tail(by_name: Mapping[str, Results], notes: list[str]) -> str:
-  """Table 8's columns of each set, and the groups of the last."""
+  """Return Table 8's columns of each set, and the groups of the last."""
   names = [*dict.fromkeys(name for results in by_name.values() for name in results.get("long_tail", {}))]
   parts = []
   for name in names:
@@ -185,7 +186,7 @@ def _long_tail(by_name: Mapping[str, Results], notes: list[str]) -> str:
 
 
 def _others(by_name: Mapping[str, Results], notes: list[str]) -> str:
-  """Sets that are no part of a suite: every metric a line."""
+  """Return the sets that are no part of a suite: every metric a line."""
   keys = dict.fromkeys(
     (task, name, metric)
     for results in by_name.values()
@@ -206,12 +207,12 @@ def _others(by_name: Mapping[str, Results], notes: list[str]) -> str:
 
 
 def _has_column(task: str, name: str) -> bool:
-  """Whether the set's figures of this task stand in a table of their own."""
+  """Return whether the set's figures of this task stand in a table of their own."""
   return task in ("fid", "long_tail") or (name in suites.SETS and suites.SETS[name].task == task)
 
 
 def _mark(task: str, name: str, by_name: Mapping[str, Results], notes: list[str]) -> str:
-  """A dagger where the protocols of the files differ for this set, and how they differ among the notes."""
+  """Return a dagger where the protocols of the files differ for this set, and note how they differ."""
   found = {title: results[task][name] for title, results in by_name.items() if name in results.get(task, {})}
   protocols = [record["protocol"] for record in found.values()]
   # Models differ in these by nature, and may still be measured alike.

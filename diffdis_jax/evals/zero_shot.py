@@ -124,12 +124,12 @@ class ZeroShot:
 
   @property
   def order(self) -> Int[np.ndarray, " n"]:
-    """Which image stands for the record of each of `labels`: its own, unless labels are shuffled."""
+    """Return which image stands for the record of each of `labels`: its own, unless labels are shuffled."""
     # The leak test changes which image is shown, and nothing else: labels, places and noise stay.
     return base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures with this inference."""
+    """Return how `run` measures with this inference."""
     return {
       **inference.protocol,
       "seed": self._seed,
@@ -147,7 +147,8 @@ class ZeroShot:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """acc1, acc5, the mean and the lowest recall of a class: of all templates averaged, and of the single one."""
+    """Return acc1, acc5, the mean and the lowest recall of a class: of all templates averaged, and of the single
+    one."""
     images = base.embed_images(
       inference, params, self.source, self.order, seed=self._seed, reduced_decoding=self._reduced_decoding
     )
@@ -173,7 +174,7 @@ class ZeroShot:
     return self.metrics(ranks)
 
   def metrics(self, ranks: Int[np.ndarray, " n"]) -> dict[str, float]:
-    """What is reported, of how many classes come before each image's own; 0 is right."""
+    """Return the reported metrics, given how many classes come before each image's own; 0 is right."""
     right = ranks == 0
     recalls = class_recalls(right, self.labels)
     metrics = {
@@ -192,7 +193,7 @@ class ZeroShot:
 
 
 def class_recalls(right: Bool[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " k"]:
-  """The share of right answers of each class that occurs, by its number."""
+  """Return the share of right answers of each class that occurs, by its number."""
   # Classes without an image have no recall; they still stand among the answers.
   counts = np.bincount(labels)
   hits = np.bincount(labels, weights=right)
@@ -200,7 +201,7 @@ def class_recalls(right: Bool[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) 
 
 
 def _read_labels(source: sources.Source, field: str, classes: prompts.ClassNames | None) -> list[str | int]:
-  """Every record's label: the class's name in the data, or its number in the class list."""
+  """Return every record's label: the class's name in the data, or its number in the class list."""
   labels, named = [], set()
   called: dict[str, set[str]] = {}  # caption -> the classes that it is of
   by_key = classes is not None and classes.by_key
@@ -218,7 +219,7 @@ def _read_labels(source: sources.Source, field: str, classes: prompts.ClassNames
     labels.append(label)
   if classes is not None:
     _check_names(named, classes)
-  # Of ImageNet's thousand classes two pairs have one name each: without a list, 998 are measured.
+  # Two pairs of ImageNet's thousand classes have one name each: without a list, 998 are measured.
   elif shared := sorted(caption for caption, names in called.items() if len(names) > 1):
     logging.warning(
       "class names that several classes of the data have in common count as one class: %s; give the names of all"
@@ -229,7 +230,7 @@ def _read_labels(source: sources.Source, field: str, classes: prompts.ClassNames
 
 
 def _check_number(label: Any, field: str, record: Mapping[str, Any], classes: prompts.ClassNames | None) -> None:
-  """Raises UserError unless the label is a number that tells the class."""
+  """Check that the label is a number that tells the class. Raises UserError otherwise."""
   has_name = isinstance(record.get(NAME_FIELD), str)
   if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
     raise UserError(f"field {field!r} holds {label!r}; a label should be a class name or its number")
@@ -249,9 +250,9 @@ def _check_number(label: Any, field: str, record: Mapping[str, Any], classes: pr
 
 
 def _check_names(named: Collection[tuple[int, str]], classes: prompts.ClassNames) -> None:
-  """Raises UserError where the data's name for a number is not that of the class list."""
-  # Of WordNet's numbers, as ImageNet's folders are called, a list has the names in their order. Only of all of them:
-  # for some it does not say which.
+  """Check that the data's name for a number is that of the class list. Raises UserError where it is not."""
+  # A list has the names in the order of WordNet's numbers, as ImageNet's folders are called. Only a list of all of them
+  # does: for some it does not say which.
   codes = [name for _, name in sorted(named)]
   is_in_order = codes == sorted(codes) and [number for number, _ in sorted(named)] == [*range(len(classes.names))]
   if is_in_order and all(map(_NUMBER.fullmatch, codes)):
@@ -268,13 +269,13 @@ def _check_names(named: Collection[tuple[int, str]], classes: prompts.ClassNames
 
 
 def _occurring(labels: Sequence[str | int]) -> prompts.ClassNames:
-  """The classes of these names, sorted."""
+  """Return the classes of these names, sorted."""
   keys = sorted({prompts.comparable(label): label for label in labels if isinstance(label, str)}.values())
   return prompts.ClassNames(names=tuple(key.replace("_", " ") for key in keys), keys=tuple(keys))
 
 
 def _places(labels: Sequence[str | int], classes: prompts.ClassNames) -> Int[np.ndarray, " n"]:
-  """Each label's place in the class list."""
+  """Return each label's place in the class list."""
   # Spelling of the data and of a list differ in case and underscores, and mean the same class.
   index = {prompts.comparable(key): i for i, key in enumerate(classes.keys)}
   names = {label for label in labels if isinstance(label, str)}
@@ -294,5 +295,5 @@ def _places(labels: Sequence[str | int], classes: prompts.ClassNames) -> Int[np.
 
 
 def _is_in(names: Sequence[str], others: Sequence[str]) -> Bool[np.ndarray, " k"]:
-  """Of each of the names, whether it is among the others."""
+  """Return, for each of the names, whether it is among the others."""
   return np.isin([prompts.comparable(name) for name in names], sorted({prompts.comparable(name) for name in others}))

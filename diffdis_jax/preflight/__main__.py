@@ -37,7 +37,8 @@ Changes = dict[str, Any]  # config field -> value, of --search
 
 
 def trace_program(name: str, run: Run, mesh: Mesh) -> flops.Program:
-  """Raises UserError for a run that the mesh cannot train, or that lacks this program."""
+  """Trace the program of this name. Raises UserError for a run that the mesh cannot train, or that lacks this
+  program."""
   if name == "train":
     return flops.trace_train(Trainer(run, mesh))
   if name not in run.objectives:
@@ -54,7 +55,7 @@ def compile_one(
   epochs: float,
   hlo: str | None = None,
 ) -> dict[str, Any]:
-  """The report of one program.
+  """Compile one program and return its report.
 
   Args:
     hlo: folder for the program's text.
@@ -80,7 +81,8 @@ def compile_one(
 
 
 def compile_all(run: Run, target: targets.Target) -> dict[str, Any]:
-  """Every program asked for, and where the train step does not fit and --search is given, what would make it fit."""
+  """Compile every program asked for; where the train step does not fit and --search is given, also find what makes it
+  fit."""
   settings = dict(num_pairs=FLAGS.num_pairs, epochs=FLAGS.epochs)
   results: dict[str, Any] = {name: compile_one(name, run, target, hlo=FLAGS.hlo, **settings) for name in FLAGS.programs}
   if FLAGS.search and "train" in results and not results["train"]["fits"]:
@@ -103,8 +105,8 @@ def compile_all(run: Run, target: targets.Target) -> dict[str, Any]:
 def candidates(
   *, remat: str, mesh: Mapping[str, int], batch_size: int, accumulate: int, chips: int, slices: int = 1
 ) -> Iterator[Changes]:
-  """Changes of these config fields, those that cost least first: rematerialisation, sharding over a slice, both, then
-  smaller batches."""
+  """Yield changes of these config fields, those that cost least first: rematerialisation, sharding over a slice, both,
+  then smaller batches."""
   more_remat: Changes = {} if remat == "full" else {"model.remat": "full"}
   fsdp: Changes = {}
   if mesh["tensor"] > 0:
@@ -127,7 +129,7 @@ def candidates(
 
 
 def first_fit(tried: Iterable[Changes], attempt: Callable[[Changes], dict[str, Any]]) -> list[dict[str, Any]]:
-  """Each of the changes tried, up to the first that fits: the changes, and the report that `attempt` made of them."""
+  """Try the changes up to the first that fits, and return each with the report that `attempt` made of it."""
   trials = []
   for changes in tried:
     trials.append(dict(changes=changes, report=attempt(changes)))
@@ -137,14 +139,14 @@ def first_fit(tried: Iterable[Changes], attempt: Callable[[Changes], dict[str, A
 
 
 def describe_search(trials: Sequence[dict[str, Any]]) -> str:
-  """What makes the step fit, as flags."""
+  """Describe, as flags, what makes the step fit."""
   if not trials or not trials[-1]["report"]["fits"]:
     return "nothing tried fits: neither remat, fsdp nor smaller batches; take more or larger chips"
   return "fits with " + " ".join(f"--config.{name}={value}" for name, value in trials[-1]["changes"].items())
 
 
 def define_flags() -> None:
-  """The command line."""
+  """Define the command line's flags."""
   cli.config_flag()
   flags.DEFINE_string(
     "topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight"

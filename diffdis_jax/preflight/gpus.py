@@ -1,4 +1,4 @@
-"""What XLA's compiler for NVIDIA GPUs must know of one that is not there: its target config, a text protocol buffer."""
+"""Describe NVIDIA GPUs that are not there to XLA's compiler, by its target config, a text protocol buffer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ KIB, MIB = 2**10, 2**20
 
 
 class Gpu(NamedTuple):
-  """What the compiler asks of one kind of GPU beyond what parallel/chips.py has, by NVIDIA's data sheets and the CUDA
-  programming guide's table of compute capabilities.
+  """The figures of one kind of GPU that the compiler asks for beyond parallel/chips.py, by NVIDIA's data sheets and the
+  CUDA programming guide's table of compute capabilities.
 
   Attributes:
     capability: CUDA's compute capability.
@@ -53,7 +53,7 @@ GPUS = {
   "a10g": Gpu((8, 6), 80, 128, 1.71, 23_028 * MIB, 6 * MIB, 100 * KIB, 0, threads=1536),
   "rtx4090": Gpu((8, 9), 128, 128, 2.52, 24_564 * MIB, 72 * MIB, 100 * KIB, 0, threads=1536, corrects=False),
 }
-# Of every one of these.
+# The limits that all of these share.
 _LIMITS = """
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -71,7 +71,7 @@ _LIMITS = """
 
 
 def target_config(gpu: Gpu, chip: Chip, *, cuda: Sequence[int], cudnn: Sequence[int]) -> str:
-  """What the compiler takes for `target_config`.
+  """Return the text that the compiler takes for `target_config`.
 
   Args:
     chip: the same card; its `kind` is the driver's name of it.

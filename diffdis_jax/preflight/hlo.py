@@ -1,4 +1,4 @@
-"""What a compiled program's text says of its collectives, its memory traffic and its kernels."""
+"""Read a compiled program's text for its collectives, its memory traffic and its kernels."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Collective:
 
   @property
   def received(self) -> float:
-    """Bytes that reach a device from others, at least, all times together."""
+    """Return the least number of bytes that reach a device from others, all times together."""
     moved = float(self.times * self.bytes)
     if not self.group:
       return moved
@@ -100,7 +100,8 @@ class Kernel:
 
 
 def collectives(text: str) -> list[Collective]:
-  """In the order of the program. One in a loop's body is listed once, with the number of its turns."""
+  """Return the collectives in the order of the program. One in a loop's body is listed once, with the number of its
+  turns."""
   found, scattered, spread, times, runs = [], None, set(), 1, _runs(text)
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
@@ -131,8 +132,8 @@ def collectives(text: str) -> list[Collective]:
 
 @functools.lru_cache(maxsize=1)  # a full-size step's text takes seconds, and each of its figures asks
 def _runs(text: str) -> Callable[[str], int]:
-  """Name of a computation -> how often a run of the program runs it. A loop of unknown turns counts as one turn, and so
-  does each branch of a condition."""
+  """Return a function that maps a computation's name to how often a run of the program runs it. A loop of unknown turns
+  counts as one turn, and so does each branch of a condition."""
   bodies = _computations(text)
   callers: dict[str, list[tuple[str, int]]] = {}
   for inside, lines in bodies.items():
@@ -153,8 +154,8 @@ def _runs(text: str) -> Callable[[str], int]:
 
 
 def _turns(line: str, bodies: Mapping[str, list[str]]) -> int:
-  """Of the loop in this line: what the text says, or else, on TPUs, the number below which the loop's counter must be,
-  which JAX counts from 0 by ones; 1 where there is no loop, or no number."""
+  """Return the turns of the loop in this line: the number in the text or else, on TPUs, the number below which the
+  loop's counter must be, which JAX counts from 0 by ones; 1 where there is no loop, or no number."""
   if known := _TURNS.search(line):
     return int(known[1])
   loop = _CONDITION.search(line)
@@ -164,7 +165,7 @@ def _turns(line: str, bodies: Mapping[str, list[str]]) -> int:
 
 
 def bytes_by_kind(text: str) -> dict[str, int]:
-  """Bytes that a device ends up with from each kind of collective, of all turns of loops."""
+  """Return the bytes that a device ends up with from each kind of collective, over all turns of loops."""
   totals: dict[str, int] = dict.fromkeys(KINDS, 0)
   for each in collectives(text):
     totals[each.kind] += each.times * each.bytes
@@ -172,7 +173,7 @@ def bytes_by_kind(text: str) -> dict[str, int]:
 
 
 def estimated_cycles(text: str, *, turns: bool = True) -> int:
-  """The TPU compiler's estimates for the program's operations together.
+  """Add up the TPU compiler's estimates for the program's operations.
 
   Args:
     turns: whether those in a loop's body count as often as it turns, or once.
@@ -189,7 +190,7 @@ def _numbers(text: str) -> Numbers:
 
 
 def kernels(text: str) -> dict[str, Kernel]:
-  """Operation -> what a TPU's kernel declares; one that declares nothing is left out."""
+  """Return, by operation, what a TPU's kernel declares; one that declares nothing is left out."""
   found, runs = {}, _runs(text)
   for inside, lines in _computations(text).items():
     for line in lines:
@@ -201,7 +202,7 @@ def kernels(text: str) -> dict[str, Kernel]:
 
 
 def operations(text: str) -> dict[str, str]:
-  """Name -> opcode of each operation of the program's own computation, not of those that it calls."""
+  """Return name -> opcode for each operation of the program's own computation, not of those that it calls."""
   return {name: opcode for name, _, opcode, *_ in _operations(_own(text))}
 
 
@@ -210,8 +211,9 @@ def has_loops(text: str) -> bool:
 
 
 def traffic(text: str) -> dict[str, int]:
-  """Bytes that each operation of the program reads from the device's memory and writes to it, those apart that stay in
-  memory on the chip. Without asynchronous operations, and those that run computations of their own."""
+  """Return the bytes that each operation of the program reads from the device's memory and writes to it. Values that
+  stay in memory on the chip do not count. Asynchronous operations, and those that run computations of their own, are
+  left out."""
   sizes, found = {}, {}
   for name, shape, opcode, operands, _ in _operations(_own(text)):
     sizes[name] = _in_memory(shape)
@@ -221,7 +223,8 @@ def traffic(text: str) -> dict[str, int]:
 
 
 def alike(text: str) -> dict[str, int]:
-  """Name of each operation of the program and its loops -> a number, which operations that differ in names alone share.
+  """Map the name of each operation of the program and its loops to a number, which operations that differ in names
+  alone share.
 
   The TPU compiler makes code for one of them, and has the others use it: a network's layers are compiled once.
   """
@@ -229,7 +232,7 @@ def alike(text: str) -> dict[str, int]:
 
   @functools.cache
   def numbered(name: str) -> str:
-    """A computation's text without its own names, and with those that it calls in place."""
+    """Return a computation's text without its own names, and with those that it calls in place."""
     numbers: dict[str, str] = {}
     lines = (called(_SAYS_NOTHING.sub("", line)) for line in bodies[name])
     return "\n".join(_NAME.sub(lambda m: numbers.setdefault(m[1], f"%{len(numbers)}"), line) for line in lines)
@@ -248,12 +251,12 @@ def alike(text: str) -> dict[str, int]:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-  """Lines of each computation; the program's own has no name."""
+  """Return the lines of each computation; the program's own has no name."""
   return _bodies(text) | {"": _own(text)}
 
 
 def _bodies(text: str) -> dict[str, list[str]]:
-  """Lines of each computation that others call."""
+  """Return the lines of each computation that others call."""
   found: dict[str, list[str]] = {}
   lines: list[str] = []
   for line in _COMMENT.sub("", text[: _begin(text)]).splitlines():
@@ -275,12 +278,12 @@ class _Operation(NamedTuple):
 
 
 def _own(text: str) -> list[str]:
-  """Lines of the program's own computation."""
+  """Return the lines of the program's own computation."""
   return text[_begin(text) :].splitlines()
 
 
 def _begin(text: str) -> int:
-  """Where the program's own computation begins, which is the last: 0 where there is no other."""
+  """Return the offset at which the program's own computation begins, which is the last; 0 where there is no other."""
   return max(text.find("ENTRY "), 0)
 
 
@@ -300,7 +303,8 @@ def _in_memory(shape: str) -> int:
 
 
 def _group(line: str) -> Numbers:
-  """The first group, in whichever of three ways they are written: listed, counted through, or along a mesh's axes."""
+  """Return the first group, in whichever of three ways groups are written: listed, counted through, or along a mesh's
+  axes."""
   if listed := _LISTED.search(line):
     return _numbers(listed[1])
   if counted := _COUNTED.search(line):
@@ -321,11 +325,11 @@ def _group(line: str) -> Numbers:
 
 
 def _counted(sizes: str, transposed: str | None) -> Int[np.ndarray, " devices"]:
-  """Devices counted through an array of these sizes, in the order of its axes when transposed."""
+  """Count devices through an array of these sizes, in the order of its axes when transposed."""
   devices = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
   return (devices.transpose(_numbers(transposed)) if transposed else devices).reshape(-1)
 
 
 def _thirds(size: int, before: int, part: int) -> tuple[int, int, int]:
-  """An axis as [before, part, the rest]."""
+  """Split an axis into [before, part, the rest]."""
   return before, part, size // (before * part)

@@ -1,4 +1,4 @@
-"""A compiled program's figures for people and files."""
+"""Report a compiled program's figures to people and in files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BOUNDS = {
 
 
 def summarise(program: Program, compiled: Compiled, target: Target, *, num_pairs: int, epochs: float) -> dict[str, Any]:
-  """Everything that is known of a program; bytes are GiB of one chip, operations TFLOP.
+  """Return everything that is known of a program; bytes are GiB of one chip, operations TFLOP.
 
   Args:
     num_pairs, epochs: what a run passes over, for its cost; 0 epochs for a program that does not train.
@@ -80,7 +80,7 @@ def summarise(program: Program, compiled: Compiled, target: Target, *, num_pairs
 
 
 def lines(name: str, result: dict[str, Any]) -> list[str]:
-  """A report for reading."""
+  """Return the lines of a report for reading."""
   memory = result["memory_gib"]
   chip = f"{result['chips']} x {result['chip']}"
   said = [f"{name}: {result['parameters']:,} parameters, {result['images']} images on {chip}"]

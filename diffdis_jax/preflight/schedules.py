@@ -30,39 +30,40 @@ Loop = tuple[int, int, int]  # first bundle, the one after the last, turns
 
 @functools.cache
 def folder() -> pathlib.Path:
-  """Where libtpu writes the schedules of what this process compiles; gone with the process, or, where that was ended in
-  the compiler, with the next one."""
+  """Return the folder where libtpu writes the schedules of what this process compiles. It is removed when the process
+  ends or, where that was ended in the compiler, by the next one."""
   stack = contextlib.ExitStack()
   atexit.register(stack.close)
   return stack.enter_context(files.temporary_folder("diffdis-schedules"))
 
 
 def ask_for_them() -> None:
-  """Before libtpu is loaded, which reads once where to write schedules."""
+  """Ask libtpu for schedules; call it before libtpu is loaded, which reads once where to write them."""
   flags, asked = os.environ.get("LIBTPU_INIT_ARGS", ""), _FLAGS.format(folder())
   if asked not in flags:
     os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {asked}".strip()
 
 
 def without_them(flags: str) -> str:
-  """Flags for libtpu except those of `ask_for_them`, which differ by process."""
+  """Return the flags for libtpu except those of `ask_for_them`, which differ by process."""
   return flags.replace(_FLAGS.format(folder()), "").strip()
 
 
 def clear() -> None:
-  """Removes the schedules of what was compiled before."""
+  """Remove the schedules of what was compiled before."""
   for path in folder().iterdir():
     path.unlink()
 
 
 def cycles_by_operation(written: pathlib.Path) -> dict[str, int]:
-  """Name of an operation in the program's text -> cycles of one device's core, by the schedules in this folder."""
+  """Return, by an operation's name in the program's text, the cycles of one device's core, by the schedules in this
+  folder."""
   files = ((_FILE.fullmatch(path.name), path) for path in written.iterdir())
   return {match[1]: cycles(path.read_text().splitlines()) for match, path in files if match}
 
 
 def cycles(lines: Iterable[str]) -> int:
-  """Of one schedule: each bundle as often as the loops around it turn."""
+  """Count the cycles of one schedule: each bundle as often as the loops around it turn."""
   last, turns, backwards = 0, {}, []
   for line in lines:
     if bundle := _BUNDLE.match(line):
@@ -74,7 +75,7 @@ def cycles(lines: Iterable[str]) -> int:
 
 
 def _within(start: int, end: int, loops: list[Loop], *, outermost: bool = False) -> int:
-  """Cycles of the bundles from start to end, in which `loops` lie."""
+  """Count the cycles of the bundles from start to end, in which `loops` lie."""
   total, after = end - start, start
   # The outer ones first: of those that begin together, the longest.
   for first, last, count in sorted(loops, key=lambda loop: (loop[0], -loop[1])):

@@ -1,4 +1,4 @@
-"""Devices to compile for, present or not, and what the compiler says of a program."""
+"""Find devices to compile for, present or not, and read what the compiler reports of a program."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ _LIBTPU = {
   "TPU_WORKER_ID": "0",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# Of a GPU's memory, what JAX may take: as the launchers set it (launch/supervise.sh), where JAX's default is 0.75. The
-# rest is the driver's, and of what NCCL and cuDNN allocate.
+# The part of a GPU's memory that JAX may take, as the launchers set it (launch/supervise.sh); JAX's default is 0.75.
+# The rest is the driver's, and of what NCCL and cuDNN allocate.
 GPU_MEMORY = 0.9
 # JAX's own variables for it, of which the second is the older one; both at once it refuses.
 MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([BKMG]) of ([\d.]+)([BKMG]) hbm")
 
-# Of XLA for GPUs, whose programs are only looked at: they use the same memory and collectives, and compile sooner.
+# Options of XLA for GPUs, whose programs are only looked at: they use the same memory and collectives, and compile
+# sooner.
 _QUICKLY = {
   "xla_backend_optimization_level": 0,
   "xla_gpu_disable_gpuasm_optimizations": True,
@@ -47,7 +48,7 @@ CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-  """What to compile for.
+  """The devices and the compiler that a program is compiled with.
 
   Attributes:
     devices: jax's, to which it gives no type.
@@ -68,7 +69,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-  """What the compiler says; bytes and operations are those of one device.
+  """The compiler's report of a program; bytes and operations are those of one device.
 
   Attributes:
     arguments, temporaries, outputs: bytes; outputs that reuse donated arguments are not counted again.
@@ -105,7 +106,8 @@ class Compiled:
 
 
 def choose_platform(platform: str | None, topology: Topology | None) -> str:
-  """The compiler for a topology: the one asked for, or that of its chips where it is installed, or XLA's for CPUs."""
+  """Return the compiler for a topology: the one asked for, or that of its chips where it is installed, or XLA's for
+  CPUs."""
   # A machine may have both compilers: which one is asked for is said by the chips, not by what is installed.
   own = "tpu" if topology and topology.is_tpu else "cuda"
   if platform is None:
@@ -122,14 +124,14 @@ def choose_platform(platform: str | None, topology: Topology | None) -> str:
 
 
 def is_installed(compiler: str) -> bool:
-  """Whether the compiler for TPUs or NVIDIA's GPUs is: libtpu, or jax's plugin."""
+  """Return whether the compiler for TPUs (libtpu) or for NVIDIA's GPUs (jax's plugin) is installed."""
   if compiler == "tpu":
     return importlib.util.find_spec("libtpu") is not None
   return any(plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins"))
 
 
 def prepare(platform: str, topology: Topology | None, slices: int) -> None:
-  """Settings that JAX reads once, before it first looks for devices."""
+  """Apply the settings that JAX reads once, before it first looks for devices."""
   if topology is None:
     if not any(map(os.environ.get, MEMORY_VARIABLES)):
       os.environ[MEMORY_VARIABLES[-1]] = str(GPU_MEMORY)
@@ -141,7 +143,7 @@ def prepare(platform: str, topology: Topology | None, slices: int) -> None:
 
 
 def gpu_memory() -> float:
-  """The part of a GPU's memory that JAX may take. Raises UserError: its variable is no number above 0."""
+  """Return the part of a GPU's memory that JAX may take. Raises UserError: its variable is no number above 0."""
   for name in MEMORY_VARIABLES:
     if value := os.environ.get(name):
       try:
@@ -155,7 +157,8 @@ def gpu_memory() -> float:
 
 
 def _usable(topology: Topology) -> Chip:
-  """The chip with the memory that a program may fill: of a TPU its compiler knows more, of a GPU `gpu_memory`."""
+  """Return the chip with the memory that a program may fill: of a TPU its compiler knows more, of a GPU
+  `gpu_memory`."""
   if topology.is_tpu:
     return topology.chip
   return dataclasses.replace(topology.chip, memory=gpu_memory() * _gpu(topology).memory)
@@ -166,7 +169,7 @@ def _gpu(topology: Topology) -> gpus.Gpu:
 
 
 def find(platform: str, topology: Topology | None, slices: int) -> Target:
-  """After `prepare`. Raises UserError where there are no such devices."""
+  """Find the devices of a topology; call `prepare` before it. Raises UserError where there are no such devices."""
   if topology is None:
     return _present_gpus()
   chip, near = _usable(topology), topology.size if slices > 1 else topology.a_host
@@ -202,7 +205,7 @@ def _present_gpus() -> Target:
 
 
 def gpu_devices(topology: Topology) -> list[Any]:
-  """Devices to compile for, none of which need be there; `h100:8x4` is four hosts of eight."""
+  """Return devices to compile for, none of which need be there; `h100:8x4` is four hosts of eight."""
   from jax.experimental import topologies
 
   a_host, *rest = topology.shape
@@ -213,7 +216,7 @@ def gpu_devices(topology: Topology) -> list[Any]:
 
 
 def _version(names: Sequence[str]) -> list[int]:
-  """Of the first of these packages that is installed: major, minor, patch.
+  """Return the version, as major, minor and patch, of the first of these packages that is installed.
 
   Raises:
     UserError: none is.
@@ -227,7 +230,7 @@ def _version(names: Sequence[str]) -> list[int]:
 
 
 def tpu_devices(topology: Topology, slices: int) -> list[Any]:
-  """Devices to compile for, none of which need be there."""
+  """Return devices to compile for, none of which need be there."""
   # Before libtpu is loaded, which reads them once. What the user has set stays.
   for name, value in _LIBTPU.items():
     os.environ.setdefault(name, value)
@@ -243,7 +246,7 @@ def tpu_devices(topology: Topology, slices: int) -> list[Any]:
 
 
 def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
-  """Compiles, and reads what came out. A program too large for the TPU compiler is an answer, not an error."""
+  """Compile, and read the result. A program too large for the TPU compiler is an answer, not an error."""
   chip = target.chip
   if target.compiler == "tpu":
     schedules.clear()  # what lies there is taken for this program's
@@ -278,6 +281,6 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
 
 
 def memory_needed(message: str) -> int | None:
-  """Bytes that a program would have used, by the TPU compiler's refusal; None if it is not one."""
+  """Return the bytes that a program would have used, by the TPU compiler's refusal; None if the message is not one."""
   match = _OUT_OF_MEMORY.search(message)
   return int(float(match[1]) * _UNITS[match[2]]) if match else None

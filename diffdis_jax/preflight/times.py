@@ -1,4 +1,4 @@
-"""How long a compiled program should take, by what its text, the compiler's costs and the schedules say."""
+"""Estimate how long a compiled program takes, by its text, the compiler's costs and the schedules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COUNTED_AS_MINUS_ONE = ("ZeroCrop", "ConcatBitcast")
 
 
 def estimated_seconds(costs: Mapping[str, float], text: str, chip: Chip, in_kernels: float) -> float | None:
-  """The compiler's sum over a program; None if it has none.
+  """Return the compiler's sum over a program; None if it has none.
 
   It takes a loop's body once: what it says grows as cycles do when each body counts as often as it turns.
 
@@ -40,7 +40,7 @@ def estimated_seconds(costs: Mapping[str, float], text: str, chip: Chip, in_kern
 
 
 def seconds_in_kernels(text: str, cycles: Mapping[str, int], chip: Chip) -> float:
-  """All calls of the program's kernels, by their schedules; 0 where there are none.
+  """Add up all calls of the program's kernels, by their schedules; 0 where there are none.
 
   Args:
     cycles: of operations, by `cycles_of_all`.
@@ -51,15 +51,15 @@ def seconds_in_kernels(text: str, cycles: Mapping[str, int], chip: Chip) -> floa
 
 
 def cycles_of_all(text: str, written: Mapping[str, int]) -> dict[str, int]:
-  """Operation -> cycles by its schedule, where one alone is written for operations that are alike."""
+  """Return operation -> cycles by its schedule, where one alone is written for operations that are alike."""
   numbers = hlo.alike(text)
   cycles = {numbers[name]: count for name, count in written.items() if name in numbers}
   return {**written, **{name: cycles[number] for name, number in numbers.items() if number in cycles}}
 
 
 def seconds_by_roof(text: str, cycles: Mapping[str, int], chip: Chip) -> float | None:
-  """Of each operation the longer of its schedule and its memory traffic, added up; None where there are no schedules,
-  or loops, whose turns the text does not say."""
+  """Add up, over the operations, the longer of the schedule and the memory traffic of each. Return None where there are
+  no schedules, or where there are loops whose turns the text does not give."""
   if not cycles or not chip.clock or hlo.has_loops(text):
     return None
   moved = hlo.traffic(text)
@@ -71,7 +71,8 @@ def seconds_by_roof(text: str, cycles: Mapping[str, int], chip: Chip) -> float |
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-  """What reaches one device in a run of a program, by ring algorithms, which is the least that any can do.
+  """The bytes and hops that reach one device in a run of a program, by ring algorithms, which is the least that any can
+  do.
 
   Attributes:
     links_bytes, network_bytes: of groups of devices that links join, and of those that the network joins.
@@ -84,15 +85,15 @@ class Traffic:
   network_hops: float = 0
 
   def seconds(self, chip: Chip) -> float | None:
-    """At what all of a device's links, or its share of the network, can carry; None if part of it takes a network of
-    unknown speed."""
+    """Return the time at what all of a device's links, or its share of the network, can carry; None if part of it takes
+    a network of unknown speed."""
     if not self.network_bytes:
       return self.links_bytes / chip.links
     return None if chip.network is None else self.links_bytes / chip.links + self.network_bytes / chip.network
 
 
 def traffic(text: str, near: int | None) -> Traffic:
-  """Between devices, in a run of the program.
+  """Return the traffic between devices in a run of the program.
 
   Args:
     near: devices that links join; those of other numbers are reached by the network. None: all.

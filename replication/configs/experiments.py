@@ -59,9 +59,9 @@ CLIPS: dict[str, tuple[str, dict[str, Any]]] = {
   "CLIP with parts": ("tower=pooled", {}),
   "convolutional CLIP": ("tower=convolutional", {}),
 }
-# Of an evaluation's protocol, what CLIP lacks.
+# The fields of an evaluation's protocol that CLIP lacks.
 DENOISING = ("steps", "num_noise_samples", "guidance", "normalize_query")
-# Of the clean image, t_z: what Table 7 has beside the paper's 1000.
+# The timesteps t_z of the clean image that Table 7 has beside the paper's 1000.
 TIMESTEPS: dict[str, dict[str, Any]] = {f"timestep {t_z}": dict(condition_timestep=t_z) for t_z in (0, 999)}
 # A run is measured when it has ended, and reports nothing before.
 QUIET = dict(train_evals=(), sample_prompts=(), save_every=450, sample_every=100_000, eval_every=100_000)
@@ -76,7 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def e1() -> dict[str, Any]:
-  """Do the tasks help each other, at equal samples and at equal minutes?"""
+  """Ask whether the tasks help each other, at equal samples and at equal minutes."""
   minutes = STEPS * STEP_SECONDS["generation+discrimination"] / 60
   half = STEPS // 2
   arms = [
@@ -100,7 +100,8 @@ def e1() -> dict[str, Any]:
 
 
 def e3() -> dict[str, Any]:
-  """Which parts matter? The timestep t_z of the clean image needs both objectives, or nothing else has a timestep."""
+  """Ask which parts matter. The timestep t_z of the clean image needs both objectives, or nothing else has a
+  timestep."""
   arms, claims = [], []
   for base, changes in (("discrimination", _parts(1.0, 0.1)), ("both", TIMESTEPS)):
     arms.append(_arm(base, base, num_steps=STEPS))
@@ -110,7 +111,7 @@ def e3() -> dict[str, Any]:
 
 
 def e2() -> dict[str, Any]:
-  """Why does generation first help? By its captions, its images, or the minutes it takes?"""
+  """Ask why generation first helps: by its captions, its images, or the minutes it takes."""
   seconds = _measured_seconds("generation", "discrimination")
   minutes = EMOJI_STEPS * (seconds["generation"] + seconds["discrimination"]) / 60
   same: dict[str, Any] = dict(num_steps=EMOJI_STEPS)
@@ -131,13 +132,13 @@ def e2() -> dict[str, Any]:
 
 
 def e4_rates() -> dict[str, Any]:
-  """The rate of each CLIP, by a seed that is in no table. Nothing is compared by a test."""
+  """Choose the rate of each CLIP, by a seed that is in no table. Nothing is compared by a test."""
   arms = [_clip(name, f"{name}, rate {rate:g}", rate=rate, num_steps=EMOJI_STEPS) for name in CLIPS for rate in RATES]
   return dict(title="Which rate is each CLIP's?", arms=tuple(arms))
 
 
 def e4() -> dict[str, Any]:
-  """Is the lead over CLIP fair? Each comparison is of two with the same text tower and head."""
+  """Ask whether the lead over CLIP is fair. Each comparison is of two with the same text tower and head."""
   if missing := [name for name in CLIPS if name not in CLIP_RATES]:
     raise ValueError(f"no rate is chosen for {', '.join(missing)}; run e4_rates and add it to CLIP_RATES")
   alone = {"CLIP": "discrimination without additions"}  # as long as which DiffDis, if not that with its additions
@@ -165,7 +166,8 @@ def e4() -> dict[str, Any]:
 
 
 def e5() -> dict[str, Any]:
-  """Rare classes that are rare in the start too. The set of --config=shapes_lt:seed=0, of every seed."""
+  """Measure rare classes that are rare in the start too, on the set of --config=shapes_lt:seed=0, whatever the run's
+  seed."""
   arms = []
   for classes, seen in (("all classes", "stage=0,all_classes"), ("no low classes", "stage=0")):
     for model, backbone in (("DiffDis", "diffdis"), ("CLIP", "clip")):
@@ -187,7 +189,8 @@ def e5() -> dict[str, Any]:
 
 
 def e6() -> dict[str, Any]:
-  """Does stronger augmentation make the better CLIP? Its images alone differ; those of configs/emoji.py are in none."""
+  """Ask whether stronger augmentation makes the better CLIP. Its images alone differ; those of configs/emoji.py are in
+  none."""
   plain = common.base(clip_cc3m.clip_small(), image_size=32).data.augment.to_dict()
   arms = [
     _clip("CLIP", recipe, num_steps=EMOJI_STEPS, data=dict(augment=plain | clip_cc3m.RECIPES[recipe]))
@@ -198,7 +201,8 @@ def e6() -> dict[str, Any]:
 
 
 def e7() -> dict[str, Any]:
-  """Which parts matter on emoji? Without spatial pooling, whose means of the feature map pass the fusion block by."""
+  """Ask which parts matter on emoji, without spatial pooling, whose means of the feature map pass the fusion block
+  by."""
   base = "discrimination, no spatial pooling"
   arms, claims = [_arm(base, "discrimination", num_steps=EMOJI_STEPS, model=WITHOUT_PARTS)], []
   for name, change in _parts(1.0, 0.3).items():  # the config's own γ is 0.1
@@ -209,7 +213,7 @@ def e7() -> dict[str, Any]:
 
 
 def e8() -> dict[str, Any]:
-  """Does joint training help discrimination on emoji, at equal samples and at equal minutes?"""
+  """Ask whether joint training helps discrimination on emoji, at equal samples and at equal minutes."""
   seconds = _measured_seconds("discrimination", "generation+discrimination")
   minutes = EMOJI_STEPS * seconds["generation+discrimination"] / 60
   others = [
@@ -225,7 +229,7 @@ def e8() -> dict[str, Any]:
 
 
 def e9() -> dict[str, Any]:
-  """Which timestep t_z of the clean image on emoji? Beside E8's `both`."""
+  """Ask which timestep t_z of the clean image is best on emoji, beside E8's `both`."""
   arms = [_arm(name, "both", num_steps=EMOJI_STEPS, **change) for name, change in ({"both": {}} | TIMESTEPS).items()]
   claims = tuple(_claim(name, "both", TOP1, 2.0) for name in TIMESTEPS)
   return dict(title="Which timestep of the clean image on emoji?", arms=tuple(arms), claims=claims)
@@ -237,7 +241,7 @@ EXPERIMENTS |= {"e9": e9}
 
 
 def _parts(*gammas: float) -> dict[str, dict[str, Any]]:
-  """Name -> what differs in discrimination alone, of the fusion block and of the text diffusion."""
+  """Return name -> what differs in discrimination alone, of the fusion block and of the text diffusion."""
   return {
     "without fusion": dict(model=dict(fusion=False)),
     "own attention": dict(model=dict(share_attention=False)),
@@ -259,7 +263,7 @@ def _measured_seconds(*names: str) -> dict[str, float]:
 
 
 def _clip(kind: str, name: str, *, rate: float | None = None, **fields: Any) -> dict[str, Any]:
-  """An arm that is one of CLIPS; by default at the config's rate."""
+  """Return an arm that is one of CLIPS; by default at the config's rate."""
   tower, model = CLIPS[kind]
   args = ",".join(filter(None, ("contrastive", tower, f"rate={rate!r}" if rate else "")))
   changed: dict[str, Any] = dict(model=model) if model else {}
@@ -276,12 +280,12 @@ def _arm(
   measured: bool = True,
   **changes: Any,
 ) -> dict[str, Any]:
-  """An arm with other values of some fields."""
+  """Return an arm with other values of some fields."""
   changes = dict(**QUIET, **changes)
   args = f"objectives={objectives}"
   return dict(name=name, args=args, changes=changes, start=start, minutes=minutes, measured=measured)
 
 
 def _claim(row: str, base: str, column: str, bound: float = 3.0) -> dict[str, Any]:
-  """In points."""
+  """Return a comparison whose bound is in points."""
   return dict(row=row, base=base, column=column, bound=bound)

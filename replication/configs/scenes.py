@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def add_evaluations(config: ConfigDict, measured: str) -> None:
-  """Of what the run's objectives train, on this split and on its unseen pairs."""
+  """Add the evaluations of what the run's objectives train, on this split and on its unseen pairs."""
 
   def data(split: str) -> dict[str, Any]:
     return dict(name="scenes", split=split, image_size=common.own_size(config), seed=1)

@@ -14,7 +14,7 @@ FIGURES = {"method": method.picture, **plots.PLOTS, **replication.figures(record
 
 
 def drawn() -> Iterator[tuple[str, str]]:
-  """Name and text of each file."""
+  """Yield name and text of each file."""
   for name, draw in FIGURES.items():
     for suffix, palette in THEMES.items():
       yield f"{name}{suffix}.svg", draw(palette)

@@ -37,13 +37,13 @@ KEPT_OF = (1, 2, 4, 8)
 
 
 def define_flags() -> None:
-  """The command line."""
+  """Define the command line's flags."""
   flags.DEFINE_string("demo", "runs/demo", "what make demo wrote")
   flags.DEFINE_list("parts", [*PARTS], f"of {', '.join(PARTS)}")
 
 
 def training(run: pathlib.Path) -> dict[str, Any]:
-  """Loss and parts over steps, means of neighbouring lines of metrics.jsonl."""
+  """Return loss and parts over steps, means of neighbouring lines of metrics.jsonl."""
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   lines = [line for line in lines if "loss" in line]
   width = math.ceil(len(lines) / POINTS)
@@ -58,7 +58,7 @@ def training(run: pathlib.Path) -> dict[str, Any]:
 
 
 def classes(run: pathlib.Path) -> dict[str, Any]:
-  """Zero-shot accuracy of each class, as the demo's own evaluation measures all of them."""
+  """Return the zero-shot accuracy of each class, as the demo's own evaluation measures all of them."""
   model, params = inference.load(str(run))
   found: dict[str, float] = {}
   for section in sections.of_config(run_config.load(str(run)).evals, tasks=("zero_shot",)):
@@ -75,7 +75,7 @@ def classes(run: pathlib.Path) -> dict[str, Any]:
 
 
 def best_of_n(run: pathlib.Path) -> dict[str, Any]:
-  """Accuracy of the image that the model itself ranks first of n: by ê_0 of the image and e of its prompt.
+  """Return the accuracy of the image that the model itself ranks first of n: by ê_0 of the image and e of its prompt.
 
   It is the mean over all choices of n of a prompt's CANDIDATES images.
   """
@@ -105,12 +105,13 @@ def best_of_n(run: pathlib.Path) -> dict[str, Any]:
 
 
 def first_of(n: int, total: int) -> list[float]:
-  """Of each rank, 0 the best, how often its image is the best of n that are chosen out of all."""
+  """Return, for each rank, 0 the best, how often its image is the best of n that are chosen out of all."""
   return [math.comb(total - 1 - rank, n - 1) / math.comb(total, n) for rank in range(total)]
 
 
 def denoising(run: pathlib.Path) -> dict[str, Any]:
-  """The images of denoising.png: for each prompt a row of z_t, decoded, and below it a row of predictions of z_0."""
+  """Return the images of denoising.png: for each prompt a row of z_t, decoded, and below it a row of predictions of
+  z_0."""
   model, params = inference.load(str(run), batch_size=8)
   how, sampler = model.sampling, StepSampler(model, params, seconds=600)
   rows, times = [], []

@@ -67,7 +67,7 @@ STRIPS = (
 
 
 def draw(canvas: Canvas, strip: Strip, top: float) -> None:
-  """A strip, with its upper edge at `top`."""
+  """Draw a strip, with its upper edge at `top`."""
   p = canvas.palette
   discriminates = strip.query is not None
   middle = top + 118  # of the image stream
@@ -119,7 +119,7 @@ def draw(canvas: Canvas, strip: Strip, top: float) -> None:
 
 
 def picture(palette: Palette) -> str:
-  """The figure as SVG."""
+  """Return the figure as SVG."""
   canvas = Canvas(palette)
   canvas.text(582, TOP + 24, "image stream", size=21, colour=palette.image, anchor="end")
   canvas.text(716, TOP + 24, "text stream", size=21, colour=palette.text, anchor="end")

@@ -20,7 +20,7 @@ LEFT, RIGHT = 70, 700  # of most plots' frames
 
 
 def legend(canvas: Canvas, y: float, entries: Sequence[tuple[str, str]], *, left: float = 4, step: float = 0) -> None:
-  """A row of dots with words; each at its own place, or `step` apart."""
+  """Draw a row of dots with words; each at its own place, or `step` apart."""
   x = left
   for words, colour in entries:
     canvas.dot(x + 8, y - 7, colour, radius=7)
@@ -32,7 +32,7 @@ def legend(canvas: Canvas, y: float, entries: Sequence[tuple[str, str]], *, left
 
 
 def forest(palette: Palette, names: Mapping[str, str], titles: Sequence[tuple[str, str]], *, title: str) -> str:
-  """Paired differences of some tables, one panel a figure that was measured, one line a comparison.
+  """Plot paired differences of some tables, one panel a figure that was measured, one line a comparison.
 
   Args:
     names: table of replication/measured/paired.py -> heading.
@@ -97,13 +97,14 @@ def ends(difference: Mapping[str, Any] | None) -> list[float]:
 
 
 def reach(value: float) -> float:
-  """The least of 1, 2, 3, 4, 5, 6 and 8 times a power of ten that is not below it; 1 of 0, where nothing differs."""
+  """Return the least of 1, 2, 3, 4, 5, 6 and 8 times a power of ten that is not below it; 1 of 0, where nothing
+  differs."""
   power = 10.0 ** math.floor(math.log10(value)) if value else 1.0
   return next(step * power for step in (1, 2, 3, 4, 5, 6, 8, 10) if step * power >= value)
 
 
 def interval(canvas: Canvas, scale: Scale, y: float, difference: Mapping[str, Any]) -> None:
-  """Mean and interval; hollow and without one where a single seed gives none."""
+  """Draw mean and interval; hollow and without one where a single seed gives none."""
   palette = canvas.palette
   colour = palette.text if difference["is_significant"] else palette.soft
   if difference["low"] is not None:
@@ -162,7 +163,7 @@ def emoji_changes_forest(palette: Palette) -> str:
 
 
 def emoji_generation_first(palette: Palette) -> str:
-  """Top-1 over steps of generation alone before discrimination; a dot a seed, a line through the means."""
+  """Plot top-1 over steps of generation alone before discrimination; a dot a seed, a line through the means."""
   runs = {
     5400: {
       0: "no_generation_discrimination_5400",
@@ -206,7 +207,7 @@ def emoji_generation_first(palette: Palette) -> str:
 
 
 def long_tail(palette: Palette) -> str:
-  """Accuracy by how many training images a class has, DiffDis and CLIP, mean and standard deviation."""
+  """Plot accuracy by how many training images a class has, DiffDis and CLIP, mean and standard deviation."""
   groups = {"all": "all", "many": "> 99", "median": "21–99", "low": "≤ 20"}
   colours = {"DiffDis": palette.text, "CLIP": palette.soft}
   canvas = Canvas(palette)
@@ -240,7 +241,7 @@ INVERSE = {"at least": "≤ ", "at most": "≥ ", "about": "≈ "}  # of a time,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-  """What preflight says of a layout: memory in GiB, step in ms, images a second of all chips."""
+  """The estimate of preflight for a layout: memory in GiB, step in ms, images a second of all chips."""
 
   chip: str
   chips: int
@@ -255,7 +256,7 @@ class Estimate:
 
 
 def estimates() -> list[Estimate]:
-  """Of the paper's joint step, by replication/measured/estimates.json."""
+  """Return the estimates of the paper's joint step, by replication/measured/estimates.json."""
   made = []
   for record in records.load("estimates").values():
     if record.what.startswith("joint step of the paper"):
@@ -285,7 +286,7 @@ def estimates() -> list[Estimate]:
 
 
 def _bar(canvas: Canvas, x: float, y: float, width: float, colour: str, bound: str) -> None:
-  """Full for an estimate and a lower bound, empty for an upper one."""
+  """Draw a bar, full for an estimate and a lower bound, empty for an upper one."""
   if bound == "at most":
     canvas.box(x + 1, y + 1, max(width - 2, 2), 16, stroke=colour, fill=canvas.palette.ground, round=2)
   else:
@@ -293,7 +294,7 @@ def _bar(canvas: Canvas, x: float, y: float, width: float, colour: str, bound: s
 
 
 def chips(palette: Palette) -> str:
-  """Memory a chip, images a second and chip, and the step's time; of each number of chips the first layout."""
+  """Plot memory a chip, images a second and chip, and the step's time; of each number of chips the first layout."""
   rows: dict[tuple[str, int], Estimate] = {}
   for row in estimates():
     rows.setdefault((row.chip, row.chips), row)
@@ -324,7 +325,7 @@ def chips(palette: Palette) -> str:
 
 
 def mesh(palette: Palette) -> str:
-  """Images a second and memory a chip, of the chips that were asked about in several layouts."""
+  """Plot images a second and memory a chip, of the chips that were asked about in several layouts."""
   layouts = estimates()
   several = [name for name, count in Counter(row.chip for row in layouts).items() if count > 1]
   canvas = Canvas(palette)
@@ -354,7 +355,7 @@ def mesh(palette: Palette) -> str:
 
 
 def scaling(palette: Palette) -> str:
-  """What the parts of a joint step take as chips are added, each with its share of the batch; a panel a kind."""
+  """Plot what the parts of a joint step take as chips are added, each with its share of the batch; a panel a kind."""
   kinds: dict[str, list[records.Record]] = {}
   for name, each in records.load("estimates").items():
     if name.startswith("weak scaling/"):
@@ -400,7 +401,7 @@ def scaling(palette: Palette) -> str:
 
 
 def demo_seeds(palette: Palette) -> str:
-  """Accuracy of each seed on two kinds of processor, a line a figure, with their means."""
+  """Plot accuracy of each seed on two kinds of processor, a line a figure, with their means."""
   rows = {
     "seen": "zero-shot, seen pairs",
     "unseen": "zero-shot, unseen pairs",
@@ -434,7 +435,7 @@ def demo_seeds(palette: Palette) -> str:
 
 
 def demo_training(palette: Palette) -> str:
-  """The loss and its two parts over the steps of the demo, on an axis of decades."""
+  """Plot the loss and its two parts over the steps of the demo, on an axis of decades."""
   lines = (("L_ITA", "loss_discrimination", palette.text), ("L_IG", "loss_generation", palette.image))
   lines = (*lines, ("loss", "loss", palette.ink))
   curves = {
@@ -458,7 +459,7 @@ def demo_training(palette: Palette) -> str:
 
 
 def demo_by_class(palette: Palette) -> str:
-  """Zero-shot accuracy of each pair of colour and shape; a frame marks those that training never saw."""
+  """Plot zero-shot accuracy of each pair of colour and shape; a frame marks those that training never saw."""
   found = records.record("demo_run", "accuracy by class").values
   canvas = Canvas(palette)
   left, top, side = 96, 60, 76
@@ -485,7 +486,7 @@ def demo_by_class(palette: Palette) -> str:
 
 
 def _outline(canvas: Canvas, shape: str, x: float, y: float, radius: float) -> None:
-  """A shape as the data set has it, in one colour."""
+  """Draw a shape as the data set has it, in one colour."""
   outer, *holes = ([(x + radius * px, y + radius * py) for px, py in part] for part in OUTLINES[shape])
   canvas.polygon(outer, stroke=canvas.palette.soft, fill=canvas.palette.soft)
   for hole in holes:
@@ -493,7 +494,7 @@ def _outline(canvas: Canvas, shape: str, x: float, y: float, radius: float) -> N
 
 
 def best_of_n(palette: Palette) -> str:
-  """Accuracy of the generated image whose own text query is nearest to the prompt's, of n."""
+  """Plot accuracy of the generated image whose own text query is nearest to the prompt's, of n."""
   canvas = Canvas(palette)
   lines = {"seen": ("seen pairs", palette.image), "unseen": ("unseen pairs", palette.text)}
   curves = {
@@ -522,7 +523,7 @@ def best_of_n(palette: Palette) -> str:
 
 
 def denoising(palette: Palette) -> str:
-  """Generation over denoising steps: the latent as it is, and what the network predicts from it."""
+  """Plot generation over denoising steps: the latent as it is, and what the network predicts from it."""
   of = records.record("demo_run", "denoising").of
   png = (records.HERE / "denoising.png").read_bytes()
   prompts, steps, pixels = of["prompts"], of["t"], of["image_size"]

@@ -1,4 +1,4 @@
-"""The figures of replication/index.md, where replication/measured/replication.json has experiments."""
+"""Draw the figures of replication/index.md, where replication/measured/replication.json has experiments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMED = ("e1", "e2", "e4", "e8")  # which have arms of equal minutes; the arms o
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Palette], str]]:
-  """Name -> what draws it. `found` is as `replication.stored` gives it."""
+  """Return name -> what draws it. `found` is as `replication.stored` gives it."""
   if not replication.has_verdicts(found):
     return {}
   return {
@@ -28,7 +28,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Palette], str]]:
 
 
 def forest(palette: Palette, *, found: Mapping[str, Any]) -> str:
-  """Every primary comparison with its 95 % interval, and the bound of no effect as a band."""
+  """Plot every primary comparison with its 95 % interval, and the bound of no effect as a band."""
   compared = [
     (name, claim) for name in replication.QUESTIONS for claim in found["claims"].get(name, ()) if claim["verdict"]
   ]
@@ -69,7 +69,7 @@ _ARROWS = str.maketrans({"↑": "", "↓": ""})
 
 
 def minutes(palette: Palette, *, found: Mapping[str, Any]) -> str:
-  """The figures that are compared, over minutes of training; a dot a seed, a number an arm."""
+  """Plot the figures that are compared, over minutes of training; a dot a seed, a number an arm."""
   known = [arm for arm in replication.measured(found) if arm.minutes is not None and arm.experiment in TIMED]
   canvas, y = Canvas(palette), 0.0
   for (name, column), group in itertools.groupby(
@@ -81,7 +81,7 @@ def minutes(palette: Palette, *, found: Mapping[str, Any]) -> str:
 
 
 def _panel(canvas: Canvas, top: float, name: str, column: str, arms: list[replication.Arm]) -> float:
-  """One figure of an experiment; its lower end."""
+  """Draw one figure of an experiment, and return its lower end."""
   palette = canvas.palette
   # A split's name says again what is measured: test_unseen_generated is generated images of unseen pairs.
   figure = re.sub(r"\b(test|val)_(\w+?)(_generated)?\b(?=[, ])", r"\2", arms[0].title.translate(_ARROWS))

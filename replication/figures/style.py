@@ -1,4 +1,4 @@
-"""What all figures share: two themes, letters that a phone can read, and an SVG written by hand.
+"""Share what all figures need: two themes, letters that a phone can read, and an SVG written by hand.
 
 No plotting library draws them: the same records give the same bytes on every machine and with every version. A figure
 is WIDTH units wide. On a phone of 390 px a unit is half a pixel, so no letter is below SMALL; on a wide page the figure
@@ -41,7 +41,7 @@ THEMES = {"": LIGHT, "_dark": DARK}  # what stands behind a figure's name
 
 
 def number(value: float) -> str:
-  """A coordinate, to a tenth: 12, 12.5."""
+  """Return a coordinate, to a tenth: 12, 12.5."""
   return f"{round(value, 1) + 0.0:.1f}".removesuffix(".0")
 
 
@@ -53,14 +53,14 @@ class Canvas:
     self.parts: list[str] = []
 
   def label(self, x: float, y: float, words: str, *, colour: str = "") -> None:
-    """Small words from x on, before whatever lies behind them."""
+    """Write small words from x on, before whatever lies behind them."""
     self.fill(x - 4, y - 20, 8 + 11.3 * len(words), 26, self.palette.ground)
     self.text(x, y, words, size=SMALL, colour=colour, anchor="start")
 
   def text(
     self, x: float, y: float, words: str, *, size: int = NORMAL, colour: str = "", anchor: str = "middle"
   ) -> None:
-    """Words in which `_x` is a subscript: z_t."""
+    """Write words in which `_x` is a subscript: z_t."""
     colour = colour or self.palette.ink
     inner = "".join(
       f'<tspan dy="6" font-size="{size - 6}">{escape(part[1:])}</tspan><tspan dy="-6">&#8203;</tspan>'
@@ -90,7 +90,7 @@ class Canvas:
     self.parts.append(f'<rect {at} rx="{round}" fill="{fill}" stroke="{stroke}" stroke-width="{width}"{dash}/>')
 
   def fill(self, x: float, y: float, w: float, h: float, colour: str, *, opacity: float = 1) -> None:
-    """A box without an edge."""
+    """Draw a box without an edge."""
     at = f'x="{number(x)}" y="{number(y)}" width="{number(w)}" height="{number(h)}"'
     self.parts.append(f'<rect {at} fill="{colour}"{_opacity(opacity)}/>')
 
@@ -102,12 +102,12 @@ class Canvas:
     )
 
   def arrow(self, path: str, colour: str) -> None:
-    """A line along an SVG path, with a head at its end."""
+    """Draw a line along an SVG path, with a head at its end."""
     head = "image" if colour == self.palette.image else "text" if colour == self.palette.text else "ink"
     self.parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="3" marker-end="url(#{head})"/>')
 
   def line(self, points: Iterable[tuple[float, float]], colour: str, *, width: float = 3, dashed: bool = False) -> None:
-    """Through points, straight."""
+    """Draw a straight line through points."""
     dash = ' stroke-dasharray="7 6"' if dashed else ""
     listed = " ".join(f"{number(x)},{number(y)}" for x, y in points)
     self.parts.append(
@@ -122,7 +122,7 @@ class Canvas:
     self.parts.append(f'<circle cx="{number(x)}" cy="{number(y)}" r="{number(radius)}" {paint}{_opacity(opacity)}/>')
 
   def define_picture(self, name: str, w: float, h: float, png: bytes) -> None:
-    """A PNG of w x h pixels, which stay squares, for `cut`."""
+    """Define a PNG of w x h pixels, which stay squares, for `cut`."""
     data = base64.b64encode(png).decode()
     self.parts.append(
       f'<defs><image id="{name}" width="{number(w)}" height="{number(h)}" style="image-rendering:pixelated"'
@@ -130,13 +130,13 @@ class Canvas:
     )
 
   def cut(self, name: str, box: tuple[float, float, float, float], x: float, y: float, w: float, h: float) -> None:
-    """A part of a defined picture, `box` its left, top, width and height in pixels."""
+    """Draw a part of a defined picture, `box` its left, top, width and height in pixels."""
     at = f'x="{number(x)}" y="{number(y)}" width="{number(w)}" height="{number(h)}"'
     part = " ".join(map(number, box))
     self.parts.append(f'<svg {at} viewBox="{part}" preserveAspectRatio="none"><use href="#{name}"/></svg>')
 
   def svg(self, height: float, title: str) -> str:
-    """The document. `title` says in words what the figure shows."""
+    """Return the document. `title` says in words what the figure shows."""
     palette = self.palette
     heads = "".join(
       f'<marker id="{name}" viewBox="0 0 10 10" refX="7" refY="5" markerWidth="5" markerHeight="5" orient="auto">'
@@ -155,7 +155,7 @@ class Canvas:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """From a figure's values to its units: `low` is at `start`, `high` at `end`. With `log`, by decades."""
+  """A map from a figure's values to its units: `low` is at `start`, `high` at `end`. With `log`, by decades."""
 
   low: float
   high: float
@@ -177,7 +177,7 @@ class Axes:
   y: Scale
 
   def grid_y(self, ticks: Sequence[float], label: Callable[[float], str] = "{:g}".format) -> None:
-    """Thin lines across, each with its value at the left."""
+    """Draw thin lines across, each with its value at the left."""
     palette = self.canvas.palette
     for tick in ticks:
       y = self.y(tick)
@@ -185,7 +185,7 @@ class Axes:
       self.canvas.text(self.x.start - 10, y + 7, label(tick), size=SMALL, colour=palette.soft, anchor="end")
 
   def grid_x(self, ticks: Sequence[float], label: Callable[[float], str] = "{:g}".format, lines: bool = False) -> None:
-    """Values below the frame, and with `lines` thin lines up."""
+    """Draw values below the frame, and with `lines` thin lines up."""
     palette = self.canvas.palette
     for tick in ticks:
       x = self.x(tick)
@@ -201,7 +201,7 @@ class Axes:
 
 
 def mixed(low: str, high: str, share: float) -> str:
-  """A colour between two, `share` of the way from `low` to `high`."""
+  """Return a colour between two, `share` of the way from `low` to `high`."""
   pairs = zip(_channels(low), _channels(high), strict=True)
   return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
 
@@ -215,7 +215,8 @@ def _opacity(opacity: float) -> str:
 
 
 def _split(words: str) -> list[str]:
-  """`z_t, e` -> `z`, `_t`, `, e`: the letters and digits after an underscore behind a single letter, not `a_name`."""
+  """Split `z_t, e` -> `z`, `_t`, `, e`: the letters and digits after an underscore behind a single letter, not
+  `a_name`."""
   parts, rest, done = [], words, ""
   while "_" in rest:
     before, _, after = rest.partition("_")

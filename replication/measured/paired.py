@@ -47,7 +47,7 @@ class Measured:
 
 
 def shapes(rows: dict[str, str], *, base: str) -> Measured:
-  """Of rendered shapes: accuracy of generated images, zero-shot top-1 and the mean of both R@1."""
+  """Return a table of rendered shapes: accuracy of generated images, zero-shot top-1 and the mean of both R@1."""
   percent = lambda task, dataset, metric: columns.Column(
     name=f"{dataset}/{metric}", title="", cells=((task, dataset, metric),), scale=100.0
   )
@@ -64,7 +64,7 @@ def shapes(rows: dict[str, str], *, base: str) -> Measured:
 
 
 def emoji(rows: dict[str, str], *, base: str, most: int = 5) -> Measured:
-  """Of the emoji: zero-shot top-1, and the mean of both R@1; the first `most` columns."""
+  """Return a table of the emoji: zero-shot top-1, and the mean of both R@1; the first `most` columns."""
   top1 = lambda split, metric, title: columns.Column(
     name=f"{split}/{metric}", title=f"{title} ↑", cells=(("zero_shot", split, metric),), scale=100.0
   )
@@ -159,7 +159,7 @@ TABLES = {
 
 
 def figures_of(measured: Measured, start: str) -> dict[str, dict[int, float]]:
-  """Column -> seed -> figure, of the runs of a row.
+  """Return column -> seed -> figure, of the runs of a row.
 
   Raises:
     UserError: there is none.
@@ -178,7 +178,7 @@ def figures_of(measured: Measured, start: str) -> dict[str, dict[int, float]]:
 
 @functools.cache
 def table(name: str) -> dict:
-  """What tables.json would hold of it."""
+  """Return what tables.json would hold of it."""
   measured = TABLES[name]
   rows = tuple(Row(label=label, changes={}) for label in measured.rows)
   asked = ablation_tables.Table(name=name, title=name, rows=rows, base=[*measured.rows].index(measured.base))
@@ -189,6 +189,6 @@ def table(name: str) -> dict:
 
 
 def whole(name: str) -> str:
-  """One of TABLES with all of its columns, as the log has it."""
+  """Return one of TABLES with all of its columns, as the log has it."""
   titles = {each.name: each.title for each in TABLES[name].columns}
   return render.table_of(table(name), columns=titles, paper={})

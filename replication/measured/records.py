@@ -1,4 +1,4 @@
-"""What was measured, a JSON file of records a topic, and what reads it: tables.py, the figures and the tests.
+"""Read what was measured, a JSON file of records a topic, for tables.py, the figures and the tests.
 
 Two kinds of topics:
 
@@ -48,7 +48,7 @@ class Record:
 
   @property
   def value(self) -> float:
-    """Of the only run.
+    """Return the value of the only run.
 
     Raises:
       UserError: there are several.
@@ -60,7 +60,7 @@ class Record:
 
 @functools.cache
 def read(topic: str) -> dict[str, Any]:
-  """The file of a topic. Raises UserError: there is none."""
+  """Read the file of a topic. Raises UserError: there is none."""
   path = HERE / f"{topic}.json"
   if not path.exists():
     known = ", ".join(sorted(each.stem for each in HERE.glob("*.json")))
@@ -70,7 +70,7 @@ def read(topic: str) -> dict[str, Any]:
 
 @functools.cache
 def load(topic: str) -> dict[str, Record]:
-  """Name -> record, of a topic of figures. Raises UserError: there is no such topic."""
+  """Load name -> record, of a topic of figures. Raises UserError: there is no such topic."""
   stored = read(topic)
   settings = stored.get("settings", {})
   return {
@@ -86,7 +86,7 @@ def _settings(of: str | Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
 
 
 def record(topic: str, name: str) -> Record:
-  """One of `load`. Raises UserError: there is none of this name."""
+  """Return one of `load`. Raises UserError: there is none of this name."""
   found = load(topic)
   if name not in found:
     raise UserError(f"replication/measured/{topic}.json has no record {name!r}; it has {', '.join(found)}")
@@ -94,7 +94,7 @@ def record(topic: str, name: str) -> Record:
 
 
 def value(topic: str, name: str, seed: str = "") -> float:
-  """The value of a record: of a seed, or of the only run. Raises UserError: there is none."""
+  """Return the value of a record: of a seed, or of the only run. Raises UserError: there is none."""
   found = record(topic, name)
   if not seed:
     return found.value
@@ -105,7 +105,7 @@ def value(topic: str, name: str, seed: str = "") -> float:
 
 @functools.cache
 def results(topic: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-  """Run -> what `evaluate` wrote for it, {task: {data set: record}}; `emoji` or `shapes`."""
+  """Return run -> what `evaluate` wrote for it, {task: {data set: record}}; `emoji` or `shapes`."""
   stored = read(topic)
   return {name: _results_of(run, stored["protocols"]) for name, run in stored["runs"].items()}
 
@@ -128,6 +128,6 @@ def _results_of(run: Mapping[str, Any], protocols: list[dict[str, Any]]) -> dict
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """As the pages have it."""
+  """Return a Markdown table as the pages have it."""
   lines = [head, ["---"] * len(head), *rows]
   return "\n".join(f"|{'|'.join(line)}|" for line in lines)

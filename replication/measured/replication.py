@@ -41,7 +41,7 @@ QUESTIONS = {
 
 
 class Claim(NamedTuple):
-  """What the paper says, and the comparison that tests it: `row` − `base`, which should be `expected`.
+  """The paper's claim, and the comparison that tests it: `row` − `base`, which should be `expected`.
 
   `words` name the figure where the paper's own figures disagree.
   """
@@ -81,7 +81,7 @@ PAPER = (
 
 
 def records_of(summary: Mapping[str, Any]) -> dict[str, Any]:
-  """What is kept of a tables.json.
+  """Return what is kept of a tables.json.
 
   Returns:
     records: `EXPERIMENT/ARM/COLUMN` -> a `records.Record`'s fields.
@@ -114,7 +114,7 @@ def records_of(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(there: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-  """The file's content with the records of another experiment, or in place of its older ones."""
+  """Return the file's content with the records of another experiment, or in place of its older ones."""
   (experiment,) = new["settings"]
   kept = {name: each for name, each in there.get("records", {}).items() if not name.startswith(f"{experiment}/")}
   whole = {part: {**there.get(part, {}), **new[part]} for part in ("settings", "runs", "claims")}
@@ -125,7 +125,7 @@ def merged(there: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored() -> dict[str, Any]:
-  """The file's content, without an experiment where there is no file."""
+  """Return the file's content, without an experiment where there is no file."""
   empty: dict[str, Any] = {"settings": {}, "records": {}, "runs": {}, "claims": {}}
   return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else empty
 
@@ -134,7 +134,7 @@ def stored() -> dict[str, Any]:
 
 
 def claims(found: Mapping[str, Any]) -> str:
-  """Every primary comparison."""
+  """Return a table of every primary comparison."""
   rows = []
   for name, question in QUESTIONS.items():
     if name not in found["claims"]:
@@ -146,7 +146,7 @@ def claims(found: Mapping[str, Any]) -> str:
 
 
 def paper(found: Mapping[str, Any]) -> str:
-  """What of the paper is supported, refuted or open at this scale."""
+  """Return a table of what of the paper is supported, refuted or open at this scale."""
   rows = []
   for claim in PAPER:
     compared = [
@@ -161,7 +161,7 @@ def paper(found: Mapping[str, Any]) -> str:
 
 
 def judged(words: str, expected: str) -> str:
-  """Of a verdict in words."""
+  """Judge the paper's claim by a verdict in words."""
   if words == "undecided":
     return "open"
   # A bound is no refutation: the paper's own effect may be smaller.
@@ -170,7 +170,7 @@ def judged(words: str, expected: str) -> str:
 
 
 def arms(found: Mapping[str, Any]) -> str:
-  """Mean and interval of every arm in the figures that are compared, and its minutes."""
+  """Return mean and interval of every arm in the figures that are compared, and its minutes."""
   rows = []
   for arm in measured(found):
     mean = significance.paired(arm.values)  # of one sample, the same interval
@@ -182,7 +182,7 @@ def arms(found: Mapping[str, Any]) -> str:
 
 
 def cost(found: Mapping[str, Any]) -> str:
-  """Runs and core-hours of each experiment, those that it shares with another in both."""
+  """Return runs and core-hours of each experiment, those that it shares with another in both."""
   rows = []
   for name in QUESTIONS:
     firsts = (run for arm in _arms(found, name) for run in arm["of"]["runs"])
@@ -212,7 +212,7 @@ class Arm(NamedTuple):
 
 
 def measured(found: Mapping[str, Any]) -> Iterator[Arm]:
-  """Arms that have a figure which their experiment compares."""
+  """Yield the arms that have a figure which their experiment compares."""
   for name in QUESTIONS:
     columns = dict.fromkeys(claim["column"] for claim in found["claims"].get(name, ()))
     for key, record in found["records"].items():
@@ -227,18 +227,18 @@ def measured(found: Mapping[str, Any]) -> Iterator[Arm]:
 
 
 def title(found: Mapping[str, Any], experiment: str, label: str, column: str) -> str:
-  """Of a column, from a record of it; else its name."""
+  """Return the title of a column, from a record of it; else its name."""
   record = found["records"].get(f"{experiment}/{label}/{column}")
   return record["what"].removeprefix(f"{label}: ") if record else column
 
 
 def has_verdicts(found: Mapping[str, Any]) -> bool:
-  """Whether a comparison has a seed that both of its arms have finished."""
+  """Return whether a comparison has a seed that both of its arms have finished."""
   return any(claim["verdict"] for claims in found["claims"].values() for claim in claims)
 
 
 def pictures(found: Mapping[str, Any]) -> str:
-  """The figures, where there is something to show."""
+  """Return the figures, where there is something to show."""
   if not has_verdicts(found):
     return NOT_RUN.capitalize() + "."
   names = {"replication_forest": "Primary comparisons", "replication_minutes": "Accuracy over minutes of training"}
@@ -254,7 +254,7 @@ def _arms(found: Mapping[str, Any], experiment: str) -> list[Mapping[str, Any]]:
 
 
 def _chain(found: Mapping[str, Any], run: str | None) -> Iterator[str]:
-  """A run and those that it started from."""
+  """Yield a run and those that it started from."""
   while run:
     yield run
     run = found["runs"][run]["start"]

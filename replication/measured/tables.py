@@ -1,4 +1,4 @@
-"""What README, results.md and the log say in numbers, from the records in this folder.
+"""Write the numbers of README, results.md and the log, from the records in this folder.
 
   python -m replication.measured.tables
 
@@ -36,7 +36,7 @@ _INLINE = re.compile(r"<!--=(.*?)-->(.*?)<!--=-->", re.S)
 
 
 def number(key: str) -> str:
-  """The value that a record has: `TOPIC/RECORD`, or `TOPIC/RECORD#SEED` where there are several.
+  """Return the value that a record has: `TOPIC/RECORD`, or `TOPIC/RECORD#SEED` where there are several.
 
   Raises:
     UserError: there is none.
@@ -47,19 +47,19 @@ def number(key: str) -> str:
 
 
 def say(text: str) -> str:
-  """The text with the numbers that `{TOPIC/RECORD}` stand for. Raises UserError: it has a number of its own."""
+  """Return the text with the numbers that `{TOPIC/RECORD}` stand for. Raises UserError: it has a number of its own."""
   if loose := loose_numbers(_KEY.sub("", text)):
     raise UserError(f"{text!r} has the numbers {', '.join(loose)}, which should be records in replication/measured")
   return _KEY.sub(lambda key: number(key[1]), text)
 
 
 def loose_numbers(text: str) -> list[str]:
-  """The numbers of a text that are no part of a name."""
+  """Return the numbers of a text that are no part of a name."""
   return _NUMBER.findall(NAMES.sub(" ", text))
 
 
 def interval(mean: float, half: float, *, sign: str = "", unit: str = "") -> str:
-  """`12.3 ± 0.4`, a mean and half of its 95 % interval."""
+  """Return `12.3 ± 0.4`, a mean and half of its 95 % interval."""
   # Rounded first, so that no -0.0 is left.
   rounded = round(mean, 1)
   text = f"{rounded or 0.0:{sign if rounded else ''}.1f}".replace("-", "−")
@@ -67,8 +67,8 @@ def interval(mean: float, half: float, *, sign: str = "", unit: str = "") -> str
 
 
 def of_seeds(*names: str, unit: str = " %") -> tuple[str, str]:
-  """Mean and 95 % interval over seeds, and how many there are. Of a seed, the mean over these records of the demo: its
-  runs on several machines are not independent."""
+  """Return mean and 95 % interval over seeds, and how many there are. Of a seed, the mean over these records of the
+  demo: its runs on several machines are not independent."""
   runs = [records.record("demo", name).values for name in names]
   values = [statistics.fmean(values) for values in zip(*(run.values() for run in runs), strict=True)]
   if len({tuple(run) for run in runs}) > 1:
@@ -86,7 +86,7 @@ def _half(found: significance.Difference) -> float:
 
 
 def shown() -> str:
-  """README's: what was shown, at most five rows."""
+  """Return README's table: what was shown, at most five rows."""
   shapes = say("rendered shapes, {demo/classes} classes, {demo/image_size} px")
   emoji = say("emoji, {emoji/val_vendor} classes, {emoji/image_size} px")
   (top1, n), (generated, _) = of_seeds(*_both("unseen")), of_seeds(*_both("generated_unseen"))
@@ -129,7 +129,7 @@ def _both(name: str) -> tuple[str, str]:
 
 
 def _compared(testbed: str, *compared: tuple[str, str, str]) -> tuple[str, str, str]:
-  """Of primary comparisons of the replication: where they stand, the differences with their verdicts, n."""
+  """Return where primary comparisons of the replication stand, the differences with their verdicts, and n."""
   found = [_verdict(*each) for each in compared]
   text = "; ".join(f"{interval(change.mean, _half(change), sign='+')} points, {words}" for change, words in found)
   names = ", ".join(each[0].upper() for each in compared)
@@ -138,14 +138,14 @@ def _compared(testbed: str, *compared: tuple[str, str, str]) -> tuple[str, str, 
 
 
 def _verdict(experiment: str, row: str, base: str) -> tuple[significance.Difference, str]:
-  """Of a primary comparison of the replication: the difference, and the verdict in words."""
+  """Return the difference of a primary comparison of the replication, and the verdict in words."""
   claims = replication.stored()["claims"][experiment]
   (found,) = (each["verdict"] for each in claims if (each["row"], each["base"]) == (row, base))
   return significance.Difference(**found["difference"]), found["words"]
 
 
 def demo() -> str:
-  """One network classifies and generates."""
+  """Show that one network classifies and generates."""
   rows = [
     (say("top-1, seen pairs"), *of_seeds(*_both("seen"))),
     (say("top-1, unseen pairs"), *of_seeds(*_both("unseen"))),
@@ -157,7 +157,7 @@ def demo() -> str:
 
 
 def claimed() -> str:
-  """What the paper claims, by the replication."""
+  """Return what the paper claims, by the replication."""
   rows, there = [], replication.stored()["claims"]
   for claim in replication.PAPER:
     said = ("", replication.NOT_RUN)
@@ -169,7 +169,8 @@ def claimed() -> str:
 
 
 def neighbours() -> str:
-  """The best run on emoji and a baseline without training; of one run, so that the interval is the binomial one."""
+  """Compare the best run on emoji with a baseline without training; of one run, so that the interval is the binomial
+  one."""
   run = records.results("emoji")["generation_5400_first_discrimination-seed_0"]["zero_shot"]
   best = {split: 100 * run[split]["metrics"]["acc1"] for split in ("val_vendor", "test_vendor")}
   known = {name: records.record("emoji", f"others/{name}").values for name in ("neighbours", "neighbours_cut")}
@@ -187,7 +188,7 @@ def _binomial(percent: float, split: str) -> str:
 
 
 def icons() -> str:
-  """Accuracy of generated icons."""
+  """Return the accuracy of generated icons."""
   (found,) = records.results("emoji")["guidance_7.5_both_drawn-seed_0"]["generation_accuracy"].values()
   metrics = {name: f"{100 * value:.1f} %" for name, value in found["metrics"].items()}
   rows = [
@@ -214,13 +215,13 @@ COSTS = {
 
 
 def costs() -> str:
-  """Ratios of times."""
+  """Return ratios of times."""
   rows = [(say(label), f"{number(f'peers/{key}')} ×") for key, label in COSTS.items()]
   return records.table(("one CPU run each", "time"), rows)
 
 
 def weak_scaling() -> str:
-  """A joint step where each chip keeps its share of the batch."""
+  """Return a joint step where each chip keeps its share of the batch."""
   rows = []
   for name, each in records.load("estimates").items():
     if name.startswith("weak scaling/"):
@@ -231,7 +232,7 @@ def weak_scaling() -> str:
 
 
 def paper() -> str:
-  """The paper's own figures of Table 1 and of its ablations."""
+  """Return the paper's own figures of Table 1 and of its ablations."""
   found = records.load("paper")
   rows: list[tuple[str, ...]] = [
     (each.what, "", f"{each.value}", "") for name, each in found.items() if re.match(r"table 1/.*ViT", name)
@@ -243,7 +244,7 @@ def paper() -> str:
 
 
 def paper_costs() -> str:
-  """The paper's own figures of Tables 6 and 8."""
+  """Return the paper's own figures of Tables 6 and 8."""
   found = records.load("paper")
   rows = [
     (found[f"table 6/{kind}"].what, *(f"{found[f'table 6/{kind}'].values.get(name, '')}" for name in names))
@@ -278,7 +279,7 @@ PAGES = [*dict.fromkeys(page for page, _ in PLACES.values()), WEIGHTS]  # which 
 
 
 def written(page: str, text: str) -> str:
-  """The text of a page with its tables and numbers replaced.
+  """Return the text of a page with its tables and numbers replaced.
 
   Raises:
     UserError: it has no place for a table, or names a record that is not there.
@@ -295,7 +296,7 @@ def written(page: str, text: str) -> str:
 
 
 def unrecorded(text: str) -> list[str]:
-  """The numbers of a page that stand in no place, and are no part of a name."""
+  """Return the numbers of a page that stand in no place, and are no part of a name."""
   outside = _INLINE.sub(" ", text)
   for name in PLACES:
     outside = re.sub(f"<!-- {re.escape(name)} -->.*?<!-- end of {re.escape(name)} -->", " ", outside, flags=re.S)
