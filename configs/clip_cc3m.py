@@ -93,7 +93,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def run_local(config: ConfigDict, path: str) -> None:
-  """Makes it a run of small towers, 32 px, 20 steps, which shows only that it runs."""
+  """Make it a run of small towers, 32 px, 20 steps, which shows only that it runs."""
   activation = config.model.text_encoder.activation
   config.model = clip_small()
   for tower in (config.model.text_encoder, config.model.vision_encoder):

@@ -1,4 +1,4 @@
-"""What the config files share. No config imports jax."""
+"""Functions that the config files share. No config imports jax."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CC3M_PAIRS = 2_905_954  # that the paper counts; links expire, and prepare_data 
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDict:
-  """The part of `--config=FILE.py:arg` behind the colon, such as `runlocal,fusion=False,gamma=0.3`.
+  """Parse the part of `--config=FILE.py:arg` behind the colon, such as `runlocal,fusion=False,gamma=0.3`.
 
   Args:
     arg: comma-separated `key=value`; a bare `key` means True. None or empty takes all defaults.
@@ -64,7 +64,7 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
 
 
 def check_choices(args: ConfigDict, **choices: Collection[Any]) -> None:
-  """Raises ValueError unless each of these arguments is one of its choices."""
+  """Raise ValueError unless each of these arguments is one of its choices."""
   for name, known in choices.items():
     if args[name] not in known:
       raise ValueError(f"argument {name}={args[name]} should be one of {', '.join(map(str, known))}")
@@ -81,13 +81,12 @@ def _read(key: str, text: str, kind: type) -> Any:
   raise ValueError(f"argument {key}={text} should be of type {kind.__name__}")
 
 
-# Of a run's config, what its weights mean.
+# The fields of a run's config that say what its weights mean.
 OF_NETWORK = ("model", "image_size", "image_diffusion", "text_diffusion", "condition_timestep", "inference")
 
 
 def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> dict[str, Any]:
-  """Puts the network of the run in `path` in place of the config's, names the run in `init_from`, and returns its
-  config.
+  """Put the network of the run in `path` in place of the config's, name the run in `init_from`, and return its config.
 
   `argument`: that named it, for the message.
 
@@ -99,7 +98,7 @@ def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> di
     fields = read_fields(path)
     put_network(config, fields)
   except (OSError, UserError, ValueError, KeyError, TypeError) as error:
-    # Of a mistake in the path one sentence; of a damaged config its kind too, since that says no more than a name.
+    # A mistake in the path is a sentence. A damaged config's error may be a name alone, so its kind is told too.
     said = error if isinstance(error, (OSError, UserError)) else repr(error)
     raise ValueError(f"argument {argument}={path} should be the workdir of a run: {said}") from error
   config.init_from = path
@@ -107,8 +106,8 @@ def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> di
 
 
 def take_start(config: ConfigDict, args: ConfigDict) -> dict[str, Any]:
-  """`take_network` of argument init. Raises ValueError: no run there, or none of CLIP, which argument backbone asks
-  for."""
+  """Call `take_network` with argument init. Raise ValueError: no run there, or none of CLIP, which argument backbone
+  asks for."""
   fields = take_network(config, args.init)
   if args.backbone == "clip" and "vision_encoder" not in config.model:
     raise ValueError(f"argument backbone=clip: init={args.init} is a run of DiffDis; give one of CLIP there")
@@ -116,7 +115,7 @@ def take_start(config: ConfigDict, args: ConfigDict) -> dict[str, Any]:
 
 
 def put_network(config: ConfigDict, fields: Mapping[str, Any]) -> None:
-  """Puts the network of a run's config, nested dicts, in place of the config's; a head stays behind."""
+  """Put the network of a run's config, nested dicts, in place of the config's; a head stays behind."""
   for name in OF_NETWORK:
     config[name] = ConfigDict(fields[name]) if isinstance(fields[name], dict) else fields[name]
   config.data.max_length = fields["data"]["max_length"]
@@ -125,7 +124,7 @@ def put_network(config: ConfigDict, fields: Mapping[str, Any]) -> None:
 
 
 def num_pairs(path: str) -> dict[str, int]:
-  """Split -> pairs of a set that prepare_data wrote.
+  """Return split -> pairs of a set that prepare_data wrote.
 
   Raises:
     ValueError: none there, or one without split `train`; or no path that can be read.
@@ -148,7 +147,7 @@ def num_pairs(path: str) -> dict[str, int]:
 
 
 def read_prepared(path: str, name: str) -> dict[str, Any]:
-  """A JSON file of a prepared set; empty where there is none. Raises ValueError: it is damaged."""
+  """Return the value of a prepared set's JSON file; empty where there is none. Raise ValueError: it is damaged."""
   file = buckets.path(path) / name
   try:
     found = read_json(file) if file.exists() else {}
@@ -158,14 +157,14 @@ def read_prepared(path: str, name: str) -> dict[str, Any]:
 
 
 def own_size(config: ConfigDict) -> Any:
-  """The run's image_size, for data that are measured: also one that is set later, as --config.image_size is."""
-  # Of each a reference of its own, so that setting it sets no other one, nor the run's.
+  """Return the run's image_size, for data that are measured: also one that is set later, as --config.image_size is."""
+  # Each caller gets a reference of its own, so that setting it sets no other one, nor the run's.
   return config.get_ref("image_size") + 0
 
 
 def evaluations(args: ConfigDict, image_size: Any) -> ConfigDict:
-  """Of the sets that the arguments imagenet, coco and flickr name: zero-shot classification, and retrieval on
-  Karpathy's test splits; of held_out, the losses on its split `val`."""
+  """Return evaluations of the sets that the arguments imagenet, coco and flickr name: zero-shot classification, and
+  retrieval on Karpathy's test splits; of held_out, the losses on its split `val`."""
 
   def data(path: str, split: str) -> dict[str, Any]:
     return dict(name="pairs", path=path, split=split, image_size=image_size + 0)  # as of own_size
@@ -182,7 +181,7 @@ def evaluations(args: ConfigDict, image_size: Any) -> ConfigDict:
       # As `evaluate --suite` has them; the paper's are not stated.
       templates=class_lists.load()["imagenet1k"].templates,
       single_template="a photo of a {}.",
-      # Of 50,000, the same ones each time, since training waits. After it, evaluate --num_images=50000 takes all.
+      # The set has 50,000; these are the same each time, since training waits. evaluate --num_images=50000 takes all.
       num_images=5000,
     )
   for name in ("coco", "flickr"):
@@ -194,5 +193,5 @@ def evaluations(args: ConfigDict, image_size: Any) -> ConfigDict:
 
 
 def held_out_loss(data: dict[str, Any]) -> dict[str, Any]:
-  """The losses of at most 256 pairs that are not trained on, the same ones each time, since training waits."""
+  """Measure the losses of at most 256 pairs that are not trained on, the same ones each time, since training waits."""
   return dict(task="held_out_loss", data=data, num_images=256)

@@ -138,8 +138,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def fid(args: ConfigDict, image_size: Any) -> dict[str, Any]:
-  """FID on the captions of a prepared set, of 1,000 images of 50 steps, since training waits. `evaluate
-  --num_images=30000` takes as many as others do."""
+  """Return the evaluation of FID on the captions of a prepared set, of 1,000 images of 50 steps, since training waits.
+  `evaluate --num_images=30000` takes as many as others do."""
   if not (args.fid and args.inception):
     raise ValueError("fid=DIR and inception=FILE go together: a set with captions, and the weights of FID's network")
   data = dict(name="pairs", path=args.fid, split="val", image_size=image_size)
@@ -148,7 +148,7 @@ def fid(args: ConfigDict, image_size: Any) -> dict[str, Any]:
 
 
 def run_local(config: ConfigDict, path: str) -> None:
-  """Makes it a run of a small network, 32 px, 20 steps; from random parameters, so that it shows only that it runs."""
+  """Make it a run of a small network, 32 px, 20 steps; from random parameters, so that it shows only that it runs."""
   switches = {name: config.model[name] for name in ("fusion", "share_attention", "modality_ffn")}
   config.model = small()
   config.model.update(switches)

@@ -54,7 +54,7 @@ DISCRIMINATED = dict(shift=0.08, zoom=0.2, rotation=12.0, brightness=0.3, contra
 TEMPERATURE = 12.0
 NUM_STEPS = dict(both=3600, generation=1800, discrimination=5400, contrastive=5400)
 RATE = 5e-4
-# Of CLIP, what else its image encoder may be: with the parts of DiffDis's head, or with its UNet's levels and about as
+# Other image encoders for CLIP: with the parts of DiffDis's head, or with its UNet's levels and about as
 # many parameters as the transformer.
 TOWERS = {
   "": {},
@@ -134,7 +134,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def add_evaluations(config: ConfigDict, path: str) -> None:
-  """What evaluate measures of a run: how it classifies images, and how many generated ones a judge names."""
+  """Add what evaluate measures of a run: how it classifies images, and how many generated ones a judge names."""
 
   def data(split: str) -> dict[str, Any]:
     return dict(name="pairs", path=path, split=split, image_size=common.own_size(config))
@@ -163,7 +163,7 @@ def add_evaluations(config: ConfigDict, path: str) -> None:
 
 
 def to_clip(config: ConfigDict) -> None:
-  """Makes it CLIP. Its text tower has one layer more, CLIP's projection, and trains as it does beside the UNet."""
+  """Make it CLIP. Its text tower has one layer more, CLIP's projection, and trains as it does beside the UNet."""
   config.objectives = ("contrastive",)
   token_embedding_weight = config.model.text_encoder.token_embedding_weight
   config.model = clip_medium()

@@ -91,7 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def scratch_network(config: ConfigDict) -> None:
-  """For 64 px: latents of 16 x 16, as those of emoji.py, whose text process it has too."""
+  """Set a network for 64 px: latents of 16 x 16, as those of emoji.py, whose text process it has too."""
   config.model.query_init = 0.0
   config.model.autoencoder.widths = (16, 32, 64)
   config.model.text_encoder.max_length = config.data.max_length = 32
@@ -100,7 +100,8 @@ def scratch_network(config: ConfigDict) -> None:
 
 
 def take_start(config: ConfigDict, path: str) -> str:
-  """The network of the run there; `pretrained`, or `scratch` where it has trained an autoencoder alone."""
+  """Take the network of the run there, and return `pretrained`, or `scratch` where it has trained an autoencoder
+  alone."""
   objectives = common.take_network(config, path, argument="from")["objectives"]
   if "vision_encoder" in config.model:
     raise ValueError(f"argument from={path} is a CLIP; it should be import_weights' folder of Stable Diffusion")
@@ -108,7 +109,7 @@ def take_start(config: ConfigDict, path: str) -> str:
 
 
 def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
-  """Batch and steps for so many pairs."""
+  """Set batch and steps for so many pairs."""
   train = pairs["train"]
   if train < SMALLEST:
     raise ValueError(
@@ -131,7 +132,7 @@ def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
 
 
 def to_autoencoder(config: ConfigDict) -> None:
-  """As emoji.py's, without views that uncover white."""
+  """Train the autoencoder alone as emoji.py does, without views that uncover white."""
   config.objectives = ("reconstruction",)
   config.data.augment.update(crop="random", flip=True)
   config.optim.update(groups=((".*", "new"),), rates=dict(new=2e-3), ema_decay=0.998)
@@ -140,7 +141,7 @@ def to_autoencoder(config: ConfigDict) -> None:
 
 
 def train_from_scratch(config: ConfigDict) -> None:
-  """As emoji.py's, without its vocabulary and its two additions to the paper."""
+  """Train as emoji.py does, without its vocabulary and its two additions to the paper."""
   config.data.augment.crop = "random"
   config.loss.ita_weight = 0.3
   config.optim.update(
@@ -154,7 +155,7 @@ def train_from_scratch(config: ConfigDict) -> None:
 
 
 def fine_tune(config: ConfigDict, memory: int) -> None:
-  """All of the UNet and what DiffDis adds to it, in this many GB."""
+  """Train all of the UNet and what DiffDis adds to it, in this many GB."""
   fitting = [gigabytes for gigabytes in AT_A_TIME if gigabytes <= memory]
   if not fitting:
     raise ValueError(f"memory={memory} is too little: fine-tuning Stable Diffusion takes {min(AT_A_TIME)} GB")
@@ -179,7 +180,7 @@ def fine_tune(config: ConfigDict, memory: int) -> None:
 
 
 def say_cut(config: ConfigDict, path: str, start: str) -> None:
-  """Says so where captions are longer than what is read of them, by the set's card."""
+  """Say so where captions are longer than what is read of them, by the set's card."""
   split = common.read_prepared(path, "card.json").get("splits", {}).get("train", {})
   # A word is one token or more, and start and end of the text are one each.
   words, read = split.get("caption_words", {}), config.data.max_length - 2
@@ -192,6 +193,6 @@ def say_cut(config: ConfigDict, path: str, start: str) -> None:
 
 
 def prompts(path: str) -> tuple[str, ...]:
-  """Some captions of the set, where its card has them."""
+  """Return some captions of the set, where its card has them."""
   found = common.read_prepared(path, "card.json").get("captions", ())
   return tuple(dict.fromkeys(found))[:PROMPTS]

@@ -91,7 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def long_tailed(config: ConfigDict) -> None:
-  """What both stages have in common, and any long-tailed set."""
+  """Set what both stages, and any long-tailed set, have in common."""
   config.sample_posterior = False  # as where images are embedded
   sentences = "class_contrastive" in config.objectives
   config.data.sampling = dataclasses.asdict(ClassSampling(sentences=sentences))
@@ -101,7 +101,7 @@ def long_tailed(config: ConfigDict) -> None:
 
 
 def first_stage(config: ConfigDict, *, rate: float, text: bool) -> None:
-  """Trains all but the autoencoder, and the text tower where it is not frozen."""
+  """Train all but the autoencoder, and the text tower where it is not frozen."""
   config.objectives = ("class_contrastive",)
   long_tailed(config)
   config.optim.groups = (("^autoencoder" if text else "^autoencoder|^text_encoder", "frozen"), (".*", "backbone"))
@@ -109,7 +109,7 @@ def first_stage(config: ConfigDict, *, rate: float, text: bool) -> None:
 
 
 def second_stage(config: ConfigDict, *, classes: int, anchors: int, visual: float, language: float) -> None:
-  """Trains a new head alone: its visual branch, and the attention of its language branch."""
+  """Train a new head alone: its visual branch, and the attention of its language branch."""
   config.objectives = ("long_tail_head",)
   long_tailed(config)
   config.model.head = dict(classes=classes, anchors=anchors)

@@ -86,7 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def to_clip(config: ConfigDict) -> None:
-  """Makes it CLIP, whose text tower trains as it does beside the UNet."""
+  """Make it CLIP, whose text tower trains as it does beside the UNet."""
   config.objectives = ("contrastive",)
   config.model = clip_small()
   config.optim.update(

@@ -73,8 +73,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def start(args: ConfigDict) -> ConfigDict:
-  """What stage 1 starts from: a short run of configs/shapes.py on pairs of which none, or as many as of all others, are
-  of the low classes."""
+  """Return the run that stage 1 starts from: a short run of configs/shapes.py on pairs of which none, or as many as of
+  all others, are of the low classes."""
   objectives = "objectives=contrastive" if args.backbone == "clip" else ""
   config = shapes.get_config("autoencoder" if args.autoencoder else objectives)
   config.seed = args.seed

@@ -8,7 +8,7 @@ from diffdis_jax.common import signals as _signals
 
 
 def _version() -> str:
-  """pyproject.toml's, as it was installed; in a checkout that is not installed, as it stands there."""
+  """Return pyproject.toml's version, as it was installed; in a checkout that is not installed, as it stands there."""
   try:
     return importlib.metadata.version("diffdis_jax")
   except importlib.metadata.PackageNotFoundError:

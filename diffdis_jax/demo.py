@@ -35,7 +35,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """The command line."""
+  """Define the command line."""
   flags.DEFINE_string("out", "runs/demo", "folder of the two runs, results.json and grid.png")
   flags.DEFINE_integer("seed", 0, "seed of both runs: parameters, order of the images, noise", lower_bound=0)
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
   resumed = (out / "autoencoder").exists()
 
   autoencoder, config = cli.read_config("shapes:autoencoder"), cli.read_config("shapes")
-  # Of both, so that another seed is another autoencoder too.
+  # Both runs get it, so that another seed is another autoencoder too.
   autoencoder.seed = config.seed = FLAGS.seed
   config.init_from = str(out / "autoencoder")
   config.sample_prompts = ()  # grid.png has these very prompts
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def draw_classes(run: str, path: os.PathLike[str]) -> None:
-  """One generated image of each class, a star at those that training never saw."""
+  """Generate one image of each class, with a star at those that training never saw."""
   model, params = inference.load(run)
   prompts = [f"a {name}" for name in shapes.CLASSNAMES]
   images = model.generate(params, Tokenizer(model.max_length)(prompts), model.noise(len(prompts), seed=0))

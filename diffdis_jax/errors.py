@@ -61,7 +61,7 @@ def not_installed(who: str, package: str, extra: str, *, otherwise: str = "") ->
 
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
-# Of a network, of a server at its other end, or of a disk. The last is Linux's alone.
+# Errors of a network, of a server at its other end, or of a disk. The last is Linux's alone.
 _OF_STORAGE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT}
 _OF_STORAGE |= {errno.EIO, errno.ESTALE, errno.ENOTCONN, getattr(errno, "EREMOTEIO", errno.EIO)}
 # Packages whose errors are all of a network; gcsfs raises those of requests too, for a 502.

@@ -55,7 +55,7 @@ from diffdis_jax.parallel import processes
 from diffdis_jax.run import checkpoint, digests, provenance, restore, trackers
 
 FLAGS = flags.FLAGS
-# Of each evaluation what its constructor takes, and of a run's sampling and loading what they take.
+# The arguments of each evaluation's constructor, and of a run's sampling and loading.
 SETTINGS_OF = {task: registry.settings_of(task) for task in registry.EVALS}
 SETTINGS = eval_settings.merged(SETTINGS_OF)
 SAMPLING = eval_settings.of(inference.Sampling)
@@ -65,7 +65,7 @@ OF_A_SUITE = {"seed", "num_images", "shuffle_labels", *registry.settings_of("fid
 
 
 def define_flags() -> None:
-  """The command line, by group. Defined on call, so that two verbs can be imported side by side."""
+  """Define the command line, by group. Defined on call, so that two verbs can be imported side by side."""
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model")
   usage.mark_required("workdir")
   flags.DEFINE_string("out", None, "JSON file to write; with --compare a Markdown file", required=True)
@@ -138,7 +138,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def track(kind: str, run: str, config: Mapping[str, Any], results: Results) -> None:
-  """Figures to the run's tracker, as TASK/DATASET/METRIC at the step of their checkpoint; `kind` empty: to none."""
+  """Report figures to the run's tracker, as TASK/DATASET/METRIC at the step of their checkpoint; `kind` empty: to
+  none."""
   tracker = trackers.open_tracker(kind, run, config)
   if tracker is None:
     return
@@ -163,7 +164,7 @@ def evaluate(
   check: Callable[[str, base.Eval], None] = lambda dataset, evaluation: None,
   **protocol: Any,
 ) -> Results:
-  """{task: {data set: record}} of a run.
+  """Measure a run, and return {task: {data set: record}}.
 
   Args:
     run: its workdir.
@@ -203,7 +204,7 @@ def evaluate(
 
 
 def _check_same_on_all(sections: Sequence[Section]) -> None:
-  """Raises UserError, on every process, where they measure different sets: one would wait for the others for ever; or
+  """Raise UserError, on every process, where they measure different sets: one would wait for the others for ever; or
   different records, of which each would read its rows and know the labels of its own."""
   if jax.process_count() == 1:
     return
@@ -216,7 +217,7 @@ def _check_same_on_all(sections: Sequence[Section]) -> None:
 
 
 def _records_of(section: Section) -> str:
-  """Of a prepared data set, what tells its records from others."""
+  """Return a note that tells a prepared data set's records from others."""
   path = (section.settings.get("data") or {}).get("path")
   digest = digests.fingerprint(str(path), part=digests.RECORDS) if path else ""
   return f" ({digest})" if digest else ""
@@ -230,7 +231,7 @@ def _measure(
   common: Mapping[str, Any],
   **of_run: Any,
 ) -> dict[str, Any]:
-  """The record of a data set. `common` stands in every set's protocol, `of_run` in every record."""
+  """Return the record of a data set. `common` stands in every set's protocol, `of_run` in every record."""
   metrics = evaluation.run(model, params)
   shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
   logging.info("%s, %s: %s", section.task, section.dataset, shown)
@@ -246,7 +247,7 @@ def _measure(
 
 
 def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete: bool, **protocol: Any) -> Results:
-  """Measures what of a suite is not in `out` yet, and writes the whole with its means, and a table beside it.
+  """Measure what of a suite is not in `out` yet, and write the whole with its means, and a table beside it.
 
   Raises:
     UserError: as `evaluate`, or a data set that is not the published one.
@@ -262,7 +263,7 @@ def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete
 
 
 def _sections(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size: int) -> list[Section]:
-  """What the flags ask for of a run with these `evals`, which was trained for these objectives.
+  """Return the evaluations that the flags ask for, of a run with these `evals`, which was trained for these objectives.
 
   Raises:
     UserError: flags that do not go together, or a task that measures what the run was not trained for.
@@ -294,7 +295,8 @@ def _asked(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size: in
 
 
 def sections_of_suite(*, objectives: Sequence[str], image_size: int) -> list[Section]:
-  """The sets of --suite that lie under --data_root. Raises UserError: no such suite, none there, or other flags."""
+  """Return the sets of --suite that lie under --data_root. Raise UserError: no such suite, none there, or other
+  flags."""
   suites.check_name(FLAGS.suite)
   if not FLAGS.data_root:
     raise UserError("--suite needs --data_root=DIR, the folder of its data sets")
@@ -307,7 +309,7 @@ def sections_of_suite(*, objectives: Sequence[str], image_size: int) -> list[Sec
 
 
 def _best_step(run: str, kept: CheckpointPolicy) -> int:
-  """Raises UserError where the run keeps no best checkpoint, or --step names one too."""
+  """Return the step of the best checkpoint. Raise UserError where the run keeps none, or --step names one too."""
   if FLAGS.step is not None:
     raise UserError("--best and --step are both given; give one of them")
   found = checkpoint.best(run, kept)
@@ -317,7 +319,7 @@ def _best_step(run: str, kept: CheckpointPolicy) -> int:
 
 
 def _sampling() -> dict[str, Any]:
-  """The fields of Sampling that flags give. Raises UserError: one is out of its range."""
+  """Return the fields of Sampling that flags give. Raise UserError: one is out of its range."""
   given = _given(SAMPLING)
   try:
     inference.Sampling(**given)

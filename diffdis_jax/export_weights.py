@@ -62,7 +62,7 @@ CONFIGS = {"config.json", "model_index.json", "open_clip_config.json"}  # withou
 
 
 def define_flags() -> None:
-  """The command line. Defined on call, so that two verbs can be imported side by side."""
+  """Define the command line. Defined on call, so that two verbs can be imported side by side."""
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
   flags.DEFINE_string(
     "out", None, "folder to write, absent or empty, or F.safetensors for a run in one file; required without --push"
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def push_weights(run: str, repo: str, out: str | None = None, *, private: bool = True, **how: Any) -> str:
-  """Writes a run's weights to the Hugging Face hub, as one commit, and returns its address.
+  """Write a run's weights to the Hugging Face hub, as one commit, and return its address.
 
   Args:
     run: a workdir.
@@ -117,7 +117,7 @@ def push_weights(run: str, repo: str, out: str | None = None, *, private: bool =
 def export_weights(
   run: str, out: str, *, step: int | None = None, ema: bool = True, dtype: str = "float32", repo: str = ""
 ) -> int:
-  """Writes a run's weights for PyTorch, and returns their step.
+  """Write a run's weights for PyTorch, and return their step.
 
   Args:
     run: a workdir.
@@ -152,7 +152,7 @@ def export_weights(
 
 
 def write_one_file(run: str, out: str, *, step: int | None = None, ema: bool = True, dtype: str = "float32") -> None:
-  """Writes a run's config, weights and provenance to one file, which is read where a workdir is.
+  """Write a run's config, weights and provenance to one file, which is read where a workdir is.
 
   Args:
     run: a workdir.
@@ -183,8 +183,9 @@ def write_one_file(run: str, out: str, *, step: int | None = None, ema: bool = T
 
 
 def licences_of(run: str) -> str:
-  """Of what a run was trained on, and the runs that it began from, each once: as a run in one file has them, or as they
-  lie beside the records of its data. Of a start that is not there any more nothing is known."""
+  """Return the licences of the data that a run was trained on, and of the runs that it began from, each once: as a run
+  in one file has them, or as they lie beside the records of its data. Of a start that is not there any more nothing is
+  known."""
   texts, seen = [], set[str]()
   while run and run not in seen:
     seen.add(run)  # a folder may since hold another run, which began from this one
@@ -207,7 +208,8 @@ def licences_of(run: str) -> str:
 
 @contextlib.contextmanager
 def _left_out() -> Iterator[None]:
-  """What cannot be read of another machine's bucket or disk, or is not in UTF-8: the weights are whole all the same."""
+  """Leave out the licences that cannot be read of another machine's bucket or disk, or is not in UTF-8: the weights are
+  whole all the same."""
   try:
     yield
   except Exception as error:
@@ -217,7 +219,7 @@ def _left_out() -> Iterator[None]:
 
 
 def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:
-  """A pipeline of diffusers.
+  """Write a pipeline of diffusers.
 
   Args:
     own: of the run's config, OWN_FIELDS and `max_length`.
@@ -241,14 +243,14 @@ def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *,
 
 
 def write_clip(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:
-  """A CLIP model for transformers and for open_clip; `own` is CLIP_FIELDS and `max_length`."""
+  """Write a CLIP model for transformers and for open_clip; `own` is CLIP_FIELDS and `max_length`."""
   size = {"image_size": own["image_size"], "max_length": own["max_length"]}
   clip_to_torch.write(folder, params, model=own["model"], **size, dtype=dtype)
   write_tokenizer(folder, own["max_length"])
 
 
 def write_tokenizer(folder: pathlib.Path, max_length: int) -> None:
-  """CLIP's tokenizer, in the files of older and newer transformers."""
+  """Write CLIP's tokenizer, in the files of older and newer transformers."""
   folder.mkdir(exist_ok=True)
   Tokenizer(max_length).save(folder)
   # As in CLIP's own files: the end token pads, and stands for what is unknown.

@@ -40,7 +40,7 @@ MOST_BYTES = 2**26  # of a file of prompts
 
 
 def define_flags() -> None:
-  """The command line. Defined on call, so that two verbs can be imported side by side."""
+  """Define the command line. Defined on call, so that two verbs can be imported side by side."""
   cli.process_flags()
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
   flags.DEFINE_string("out", None, "folder to write; absent or empty", required=True)
@@ -92,7 +92,7 @@ def generate(
   batch_size: int = BATCH_SIZE,
   **protocol: Any,
 ) -> None:
-  """Generates images of the prompts and writes the folder `out`.
+  """Generate images of the prompts and write the folder `out`.
 
   Args:
     run: a workdir.
@@ -154,7 +154,7 @@ def sample(
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-  """The prompts of the command line, or of a file, where blank lines do not count.
+  """Return the prompts of the command line, or of a file, where blank lines do not count.
 
   Raises:
     UserError: no prompt, both kinds at once, or an unreadable file.
@@ -182,7 +182,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 
 def _is_utf8(text: str) -> bool:
-  """Whether a text of the command line can be written: its bytes may have been of another encoding."""
+  """Tell whether a text of the command line can be written: its bytes may have been of another encoding."""
   try:
     text.encode()
   except UnicodeEncodeError:
@@ -191,7 +191,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def read_noise(file: str) -> np.ndarray:
-  """The array of an .npy file, as it lies on the disk: its header may claim any size.
+  """Return the array of an .npy file, as it lies on the disk: its header may claim any size.
 
   Raises:
     UserError: unreadable, shorter than its header says, or not of real numbers.
@@ -206,7 +206,7 @@ def read_noise(file: str) -> np.ndarray:
 
 
 def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> Float32[np.ndarray, "n h w c"]:
-  """The noise as f32. Raises UserError unless it is finite and has the expected shape."""
+  """Return the noise as f32. Raise UserError unless it is finite and has the expected shape."""
   if noise.shape != expected:
     raise UserError(f"--noise has shape {noise.shape}; this run and these prompts need {expected}, [n, h, w, c]")
   if not np.isfinite(noise).all():
@@ -222,7 +222,7 @@ def write(
   protocol: dict[str, Any],
   columns: int = COLUMNS,
 ) -> None:
-  """Writes the folder, whole or not at all, each image as it comes.
+  """Write the folder, whole or not at all, each image as it comes.
 
   Raises:
     UserError: it cannot be written.

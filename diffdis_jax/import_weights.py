@@ -43,7 +43,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """The command line. Defined on call, so that two verbs can be imported side by side."""
+  """Define the command line. Defined on call, so that two verbs can be imported side by side."""
   flags.DEFINE_string(
     "source",
     None,
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def import_weights(source: str, out: str, *, seed: int = 0) -> None:
-  """Reads a checkpoint and writes a workdir.
+  """Read a checkpoint and write a workdir.
 
   Args:
     source: folder, file, or `hf:ORG/NAME` with or without `@REVISION`.
@@ -83,7 +83,7 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
     path, source = hub.fetch(source)
   else:
     path = buckets.local(source, "--source")
-  # Of what export_weights wrote. Its card may have been edited, and is not read.
+  # The digests are of what export_weights wrote. Its card may have been edited, and is not read.
   damage = digests.damage(path, ending=".safetensors") if path.is_dir() else None
   if damage is not None:
     raise UserError(
@@ -115,7 +115,7 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
 
 
 def make_config(source: Source) -> ConfigDict:
-  """A config around the source's network, computing in f32 as PyTorch does. CLIP has its two towers alone.
+  """Make a config around the source's network, computing in f32 as PyTorch does. CLIP has its two towers alone.
 
   Raises:
     UserError: a network that cannot be built, or whose token ids are not CLIP's.
@@ -141,7 +141,7 @@ def make_config(source: Source) -> ConfigDict:
 
 
 def check_tokenizer(folder: pathlib.Path) -> None:
-  """Raises UserError unless the tokenizer's vocabulary is CLIP's, in files of older or newer transformers."""
+  """Raise UserError unless the tokenizer's vocabulary is CLIP's, in files of older or newer transformers."""
   files = [path for name in ("vocab.json", "tokenizer.json") if (path := folder / name).exists()]
   if not files:
     raise UserError(f"{folder} has neither vocab.json nor tokenizer.json")
@@ -158,7 +158,7 @@ def check_tokenizer(folder: pathlib.Path) -> None:
 
 
 def initialise(network: Network, paths: Collection[str], *, seed: int) -> Params:
-  """Fresh parameters of these paths; the others are never computed."""
+  """Return fresh parameters of these paths; the others are never computed."""
   if not paths:
     return {}
 
@@ -171,7 +171,7 @@ def initialise(network: Network, paths: Collection[str], *, seed: int) -> Params
 
 
 def report(matched: Matched, network: Collection[str]) -> None:
-  """Counts what is loaded, initialised and ignored by component; import.json has every name."""
+  """Count what is loaded, initialised and ignored by component; import.json has every name."""
   # The latents' shift and scale come from the source's config, and from no tensor.
   new = [path for path in network if path not in matched.names and path not in mapping.STATISTICS]
   for what, names in (("loaded", matched.names.values()), ("initialised", new), ("ignored", matched.ignored)):

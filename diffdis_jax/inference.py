@@ -1,4 +1,4 @@
-"""What a trained model does: text queries, image queries by denoising, images by denoising. For CLIP, text and image
+"""A trained model's uses: text queries, image queries by denoising, images by denoising. For CLIP, text and image
 embeddings.
 
 `Inference` compiles the paper's Algorithms 2 and 3 (method/algorithms.py): evaluation and generation call it with numpy
@@ -106,7 +106,7 @@ class Inference:
     self._compiled_conditions = self.compiled("text conditions", self._conditions)
 
   def compiled(self, name: str, f: Callable[..., Any]) -> programs.Program:
-    """A function of parameters and rows, compiled for the mesh at its first call; `name` is for the log."""
+    """Return a function of parameters and rows, compiled for the mesh at its first call; `name` is for the log."""
 
     @functools.wraps(f)
     def of_whole(params: Params, *rows: Any) -> Any:
@@ -116,7 +116,7 @@ class Inference:
     return programs.Program(name, jax.jit(self.network.traced_for(self.mesh, of_whole)))
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
-    """Text embeddings e, L2-normalised.
+    """Return text embeddings e, L2-normalised.
 
     Raises:
       UserError: an autoencoder alone, which reads no text, or tokens that are not `max_length` a row.
@@ -132,7 +132,8 @@ class Inference:
     seed: int,
     places: Int[np.ndarray, " n"] | None = None,
   ) -> Float[np.ndarray, "n d"]:
-    """Denoised text queries ê_0 from e_T ~ N(0, I), averaged over the noise samples, L2-normalised (Algorithm 3).
+    """Return denoised text queries ê_0 from e_T ~ N(0, I), averaged over the noise samples, L2-normalised (Algorithm
+    3).
 
     No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size or the mesh;
     places are 0, 1, ... by default. For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
@@ -150,14 +151,14 @@ class Inference:
     return self.batched(functools.partial(self._compiled_embed_images, params), images, *noise, done=done)
 
   def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
-    """Sentences as the language-guided head takes them (method/features.py). Raises as `embed_texts`."""
+    """Return sentences as the language-guided head takes them (method/features.py). Raises as `embed_texts`."""
     self._require_text(tokens)
     return self.batched(functools.partial(self._compiled_text_features, params), tokens)
 
   def class_logits(
     self, params: Params, images: UInt8[np.ndarray, "n H W 3"] | Any, *, seed: int
   ) -> Float[np.ndarray, "n 2 k"]:
-    """What the language-guided head says of each image: the visual branch, then the language branch.
+    """Return the language-guided head's logits of each image: the visual branch, then the language branch.
 
     As in its training an image is denoised once, in one step. Its noise is the first sample of `embed_images`.
 
@@ -178,7 +179,7 @@ class Inference:
     *,
     done: Callable[[int], object] | None = None,
   ) -> UInt8[np.ndarray, "n H W 3"]:
-    """Images by DDIM with η = 0 from the given initial noise, the whole loop one program (Algorithm 2).
+    """Generate images by DDIM with η = 0 from the given initial noise, the whole loop one program (Algorithm 2).
 
     `done` is called with the number of new images after each call of it; None shows how far it is.
 
@@ -194,12 +195,12 @@ class Inference:
     return self.batched(functools.partial(self._compiled_generate, params), tokens, noise, done=done)
 
   def reconstruct(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
-    """Images through the autoencoder, by the posterior's mode. Raises as `moments`."""
+    """Send images through the autoencoder, by the posterior's mode. Raises as `moments`."""
     self._check_images(images)
     return self.batched(functools.partial(self._compiled_reconstruct, params), images)
 
   def moments(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> BFloat16[np.ndarray, "n h w d"]:
-    """The autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance.
+    """Return the autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance.
 
     Raises:
       UserError: CLIP, which has no autoencoder, or images as `embed_images` refuses them.
@@ -208,23 +209,23 @@ class Inference:
     return self.batched(functools.partial(self._compiled_moments, params), images)
 
   def conditions(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> BFloat16[np.ndarray, "n l d"]:
-    """The text condition c of every token. Raises as `embed_texts`."""
+    """Return the text condition c of every token. Raises as `embed_texts`."""
     self._require_text(tokens)
     return self.batched(functools.partial(self._compiled_conditions, params), tokens)
 
   def noise_shape(self) -> tuple[int, int, int]:
-    """[h, w, c] of one image's initial noise."""
+    """Return [h, w, c] of one image's initial noise."""
     return self.network.latent_shape
 
   def noise(self, n: int, seed: int, *, first: int = 0) -> Float[np.ndarray, "n h w c"]:
-    """Initial noise of the images first, first + 1, ...; image i's depends on the seed and i alone."""
+    """Return initial noise of the images first, first + 1, ...; image i's depends on the seed and i alone."""
     # A key an image, not one for all: asking for more images changes none of those before.
     key, places = jax.random.key(seed), jnp.arange(first, first + n)
     sample = lambda place: jax.random.normal(jax.random.fold_in(key, place), self.noise_shape())
     return np.asarray(jax.vmap(sample)(places))
 
   def abstract_params(self) -> Params:
-    """Shapes of the parameters, each with its place on the mesh."""
+    """Return shapes of the parameters, each with its place on the mesh."""
     # With their places, so that a checkpoint is read straight onto the devices, each its own part.
     return jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -233,7 +234,7 @@ class Inference:
     )
 
   def trace(self, name: str) -> jax.stages.Traced:
-    """One compiled call of "generation" (generate) or "discrimination" (embed_images), from shapes alone."""
+    """Trace one compiled call of "generation" (generate) or "discrimination" (embed_images), from shapes alone."""
     rows = lambda dtype, *shape: jax.ShapeDtypeStruct(
       (self.batch_size, *shape), dtype, sharding=sharding.batch_sharding(self.mesh)
     )
@@ -245,11 +246,12 @@ class Inference:
     return self._compiled_embed_images.trace(params, images, rows(jnp.uint32), rows(jnp.int32))
 
   def _progress(self, what: str, n: int) -> Callable[[int], object]:
-    """Of several calls; a page in the browser makes one after another, of an image each."""
+    """Return what shows the progress of several calls, and nothing of a single one: a page in the browser makes one
+    after another, of an image each."""
     return Progress(what, n, "images").add if n > self.batch_size else lambda count: None
 
   def _require(self, *objectives: str) -> None:
-    """Raises UserError for a run that was trained for none of them."""
+    """Raise UserError for a run that was trained for none of them."""
     if not {*objectives} & {*self.network.objectives}:
       trained = ", ".join(self.network.objectives)
       raise UserError(f"this run was not trained for {objectives[0]}; its objectives are {trained}")
@@ -260,20 +262,20 @@ class Inference:
     self._check_tokens(tokens)
 
   def _check_tokens(self, tokens: Any) -> None:
-    """Raises UserError for texts, and for tokens of another length: generation reads the padding too."""
+    """Raise UserError for texts, and for tokens of another length: generation reads the padding too."""
     shape, n = getattr(tokens, "shape", None), self.max_length
     if shape is None or tuple(shape[1:]) != (n,):
       what = f"are a {type(tokens).__name__}" if shape is None else f"have shape {tuple(shape)}"
       raise UserError(f"tokens {what}; give (n, {n}), as data.tokenizer.Tokenizer({n}) makes them of a list of texts")
 
   def _check_noise(self, noise: Any, n: int) -> None:
-    """Raises UserError for noise of another shape, of which many networks make an image of another size."""
+    """Raise UserError for noise of another shape, of which many networks make an image of another size."""
     shape, expected = tuple(np.shape(noise)), (n, *self.noise_shape())
     if shape != expected:
       raise UserError(f"noise has shape {shape}; these tokens take {expected}, as Inference.noise({n}, seed) gives it")
 
   def _check_images(self, images: Any) -> None:
-    """Raises UserError for numbers of 0 to 1, or of -1 to 1, all of which would be black, and for another size, which
+    """Raise UserError for numbers of 0 to 1, or of -1 to 1, all of which would be black, and for another size, which
     many networks take and embed badly. What decodes its rows when they are asked for has no dtype, and passes."""
     if isinstance(images, (list, tuple)) or not hasattr(images, "__getitem__"):  # such as one of Pillow's
       raise UserError(f"images are a {type(images).__name__}; give one array, such as numpy.stack of a list of arrays")
@@ -287,7 +289,7 @@ class Inference:
       )
 
   def _diffdis(self, params: Params) -> DiffDis:
-    """Raises UserError for CLIP."""
+    """Return the DiffDis with these parameters. Raise UserError for CLIP."""
     model = self.network.with_params(params)
     if isinstance(model, Clip):
       raise UserError(
@@ -350,7 +352,7 @@ class Inference:
 
 
 def _noise_rows(places: Int[np.ndarray, " n"], seed: int) -> tuple[UInt32[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-  """Of each image the seed of its key, and its place among the images of that key.
+  """Return for each image the seed of its key, and its place among the images of that key.
 
   They go in as rows, so that padding and the split over devices leave each image its own noise.
   """
@@ -372,7 +374,7 @@ def load(
   mesh: Mesh | None = None,
   **sampling: Any,
 ) -> tuple[Inference, Params]:
-  """A run's model and parameters from its workdir.
+  """Load a run's model and parameters from its workdir.
 
   Args:
     path: the workdir; or a run in one file, by its path or its name, such as `emoji-small`.

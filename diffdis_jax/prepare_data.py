@@ -113,7 +113,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """The command line."""
+  """Define the command line."""
   flags.DEFINE_string(
     "out", None, "folder to write; absent or empty. One in a bucket is written in the user's cache directory first"
   )
@@ -185,7 +185,7 @@ def main(argv: list[str]) -> None:
 def publish(
   write: Callable[[pathlib.Path], None], out: str, *, finished: str, asked: Mapping[str, Any] | None = None
 ) -> None:
-  """Has the folder `out` written. For a bucket that is a local folder, which is copied there at the end and removed.
+  """Have the folder `out` written. For a bucket that is a local folder, which is copied there at the end and removed.
   If it is killed, the same command resumes.
 
   Args:
@@ -237,7 +237,7 @@ def _lacks(out: pathlib.Path, name: str, *, after: str) -> bool:
 
 
 def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
-  """Prepares the data set of this name from the raw data in `source`."""
+  """Prepare the data set of this name from the raw data in `source`."""
   find_parts, kind = DATA_SETS[name]
   short_side = FLAGS.short_side
   if short_side is None and name == "cc3m":
@@ -270,7 +270,7 @@ def log_total(reports: Mapping[str, staging.Report]) -> None:
 
 
 def write_preview(found: Sequence[parts.Part], path: str) -> None:
-  """A grid of some pairs. Raises UserError: none of those looked at can be used, or the file cannot be written."""
+  """Write a grid of some pairs. Raise UserError: none of those looked at can be used, or the file cannot be written."""
   from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
 
   files.check_out(path, "preview")
@@ -280,7 +280,7 @@ def write_preview(found: Sequence[parts.Part], path: str) -> None:
 
 
 def write_latents(run: str, data: str, out: pathlib.Path) -> None:
-  """Encodes every image of a prepared data set by a run's autoencoder, in this process."""
+  """Encode every image of a prepared data set by a run's autoencoder, in this process."""
   from diffdis_jax import inference  # here, since the processes of the preparation import this file too
   from diffdis_jax.data import build
   from diffdis_jax.training import stored_inputs
@@ -339,7 +339,7 @@ def _augmentation(default: Mapping[str, Any]) -> Augmentation:
 
 
 def write_card(folder: pathlib.Path) -> None:
-  """Logs the card of a prepared data set, and writes it into its folder: card.png of 64 pairs, and card.json, last."""
+  """Log the card of a prepared data set, and write it into its folder: card.png of 64 pairs, and card.json, last."""
   from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
 
   made = card.describe(folder)
@@ -354,7 +354,7 @@ def write_card(folder: pathlib.Path) -> None:
 
 
 def _given(flag: str, name: str) -> str:
-  """The value of a flag that this data set needs."""
+  """Return the value of a flag that this data set needs."""
   value = FLAGS[flag].value
   if not value:
     raise UserError(f"prepare_data {name} needs --{flag}=DIR: {FLAGS[flag].help}")

@@ -66,7 +66,8 @@ TrainingBatch = AnyBatch | LabelledBatch
 
 @struct.dataclass
 class TrainState:
-  """What a training step changes, and what it reads beside the batch. Shardings and shapes of it have the same form.
+  """The state that a training step changes, and what it reads beside the batch. Shardings and shapes of it have the
+  same form.
 
   Attributes:
     step: i32[], the number of finished steps. None where a checkpoint's folder says it.
@@ -89,7 +90,7 @@ class TrainState:
 
 @struct.dataclass
 class TextCondition:
-  """What the text encoder gives: c, the condition of every token, and e, the L2-normalised text query."""
+  """The text encoder's outputs: c, the condition of every token, and e, the L2-normalised text query."""
 
   c: Float[AnyArray, "b l d"]
   e: Float[AnyArray, "b e"]
@@ -104,7 +105,7 @@ class Attended(NamedTuple):
 
 @struct.dataclass
 class Pairs:
-  """What CLIP's two towers give of a batch, each L2-normalised, f32."""
+  """The embeddings that CLIP's two towers give of a batch, each L2-normalised, f32."""
 
   image: Float[AnyArray, "b e"]
   text: Float[AnyArray, "b e"]

@@ -35,7 +35,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """The command line."""
+  """Define the command line."""
   cli.config_flag()
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
   flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
@@ -82,14 +82,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def origin(config: ConfigDict) -> dict[str, Any]:
-  """Of what is timed, for the record; of several models by their names."""
+  """Describe what is timed, for the record; several models by their names."""
   if "models" in config:
     return {name: provenance.of_config(each.to_dict()) for name, each in config.models.items()}
   return provenance.of_config(config.copy_and_resolve_references().to_dict())
 
 
 def time_steps(run: Run) -> dict[str, Any]:
-  """The joint step and its two single tasks, or CLIP's, the config's beside preflight's word where there is one.
+  """Time the joint step and its two single tasks, or CLIP's, the config's beside preflight's word where there is one.
 
   Raises:
     UserError: a config that trains neither DiffDis nor CLIP.
@@ -115,7 +115,7 @@ def time_steps(run: Run) -> dict[str, Any]:
 
 
 def read_preflight(path: str) -> dict[str, Any]:
-  """What `preflight --out` wrote."""
+  """Read what `preflight --out` wrote."""
   try:
     return dict(files.read_json(path))
   except (UserError, ValueError, TypeError) as error:
@@ -123,7 +123,7 @@ def read_preflight(path: str) -> dict[str, Any]:
 
 
 def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
-  """Those that configs/table6.py names. Nothing is allocated."""
+  """Return the models that configs/table6.py names. Nothing is allocated."""
   models = {}
   for name, each in config.models.items():
     run = Run.of(each)

@@ -31,7 +31,7 @@ OF_CLIP = {"contrastive": ("contrastive",)}
 
 
 def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any]:
-  """Seconds of each step (median and all rounds), floating-point operations as `operations_of` has them, and ratios.
+  """Measure the seconds of each step (median and all rounds), floating-point operations by `operations_of`, and ratios.
 
   Args:
     trainers: the steps, by the names of OBJECTIVES or OF_CLIP, on one mesh, of one batch.
@@ -73,13 +73,15 @@ def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any
 
 
 def operations_of(traced: jax.stages.Traced, compiled: jax.stages.Compiled, *, devices: int) -> float:
-  """Of a call, as the compiler counts those of one device, which takes a loop's body once: times the loops' turns."""
+  """Count the operations of a call, as the compiler counts those of one device. It takes a loop's body once: that is
+  multiplied by the loops' turns."""
   of_device = float((compiled.cost_analysis() or {}).get("flops", float("nan")))
   return of_device * devices * turns(traced.jaxpr)
 
 
 def random_batch(trainer: Trainer) -> TrainingBatch:
-  """One of a run: of images, with a view of its own for discrimination where that has one, or of latents."""
+  """Return a random batch of a run: of images, with a view of its own for discrimination where that has one, or of
+  latents."""
   rng = np.random.default_rng(0)
   makers = {
     "uint8": lambda shape: rng.integers(0, 256, shape, np.uint8),
@@ -115,7 +117,7 @@ class Preflighted(NamedTuple):
 def preflighted(
   report: Mapping[str, Any], objectives: Sequence[str], *, batch_size: int, chips: int, kind: str
 ) -> Preflighted:
-  """The step that `preflight` was asked about.
+  """Return the step that `preflight` was asked about.
 
   Args:
     report: of preflight's file.
@@ -143,7 +145,7 @@ def preflighted(
 
 
 def beside_preflight(name: str, train: Mapping[str, Any], measured: float) -> dict[str, Any]:
-  """The measured seconds of the step `name` over each time that `preflight` gave for it."""
+  """Return the measured seconds of the step `name` over each time that `preflight` gave for it."""
   given = {key: value for key, value in train.items() if key.startswith("seconds") and value}
   for key, value in given.items():
     logging.info("%s: %.4f s, %.2f times preflight's %s", name, measured, measured / value, key)

@@ -14,7 +14,7 @@ REPEATS = 10  # of the images: fewer records than some thousands take longer to 
 
 
 def photo(rng: np.random.Generator, side: int) -> bytes:
-  """A JPEG of about a photograph's entropy: soft shapes, texture, grain."""
+  """Return a JPEG of about a photograph's entropy: soft shapes, texture, grain."""
   noise = lambda n: Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8))
   layer = lambda n: noise(n).resize((side, side), Image.Resampling.BICUBIC)
   grain_ = rng.normal(0, 4, (side, side, 3))
@@ -31,7 +31,7 @@ def caption(rng: np.random.Generator) -> str:
 
 
 def write_tar(path: pathlib.Path, images: list[bytes], count: int, seed: int) -> None:
-  """`count` pairs of these images, each with a caption of its own."""
+  """Write `count` pairs of these images, each with a caption of its own."""
   rng = np.random.default_rng(seed)
   with tarfile.open(path, "w") as tar:
     for i in range(count):
@@ -43,7 +43,7 @@ def write_tar(path: pathlib.Path, images: list[bytes], count: int, seed: int) ->
 
 
 def write_photos(folder: pathlib.Path, images: int) -> pathlib.Path:
-  """A new folder with one tar of photographs, each REPEATS times."""
+  """Write a new folder with one tar of photographs, each REPEATS times."""
   raw = folder / "raw"
   raw.mkdir()
   rng = np.random.default_rng(0)

@@ -37,7 +37,7 @@ from diffdis_jax.training.step import Trainer
 NAMES = {"clip": "CLIP", "stable_diffusion": "Stable Diffusion", "diffdis": "DiffDis"}
 LOADED_STEPS = 3  # of a round, with the loader, at least: as many as it has batches ahead
 PROMPTS = 64  # texts that are embedded in a round
-# Of the appendix: hours of training, seconds of generation and of discrimination, zero-shot ImageNet, FID.
+# Figures from the appendix: hours of training, seconds of generation and of discrimination, zero-shot ImageNet, FID.
 PAPER: dict[str, dict[str, float]] = {
   "clip": dict(training=31, discrimination=148, zero_shot=21.1),
   "stable_diffusion": dict(training=32, generation=3530, fid=10.8),
@@ -49,7 +49,7 @@ BASES = {"training": "stable_diffusion", "generation": "stable_diffusion", "disc
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-  """One of the three.
+  """One of the three models.
 
   Attributes:
     step: its training step.
@@ -63,7 +63,7 @@ class Model:
 
   @property
   def batch_size(self) -> int:
-    """Global, of training and of inference."""
+    """Return the global batch size, of training and of inference."""
     return self.step.run.batch_size
 
   @property
@@ -78,7 +78,8 @@ class Model:
 def time_table6(
   models: Mapping[str, Model], folder: pathlib.Path, *, images: int, rounds: int, generated: int, classified: int
 ) -> dict[str, Any]:
-  """Seconds of everything, medians and all rounds; operations; and what follows of them for the paper's numbers.
+  """Time everything, and return seconds (medians and all rounds), operations, and what follows of them for the paper's
+  numbers.
 
   Args:
     models: by the keys of NAMES.
@@ -128,7 +129,8 @@ def time_table6(
 
 
 def _write_images(folder: pathlib.Path, images: int, image_size: int) -> str:
-  """JPEGs as prepare_data stores them for this image size, a little larger than they are seen. Returns their folder."""
+  """Write JPEGs as prepare_data stores them for this image size, a little larger than they are seen. Return their
+  folder."""
   out = folder / "pairs"
   raw = synthetic.write_photos(folder, images)
   builder.prepare(parts.tars(raw), out, settings=builder.Settings(short_side=image_size * 9 // 8))
@@ -184,8 +186,8 @@ class _Timed:
     return self._model.batch_size
 
   def use_up(self) -> None:
-    """What the loader has read while others were timed, which would cost nothing; then steps, from whose end on it is
-    as far ahead as in a long training."""
+    """Use up what the loader has read while others were timed, which would cost nothing; then take steps, from whose
+    end on it is as far ahead as in a long training."""
     for _ in range(self._loaded_steps):
       self._draw()
     self._train_with_loader()
@@ -220,7 +222,8 @@ class _Timed:
 
 
 def _operations(model: Model) -> dict[str, float]:
-  """Of matrix products and convolutions, 1e9 an image; nothing that is computed twice counts twice."""
+  """Count the operations of matrix products and convolutions, 1e9 an image; nothing that is computed twice counts
+  twice."""
   traced = dict(training=flops.trace_train(model.step))
   # By tracing: what the compiler counts includes what rematerialisation computes again.
   for way, is_done in (("generation", model.generates), ("discrimination", model.discriminates)):
@@ -230,18 +233,18 @@ def _operations(model: Model) -> dict[str, float]:
 
 
 def _extrapolated(seconds: Mapping[str, float], trained: int, generated: int, classified: int) -> dict[str, float]:
-  """The table's columns from seconds an image: hours of training, with the loader; seconds of the others."""
+  """Return the table's columns from seconds an image: hours of training, with the loader; seconds of the others."""
   counts = dict(training=trained / 3600, generation=generated, discrimination=classified)
   return {way: count * seconds[way] for way, count in counts.items() if way in seconds}
 
 
 def ratios(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-  """DiffDis over what each column is compared with."""
+  """Divide DiffDis's figures by what each column is compared with."""
   return {f"{way}_over_{over}": values["diffdis"][way] / values[over][way] for way, over in BASES.items()}
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-  """The paper's table with ours beside it. Accuracy and FID are no part of what is timed here."""
+  """Return the paper's table with ours beside it. Accuracy and FID are no part of what is timed here."""
   rows = [
     "| | training | operations of a step, an image | generation | discrimination | zero-shot ImageNet | FID |",
     "|---|---|---|---|---|---|---|",
@@ -268,7 +271,8 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _times(name: str, values: Mapping[str, Mapping[str, float]]) -> list[str]:
-  """A model's cells of the three columns of times, each with its ratio to the column's base; "" for what it lacks."""
+  """Return a model's cells of the three columns of times, each with its ratio to the column's base; "" for what it
+  lacks."""
   cells = []
   for way, unit in (("training", "h"), ("generation", "s"), ("discrimination", "s")):
     value = values[name].get(way)

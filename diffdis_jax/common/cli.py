@@ -1,4 +1,4 @@
-"""What every command line shares: flags, one-line errors, logging, compilation cache.
+"""The parts that every command line shares: flags, one-line errors, logging, compilation cache.
 
 A verb ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr, a full
 disk with one line and code 1, on which launchers try again, a bug with its traceback and code 1, a preemption with code
@@ -318,7 +318,7 @@ def _stop(error: Exception | str, *, code: int = 2) -> NoReturn:
 def _shortened(word: str) -> str:
   """Shorten a word of a message, which may quote all that someone gave."""
   word = word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-20:]}"
-  # Of a file's name or a class's, which a terminal would take for orders.
+  # A file's name or a class's may have characters that a terminal would take for orders.
   return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in word)
 
 

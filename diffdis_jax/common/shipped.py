@@ -1,4 +1,4 @@
-"""What comes with the package and has a name: config files, and trained models.
+"""The files that come with the package and have a name: config files, and trained models.
 
 The former lie in the repository's `configs`. `diffdis_jax/configs` is a link to that folder, so that a wheel brings
 them. The latter are files as one_file.py writes them, in `diffdis_jax/shipped`.
@@ -75,7 +75,7 @@ def provide(file: str | os.PathLike[str]) -> None:
   places = list(dict.fromkeys(map(str, [theirs, ours] if of_their_own else [ours])))
   if getattr(sys.modules.get("configs"), "__path__", None) == places:
     return
-  # Of another folder, or never imported: what hangs on it is imported again, from the new places.
+  # The package is of another folder, or was never imported: what hangs on it is imported again, from the new places.
   for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
     del sys.modules[name]
   spec = importlib.util.spec_from_file_location("configs", ours / "__init__.py", submodule_search_locations=places)

@@ -136,7 +136,7 @@ def starting_workers() -> Iterator[None]:
 
 
 def begin_worker(*_: int) -> None:
-  """In a worker: leave it to the parent when to end, except that it ends when the parent is killed.
+  """Leave it to the parent when this worker ends, except that it ends when the parent is killed.
 
   Ctrl-C in a terminal, and its closing, reach every process.
   """

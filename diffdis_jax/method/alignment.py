@@ -37,7 +37,7 @@ class AlignmentTransformer(nnx.Module):
       self.map_out = linear(size.spatial_pool**2 * image_width, query_width, dtype=dtype, rngs=rngs)
 
   def __call__(self, h_e: Float[Array, "b d"], features: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
-    """ê_0 or ε̂_e, f32."""
+    """Return ê_0 or ε̂_e, f32."""
     # A projection for each kind of token, since h_e and the map differ in width.
     image = self.image_in(rearrange(features, "b h w c -> b (h w) c"))
     h = jnp.concatenate([self.text_in(h_e)[:, None], image], axis=1)
@@ -51,7 +51,7 @@ class AlignmentTransformer(nnx.Module):
     return query.astype(jnp.float32)
 
   def from_map(self, features: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
-    """What the map's layout adds."""
+    """Return the part of the query that comes from the map's layout."""
     image = self.map_norm(rearrange(features, "b h w c -> b (h w) c"))
     height, width = (side // self.spatial_pool for side in features.shape[1:3])
     sizes = dict(i=self.spatial_pool, j=self.spatial_pool, h=height, w=width)

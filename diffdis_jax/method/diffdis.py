@@ -21,12 +21,12 @@ from diffdis_jax.structs import TextCondition
 
 
 def to_signed(image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-  """Pixels of 0 to 255 to [-1, 1]; u8, or f32 where images were mixed."""
+  """Scale pixels of 0 to 255 to [-1, 1]; u8, or f32 where images were mixed."""
   return image.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_pixels(x: Float[Array, "b h w 3"]) -> UInt8[Array, "b h w 3"]:
-  """[-1, 1] to u8 pixels, clipped and rounded."""
+  """Turn [-1, 1] into u8 pixels, clipped and rounded."""
   return jnp.round((jnp.clip(x, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
@@ -57,7 +57,7 @@ class DiffDis(nnx.Module):
   def encode_image(
     self, image: UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"], key: jax.Array | None = None
   ) -> Float[Array, "b h w c"]:
-    """z: a sample of the posterior, or its mode where `key` is None, shifted and scaled to unit variance."""
+    """Return z: a sample of the posterior, or its mode where `key` is None, shifted and scaled to unit variance."""
     return self.autoencoder.to_z(sample_posterior(self.autoencoder.encode(to_signed(image)), key))
 
   def decode_image(self, z: Float[Array, "b h w c"]) -> UInt8[Array, "b H W 3"]:
@@ -69,7 +69,8 @@ class DiffDis(nnx.Module):
   def generation(
     self, *, z_t: Float[Array, "b h w c"], t_z: Int[Array, "b"], c: Float[Array, "b l d"]
   ) -> Float[Array, "b h w c"]:
-    """ε̂_z = Φ_u(z_t, t_z, c). The text query is masked: its token is absent, so this is Stable Diffusion's UNet."""
+    """Compute ε̂_z = Φ_u(z_t, t_z, c). The text query is masked: its token is absent, so this is Stable Diffusion's
+    UNet."""
     return self.unet.up_path(self.unet.down_and_middle(z_t, t_z, c), c)
 
   def discrimination(
@@ -81,7 +82,7 @@ class DiffDis(nnx.Module):
     t_z: Int[Array, "b"],
     c_null: Float[Array, "b l m"],
   ) -> Float[Array, "b d"]:
-    """ê_0 or ε̂_e = Φ_θ(e_t, t_e, z): down path, middle and alignment transformer; the up path does not run.
+    """Compute ê_0 or ε̂_e = Φ_θ(e_t, t_e, z): down path, middle and alignment transformer; the up path does not run.
 
     Args:
       e_t: noised text query.

@@ -15,7 +15,7 @@ from diffdis_jax.structs import AnyArray, AnyBatch, Batch, LatentBatch, Pairs, P
 
 @struct.dataclass
 class Latents:
-  """z, and the discrimination pass's own z where it has a view of its own."""
+  """The clean latents z, and the discrimination pass's own z where it has a view of its own."""
 
   z: Float[AnyArray, "b h w c"]
   z_discrimination: Float[AnyArray, "b h w c"] | None
@@ -23,14 +23,14 @@ class Latents:
 
 @struct.dataclass
 class Encoded:
-  """What the rows of a batch are encoded to."""
+  """The encoded rows of a batch."""
 
   latents: Latents
   text: TextCondition
 
 
 def encode_images(model: DiffDis, batch: AnyBatch, noise: StepNoise) -> Latents:
-  """V(x).
+  """Compute V(x).
 
   Args:
     model: its autoencoder's shift and scale apply to stored posteriors too.
@@ -54,7 +54,7 @@ def encode_images(model: DiffDis, batch: AnyBatch, noise: StepNoise) -> Latents:
 
 
 def encode_captions(model: DiffDis, batch: AnyBatch) -> TextCondition:
-  """T(y): c and e of the captions; of a stored c, e is what follows from it."""
+  """Compute T(y): c and e of the captions; of a stored c, e is what follows from it."""
   if not isinstance(batch, LatentBatch) or batch.condition is None:
     return model.encode_text(batch.tokens)
   # e is not stored, since it follows from one row of c.
@@ -62,13 +62,13 @@ def encode_captions(model: DiffDis, batch: AnyBatch) -> TextCondition:
 
 
 def encode_rows(model: DiffDis, batch: AnyBatch, noise: StepNoise) -> Encoded:
-  """z = V(x);  c, e = T(y). No row depends on another."""
+  """Compute z = V(x); c, e = T(y). No row depends on another."""
   text = encode_captions(model, batch)
   return Encoded(latents=encode_images(model, batch, noise), text=text)
 
 
 def null_condition(model: DiffDis, length: int) -> Float[Array, "1 l d"]:
-  """c of the empty caption, of `length` tokens.
+  """Return c of the empty caption, of `length` tokens.
 
   One row, encoded once for the whole batch: no caption differs from another in it.
   """
@@ -76,5 +76,5 @@ def null_condition(model: DiffDis, length: int) -> Float[Array, "1 l d"]:
 
 
 def encode_pairs(model: Clip, batch: Batch) -> Pairs:
-  """Each image and its caption by CLIP's towers. No row depends on another."""
+  """Encode each image and its caption by CLIP's towers. No row depends on another."""
   return Pairs(image=model.encode_image(batch.image), text=model.encode_text(batch.tokens).e)

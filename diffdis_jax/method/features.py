@@ -1,4 +1,4 @@
-"""What stands for an image and for a sentence in long-tailed recognition (the paper's Table 8): of DiffDis or CLIP."""
+"""The features of an image and of a sentence in long-tailed recognition (the paper's Table 8), of DiffDis or CLIP."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def image_features(
   *,
   network: Network,
 ) -> Float[Array, "b e"]:
-  """f32, of any length: what CLIP's image encoder gives; for DiffDis ê_0 by Algorithm 3 with one step. No text goes in.
+  """Return the images' features, f32, of any length: what CLIP's image encoder gives; for DiffDis ê_0 by Algorithm 3
+  with one step. No text goes in.
 
   Args:
     images: pixels of 0 to 255.
@@ -51,7 +52,7 @@ def image_features(
 
 
 def text_features(model: DiffDis | Clip, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
-  """For CLIP what the projection gives, of any length, as in VL-LTR; for DiffDis the text query e, whose length is 1
-  (not stated by the paper)."""
+  """Return the sentences' features: for CLIP what the projection gives, of any length, as in VL-LTR; for DiffDis the
+  text query e, whose length is 1 (not stated by the paper)."""
   text = model.encode_text(tokens)
   return model.text_encoder.query(text.c, tokens) if isinstance(model, Clip) else text.e

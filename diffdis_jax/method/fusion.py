@@ -58,7 +58,7 @@ class FusionBlock(nnx.Module):
   def self_attention(
     self, block: BasicTransformerBlock, u: Float[Array, "b 1 c"], image: Float[Array, "b n c"]
   ) -> tuple[Float[Array, "b 1 c"], Float[Array, "b n c"]]:
-    """Self-attention over [text token, image tokens], split, and added to each stream."""
+    """Compute self-attention over [text token, image tokens], split, and added to each stream."""
     # The image's own weights by default (Table 5), so that the text token starts from pretrained attention.
     text_attn = block.attn1 if self.attn is None else self.attn
     of_u, of_image = attend_together(
@@ -68,14 +68,15 @@ class FusionBlock(nnx.Module):
     return u + text_attn.output(of_u), image + block.attn1.output(of_image)
 
   def feed_forward(self, block: BasicTransformerBlock, u: Float[Array, "b 1 c"]) -> Float[Array, "b 1 c"]:
-    """The text token through its own feed-forward network, or the image's (Table 5)."""
+    """Send the text token through its own feed-forward network, or the image's (Table 5)."""
     norm = block.norm3 if self.norm is None else self.norm
     ff = block.ff if self.ff is None else self.ff
     return u + ff(norm(u))
 
 
 class TextStream(nnx.Module):
-  """Embedder of t_e and one FusionBlock for each of the UNet's attention blocks on the way down and in the middle.
+  """The text token's path: embedder of t_e and one FusionBlock for each of the UNet's attention blocks on the way down
+  and in the middle.
 
   Args:
     widths: widths of those attention blocks; empty where fusion is off (Table 4).
@@ -87,6 +88,6 @@ class TextStream(nnx.Module):
     self.blocks = nnx.List(FusionBlock(width, model, dtype=dtype, rngs=rngs) for width in widths)
 
   def time_conditioned(self, e_t: Float[Array, "b d"], t_e: Int[Array, "b"]) -> Float[Array, "b d"]:
-    """e_t + Embedder(t_e), in the compute dtype."""
+    """Compute e_t + Embedder(t_e), in the compute dtype."""
     time = self.embedder(t_e)
     return e_t.astype(time.dtype) + time

@@ -18,7 +18,7 @@ Denoise = Callable[[Float[Array, "b ..."], Int[Array, "b"], Condition], Float[Ar
 
 @struct.dataclass
 class Guided:
-  """Predictions at one (x_t, t).
+  """The predictions at one (x_t, t).
 
   Attributes:
     guided: ε_u + s (ε_c − ε_u).
@@ -38,7 +38,7 @@ def guide(
   null: Condition,
   scale: float | Float[Array, ""],
 ) -> Guided:
-  """ε_u + s (ε_c − ε_u), both branches in one batch of 2b. s = 1 + w of the paper.
+  """Compute ε_u + s (ε_c − ε_u), both branches in one batch of 2b. s = 1 + w of the paper.
 
   Args:
     denoise: (x_t, t, condition) -> prediction. Its target may be the data too: guidance is the same affine mix.

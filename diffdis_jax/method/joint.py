@@ -21,14 +21,14 @@ from diffdis_jax.structs import AnyArray, DiscriminationPass, GenerationPass
 
 @struct.dataclass
 class BothPredictions:
-  """ε̂_z of the generation pass; ê_0 or ε̂_e of the discrimination pass."""
+  """The predictions ε̂_z of the generation pass, and ê_0 or ε̂_e of the discrimination pass."""
 
   noise_z: Float[AnyArray, "b h w c"]
   prediction_e: Float[AnyArray, "b d"]
 
 
 def pair(first: Array, second: Array, parts: int = 1) -> Array:
-  """Two batches [b, ...] as one of 2b rows.
+  """Join two batches [b, ...] as one of 2b rows.
 
   Rows that lie on devices in `parts` parts (parallel/sharding.batch_parts) stay where they are: of each part, first
   one's rows, then the other's.
@@ -41,7 +41,7 @@ def pair(first: Array, second: Array, parts: int = 1) -> Array:
 
 
 def unpair(x: Array, parts: int = 1) -> tuple[Array, Array]:
-  """The two batches that `pair` made one of."""
+  """Return the two batches that `pair` made one of."""
   first, second = jnp.split(x.reshape(parts, -1, *x.shape[1:]), 2, axis=1)
   return first.reshape(-1, *x.shape[1:]), second.reshape(-1, *x.shape[1:])
 
@@ -49,7 +49,7 @@ def unpair(x: Array, parts: int = 1) -> tuple[Array, Array]:
 def both_passes(
   model: DiffDis, generation: GenerationPass, discrimination: DiscriminationPass, *, parts: int = 1
 ) -> BothPredictions:
-  """Φ_u and Φ_θ of one batch. `parts`: as `pair` takes them."""
+  """Compute Φ_u and Φ_θ of one batch. `pair` explains `parts`."""
   # Generation's rows come first throughout; what is unpaired below counts on it.
   x = pair(generation.z_t, discrimination.z, parts)
   t = pair(generation.t_z, discrimination.t_z, parts)
@@ -89,8 +89,8 @@ def fuse_second_half(
   e_t: Float[Array, "b e"],
   parts: int,
 ) -> tuple[Float[Array, "b2 h w c"], Float[Array, "b e"]]:
-  """`FusionBlock` on the second of the two batches in `x`, which has b2 = 2b rows; the image block alone on the first,
-  which has no text token.
+  """Run `FusionBlock` on the second of the two batches in `x`, which has b2 = 2b rows; the image block alone on the
+  first, which has no text token.
 
   Only self-attention differs between the two, so that it alone works on the halves.
   """

@@ -25,7 +25,7 @@ _HASH_MULTIPLIER = 2654435761  # odd, near 2^32 over the golden ratio
 
 @struct.dataclass
 class Contrastive:
-  """What `contrastive` gives. A row that is no anchor of a direction has 0 there."""
+  """The result of `contrastive`. A row that is no anchor of a direction has 0 there."""
 
   loss: Float[Array, ""]
   query_to_text: Float[Array, "b"]
@@ -43,7 +43,7 @@ class Direction:
 
 @struct.dataclass
 class Reconstruction:
-  """What `reconstruction` gives: loss = l1 + kl_weight · kl."""
+  """The result of `reconstruction`: loss = l1 + kl_weight · kl."""
 
   loss: Float[Array, "b"]
   l1: Float[Array, "b"]
@@ -62,21 +62,22 @@ def _sample_mean(x: Float[Array, "b ..."]) -> Float[Array, "b"]:
 
 
 def denoising(noise: Float[Array, "b ..."], prediction: Float[Array, "b ..."]) -> Float[Array, "b"]:
-  """L_IG, mean ‖ε − ε̂‖² over the elements of each sample (DDPM, eq. 14)."""
+  """Compute L_IG, mean ‖ε − ε̂‖² over the elements of each sample (DDPM, eq. 14)."""
   return _sample_mean(jnp.square(prediction.astype(jnp.float32) - noise.astype(jnp.float32)))
 
 
 def weighted_denoising(
   per_sample: Float[Array, "b"], t: Int[Array, "b"], schedule: Schedule, *, snr_gamma: float
 ) -> Float[Array, "b"]:
-  """L_IG of each sample as it is minimised: as it is where `snr_gamma` is 0; otherwise times its min-SNR weight."""
+  """Compute L_IG of each sample as it is minimised: unchanged where `snr_gamma` is 0; otherwise times its min-SNR
+  weight."""
   if not snr_gamma:
     return per_sample
   return per_sample * schedules.min_snr_weights(schedule, t, gamma=snr_gamma)
 
 
 def unit_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-  """x / ‖x‖₂ over the last axis, in f32. Vectors shorter than 1e-12 give 0, and gradient 0."""
+  """Compute x / ‖x‖₂ over the last axis, in f32. Vectors shorter than 1e-12 give 0, and gradient 0."""
   x = x.astype(jnp.float32)
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   usable = square > _MIN_SQUARE
@@ -85,14 +86,14 @@ def unit_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
 
 
 def temperature(logit_scale: Float[Array, ""]) -> Float[Array, ""]:
-  """τ = min(exp(logit_scale), 100). The limit passes gradients, so that τ can come down again."""
+  """Compute τ = min(exp(logit_scale), 100). The limit passes gradients, so that τ can come down again."""
   logit_scale = logit_scale.astype(jnp.float32)
   excess = jnp.maximum(logit_scale - MAX_LOGIT_SCALE, 0.0)
   return jnp.exp(logit_scale - jax.lax.stop_gradient(excess))
 
 
 class _Candidates(NamedTuple):
-  """What every anchor is compared with.
+  """The candidates that every anchor is compared with.
 
   Attributes:
     captions: a number for each caption, and whether its candidate is allowed. In one array: of a program that gathers
@@ -113,7 +114,7 @@ class _Anchors(NamedTuple):
 
 
 def _direction(candidates: _Candidates, own: _Anchors) -> Direction:
-  """For each anchor, −log softmax of its own candidate's logit, and whether no other's is larger.
+  """Compute, for each anchor, −log softmax of its own candidate's logit, and whether no other's is larger.
 
   The softmax is over the anchor's own candidate and the allowed ones of other captions. No more than _LOGITS logits of
   a device exist at a time.
@@ -154,7 +155,7 @@ def contrastive(
   dropped: Bool[Array, "b"] | None = None,
   on_rows: Callable[[Callable[[Any, Any], Any]], Callable[[Any, Any], Any]] = lambda f: f,
 ) -> Contrastive:
-  """L_ITA, symmetric InfoNCE over the global batch on s_ij = τ ⟨norm(ê_i), e_j⟩.
+  """Compute L_ITA, symmetric InfoNCE over the global batch on s_ij = τ ⟨norm(ê_i), e_j⟩.
 
   Args:
     query: ê_0, the denoised text queries, of any length.
@@ -188,13 +189,13 @@ def contrastive(
     loss=0.5 * (query_to_text.loss.mean() + _mean_over(text_to_query, kept)),
     query_to_text=query_to_text.loss,
     text_to_query=text_to_query,
-    # Of the rows with an image alone: the others say how much e_t gives away, not how well the image is read.
+    # Only rows with an image count: the others say how much e_t gives away, not how well the image is read.
     accuracy=_mean_over(query_to_text.is_nearest.astype(jnp.float32), kept),
   )
 
 
 def caption_ids(tokens: Int[Array, "b l"]) -> UInt32[Array, "b"]:
-  """A 32-bit polynomial hash of each caption.
+  """Compute a 32-bit polynomial hash of each caption.
 
   Captions that differ in one token never collide, others with probability near 2^-32 a pair.
   """
@@ -217,7 +218,7 @@ def reconstruction(
   log_variance: Float[Array, "b ..."],
   kl_weight: float,
 ) -> Reconstruction:
-  """The autoencoder's objective: L1 over pixels + kl_weight · KL(N(mean, exp(log_variance)) ‖ N(0, I)).
+  """Compute the autoencoder's objective: L1 over pixels + kl_weight · KL(N(mean, exp(log_variance)) ‖ N(0, I)).
 
   L1 is the mean over a sample's pixels and channels, and KL the mean over its latent elements (Stable Diffusion's sums
   both), so that kl_weight does not depend on the sizes. Not stated by the paper, which trains no autoencoder.

@@ -1,4 +1,4 @@
-"""A config to its network: the module with only the parts that its objectives need, and a record of what is fixed."""
+"""Builds a config's network: the module with only the parts that its objectives need, and a record of what is fixed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HEAD_PREFIX = "head."  # of its parameters' paths
 
 
 def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> DiffDis:
-  """The module.
+  """Build the module.
 
   Generation alone has no text stream and no alignment transformer: it is the Stable Diffusion baseline. Reconstruction
   is the autoencoder alone.
@@ -72,14 +72,14 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
 
 
 def build_head(model: Model | ClipModel, rngs: nnx.Rngs) -> LanguageGuidedHead | None:
-  """Where the model has one."""
+  """Build the language-guided head, where the model has one."""
   if model.head is None:
     return None
   return LanguageGuidedHead(width=model.query_width, **vars(model.head), rngs=rngs)
 
 
 def build_clip(model: ClipModel, rngs: nnx.Rngs) -> Clip:
-  """CLIP's two towers."""
+  """Build CLIP's two towers."""
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], remat=model.remat, rngs=rngs)
   tower = ConvolutionalEncoder if model.vision_encoder.convolutional else VisionEncoder
   return Clip(
@@ -116,12 +116,12 @@ class Network:
 
   @property
   def task(self) -> Objective:
-    """What the objectives ask for together."""
+    """Return what the objectives ask for together."""
     return task_of(self.objectives)
 
   @classmethod
   def of(cls, run: Run) -> Network:
-    """The network of a run, from shapes alone: nothing is allocated."""
+    """Return the network of a run, from shapes alone: nothing is allocated."""
     graphdef, abstract = _abstract(run.model, run.objectives)
     return cls(
       model=run.model,
@@ -137,58 +137,59 @@ class Network:
 
   @functools.cached_property
   def shapes(self) -> Params:
-    """Parameter path -> ShapeDtypeStruct."""
+    """Return parameter path -> ShapeDtypeStruct."""
     return flatten(self.abstract)
 
   @property
   def is_clip(self) -> bool:
-    """Rather than a DiffDis."""
+    """Tell whether this is a CLIP rather than a DiffDis."""
     return isinstance(self.model, ClipModel)
 
   @property
   def dtype(self) -> Any:
-    """Of matrix products and convolutions."""
+    """Return the dtype of matrix products and convolutions."""
     return DTYPES[self.model.dtype]
 
   @property
   def matmul_precision(self) -> str:
-    """How every program of the network multiplies f32: default, high or highest."""
+    """Return how every program of the network multiplies f32: default, high or highest."""
     if self.model.matmul_precision != AUTO:
       return self.model.matmul_precision
     return "highest" if self.model.dtype == "float32" else "default"
 
   @contextlib.contextmanager
   def tracing(self, mesh: Mesh) -> Iterator[None]:
-    """Around what traces one of the network's programs for the devices of `mesh`, with the network's precision and form
-    of attention."""
+    """Trace one of the network's programs within for the devices of `mesh`, with the network's precision and form of
+    attention."""
     precision = jax.default_matmul_precision(self.matmul_precision)
     with attention.by(self.model.attention_kernel), sharding.tracing(mesh), precision:
       yield
 
   def traced_for(self, mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, one of the network's programs, to be jitted: traced for the devices of `mesh`, with the network's precision
-    and form of attention."""
+    """Return f, one of the network's programs, to be jitted: traced for the devices of `mesh`, with the network's
+    precision and form of attention."""
     f = attention.by(self.model.attention_kernel)(f)
     return sharding.traced_for(mesh, f, matmul_precision=self.matmul_precision)
 
   def counted(self) -> Network:
-    """The same with attention that is no kernel, so that the operations of what it traces can be counted."""
+    """Return the same network with attention that is no kernel, so that the operations of what it traces can be
+    counted."""
     return dataclasses.replace(self, model=dataclasses.replace(self.model, attention_kernel="xla"))
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
-    """[h, w, c] of one image's latent. Raises UserError for CLIP, which has none."""
+    """Return [h, w, c] of one image's latent. Raise UserError for CLIP, which has none."""
     if isinstance(self.model, ClipModel):
       raise UserError("this run is a CLIP model, which has no autoencoder and so no latents; take a run of DiffDis")
     side = self.image_size // self.model.autoencoder.factor
     return side, side, self.model.autoencoder.latent_channels
 
   def with_params(self, params: Params) -> DiffDis | Clip:
-    """The module with these parameters."""
+    """Return the module with these parameters."""
     return merge(self.graphdef, self.abstract, params)
 
   def initialise(self, key: jax.Array) -> Params:
-    """Fresh parameters; run under jit with out_shardings, so that they are born sharded."""
+    """Return fresh parameters; run under jit with out_shardings, so that they are born sharded."""
     if not isinstance(self.model, ClipModel):
       return flatten(initial_state(_builder(self.model, self.objectives), key))
     of_head = {path for path in self.shapes if path.startswith(HEAD_PREFIX)}
@@ -200,7 +201,7 @@ class Network:
 
 
 def _builder(model: Model | ClipModel, objectives: tuple[str, ...]) -> Callable[[nnx.Rngs], DiffDis | Clip]:
-  """A function from rngs to the module with fresh parameters."""
+  """Return a function from rngs to the module with fresh parameters."""
   if isinstance(model, ClipModel):
     return functools.partial(build_clip, model)
   return functools.partial(build_diffdis, model, objectives)
@@ -238,10 +239,10 @@ class _Rngs(nnx.Rngs):
 
 
 def abstract_module(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
-  """Graph definition and shapes, with nothing allocated."""
+  """Return graph definition and shapes, with nothing allocated."""
   return nnx.split(nnx.eval_shape(lambda: build(_Rngs(jax.random.key(0)))))
 
 
 def initial_state(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.State:
-  """Initial state of the module that `build` gives."""
+  """Return the initial state of the module that `build` gives."""
   return nnx.state(build(_Rngs(key)))

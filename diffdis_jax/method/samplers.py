@@ -27,7 +27,7 @@ Coefficient = np.floating | Float[np.ndarray, "*s"] | Float[AnyArray, "*s"]
 
 @struct.dataclass
 class DdimCoefficients:
-  """x_prev = x_t · [x_t] + prediction · [prediction].
+  """The coefficients of x_prev = x_t · [x_t] + prediction · [prediction].
 
   Of all steps, one number a step, noisiest first; or of a single step, as a scan and `each` give it.
 
@@ -41,26 +41,26 @@ class DdimCoefficients:
   prediction: Coefficient
 
   def each(self) -> Iterator[DdimCoefficients]:
-    """The steps one by one, for a caller that has something to do between them."""
+    """Yield the steps one by one, for a caller that has something to do between them."""
     for i in range(np.size(self.t)):
       yield jax.tree.map(operator.itemgetter(i), self)
 
 
 @struct.dataclass
 class DdimStep:
-  """What a step gives: x at the timestep before, and x̂_0 as the network sees it at this one."""
+  """The result of a step: x at the timestep before, and x̂_0 as the network sees it at this one."""
 
   x_prev: Float[AnyArray, "b ..."]
   x_0: Float[AnyArray, "b ..."]
 
 
 def ddim_coefficients(process: Process, timesteps: Timesteps) -> DdimCoefficients:
-  """DDIM's steps with η = 0: y_prev = √ᾱ_prev ŷ + √(1 − ᾱ_prev) ε̂ (Song et al. 2021, eq. 12)."""
+  """Compute DDIM's steps with η = 0: y_prev = √ᾱ_prev ŷ + √(1 − ᾱ_prev) ε̂ (Song et al. 2021, eq. 12)."""
   alpha_bar, gamma = schedules.noise_schedule(process.schedule).alpha_bar, process.gamma
   a, s = np.sqrt(alpha_bar[timesteps.t]), np.sqrt(1 - alpha_bar[timesteps.t])
   prev = np.where(timesteps.t_prev == DATA, 1.0, alpha_bar[timesteps.t_prev])
   a_prev, s_prev = np.sqrt(prev), np.sqrt(1 - prev)
-  # Of ŷ = γ x̂_0 and ε̂ the network gives one; the other follows from x_t = √ᾱ ŷ + √(1 − ᾱ) ε̂ and is put in.
+  # The network gives one of ŷ = γ x̂_0 and ε̂; the other follows from x_t = √ᾱ ŷ + √(1 − ᾱ) ε̂ and is put in.
   if process.target == "data":  # ε̂ = (x_t − √ᾱ γ x̂_0) / √(1 − ᾱ)
     x_t, prediction = s_prev / s, gamma * (a_prev - s_prev * a / s)
   else:  # ŷ = (x_t − √(1 − ᾱ) ε̂) / √ᾱ
@@ -72,7 +72,7 @@ def ddim_coefficients(process: Process, timesteps: Timesteps) -> DdimCoefficient
 def ddim_step(
   process: Process, now: DdimCoefficients, x_t: Float[Array, "b ..."], prediction: Float[Array, "b ..."]
 ) -> DdimStep:
-  """One step, from what the network predicts at (x_t, now.t). Nothing is clipped, as in Stable Diffusion.
+  """Take one step, from what the network predicts at (x_t, now.t). Nothing is clipped, as in Stable Diffusion.
 
   Args:
     x_t: f32, not scaled by γ, which scales data and not noise.

@@ -51,7 +51,7 @@ def _linear(n: int) -> Float[np.ndarray, "T"]:
 
 
 def _cosine(n: int) -> Float[np.ndarray, "T"]:
-  """Nichol and Dhariwal 2021, eq. 17, s = 0.008."""
+  """Compute the cosine schedule (Nichol and Dhariwal 2021, eq. 17, s = 0.008)."""
   # β from ratios of ᾱ, as in their code, and not ᾱ itself: the bound on β changes the last timesteps.
   alpha_bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], BETA_MAX)
@@ -62,7 +62,7 @@ _BETAS = {"scaled_linear": _scaled_linear, "linear": _linear, "cosine": _cosine}
 
 @functools.cache
 def noise_schedule(name: str) -> Schedule:
-  """The schedule of that name, one of SCHEDULES.
+  """Return the schedule of that name, one of SCHEDULES.
 
   `scaled_linear` is what Stable Diffusion's code and the paper's appendix call "linear".
 
@@ -75,7 +75,7 @@ def noise_schedule(name: str) -> Schedule:
 
 
 def leading(num_steps: int) -> Timesteps:
-  """Stable Diffusion's steps: multiples of T // n, offset by 1, ending at ᾱ(0). For n = 50: 981, 961, ..., 1.
+  """Return Stable Diffusion's steps: multiples of T // n, offset by 1, ending at ᾱ(0). For n = 50: 981, 961, ..., 1.
 
   Raises:
     UserError: not 1 ... T-1 steps.
@@ -88,7 +88,7 @@ def leading(num_steps: int) -> Timesteps:
 
 
 def trailing(num_steps: int) -> Timesteps:
-  """Steps from T-1, where the marginal is N(0, I), to the data. For n = 1: the single evaluation at T-1.
+  """Return steps from T-1, where the marginal is N(0, I), to the data. For n = 1: the single evaluation at T-1.
 
   The discrimination side's spacing (the spacing for n > 1 is not stated by the paper). Where the step count does not
   divide T, t_prev is still the next t.
@@ -103,7 +103,7 @@ def trailing(num_steps: int) -> Timesteps:
 
 
 def _rates(process: Process, t: Int[Array, "b"], ndim: int) -> tuple[Array, Array]:
-  """√ᾱ(t) and √(1 − ᾱ(t)), f32, with as many trailing axes of size 1 as broadcast over rank `ndim`."""
+  """Return √ᾱ(t) and √(1 − ᾱ(t)), f32, with as many trailing axes of size 1 as broadcast over rank `ndim`."""
   # Roots in float64 and then rounded once: 1 − ᾱ in f32 would lose digits at small t, where ᾱ is near 1.
   shape, alpha_bar = t.shape + (1,) * (ndim - t.ndim), noise_schedule(process.schedule).alpha_bar
   tables = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
@@ -112,7 +112,7 @@ def _rates(process: Process, t: Int[Array, "b"], ndim: int) -> tuple[Array, Arra
 
 
 def min_snr_weights(schedule: Schedule, t: Int[Array, "b"], *, gamma: float) -> Float[Array, "b"]:
-  """min(SNR, γ) / SNR, f32, of a network that predicts the noise; SNR = ᾱ / (1 − ᾱ) (Hang et al., 2023, eq. 5).
+  """Compute min(SNR, γ) / SNR, f32, of a network that predicts the noise; SNR = ᾱ / (1 − ᾱ) (Hang et al., 2023, eq. 5).
 
   `gamma`: of the weights, and not of the process; above 0.
   """
@@ -123,7 +123,7 @@ def min_snr_weights(schedule: Schedule, t: Int[Array, "b"], *, gamma: float) -> 
 def add_noise(
   process: Process, x0: Float[Array, "b ..."], *, noise: Float[Array, "b ..."], t: Int[Array, "b"]
 ) -> Float[Array, "b ..."]:
-  """x_t = γ √ᾱ x_0 + √(1 − ᾱ) ε, in f32."""
+  """Compute x_t = γ √ᾱ x_0 + √(1 − ᾱ) ε, in f32."""
   # γ scales the data and not the noise: the signal gets weaker, and e_t tells less of its caption.
   a, s = _rates(process, t, x0.ndim)
   return process.gamma * a * x0 + s * noise
@@ -132,7 +132,7 @@ def add_noise(
 def to_data(
   process: Process, x_t: Float[Array, "b ..."], *, prediction: Float[Array, "b ..."], t: Int[Array, "b"]
 ) -> Float[Array, "b ..."]:
-  """x_0 from what the network predicts, the data or the noise (appendix, Table 2): of noise ε it is, in f32,
+  """Compute x_0 from what the network predicts, the data or the noise (appendix, Table 2): of noise ε it is, in f32,
   (x_t − √(1 − ᾱ) ε) / (γ √ᾱ)."""
   if process.target == "data":
     return prediction

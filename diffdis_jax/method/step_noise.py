@@ -36,7 +36,7 @@ class StepNoise:
 
 
 def sample_noise(keys: Keys, batch: AnyBatch, *, network: Network, loss: Loss, sample_posterior: bool) -> StepNoise:
-  """The random choices for a batch.
+  """Sample the random choices for a batch.
 
   Args:
     keys: by the names of `StepNoise`.
@@ -72,9 +72,9 @@ def sample_noise(keys: Keys, batch: AnyBatch, *, network: Network, loss: Loss, s
 def query_noise(
   key: Key[Array, "*b"], *, num_noise_samples: int, places: Int[Array, "b"], width: int
 ) -> Float[Array, "{num_noise_samples} b {width}"]:
-  """e_T ~ N(0, I) of the images at these places in their data set, by one key or by each image's own."""
+  """Sample e_T ~ N(0, I) of the images at these places in their data set, by one key or by each image's own."""
 
-  # Of key, sample and place alone, so that an image's score does not depend on the batch in which it is computed.
+  # Noise follows from key, sample and place alone, so that an image's score does not depend on the batch around it.
   def noise(sample: Int[Array, ""], key: Key[Array, ""], place: Int[Array, ""]) -> Float[Array, "d"]:
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, sample), place), (width,))
 
@@ -87,8 +87,8 @@ def query_noise(
 def noise_at(
   key: PRNGKeyArray, t: Int[Array, ""], *, sample: Int[Array, ""], places: Int[Array, "b"], network: Network
 ) -> StepNoise:
-  """The choices for the images at these places in their data set when a loss is measured: t_z = t_e = t, noise of key,
-  sample and place alone, nothing dropped, and the posterior's mode."""
+  """Return the choices for the images at these places in their data set when a loss is measured: t_z = t_e = t, noise
+  of key, sample and place alone, nothing dropped, and the posterior's mode."""
   rows = jnp.full(places.shape, t, jnp.int32)
   kept = jnp.zeros(places.shape, bool)
 

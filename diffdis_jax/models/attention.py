@@ -31,7 +31,7 @@ _FORCED: contextvars.ContextVar[str] = contextvars.ContextVar("forced", default=
 
 @contextlib.contextmanager
 def standing_in_for(platform: str) -> Iterator[None]:
-  """Around what is traced for devices that stand in for others, of this platform."""
+  """Trace what is within for devices that stand in for others, of this platform."""
   token = _STOOD_FOR.set(platform)
   try:
     yield
@@ -40,13 +40,13 @@ def standing_in_for(platform: str) -> Iterator[None]:
 
 
 def platform() -> str:
-  """What the code being traced will run on: the surrounding mesh's devices (sharding.tracing), or what they stand in
-  for; without a mesh the default."""
+  """Return what the code being traced will run on: the surrounding mesh's devices (sharding.tracing), or what they
+  stand in for; without a mesh the default."""
   return _STOOD_FOR.get() or _compiled_for()
 
 
 def _compiled_for() -> str:
-  """The platform whose compiler gets the code."""
+  """Return the platform whose compiler gets the code."""
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
   name = jax.default_backend() if device is None else device.platform
@@ -55,7 +55,7 @@ def _compiled_for() -> str:
 
 @contextlib.contextmanager
 def by(kernel: str) -> Iterator[None]:
-  """Around what is traced with this one of KERNELS wherever it can run, or with the fastest (AUTO)."""
+  """Trace what is within with this one of KERNELS wherever it can run, or with the fastest (AUTO)."""
   token = _FORCED.set(kernel)
   try:
     yield
@@ -64,7 +64,7 @@ def by(kernel: str) -> Iterator[None]:
 
 
 class Streams(NamedTuple):
-  """What the text token and the image tokens get from attention over both."""
+  """The results of attention over text token and image tokens together, split again by stream."""
 
   text: Float[Array, "b 1 h d"]
   image: Float[Array, "b n h d"]
@@ -100,9 +100,9 @@ def _attend_at_once(q: Array, k: Array, v: Array, mask: Array | None, with_lse: 
 
 
 def _attend_forward(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> attention_tpu.Forward:
-  """Weights, not scores, are kept for the backward pass, in the compute dtype. A column of ones beside v sums them in
-  the same product, and only its result is divided by the sum: at 1024 tokens, passes over scores and weights are what
-  attention costs."""
+  """Compute attention, and keep weights, not scores, for the backward pass, in the compute dtype. A column of ones
+  beside v sums them in the same product, and only its result is divided by the sum: at 1024 tokens, passes over scores
+  and weights are what attention costs."""
 
   def scores_of(q: Array) -> Array:
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=F32) * (1.0 / math.sqrt(q.shape[-1]))
@@ -171,7 +171,8 @@ def _attend_on_tpu(q: Array, k: Array, v: Array, mask: Array | None, with_lse: b
 
 
 def _attend_by_cudnn(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> Attended:
-  """Its gradient takes even numbers of tokens alone; an odd one gets one more, which the true lengths leave out."""
+  """Compute attention by cuDNN. Its gradient takes even numbers of tokens alone; an odd one gets one more, which the
+  true lengths leave out."""
   del mask, with_lse
   n, m = q.shape[1], k.shape[1]
   lengths: dict[str, Any] = {}
@@ -241,7 +242,8 @@ KERNELS = {
 
 
 def _choose(q: Array, k: Array, mask: Array | None, *, with_lse: bool = False) -> Kernel:
-  """The one asked for (`by`) where it can run, else the first that is fast on the platform that is traced for.
+  """Return the kernel that was asked for (`by`) where it can run, else the first that is fast on the platform that is
+  traced for.
 
   Raises:
     UserError: one is asked for that this platform's compiler does not know.
@@ -272,8 +274,8 @@ def merge_extra_key(
   k: Float[Array, "b 1 h d"],
   v: Float[Array, "b 1 h d"],
 ) -> Float[Array, "b n h d"]:
-  """What attention over one more key would have given, exactly: softmax of [scores, s] is a mean of the two parts
-  weighed by the sigmoid of s - lse. The other keys' number, a power of two on images, stays what it is."""
+  """Compute what attention over one more key would have given, exactly: softmax of [scores, s] is a mean of the two
+  parts weighed by the sigmoid of s - lse. The other keys' number, a power of two on images, stays what it is."""
   # Its share of the whole denominator: e^s / (e^lse + e^s) = sigmoid(s - lse), which cannot overflow.
   score = jnp.sum(q.astype(F32) * k.astype(F32), axis=-1) / math.sqrt(q.shape[-1])
   weight = jax.nn.sigmoid(score - lse)[..., None]
@@ -286,7 +288,7 @@ def attend_with_one_more(
   v: Float[Array, "b m h d"],
   more: Projected,
 ) -> Float[Array, "b n h d"]:
-  """Attention to the keys of `k` and to the one of `more`, exactly, by whatever the kernel can do."""
+  """Compute attention to the keys of `k` and to the one of `more`, exactly, by whatever the kernel can do."""
   if _choose(q, k, None).has_lse:
     attended, lse = attend_with_lse(q, k, v)
     assert lse is not None  # as asked for
@@ -296,7 +298,7 @@ def attend_with_one_more(
 
 
 def attend_together(text: Projected, image: Projected) -> Streams:
-  """Attention over the tokens [text, image], split again by stream.
+  """Compute attention over the tokens [text, image], split again by stream.
 
   Without the concatenation: each stream attends to the image tokens, and the text token's key is merged in exactly
   (`merge_extra_key`). So the image tokens' number stays a power of two, which fills a TPU's tiles; n + 1 would not.

@@ -30,27 +30,28 @@ LANES, SUBLANES = 128, 8
 LOG2_E = math.log2(math.e)  # the chip has exp2; so logarithms are to base 2 in here
 # Scores of one head at a time, and of all heads of one turn: 4 MiB in f32, of which a turn holds about four.
 MAX_SCORES = 2**20
-# Of a head's keys, channels times tokens; of these, of values and of their gradients the backward kernel holds about
-# eight copies beside the scores, two of them f32.
+# The most channels times tokens of a head's keys. The backward kernel holds about eight copies of keys, values and
+# their gradients beside the scores, two of them f32.
 MAX_KEYS = 2**19
 VMEM_BYTES = 48 * 2**20
 LEAST = -1e30  # the score of a key that is only padding; its exponential is 0, and it is no infinity
 
 
 class Blocks(NamedTuple):
-  """What one turn of a kernel works on: so many heads, queries of each, and all keys."""
+  """The work of one turn of a kernel: so many heads, queries of each, and all keys."""
 
   heads: int
   queries: int
 
 
 def is_possible(n: int, m: int, d: int) -> bool:
-  """Whether the kernel takes n queries, m keys and heads of d channels: where all keys fit on the chip."""
+  """Tell whether the kernel takes n queries, m keys and heads of d channels: where all keys fit on the chip."""
   return n >= 1 and d % SUBLANES == 0 and _filled(m, LANES) * d <= MAX_KEYS and _filled(m, LANES) * LANES <= MAX_SCORES
 
 
 def choose_blocks(n: int, m: int, h: int) -> Blocks:
-  """The largest blocks that divide n queries and h heads, within MAX_SCORES scores; n and m are multiples of 128."""
+  """Return the largest blocks that divide n queries and h heads, within MAX_SCORES scores; n and m are multiples of
+  128."""
 
   def largest(whole: int, unit: int, limit: int) -> int:
     return max(size for size in range(unit, max(min(limit, whole), unit) + 1, unit) if whole % size == 0)
@@ -63,7 +64,7 @@ def choose_blocks(n: int, m: int, h: int) -> Blocks:
 def attend_with_lse(
   q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"], *, interpret: bool = False
 ) -> Attended:
-  """softmax(q k / √d) v, and the logarithm of each softmax's denominator, f32; both have gradients.
+  """Compute softmax(q k / √d) v, and the logarithm of each softmax's denominator, f32; both have gradients.
 
   On the mesh that is traced for, every device works on its own rows and heads.
 
@@ -76,14 +77,14 @@ def attend_with_lse(
 
 
 class _Out(NamedTuple):
-  """What the forward kernel writes: the result [b, h, d, n], and lse to base 2, f32 [b, h, 1, n]."""
+  """The forward kernel's outputs: the result [b, h, d, n], and lse to base 2, f32 [b, h, 1, n]."""
 
   out: Array
   lse: Array
 
 
 class Forward(NamedTuple):
-  """What JAX's custom_vjp takes of a forward pass: its result, and what the backward pass gets to see."""
+  """A forward pass as JAX's custom_vjp takes it: its result, and what the backward pass gets to see."""
 
   result: Any
   kept: tuple[Array, ...]
@@ -159,7 +160,8 @@ class _Call:
     interpret: bool,
     scratch: Any = (),
   ) -> Any:
-    """The kernel, to be called with arrays; `outputs` are pairs of a block and an array of the result's shape."""
+    """Return the kernel, to be called with arrays; `outputs` are pairs of a block and an array of the result's
+    shape."""
     shapes = [jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs]
 
     def called(*arrays: Array) -> Any:
@@ -190,7 +192,8 @@ class _Call:
 def _forward_kernel(
   q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, lse_ref: Any, *, scale: float, num_queries: int, num_keys: int
 ):
-  """All refs are [1, heads, channels, tokens]. A query beyond the last one harms no other."""
+  """Write one block's result and lse. All refs are [1, heads, channels, tokens]. A query beyond the last one harms no
+  other."""
   del num_queries
   for head in range(q_ref.shape[1]):
     v = _keys(num_keys, v_ref, head)
@@ -224,7 +227,8 @@ def _backward_kernel(
   num_queries: int,
   num_keys: int,
 ):
-  """Weights are computed again from scores and lse. d softmax: w (g·v - g·out), and w for lse, here to base 2."""
+  """Write one block's gradients. Weights are computed again from scores and lse. d softmax: w (g·v - g·out), and w for
+  lse, here to base 2."""
   block = pl.program_id(2)
   first = block * q_ref.shape[3]
 
@@ -254,12 +258,12 @@ def _backward_kernel(
 
 
 def _keys(num_keys: int, ref: Any, head: int) -> Array:
-  """This head's keys, or values, as many as fill sublanes, [d, m]."""
+  """Return this head's keys, or values, as many as fill sublanes, [d, m]."""
   return _up_to(num_keys, ref[0, head, :, : _filled(num_keys, SUBLANES)])
 
 
 def _up_to(count: int, x: Array, first: Any = 0) -> Array:
-  """x [d, tokens], whose tokens are numbered from `first` on, with zeros from number `count` on."""
+  """Return x [d, tokens], whose tokens are numbered from `first` on, with zeros from number `count` on."""
   if count % x.shape[1] == 0:  # all blocks are full
     return x
   numbers = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
@@ -267,11 +271,10 @@ def _up_to(count: int, x: Array, first: Any = 0) -> Array:
 
 
 def _products(q: Array, k: Array, num_keys: int) -> Array:
-  """f32 [m, n]: scores before their scale, which they get in f32. Queries scaled in bf16 would be rounded once more: a
-  score of 60 would be off by 0.1. The scale passes nothing through memory, since scores never leave the chip. It is one
-  product a score beside the matrix units' work: by the compilers' schedules 3 % more cycles forwards at 1024 keys, less
-  at fewer, and none backwards.
-  """
+  """Compute scores before their scale, f32 [m, n]; they get the scale in f32. Queries scaled in bf16 would be rounded
+  once more: a score of 60 would be off by 0.1. The scale passes nothing through memory, since scores never leave the
+  chip. It is one product a score beside the matrix units' work: by the compilers' schedules 3 % more cycles forwards at
+  1024 keys, less at fewer, and none backwards."""
   products = _dot(k, q, 0, 0)
   if num_keys == k.shape[1]:
     return products
@@ -279,7 +282,8 @@ def _products(q: Array, k: Array, num_keys: int) -> Array:
 
 
 def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
-  """f32 product of two matrices over these axes. Kernels know no `high` precision, only what lies below and above."""
+  """Compute the f32 product of two matrices over these axes. Kernels know no `high` precision, only what lies below and
+  above."""
   config: Any = jax.config
   precision = jax.lax.Precision.HIGHEST if config.jax_default_matmul_precision == "high" else None
   contracted = (((of_a,), (of_b,)), ((), ()))
@@ -292,5 +296,5 @@ def _row_of(q: Array) -> jax.ShapeDtypeStruct:
 
 
 def _filled(tokens: int, unit: int) -> int:
-  """The next number of tokens that fills lanes, or sublanes."""
+  """Return the next number of tokens that fills lanes, or sublanes."""
   return -(-tokens // unit) * unit

@@ -122,7 +122,7 @@ class Autoencoder(nnx.Module):
     self.scale = LatentStatistic(jnp.full((latent_channels,), size.scale, jnp.float32))
 
   def encode(self, x: Float[Array, "b H W 3"]) -> Posterior:
-    """Posterior over latents, f32. Log-variances are clipped to [-30, 20] as in Stable Diffusion."""
+    """Return the posterior over latents, f32. Log-variances are clipped to [-30, 20] as in Stable Diffusion."""
     # Channels before patches, so that each colour's pixels lie side by side, as the decoder unfolds them.
     h = self.conv_in(rearrange(x, "b (h p) (w q) c -> b h w (c p q)", p=self.patch, q=self.patch))
     for level in self.down:
@@ -132,7 +132,7 @@ class Autoencoder(nnx.Module):
     return Posterior(mean=mean, log_variance=jnp.clip(log_variance, -30.0, 20.0))
 
   def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
-    """Image from an unscaled latent, f32, not clipped."""
+    """Return the image of an unscaled latent, f32, not clipped."""
     # Nothing is clipped to [-1, 1]: the reconstruction's loss needs its gradient beyond, too.
     h = self.decoder_middle(self.decoder_in(self.post_quant(latent)))
     for level in self.up:
@@ -149,13 +149,13 @@ class Autoencoder(nnx.Module):
 
 
 def sample_posterior(posterior: Posterior, key: jax.Array | None) -> Float[Array, "b h w c"]:
-  """A sample from the posterior, or its mode where `key` is None."""
+  """Return a sample from the posterior, or its mode where `key` is None."""
   noise = None if key is None else jax.random.normal(key, posterior.mean.shape, jnp.float32)
   return at_noise(posterior, noise)
 
 
 def at_noise(posterior: Posterior, noise: Float[Array, "b h w c"] | None) -> Float[Array, "b h w c"]:
-  """What `noise`, sampled from N(0, I), stands for in the posterior; its mode where that is None."""
+  """Return the posterior's sample that belongs to `noise` from N(0, I); its mode where that is None."""
   if noise is None:
     return posterior.mean
   return posterior.mean + jnp.exp(0.5 * posterior.log_variance) * noise

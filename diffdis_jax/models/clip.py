@@ -27,20 +27,20 @@ from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import EPS, BlockMaker, DownLevel
 from diffdis_jax.structs import TextCondition
 
-# Of CLIP's own training images (OpenAI's release): RGB pixels in [0, 1].
+# Statistics of CLIP's own training images (OpenAI's release): RGB pixels in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalise(image: UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
-  """Pixels of 0 to 255, u8 or f32, to zero mean and unit variance, by CLIP's statistics."""
+  """Bring pixels of 0 to 255, u8 or f32, to zero mean and unit variance, by CLIP's statistics."""
   # On the device and in f32: on the host a batch would be four times the bytes to move.
   scale, shift = (jnp.asarray(value, jnp.float32) for value in (PIXEL_STD, PIXEL_MEAN))
   return (image.astype(jnp.float32) / 255.0 - shift) / scale
 
 
 def resize_positions(positions: Float[Array, "n d"], *, rows: int, columns: int) -> Float[Array, "m d"]:
-  """Learned positions of a square grid of patches for another grid, as open_clip's resize_pos_embed has them.
+  """Resize learned positions of a square grid of patches for another grid, as open_clip's resize_pos_embed does.
 
   Bicubic, antialiased where the grid becomes smaller. The first position, the class token's, stays.
   """
@@ -52,7 +52,7 @@ def resize_positions(positions: Float[Array, "n d"], *, rows: int, columns: int)
 
 
 def mean_parts(x: Float[Array, "b h w c"], parts: int) -> Float[Array, "b d"]:
-  """Means over parts x parts boxes of a map, one after another."""
+  """Compute means over parts x parts boxes of a map, one after another."""
   return reduce(x, "b (i h) (j w) c -> b (i j c)", "mean", i=parts, j=parts)
 
 
@@ -85,8 +85,8 @@ class VisionEncoder(nnx.Module):
       self.map_out = dense(size.spatial_pool**2 * width, size.projection)
 
   def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
-    """Embeddings of normalised images, f32, of any length. Images of another size than the positions' get interpolated
-    ones.
+    """Return embeddings of normalised images, f32, of any length. Images of another size than the positions' get
+    interpolated ones.
 
     Raises:
       UserError: patches do not tile the images.
@@ -100,7 +100,7 @@ class VisionEncoder(nnx.Module):
     h = self.pre_norm(jnp.concatenate([start, tokens], axis=1) + positions.astype(self.dtype))
     for layer in self.layers:
       h = run_block(lambda layer, h: layer(h), layer, h, remat=self.remat)
-    # Of the class token alone, so that the norm and the projection leave out all patches.
+    # The class token alone goes on, so that the norm and the projection leave out all patches.
     query = self.projection(self.norm(h[:, :1]))[:, 0].astype(jnp.float32)
     if not self.spatial_pool:
       return query
@@ -133,7 +133,7 @@ class ConvolutionalEncoder(nnx.Module):
       self.map_out = dense(size.spatial_pool**2 * widths[-1], size.projection)
 
   def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
-    """Embeddings of normalised images, f32, of any length.
+    """Return embeddings of normalised images, f32, of any length.
 
     Raises:
       UserError: the tower's patches and levels do not halve the images evenly.
@@ -150,7 +150,7 @@ class ConvolutionalEncoder(nnx.Module):
 
 
 def check_tiles(x: Float[Array, "b H W 3"], stride: int) -> None:
-  """Raises UserError for images that boxes of this side do not tile."""
+  """Raise UserError for images that boxes of this side do not tile."""
   height, width = x.shape[1:3]
   if height % stride or width % stride:
     raise UserError(
@@ -182,7 +182,7 @@ class Clip(nnx.Module):
     self.logit_scale = nnx.Param(jnp.asarray(math.log(temperature), jnp.float32))
 
   def encode_image(self, image: UInt8[Array, "b H W 3"]) -> Float[Array, "b d"]:
-    """L2-normalised embeddings, f32.
+    """Return L2-normalised embeddings, f32.
 
     Raises:
       UserError: patches do not tile the images.
@@ -191,13 +191,13 @@ class Clip(nnx.Module):
     return query * jax.lax.rsqrt(jnp.sum(query**2, axis=-1, keepdims=True) + 1e-12)
 
   def encode_text(self, tokens: Int[Array, "b l"]) -> TextCondition:
-    """The condition, which CLIP does not use, and the L2-normalised embedding e."""
+    """Return the condition, which CLIP does not use, and the L2-normalised embedding e."""
     return self.text_encoder(tokens)
 
 
 class Start(NamedTuple):
-  """What a parameter is sampled from: "normal" of this deviation, "uniform" within ± this bound, "fan_in" within ± this
-  over the root of the kernel's fan-in, or "constant"."""
+  """The distribution that a parameter is sampled from: "normal" of this deviation, "uniform" within ± this bound,
+  "fan_in" within ± this over the root of the kernel's fan-in, or "constant"."""
 
   kind: str
   value: float
@@ -205,7 +205,7 @@ class Start(NamedTuple):
 
 Rules = tuple[tuple[str, Start], ...]
 
-# Of both towers.
+# Rules for both towers.
 COMMON: Rules = (
   (r"norm\.scale$", Start("constant", 1.0)),
   (r"norm\.bias$|\.(q|k|v|out)\.bias$", Start("constant", 0.0)),
@@ -213,7 +213,7 @@ COMMON: Rules = (
 
 
 def initialise(key: jax.Array, shapes: Params, model: ClipModel) -> Params:
-  """Fresh parameters f32, each sampled with a key of its own.
+  """Return fresh parameters, f32, each sampled with a key of its own.
 
   Raises:
     UserError: a parameter that no rule matches.
@@ -237,7 +237,8 @@ def _draw(key: jax.Array, shape: tuple[int, ...], start: Start) -> Float[Array, 
 
 
 def _text(size: TextEncoderSize) -> Rules:
-  """Residual branches start the smaller the more of them there are. Only the biases of the MLP are PyTorch's."""
+  """Return the text tower's rules. Residual branches start the smaller the more of them there are. Only the biases of
+  the MLP are PyTorch's."""
   spread, residual = size.width**-0.5, (2 * size.depth) ** -0.5
   return (
     (r"^text_encoder\.tokens\.", Start("normal", 0.02)),
@@ -254,7 +255,8 @@ def _text(size: TextEncoderSize) -> Rules:
 
 
 def _vision(size: VisionEncoderSize) -> Rules:
-  """PyTorch's defaults are uniform: within ± fan_in^-1/2, and by Xavier's rule over q, k and v as one matrix."""
+  """Return the vision tower's rules, PyTorch's defaults. They are uniform: within ± fan_in^-1/2, and by Xavier's rule
+  over q, k and v as one matrix."""
   spread = size.last_width**-0.5
   return (
     # Not CLIP's: a convolutional tower, and a head over parts whose output has the class token's spread.

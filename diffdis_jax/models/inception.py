@@ -24,17 +24,17 @@ CLASSES = 1008  # of the classifier after the features, which FID does without
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-  """3 x 3 with stride 2, of whole windows."""
+  """Pool by the maximum, 3 x 3 with stride 2, of whole windows."""
   return nnx.max_pool(x, (3, 3), strides=(2, 2))
 
 
 def max_pool_same(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-  """3 x 3 with stride 1, over what of the window lies in the image."""
+  """Pool by the maximum, 3 x 3 with stride 1, over what of the window lies in the image."""
   return nnx.max_pool(x, (3, 3), strides=(1, 1), padding="SAME")
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-  """3 x 3 with stride 1, over what of the window lies in the image: padding does not count."""
+  """Pool by the mean, 3 x 3 with stride 1, over what of the window lies in the image: padding does not count."""
   return nnx.avg_pool(x, (3, 3), strides=(1, 1), padding="SAME", count_include_pad=False)
 
 
@@ -56,12 +56,12 @@ class ConvNorm(nnx.Module):
 
 
 def side_by_side(*branches: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
-  """Along the channels."""
+  """Join maps along the channels."""
   return jnp.concatenate(branches, axis=-1)
 
 
 class BlockA(nnx.Module):
-  """Of 35 x 35; `pool`: channels of the pooled branch."""
+  """A block of maps of 35 x 35; `pool`: channels of the pooled branch."""
 
   def __init__(self, din: int, *, pool: int, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -83,7 +83,7 @@ class BlockA(nnx.Module):
 
 
 class BlockB(nnx.Module):
-  """From 35 x 35 to 17 x 17."""
+  """The block that takes maps from 35 x 35 to 17 x 17."""
 
   def __init__(self, din: int, *, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -101,7 +101,7 @@ class BlockB(nnx.Module):
 
 
 class BlockC(nnx.Module):
-  """Of 17 x 17; `width`: channels of the long kernels."""
+  """A block of maps of 17 x 17; `width`: channels of the long kernels."""
 
   def __init__(self, din: int, *, width: int, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -127,7 +127,7 @@ class BlockC(nnx.Module):
 
 
 class BlockD(nnx.Module):
-  """From 17 x 17 to 8 x 8."""
+  """The block that takes maps from 17 x 17 to 8 x 8."""
 
   def __init__(self, din: int, *, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -147,7 +147,7 @@ class BlockD(nnx.Module):
 
 
 class BlockE(nnx.Module):
-  """Of 8 x 8; `last`: pools by the maximum."""
+  """A block of maps of 8 x 8; `last`: pools by the maximum."""
 
   def __init__(self, din: int, *, last: bool, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -176,7 +176,7 @@ class BlockE(nnx.Module):
 
 
 class Inception(nnx.Module):
-  """21,785,568 parameters, the norms' statistics not counted."""
+  """The whole network, of 21,785,568 parameters, the norms' statistics not counted."""
 
   def __init__(self, *, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -198,7 +198,7 @@ class Inception(nnx.Module):
     self.mixed_7c = BlockE(2048, last=True, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b 299 299 3"]) -> Float[Array, "b 2048"]:
-    """Features of images in f32, (value - 128) / 128."""
+    """Return the features of images in f32, (value - 128) / 128."""
     x = max_pool(self.conv2d_2b_3x3(self.conv2d_2a_3x3(self.conv2d_1a_3x3(x))))
     x = max_pool(self.conv2d_4a_3x3(self.conv2d_3b_1x1(x)))
     x = self.mixed_6a(self.mixed_5d(self.mixed_5c(self.mixed_5b(x))))

@@ -27,7 +27,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def by_rows(f: Callable[[Array], Array], x: Float[Array, "*rows d"]) -> Float[Array, "*rows e"]:
-  """f(x), of which no row depends on another; on a CPU with all rows along one axis.
+  """Compute f(x), of which no row depends on another; on a CPU with all rows along one axis.
 
   A kernel's gradient sums over rows. Over two axes XLA's CPU compiler copies one factor first and then takes a product
   that is 3 to 4 times slower. On a TPU joining the axes would itself be a copy, where tokens do not fill its tiles.
@@ -47,7 +47,7 @@ class Linear(nnx.Linear):
 def linear(
   din: int, dout: int, *, dtype: DTypeLike, rngs: nnx.Rngs, use_bias: bool = True, init_scale: float = 1.0
 ) -> Linear:
-  """Its kernel starts as `init_scale` times LeCun's normal."""
+  """Return a linear layer whose kernel starts as `init_scale` times LeCun's normal."""
 
   def kernel_init(*args: Any) -> Array:
     return init_scale * nnx.initializers.lecun_normal()(*args)
@@ -62,7 +62,8 @@ def convolve(
   padding: Sequence[tuple[int, int]],
   **settings: Any,
 ) -> Float[Array, "b h_out w_out d"]:
-  """`jax.lax.conv_general_dilated`; on a CPU, of few positions or of patches that do not overlap, as one product.
+  """Compute `jax.lax.conv_general_dilated`; on a CPU, of few positions or of patches that do not overlap, as one
+  product.
 
   XLA's CPU compiler turns the kernel over for the gradient of x, which of a large one takes longer than the product,
   and an image smaller than the kernel it convolves by plain loops.
@@ -75,7 +76,7 @@ def convolve(
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
 
   def met(axis: int, offset: int) -> slice:
-    """Along an axis, the positions that an offset into the kernel meets."""
+    """Return the positions along an axis that an offset into the kernel meets."""
     return slice(offset, offset + (sides[axis] - 1) * strides[axis] + 1, strides[axis])
 
   # In the order of the kernel's own axes, so that reshaping it copies nothing.
@@ -95,7 +96,7 @@ def conv(
   padding: str | tuple = "SAME",
   use_bias: bool = True,
 ) -> nnx.Conv:
-  """Convolution with PyTorch's symmetric padding: (size - 1) / 2 on either side, whatever the stride."""
+  """Return a convolution with PyTorch's symmetric padding: (size - 1) / 2 on either side, whatever the stride."""
   # Flax's own "SAME" pads a stride of 2 on one side alone, and images would be shifted by a pixel against PyTorch's.
   if padding == "SAME":
     padding = ((size // 2, size // 2),) * 2
@@ -104,8 +105,8 @@ def conv(
 
 
 def variance(x: Float[Array, "..."], mean: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
-  """Variance over `axes`, f32: of f32 inputs in a second pass over them; of bf16 ones, whose own rounding is larger
-  than what is lost, from sums that one pass takes together with the mean's."""
+  """Compute the variance over `axes`, f32: of f32 inputs in a second pass over them; of bf16 ones, whose own rounding
+  is larger than what is lost, from sums that one pass takes together with the mean's."""
   x32 = x.astype(F32)
   if x.dtype == F32:
     return jnp.square(x32 - mean).mean(axes, keepdims=True)
@@ -183,7 +184,7 @@ class Attention(nnx.Module):
     self.out = linear(width, width, dtype=dtype, rngs=rngs)
 
   def project(self, x: Float[Array, "b n d"], context: Float[Array, "b m c"] | None = None) -> Projected:
-    """q, k and v, each [b, n, heads, d / heads]."""
+    """Return q, k and v, each [b, n, heads, d / heads]."""
     context = x if context is None else context
     # Named for remat's `attention`, which computes all else again but not these three products.
     q, k, v = (checkpoint_name(y, remat.ATTENTION_INPUTS) for y in (self.q(x), self.k(context), self.v(context)))
@@ -191,7 +192,7 @@ class Attention(nnx.Module):
     return Projected(heads(q), heads(k), heads(v))
 
   def output(self, attended: Float[Array, "b n h d"]) -> Float[Array, "b n h*d"]:
-    """The heads side by side, through the last projection."""
+    """Send the heads, side by side, through the last projection."""
     return self.out(rearrange(attended, "b n h d -> b n (h d)"))
 
   def __call__(
@@ -224,7 +225,7 @@ class GEGLU(nnx.Module):
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """CLIP's activation."""
+  """Compute CLIP's activation."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -259,7 +260,8 @@ class TransformerLayer(nnx.Module):
 
 
 def sinusoidal(t: Int[Array, "b"], width: int) -> Float[Array, "b d"]:
-  """Sinusoidal embedding of timesteps as in Stable Diffusion: [cos, sin], frequencies 10000^(-i / (width / 2)), f32."""
+  """Compute the sinusoidal embedding of timesteps as in Stable Diffusion: [cos, sin], frequencies 10000^(-i / (width /
+  2)), f32."""
   # In f32 whatever the compute dtype: bf16 keeps 8 bits of an angle up to 1000. Cosines first, by diffusers'
   # `flip_sin_to_cos`.
   half = width // 2

@@ -1,4 +1,4 @@
-"""The language-guided head of VL-LTR (Tian et al., ECCV 2022): what classifies images after long-tailed stage 1."""
+"""The language-guided head of VL-LTR (Tian et al., ECCV 2022), which classifies images after long-tailed stage 1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXACT = jax.lax.Precision.HIGHEST  # of products: left to themselves, TPUs multi
 
 @struct.dataclass
 class ClassLogits:
-  """What the two branches say of each image."""
+  """The two branches' logits of each image."""
 
   visual: Float[AnyArray, "b k"]
   language: Float[AnyArray, "b k"]
@@ -55,7 +55,8 @@ class LanguageGuidedHead(nnx.Module):
     self.anchors = nnx.Param(jnp.zeros((classes, anchors, width), jnp.float32))
 
   def __call__(self, f: Float[Array, "b d"], logit_scale: Float[Array, ""]) -> ClassLogits:
-    """V: fc2(relu(fc1(f))).  L: exp(logit_scale) · cos(f, g_c), g_c = softmax(Wq LN(f) · Wk LN(T_c) / √d) T_c."""
+    """Compute V: fc2(relu(fc1(f))), and L: exp(logit_scale) · cos(f, g_c), g_c = softmax(Wq LN(f) · Wk LN(T_c) / √d)
+    T_c."""
     f = f.astype(jnp.float32)
     visual = self.fc2(jax.nn.relu(self.fc1(f)))
     sentences = self.anchors[...]
@@ -74,12 +75,12 @@ def _identity(key: PRNGKeyArray, shape: Sequence[int], dtype: DTypeLike = jnp.fl
 
 
 def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-  """x / ‖x‖₂ over the last axis; finite for 0."""
+  """Compute x / ‖x‖₂ over the last axis; finite for 0."""
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), _MIN_SQUARE))
 
 
 def mixed_prediction(logits: Float[Array, "2 b k"], visual_share: float) -> Float[Array, "b k"]:
-  """a · softmax(V) + (1 − a) · softmax(L): the class with the most of it is the answer (VL-LTR's a: 0.2).
+  """Compute a · softmax(V) + (1 − a) · softmax(L): the class with the most of it is the answer (VL-LTR's a: 0.2).
 
   Args:
     logits: of the visual branch, then of the language branch.

@@ -28,7 +28,7 @@ _KEEPS_ALL: contextvars.ContextVar[bool] = contextvars.ContextVar("keeps_all", d
 
 @contextlib.contextmanager
 def keeping_all() -> Iterator[None]:
-  """Around what is traced with nothing computed twice, whatever a network's `remat` says."""
+  """Trace what is within with nothing computed twice, whatever a network's `remat` says."""
   token = _KEEPS_ALL.set(True)
   try:
     yield
@@ -37,7 +37,7 @@ def keeping_all() -> Iterator[None]:
 
 
 def run_block(f: Callable[..., Any], block: nnx.Module, *args: Any, remat: str) -> Any:
-  """f(block, *args), of which the backward pass keeps what `remat`, a key of REMAT_POLICIES, says.
+  """Compute f(block, *args), of which the backward pass keeps what `remat`, a key of REMAT_POLICIES, says.
 
   Not by nnx.remat, which writes parameters back, and so cannot stand inside a sampler's loop.
   """
@@ -52,7 +52,7 @@ def run_block(f: Callable[..., Any], block: nnx.Module, *args: Any, remat: str) 
 
 @jax.custom_vjp
 def _gradients_together(x: Any) -> Any:
-  """x, none of whose gradients is there before all are.
+  """Return x, none of whose gradients is there before all are.
 
   Else XLA's compiler for GPUs puts off the products for the gradients of parameters until the backward pass is through
   all blocks, and holds what they multiply, which was to be computed again to save memory. What TPUs' does was not

@@ -8,12 +8,12 @@ from diffdis_jax.config.model import ClipModel, Model
 
 
 def sd_v1() -> ConfigDict:
-  """Stable Diffusion v1 with CLIP ViT-L/14's text tower: 859,520,964 + 83,653,863 + 123,060,480 parameters."""
+  """Return Stable Diffusion v1 with CLIP ViT-L/14's text tower: 859,520,964 + 83,653,863 + 123,060,480 parameters."""
   return _section_of(Model())
 
 
 def small() -> ConfigDict:
-  """A few million parameters, f32, for 32 px images on a CPU."""
+  """Return a network of a few million parameters, f32, for 32 px images on a CPU."""
   model = sd_v1()
   model.dtype = "float32"
   model.unet.update(widths=(32, 64), attention=(True, True), depth=1, num_heads=4, groups=8)
@@ -26,7 +26,7 @@ def small() -> ConfigDict:
 
 
 def medium() -> ConfigDict:
-  """For 32 px images with detail, still on a CPU: finer latents (16 x 16) and a third level."""
+  """Return a network for 32 px images with detail, still on a CPU: finer latents (16 x 16) and a third level."""
   model = small()
   model.unet.update(widths=(32, 64, 128), attention=(False, True, True))
   model.alignment.update(width=128, depth=2)
@@ -36,12 +36,13 @@ def medium() -> ConfigDict:
 
 
 def clip_vit_l14() -> ConfigDict:
-  """The CLIP baseline of the paper's Table 1, ViT-L/14: 303,966,208 + 123,650,304 + 1 parameters, as OpenAI's."""
+  """Return the CLIP baseline of the paper's Table 1, ViT-L/14: 303,966,208 + 123,650,304 + 1 parameters, as
+  OpenAI's."""
   return _section_of(ClipModel())
 
 
 def clip_vit_b32() -> ConfigDict:
-  """The smaller CLIP baseline of Table 1, ViT-B/32: 87,849,216 + 63,428,096 + 1 parameters."""
+  """Return the smaller CLIP baseline of Table 1, ViT-B/32: 87,849,216 + 63,428,096 + 1 parameters."""
   model = clip_vit_l14()
   model.text_encoder.update(width=512, num_heads=8, mlp_width=2048, projection=512)
   model.vision_encoder.update(patch=32, width=768, depth=12, num_heads=12, mlp_width=3072, projection=512)
@@ -49,7 +50,8 @@ def clip_vit_b32() -> ConfigDict:
 
 
 def clip_small() -> ConfigDict:
-  """A CLIP model of a few million parameters, f32, for 32 px images on a CPU; its text tower is that of `small`."""
+  """Return a CLIP model of a few million parameters, f32, for 32 px images on a CPU; its text tower is that of
+  `small`."""
   model = clip_vit_b32()
   model.dtype = "float32"
   model.text_encoder.update(small().text_encoder, projection=96)
@@ -58,7 +60,7 @@ def clip_small() -> ConfigDict:
 
 
 def clip_medium() -> ConfigDict:
-  """With the text tower of `medium`, and smaller patches."""
+  """Return a CLIP model with the text tower of `medium`, and smaller patches."""
   model = clip_small()
   model.text_encoder.update(medium().text_encoder, projection=128)
   model.vision_encoder.update(patch=4, width=128, depth=4, mlp_width=512, projection=128)
@@ -66,5 +68,5 @@ def clip_medium() -> ConfigDict:
 
 
 def _section_of(model: Model | ClipModel) -> ConfigDict:
-  """Without the head, which only a long-tailed run has."""
+  """Return a model's section without the head, which only a long-tailed run has."""
   return ConfigDict({name: value for name, value in dataclasses.asdict(model).items() if name != "head"})

@@ -17,7 +17,7 @@ from diffdis_jax.structs import TextCondition
 
 
 class TextEncoder(nnx.Module):
-  """Tokens to the text condition c and the text query e.
+  """A text tower from tokens to the text condition c and the text query e.
 
   c is the last hidden states after the final LayerNorm, Stable Diffusion v1's condition. e is c at the end-of-text
   token, optionally through CLIP's text projection, L2-normalised; which vector it is, is not stated by the paper.
@@ -45,7 +45,7 @@ class TextEncoder(nnx.Module):
     self.projection = linear(width, projection, use_bias=False, dtype=dtype, rngs=rngs) if projection else None
 
   def null_tokens(self, length: int) -> Int[Array, "1 l"]:
-    """The empty prompt: start of text, end of text, padding (which is the end-of-text token)."""
+    """Return the empty prompt: start of text, end of text, padding (which is the end-of-text token)."""
     return jnp.asarray([[self.bos_id] + [self.eos_id] * (length - 1)], jnp.int32)
 
   def __call__(self, tokens: Int[Array, "b l"]) -> TextCondition:
@@ -62,12 +62,12 @@ class TextEncoder(nnx.Module):
     return jnp.take(table.embedding[...], tokens, axis=0).astype(self.dtype)
 
   def with_query(self, c: Float[Array, "b l d"], tokens: Int[Array, "b l"]) -> TextCondition:
-    """c and the query e that belongs to it."""
+    """Return c and the query e that belongs to it."""
     query = self.query(c, tokens)
     return TextCondition(c=c, e=query * jax.lax.rsqrt(jnp.sum(query**2, axis=-1, keepdims=True) + 1e-12))
 
   def query(self, c: Float[Array, "b l d"], tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
-    """e before its normalisation, f32."""
+    """Return e before its normalisation, f32."""
     # Padding is the end-of-text token too, so the first one counts.
     end = jnp.argmax(tokens == self.eos_id, axis=1)
     query = jnp.take_along_axis(c, end[:, None, None], axis=1)[:, 0]

@@ -24,14 +24,14 @@ AttentionFn = Callable[[int, SpatialTransformer, Array, Array, Any], tuple[Array
 
 
 class AttentionOutput(NamedTuple):
-  """What an attention block gives: image features, and what its caller carries to the next block."""
+  """The result of an attention block: image features, and what its caller carries to the next block."""
 
   x: Float[Array, "b h w c"]
   carry: Any
 
 
 def image_only(index: int, block: SpatialTransformer, x: Array, c: Array, carry: Any) -> AttentionOutput:
-  """Stable Diffusion's own attention: there is no second stream."""
+  """Run Stable Diffusion's own attention: there is no second stream."""
   del index
   return AttentionOutput(block(x, c), carry)
 
@@ -51,7 +51,8 @@ class DownLevel(nnx.Module):
 
 
 class UpLevel(nnx.Module):
-  """As DownLevel, one block deeper, each residual block fed with a skip, then doubling of the resolution."""
+  """A level of the way up: like DownLevel, one block deeper, each residual block fed with a skip, then doubling of the
+  resolution."""
 
   def __init__(self, din: int, dout: int, skips: Sequence[int], *, attention: bool, upsample: bool, make: BlockMaker):
     # Each residual block eats one skip, beside what the block before it gives.
@@ -70,7 +71,7 @@ class Middle(nnx.Module):
 
 @struct.dataclass
 class BlockMaker:
-  """What all blocks of one UNet have in common."""
+  """The settings that all blocks of one UNet share."""
 
   num_heads: int
   context_width: int
@@ -106,7 +107,7 @@ class DownOutput:
 
 
 class UNet(nnx.Module):
-  """ε = UNet(z_t, t_z, c).
+  """Stable Diffusion's UNet, ε = UNet(z_t, t_z, c).
 
   Args:
     model: the sizes of it, and of the parts that c and z come from; `remat` is applied to each block.
@@ -146,7 +147,7 @@ class UNet(nnx.Module):
 
   @property
   def fused_widths(self) -> list[int]:
-    """Width of each attention block of the down path and the middle, in the order of use (SD v1: 6 + 1)."""
+    """Return the width of each attention block of the down path and the middle, in the order of use (SD v1: 6 + 1)."""
     blocks = [block for level in self.down for block in level.attentions] + [self.middle.attention]
     return [block.proj_in.out_features for block in blocks]
 
@@ -162,7 +163,7 @@ class UNet(nnx.Module):
     attention: AttentionFn = image_only,
     carry: Any = None,
   ) -> DownOutput:
-    """The first half. `attention` runs each attention block and hands `carry` from one to the next."""
+    """Run the first half. `attention` runs each attention block and hands `carry` from one to the next."""
     temb = self.time(t)
     h = self.conv_in(x)
     # A skip for each residual block and each change of resolution, the first convolution's before all.
@@ -184,7 +185,7 @@ class UNet(nnx.Module):
     return DownOutput(h=h, skips=tuple(skips), temb=temb, carry=carry)
 
   def up_path(self, down: DownOutput, c: Float[Array, "b l d"]) -> Float[Array, "b h w c"]:
-    """The second half. Returns f32."""
+    """Run the second half. Returns f32."""
     h, skips = down.h, list(down.skips)
     for level in self.up:
       for i, block in enumerate(level.resnets):

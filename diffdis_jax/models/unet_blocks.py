@@ -81,7 +81,7 @@ class SpatialTransformer(nnx.Module):
     return rearrange(self.proj_in(self.norm(x)), "b h w c -> b (h w) c")
 
   def to_image(self, tokens: Float[Array, "b n c"], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Tokens back to an image, added to the block's input `x`."""
+    """Turn tokens back into an image, added to the block's input `x`."""
     return x + self.proj_out(rearrange(tokens, "b (h w) c -> b h w c", h=x.shape[1]))
 
   def __call__(self, x: Float[Array, "b h w c"], c: Float[Array, "b l e"]) -> Float[Array, "b h w c"]:

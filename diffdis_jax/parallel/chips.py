@@ -1,4 +1,5 @@
-"""What accelerators can do, and which sets of them can be rented. Figures are the makers', per device of JAX."""
+"""The abilities of accelerators, and the sets of them that can be rented. Figures are the makers', per device of
+JAX."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from diffdis_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Charged:
-  """What the TPU compiler's `optimal_seconds` charges for a kernel by its declared cost: the longest of operations,
+  """The TPU compiler's charge (`optimal_seconds`) for a kernel by its declared cost: the longest of operations,
   transcendentals and bytes, at so many a second. Found by kernels of known cost (JAX 0.10.2, libtpu 0.0.42.1)."""
 
   flops: float
@@ -51,7 +52,7 @@ class Chip:
 
   @property
   def platform(self) -> str:
-    """JAX's name of what it belongs to."""
+    """Return JAX's name of the platform that the chip belongs to."""
     return "tpu" if self.kind.startswith("TPU") else "gpu"
 
 
@@ -78,7 +79,7 @@ _NVIDIA = {
   # White paper of the Ada architecture (2022), appendix A: 165.2 TFLOPS with sums in f32, 330.3 in f16; 1,008 GB/s.
   "rtx4090": Chip(165.2e12, 24 * GIB, 1.008e12, "NVIDIA GeForce RTX 4090", links=_PCIE_4),
 }
-# Of a TPU a bare name of JAX's, such as "TPU v5", is not its family but one chip of it: `lite` is said of the others.
+# A bare name of JAX's for a TPU, such as "TPU v5", is not its family but one chip of it; the others have `lite`.
 CHIPS = {
   "v4": Chip(
     *(275e12, 32 * GIB, 1.228e12, "TPU v4"), links=300e9, clock=1.05e9, charged=Charged(274e12, 1.0755e12, 0.9825e12)
@@ -111,7 +112,7 @@ _TORUS_3D = (
   *("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
   "16x16x16",
 )
-# Of GPUs, those of a host and then hosts; 24 GB cards are rented in single hosts.
+# The numbers of GPUs are those of a host and then hosts; 24 GB cards are rented in single hosts.
 _ONE_HOST = ("1", "2", "4", "8")
 _GPUS = (*_ONE_HOST, "4x2", "8x2", "8x4", "8x8", "8x16", "8x32")
 LAYOUTS = {name: _TORUS_2D for name in ("v5e", "v6e")} | {name: _TORUS_3D for name in ("v4", "v5p")}
@@ -133,7 +134,7 @@ class Topology:
 
   @property
   def a_host(self) -> int | None:
-    """GPUs of a host."""
+    """Return the number of GPUs of a host."""
     return None if self.is_tpu else self.shape[0]
 
   @property
@@ -142,7 +143,7 @@ class Topology:
 
 
 def parse(name: str) -> Topology:
-  """Raises UserError for a topology that is not in LAYOUTS."""
+  """Parse a topology such as `v5e:8x8`. Raise UserError for one that is not in LAYOUTS."""
   chip, _, layout = name.partition(":")
   if layout not in LAYOUTS.get(chip, ()):
     known = "; ".join(f"{known}: {' '.join(layouts)}" for known, layouts in LAYOUTS.items())
@@ -151,12 +152,12 @@ def parse(name: str) -> Topology:
 
 
 def find(kind: str) -> Chip | None:
-  """The chip that JAX calls `kind`; None where none is known under that name."""
+  """Return the chip that JAX calls `kind`; None where none is known under that name."""
   return next((chip for chip in CHIPS.values() if kind in (chip.kind, *chip.aliases)), None)
 
 
 def of_kind(kind: str) -> Chip:
-  """The chip that JAX calls `kind`.
+  """Return the chip that JAX calls `kind`.
 
   Raises:
     UserError: none is known under that name.

@@ -21,7 +21,7 @@ _HIT = "/jax/compilation_cache/cache_hits"
 
 
 class _Hits(threading.local):
-  """How many programs this thread found in the compilation cache; other threads compile at the same time."""
+  """The number of programs that this thread found in the compilation cache; other threads compile at the same time."""
 
   count = 0
 

@@ -40,7 +40,7 @@ RULES = (
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
-  """Mesh of all devices; an axis of -1 takes what the others leave.
+  """Arrange all devices as a mesh; an axis of -1 takes what the others leave.
 
   Devices of several slices, which a data centre's network joins, are laid out so that only `data` crosses slices.
 
@@ -59,7 +59,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | Non
     )
   shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
   axis_types = (AxisType.Auto,) * len(AXES)
-  # Of GPUs, whose hosts count as slices, XLA's order already puts `data` between hosts, and any axis may cross them.
+  # Hosts of GPUs count as slices: XLA's order already puts `data` between hosts, and any axis may cross them.
   slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
   if slices > 1:
     return Mesh(arrange_slices(shape, devices, slices), AXES, axis_types=axis_types)
@@ -69,7 +69,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | Non
 
 
 def arrange_slices(shape: Sequence[int], devices: Sequence[Any], slices: int) -> np.ndarray:
-  """Devices [data, fsdp, tensor], the slices one after another along `data`.
+  """Arrange devices [data, fsdp, tensor], the slices one after another along `data`.
 
   Raises:
     UserError: `data` is no multiple of the slices.
@@ -85,12 +85,13 @@ def arrange_slices(shape: Sequence[int], devices: Sequence[Any], slices: int) ->
 
 
 def tracing(mesh: Mesh) -> AbstractContextManager[Any]:
-  """Around what a function traces for `mesh`, so that it can ask what it is compiled for (models/attention.py)."""
+  """Mark what a function traces within as for `mesh`, so that it can ask what it is compiled for
+  (models/attention.py)."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def traced_for(mesh: Mesh, f: Callable[..., Any], *, matmul_precision: str) -> Callable[..., Any]:
-  """f, to be jitted, and then traced for the devices of `mesh`, which may be others than this machine's.
+  """Return f, to be jitted, and then traced for the devices of `mesh`, which may be others than this machine's.
 
   Args:
     matmul_precision: of its matrix products and convolutions of f32, forwards and backwards, where f does not say it:
@@ -106,7 +107,7 @@ def traced_for(mesh: Mesh, f: Callable[..., Any], *, matmul_precision: str) -> C
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
-  """Raises UserError for a global batch that the mesh cannot split evenly, over devices and over processes."""
+  """Raise UserError for a global batch that the mesh cannot split evenly, over devices and over processes."""
   if accumulate < 1:
     raise UserError(f"optim.accumulate is {accumulate}; it must be at least 1")
   replicas, processes = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
@@ -125,7 +126,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  """Partition of one parameter; an axis that does not divide its dimension is left out.
+  """Return the partition of one parameter; an axis that does not divide its dimension is left out.
 
   Raises:
     UserError: no rule matches.
@@ -135,8 +136,8 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
-  """NamedSharding of every leaf: of one that has a parameter's key and shape, in the optimizer's state too, that
-  parameter's; of anything else, and where the axes are of one device, on every device."""
+  """Return the NamedSharding of every leaf: of one that has a parameter's key and shape, in the optimizer's state too,
+  that parameter's; of anything else, and where the axes are of one device, on every device."""
   whole = NamedSharding(mesh, REPLICATED)
 
   def of(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -151,20 +152,20 @@ def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
 
 
 def replicated(params: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Arrays that every process has, each of them whole on every device."""
+  """Put arrays that every process has on the mesh, each of them whole on every device."""
   place = NamedSharding(mesh, REPLICATED)
   # x=x, since the callback may be called after the loop has moved on.
   return {path: jax.make_array_from_callback(x.shape, place, lambda i, x=x: x[i]) for path, x in params.items()}
 
 
 def everywhere(x: jax.Array) -> jax.Array:
-  """`x` whole on every device of the mesh that is being traced for, if there is one."""
+  """Return `x` whole on every device of the mesh that is being traced for, if there is one."""
   return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, REPLICATED)
 
 
 def gathered(params: Mapping[str, jax.Array], mesh: Mesh, *, dtype: Any) -> dict[str, jax.Array]:
-  """Parameters as a layer uses them: those that `fsdp` splits, whole and in the compute dtype, to which every layer
-  takes its matrices; gradients go the same way back, summed and split at once.
+  """Return parameters as a layer uses them: those that `fsdp` splits, whole and in the compute dtype, to which every
+  layer takes its matrices; gradients go the same way back, summed and split at once.
 
   Said here, the compiler moves parameters, in half the bytes, and never splits a layer's activations instead.
   """
@@ -192,7 +193,7 @@ _gather.defvjp(
 
 
 def on_own_rows(f: Callable[..., Any], mesh: Mesh, summed: Mapping[str, Any]) -> Callable[..., Any]:
-  """f(whole, rows) -> (sums, rows), run on each device's own rows: f sees a batch as if it were the only device.
+  """Return f(whole, rows) -> (sums, rows), run on each device's own rows: f sees a batch as if it were the only device.
 
   Nothing is exchanged but the `sums`, when f has ended: the compiler cannot know that a sum in a loop is not needed
   before the loop ends, and would exchange it at each turn.
@@ -232,7 +233,7 @@ def _only(partition: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
 
 
 def each_own_rows(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-  """f(whole, rows) -> rows, run on each device's own rows of the mesh that is being traced for, if there is one.
+  """Return f(whole, rows) -> rows, run on each device's own rows of the mesh that is being traced for, if there is one.
 
   `whole` is gathered on every device once, before f, and its gradient is summed once, after f: a loop in f exchanges
   nothing, whatever the compiler would have made of it.
@@ -255,8 +256,8 @@ def each_own_rows(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def on_own_heads(f: Callable[..., Any]) -> Callable[..., Any]:
-  """f, on arrays [b, h, ...] and with results of such, run on each device's own rows and heads of the mesh that is
-  being traced for. Of a kernel, which the compiler cannot split. Nothing is exchanged.
+  """Return f, on arrays [b, h, ...] and with results of such, run on each device's own rows and heads of the mesh that
+  is being traced for. It is for a kernel, which the compiler cannot split. Nothing is exchanged.
 
   The batch must be a multiple of `batch_parts`; heads that `tensor` does not divide are computed by all of its devices.
   """
@@ -276,24 +277,24 @@ def on_own_heads(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def batch_parts() -> int:
-  """Into how many parts a batch is split on the mesh that is being traced for; 1 if there is none."""
+  """Return the number of parts that a batch is split into on the mesh that is being traced for; 1 if there is none."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH[0] if axis not in mesh.manual_axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of arrays whose first axis is the batch."""
+  """Return the sharding of arrays whose first axis is the batch."""
   return NamedSharding(mesh, BATCH)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-  """Places in a global batch of the rows that lie on this process's devices, in order."""
+  """Return the places in a global batch of the rows that lie on this process's devices, in order."""
   held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   return sorted({row for (rows,) in filter(None, held.values()) for row in range(batch_size)[rows]})
 
 
 def to_global(batch: Mapping[str, np.ndarray | None], mesh: Mesh) -> dict[str, Any]:
-  """This process's `local_rows` of a batch to global arrays on the mesh; a field that is None stays it."""
+  """Turn this process's `local_rows` of a batch into global arrays on the mesh; a field that is None stays it."""
   place = batch_sharding(mesh)
   return {
     name: None if rows is None else jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()

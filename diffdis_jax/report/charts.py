@@ -1,4 +1,4 @@
-"""Which curves stand together in a report, and in which order."""
+"""The charts of a report: which curves stand together, and in which order."""
 
 from __future__ import annotations
 

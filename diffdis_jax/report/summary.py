@@ -1,4 +1,4 @@
-"""What a report says of a run beside its curves: how it stands, what it cost, its learning rates and config."""
+"""The facts of a run beside its curves in a report: how it stands, what it cost, its learning rates and config."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def status(run: Run) -> dict[str, str]:
     return {"state": "running", "message": ""}
   if last:
     return {"state": "killed", "message": ""}
-  # Of a run from before there was a history.
+  # The run is from before there was a history.
   return {"state": "finished" if run.step >= run.config["num_steps"] else "unfinished", "message": ""}
 
 
