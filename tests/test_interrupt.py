@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
-import termios
 import time
 
 from diffdis_jax.run import committed, history
@@ -60,19 +58,16 @@ def test_a_terminal_that_is_closed_loses_no_step(tmp_path, environment):
   run = tmp_path / "run"
   command = [sys.executable, "-m", "diffdis_jax.train", *flags(run, **{"data.loader.num_workers": 1})]
   terminal, side = os.openpty()
-
-  def take_terminal() -> None:
-    fcntl.ioctl(side, termios.TIOCSCTTY, 0)
-
+  # The process takes the terminal by itself: a function to call after a fork may not be given where JAX has threads.
+  take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
   process = subprocess.Popen(
-    command,
+    [sys.executable, "-c", take, *command],
     cwd=ROOT,
     env=environment,
     stdin=side,
     stdout=side,
     stderr=side,
     start_new_session=True,
-    preexec_fn=take_terminal,
   )
   try:
     os.close(side)
