@@ -1,7 +1,7 @@
 """Programs that several processes run together: all of them have compiled one before any of them runs it.
 
 Otherwise a process that finds its program in the compilation cache runs ahead, waits in the first exchange for those
-that still compile, and fails: Gloo waits 30 s, as do the GPUs of one process for each other (docs/log/preemption.md).
+that still compile, and fails: Gloo waits 30 s, as do the GPUs of one process for each other.
 """
 
 from __future__ import annotations

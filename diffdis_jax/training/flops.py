@@ -51,10 +51,10 @@ def trace_inference(name: str, inference: Inference) -> Program:
 
 
 def rate_at_peak(trainer: Trainer) -> float | None:
-  """Return the steps a second at the chips' peak in bf16, of which a run's MFU is a share; None on unknown chips.
+  """Return the steps a second at the chips' peak in bf16, of which a run's HFU is a share; None on unknown chips.
 
-  The operations are those of the step as it runs, so that what is computed twice to save memory counts twice:
-  `preflight`, which traces the step once more, leaves that out.
+  HFU is hardware FLOPs utilisation (Chowdhery et al., 2022): operations that are repeated to save memory count each
+  time. `preflight` traces the step once more without them, and gives MFU.
   """
   chip = chips.find(jax.devices()[0].device_kind)
   return None if chip is None else chip.flops * trainer.mesh.size / count(trainer.traced.jaxpr)

@@ -185,7 +185,7 @@ class Throughput:
 
     Returns:
       `steps_per_sec`, `images_per_sec`, and `data_wait`, the share of time spent waiting for data, in [0, 1]; where the
-      chips' peak is known `mfu`, the share of it that the steps' operations are. NaN where no step counted.
+      chips' peak is known `hfu`, the share of it that the steps' operations are. NaN where no step counted.
     """
     # The clock may not have moved since the last report.
     seconds = max(self.clock() - self._begin, 1e-9)
@@ -197,7 +197,7 @@ class Throughput:
       "data_wait": min(self._waited / seconds, 1.0) if counted else math.nan,
     }
     if self.peak_rate is not None:
-      speeds["mfu"] = rate / self.peak_rate
+      speeds["hfu"] = rate / self.peak_rate
     logging.info("%s", self._line(step, metrics, speeds))
     self.restart(step)
     return speeds

@@ -58,10 +58,10 @@ def test_progress_knows_the_share_of_the_chips_peak(caplog):
   for _ in range(10):
     next(steps)
     clock.now += 0.5
-  assert progress.report(10, {"loss": 1.0})["mfu"] == pytest.approx(0.25)  # two steps a second of eight
+  assert progress.report(10, {"loss": 1.0})["hfu"] == pytest.approx(0.25)  # two steps a second of eight
   assert caplog.messages == ["step 10/40  loss 1.0000  2 steps/s  data wait 0%  0m15s left"]
   progress.restart(11)
-  assert math.isnan(progress.report(11, {"loss": 1.0})["mfu"])
+  assert math.isnan(progress.report(11, {"loss": 1.0})["hfu"])
 
 
 JOINT = ("loss_discrimination", "loss_generation")  # as jax sorts them
@@ -98,7 +98,7 @@ def test_the_progress_line_fits_a_terminal(caplog, names, seconds, expected):
   means = {"loss": 9.87654} | dict.fromkeys(names, 9.87654) | {"grad_norm": 1.0, "learning_rate": 1e-4}
   speeds = progress.report(1_000_000, means)
   assert caplog.messages == [expected] and len(expected) <= 100
-  assert speeds.keys() == {"steps_per_sec", "images_per_sec", "data_wait", "mfu"}
+  assert speeds.keys() == {"steps_per_sec", "images_per_sec", "data_wait", "hfu"}
 
 
 def test_progress_gives_the_steps_that_are_left():
