@@ -7,7 +7,7 @@ For timing alone: nothing was trained by it. What it measured: replication/log/c
 
 from ml_collections import ConfigDict
 
-from configs import diffdis_cc3m
+from diffdis_jax.configs import diffdis_cc3m
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -29,7 +29,7 @@ On a laptop, 20 steps of small towers on rendered shapes, or with path=DIR on pa
 
 from ml_collections import ConfigDict
 
-from configs import common
+from diffdis_jax.configs import common
 from diffdis_jax.data.shapes import CLASSNAMES, TEMPLATES
 from diffdis_jax.models.sizes import clip_small, clip_vit_b32, clip_vit_l14
 

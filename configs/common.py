@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from diffdis_jax.common import buckets
 from diffdis_jax.common.files import read_json
-from diffdis_jax.common.shipped import say
 from diffdis_jax.config import base, read_fields
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.errors import UserError
@@ -27,7 +26,6 @@ __all__ = [
   "parse_arg",
   "put_network",
   "read_prepared",
-  "say",
   "take_network",
   "take_start",
 ]

@@ -45,7 +45,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common
+from diffdis_jax.configs import common
 from diffdis_jax.models.sizes import sd_v1, small
 
 # The first four are those of the paper's Figure 4; the others are of the same kind.

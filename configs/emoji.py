@@ -43,7 +43,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common
+from diffdis_jax.configs import common
 from diffdis_jax.models.sizes import clip_medium, medium
 
 # How each task's view of an image varies. Where colours do, the white ground does, so that it would be generated grey.

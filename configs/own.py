@@ -33,9 +33,10 @@ from __future__ import annotations
 
 import shlex
 
+from absl import logging
 from ml_collections import ConfigDict
 
-from configs import common
+from diffdis_jax.configs import common
 from diffdis_jax.models.sizes import medium
 
 SMALLEST, LARGEST = 8, 64  # batch
@@ -83,7 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train_evals = ("held_out",)
     config.checkpoint.update(keep_best=1, best_metric="held_out/loss_generation", best_is="min")
   else:
-    common.say(
+    logging.info(
       "own: no split val, so that overfitting is not seen; prepare_data files holds one out (--held_out), and"
       " prepare_data folder takes val/CLASS/IMAGE beside train/CLASS/IMAGE"
     )
@@ -125,10 +126,10 @@ def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
   config.optim.warmup_steps = min(1000, config.num_steps // 10)
   config.save_every = config.eval_every = config.sample_every = -(-config.num_steps // 10)
   held_out = f", {pairs['val']:,} held out" if pairs.get("val") else ""
-  common.say(f"own: {train:,} pairs{held_out}: batch_size {size}, at most an eighth of them")
+  logging.info(f"own: {train:,} pairs{held_out}: batch_size {size}, at most an eighth of them")
   passes = config.num_steps * size / train
   warmup = config.optim.warmup_steps
-  common.say(f"own: {config.num_steps:,} steps, {passes:.0f} passes over the pairs; {warmup:,} of them are warm-up")
+  logging.info(f"own: {config.num_steps:,} steps, {passes:.0f} passes over the pairs; {warmup:,} of them are warm-up")
 
 
 def to_autoencoder(config: ConfigDict) -> None:
@@ -137,7 +138,7 @@ def to_autoencoder(config: ConfigDict) -> None:
   config.data.augment.update(crop="random", flip=True)
   config.optim.update(groups=((".*", "new"),), rates=dict(new=2e-3), ema_decay=0.998)
   config.optim.update(schedule_kind="cosine", weight_decay=0.05, b2=0.99)
-  common.say("own: the autoencoder of a run from scratch; train that with from=WORKDIR_OF_THIS")
+  logging.info("own: the autoencoder of a run from scratch; train that with from=WORKDIR_OF_THIS")
 
 
 def train_from_scratch(config: ConfigDict) -> None:
@@ -172,7 +173,7 @@ def fine_tune(config: ConfigDict, memory: int) -> None:
   at_a_time = min(config.batch_size, 2 ** (at_a_time.bit_length() - 1))
   config.optim.accumulate = config.batch_size // at_a_time
   average = "averaged weights" if config.optim.ema_decay else "no averaged weights"
-  common.say(
+  logging.info(
     f"own: memory={memory} GB: {at_a_time} images of {config.image_size} px at a time"
     f" (optim.accumulate={config.optim.accumulate}), rematerialisation, {average}, first moment in"
     f" {config.optim.first_moment}"
@@ -186,7 +187,7 @@ def say_cut(config: ConfigDict, path: str, start: str) -> None:
   words, read = split.get("caption_words", {}), config.data.max_length - 2
   if words.get("most", 0) > read:
     more = "" if start == "pretrained" else "; data.max_length and model.text_encoder.max_length, both, set how many"
-    common.say(
+    logging.info(
       f"own: captions of up to {words['most']:,} words (median {words['median']:,}), of which the first {read} tokens"
       f" are read{more}"
     )

@@ -25,9 +25,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import common
 from diffdis_jax.config.data import ClassSampling
 from diffdis_jax.config.sections import LongTail
+from diffdis_jax.configs import common
 from diffdis_jax.models.sizes import clip_vit_l14, sd_v1
 
 BATCH = 1024

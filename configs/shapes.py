@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common
+from diffdis_jax.configs import common
 from diffdis_jax.data.shapes import CLASSNAMES, TEMPLATES
 from diffdis_jax.models.sizes import clip_small, small
 

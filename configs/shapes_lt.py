@@ -24,8 +24,8 @@ They are rare in these two stages alone: START of configs/shapes.py has seen som
 
 from ml_collections import ConfigDict
 
-from configs import common, shapes
-from configs.places_lt import first_stage, second_stage
+from diffdis_jax.configs import common, shapes
+from diffdis_jax.configs.places_lt import first_stage, second_stage
 from diffdis_jax.data.shapes import CLASSNAMES
 from diffdis_jax.models.sizes import clip_small, small
 

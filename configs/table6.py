@@ -11,7 +11,7 @@ Not run at full size; small=True shows that it runs.
 
 from ml_collections import ConfigDict
 
-from configs import clip_cc3m, common, diffdis_cc3m
+from diffdis_jax.configs import clip_cc3m, common, diffdis_cc3m
 
 
 def get_config(arg: str = "") -> ConfigDict:

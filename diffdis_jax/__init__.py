@@ -4,8 +4,6 @@ import importlib.metadata
 import pathlib
 import tomllib
 
-from diffdis_jax.common import signals as _signals
-
 
 def _version() -> str:
   """Return pyproject.toml's version, as it was installed; in a checkout that is not installed, as it stands there."""
@@ -17,4 +15,3 @@ def _version() -> str:
 
 
 __version__ = _version()
-_signals.while_importing()

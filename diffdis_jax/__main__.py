@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from diffdis_jax.common import usage
+import diffdis_jax
 
 USAGE = """DiffDis in JAX: one diffusion model that generates images from text and classifies images.
 
@@ -41,11 +41,11 @@ def main(argv: Sequence[str]) -> int:
   """Return the exit code, unless a command of that name takes over."""
   found = commands()
   if argv and argv[0] == "--version":
-    usage.write(f"{usage.version()}\n")
+    sys.stdout.write(f"diffdis_jax {diffdis_jax.__version__}\n")
     return 0
   if not argv or argv[0] in ("-h", "--help", "help"):
     width = max(map(len, found))
-    usage.write(USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in found.items())))
+    sys.stdout.write(USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in found.items())))
     return 0
   if argv[0] not in found:  # before runpy, which would run any module of the package
     nearest = difflib.get_close_matches(argv[0], found, n=1)

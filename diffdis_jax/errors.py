@@ -11,6 +11,12 @@ DEEPEST = 64  # levels of JSON: its readers call themselves once a level, and no
 PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it: launchers do not
 TERMINATED = 143  # 128 + SIGTERM, of a command that had nothing to save
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+# Errors of a network, of a server at its other end, or of a disk.
+_OF_STORAGE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT}
+_OF_STORAGE |= {errno.EIO, errno.ESTALE, errno.ENOTCONN}
+# Packages whose errors are all of a network; gcsfs raises those of requests too, for a 502.
+_NETWORKING = ("aiohttp.", "gcsfs.", "google.auth.", "requests.")
 
 
 class UserError(Exception):
@@ -60,14 +66,6 @@ def not_installed(who: str, package: str, extra: str, *, otherwise: str = "") ->
   return UserError(f"{who} needs {package}, which is not installed; {install(extra)}{instead}")
 
 
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
-# Errors of a network, of a server at its other end, or of a disk. The last is Linux's alone.
-_OF_STORAGE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT}
-_OF_STORAGE |= {errno.EIO, errno.ESTALE, errno.ENOTCONN, getattr(errno, "EREMOTEIO", errno.EIO)}
-# Packages whose errors are all of a network; gcsfs raises those of requests too, for a 502.
-_NETWORKING = ("aiohttp.", "gcsfs.", "google.auth.", "requests.")
-
-
 def may_pass(error: BaseException) -> bool:
   """Say whether an error is of a network, a server or a disk that may be reached the next time."""
   known = isinstance(error, (ConnectionError, TimeoutError, Gone)) or getattr(error, "errno", None) in _OF_STORAGE
@@ -80,15 +78,7 @@ def full_disk(error: BaseException | None) -> int | None:
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-  """Return the value that JSON text stands for.
-
-  Args:
-    text: in UTF-8, where it is bytes.
-    name: of where it is from, such as its file's, for the message.
-
-  Raises:
-    UserError: it is not JSON, or nested more than DEEPEST deep.
-  """
+  """Return the value of JSON text. Raise UserError, with the text's `name`: it is none, or nested beyond DEEPEST."""
   try:
     value = json.loads(text)
     if _depth(value) <= DEEPEST:
@@ -101,7 +91,5 @@ def parse_json(text: str | bytes, name: str) -> Any:
 
 
 def _depth(value: Any) -> int:
-  if not isinstance(value, (dict, list)):
-    return 0
-  children = value.values() if isinstance(value, dict) else value
+  children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
   return 1 + max(map(_depth, children), default=0)

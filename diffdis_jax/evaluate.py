@@ -40,7 +40,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.common import cli, one_file, usage
+from diffdis_jax.common import cli, one_file
 from diffdis_jax.config.model import ClipModel
 from diffdis_jax.config.objectives import ALIGNED
 from diffdis_jax.config.sections import CheckpointPolicy
@@ -67,7 +67,6 @@ OF_A_SUITE = {"seed", "num_images", "shuffle_labels", *registry.settings_of("fid
 def define_flags() -> None:
   """Define the command line, by group. Defined on call, so that two verbs can be imported side by side."""
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model")
-  usage.mark_required("workdir")
   flags.DEFINE_string("out", None, "JSON file to write; with --compare a Markdown file", required=True)
   by_default = "by default those of the config's data sets, with --data zero_shot and retrieval"
   flags.DEFINE_list("tasks", None, f"any of {', '.join(registry.EVALS)}; {by_default}")
@@ -77,21 +76,12 @@ def define_flags() -> None:
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
   for name, setting in (LOADING | SAMPLING).items():
     setting.define(RENAMED.get(name, name))
-  shared = {name for name in SETTINGS if sum(name in settings for settings in SETTINGS_OF.values()) > 1}
-  with usage.group("Flags of several tasks"):
-    for name in sorted(shared):
-      SETTINGS[name].define(name)
-  for task, settings in SETTINGS_OF.items():
-    with usage.group(f"Flags of {task}"):
-      for name in settings:
-        if name not in shared:
-          settings[name].define(name)
-  with usage.group("Flags of a suite"):
-    flags.DEFINE_string("suite", None, f"benchmarks to measure: one of {', '.join(suites.SUITES)}")
-    flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts")
-    flags.DEFINE_boolean("incomplete", False, "measure data sets whose number of images is not the published one, too")
-  with usage.group("Flags of compare"):
-    flags.DEFINE_list("compare", None, "JSON files of results to compare; takes --out and no --workdir")
+  for name, setting in SETTINGS.items():
+    setting.define(name)
+  flags.DEFINE_string("suite", None, f"benchmarks to measure: one of {', '.join(suites.SUITES)}")
+  flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts")
+  flags.DEFINE_boolean("incomplete", False, "measure data sets whose number of images is not the published one, too")
+  flags.DEFINE_list("compare", None, "JSON files of results to compare; takes --out and no --workdir")
   cli.process_flags()
 
 

@@ -47,7 +47,7 @@ import tensorflow_datasets as tfds
 from absl import flags, logging
 
 from diffdis_jax import config as run_config
-from diffdis_jax.common import buckets, cli, files, machine, usage
+from diffdis_jax.common import buckets, cli, files, machine
 from diffdis_jax.config.data import Augmentation
 from diffdis_jax.config.model import Model
 from diffdis_jax.config.section import check_type, read_section
@@ -117,42 +117,38 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "out", None, "folder to write; absent or empty. One in a bucket is written in the user's cache directory first"
   )
-  with usage.group("Flags of raw data"):
-    flags.DEFINE_string("source", None, "folder of the raw data")
-    flags.DEFINE_integer(
-      "short_side",
-      None,
-      "images with a longer short side are stored as JPEG with this short side; 0 keeps every image's bytes."
-      f" By default {cc3m.SHORT_SIDE} for cc3m, 0 for the others",
-      lower_bound=0,
-    )
-    flags.DEFINE_boolean(
-      "reduced_decoding", True, "decode JPEGs of twice --short_side or more at 1/2, 1/4 or 1/8 of their size"
-    )
-    flags.DEFINE_boolean("drop_duplicates", False, "keep only the first of images with the same bytes")
-    flags.DEFINE_integer("num_processes", None, "processes that prepare; by default one a core", lower_bound=1)
-    flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
-  with usage.group("Flags of files"):
-    flags.DEFINE_list("caption_fields", [], "columns whose texts are the captions; of files, txt or caption")
-    flags.DEFINE_float(
-      "held_out",
-      None,
-      f"share of the pairs for split `val`, at least one pair; 0 for none. By default {own_pairs.HELD_OUT}",
-      lower_bound=0.0,
-      upper_bound=0.5,
-    )
-    flags.DEFINE_string("preview", None, f"PNG to write first, a grid of {PREVIEWED} pairs")
-  with usage.group("Flags of latents; card takes --data only"):
-    flags.DEFINE_string("workdir", None, "run or import whose autoencoder encodes the images")
-    flags.DEFINE_string("data", None, "prepared data set")
-    flags.DEFINE_integer("views", 1, "views of each image", lower_bound=1, upper_bound=1000)
-    flags.DEFINE_string(
-      "augment", None, 'JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
-    )
-    flags.DEFINE_integer("image_size", None, "pixels of a view, as in the training to come; by default the run's")
-    flags.DEFINE_integer("batch_size", 64, "views encoded at a time", lower_bound=1)
-    flags.DEFINE_boolean("text", False, "store the text encoder's output too: 118 kB a view at full size")
-  usage.mark_required("out", "source", "workdir", "data")
+  flags.DEFINE_string("source", None, "folder of the raw data")
+  flags.DEFINE_integer(
+    "short_side",
+    None,
+    "images with a longer short side are stored as JPEG with this short side; 0 keeps every image's bytes."
+    f" By default {cc3m.SHORT_SIDE} for cc3m, 0 for the others",
+    lower_bound=0,
+  )
+  flags.DEFINE_boolean(
+    "reduced_decoding", True, "decode JPEGs of twice --short_side or more at 1/2, 1/4 or 1/8 of their size"
+  )
+  flags.DEFINE_boolean("drop_duplicates", False, "keep only the first of images with the same bytes")
+  flags.DEFINE_integer("num_processes", None, "processes that prepare; by default one a core", lower_bound=1)
+  flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
+  flags.DEFINE_list("caption_fields", [], "columns whose texts are the captions; of files, txt or caption")
+  flags.DEFINE_float(
+    "held_out",
+    None,
+    f"share of the pairs for split `val`, at least one pair; 0 for none. By default {own_pairs.HELD_OUT}",
+    lower_bound=0.0,
+    upper_bound=0.5,
+  )
+  flags.DEFINE_string("preview", None, f"PNG to write first, a grid of {PREVIEWED} pairs")
+  flags.DEFINE_string("workdir", None, "run or import whose autoencoder encodes the images")
+  flags.DEFINE_string("data", None, "prepared data set")
+  flags.DEFINE_integer("views", 1, "views of each image", lower_bound=1, upper_bound=1000)
+  flags.DEFINE_string(
+    "augment", None, 'JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
+  )
+  flags.DEFINE_integer("image_size", None, "pixels of a view, as in the training to come; by default the run's")
+  flags.DEFINE_integer("batch_size", 64, "views encoded at a time", lower_bound=1)
+  flags.DEFINE_boolean("text", False, "store the text encoder's output too: 118 kB a view at full size")
 
 
 def main(argv: list[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from diffdis_jax.common import cli, progress, usage
+from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import summary
 from diffdis_jax.report.read import Run, read
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
   path = argv[1].rstrip("/")
   found = facts(read(path, path), now=time.time())
   text = json.dumps(found) if FLAGS.json else "\n".join(lines(found))
-  usage.write(f"{text}\n")
+  cli.write(f"{text}\n")
 
 
 def facts(run: Run, *, now: float) -> dict[str, Any]:
@@ -66,6 +66,13 @@ def facts(run: Run, *, now: float) -> dict[str, Any]:
   }
 
 
+def duration(seconds: float) -> str:
+  """Say seconds in words: `80 seconds`, `12 minutes`, `2.5 hours`."""
+  if seconds < 100:
+    return f"{seconds:.0f} seconds"
+  return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
 def lines(found: dict[str, Any]) -> list[str]:
   """Put `facts` in words."""
   said = [f"{found['state']}{': ' if found['message'] else ''}{found['message']}"]
@@ -73,9 +80,9 @@ def lines(found: dict[str, Any]) -> list[str]:
   if found["steps_per_sec"] is not None:
     step += f", {found['steps_per_sec']:.3g} steps/s"
     if found["state"] == "running":
-      step += f", {progress.duration(found['seconds_left'])} left"
+      step += f", {duration(found['seconds_left'])} left"
   if found["age"] is not None:
-    step += f"; reported {progress.duration(found['age'])} ago"
+    step += f"; reported {duration(found['age'])} ago"
   said.append(step)
   said.append("no checkpoint yet" if found["checkpoint"] is None else f"last checkpoint: step {found['checkpoint']:,}")
   hours = ", ".join(f"{hours:.2f} hours of {kind}" for kind, hours in found["device_hours"].items())

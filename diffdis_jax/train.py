@@ -7,7 +7,7 @@ stopped; on another number of processes, devices or CPU cores they differ by rou
 75, Ctrl-C with code 130.
 
   --config=NAME[:argument=value,...]   the config, with arguments of its own
-  --config.optim.accumulate=2                     sets a field of the config
+  --config.optim.accumulate=2          sets a field of the config
 """
 
 from __future__ import annotations

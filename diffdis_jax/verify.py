@@ -15,7 +15,7 @@ from typing import NamedTuple
 from absl import flags
 from etils import epath
 
-from diffdis_jax.common import buckets, cli, one_file, shipped, usage
+from diffdis_jax.common import buckets, cli, one_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import committed, digests, workdir
 
@@ -41,11 +41,11 @@ def main(argv: Sequence[str]) -> None:
   if (path / digests.NAME).exists():
     if (damage := digests.damage(path)) is not None:
       raise UserError(f"{path} is damaged: {damage.file} {damage.what}; copy it again, or make it again")
-    usage.write(f"{path}: {_size(path)}\n")
+    cli.write(f"{path}: {_size(path)}\n")
     return
   folder, damaged, count = committed.folder(path), 0, 0
   for found in verify(path):
-    usage.write(f"checkpoint {found.step}: {found.state}\n")  # as soon as it is known: each may take minutes
+    cli.write(f"checkpoint {found.step}: {found.state}\n")  # as soon as it is known: each may take minutes
     damaged, count = damaged + found.damaged, count + 1
   if damaged:
     whole = digests.newest_whole(folder, workdir.run_digest(path))
@@ -67,7 +67,7 @@ def verify(run: epath.PathLike) -> Iterator[Verified]:
   folder, digest = committed.folder(run), workdir.run_digest(run)
   paths = committed.all_steps(folder)
   if not paths:
-    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{shipped.meant(run)}")
+    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{one_file.meant(run)}")
   for path in paths:
     step, mark = int(path.name), path / committed.COMMIT_MARK
     if not mark.exists():

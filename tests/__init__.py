@@ -1,1 +1,5 @@
-"""A package of its own name: some libraries install one that is called tests too."""
+"""The tests. `check` is how annotations are checked while they run: to it an int is a float too, as PEP 484 has it."""
+
+from beartype import BeartypeConf, beartype
+
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))

@@ -6,10 +6,11 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 
-from tests import forked
 from tests.once import made_once, shared_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -28,12 +29,27 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
   return {**os.environ, **quick, **kept}
 
 
-def call(
-  verb: str, environment: dict[str, str], *flags: str, own_process: bool = False
-) -> subprocess.CompletedProcess[str]:
-  """Runs the command; with `own_process` in one with its own imports, which one test of each command must do."""
-  command = [sys.executable, "-m", f"diffdis_jax.{verb}", *flags]
-  return forked.run(command, environment, modules=() if own_process else forked.COMMANDS)
+def start(
+  command: Sequence[str],
+  environment: Mapping[str, str],
+  *,
+  folder: pathlib.Path = ROOT,
+  output: int = subprocess.PIPE,
+) -> subprocess.Popen[str]:
+  """Start a command with nothing to read, whose output is text."""
+  options: Any = dict(cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True)
+  return subprocess.Popen(command, **options)
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+  """Run a command to its end."""
+  options: Any = dict(cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
+  return subprocess.run(command, **options)
+
+
+def call(verb: str, environment: Mapping[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
+  """Run a command of the package."""
+  return run([sys.executable, "-m", f"diffdis_jax.{verb}", *flags], environment)
 
 
 def joint_flags(autoencoder: str) -> list[str]:

@@ -19,14 +19,15 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 
 import jax
+import jaxtyping
 import pytest
 from absl import logging as absl_logging
 
-from tests import compiled, forked, typechecking
+from tests import compiled
 from tests.machine import memory
 from tests.once import made_once
 
-typechecking.install()
+jaxtyping.install_import_hook("diffdis_jax", "tests.check")  # before any module of the package is imported
 # Under nohup, the commands that the tests start would inherit that this signal is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -94,12 +95,6 @@ def verbosity_stays() -> Iterator[None]:
   yield
   logger.setLevel(before[0])
   logging.root.setLevel(before[1])
-
-
-@pytest.fixture(scope="session", autouse=True)
-def servers_end() -> Iterator[None]:
-  yield
-  forked.end_servers()
 
 
 @pytest.hookimpl(optionalhook=True)

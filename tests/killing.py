@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from tests import forked
+from tests import command_runs
 from tests.command_runs import ROOT
 from tests.killed_commands import OUT, Case
 
@@ -44,7 +44,7 @@ class Killer:
       pipe = subprocess.PIPE
       options: Any = dict(cwd=ROOT, env=self.environment, text=True, start_new_session=True)
       return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, **options)
-    return forked.start(command, self.environment)
+    return command_runs.start(command, self.environment)
 
   def clear(self) -> None:
     shutil.rmtree(self.folder, ignore_errors=True)

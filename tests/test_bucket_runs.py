@@ -23,7 +23,7 @@ from diffdis_jax.common import buckets
 from diffdis_jax.data import copies, sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, committed, digests, restore, workdir, writers
-from tests import forked, raw_pairs
+from tests import command_runs, raw_pairs
 from tests.command_runs import GENERATED, MEASURED, ROOT, SAVE_EVERY, STEPS, call, joint_flags
 from tests.run.test_checkpoint import make_iterator, make_state, save
 from tests.test_resume import kill_when, metrics, restore_training
@@ -63,7 +63,7 @@ def test_a_run_is_killed_resumes_and_is_used(
   command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), f"--workdir={url}"]
   kill_when(command, on_a_bucket, lambda: (committed.latest_step(url) or 0) >= SAVE_EVERY)
   assert SAVE_EVERY <= committed.latest_step(url) < STEPS
-  done = forked.run(command, on_a_bucket)
+  done = command_runs.run(command, on_a_bucket)
   assert done.returncode == 0, done.stderr
   assert_same_end(buckets.path(url), pathlib.Path(joint_run))
   assert not list(ROOT.glob("gs:*"))
@@ -92,7 +92,7 @@ def run_as_two(command, environment):
 
   where = {"DIFFDIS_COORDINATOR_ADDRESS": f"127.0.0.1:{bucket_server.free_port()}", "DIFFDIS_NUM_PROCESSES": "2"}
   each = [environment | where | {"DIFFDIS_LAUNCHED": "1", "DIFFDIS_PROCESS_ID": str(i)} for i in range(2)]
-  processes = [forked.start(command, variables, output=subprocess.DEVNULL) for variables in each]
+  processes = [command_runs.start(command, variables, output=subprocess.DEVNULL) for variables in each]
   try:
     assert [process.wait(300) for process in processes] == [0, 0]
   finally:
@@ -140,7 +140,7 @@ def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
   port = bucket_server.free_port()
   there = bucket_server.environment_of(f"http://127.0.0.1:{port}")
   command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), "--workdir=gs://bucket/run"]
-  start = lambda: forked.start(command, environment | there)
+  start = lambda: command_runs.start(command, environment | there)
   with bucket_server.serving(tmp_path, port):
     running = start()
     while not any(tmp_path.rglob("commit_success.txt")):

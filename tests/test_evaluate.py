@@ -230,7 +230,6 @@ def test_command_line(command, tmp_path):
     "--num_noise_samples=2",
     "--shuffle_labels",
     "--nonormalize_query",
-    own_process=True,
   )
   assert good.returncode == 0, good.stderr
   protocol = json.loads(out.read_text())["zero_shot"]["few"]["protocol"]

@@ -212,7 +212,7 @@ def test_command_line(run, environment, tmp_path):
     bad = call("generate", environment, *to, "--prompt=a red star", flag)
     assert bad.returncode == 2 and bad.stderr.startswith(f"error: flag {flag}: ") and bad.stderr.count("\n") == 1
   flags = ["--prompt=a red star", "--prompt=a ring, blue", "--steps=3", "--seed=4", "--noema"]
-  good = call("generate", environment, *to, *flags, own_process=True)
+  good = call("generate", environment, *to, *flags)
   assert good.returncode == 0, good.stderr
   written = json.loads((tmp_path / "out" / "prompts.json").read_text())
   assert [entry["prompt"] for entry in written["images"]] == ["a red star", "a ring, blue"]

@@ -44,7 +44,7 @@ def quick(environment, tmp_path_factory):
 def test_the_train_step_on_cpu_devices_and_again_from_the_cache(quick, tmp_path):
   out = tmp_path / "out.json"
   flags = [CONFIG, "--topology=v5e:2x2", "--platform=cpu", "--config.model.unet.attention=(False,)"]
-  done = call("preflight", quick, *flags, f"--out={out}", own_process=True)
+  done = call("preflight", quick, *flags, f"--out={out}")
   assert done.returncode == 0, done.stderr
   results = json.loads(out.read_text())
   (train,) = results.values()

@@ -17,7 +17,7 @@ import numpy as np
 from diffdis_jax.run import checkpoint, committed
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
-from tests import forked, steps
+from tests import command_runs, steps
 from tests.command_runs import SAVE_EVERY, STEPS, joint_flags
 from tests.steps import build_trainer, config_of
 
@@ -26,7 +26,7 @@ pytest_plugins = ("tests.command_runs",)
 
 def kill_when(command: list[str], environment: dict[str, str], ready: Callable[[], bool]) -> None:
   """Starts the run, and kills it with its threads in whatever state as soon as `ready()`."""
-  process = forked.start(command, environment, output=subprocess.DEVNULL)
+  process = command_runs.start(command, environment, output=subprocess.DEVNULL)
   try:
     deadline = time.monotonic() + 300
     while not ready():
@@ -91,7 +91,7 @@ def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, j
   else:
     raise AssertionError("each time the save was finished before the kill")
 
-  done = forked.run(command, environment)
+  done = command_runs.run(command, environment)
   assert done.returncode == 0, done.stderr
   assert not unfinished(killed)
   assert steps_logged(killed) == list(range(1, STEPS + 1))

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from configs.emoji import PROMPTS
 from diffdis_jax import inference
-from diffdis_jax.common import one_file, shipped
+from diffdis_jax.common import one_file
 from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from replication.measured import records
@@ -76,7 +76,7 @@ def of_painted(model: inference.Inference, params: Params) -> float:
 
 @pytest.fixture(scope="module")
 def file():
-  return shipped.models()[NAME]
+  return one_file.models()[NAME]
 
 
 def test_the_file_is_the_one_that_was_measured(file):

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from diffdis_jax.common import shipped
+from diffdis_jax.common import cli, one_file
 from tests.command_runs import ROOT
 
 
@@ -34,8 +34,10 @@ def test_it_has_the_command_and_every_config(installed):
   (entry,) = installed.glob("*.dist-info/entry_points.txt")
   assert "diffdis = diffdis_jax.__main__:run" in entry.read_text().splitlines()
   names = {path.stem for path in (installed / "diffdis_jax/configs").glob("*.py")}
-  assert names == {*shipped.names(), "__init__", "common"}
-  assert {path.stem for path in (installed / "diffdis_jax/shipped").iterdir()} == {*shipped.models()} == {"emoji-small"}
+  assert names == {*cli.config_names(), "__init__", "common"}
+  assert (
+    {path.stem for path in (installed / "diffdis_jax/shipped").iterdir()} == {*one_file.models()} == {"emoji-small"}
+  )
   assert {path.name for path in installed.iterdir() if path.is_dir() and ".dist-info" not in path.name} == {
     "diffdis_jax"
   }

@@ -30,7 +30,7 @@ from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
-from diffdis_jax.common import cli, files, usage
+from diffdis_jax.common import cli, files
 from diffdis_jax.config.section import check_number
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry, sections
@@ -54,14 +54,11 @@ def define_flags() -> None:
   flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of every row")
   flags.DEFINE_string("schedule", "", "text schedule of Tables 2 and 7, not stated by the paper; by default the base's")
   flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
-  with usage.group("Flags of plan"):
-    flags.DEFINE_float("step_seconds", None, "seconds of a training step, while no run has measured it", lower_bound=0)
-  with usage.group("Flags of run"):
-    flags.DEFINE_string("only", "", "K, the number of a run, or K/N, every N-th run from the K-th on")
-    flags.DEFINE_integer("jobs", 1, "how many runs at a time, each on its share of a CPU's cores", lower_bound=1)
-  with usage.group("Flags of table"):
-    flags.DEFINE_list("columns", [], "which columns, by their names in tables.json; by default all")
-    flags.DEFINE_boolean("plot", True, "write tables.png, which needs the extra `plot`")
+  flags.DEFINE_float("step_seconds", None, "seconds of a training step, while no run has measured it", lower_bound=0)
+  flags.DEFINE_string("only", "", "K, the number of a run, or K/N, every N-th run from the K-th on")
+  flags.DEFINE_integer("jobs", 1, "how many runs at a time, each on its share of a CPU's cores", lower_bound=1)
+  flags.DEFINE_list("columns", [], "which columns, by their names in tables.json; by default all")
+  flags.DEFINE_boolean("plot", True, "write tables.png, which needs the extra `plot`")
   cli.process_flags()
 
 
@@ -80,7 +77,7 @@ def perform(argv: Sequence[str], make_plan: Callable[[], Plan], *, module: str =
   if verb == "plan":
     if FLAGS.step_seconds is not None:
       check_number("--step_seconds", FLAGS.step_seconds, ge=0)
-    usage.write("\n".join(status.lines(plan, folder, FLAGS.step_seconds)) + "\n")
+    cli.write("\n".join(status.lines(plan, folder, FLAGS.step_seconds)) + "\n")
   elif verb == "run":
     run_selected(plan, folder, module)
   else:
@@ -209,7 +206,7 @@ def write_tables(plan: Plan, folder: Folder) -> None:
   result_files.write_text(str(folder.path / "tables.md"), text)
   if picture is not None:
     files.write_whole(folder.path / "tables.png", picture)
-  usage.write(text)
+  cli.write(text)
 
 
 if __name__ == "__main__":

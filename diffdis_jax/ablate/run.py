@@ -231,9 +231,7 @@ class _Children:
   @contextlib.contextmanager
   def listening(self) -> Iterator[_Children]:
     """Take the signals, if this is the main thread; leave no process behind."""
-    # The handler does nothing: a thread stops the runs' processes, whose ends the main thread waits for.
-    listener = signals.Listener(lambda number, frame: None, self._hear)
-    with listener.listening():
+    with signals.handled(self._hear):
       try:
         yield self
       except Preempted:
@@ -250,7 +248,7 @@ class _Children:
       signals.end_interrupted()
     if number == signal.SIGINT:
       self._interrupted = True
-      logging.warning("interrupted: what runs saves and ends; a second Ctrl-C ends it at once, without a save")
+      signals.say("interrupted: what runs saves and ends; a second Ctrl-C ends it at once, without a save")
     self.stop()
 
   def run(self, command: Sequence[str], log: epath.Path, cores: set[int] | None) -> int:

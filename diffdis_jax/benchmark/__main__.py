@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from diffdis_jax import inference
 from diffdis_jax.benchmark import steps, table6
-from diffdis_jax.common import cli, files, usage
+from diffdis_jax.common import cli, files
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
@@ -40,9 +40,8 @@ def define_flags() -> None:
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
   flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
   flags.DEFINE_string("preflight", None, "the JSON file that preflight --out wrote for the same config; for steps only")
-  with usage.group("Flags of table6"):
-    flags.DEFINE_integer("images", 200, "how many distinct 512 px JPEGs", lower_bound=1)
-    flags.DEFINE_string("scratch", None, "folder for temporary files, about 3 MB for each image")
+  flags.DEFINE_integer("images", 200, "how many distinct 512 px JPEGs", lower_bound=1)
+  flags.DEFINE_string("scratch", None, "folder for temporary files, about 3 MB for each image")
 
 
 def main(argv: Sequence[str]) -> None:

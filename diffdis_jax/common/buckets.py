@@ -3,12 +3,11 @@
 A bucket is no disk. An object is written whole and appears at once, so that it needs no temporary name, and nothing can
 be appended to it. There are no folders, only objects whose names begin alike. Everything here goes through gcsfs, which
 etils uses for `gs://`, so that STORAGE_EMULATOR_HOST points all of it at another server. TensorStore, which reads and
-writes a checkpoint's arrays, has TENSORSTORE_GCS_HTTP_URL for that.
+writes a checkpoint's arrays, has TENSORSTORE_GCS_HTTP_URL for that. Both try each request again for half a minute.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
 import importlib.util
@@ -22,26 +21,22 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import IO, Any
 
-import google_crc32c
 from absl import logging
 from etils import epath
 
-from diffdis_jax.errors import Gone, UserError
+from diffdis_jax.errors import UserError
 
 # Where TensorFlow is installed, etils would read buckets by it: take one way on every machine. etils looks once, at the
 # first path that is asked anything.
 os.environ.setdefault("EPATH_USE_TF", "false")
 SCHEME = "gs://"
 _ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # with one slash too, which nobody means for a folder of that name
-_BUCKET = re.compile(r"gs://[^/]+")
 # Orbax cuts an address off at the first two, and writes the parts of a checkpoint over each other; to gcsfs the others
 # are patterns, by which it would remove another run's files.
 _SPECIAL = re.compile(r"[#?*[]")
-_HOME = re.compile(r"~[\w-]*(/|$)")
-_READS = 5  # of a small object that arrives damaged
 _AT_ONCE = 8  # files that are uploaded, of each of which gcsfs holds 50 MB
 EVERY = 30.0  # seconds between two copies of files that are appended to
-# Seconds between the tries of the last copy, after which none follows. gcsfs itself tries for half a minute each time.
+# Seconds between the tries of the last copy, after which none follows.
 LAST_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
 
@@ -63,8 +58,7 @@ def path(where: epath.PathLike) -> epath.Path:
 
 def absolute(where: epath.PathLike) -> epath.Path:
   """Return the path from the root; an address stands for itself, which etils would take for a local path here."""
-  found = path(where)
-  return found if is_url(where) else found.absolute()
+  return path(where) if is_url(where) else epath.Path(where).absolute()
 
 
 def local(where: epath.PathLike, flag: str) -> pathlib.Path:
@@ -78,12 +72,11 @@ def local(where: epath.PathLike, flag: str) -> pathlib.Path:
 def check(where: str) -> None:
   """Raise UserError for an address other than gs://BUCKET/..., one with a special character, one that needs a missing
   package, or a ~, of which a folder of that name would be made. A local path passes."""
-  if _HOME.match(where):
-    meant = os.path.expanduser(where)
+  if where.startswith(("~/", "~")) and (meant := os.path.expanduser(where)) != where:
     raise UserError(f"the shell leaves the ~ of {where} as it is behind a =; give {meant}")
   if not (found := _ADDRESS.match(where)):
     return
-  if not _BUCKET.match(where):
+  if not re.match(r"gs://[^/]+", where):
     how = f"/{where[found.end() :]}" if found[1].lower() == "file" else "a local path or gs://BUCKET/FOLDER"
     raise UserError(f"{where} is no address that can be read; give {how}")
   if special := _SPECIAL.search(where):
@@ -106,49 +99,18 @@ def _configure() -> None:
   config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
-@epath.register_path_cls(SCHEME)
-class BucketPath(type(epath.Path())):
-  """A path in a bucket. gcsfs says that nothing is there when it cannot look: a run would begin from nothing."""
+def _system(**options: bool) -> Any:
+  import fsspec
 
-  def exists(self) -> bool:
-    """Say whether a file or folder is there. Raise what a bucket that cannot be asked answers."""
-    return self._kind() is not None
-
-  def is_dir(self) -> bool:
-    """Say whether a folder is there. Raise what a bucket that cannot be asked answers."""
-    return self._kind() == "directory"
-
-  def _kind(self) -> str | None:
-    try:
-      return _system().info(os.fspath(self))["type"]
-    except (FileNotFoundError, NotADirectoryError):
-      return None
-
-  def open(self, mode: str = "r", **options: Any) -> Any:
-    """Open an object. What is written into it appears when it is closed."""
-    try:
-      return super().open(mode, **options)
-    except FileNotFoundError as error:  # which has its name in the server's form, and nothing else
-      raise FileNotFoundError(f"there is no {self}") from error
-
-  def write_bytes(self, data: bytes) -> int:
-    """Write an object whole, in one request unless it is large."""
-    try:
-      _system().pipe_file(os.fspath(self), data)
-    except FileNotFoundError as error:
-      raise FileNotFoundError(f"there is no bucket {_BUCKET.findall(os.fspath(self))[0]}") from error
-    return len(data)
-
-  def write_text(self, data: str, encoding: str | None = None, errors: str | None = None) -> int:
-    """Write an object of text whole."""
-    return self.write_bytes(data.encode(encoding or "utf-8", errors or "strict"))
+  _configure()
+  return fsspec.filesystem("gcs", **options)
 
 
 def files_below(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
   """List a folder of a bucket: name within it -> gcsfs's facts, among them `size` (bytes) and `etag`."""
-  root = path(folder)
-  system, prefix = _system(), os.fspath(root).removeprefix(SCHEME).rstrip("/") + "/"
-  return {name.removeprefix(prefix): facts for name, facts in system.find(os.fspath(root), detail=True).items()}
+  url = os.fspath(path(folder)).rstrip("/")
+  below = _system().find(url, detail=True)
+  return {name.removeprefix(f"{url.removeprefix(SCHEME)}/"): facts for name, facts in below.items()}
 
 
 def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = ()) -> None:
@@ -160,53 +122,21 @@ def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = 
       _system().put([os.fspath(folder / name) for name in group], urls, batch_size=_AT_ONCE)
 
 
-def read_bytes(where: epath.PathLike) -> bytes:
-  """Read a small file. One in a bucket is read again where its bytes are not those that the server has.
-
-  Raises:
-    Gone: they were not, several times.
-    OSError: it is not there, or cannot be read.
-  """
-  for _ in range(_READS):
-    content = path(where).read_bytes()
-    if not is_url(where) or _as_sent(os.fspath(where), google_crc32c.Checksum(content)):
-      return content
-  raise Gone(f"{os.fspath(where)} arrived damaged")
-
-
-def _as_sent(url: str, digest: google_crc32c.Checksum) -> bool:
-  """Compare the CRC32C of what was read with the server's, where it has one."""
-  try:
-    there = _system().info(url).get("crc32c")
-  except ValueError:  # an answer that is no JSON has arrived damaged itself
-    return False
-  return there is None or there == base64.b64encode(digest.digest()).decode()
-
-
 def download(wanted: Mapping[str, pathlib.Path]) -> None:
-  """Copy objects, all at a time, to local files, each whole or not at all.
-
-  Args:
-    wanted: address -> file.
-
-  Raises:
-    Gone: an object arrived damaged.
-    OSError: one is not there, or cannot be read or written.
-  """
+  """Copy objects to local files, each whole or not at all: address -> file."""
   partial = {url: file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp") for url, file in wanted.items()}
   try:
     _system().get([*wanted], [os.fspath(file) for file in partial.values()])
     for url, file in wanted.items():
-      digest = google_crc32c.Checksum()
-      with partial[url].open("rb") as copied:
-        for _ in digest.consume(copied, 1 << 20):
-          pass
-      if not _as_sent(url, digest):
-        raise Gone(f"{url} arrived damaged")
       partial[url].replace(file)
   finally:
     for file in partial.values():
       file.unlink(missing_ok=True)
+
+
+def read_bytes(where: epath.PathLike) -> bytes:
+  """Read a small file."""
+  return path(where).read_bytes()
 
 
 def create(where: epath.Path, content: bytes) -> bool:
@@ -219,7 +149,7 @@ def create(where: epath.Path, content: bytes) -> bool:
 
 
 def generation(where: epath.Path) -> int:
-  """An object's generation, which each write changes; 0 if there is no object."""
+  """Return an object's generation, which each write changes; 0 if there is no object."""
   try:
     return int(_system().info(os.fspath(where))["generation"])
   except FileNotFoundError:
@@ -282,13 +212,6 @@ class Mirror:
     else:
       logging.error("the last lines of %s could not be written", self._to)
     self._temporary.cleanup()
-
-
-def _system(**options: bool) -> Any:
-  import fsspec
-
-  _configure()
-  return fsspec.filesystem("gcs", **options)
 
 
 @contextlib.contextmanager

@@ -1,21 +1,18 @@
 """The parts that every command line shares: flags, one-line errors, logging, compilation cache.
 
-A verb ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr, a full
-disk with one line and code 1, on which launchers try again, a bug with its traceback and code 1, a preemption with code
-75, Ctrl-C with one line and code 130, and SIGTERM or SIGHUP, where there is nothing to save, with one line and code
-143.
+A command ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr; a
+full disk, or storage that cannot be reached, with one line and code 1, on which launchers try again; a bug with its
+traceback and code 1; a preemption with code 75; Ctrl-C with one line and code 130; and SIGTERM or SIGHUP, where there
+is nothing to save, with one line and code 143.
 
 jax is imported where it is used: it takes two seconds, which commands that compute nothing have no need of.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import gc
 import importlib.util
-import io
 import itertools
 import logging as python_logging
 import math
@@ -30,22 +27,19 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.common import buckets, files, guesses, machine, shipped, signals, usage
+from diffdis_jax.common import buckets, files, guesses, machine, signals
 from diffdis_jax.errors import FULL_DISK, Diverged, Preempted, UserError, full_disk, may_pass
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+_MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")  # absl's words
 CACHE_BYTES = 4 * 2**30  # of compiled programs; a full-size step is a few hundred MB
 LONGEST_WORD = 1000  # characters, of a message
 _TEXTS = {"prompt", "eval"}  # flags that may hold any text
 # Flags that an unset variable of a shell leaves empty, which would be this folder.
 _FOLDERS = {"workdir", "out"}
-# What Google Cloud Storage answers where nobody has logged in for programs; gcloud auth login is for gcloud alone.
-_ANONYMOUS = "Anonymous caller"
 # With what Orbax warns at each save between two evaluations, where the best checkpoints are kept.
 _UNMEASURED = "Requested `tracked_metric`"
-# Errors of the path that someone gave, rather than of a disk, which may be well the next time.
-_OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
@@ -57,55 +51,56 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   # Garbage is looked for among all that jax has traced, which stays: by default that is a fifth of a start's time.
   gc.set_threshold(100_000, 50, 50)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA, which has it from TensorFlow
-  # Closed ones: the next file to be opened would have the number of one of them, and get what libraries write there.
-  for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-    if getattr(sys, name) is None:
-      setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-  if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr: a name of another encoding ends no command
-    sys.stdout.reconfigure(errors="backslashreplace")
   sys.excepthook = _excepthook
-  sys.unraisablehook = _unraisablehook
   signals.end_on_signals()
   logging.get_absl_handler().addFilter(_is_ours)
+  logging.set_verbosity(logging.INFO)  # already for what a config file logs, before the flags are parsed
   flags.DEFINE_boolean("quiet", False, "write warnings and errors only, no progress")
-  # Not left to absl, whose help exits with 1.
-  if {"--help", "-help", "-h", "-?"} & {*sys.argv[1:]}:
-    for module, defined in flags.FLAGS.flags_by_module_dict().items():
-      for flag in defined:  # those too that the package defines outside of the command's own file
-        if module.startswith("diffdis_jax.") or flag.name == "config":
-          flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    usage.write(usage.text(sys.modules["__main__"].__doc__ or "", sys.argv[0]))
-    sys.exit(0)
+  if {"--help", "-h"} & {*sys.argv[1:]}:
+    _help()
   if "--version" in sys.argv[1:]:
-    usage.write(f"{usage.version()}\n")
+    write(f"diffdis_jax {sys.modules['diffdis_jax'].__version__}\n")
     sys.exit(0)
 
   def guarded(argv: list[str]) -> Any:
     if flags.FLAGS.quiet:
       logging.set_verbosity(logging.WARNING)
-    shipped.log_said()
     try:
       if extra := argv[1 + positional :]:
         raise UserError(f"unexpected argument {extra[0]!r}; every argument is a flag, --name=value")
       _check_values()
       return main(argv)
-    except (UserError, Diverged) as error:
-      _stop(error, code=error.code)
     except Preempted as stopped:
-      if _is_compiling():
-        _exit_at_once(stopped.code)
-      sys.exit(stopped.code)
+      _exit(stopped.code)
     except Exception as error:
-      if not (isinstance(error, OSError) or may_pass(error)):
-        raise
       _stop_for(error)
 
   app.run(guarded, flags_parser=_parse_flags)
 
 
+def write(content: str) -> None:
+  """Write to stdout. A reader that has gone, such as head or a pager that was closed, ends no command."""
+  try:
+    sys.stdout.write(content)
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # Or else Python, which flushes again at its end, says that it cannot.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _help() -> NoReturn:
+  """Write the command's docstring and all flags of its own, those too that the package defines in other files."""
+  for module, defined in flags.FLAGS.flags_by_module_dict().items():
+    for flag in defined:
+      if module.startswith("diffdis_jax.") or flag.name == "config":
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+  described = flags.FLAGS.main_module_help().partition(":\n")[2]  # without the file's name
+  write(f"{sys.modules['__main__'].__doc__}\nFlags:\n{described}\n")
+  sys.exit(0)  # where absl exits with 1
+
+
 def _check_values() -> None:
-  """Raise UserError: a folder's flag is empty, a number is nan, an address in any flag or field cannot be read, or the
-  workdir cannot be one."""
+  """Raise UserError: a folder's flag is empty, a number is nan, or an address in any flag or field cannot be read."""
   for name in {*flags.FLAGS} - _TEXTS:
     value = flags.FLAGS[name].value
     if name in _FOLDERS and value == "" and flags.FLAGS[name].present:
@@ -113,30 +108,29 @@ def _check_values() -> None:
     if isinstance(value, float) and math.isnan(value):  # which is within any bounds for absl
       raise UserError(f"--{name}={value} is no number; give one")
     found = guesses.fields_of(value.to_dict()).values() if isinstance(value, ConfigDict) else [value]
-    for each in itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in found):
-      if isinstance(each, str):
-        buckets.check(each)
-  if "workdir" in flags.FLAGS:
-    given = flags.FLAGS["workdir"].value or []
-    for folder in [given] if isinstance(given, str) else given:
-      files.check_workdir(folder)
+    for text in itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in found):
+      if isinstance(text, str):
+        buckets.check(text)
 
 
 def _stop_for(error: Exception) -> NoReturn:
-  """Stop with one line for an error of a disk, a network or a right; raise a bug again."""
-  number, path = getattr(error, "errno", None), getattr(error, "filename", None)
-  said = getattr(error, "strerror", None) or error
-  where = f" ({path})" if path else ""
-  if _ANONYMOUS in str(error):
-    _stop(f"{error}; log in by gcloud auth application-default login, and run the same command again", code=1)
+  """Stop with one line for what a user can mend: input, a disk, a network or a right. Raise a bug again."""
+  path, number = getattr(error, "filename", None), getattr(error, "errno", None)
+  reason = getattr(error, "strerror", None) or error
+  where, again = f" ({path})" if path else "", "and run the same command again"
+  if isinstance(error, (UserError, Diverged)):
+    _stop(error, code=error.code)
   if number in FULL_DISK:
-    _stop(f"{said}{where}; make room, and run the same command again", code=1)
-  if may_pass(error) or number is None:  # without a number: what a bucket's server answered
-    _stop(f"{error or said}{where}; check the network and your permissions, and run the same command again", code=1)
-  if number in _OF_A_PATH and path:
-    _stop(f"cannot use {path}: {said}")
+    _stop(f"{reason}{where}; make room, {again}", code=1)
+  if may_pass(error) or (isinstance(error, OSError) and number is None):  # without a number: a bucket's server
+    how = "check the network and your permissions"
+    if "Anonymous caller" in str(error):  # gcloud auth login is for gcloud alone
+      how = "log in by gcloud auth application-default login"
+    _stop(f"{reason}{where}; {how}, {again}", code=1)
+  if isinstance(error, OSError) and path:
+    _stop(f"cannot use {path}: {reason}")
   if isinstance(error, PermissionError):
-    _stop(f"cannot continue: {said}")
+    _stop(f"cannot continue: {reason}")
   raise error
 
 
@@ -159,24 +153,29 @@ def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHo
 
 
 def process_flags() -> None:
-  """Define the flags that every command with a network has; they are the last group of --help."""
-  with usage.group(usage.PROCESSES):
-    flags.DEFINE_string("coordinator_address", None, "host:port of process 0")
-    flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "this process's number, from 0", lower_bound=0)
-    flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
-    flags.DEFINE_integer(
-      "heartbeat_timeout",
-      None,
-      "seconds after which a silent process is taken for dead, and the others end; by default 10, over a bucket 100",
-      lower_bound=1,
-    )
+  """Define the flags that every command with a network has, for where the environment does not set them."""
+  flags.DEFINE_string("coordinator_address", None, "host:port of process 0")
+  flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
+  flags.DEFINE_integer("process_id", None, "this process's number, from 0", lower_bound=0)
+  flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
+  flags.DEFINE_integer(
+    "heartbeat_timeout",
+    None,
+    "seconds after which a silent process is taken for dead, and the others end; by default 10, over a bucket 100",
+    lower_bound=1,
+  )
 
 
 def config_given() -> tuple[str, dict[str, Any]]:
   """Return FILE.py[:args] of the flag --config, and the values that --config.a.b=value gave to single fields."""
   flag = flags.FLAGS["config"]
   return config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+
+
+def config_names() -> dict[str, pathlib.Path]:
+  """Return the file of each config that comes with the package, by its name, such as `shapes`."""
+  files_there = sorted(pathlib.Path(_PACKAGE, "configs").glob("*.py"))  # a link to the repository's folder
+  return {path.stem: path for path in files_there if path.stem not in ("__init__", "common")}
 
 
 def read_config(path: str, flag: str = "config") -> ConfigDict:
@@ -190,14 +189,12 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
     UserError: every mistake in the path, the file or its arguments.
   """
   given, colon, argument = path.partition(":")
-  file = str(shipped.names().get(given, given))
+  file = str(config_names().get(given, given))
   if not os.path.isfile(file):
-    folder = pathlib.Path(given).parent
-    near = [*shipped.names(), *map(str, folder.glob("*.py"))]
+    near = [*config_names(), *map(str, pathlib.Path(given).parent.glob("*.py"))]
     raise UserError(f"no config {given}; {guesses.did_you_mean(given, near)}")
   if not file.endswith(".py"):
     raise UserError(f"--{flag}={path} should name a config such as shapes, or a Python file")
-  shipped.provide(file)
   try:
     spec: Any = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
@@ -218,50 +215,13 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
 
 
 def compilation_cache() -> None:
-  """Keep compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory.
-
-  To load a program is to run it, so a local folder that others could write into is not used.
-  """
+  """Keep compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory."""
   import jax
 
-  own = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # empty, it would be this folder
-  folder = own or files.user_cache("jax")
-  if buckets.is_url(folder):
-    if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
-      # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.
-      jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-  elif reason := _refusal(folder):
-    logging.warning("compiled programs are not kept: %s; name another folder by JAX_COMPILATION_CACHE_DIR", reason)
-    jax.config.update("jax_compilation_cache_dir", None)
-    return
-  jax.config.update("jax_compilation_cache_dir", str(buckets.path(folder)))
-  if not own:
-    _remove_unfinished(pathlib.Path(folder))
+  if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", files.user_cache("jax"))
     if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
       jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-
-
-def _refusal(folder: str) -> str:
-  """Make the folder, and say why it cannot be used; empty where it can."""
-  try:
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    status = os.stat(folder)
-  except OSError as error:  # as in a container, of whose user / is the home; jax would warn at each program
-    return f"cannot make {folder}: {error.strerror}"
-  if status.st_uid != os.geteuid():
-    return f"{folder} belongs to another user"
-  return f"others can write into {folder} (chmod go-w it)" if status.st_mode & 0o022 else ""
-
-
-def _remove_unfinished(folder: pathlib.Path) -> None:
-  """Remove entries that a killed process left. jax dates an entry when it is whole, and could write none beside one
-  without a date."""
-  import filelock
-
-  with contextlib.suppress(OSError, NotImplementedError), filelock.FileLock(folder / ".lockfile", timeout=10):
-    for entry in folder.glob("*-cache"):
-      if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
-        entry.unlink(missing_ok=True)
 
 
 def use_all_cores() -> None:
@@ -289,7 +249,7 @@ class _ConfigFile(flags.ArgumentParser):
       guesses.check_key(config.to_dict(), key := override[1], list(flags.FLAGS))
       *sections, name = key.partition("[")[0].split(".")
       # A value is read by the type of what is there.
-      if functools.reduce(lambda section, each: section[each], sections, config).get_type(name) is type(None):
+      if functools.reduce(lambda section, name: section[name], sections, config).get_type(name) is type(None):
         file = path.partition(":")[0]
         raise UserError(f"--config.{key} cannot be set: the config has None there; set it in {file}")
     return config.lock()  # so that no code adds a field by misspelling one
@@ -304,22 +264,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
     _stop(f"unknown flag --{error.flagname}; {guess}")
   # Flags of our own raise UserError, absl's its own, and ConfigDict the others, of single fields.
   except (UserError, flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
-    missing = usage.MISSING.findall(str(error))
+    missing = _MISSING.findall(str(error))
     described = " and ".join(f"--{name} ({flags.FLAGS[name].help})" for name in missing)
     _stop(f"{described} {'is' if len(missing) == 1 else 'are'} missing" if missing else error)
 
 
 def _stop(error: Exception | str, *, code: int = 2) -> NoReturn:
-  sys.stderr.write(f"error: {' '.join(map(_shortened, str(error).split()))}\n")
-  _exit_at_once_if_waiting(code)
-  sys.exit(code)
-
-
-def _shortened(word: str) -> str:
-  """Shorten a word of a message, which may quote all that someone gave."""
-  word = word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-20:]}"
-  # A file's name or a class's may have characters that a terminal would take for orders.
-  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in word)
+  """Exit with one line, in which long words are cut, and nothing is left that a terminal would take for orders."""
+  words = (word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-20:]}" for word in str(error).split())
+  shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(words))
+  sys.stderr.write(f"error: {''.join(shown)}\n")
+  _exit(code)
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -327,40 +282,24 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
     sys.stdout.flush()
     signals.end_interrupted(kind)
   sys.__excepthook__(kind, error, trace)
-  _exit_at_once_if_waiting(1)
+  _exit(1)
 
 
-def _unraisablehook(dropped: Any) -> None:
-  """End at Ctrl-C within a callback of the garbage collector, such as jax's: Python drops what is raised there."""
-  if issubclass(dropped.exc_type, KeyboardInterrupt):
-    signals.end_interrupted(dropped.exc_type)
-  sys.__unraisablehook__(dropped)
-
-
-def _exit_at_once_if_waiting(code: int) -> None:
-  """Exit at once where Python's clean-up would wait for other processes, or for a compiler (programs.AheadOfTime)."""
+def _exit(code: int) -> NoReturn:
+  """Exit; at once where Python's clean-up would wait for other processes, or for a compiler."""
   # Looked up and not imported: where jax was not imported, nobody waits.
-  distributed = sys.modules.get("jax.distributed")
-  if (distributed is not None and distributed.is_initialized()) or _is_compiling():
-    _exit_at_once(code)
-
-
-def _is_compiling() -> bool:
-  programs = sys.modules.get("diffdis_jax.parallel.programs")
-  return programs is not None and programs.is_compiling()
-
-
-def _exit_at_once(code: int) -> NoReturn:
-  sys.stdout.flush()  # which os._exit does not do
-  signals.exit_at_once(code)
+  distributed, programs = map(sys.modules.get, ("jax.distributed", "diffdis_jax.parallel.programs"))
+  if (distributed and distributed.is_initialized()) or (programs and programs.is_compiling()):
+    sys.stdout.flush()  # which os._exit does not do
+    signals.exit_at_once(code)
+  sys.exit(code)
 
 
 def _is_ours(record: python_logging.LogRecord) -> bool:
   """Let our own progress through, and only warnings of libraries; with --verbosity=1 everything."""
   if logging.get_verbosity() > 0 or record.pathname.startswith(_PACKAGE):
     return True
-  if record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt):  # which is one line at the end
-    return False
-  # A full disk is one line of ours: what a library logs of it, with a traceback each time, it raises too.
-  full = record.exc_info and full_disk(record.exc_info[1])
-  return record.levelno >= python_logging.WARNING and not full and not str(record.msg).startswith(_UNMEASURED)
+  error = record.exc_info[1] if record.exc_info else None
+  # Ctrl-C and a full disk are one line of ours: what a library logs of them, with a traceback, it raises too.
+  is_known = isinstance(error, KeyboardInterrupt) or full_disk(error) is not None
+  return record.levelno >= python_logging.WARNING and not is_known and not str(record.msg).startswith(_UNMEASURED)

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import pathlib
-import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from typing import IO, Any
 
-from absl import logging
 from etils import epath
 
 from diffdis_jax.common import buckets
-from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
+from diffdis_jax.errors import UserError, may_pass, parse_json
 
-# With what makes it unique.
-_TEMPORARY = re.compile(r"(.+)\.(?:\d+|[a-z0-9_]{8})\.tmp")
+DAY = 24 * 3600.0  # seconds after which a temporary file is of a process that was killed
 
 
 def user_cache(name: str) -> str:
   """Name a folder of the user's cache directory."""
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  if home.startswith("~"):  # as it was: of a user without a home, as in a container
-    home = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
   return os.path.join(home, "diffdis_jax", name)
 
 
@@ -59,39 +54,82 @@ def whole_folder(out: epath.PathLike, *, last: Collection[str] = ()) -> Iterator
       copied stays there when the process is killed.
 
   Raises:
-    UserError: `out` is not empty, or cannot be written. What the caller reads meanwhile raises its own errors.
+    UserError: `out` is not empty, or cannot be written.
   """
   folder = empty_folder(out)
-  if not buckets.is_url(folder):
-    with _on_a_disk(pathlib.Path(folder).resolve()) as temporary:
+  if buckets.is_url(folder):
+    check_out(os.fspath(folder / "file"))  # before hours of work, which a bucket that there is not would lose
+    with temporary_folder("diffdis-out") as temporary:
       yield temporary
-    return
-  check_out(os.fspath(folder / "file"))  # before hours of work, which a bucket that there is not would lose
-  with temporary_folder("diffdis-out") as temporary:
-    yield temporary
-    try:
       buckets.upload(temporary, folder, last=last)
-    except BaseException:
-      with contextlib.suppress(Exception):  # of the bucket, which must not take the place of what went wrong
-        folder.rmtree()
-      raise
+    return
+  target = pathlib.Path(folder).resolve()
+  with contextlib.ExitStack() as stack:
+    with writing(f"--out={out}"):
+      target.parent.mkdir(parents=True, exist_ok=True)
+      # Beside its place: a rename cannot go from one disk to another.
+      temporary = stack.enter_context(temporary_folder(f".{target.name}", target.parent))
+      temporary.chmod(0o755)  # 700, as it is made, would stay and lock other users out
+    yield temporary
+    with writing(f"--out={out}"):
+      os.replace(temporary, target)  # which an empty folder gives way to
 
 
 @contextlib.contextmanager
-def _on_a_disk(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  made = ""
+def temporary_folder(begin: str, within: str | os.PathLike[str] | None = None) -> Iterator[pathlib.Path]:
+  """Yield a new folder, which is removed at the end, or, after a kill, when the next one is asked for.
+
+  Args:
+    begin: the beginning of its name.
+    within: where it lies; None for the system's folder for temporary files.
+  """
+  place = pathlib.Path(within or tempfile.gettempdir())
+  for left in place.glob(f"{begin}.????????.tmp"):
+    with contextlib.suppress(OSError), in_use(left, strict=True):  # its process lives where it is locked
+      shutil.rmtree(left)
+  how: Any = dict(prefix=f"{begin}.", suffix=".tmp", dir=place, ignore_cleanup_errors=True)
+  with tempfile.TemporaryDirectory(**how) as made, in_use(made):
+    yield pathlib.Path(made)
+
+
+@contextlib.contextmanager
+def in_use(path: str | os.PathLike[str], flags: int = 0, *, strict: bool = False) -> Iterator[None]:
+  """Lock a file or folder of this machine. Raise OSError where `strict` and it cannot be."""
+  descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | flags, 0o666)
   try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place: a rename cannot go from one disk to another.
-    with temporary_folder(f".{out.name}", out.parent) as temporary:
-      made = str(temporary)
-      temporary.chmod(0o755)  # 700, as it is made, would stay and lock other users out
-      yield temporary
-      os.replace(temporary, out)  # which an empty folder gives way to
-  except OSError as error:
-    if made and error.errno not in FULL_DISK and not str(error.filename).startswith(made):
-      raise  # of what is read meanwhile
-    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+    with contextlib.nullcontext() if strict else contextlib.suppress(OSError):
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def lock(file: IO[Any], *, wait: bool) -> None:
+  """Keep an open file to this process until it is closed. Raise BlockingIOError: another has it, and not to `wait`."""
+  fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
+  """Write a file, under another name first; an object of a bucket appears whole by itself."""
+  if buckets.is_url(path):
+    path.write_bytes(content)
+    return
+  # A name of its own, so that two that write the same file do not mix their bytes.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+  try:
+    temporary.write_bytes(content)
+    temporary.replace(path)
+  finally:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+  """Remove the temporary files that `write_whole` left in a local folder when its process was killed."""
+  for path in pathlib.Path(folder).glob(".*.tmp"):
+    with contextlib.suppress(OSError):
+      if path.is_file() and path.stat().st_mtime < time.time() - DAY:
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -105,107 +143,6 @@ def writing(what: str) -> Iterator[None]:
     raise UserError(f"cannot write {what}: {error.strerror or error}") from error
 
 
-def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
-  """Write a file, under another name first; an object of a bucket appears whole by itself."""
-  if buckets.is_url(path):
-    path.write_bytes(content)
-    return
-  # A name of its own, so that two that write the same file do not mix their bytes. Not its process's number, which a
-  # process of another machine or container may have too.
-  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-  try:
-    with in_use(temporary, os.O_CREAT):
-      temporary.write_bytes(content)
-      temporary.replace(path)
-  except BaseException:  # Ctrl-C too
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
-    raise
-
-
-@contextlib.contextmanager
-def in_use(temporary: str | os.PathLike[str], flags: int = 0, *, strict: bool = False) -> Iterator[None]:
-  """Lock a temporary file or folder, so that `sweep` leaves it. Where a file system has no locks, nothing is swept.
-
-  Raises:
-    OSError: it is locked, or cannot be, and that is asked for by `strict`.
-  """
-  descriptor = os.open(temporary, os.O_RDONLY | flags, 0o666)
-  try:
-    with contextlib.nullcontext() if strict else contextlib.suppress(OSError):
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    yield
-  finally:
-    os.close(descriptor)
-
-
-@contextlib.contextmanager
-def temporary_folder(begin: str, within: str | os.PathLike[str] | None = None) -> Iterator[pathlib.Path]:
-  """Yield a new folder, which is removed at the end, or, after a kill, when the next one is asked for.
-
-  Args:
-    begin: the beginning of its name.
-    within: where it lies; None for the system's folder for temporary files.
-  """
-  place = within or tempfile.gettempdir()
-  sweep(place, begin)
-  # A thread that still writes into it at the end is no error, nor is that it was renamed.
-  how: Any = dict(prefix=f"{begin}.", suffix=".tmp", dir=place, ignore_cleanup_errors=True)
-  with tempfile.TemporaryDirectory(**how) as made, in_use(made):
-    yield pathlib.Path(made)
-
-
-def lock(file: IO[Any], *, wait: bool) -> None:
-  """Keep an open file to this process until it is closed; where its file system has no locks, warn instead.
-
-  Raises:
-    BlockingIOError: another process has it, and this one is not to wait.
-  """
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-  except BlockingIOError:
-    raise
-  except OSError as error:
-    logging.warning("%s cannot be locked (%s); let no other process write there meanwhile", file.name, error.strerror)
-
-
-def sweep(folder: str | os.PathLike[str], begin: str = "") -> None:
-  """Remove what killed processes left in a local folder: all whose name begins so, or hidden files of any name."""
-  for path in pathlib.Path(folder).glob("*.tmp"):
-    found = _TEMPORARY.fullmatch(path.name)
-    if found is None or (found[1] != begin if begin else path.is_dir() or not path.name.startswith(".")):
-      continue
-    # A lock fails while its process lives.
-    with contextlib.suppress(OSError), in_use(path, os.O_NOFOLLOW | os.O_NONBLOCK, strict=True):
-      shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def check_workdir(folder: str) -> None:
-  """Raise UserError, before anything that may take long: no such folder can be made, read, or hold a checkpoint."""
-  if buckets.is_url(folder):
-    return
-  path = pathlib.Path(folder)
-  there = next(each for each in (path, *path.absolute().parents) if each.exists())
-  if there == path and path.suffix == ".safetensors" and path.is_file():
-    return  # a run in one file, which says itself what is wrong with it
-  check_utf8(folder, "workdir")
-  if not there.is_dir():
-    raise UserError(f"--workdir={folder} cannot be: {there} is a file; give a folder")
-  if not os.access(there, os.R_OK | os.X_OK):
-    raise UserError(f"cannot read --workdir={folder}: {os.strerror(errno.EACCES)}; this user may not look into {there}")
-
-
-def check_utf8(path: str | os.PathLike[str], flag: str) -> None:
-  """Raise UserError for a path, named by a flag, in an encoding that no library of checkpoints or records takes."""
-  try:
-    os.path.abspath(path).encode()
-  except UnicodeEncodeError as error:
-    raise UserError(
-      f"--{flag}={os.fspath(path)!r} has a path that is not in UTF-8, where no checkpoint and no record can be written;"
-      " take another folder"
-    ) from error
-
-
 def check_out(out: str, flag: str = "out") -> None:
   """Raise UserError, before work whose result would be lost: `out` is a folder, or no file of this name can be written.
 
@@ -214,10 +151,8 @@ def check_out(out: str, flag: str = "out") -> None:
   path = buckets.path(out)
   if path.is_dir():
     raise UserError(f"--{flag}={out} is a folder; it should name the file to write")
-  if "://" not in out and not path.parent.is_dir():  # an object store has no empty folders
+  if not buckets.is_url(out) and not path.parent.is_dir():  # an object store has no empty folders
     raise UserError(f"--{flag}={out} lies in no folder that exists; create it first")
-  if not buckets.is_url(path):
-    sweep(path.parent, f".{path.name}")
   # Tried, since permissions say nothing of a disk that is full or read-only.
   probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   with writing(f"--{flag}={out}"):
@@ -232,11 +167,7 @@ def write_out(out: str, text: str) -> None:
 
 
 def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
-  """Return the value in a JSON file, local or wherever etils.epath reads.
-
-  Args:
-    path: of the file.
-    name: of it in the message; by default its path.
+  """Return the value in a JSON file, local or in a bucket. `name` is the file's in messages; by default its path.
 
   Raises:
     UserError: there is none, it cannot be read, or it is not JSON.
@@ -244,7 +175,7 @@ def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
   """
   name = name or os.fspath(path)
   try:
-    content = buckets.read_bytes(path)
+    content = buckets.path(path).read_bytes()
   except (OSError, ValueError) as error:  # the latter of a name that no file can have
     if may_pass(error):
       raise
@@ -254,13 +185,10 @@ def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Return the JSON object in a file; an empty one of a file that is absent, damaged or out of reach."""
-  if not buckets.is_url(path) and not pathlib.Path(path).is_file():  # a named pipe would be waited for
-    return {}
   try:
-    found = read_json(path)
+    found = read_json(path) if buckets.is_url(path) or pathlib.Path(path).is_file() else {}
   except Exception as error:
-    # The first two are of a disk, and of a bucket where its package is missing; gcsfs has errors of its own besides.
-    if not (isinstance(error, (OSError, UserError)) or may_pass(error)):
+    if not (isinstance(error, (OSError, UserError)) or may_pass(error)):  # gcsfs has errors of its own
       raise
     return {}
   return found if isinstance(found, dict) else {}

@@ -9,68 +9,33 @@ from typing import Any
 from diffdis_jax.errors import UserError
 
 MOST_LISTED = 12  # names that a message lists one by one; of more, those of a section
-# Common names -> the fields and flags (with --) that they stand for here, of which the first that exists is given.
-_TABLE = """
+# Common names, and the fields and flags (with --) that they stand for here. The first that exists is named.
+_COMMON = """
 lr learning_rate = optim.rates.new
-epochs num_epochs num_train_epochs = num_steps --epochs
+epochs num_train_epochs = num_steps --epochs
 steps max_steps max_train_steps = num_steps --steps --query_steps
-bs train_batch_size = batch_size --batch_size
+train_batch_size = batch_size --batch_size
 wandb report_to = --tracker
-precision mixed_precision bf16 = model.dtype --dtype
+precision mixed_precision = model.dtype --dtype
 grad_accum gradient_accumulation_steps = optim.accumulate
 gradient_checkpointing = model.remat
 max_grad_norm = optim.clip_norm
 ema = optim.ema_decay --ema
-warmup lr_warmup_steps = optim.warmup_steps
+lr_warmup_steps = optim.warmup_steps
 lr_scheduler = optim.schedule_kind
 resume ckpt checkpoint = --workdir
 pretrained = init_from --workdir
-output_dir outdir = --out --workdir
+output_dir = --out --workdir
 resolution = image_size --image_size
-guidance_scale cfg_scale = --guidance inference.generation_guidance
-num_inference_steps ddim_steps = --steps --generation_steps inference.generation_steps
+guidance_scale = --guidance inference.generation_guidance
+num_inference_steps = --steps --generation_steps inference.generation_steps
 num_samples = --num_images
-unit_query = inference.normalize_query --normalize_query
-draws = inference.num_noise_samples --num_noise_samples
-equal_captions = loss.duplicate_captions
-random_frozen = optim.allow_uninitialized
-map_parts = model.alignment.spatial_pool
-token_query = model.text_encoder.token_embedding_weight
-class_power = data.sampling.sampling_exponent
-fraction = long_tail.crop_pct
 """
-_MEANT = {
+_TARGETS = {
   name: targets.split()
-  for names, targets in (line.split(" = ") for line in _TABLE.strip().splitlines())
+  for names, targets in (line.split(" = ") for line in _COMMON.strip().splitlines())
   for name in names.split()
 }
-
-
-def guess_field(key: str, known: Collection[str], flags: Collection[str] = ()) -> str:
-  """Say which of the known fields, or of the command's flags, a config key may mean; or list the fields near it."""
-  section, _, leaf = key.rpartition(".")
-  if section in known:  # a field, which has no fields of its own
-    return _ask([section])
-  if meant := _meant(leaf, known, flags):
-    return _ask([meant])
-  if same := _same_name(leaf, known):
-    return _ask(same)
-  leaves = {path.split(".")[-1]: path for path in known}
-  if near := difflib.get_close_matches(key, [*known, *_sections(known)], n=1, cutoff=0.75):
-    return _ask(near)
-  if near := difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75):
-    return _ask([leaves[near[0]]])
-  return f"known: {', '.join(_listed(section, known))}"
-
-
-def guess_flag(name: str, flags: Collection[str], fields: Collection[str]) -> str:
-  """Say which flag an unknown one may mean; `fields` are those that --config.a.b=value sets."""
-  meant = _meant(name, fields, flags, flags_first=True)
-  same, near = _same_name(name, fields), difflib.get_close_matches(name, flags, n=1)
-  if not meant and near and (not same or difflib.SequenceMatcher(None, name, near[0]).ratio() > 0.9):
-    return _ask([f"--{near[0]}"])
-  found = [meant] if meant else same
-  return _ask(path if path.startswith("--") else f"--config.{path}" for path in found) if found else "see --help"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -87,6 +52,32 @@ def check_key(config: Mapping[str, Any], key: str, flags: Collection[str] = ()) 
     raise UserError(f"unknown config key {key}; {guess_field(key, known, flags)}")
 
 
+def guess_field(key: str, known: Collection[str], flags: Collection[str] = ()) -> str:
+  """Say which of the known fields, or of the command's flags, a config key may mean; or list the fields near it."""
+  section, _, leaf = key.rpartition(".")
+  if section in known:  # a field, which has no fields of its own
+    return _ask([section])
+  if same := _of_other_projects(leaf, known, flags) or _same_name(leaf, known):
+    return _ask(same)
+  leaves = {path.split(".")[-1]: path for path in known}
+  if near := difflib.get_close_matches(key, [*known, *_sections(known)], n=1, cutoff=0.75):
+    return _ask(near)
+  if near := difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75):
+    return _ask([leaves[near[0]]])
+  if len(known) <= MOST_LISTED:
+    return f"known: {', '.join(sorted(known))}"
+  prefix = f"{section}." if section in _sections(known) else ""
+  inside = {path[len(prefix) :].split(".")[0] for path in known if path.startswith(prefix)}
+  return f"known: {', '.join(sorted(prefix + name for name in inside))}"
+
+
+def guess_flag(name: str, flags: Collection[str], fields: Collection[str]) -> str:
+  """Say which flag an unknown one may mean; `fields` are those that --config.a.b=value sets."""
+  near = [f"--{flag}" for flag in difflib.get_close_matches(name, flags, n=1)]
+  found = _of_other_projects(name, fields, flags, flags_first=True) or _same_name(name, fields) or near
+  return _ask(path if path.startswith("--") else f"--config.{path}" for path in found) if found else "see --help"
+
+
 def fields_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Return a config's fields by their dotted paths. A section without fields stands for itself."""
   fields: dict[str, Any] = {}
@@ -97,18 +88,19 @@ def fields_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _sections(known: Iterable[str]) -> set[str]:
+  """Return the sections above these fields."""
   return {".".join(path.split(".")[:n]) for path in known for n in range(1, path.count(".") + 1)}
 
 
-def _meant(name: str, fields: Collection[str], flags: Collection[str], *, flags_first: bool = False) -> str:
-  """Return what the table has for a name and this command knows; empty if there is nothing."""
-  targets = _MEANT.get(name.lower().replace("-", "_"), [])
-  for target in sorted(targets, key=lambda target: target.startswith("--") != flags_first):
-    if target in fields or (target.startswith("--") and target[2:] in flags):
-      return target
-    if target.startswith("optim.rates."):  # of the groups that the config has
-      return next((path for path in fields if path.startswith("optim.rates.")), "")
-  return ""
+def _of_other_projects(
+  name: str, fields: Collection[str], flags: Collection[str], *, flags_first: bool = False
+) -> list[str]:
+  """Return the first target of a common name that this command knows."""
+  targets = _TARGETS.get(name.lower().replace("-", "_"), [])
+  if "optim.rates.new" in targets:  # each config has its own groups
+    targets = [path for path in fields if path.startswith("optim.rates.")]
+  known = [target for target in targets if target in fields or target.removeprefix("--") in {*flags}]
+  return sorted(known, key=lambda target: target.startswith("--") != flags_first)[:1]
 
 
 def _same_name(leaf: str, known: Iterable[str]) -> list[str]:
@@ -116,14 +108,6 @@ def _same_name(leaf: str, known: Iterable[str]) -> list[str]:
   same = [path for path in known if path.split(".")[-1] == leaf]
   least = min((path.count(".") for path in same), default=0)
   return [path for path in same if path.count(".") == least][:3]
-
-
-def _listed(section: str, known: Collection[str]) -> list[str]:
-  """List all the fields of a small config; of another one the fields and sections of this section."""
-  if len(known) <= MOST_LISTED:
-    return sorted(known)
-  prefix = f"{section}." if any(path.startswith(f"{section}.") for path in known) else ""
-  return sorted({prefix + path[len(prefix) :].split(".")[0] for path in known if path.startswith(prefix)})
 
 
 def _ask(names: Iterable[str]) -> str:

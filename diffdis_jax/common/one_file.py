@@ -1,12 +1,13 @@
 """A run in one file: its config, one set of its weights, and where both come from, as safetensors. Without jax.
 
-Such a file, FILE.safetensors or the name of one that comes with the package (shipped.py), is given where a workdir is
-read. Vectors of tokens that training never reached are left out, and one stands for all of them.
+Such a file, FILE.safetensors or the name of one that comes with the package, in `diffdis_jax/shipped`, is given where a
+workdir is read. Vectors of tokens that training never reached are left out, and one stands for all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -14,19 +15,20 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, Shaped
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from diffdis_jax.common import files, shipped
+from diffdis_jax.common import files
 from diffdis_jax.errors import UserError, parse_json
 
-SUFFIX = shipped.SUFFIX
+SUFFIX = ".safetensors"
+IMPORT_FIRST = "; weights of PyTorch take diffdis import_weights first"
+# In a folder of diffusers, of open_clip and of transformers, whose config has the name of a run's.
+_OF_PYTORCH = ("model_index.json", "open_clip_config.json", "model.safetensors", "pytorch_model.bin")
 KEPT = "kept_tokens"  # i32[n], the tokens whose vectors are there; the last row of each table is of all others
 _TABLES = ("tokens.embedding", "query_tokens.embedding")  # how the names of the tables of token vectors end
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32}
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
 
@@ -51,12 +53,29 @@ class Record:
   initialised: Sequence[str] = ()
 
 
+def models() -> dict[str, pathlib.Path]:
+  """Return the file of each trained model that comes with the package, by its name."""
+  return {path.stem: path for path in sorted((pathlib.Path(__file__).parents[1] / "shipped").glob(f"*{SUFFIX}"))}
+
+
 def at(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
   """Return the file that a path or a name stands for; None for a workdir. A folder of that name is a workdir."""
   given = os.fspath(workdir)
   if given.endswith(SUFFIX) and os.path.isfile(given):
     return pathlib.Path(given)
-  return None if os.path.exists(given) else shipped.models().get(given)
+  return None if os.path.exists(given) else models().get(given)
+
+
+def meant(given: str | os.PathLike[str]) -> str:
+  """Say what a path that is no workdir may mean: weights of PyTorch, a run below the folder, or a trained model of
+  almost this name. Return an empty text where nothing is near."""
+  if os.path.isfile(given) or any(os.path.isfile(os.path.join(given, name)) for name in _OF_PYTORCH):
+    return IMPORT_FIRST
+  path = pathlib.Path(given)
+  if below := sorted(file.parent for deep in ("*", "runs/*") for file in path.glob(f"{deep}/config.json")):
+    return f"; below it is {below[0]}"
+  near = difflib.get_close_matches(os.fspath(given), models(), n=1)
+  return f"; did you mean {near[0]}?" if near else ""
 
 
 def write(
@@ -82,8 +101,8 @@ def write(
   for name, each in arrays.items():
     if name != KEPT:
       check_written(name, np.asarray(params[name]), each)
-  said = json.dumps(dataclasses.asdict(record), sort_keys=True)
-  text = {"format": "diffdis_jax", "run": said, "sha256": _digest(said, arrays)}
+  run = json.dumps(dataclasses.asdict(record), sort_keys=True)
+  text = {"format": "diffdis_jax", "run": run, "sha256": _digest(run, arrays)}
   with files.writing(f"--out={path}"):
     files.write_whole(pathlib.Path(path), save(arrays, metadata=text))
 
@@ -101,8 +120,8 @@ def check_written(name: str, value: Shaped[np.ndarray, "..."], written: Shaped[n
 
 
 def read_record(path: pathlib.Path) -> Record:
-  """Read what a file says, from its first kilobytes. Raise UserError: it is damaged, or holds no run."""
-  return _header(path)[0]
+  """Read what a file says, and none of its arrays. Raise UserError: it is damaged, or holds no run."""
+  return _read(path)[0]
 
 
 def check(path: pathlib.Path, step: int | None, *, ema: bool) -> Record:
@@ -121,24 +140,29 @@ def check(path: pathlib.Path, step: int | None, *, ema: bool) -> Record:
 
 def read_params(path: pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
   """Read the weights, f32, with every token's vector. Raise UserError: the file is damaged, or holds no run."""
-  record, text = _header(path)
-  try:
-    arrays: Arrays = {
-      name: np.frombuffer(each["data"], _DTYPES[each["dtype"]]).reshape(each["shape"])
-      for name, each in deserialize(path.read_bytes())
-    }
-  except (SafetensorError, OSError, KeyError, ValueError) as error:
-    raise _damaged(path, str(error)) from error
-  if _digest(text["run"], arrays) != text["sha256"]:
-    raise _damaged(path, "it holds other bytes than were written")
+  record, arrays = _read(path, arrays=True)
   kept = arrays.pop(KEPT, None)
-  params = {name: each.astype(np.float32) for name, each in arrays.items()}
+  params = {name: array.astype(np.float32) for name, array in arrays.items()}
   if kept is not None:
     size = record.config["model"]["text_encoder"]["vocab_size"]
     for name in (name for name in arrays if name.endswith(_TABLES)):
       table, params[name] = params[name], np.repeat(params[name][-1:], size, axis=0)
       params[name][kept] = table[:-1]
   return params
+
+
+def _read(path: pathlib.Path, *, arrays: bool = False) -> tuple[Record, Arrays]:
+  """Read the record and, if asked, all arrays, whose digest is compared."""
+  try:
+    with safe_open(path, "numpy") as file:
+      text, found = file.metadata() or {}, {name: file.get_tensor(name) for name in (file.keys() if arrays else ())}
+    if "run" not in text:
+      raise UserError(f"{path} holds no run; it should be as export_weights wrote it{IMPORT_FIRST}")
+    if arrays and _digest(text["run"], found) != text.get("sha256"):
+      raise ValueError("it holds other bytes than were written")
+    return Record(**parse_json(text["run"], "its run")), found
+  except (SafetensorError, OSError, TypeError, ValueError) as error:
+    raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; copy it again") from error
 
 
 def _without_untrained(params: Mapping[str, Shaped[np.ndarray, "..."]], record: Record) -> Arrays:
@@ -162,32 +186,9 @@ def _without_untrained(params: Mapping[str, Shaped[np.ndarray, "..."]], record: 
   return {**params, **short, KEPT: np.flatnonzero(trained).astype(np.int32)}
 
 
-def _header(path: pathlib.Path) -> tuple[Record, dict[str, str]]:
-  """Read the record, and the texts of the header: 8 bytes of length, and as much JSON."""
-  try:
-    with path.open("rb") as file:
-      length = int.from_bytes(file.read(8), "little")
-      # A damaged length may be any number.
-      header = parse_json(file.read(min(length, path.stat().st_size)), "its header")
-      text = {name: header["__metadata__"][name] for name in ("run", "sha256")}
-  except (OSError, UserError, TypeError, KeyError) as error:
-    raise UserError(
-      f"{path} holds no run, or is damaged; it should be as export_weights wrote it{shipped.IMPORT_FIRST}"
-    ) from error
-  try:
-    return Record(**parse_json(text["run"], "its run")), text
-  except (UserError, TypeError) as error:
-    raise _damaged(path, str(error)) from error
-
-
-def _damaged(path: pathlib.Path, why: str) -> UserError:
-  return UserError(f"{path} is damaged: {' '.join(why.split())[:200]}; copy it again")
-
-
-def _digest(said: str, arrays: Arrays) -> str:
+def _digest(run: str, arrays: Arrays) -> str:
   """Return the SHA-256 of the record and of every array, whatever their order in the file."""
-  digest = hashlib.sha256(said.encode())
-  for name in sorted(arrays):
-    each = arrays[name]
-    digest.update(f"{name} {each.dtype} {each.shape}".encode() + each.tobytes())
+  digest = hashlib.sha256(run.encode())
+  for name, array in sorted(arrays.items()):
+    digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
   return digest.hexdigest()

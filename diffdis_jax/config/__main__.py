@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from diffdis_jax.common import buckets, cli, guesses, one_file, shipped, usage
+from diffdis_jax.common import buckets, cli, guesses, one_file
 from diffdis_jax.config import Run, fields, section
 from diffdis_jax.errors import UserError
 
@@ -34,14 +34,14 @@ def main(argv: Sequence[str]) -> None:
     )
   runs = [read(each) for each in configs]
   lines = list(show(*runs, prefix=FLAGS.fields) if verb == "show" else differences(*runs))  # all of them, or none
-  usage.write("".join(f"{line}\n" for line in lines))
+  cli.write("".join(f"{line}\n" for line in lines))
 
 
 def read(given: str) -> Run:
   """Return the record of a config, or of a run. Raises UserError: there is none, or it is wrong."""
   name = given.partition(":")[0]
   # A name first, as everywhere: where a run is called `shapes` too, it is written ./shapes.
-  is_config = name in shipped.names() or name.endswith(".py")
+  is_config = name in cli.config_names() or name.endswith(".py")
   if not is_config and (buckets.is_url(given) or one_file.at(given) or buckets.path(given).is_dir()):
     return fields.load(given)
   return Run.of(cli.read_config(given, "config"))

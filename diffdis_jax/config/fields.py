@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffdis_jax.common import buckets, one_file, shipped
+from diffdis_jax.common import buckets, one_file
 from diffdis_jax.common.files import read_json
 from diffdis_jax.config.run import Run, default_fields
 from diffdis_jax.config.section import normalise
@@ -49,12 +49,12 @@ def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
   path = buckets.path(workdir)
   if not (path / "config.json").exists():  # which raises for a bucket that is away, where `is_dir` says no
     what = "config.json in" if path.is_dir() else "folder"
-    raise UserError(f"no {what} {workdir}; give the folder of a training run{shipped.meant(workdir)}")
+    raise UserError(f"no {what} {workdir}; give the folder of a training run{one_file.meant(workdir)}")
   config = read_json_object(path)
   if missing := SECTIONS - config.keys():
     raise UserError(
       f"{path / 'config.json'} is of no training run, it has no {min(missing)!r}; give the folder of one"
-      f"{shipped.meant(workdir)}"
+      f"{one_file.meant(workdir)}"
     )
   return config
 

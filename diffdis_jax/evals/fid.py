@@ -142,7 +142,7 @@ class Fid:
     sampled, progress = dict[int, Sampled](), Progress("FID: sampled", self._count, "images", every=0)
     for part, is_there in zip(self._plan, finished, strict=True):
       if is_there:
-        progress.pass_over(len(part))
+        progress.add(len(part))
         # Only process 0 measures, so the others need not read what another run left.
         sampled[part.number] = folder.read(part) if folder and processes.is_first() else NOTHING
     missing = [part for part, is_there in zip(self._plan, finished, strict=True) if not is_there]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import re
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from diffdis_jax.common import progress
 from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.interop import from_torch, tensor_files
 
@@ -168,7 +168,7 @@ def _library() -> Any:
     from huggingface_hub.utils import disable_progress_bars
   except ImportError as error:
     raise not_installed("the hub", "huggingface_hub", "hub") from error
-  if not progress.shows_bars():
+  if not sys.stderr.isatty():
     disable_progress_bars()
   return huggingface_hub
 

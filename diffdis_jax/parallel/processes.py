@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 import jax
@@ -312,7 +311,7 @@ class PreemptionHandler:
   def listening(self) -> Iterator[None]:
     """Take the signals, if this is the main thread."""
     self._is_guest = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # which commands replace
-    with signals.Listener(self._on_signal, self._hear).listening():
+    with signals.handled(self._hear):
       yield
 
   def begin(self) -> None:
@@ -333,22 +332,15 @@ class PreemptionHandler:
       raise cause
 
   def _hear(self, number: int) -> None:
-    if self._is_the_programs(number):
-      return
+    is_interrupt = number == signal.SIGINT
     if not self._begun:
-      logging.warning("asked to stop before the first step: nothing to save; the same command starts again")
-      signals.exit_at_once(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
-    if number == signal.SIGINT:
+      if self._is_guest and is_interrupt:
+        raise KeyboardInterrupt
+      signals.say("asked to stop before the first step: nothing to save; the same command starts again")
+      signals.exit_at_once(INTERRUPTED if is_interrupt else PREEMPTED)
+    if is_interrupt:
       self._interrupts += 1
       if self._interrupts > 1:
         signals.end_interrupted()
-      logging.warning("interrupted: the run saves and ends; a second Ctrl-C ends it at once, without a save")
-
-  def _on_signal(self, number: int, frame: FrameType | None) -> None:
-    del frame
-    if self._is_the_programs(number):
-      raise KeyboardInterrupt
-    self._asked = max(self._asked, 2 if number == signal.SIGINT else 1)
-
-  def _is_the_programs(self, number: int) -> bool:
-    return self._is_guest and not self._begun and number == signal.SIGINT
+      signals.say("interrupted: the run saves and ends; a second Ctrl-C ends it at once, without a save")
+    self._asked = max(self._asked, 2 if is_interrupt else 1)

@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 from orbax import checkpoint as ocp
 
-from diffdis_jax.common import buckets, files, one_file, shipped, storage
+from diffdis_jax.common import buckets, files, one_file, storage
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import Gone, UserError
 from diffdis_jax.parallel import processes
@@ -55,7 +55,7 @@ def find(run: epath.PathLike, step: int | None = None) -> epath.Path:
   """
   folder = committed.folder(run)
   if step is None and (step := committed.latest_step(run)) is None:
-    hint = shipped.meant(run)
+    hint = one_file.meant(run)
     raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{hint}")
   if not committed.is_committed(folder / str(step)):
     there = f"committed there: {', '.join(map(str, committed.committed_steps(folder))) or 'none'}"

@@ -149,7 +149,7 @@ class Throughput:
   def steps(self) -> Iterator[int]:
     """Yield the numbers of the steps that are left, with a bar on a terminal."""
     first = self._step + 1
-    with progress.bar("training", self.num_steps, "steps", done=first - 1) as bar:
+    with progress.Progress("training", self.num_steps, "steps", done=first - 1, every=None) as bar:
       for step in range(first, self.num_steps + 1):
         yield step
         bar.update(1)

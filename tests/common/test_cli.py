@@ -19,10 +19,9 @@ import pytest
 
 import diffdis_jax
 from diffdis_jax import __main__ as main_module
-from diffdis_jax.common import cli, signals, usage
+from diffdis_jax.common import cli, signals
 from diffdis_jax.errors import FULL_DISK
-from diffdis_jax.evals import registry
-from tests import forked
+from tests import command_runs
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -96,16 +95,15 @@ def folder(tmp_path_factory):
   return path
 
 
-def start(folder, *flags: str, own_process: bool = True, **environment: str) -> subprocess.Popen[str]:
-  """`python verb.py`, or else what is the same, `python -m verb` in its folder, without its imports."""
+def start(folder, *flags: str, **environment: str) -> subprocess.Popen[str]:
   env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TF_"))}
   env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
-  command = [sys.executable, str(folder / "verb.py"), *flags] if own_process else [sys.executable, "-m", "verb", *flags]
-  return forked.start(command, env, folder=folder, modules=["verb"])
+  command = [sys.executable, str(folder / "verb.py"), *flags]
+  return command_runs.start(command, env, folder=folder)
 
 
-def run(folder, *flags: str, own_process: bool = False, **environment: str) -> tuple[int, str, str]:
-  process = start(folder, *flags, own_process=own_process, **environment)
+def run(folder, *flags: str, **environment: str) -> tuple[int, str, str]:
+  process = start(folder, *flags, **environment)
   out, err = process.communicate(timeout=60)
   return process.returncode, out, err
 
@@ -113,7 +111,7 @@ def run(folder, *flags: str, own_process: bool = False, **environment: str) -> t
 def test_a_good_command_line_is_quiet_and_has_its_overrides(folder):
   flags = ["--config=tiny.py:runlocal,gamma=2", "--workdir=good"]
   overrides = ["--config.optim.rate=1", "--config.optim.betas=(0, 1)", "--config.init_from=X"]
-  code, out, err = run(folder, *flags, *overrides, own_process=True, XDG_CACHE_HOME=str(folder / "home"))
+  code, out, err = run(folder, *flags, *overrides, XDG_CACHE_HOME=str(folder / "home"))
   assert (code, err) == (0, "")
   cache, _, config = out.partition(" ")
   assert cache == f"{folder}/home/diffdis_jax/jax"
@@ -122,71 +120,8 @@ def test_a_good_command_line_is_quiet_and_has_its_overrides(folder):
 
 def test_the_cache_folder_can_be_chosen(folder):
   flags = ["--config=tiny.py", "--workdir=good"]
-  _, out, _ = run(folder, *flags, own_process=True, JAX_COMPILATION_CACHE_DIR=f"{folder}/mine")
+  _, out, _ = run(folder, *flags, JAX_COMPILATION_CACHE_DIR=f"{folder}/mine")
   assert out.startswith(f"{folder}/mine ")
-
-
-CACHE_OPTIONS = (
-  *("jax_compilation_cache_dir", "jax_compilation_cache_max_size"),
-  "jax_persistent_cache_enable_xla_caches",
-)
-
-
-@pytest.fixture
-def cache_options(monkeypatch):
-  """What the cache's options are now; restored afterwards."""
-  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-  before = {name: getattr(jax.config, name) for name in CACHE_OPTIONS}
-  yield lambda: [getattr(jax.config, name) for name in CACHE_OPTIONS]
-  for name, value in before.items():
-    jax.config.update(name, value)
-
-
-def test_a_cache_folder_that_cannot_be_made_is_one_line(cache_options, monkeypatch, tmp_path, caplog):
-  (tmp_path / "file").touch()
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-  cli.compilation_cache()
-  assert cache_options()[0] is None
-  assert "compiled programs are not kept: cannot make" in caplog.text and "Not a directory" in caplog.text
-
-
-@pytest.mark.parametrize("mode", [0o777, 0o775, 0o702])
-def test_a_cache_folder_in_which_others_can_write_is_not_used(cache_options, monkeypatch, tmp_path, caplog, mode):
-  """Whoever can write there can have this user run any program."""
-  (tmp_path / "xla").mkdir()
-  (tmp_path / "xla").chmod(mode)
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
-  cli.compilation_cache()
-  assert cache_options()[0] is None
-  (message,) = caplog.messages
-  assert "are not kept: others can write into" in message and "JAX_COMPILATION_CACHE_DIR" in message
-
-
-def test_a_cache_folder_of_another_user_is_not_used(cache_options, monkeypatch, tmp_path, caplog):
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
-  tmp_path.chmod(0o755)
-  monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-  cli.compilation_cache()
-  assert cache_options()[0] is None and "belongs to another user" in caplog.text
-
-
-def test_a_cache_in_a_bucket_is_one_that_somebody_named(cache_options, monkeypatch):
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/xla")
-  cli.compilation_cache()
-  assert cache_options() == ["gs://bucket/xla", -1, "none"]
-
-
-def test_the_users_cache_has_a_limit_and_loses_what_a_killed_process_left(cache_options, monkeypatch, tmp_path):
-  """Beside an entry without a date jax writes no other."""
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # which would be this folder
-  folder = tmp_path / "diffdis_jax" / "jax"
-  folder.mkdir(parents=True, mode=0o755)
-  for name in ("whole-cache", "whole-atime", "part-cache"):
-    (folder / name).touch()
-  cli.compilation_cache()
-  assert cache_options()[:2] == [str(folder), cli.CACHE_BYTES]
-  assert sorted(each.name for each in folder.iterdir() if each.name[0] != ".") == ["whole-atime", "whole-cache"]
 
 
 GOOD = ("--config=tiny.py", "--workdir=run")
@@ -252,7 +187,7 @@ def test_what_may_pass_is_one_line_on_which_launchers_try_again(folder, kind, sa
 
 
 def test_a_bug_keeps_its_traceback(folder):
-  code, _, err = run(folder, *GOOD, "--fail=bug", own_process=True)
+  code, _, err = run(folder, *GOOD, "--fail=bug")
   assert code == 1
   assert "Traceback" in err and "RuntimeError: a bug" in err
 
@@ -267,7 +202,7 @@ def test_one_of_two_processes_fails_at_once(folder, kind, code, message):
   other = start(folder, *GOOD, port, "--process=0")
   try:
     begin = time.monotonic()
-    failed, _, err = run(folder, *GOOD, port, "--process=1", f"--fail={kind}", own_process=True)
+    failed, _, err = run(folder, *GOOD, port, "--process=1", f"--fail={kind}")
     assert failed == code and message in err
     assert time.monotonic() - begin < 30
   finally:
@@ -276,7 +211,7 @@ def test_one_of_two_processes_fails_at_once(folder, kind, code, message):
 
 
 COMMANDS = [*main_module.commands()]
-FLAG = re.compile(r"^  --(?:\[no\])?(\w+)(?:=\S+)? *\n? *(\(required\))?", re.MULTILINE)
+FLAG = re.compile(r"^  --(?:\[no\])?(\w+):", re.MULTILINE)
 # Flags that a command asks for in some calls alone: the call, and what it says is missing.
 ASKED_FOR = {
   ("evaluate", "workdir"): ("--out=F.json", "--workdir=DIR is missing"),
@@ -303,61 +238,24 @@ def helps() -> dict[str, str]:
   return {command: text for command, (_, text) in zip(COMMANDS, answers, strict=True)}
 
 
-def groups(shown: str) -> dict[str, list[str]]:
-  """The names of the flags by the heading over them, of a --help."""
-  _, *parts = re.split(r"^(Flags.*):$", shown, flags=re.MULTILINE)
-  return {title: [name for name, _ in FLAG.findall(text)] for title, text in zip(parts[::2], parts[1::2], strict=True)}
-
-
-def test_an_example_stands_first_in_every_help_and_its_flags_exist():
+def test_every_help_begins_with_its_command_and_an_example_whose_flags_exist():
   for command, shown in helps().items():
-    example, what = shown.split("\n\n")[:2]
-    assert example.startswith(f"diffdis {command} "), shown
-    assert " ".join(what.split()).startswith(main_module.commands()[command]), shown
-    names = {name for each in groups(shown).values() for name in each}
+    assert " ".join(shown.split()).startswith(main_module.commands()[command]), shown
+    assert f"diffdis {command} " in shown
+    names = set(FLAG.findall(shown.partition("\nFlags:\n")[2]))
     lines = re.findall(rf"diffdis {command} .*", shown.replace("\\\n", " "))
     used = {name.removeprefix("no") for name in re.findall(r"--(\w+)", " ".join(lines))}
     assert used and used <= names, f"{command}: {used - names}"
-    assert max(map(len, shown.splitlines())) <= usage.WIDTH and "no help available" not in shown
+    assert "quiet" in names and not names & {"alsologtostderr", "verbosity", "tfds_dir"}
 
 
-def test_a_required_flag_is_marked_in_every_help_and_leaving_it_out_is_an_error(tmp_path):
-  without = said(*[(command,) for command in COMMANDS])
-  for (command, shown), (code, error) in zip(helps().items(), without, strict=True):
-    marked = {name for name, mark in FLAG.findall(shown) if mark}
-    # Without any flag, absl names all that it asks for.
-    missing = {*re.findall(r"--(\w+) \(", error)} if code else set()
-    assert code == (2 if missing else 0)
-    assert missing | {name for of, name in ASKED_FOR if of == command} == marked, shown
+def test_a_flag_that_a_command_needs_is_named_where_it_is_missing(tmp_path):
   lines = [(command, *line.split()) for (command, _), (line, _) in ASKED_FOR.items()]
   for (name, (_, message)), (code, error) in zip(
     ASKED_FOR.items(), said(*lines, folder=tmp_path, run=True), strict=True
   ):
     assert code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1, f"{name}: {error}"
   assert not [*tmp_path.iterdir()]
-
-
-def test_flags_of_processes_come_last_in_every_help_that_has_them():
-  processes = {"coordinator_address", "num_processes", "process_id", "coordinator_timeout", "heartbeat_timeout"}
-  having = set()
-  for command, shown in helps().items():
-    found = groups(shown)
-    assert [*found][0] == usage.GENERAL and {"quiet", "version"} <= {*found[usage.GENERAL]}
-    assert not {name for each in found.values() for name in each} & {"alsologtostderr", "verbosity", "tfds_dir"}
-    if usage.PROCESSES in found:
-      having.add(command)
-      assert [*found][-1] == usage.PROCESSES and {*found[usage.PROCESSES]} == processes
-      assert not processes & {name for title, each in found.items() if title != usage.PROCESSES for name in each}
-  assert having == {"ablate", "evaluate", "generate", "train"}
-
-
-def test_evaluates_flags_stand_with_the_task_that_takes_them():
-  found = groups(helps()["evaluate"])
-  for task in registry.EVALS:
-    for name in registry.settings_of(task):
-      of = [each for each in registry.EVALS if name in registry.settings_of(each)]
-      assert name in found[f"Flags of {task}" if of == [task] else "Flags of several tasks"]
-  assert found["Flags of a suite"] == ["suite", "data_root", "incomplete"] and found["Flags of compare"] == ["compare"]
 
 
 def test_the_version_of_every_command(capsys):
@@ -378,7 +276,6 @@ def test_every_command_is_listed_and_says_how_it_is_called(capsys):
   assert main_module.main([]) == 0
   listed = capsys.readouterr().out
   assert all(f"  {command} " in listed and what in listed for command, what in commands.items())
-  assert max(map(len, listed.splitlines())) <= usage.WIDTH
 
 
 def test_a_command_that_does_not_exist_is_one_line(capsys):
@@ -388,14 +285,13 @@ def test_a_command_that_does_not_exist_is_one_line(capsys):
   assert capsys.readouterr().err == "error: no command 'xyz'; diffdis --help lists them\n"
 
 
-@pytest.mark.parametrize("command", [["--help"], ["config", "--help"], ["config", "show", "shapes"]])
-@pytest.mark.parametrize("where", ["| true", ">&-", "<&- >&- 2>&-"])
-def test_nobody_who_reads_what_is_said_is_no_error(command, where):
-  """As behind `| head`, of which the first lines were enough, or of what is started without any stream."""
+@pytest.mark.parametrize("command", [["config", "--help"], ["config", "show", "shapes"]])
+def test_nobody_who_reads_what_is_said_is_no_error(command):
+  """As behind `| head`, of which the first lines were enough."""
   line = shlex.join([sys.executable, "-m", "diffdis_jax", *command])
   # The code of the command, not that of the reader.
   done = subprocess.run(
-    ["bash", "-c", f"{line} {where}; echo ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True
+    ["bash", "-c", f"{line} | true; echo ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True
   )
   assert (done.stdout, done.stderr) == ("0\n", "")
 
@@ -444,3 +340,43 @@ def test_a_save_between_two_evaluations_is_no_warning(tmp_path, caplog):
     checkpointer.save(1, TrainState(params={"a": jax.numpy.zeros(1)}))
   warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
   assert warned and not any(map(cli._is_ours, warned))
+
+
+OWN = """{more}from diffdis_jax.configs import common, shapes
+
+def get_config():
+  config = shapes.get_config()
+  config.batch_size = {batch}
+  return config
+"""
+
+
+def show(folder: pathlib.Path, name: str, program=("-m", "diffdis_jax")) -> str:
+  """Return what `config show` says in another folder."""
+  command = [sys.executable, *program, "config", "show", name, "--fields=batch_size"]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True).stdout
+
+
+def test_a_config_is_found_by_its_name_in_another_folder(tmp_path):
+  assert {*cli.config_names()} == {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common"}
+  (tmp_path / "shapes").mkdir()  # of a run, perhaps
+  (tmp_path / "configs").mkdir()  # of another project
+  (tmp_path / "configs/common.py").write_text("raise AssertionError")
+  assert "batch_size = 48" in show(tmp_path, "shapes")
+
+
+def test_ones_own_file_finds_the_packages_modules_and_ones_own(tmp_path):
+  (tmp_path / "bin").mkdir()
+  (tmp_path / "bin/diffdis").write_text("from diffdis_jax.__main__ import run\nrun()\n")  # as pip writes it
+  (tmp_path / "mysizes.py").write_text("BATCH = 11\n")
+  (tmp_path / "mine.py").write_text(OWN.format(more="import mysizes\n", batch="mysizes.BATCH"))
+  for program in (["-m", "diffdis_jax"], [str(tmp_path / "bin/diffdis")]):
+    assert "batch_size = 11" in show(tmp_path, "mine.py", program)
+
+
+def test_ones_own_file_may_have_dataclasses(tmp_path):
+  sizes = "import dataclasses\n\n@dataclasses.dataclass\nclass Size:\n  batch: int = 9\n\n"
+  more = f"from __future__ import annotations\n{sizes}"
+  (tmp_path / "mine.py").write_text(OWN.format(more=more, batch="Size().batch"))
+  assert "batch_size = 9" in show(tmp_path, "mine.py")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from diffdis_jax import config
-from diffdis_jax.common import cli, guesses, shipped
+from diffdis_jax.common import cli, guesses, one_file
 from diffdis_jax.config import __main__ as command
 from diffdis_jax.config import section
 from diffdis_jax.errors import UserError
@@ -24,7 +24,7 @@ def found(given: str) -> dict[str, section.Line]:
 
 
 def test_a_run_in_one_file_is_read_as_a_workdir_is(tmp_path):
-  file = shutil.copy(shipped.models()["emoji-small"], tmp_path / "mine.safetensors")
+  file = shutil.copy(one_file.models()["emoji-small"], tmp_path / "mine.safetensors")
   assert command.read("emoji-small") == command.read(str(file)) == config.load("emoji-small")
 
 
@@ -99,8 +99,8 @@ def test_each_config_that_comes_with_the_package_is_shown_but_for_what_needs_arg
     "own": "argument path=DIR is missing",
     "table6": "unknown config key classified",
   }
-  assert refused.keys() < {*shipped.names()}
-  for name in shipped.names():
+  assert refused.keys() < {*cli.config_names()}
+  for name in cli.config_names():
     if name in refused:
       with pytest.raises(UserError, match=refused[name]) as error:
         command.read(name)

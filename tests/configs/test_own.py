@@ -9,10 +9,11 @@ import sys
 from typing import Any
 
 import pytest
+from absl import logging
 from ml_collections import ConfigDict
 
 from configs import common, own
-from diffdis_jax.common import buckets, shipped
+from diffdis_jax.common import buckets
 from diffdis_jax.config import Run
 from diffdis_jax.models.sizes import clip_small, sd_v1
 from tests.command_runs import ROOT
@@ -23,7 +24,7 @@ pytest_plugins = ("tests.bucket_server",)
 @pytest.fixture(autouse=True)
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
   lines: list[str] = []
-  monkeypatch.setattr(common, "say", lines.append)
+  monkeypatch.setattr(logging, "info", lines.append)
   return lines
 
 
@@ -201,4 +202,3 @@ def test_no_jax_and_what_it_says_is_logged(tmp_path):
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
   assert done.returncode == 0 and "batch_size = 32" in done.stdout
   assert "475 pairs, 25 held out: batch_size 32" in done.stderr
-  assert not shipped._said

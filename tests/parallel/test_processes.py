@@ -22,7 +22,7 @@ from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.parallel.processes import Processes
 from diffdis_jax.run import checkpoint
 from diffdis_jax.structs import TrainState
-from tests import forked, steps
+from tests import command_runs, steps
 from tests.command_runs import ROOT
 from tests.interrupting import not_ignored
 
@@ -276,23 +276,20 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def start(
-  folder, index: int, port: int, *flags: str, own_process: bool = False, processes: int = 2
-) -> subprocess.Popen[str]:
-  """With `own_process`, which a signal is sent to, in one with its own imports; else what is the same without them."""
+def start(folder, index: int, port: int, *flags: str, processes: int = 2) -> subprocess.Popen[str]:
   if not (folder / "verb.py").exists():  # or the process before would find it empty
     (folder / "verb.py").write_text(VERB)
   env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   where = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"]
-  verb = [str(folder / "verb.py")] if own_process else ["-m", "verb"]
+  verb = [str(folder / "verb.py")]
   with not_ignored():
-    return forked.start([sys.executable, *verb, *where, *flags], env, folder=folder, modules=["verb"])
+    return command_runs.start([sys.executable, *verb, *where, *flags], env, folder=folder)
 
 
-def both(folder, *flags: str, own_process: bool = False) -> list[tuple[int, str, str]]:
+def both(folder, *flags: str) -> list[tuple[int, str, str]]:
   """Exit code, stdout and stderr of each of two processes."""
   port = free_port()
-  processes = [start(folder, i, port, *flags, own_process=own_process) for i in range(2)]
+  processes = [start(folder, i, port, *flags) for i in range(2)]
   try:
     outputs = [process.communicate(timeout=120) for process in processes]
   finally:
@@ -350,7 +347,7 @@ def test_one_raises_and_all_end_at_once_with_its_error_shown(tmp_path):
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGINT", 130)])
 def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, name, code):
-  results = both(tmp_path, "--how=stop", f"--signal={name}", "--devices=2", own_process=True)
+  results = both(tmp_path, "--how=stop", f"--signal={name}", "--devices=2")
   assert [each for each, _, _ in results] == [code, code], results
   assert not any("Traceback" in err for _, _, err in results)
   assert [out.splitlines()[-1] for _, out, _ in results] == ["stopped at 6", "stopped at 6"]
@@ -358,13 +355,13 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, name, code):
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGINT", 130)])
 def test_before_there_is_anything_to_save_a_signal_ends_it_at_once(tmp_path, name, code):
-  process = start(tmp_path, 0, free_port(), "--how=early", f"--signal={name}", own_process=True, processes=1)
+  process = start(tmp_path, 0, free_port(), "--how=early", f"--signal={name}", processes=1)
   _, err = process.communicate(timeout=60)
   assert process.returncode == code and "before the first step" in err and "Traceback" not in err
 
 
 def test_a_second_ctrl_c_ends_it_without_a_save(tmp_path):
-  process = start(tmp_path, 0, free_port(), "--how=twice", "--signal=SIGINT", own_process=True, processes=1)
+  process = start(tmp_path, 0, free_port(), "--how=twice", "--signal=SIGINT", processes=1)
   _, err = process.communicate(timeout=60)
   assert process.returncode == 130
   first, second, third = (line.split("] ")[-1] for line in err.splitlines()[-3:])

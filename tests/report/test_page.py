@@ -157,5 +157,5 @@ def test_a_report_takes_no_accelerator(tmp_path):
   run = written_run.write(tmp_path / "run")
   none_to_be_had = {**os.environ, "JAX_PLATFORMS": "cuda"}
   flags = [f"--workdir={run}", f"--out={tmp_path}/report.html"]
-  done = call("report", none_to_be_had, *flags, own_process=True)
+  done = call("report", none_to_be_had, *flags)
   assert done.returncode == 0, done.stderr

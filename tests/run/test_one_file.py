@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from diffdis_jax import config as run_config
 from diffdis_jax import export_weights, inference, verify
-from diffdis_jax.common import one_file, shipped
+from diffdis_jax.common import one_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, provenance, restore, workdir
 from diffdis_jax.structs import TrainState
@@ -166,7 +166,7 @@ def test_its_licences_are_those_of_its_starts_too(run, packed, tmp_path, caplog)
 
 
 def test_a_name_stands_for_a_file_where_no_folder_has_it(packed, tmp_path, monkeypatch):
-  monkeypatch.setattr(shipped, "models", lambda: {"few": packed})
+  monkeypatch.setattr(one_file, "models", lambda: {"few": packed})
   monkeypatch.chdir(tmp_path)
   assert restore.choose("few", None, ema=True) == (6, True)
   for read in (run_config.load, restore.restore_params):

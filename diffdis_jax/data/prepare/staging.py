@@ -255,7 +255,7 @@ def write_all(stage: Stage, parts: Sequence[Part], *, num_processes: int, beam_o
     _write_by_beam(stage, missing, beam_options)
     return
   done = len(parts) - len(missing)
-  with progress.bar("preparing", len(parts), "parts", done=done) as bar:
+  with progress.Progress("preparing", len(parts), "parts", done=done, every=None) as bar:
     for part, report in _write_by_processes(stage, missing, num_processes):
       done += 1
       bar.update(1)
