@@ -1,6 +1,125 @@
-"""A run's config: every field with its default and its range, and the record that the code works with. No jax."""
+"""A run's config: every field with its default and its range, and the record that the code works with. No jax.
 
-from diffdis_jax.config.fields import base, load, read_fields, with_evals
-from diffdis_jax.config.run import Run
+A config file fills in a ConfigDict, and a workdir's config.json holds it.
+"""
 
-__all__ = ["Run", "base", "load", "read_fields", "with_evals"]
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffdis_jax.common import buckets, one_file
+from diffdis_jax.common.files import read_json
+from diffdis_jax.config.run import Run, default_fields
+from diffdis_jax.config.section import normalise
+from diffdis_jax.errors import UserError, parse_json
+
+__all__ = ["Run", "as_text", "base", "load", "read_fields", "read_json_object", "with_evals"]
+
+DIGEST = "digest"  # the field of config.json that holds the digest of the others
+SECTIONS = {"objectives", "model", "data", "optim"}  # of every run's config
+EXAMPLE = '{"name": "coco", "task": "retrieval", "data": {"path": "DIR", "split": "test"}}'  # of --eval
+
+
+def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
+  """Return every field that a run has, with its default: both objectives, a frozen autoencoder, and everything else
+  trained at one rate from random parameters."""
+  return ConfigDict({**default_fields(), "image_size": image_size, "model": model})
+
+
+def load(path: epath.PathLike) -> Run:
+  """Return the record of the run in a workdir. Raises UserError: as `read_fields` and `Run.of`."""
+  fields = read_fields(path)
+  try:
+    return Run.of(fields)
+  except UserError as error:
+    raise UserError(f"{buckets.path(path) / 'config.json'}: {error}") from error
+
+
+def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
+  """Return the config of the run in this folder or file, unchecked. Sequences come back as tuples.
+
+  Raises:
+    UserError: no such folder, or no config.json of a run in it; or a file that is damaged.
+  """
+  if (file := one_file.at(workdir)) is not None:
+    return normalise(one_file.read_record(file).config)
+  path = buckets.path(workdir)
+  if not (path / "config.json").exists():  # which raises for a bucket that is away, where `is_dir` says no
+    what = "config.json in" if path.is_dir() else "folder"
+    raise UserError(f"no {what} {workdir}; give the folder of a training run{one_file.meant(workdir)}")
+  config = read_json_object(path)
+  if missing := SECTIONS - config.keys():
+    raise UserError(
+      f"{path / 'config.json'} is of no training run, it has no {min(missing)!r}; give the folder of one"
+      f"{one_file.meant(workdir)}"
+    )
+  return config
+
+
+def read_json_object(path: epath.Path) -> dict[str, Any]:
+  """Read config.json in this folder. Raise UserError: it holds no JSON object, or another one than was written."""
+  file = path / "config.json"
+  if not buckets.is_url(file) and file.exists() and not pathlib.Path(file).is_file():  # a named pipe hangs its reader
+    raise UserError(f"{file} is no file; give the folder of a training run")
+  config = normalise(read_json(file))
+  if not isinstance(config, dict):
+    raise UserError(f"{file} is of no training run; it should hold a JSON object")
+  if config.pop(DIGEST, digest := digest_of(config)) != digest:
+    raise UserError(
+      f"{file} is not as it was written: it is damaged, or was edited; take it from a copy of the run, or remove its"
+      f' line "{DIGEST}" to use it as it is'
+    )
+  return config
+
+
+def as_text(config: Mapping[str, Any]) -> str:
+  """Return the text of config.json, with a digest of the fields, so that damage is noticed."""
+  return json.dumps({**config, DIGEST: digest_of(config)}, indent=2, sort_keys=True) + "\n"
+
+
+def digest_of(fields: Mapping[str, Any]) -> str:
+  """Return sixteen hexadecimal digits for the fields of a config, whatever their order in the file."""
+  kept = {name: value for name, value in fields.items() if name != DIGEST}
+  return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
+  """Return the config with more evaluations in `evals` and `train_evals`, locked.
+
+  Args:
+    config: a run's.
+    texts: each a JSON object: `name` of the data set, `task`, and what the evaluation takes. Where it has `data`, their
+      `name` is `pairs` and their `image_size` the run's, unless it says otherwise.
+
+  Raises:
+    UserError: no such object, or a name that is missing, taken, or no word.
+  """
+  config = config.copy_and_resolve_references().unlock()  # --config locks it, against misspelt fields
+  for text in texts:
+    try:
+      settings = parse_json(text, f"--eval={text}")
+    except UserError as error:
+      raise UserError(f"{error}; write it as '{EXAMPLE}'") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("task"), str):
+      raise UserError(f"--eval={text} should be an object with a name and a task, such as '{EXAMPLE}'")
+    name = settings.pop("name", None)
+    # The name stands before the slash in its metrics' names.
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+      raise UserError(f"--eval={text} has the name {name!r}; it should be a word of letters, digits, - and _")
+    if name in config.evals:
+      raise UserError(f"--eval={text}: the config has an evaluation {name} already; take another name")
+    if isinstance(settings.get("data"), dict):
+      # Here, since what looks through flags and fields for addresses does not look into JSON.
+      buckets.check(str(settings["data"].get("path", "")))
+      settings["data"] = {"name": "pairs", "image_size": config.image_size} | settings["data"]
+    config.evals[name] = settings
+    config.train_evals = (*config.train_evals, name)
+  return config.lock()

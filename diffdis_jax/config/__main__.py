@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from diffdis_jax.common import buckets, cli, guesses, one_file
-from diffdis_jax.config import Run, fields, section
+from diffdis_jax.config import Run, load, section
 from diffdis_jax.errors import UserError
 
 FLAGS = flags.FLAGS
-NUMBERS = {"show": 1, "diff": 2}  # of configs that a verb takes
 
 
 def define_flags() -> None:
@@ -28,22 +27,22 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   verb, configs = next(iter(argv[1:]), ""), argv[2:]
-  if NUMBERS.get(verb) != len(configs):
+  if (verb, len(configs)) not in (("show", 1), ("diff", 2)):
     raise UserError(
       f"config {' '.join(argv[1:])}: write config show CONFIG [--fields=PREFIX], or config diff CONFIG CONFIG"
     )
-  runs = [read(each) for each in configs]
-  lines = list(show(*runs, prefix=FLAGS.fields) if verb == "show" else differences(*runs))  # all of them, or none
+  runs = [read(given) for given in configs]
+  lines = show(*runs, prefix=FLAGS.fields) if verb == "show" else differences(*runs)
   cli.write("".join(f"{line}\n" for line in lines))
 
 
 def read(given: str) -> Run:
-  """Return the record of a config, or of a run. Raises UserError: there is none, or it is wrong."""
+  """Return the record of a config, or of a run. Raise UserError: there is none, or it is wrong."""
   name = given.partition(":")[0]
   # A name first, as everywhere: where a run is called `shapes` too, it is written ./shapes.
   is_config = name in cli.config_names() or name.endswith(".py")
   if not is_config and (buckets.is_url(given) or one_file.at(given) or buckets.path(given).is_dir()):
-    return fields.load(given)
+    return load(given)
   return Run.of(cli.read_config(given, "config"))
 
 
@@ -63,10 +62,12 @@ def show(run: Run, *, prefix: str = "") -> Iterator[str]:
 def differences(one: Run, other: Run) -> Iterator[str]:
   """Yield a line for each field that differs, or that one of them lacks."""
   # A config file may have lists, of which a run's config.json makes tuples.
-  left, right = (guesses.fields_of(section.normalise(run.to_dict())) for run in (one, other))
-  of = lambda found, path: repr(found[path]) if path in found else "not there"
-  paths = [path for path in {**left, **right} if of(left, path) != of(right, path)]
-  yield from (f"{path}: {of(left, path)} -> {of(right, path)}" for path in paths)
+  left, right = (
+    {path: repr(value) for path, value in guesses.fields_of(section.normalise(run.to_dict())).items()}
+    for run in (one, other)
+  )
+  paths = [path for path in {**left, **right} if left.get(path) != right.get(path)]
+  yield from (f"{path}: {left.get(path, 'not there')} -> {right.get(path, 'not there')}" for path in paths)
   if not paths:
     yield "no field differs"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from diffdis_jax.config.section import Section, check_number, choice, field, number
 from diffdis_jax.errors import UserError
@@ -22,23 +22,15 @@ HEADS = "attention heads of a layer"
 MLP = "hidden width of a layer's MLP"
 
 
-def _check_multiple(name: str, values: int | Sequence[int], **divisors: int) -> None:
-  """Raise UserError unless each value is a multiple of each divisor, and there is one."""
-  values = (values,) if isinstance(values, int) else values
-  if not values:
-    raise UserError(f"{name} is empty; give one for each level")
-  for value in values:
-    if any(value % divisor for divisor in divisors.values()):
-      of = " and ".join(f"{divisor}={size}" for divisor, size in divisors.items())
-      raise UserError(f"{name} has {value}; it must be a multiple of {of}")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetSize(Section):
   """`model.unet`."""
 
   widths: Sequence[int] = number(
-    (320, 640, 1280, 1280), ge=1, help="channels of each level; each level but the last halves the resolution"
+    (320, 640, 1280, 1280),
+    ge=1,
+    multiple_of=("num_heads", "groups"),  # heads part the channels of an attention, groups those of a GroupNorm
+    help="channels of each level; each level but the last halves the resolution",
   )
   # At its lowest resolution, Stable Diffusion v1 attends in the middle block alone.
   attention: Sequence[bool] = field(
@@ -50,8 +42,6 @@ class UNetSize(Section):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    # Heads part the channels of an attention, groups those of a GroupNorm.
-    _check_multiple("widths", self.widths, num_heads=self.num_heads, groups=self.groups)
     if len(self.attention) != len(self.widths):
       raise UserError(
         f"attention has {len(self.attention)} entries and widths {len(self.widths)}; give one for each level"
@@ -63,17 +53,13 @@ class AlignmentSize(Section):
   """`model.alignment`, the alignment transformer."""
 
   # 6 blocks: appendix, with Table 4. Width 768 in heads of 64: main paper.
-  width: int = number(768, ge=1, help="width of a token")
+  width: int = number(768, ge=1, multiple_of=("num_heads",), help="width of a token")
   depth: int = number(6, ge=1, help="layers")
   num_heads: int = number(12, ge=1, help=HEADS)
   # Each part has a matrix of its own. They say where things are, which attention without positions reads badly.
   spatial_pool: int = number(
     0, ge=0, help="parts along each side of the middle feature map, added to the text token's output; 0, the paper's"
   )
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    _check_multiple("width", self.width, num_heads=self.num_heads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +68,7 @@ class TextEncoderSize(Section):
 
   vocab_size: int = number(49408, ge=1, help="tokens of the tokenizer")
   max_length: int = number(77, ge=2, help="tokens of the longest text")  # start and end, of an empty caption
-  width: int = number(768, ge=1, help="width of a token")
+  width: int = number(768, ge=1, multiple_of=("num_heads",), help="width of a token")
   depth: int = number(12, ge=1, help="layers")
   num_heads: int = number(12, ge=1, help=HEADS)
   mlp_width: int = number(3072, ge=1, help=MLP)
@@ -99,7 +85,6 @@ class TextEncoderSize(Section):
     # JAX does not fail at a place beyond a table: it takes the last row, or NaN.
     for name in ("bos_id", "eos_id"):
       check_number(name, getattr(self, name), le=self.vocab_size - 1)
-    _check_multiple("width", self.width, num_heads=self.num_heads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +92,10 @@ class AutoencoderSize(Section):
   """`model.autoencoder`."""
 
   widths: Sequence[int] = number(
-    (128, 256, 512, 512), ge=1, help="channels of each level, from the image down; each but the last halves the side"
+    (128, 256, 512, 512),
+    ge=1,
+    multiple_of=("groups",),
+    help="channels of each level, from the image down; each but the last halves the side",
   )
   depth: int = number(2, ge=1, help="residual blocks of a level in the encoder; the decoder has one more")
   patch: int = number(1, ge=1, help="side of the pixel patches that are folded into channels; 1 in Stable Diffusion")
@@ -117,10 +105,6 @@ class AutoencoderSize(Section):
   # Stable Diffusion v1's own factor. An autoencoder that is trained here measures its own (training/losses.py).
   shift: float = number(0.0, help="z = (latent − shift) · scale, for all channels")
   scale: float = number(0.18215, gt=0, help="z = (latent − shift) · scale, for all channels")
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    _check_multiple("widths", self.widths, groups=self.groups)
 
   @property
   def factor(self) -> int:
@@ -180,9 +164,11 @@ class Model(Computing):
 class VisionEncoderSize(Section):
   """`model.vision_encoder`, for CLIP."""
 
-  image_size: int = number(224, ge=1, help="side of the square images that the learned positions are of, pixels")
+  image_size: int = number(
+    224, ge=1, multiple_of=("patch",), help="side of the square images that the learned positions are of, pixels"
+  )
   patch: int = number(14, ge=1, help="side of a patch, pixels; each is one token")
-  width: int = number(1024, ge=1, help="width of a token")
+  width: int = number(1024, ge=1, multiple_of=("num_heads",), help="width of a token")
   depth: int = number(24, ge=1, help="layers")
   num_heads: int = number(16, ge=1, help=HEADS)
   mlp_width: int = number(4096, ge=1, help=MLP)
@@ -197,13 +183,10 @@ class VisionEncoderSize(Section):
   convolutional: bool = choice(
     False, (True, False), help="a tower of the UNet's residual blocks instead of a transformer"
   )
-  widths: Sequence[int] = number((64, 128, 256), ge=1, help="convolutional: channels of each level, multiples of 8")
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    _check_multiple("widths", self.widths, groups=TOWER_GROUPS)
-    _check_multiple("image_size", self.image_size, patch=self.patch)
-    _check_multiple("width", self.width, num_heads=self.num_heads)
+  widths: Sequence[int] = number(
+    (64, 128, 256), ge=1, multiple_of=("groups",), help="convolutional: channels of each level, multiples of 8"
+  )
+  groups: ClassVar[int] = TOWER_GROUPS
 
   @property
   def stride(self) -> int:

@@ -11,37 +11,21 @@ from diffdis_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-  """A row of the table.
+  """A row of the table."""
 
-  Attributes:
-    trains: what it trains, where no other objective may stand beside it.
-    network: what is built for it: `diffdis`, its `autoencoder` alone, `clip`, or `either` of the two whole ones.
-    generates: the network makes images from captions, and has a UNet with an up path.
-    aligned: the network compares images with texts.
-    needs_images: it cannot be trained on stored latents.
-    contrasts: its loss compares the rows of a batch with each other.
-    grad_cache: a batch in several microbatches may be one whole (training/gradcache.py).
-    labelled: its batches have labels, and the config has `long_tail` and `data.sampling`.
-    sentences: each image of such a batch has a sentence of its class.
-    head: the model has a head, whose branches are all that is trained.
-    teacher: the state holds the parameters of the start, too.
-    starts_from: what `init_from` has to name; empty where it may be left out.
-    follows: the objective that the run in `init_from` was trained for, to its end.
-  """
-
-  trains: str = ""
-  network: str = "diffdis"
-  generates: bool = False
-  aligned: bool = False
-  needs_images: bool = False
-  contrasts: bool = False
-  grad_cache: bool = False
-  labelled: bool = False
-  sentences: bool = False
-  head: bool = False
-  teacher: bool = False
-  starts_from: str = ""
-  follows: str = ""
+  network: str = "diffdis"  # what is built: `diffdis`, its `autoencoder` alone, `clip`, or `either` of the whole two
+  alone: bool = False  # no other objective may stand beside it
+  generates: bool = False  # the network makes images from captions, and has a UNet with an up path
+  aligned: bool = False  # the network compares images with texts
+  needs_images: bool = False  # it cannot be trained on stored latents
+  contrasts: bool = False  # its loss compares the rows of a batch with each other
+  grad_cache: bool = False  # a batch in several microbatches may be one whole (training/gradcache.py)
+  labelled: bool = False  # its batches have labels, and the config has `long_tail` and `data.sampling`
+  sentences: bool = False  # each image of such a batch has a sentence of its class
+  head: bool = False  # the model has a head, whose branches are all that is trained
+  teacher: bool = False  # the state holds the parameters of the start, too
+  starts_from: str = ""  # what `init_from` has to name; empty where it may be left out
+  follows: str = ""  # the objective that the run in `init_from` was trained for, to its end
 
   @property
   def is_autoencoder(self) -> bool:
@@ -54,38 +38,26 @@ class Objective:
     return self.network == "clip"
 
 
+_LONG_TAIL = dict(network="either", alone=True, aligned=True, needs_images=True, labelled=True)
 TABLE = {
   # The two of the paper, the only ones that may stand side by side.
   "generation": Objective(generates=True, grad_cache=True),
   "discrimination": Objective(aligned=True, contrasts=True, grad_cache=True),
   # The autoencoder of a run from scratch; the paper takes Stable Diffusion's.
-  "reconstruction": Objective(trains="the autoencoder", network="autoencoder", needs_images=True),
+  "reconstruction": Objective(network="autoencoder", alone=True, needs_images=True),
   # CLIP, the baseline of the paper's Table 1. Its image encoder reads pixels.
   "contrastive": Objective(
-    trains="CLIP's two towers", network="clip", aligned=True, needs_images=True, contrasts=True, grad_cache=True
+    network="clip", alone=True, aligned=True, needs_images=True, contrasts=True, grad_cache=True
   ),
   # Stages 1 and 2 of VL-LTR's long-tailed recognition (paper appendix, Table 8).
   "class_contrastive": Objective(
-    trains="an image and a text side",
-    network="either",
-    aligned=True,
-    needs_images=True,
+    **_LONG_TAIL,
     contrasts=True,
-    labelled=True,
     sentences=True,
     teacher=True,
     starts_from="a trained DiffDis or CLIP, which is stage 1's teacher too",
   ),
-  "long_tail_head": Objective(
-    trains="the language-guided head",
-    network="either",
-    aligned=True,
-    needs_images=True,
-    labelled=True,
-    head=True,
-    starts_from="stage 1's workdir",
-    follows="class_contrastive",
-  ),
+  "long_tail_head": Objective(**_LONG_TAIL, head=True, starts_from="stage 1's workdir", follows="class_contrastive"),
 }
 JOINT = Objective(generates=True, aligned=True, contrasts=True, grad_cache=True)  # both of the paper's
 # Some measurements and tools need a run with one of these.
@@ -108,6 +80,6 @@ def task_of(objectives: Sequence[str]) -> Objective:
   if len(objectives) == 1:
     return TABLE[objectives[0]]
   for name in objectives:
-    if TABLE[name].trains:
-      raise UserError(f"objectives: {name} trains {TABLE[name].trains} alone and cannot be combined with others")
+    if TABLE[name].alone:
+      raise UserError(f"objectives: {name} is trained alone and cannot be combined with others")
   return JOINT

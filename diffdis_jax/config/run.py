@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from diffdis_jax.config import section
 from diffdis_jax.config.data import Data
 from diffdis_jax.config.model import ClipModel, Model, network_of
 from diffdis_jax.config.objectives import LABELLED, TABLE, WITH_HEAD, Objective, task_of
-from diffdis_jax.config.section import Section, choice, field, number
+from diffdis_jax.config.section import Section, check_type, choice, field, number
 from diffdis_jax.config.sections import (
   CheckpointPolicy,
   ImageDiffusion,
@@ -30,7 +32,6 @@ from diffdis_jax.errors import UserError
 MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
 MOST_ROWS = 2**22  # of a global batch, far above any that was trained with
 MOST_PIXELS = 8192  # a side of an image, of which one row of a batch then has 0.2 GB
-_OF_ONE_TASK = dict(snr_gamma="generation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,6 @@ class Run(Section):
   def __post_init__(self) -> None:
     super().__post_init__()
     _check_task(self)
-    _check_labelled(self)
     _check_sizes(self)
     _check_evals(self)
 
@@ -85,14 +85,20 @@ class Run(Section):
       UserError: a field is unknown or missing, of another type, or out of its range; or fields do not go together.
     """
     fields = config.copy_and_resolve_references().to_dict() if isinstance(config, ConfigDict) else config
-    run = section.read_section(cls, fields, "", whole=True, known=section.paths(cls))
+    run = section.read_section(cls, fields, "", whole=True, known=known_fields)
     for path, value in guesses.fields_of(fields).items():
-      _check_plain(path, value)
+      try:
+        json.dumps(value)
+      except (TypeError, ValueError) as error:
+        raise UserError(
+          f"{path} has {value!r}, which config.json cannot hold; give texts, numbers, True, False, None and sequences"
+          " of them, such as str(...) of a path"
+        ) from error
     return run
 
   def to_dict(self) -> dict[str, Any]:
     """Return what `of` reads, as config.json has it: without the sections that this run does not have."""
-    return section.to_dict(self)
+    return copy.deepcopy(section.to_dict(self))
 
   def replace(self, changes: Mapping[str, Any]) -> Run:
     """Return this with other values of some fields, by their dotted paths. Raises UserError: as `of`."""
@@ -101,13 +107,12 @@ class Run(Section):
     for path, value in changes.items():
       *sections, name = path.split(".")
       # Also one that this run does not have: `of` says whether there may be one.
-      functools.reduce(lambda inner, each: inner.setdefault(each, {}), sections, fields)[name] = value
+      functools.reduce(lambda inner, name: inner.setdefault(name, {}), sections, fields)[name] = value
     return Run.of(fields)
 
   def trained_for(self, *names: str) -> Run:
     """Return this with these objectives, without what changes another one alone. Raises UserError: as `of`."""
-    lacking = {name for name, objective in _OF_ONE_TASK.items() if objective not in names}
-    off: dict[str, Any] = {f"loss.{name}": 0.0 for name in lacking}
+    off = {} if "generation" in names else {"loss.snr_gamma": 0.0}
     return self.replace({"objectives": names, **off})
 
   @property
@@ -118,48 +123,42 @@ class Run(Section):
 
 def _check_task(run: Run) -> None:
   """Check that the objectives go together, and with the other sections."""
-  task, first, names = run.task, run.objectives[0], ", ".join(run.objectives)
-  has_vision = isinstance(run.model, ClipModel)
+  task, names, has_vision = run.task, ", ".join(run.objectives), isinstance(run.model, ClipModel)
   if task.is_clip and not has_vision:
     raise UserError(
-      f"model has no vision_encoder, which objective {first} trains; take a config of CLIP, such as clip_cc3m"
+      f"model has no vision_encoder, which objective {names} trains; take a config of CLIP, such as clip_cc3m"
     )
   if has_vision and task.network not in ("clip", "either"):
     raise UserError("model has a vision_encoder, which is CLIP's; its one objective is objectives=('contrastive',)")
-  if (run.model.head is not None) != task.head:
-    raise UserError(
-      f"objectives is {names}, and model.head is {'missing' if task.head else 'there'}; a head belongs to"
-      f" {', '.join(WITH_HEAD)} alone: take configs/places_lt.py:stage=2"
-    )
   if task.is_clip and run.data.discrimination_view != "shared":
     raise UserError(
-      f"data.discrimination_view is {run.data.discrimination_view!r}; objective {first} has one view of an image, by"
+      f"data.discrimination_view is {run.data.discrimination_view!r}; objective {names} has one view of an image, by"
       " data.augment, so leave it at 'shared'"
     )
-  # Of a loss that is not there, a switch would be on and change nothing.
-  for name, objective in _OF_ONE_TASK.items():
-    if (value := getattr(run.loss, name)) and objective not in run.objectives:
-      raise UserError(f"loss.{name} is {value}; it changes {objective} alone, which objectives lacks: leave it at 0")
-  if run.optim.accumulate > 1 and run.optim.contrastive_batch == "whole":
-    if task.contrasts and not task.grad_cache:
+  for name, value, needed, owners in (
+    ("model.head", run.model.head, task.head, WITH_HEAD),
+    ("long_tail", run.long_tail, task.labelled, LABELLED),
+    ("data.sampling", run.data.sampling, task.labelled, LABELLED),
+  ):
+    if (value is not None) != needed:
       raise UserError(
-        f"optim.accumulate is {run.optim.accumulate}; objective {first} takes a batch whole: leave it at 1, or let each"
-        " microbatch be a batch of its own by optim.contrastive_batch='microbatch'"
+        f"objectives is {names}, and {name} is {'missing' if needed else 'there'}; it belongs to"
+        f" {' and '.join(owners)}: take configs/places_lt.py or configs/shapes_lt.py"
       )
-
-
-def _check_labelled(run: Run) -> None:
-  """Check that a run on labels has what it needs, and that no other has it."""
-  for name, there in (("long_tail", run.long_tail), ("data.sampling", run.data.sampling)):
-    if (there is not None) != run.task.labelled:
-      raise UserError(
-        f"objectives is {', '.join(run.objectives)}, and {name} is {'missing' if there is None else 'there'}; it"
-        f" belongs to {' and '.join(LABELLED)}: take configs/places_lt.py or configs/shapes_lt.py"
-      )
-  if run.data.sampling is not None and run.data.sampling.sentences != run.task.sentences:
+  if run.data.sampling is not None and run.data.sampling.sentences != task.sentences:
     raise UserError(
       f"data.sampling.sentences is {run.data.sampling.sentences}; class_contrastive needs sentences, and long_tail_head"
       " has its anchors instead"
+    )
+  # Of a loss that is not there, the switch would be on and change nothing.
+  if run.loss.snr_gamma and "generation" not in run.objectives:
+    raise UserError(
+      f"loss.snr_gamma is {run.loss.snr_gamma}; it changes generation alone, which objectives lacks: leave it at 0"
+    )
+  if run.optim.accumulate > 1 and run.optim.contrastive_batch == "whole" and task.contrasts and not task.grad_cache:
+    raise UserError(
+      f"optim.accumulate is {run.optim.accumulate}; objective {names} takes a batch whole: leave it at 1, or let each"
+      " microbatch be a batch of its own by optim.contrastive_batch='microbatch'"
     )
 
 
@@ -193,29 +192,19 @@ def _check_evals(run: Run) -> None:
   for name, settings in run.evals.items():
     if "task" not in settings:
       raise UserError(f"evals.{name}.task is missing; every config of a run has it")
-    section.check_type(f"evals.{name}.task", settings["task"], "")
+    check_type(f"evals.{name}.task", settings["task"], "")
   if missing := {*run.train_evals} - {*run.evals}:
-    there = ", ".join(run.evals) or "none"
-    raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {there}")
+    raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {', '.join(run.evals) or 'none'}")
   # A metric is named EVALUATION/METRIC (training/evaluator.py).
   best = run.checkpoint.best_metric
   evaluation, _, metric = best.partition("/")
-  if best and evaluation not in run.train_evals:
-    raise UserError(f"checkpoint.best_metric={best} should begin with one of train_evals, {run.train_evals}")
-  if best and not metric:
-    raise UserError(f"checkpoint.best_metric={best} names no metric; write it as {evaluation}/METRIC")
+  if best and not (evaluation in run.train_evals and metric):
+    raise UserError(f"checkpoint.best_metric={best} should be NAME/METRIC, of one of train_evals, {run.train_evals}")
 
 
-def _check_plain(path: str, value: Any) -> None:
-  """Raise UserError for what config.json cannot hold, as a config file may have it in `evals` and `data`."""
-  if isinstance(value, (Mapping, tuple, list)):
-    for child in value.values() if isinstance(value, Mapping) else value:
-      _check_plain(path, child)
-  elif not isinstance(value, (str, int, float, type(None))):
-    raise UserError(
-      f"{path} has {value!r}, which config.json cannot hold; give texts, numbers, True, False, None and sequences of"
-      " them, such as str(...) of a path"
-    )
+def known_fields() -> list[str]:
+  """List the dotted paths of all fields that DiffDis' configs have."""
+  return [*guesses.fields_of(Run(image_size=512, model=Model()).to_dict())]
 
 
 def default_fields() -> dict[str, Any]:

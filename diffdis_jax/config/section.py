@@ -7,8 +7,8 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from diffdis_jax.common import guesses
 from diffdis_jax.errors import UserError
@@ -39,9 +39,11 @@ def field(default: Any = MISSING, *, help: str = "", **metadata: Any) -> Any:
   return dataclasses.field(default=default, metadata=kept)
 
 
-def number(default: Any = MISSING, *, help: str = "", **limits: float) -> Any:
-  """Define a field that holds a number, or a sequence or mapping of numbers, each within the limits ge, gt, le, lt."""
-  return field(default, help=help, range=_in_words(limits), check=functools.partial(check_number, **limits))
+def number(default: Any = MISSING, *, help: str = "", multiple_of: Sequence[str] = (), **limits: float) -> Any:
+  """Define a field that holds a number, or a sequence or mapping of numbers, each within the limits ge, gt, le, lt, and
+  a multiple of the section's fields `multiple_of`."""
+  check = functools.partial(check_number, **limits)
+  return field(default, help=help, range=_in_words(limits), check=check, multiple_of=multiple_of)
 
 
 def choice(default: Any, choices: Collection[Any], *, help: str = "") -> Any:
@@ -51,23 +53,26 @@ def choice(default: Any, choices: Collection[Any], *, help: str = "") -> Any:
 
 
 def regex(default: Any, *, help: str = "") -> Any:
-  """Define a field that holds a regular expression."""
-  return field(default, help=help, check=check_regex)
+  """Define a field that holds a regular expression, or a sequence of pairs that begin with one."""
+  return field(default, help=help, check=_check_regex)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-  """A section of a config. A new one checks the range of each field.
-
-  Raises:
-    UserError: a value is out of its range. The message begins with the field's name.
-  """
+  """A section of a config. A new one checks the range of each field, and raises UserError with the field's name."""
 
   def __post_init__(self) -> None:
-    for each in dataclasses.fields(self):
-      if check := each.metadata.get("check"):
-        for name, value in _elements(each.name, getattr(self, each.name)):
+    for own in dataclasses.fields(self):
+      if check := own.metadata.get("check"):
+        for name, value in _elements(own.name, getattr(self, own.name)):
           check(name, value)
+    for own in dataclasses.fields(self):
+      for divisor in own.metadata.get("multiple_of", ()):
+        if (value := getattr(self, own.name)) == ():
+          raise UserError(f"{own.name} is empty; give one for each level")
+        size = getattr(self, divisor)
+        if any(element % size for _, element in _elements(own.name, value)):
+          raise UserError(f"{own.name} has {value}; it must be a multiple of {divisor}={size}")
 
 
 def _elements(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -100,8 +105,7 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     raise UserError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
 
 
-def check_regex(name: str, value: Any) -> None:
-  """Raise UserError unless the value, or the first of a pair, is a regular expression."""
+def _check_regex(name: str, value: Any) -> None:
   pattern = value if isinstance(value, str) else value[0]
   try:
     re.compile(pattern)
@@ -130,9 +134,10 @@ def check_type(name: str, value: Any, like: Any) -> None:
 
 
 Kind = TypeVar("Kind")
+Known = Callable[[], Collection[str]]
 
 
-def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = False, known: Collection[str] = ()) -> Kind:
+def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = False, known: Known | None = None) -> Kind:
   """Make a section from the values of its fields, and check names, types and ranges.
 
   Args:
@@ -140,47 +145,51 @@ def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = Fals
     values: field -> value.
     path: dotted, of the section, such as `data.augment`; empty for the run's config.
     whole: a missing field is an error, and does not get its default.
-    known: the paths of all fields of the config, to guess the meaning of an unknown one.
+    known: returns the paths of all fields of the config, to guess the meaning of an unknown one.
 
   Raises:
     UserError: a field is unknown or missing, has another type than its default, or is out of its range.
   """
   check_type(path, values, {})
-  fields: dict[str, Any] = {each.name: each for each in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+  fields: dict[str, Any] = {own.name: own for own in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
   prefix = f"{path}." if path else ""
-  rest = next((name for name, each in fields.items() if each.metadata.get("rest")), None)
+  rest = next((name for name, own in fields.items() if own.metadata.get("rest")), "")
   if rest:
-    own = fields.keys() - {rest}
-    values = {name: values[name] for name in values if name in own} | {rest: _without(values, own)}
-  for name in (name for name in values if name not in fields):
-    if not known:
-      raise UserError(f"{path} has no field {name!r}; it has {', '.join(sorted(fields))}")
-    raise UserError(f"unknown config key {prefix}{name}; {guesses.guess_field(f'{prefix}{name}', known)}")
+    others = {name: value for name, value in values.items() if name == rest or name not in fields}
+    values = {name: value for name, value in values.items() if name not in others} | {rest: others}
   made = {}
-  for name, each in fields.items():
+  for name in [*values, *(name for name in fields if name not in values)]:
     at = path if name == rest else f"{prefix}{name}"
-    section, default = _section_kind(each, values.get(name)), _default(each)
+    if name not in fields:
+      if known:
+        raise UserError(f"unknown config key {at}; {guesses.guess_field(at, known())}")
+      raise UserError(f"{path} has no field {name!r}; it has {', '.join(sorted(fields))}")
+    section, default = _section_kind(fields[name], values.get(name)), _default(fields[name])
     if name not in values:
       if whole and not (section and default is None):
         raise UserError(f"{at} is missing; every config of a run has it")
       continue
     made[name] = value = values[name]
-    if section:
-      is_absent = value is None and default is None
-      made[name] = None if is_absent else read_section(section, value, at, whole=whole, known=known)
-    elif issubclass(kind, Section):
-      check_type(at, value, default)
-      made[name] = normalise(value) if isinstance(default, tuple) else value
-      for key, child in dict(value).items() if default == {} else ():  # named by the config itself, as evaluations are
-        check_type(f"{at}.{key}", child, {})
-      for key, child in dict(default).items() if name == rest and whole else ():
-        if key not in value:
-          raise UserError(f"{at}.{key} is missing; every config of a run has it")
-        check_type(f"{at}.{key}", value[key], child)
+    if section and not (value is None and default is None):
+      made[name] = read_section(section, value, at, whole=whole, known=known)
+    elif not section and issubclass(kind, Section):
+      made[name] = _value(at, value, default, parts=default if name == rest and whole else None)
   try:
     return kind(**made)
   except (TypeError, UserError) as error:  # the first of a missing field
     raise UserError(f"{prefix}{error}") from error
+
+
+def _value(at: str, value: Any, default: Any, *, parts: Mapping[str, Any] | None) -> Any:
+  """Return a field's value, of its default's type. `parts` are defaults of what a mapping has to hold."""
+  check_type(at, value, default)
+  for key, child in value.items() if default == {} else ():  # named by the config itself, as evaluations are
+    check_type(f"{at}.{key}", child, {})
+  for key, child in (parts or {}).items():
+    if key not in value:
+      raise UserError(f"{at}.{key} is missing; every config of a run has it")
+    check_type(f"{at}.{key}", value[key], child)
+  return normalise(value) if isinstance(default, tuple) else value
 
 
 def normalise(value: Any) -> Any:
@@ -190,76 +199,49 @@ def normalise(value: Any) -> Any:
   return tuple(map(normalise, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-  return {name: value for name, value in values.items() if name not in names}
-
-
-def _default(each: dataclasses.Field[Any]) -> Any:
+def _default(own: dataclasses.Field[Any]) -> Any:
   """Return a field's default, or a value of its type."""
-  if each.default_factory is not MISSING:
-    return each.default_factory()
-  return _WITHOUT_DEFAULT.get(str(each.type), {}) if each.default is MISSING else each.default
+  if own.default_factory is not MISSING:
+    return own.default_factory()
+  return _WITHOUT_DEFAULT.get(str(own.type), {}) if own.default is MISSING else own.default
 
 
-def _section_kind(each: dataclasses.Field[Any], values: Any) -> type | None:
+def _section_kind(own: dataclasses.Field[Any], values: Any) -> type | None:
   """Return the class of the section that a field holds; None for another field."""
-  kind = each.metadata.get("kind")
+  kind = own.metadata.get("kind")
   if kind is None:
-    return type(each.default) if isinstance(each.default, Section) else None
+    return type(own.default) if isinstance(own.default, Section) else None
   return kind if isinstance(kind, type) else kind(values)
-
-
-def paths(kind: type[Section], prefix: str = "") -> list[str]:
-  """List the dotted paths of all fields of a section, those of sections within it included."""
-  found = []
-  for each in dataclasses.fields(kind):
-    default = _default(each)
-    if section := _section_kind(each, default):
-      found += paths(section, f"{prefix}{each.name}.")
-    elif each.metadata.get("rest"):
-      found += [f"{prefix}{name}" for name in default]
-    else:
-      found += [f"{prefix}{path}" for path in guesses.fields_of({each.name: default})]
-  return found
 
 
 def to_dict(section: Section) -> dict[str, Any]:
   """Return a section as nested dicts, without the sections that are absent: the inverse of `read_section`."""
   found = {}
-  for each in dataclasses.fields(section):
-    value = getattr(section, each.name)
-    if each.metadata.get("rest"):
-      found = {**_plain(value), **found}
-    elif value is not None or not each.metadata.get("kind"):
-      found[each.name] = _plain(value)
+  for own in dataclasses.fields(section):
+    value = getattr(section, own.name)
+    if own.metadata.get("rest"):
+      found = {**value, **found}
+    elif value is not None or not own.metadata.get("kind"):
+      found[own.name] = to_dict(value) if isinstance(value, Section) else value
   return found
 
 
-def _plain(value: Any) -> Any:
-  if isinstance(value, Section):
-    return to_dict(value)
-  return {name: _plain(child) for name, child in value.items()} if isinstance(value, Mapping) else value
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Line:
+class Line(NamedTuple):
   """A field of a config as `config show` prints it: dotted path, value, range in words and meaning."""
 
   path: str
   value: Any
-  range: str = ""
-  meaning: str = ""
+  range: str
+  meaning: str
 
 
 def describe(section: Section, prefix: str = "") -> Iterator[Line]:
   """Yield a line for each field of a section, in their order, without the sections that are absent."""
-  for each in dataclasses.fields(section):
-    value, path = getattr(section, each.name), f"{prefix}{each.name}"
+  for own in dataclasses.fields(section):
+    value = getattr(section, own.name)
     if isinstance(value, Section):
-      yield from describe(value, f"{path}.")
+      yield from describe(value, f"{prefix}{own.name}.")
     elif value is not None:
       # The entries of `rest` stand in the section itself, as a config file writes them.
-      found = guesses.fields_of(value if each.metadata.get("rest") else {each.name: value})
-      for name, child in found.items():
-        meaning, said = each.metadata.get("help", ""), each.metadata.get("range", "")
-        yield Line(path=f"{prefix}{name}", value=child, range=said, meaning=meaning)
+      for name, child in guesses.fields_of(value if own.metadata.get("rest") else {own.name: value}).items():
+        yield Line(f"{prefix}{name}", child, own.metadata.get("range", ""), own.metadata.get("help", ""))

@@ -19,7 +19,7 @@ import jax
 
 import diffdis_jax
 from diffdis_jax.common import buckets, files, machine, one_file
-from diffdis_jax.config.fields import read_fields
+from diffdis_jax.config import read_fields
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import committed, history, workdir
 

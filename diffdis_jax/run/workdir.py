@@ -15,7 +15,7 @@ from etils import epath
 
 from diffdis_jax.common import buckets, guesses
 from diffdis_jax.common.files import sweep, write_whole
-from diffdis_jax.config.fields import SECTIONS, as_text, read_json_object
+from diffdis_jax.config import SECTIONS, as_text, read_json_object
 from diffdis_jax.config.section import normalise
 from diffdis_jax.errors import FULL_DISK, UserError, may_pass
 from diffdis_jax.run import committed

@@ -20,7 +20,7 @@ from absl import logging
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, files, one_file
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.fields import read_json_object
+from diffdis_jax.config import read_json_object
 from diffdis_jax.config.model import Model
 from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import LatentShapes, latent_facts, open_loader

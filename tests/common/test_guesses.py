@@ -11,7 +11,7 @@ import diffdis_jax
 from configs import clip_cc3m, diffdis_cc3m, shapes
 from diffdis_jax import evaluate
 from diffdis_jax.common import guesses
-from diffdis_jax.config import Run, section
+from diffdis_jax.config import run
 from diffdis_jax.errors import UserError
 
 CONFIG = shapes.get_config()
@@ -87,7 +87,7 @@ def test_a_flag(flags, config, name, answer):
 
 def test_every_answer_is_a_field_or_a_flag_that_there_is():
   made = (shapes.get_config(), diffdis_cc3m.get_config("path=DIR"), clip_cc3m.get_config("path=DIR"))
-  fields = {path for config in made for path in guesses.fields_of(config.to_dict())} | {*section.paths(Run)}
+  fields = {path for config in made for path in guesses.fields_of(config.to_dict())} | {*run.known_fields()}
   package = pathlib.Path(diffdis_jax.__file__).parent
   text = "".join(path.read_text() for path in package.rglob("*.py"))
   flags = set(re.findall(r"""DEFINE_\w+\(\s*"(\w+)\"""", text))

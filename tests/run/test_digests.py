@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffdis_jax.config.fields import as_text
+from diffdis_jax.config import as_text
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, committed, digests, restore, workdir
 from diffdis_jax.structs import TrainState
