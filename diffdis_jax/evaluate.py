@@ -52,7 +52,7 @@ from diffdis_jax.evals import settings as eval_settings
 from diffdis_jax.evals.results import ResultFile, Results
 from diffdis_jax.evals.sections import Section
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import checkpoint, digests, provenance, restore, trackers
+from diffdis_jax.run import checkpoint, digests, provenance, restore, writers
 
 FLAGS = flags.FLAGS
 # The arguments of each evaluation's constructor, and of a run's sampling and loading.
@@ -72,7 +72,7 @@ def define_flags() -> None:
   flags.DEFINE_list("tasks", None, f"any of {', '.join(registry.EVALS)}; {by_default}")
   flags.DEFINE_string("data", None, "folder written by prepare_data; by default the data sets of the run's config")
   flags.DEFINE_string("split", None, "split of --data")
-  flags.DEFINE_enum("tracker", None, list(trackers.TRACKERS), "the run's tracker, which gets the figures too")
+  flags.DEFINE_enum("tracker", None, list(writers.TRACKERS), "the run's tracker, which gets the figures too")
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
   for name, setting in (LOADING | SAMPLING).items():
     setting.define(RENAMED.get(name, name))
@@ -98,14 +98,14 @@ def main(argv: Sequence[str]) -> None:
     raise UserError("--workdir=DIR is missing, the folder of the run to measure")
   if FLAGS.tracker and one_file.at(FLAGS.workdir) is not None:  # which keeps no id of the run there
     raise UserError(f"--tracker={FLAGS.tracker} takes a run's workdir, and {FLAGS.workdir} is one file; leave it out")
-  trackers.check(FLAGS.tracker or "")
+  writers.check_tracker(FLAGS.tracker or "")
   cli.compilation_cache()
   cli.use_all_cores()
   processes.start()
   # Hours of work are not to end in an --out that cannot be written.
   if processes.is_first():
     result_files.check_out(FLAGS.out)
-    trackers.sign_in(FLAGS.tracker or "")
+    writers.sign_in(FLAGS.tracker or "")
   record = run_config.load(FLAGS.workdir)
   asked = _sections(record.evals, objectives=record.objectives, image_size=record.image_size)
   # In this order: flags may name --parts, and what has none of its own gets one.
@@ -130,9 +130,9 @@ def main(argv: Sequence[str]) -> None:
 def track(kind: str, run: str, config: Mapping[str, Any], results: Results) -> None:
   """Report figures to the run's tracker, as TASK/DATASET/METRIC at the step of their checkpoint; `kind` empty: to
   none."""
-  tracker = trackers.open_tracker(kind, run, config)
-  if tracker is None:
+  if not kind:
     return
+  tracker = writers.Tracker(kind, run, config)
   with contextlib.ExitStack() as stack:
     stack.callback(tracker.close)
     for task, records in results.items():

@@ -36,7 +36,7 @@ from diffdis_jax.interop.from_torch import Matched, Source
 from diffdis_jax.interop.tensor_files import read_json
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import sizes
-from diffdis_jax.run import checkpoint, committed, digests, workdir
+from diffdis_jax.run import checkpoint, digests, workdir
 from diffdis_jax.structs import TrainState
 
 FLAGS = flags.FLAGS
@@ -101,7 +101,7 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
   new = network.shapes.keys() - matched.names.keys()
   params = initialise(network, new, seed=seed) | from_torch.read(matched)
 
-  with files.whole_folder(folder, last={committed.COMMIT_MARK}) as temporary:
+  with files.whole_folder(folder, last={digests.COMMIT_MARK}) as temporary:
     # A run's workdir, which generate, evaluate and init_from read as any other's.
     workdir.open_for_training(str(temporary), run.to_dict())
     # What is not in `loaded` is initialised again by the run that starts from here (training/start.py).

@@ -19,7 +19,7 @@ from absl import flags
 from diffdis_jax import config as run_config
 from diffdis_jax.common import cli
 from diffdis_jax.config import Run
-from diffdis_jax.run import trackers, watchdog
+from diffdis_jax.run import watch, writers
 
 FLAGS = flags.FLAGS
 
@@ -36,11 +36,11 @@ def define_flags() -> None:
     " repeated",
   )
   flags.DEFINE_enum(
-    "tracker", None, list(trackers.TRACKERS), "where numbers and images are sent, in addition to TensorBoard"
+    "tracker", None, list(writers.TRACKERS), "where numbers and images are sent, in addition to TensorBoard"
   )
   flags.DEFINE_float(
     "hang_timeout",
-    watchdog.SECONDS,
+    watch.SECONDS,
     "seconds, compiling included, after which a step hangs and the process ends with code 1; 0 for never",
     lower_bound=0.0,
   )
@@ -52,7 +52,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   run = Run.of(run_config.with_evals(FLAGS.config, FLAGS.eval))
-  trackers.check(FLAGS.tracker or "")
+  writers.check_tracker(FLAGS.tracker or "")
 
   # Not at the top: these take seconds, and what is wrong with the command line is said before.
   import jax

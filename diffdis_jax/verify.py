@@ -17,7 +17,7 @@ from etils import epath
 
 from diffdis_jax.common import buckets, cli, one_file
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import committed, digests, workdir
+from diffdis_jax.run import digests, workdir
 
 FLAGS = flags.FLAGS
 
@@ -43,12 +43,12 @@ def main(argv: Sequence[str]) -> None:
       raise UserError(f"{path} is damaged: {damage.file} {damage.what}; copy it again, or make it again")
     cli.write(f"{path}: {_size(path)}\n")
     return
-  folder, damaged, count = committed.folder(path), 0, 0
+  folder, damaged, count = workdir.checkpoints(path), 0, 0
   for found in verify(path):
     cli.write(f"checkpoint {found.step}: {found.state}\n")  # as soon as it is known: each may take minutes
     damaged, count = damaged + found.damaged, count + 1
   if damaged:
-    whole = digests.newest_whole(folder, workdir.run_digest(path))
+    whole = workdir.newest_whole(folder, workdir.run_digest(path))
     then = "none is known to be whole" if whole is None else f"the newest whole one is {whole}: take --step={whole}"
     raise UserError(f"{damaged} of {count} checkpoints in {folder} {'is' if damaged == 1 else 'are'} damaged; {then}")
 
@@ -64,12 +64,12 @@ def verify(run: epath.PathLike) -> Iterator[Verified]:
     one_file.read_params(file)
     yield Verified(one_file.read_record(file).step, f"whole: 1 file, {file.stat().st_size / 1e6:.1f} MB")
     return
-  folder, digest = committed.folder(run), workdir.run_digest(run)
-  paths = committed.all_steps(folder)
+  folder, digest = workdir.checkpoints(run), workdir.run_digest(run)
+  paths = workdir.all_steps(folder)
   if not paths:
     raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{one_file.meant(run)}")
   for path in paths:
-    step, mark = int(path.name), path / committed.COMMIT_MARK
+    step, mark = int(path.name), path / digests.COMMIT_MARK
     if not mark.exists():
       yield Verified(step, f"does not count: it has no {mark.name}; its save was interrupted, or is in progress")
       continue

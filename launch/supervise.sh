@@ -85,7 +85,7 @@ newest_step() {
         if command -v gcloud >/dev/null; then
           steps=$(gcloud storage ls "$marks" 2>/dev/null) || true
         else
-          steps=$("${python:-python3}" -m diffdis_jax.run.committed "$workdir" 2>/dev/null) || true
+          steps=$("${python:-python3}" -m diffdis_jax.run.workdir "$workdir" 2>/dev/null) || true
         fi
         ;;
       ?*) steps=$(compgen -G "$marks") || true ;;

@@ -15,7 +15,7 @@ import pytest
 
 from diffdis_jax.data import records
 from diffdis_jax.evals import results
-from diffdis_jax.run import committed, digests, restore
+from diffdis_jax.run import digests, restore, workdir
 from tests import benchmark_sets
 from tests.command_runs import call, joint_flags
 from tests.data.prepare import test_captions, test_own_pictures
@@ -249,7 +249,7 @@ def trained(out: pathlib.Path) -> dict[str, Any]:
 
 def training(out: pathlib.Path) -> dict[str, Any]:
   """Its newest checkpoint can be read, and its lines are those of steps."""
-  if committed.latest_step(str(out)):
+  if workdir.latest_step(str(out)):
     restore.restore_params(str(out), step=None, ema=True)
   steps_logged(out)
   return {}

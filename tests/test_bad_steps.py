@@ -13,7 +13,7 @@ import pytest
 from diffdis_jax.config import Run
 from diffdis_jax.errors import Diverged
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import committed, history
+from diffdis_jax.run import provenance, workdir
 from diffdis_jax.training import loop, step
 from diffdis_jax.training.step import Trainer
 from tests import steps, tiny
@@ -65,7 +65,7 @@ def train(trainer, path):
 def resume_from(run, copy, *, at, trainer):
   """A copy of the run whose checkpoints after `at` are gone, trained again to its end."""
   shutil.copytree(run, copy)
-  for saved in committed.all_steps(committed.folder(str(copy))):
+  for saved in workdir.all_steps(workdir.checkpoints(str(copy))):
     if int(saved.name) > at:
       shutil.rmtree(pathlib.Path(saved))
   train(trainer, copy)
@@ -96,5 +96,5 @@ def test_beyond_its_budget_a_run_ends_with_the_code_that_restarts(tmp_path, spoi
   )
   with pytest.raises(Diverged, match=said) as raised:
     train(prepare(config), tmp_path)
-  assert raised.value.code == 1 and committed.latest_step(str(tmp_path)) == 4
-  assert history.read(tmp_path)[-1]["why"] == "failed"
+  assert raised.value.code == 1 and workdir.latest_step(str(tmp_path)) == 4
+  assert provenance.read(tmp_path)[-1]["why"] == "failed"

@@ -18,7 +18,7 @@ import time
 import pytest
 
 from diffdis_jax.common import buckets
-from diffdis_jax.run import committed
+from diffdis_jax.run import digests
 from tests import bucket_proxy
 from tests.command_runs import ROOT, joint_flags
 from tests.test_bucket_runs import assert_same_end
@@ -50,7 +50,7 @@ def reach(address, monkeypatch):
 
 
 def marks(root):
-  return list(root.glob(f"bucket/run*/checkpoints/*/{committed.COMMIT_MARK}"))
+  return list(root.glob(f"bucket/run*/checkpoints/*/{digests.COMMIT_MARK}"))
 
 
 @contextlib.contextmanager
@@ -141,7 +141,7 @@ def unfinished(run: pathlib.Path) -> tuple[int, int] | None:
   """Step and number of objects of the newest checkpoint, where it is not committed; older ones may be under removal."""
   steps = [int(path.name) for path in (run / "checkpoints").glob("[0-9]*") if any(path.rglob("*"))]
   newest = run / "checkpoints" / str(max(steps, default=0))
-  if not steps or (newest / committed.COMMIT_MARK).exists():
+  if not steps or (newest / digests.COMMIT_MARK).exists():
     return None
   return int(newest.name), sum(each.is_file() for each in newest.rglob("*"))
 

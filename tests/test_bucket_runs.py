@@ -22,7 +22,7 @@ from diffdis_jax.ablate import run as ablation_run
 from diffdis_jax.common import buckets
 from diffdis_jax.data import copies, sources
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import checkpoint, committed, digests, restore, workdir, writers
+from diffdis_jax.run import checkpoint, digests, restore, workdir
 from tests import command_runs, raw_pairs
 from tests.command_runs import GENERATED, MEASURED, ROOT, SAVE_EVERY, STEPS, call, joint_flags
 from tests.run.test_checkpoint import make_iterator, make_state, save
@@ -61,8 +61,8 @@ def test_a_run_is_killed_resumes_and_is_used(
   tmp_path, url, on_a_bucket, joint_run, autoencoder_run, joint_results, joint_images
 ):
   command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), f"--workdir={url}"]
-  kill_when(command, on_a_bucket, lambda: (committed.latest_step(url) or 0) >= SAVE_EVERY)
-  assert SAVE_EVERY <= committed.latest_step(url) < STEPS
+  kill_when(command, on_a_bucket, lambda: (workdir.latest_step(url) or 0) >= SAVE_EVERY)
+  assert SAVE_EVERY <= workdir.latest_step(url) < STEPS
   done = command_runs.run(command, on_a_bucket)
   assert done.returncode == 0, done.stderr
   assert_same_end(buckets.path(url), pathlib.Path(joint_run))
@@ -113,7 +113,7 @@ def test_two_processes_one_of_which_is_killed(tmp_path, url, on_a_bucket, enviro
       [*launch, *train, f"--workdir={url}"], cwd=ROOT, env=on_a_bucket, stdout=log, stderr=log
     )
   deadline = time.monotonic() + 300
-  while not committed.latest_step(url):
+  while not workdir.latest_step(url):
     assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
     time.sleep(0.01)
   for stat in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
@@ -337,20 +337,6 @@ def test_what_an_ablations_process_says_is_in_the_bucket(url):
   for text in ("one", "two"):
     assert children.run([sys.executable, "-c", f"print('{text}')"], log, None) == 0
   assert log.read_text() == "one\ntwo\n" and ablation_run._last_words(log) == "two"
-
-
-def test_a_run_without_a_checkpoint_is_set_aside(url):
-  config = {"objectives": ("generation",), "model": {"a": 1}, "data": {"b": 2}, "optim": {"c": 3}}
-  workdir.open_for_training(url, config)
-  writer = writers.open_writer(url, start_step=0, is_writer=True)
-  writer.scalars(1, {"loss": 1.0})
-  writer.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
-  writer.close()
-  workdir.open_for_training(url, config | {"optim": {"c": 4}})
-  assert json.loads((buckets.path(url) / "config.json").read_text())["optim"] == {"c": 4}
-  left = sorted(name for name in buckets.files_below(url) if "events" not in name)
-  aside = [f"replaced_1/{name}" for name in ("config.json", "metrics.jsonl", "samples/samples_00000001.png")]
-  assert left == ["config.json", *aside]
 
 
 def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_any(url, monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import sections
 from diffdis_jax.models.clip import normalise
-from diffdis_jax.run import checkpoint, committed, restore, workdir
+from diffdis_jax.run import checkpoint, restore, workdir
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
 from tests import steps, tiny_clip
@@ -75,7 +75,7 @@ def test_a_run_measures_itself_and_keeps_its_best(run):
   accuracy = {line["step"]: line["test/acc1"] for line in lines if "test/acc1" in line}
   assert [line["step"] for line in losses] == [4, 8] and list(accuracy) == [4, 8]
   assert {"loss_contrastive", "alignment_accuracy", "temperature", "grad_norm"} <= losses[-1].keys()
-  assert committed.latest_step(run) == 8
+  assert workdir.latest_step(run) == 8
   best = checkpoint.best(run, run_config.load(run).checkpoint)
   assert best is not None and best.value == pytest.approx(max(accuracy.values()))
 

@@ -297,7 +297,7 @@ def test_figures_go_to_the_runs_tracker_at_the_step_of_their_checkpoint(monkeypa
     close = staticmethod(lambda: said.append("closed"))
 
   asked = []
-  monkeypatch.setattr(evaluate.trackers, "open_tracker", lambda *args: asked.append(args) or Recorder())
+  monkeypatch.setattr(evaluate.writers, "Tracker", lambda *args: asked.append(args) or Recorder())
   of_a_set = {"metrics": {"acc1": 0.5, "acc5": float("nan")}, "protocol": {"checkpoint": 16}}
   results = {"zero_shot": {"pets": of_a_set, "mean_of_1": {"metrics": {"mean": 0.5}, "protocol": {"whole": False}}}}
   evaluate.track("wandb", "run", {"seed": 0}, results)

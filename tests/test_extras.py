@@ -12,11 +12,11 @@ import pytest
 
 from diffdis_jax import errors
 from diffdis_jax.preflight import targets
-from diffdis_jax.run import trackers
+from diffdis_jax.run import writers
 from tests.command_runs import ROOT
 
 EXTRAS = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]}
-NAMED_LATER = {"trackers.py": {*trackers.TRACKERS}, "targets.py": {*targets.PLATFORMS} - {"cpu"}}
+NAMED_LATER = {"writers.py": {*writers.TRACKERS}, "targets.py": {*targets.PLATFORMS} - {"cpu"}}
 NAMED_LATER["__main__.py"] = NAMED_LATER["targets.py"]
 
 

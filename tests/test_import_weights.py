@@ -26,7 +26,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.export_weights import write_one_file
 from diffdis_jax.interop import from_torch, mapping
 from diffdis_jax.models.clip import normalise
-from diffdis_jax.run import checkpoint, committed, restore
+from diffdis_jax.run import checkpoint, restore, workdir
 from diffdis_jax.training import start
 from diffdis_jax.training.step import Trainer
 from tests import compvis_names, pipelines
@@ -102,7 +102,7 @@ def test_a_workdir_says_where_everything_came_from(sd, imported):
   assert (config.image_size, config.data.max_length) == (32, pipelines.LENGTH)
   assert config.model.unet.to_dict() == dict(widths=(32, 64), attention=(True, False), depth=1, num_heads=8, groups=32)
   np.testing.assert_array_equal(params["autoencoder.scale"], np.full(4, 0.18215, np.float32))
-  assert committed.latest_step(imported) == 0
+  assert workdir.latest_step(imported) == 0
 
 
 def test_training_starts_from_it(imported):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from diffdis_jax.run import committed, history
+from diffdis_jax.run import provenance, workdir
 from tests.command_runs import ROOT, call
 from tests.interrupting import Terminal
 from tests.test_kills import steps_logged
@@ -32,21 +32,20 @@ def test_ctrl_c_saves_and_one_that_has_saved_nothing_takes_another_config(tmp_pa
     terminal.wait_until(lambda: len(steps_logged(run)) > 2)
     os.killpg(terminal.process.pid, signal.SIGKILL)
     terminal.process.wait()
-  assert committed.latest_step(run) is None
+  assert workdir.latest_step(run) is None
 
   other = {"seed": 1, "data.loader.num_workers": 1}
   with Terminal([*train, *flags(run, **other)], environment, tmp_path / "stderr") as terminal:
-    # Its own steps, not those that are about to be set aside.
-    terminal.wait_until(lambda: (run / "replaced_1" / "metrics.jsonl").exists() and len(steps_logged(run)) > 2)
+    # Its own steps, not those that are about to be dropped.
+    terminal.wait_until(lambda: len(provenance.read(run)) == 2 and len(steps_logged(run)) > 2)
     terminal.ctrl_c()
     assert terminal.end() == 130
     said = terminal.said
   assert "Traceback" not in said and "KeyboardInterrupt" not in said
   assert "the config of a run without a checkpoint is replaced: data.loader.num_workers is 0 there and 1 here," in said
-  step = committed.latest_step(run)
+  step = workdir.latest_step(run)
   assert step and steps_logged(run) == list(range(1, step + 1)) and f"saving step {step}" in said
-  assert [event.get("why", "") for event in history.read(run)] == ["", "stopped"]
-  assert len(history.read(run / "replaced_1")) == 1 and steps_logged(run / "replaced_1")[:3] == [1, 2, 3]
+  assert [event.get("why", "") for event in provenance.read(run)] == ["", "", "stopped"]
   assert json.loads((run / "config.json").read_text())["seed"] == 1 and not (run / "lock.json").exists()
 
   done = call("train", environment, *flags(run, **other | {"seed": 2}))
@@ -81,8 +80,8 @@ def test_a_terminal_that_is_closed_loses_no_step(tmp_path, environment):
     assert process.wait(60) == 75
   finally:
     process.kill()
-  step = committed.latest_step(run)
+  step = workdir.latest_step(run)
   assert step and step >= 20 and steps_logged(run) == list(range(1, step + 1))
   with Terminal(command, environment, tmp_path / "stderr") as again:
     again.wait_until(lambda: len(steps_logged(run)) > step)
-  assert [event.get("step") for event in history.read(run)] == [0, None, step]
+  assert [event.get("step") for event in provenance.read(run)] == [0, None, step]

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffdis_jax.run import committed
+from diffdis_jax.run import workdir
 from tests import killed_commands
 from tests.command_runs import ROOT
 from tests.killing import Course, Killer
@@ -56,7 +56,7 @@ def children(parent: int) -> list[int]:
 
 
 def newest(run: pathlib.Path) -> int:
-  return committed.latest_step(str(run)) or 0
+  return workdir.latest_step(str(run)) or 0
 
 
 def wait_for_a_moment(launcher: subprocess.Popen, run: pathlib.Path, chance: random.Random) -> str:

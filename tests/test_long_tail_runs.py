@@ -21,7 +21,7 @@ from diffdis_jax import export_weights
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import sections
 from diffdis_jax.interop import from_torch
-from diffdis_jax.run import checkpoint, committed, restore, workdir
+from diffdis_jax.run import checkpoint, restore, workdir
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
 from diffdis_jax.training.step import Trainer
@@ -125,7 +125,7 @@ def test_killed_once_it_ends_in_the_same_bits(clip, environment, tmp_path):
   command = [sys.executable, "-m", "diffdis_jax.train", *flags(1, clip, killed)]
   chosen = random.randint(4, 7)
   kill_when(command, environment, lambda: chosen in steps_logged(killed))
-  assert (committed.latest_step(str(killed)) or 0) < STEPS
+  assert (workdir.latest_step(str(killed)) or 0) < STEPS
   assert subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).returncode == 0
   assert_same_end(killed, whole)
   lines = [line for line in metrics(whole) if "loss" in line]
@@ -147,7 +147,7 @@ def test_killed_five_times_at_random_it_ends_in_the_same_bits(stage, run, first,
     logged = set(steps_logged(killed))
     later = chance.randint(0, 3)
     kill_when(command, environment, lambda logged=logged, later=later: len({*steps_logged(killed)} - logged) > later)
-    if (committed.latest_step(str(killed)) or 0) == STEPS:
+    if (workdir.latest_step(str(killed)) or 0) == STEPS:
       break
   assert subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).returncode == 0
   assert_same_end(killed, whole)

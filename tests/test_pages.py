@@ -21,7 +21,7 @@ from PIL import Image
 
 from diffdis_jax import __main__ as main_module
 from diffdis_jax.evals import base
-from diffdis_jax.run import history
+from diffdis_jax.run import provenance
 from tests import pages
 from tests.once import made_once
 
@@ -283,5 +283,5 @@ def test_the_long_commands_run_one_after_the_other(folder, typed):
       shutil.rmtree(folder / "RUN")
     run_as_typed(beginning, behind, files, folder, typed)
   run_as_typed(README_TRAINS, "", (), folder, typed)  # again: it resumes at its end
-  starts = [event["step"] for event in history.read(str(folder / "RUN")) if event["event"] == "start"]
+  starts = [event["step"] for event in provenance.read(str(folder / "RUN")) if event["event"] == "start"]
   assert starts == [0, 20]

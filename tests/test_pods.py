@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from diffdis_jax.run import committed, restore
+from diffdis_jax.run import restore, workdir
 from tests import hanging, slow_compiling
 from tests.command_runs import ROOT, call
 from tests.test_resume import metrics, restore_training, steps_logged
@@ -121,7 +121,7 @@ def test_sigterm_saves_and_the_run_goes_on_without_losing_a_step(environment, tm
   assert launcher.wait(60) == 75, launcher.stderr.read()
   assert time.monotonic() - begin < 30
   launcher.stderr.close()
-  step = committed.latest_step(str(run))
+  step = workdir.latest_step(str(run))
   assert steps_logged(run)[-1] == step and not list(run.glob("lock.json"))
   assert not list((run / "checkpoints").glob("*tmp*"))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from diffdis_jax.run import checkpoint, committed
+from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
 from tests import command_runs, steps
@@ -65,7 +65,7 @@ def killed_twice(killed: pathlib.Path, command: list[str], environment: dict[str
   """Kills the run after a random step, and the one that goes on in a save; whether the save was still unfinished."""
   chosen = random.randint(SAVE_EVERY - 1, 2 * SAVE_EVERY - 1)
   kill_when(command, environment, lambda: chosen in steps_logged(killed))
-  first = committed.latest_step(str(killed)) or 0
+  first = workdir.latest_step(str(killed)) or 0
   assert first < STEPS, f"killed after step {chosen}, too late"
 
   left_behind = unfinished(killed)
@@ -73,7 +73,7 @@ def killed_twice(killed: pathlib.Path, command: list[str], environment: dict[str
   kill_when(command, environment, lambda: any(step > first + SAVE_EVERY for step in new()))
   if not new():
     return False
-  assert first < committed.latest_step(str(killed)) < STEPS
+  assert first < workdir.latest_step(str(killed)) < STEPS
   return True
 
 

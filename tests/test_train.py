@@ -22,7 +22,7 @@ from diffdis_jax.errors import Diverged, UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import sections as sections_of
 from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.run import checkpoint, committed, history, provenance, restore
+from diffdis_jax.run import checkpoint, provenance, restore, workdir
 from diffdis_jax.structs import Batch
 from diffdis_jax.training import evaluator, loop, run_info, start
 from diffdis_jax.training import flops as estimated
@@ -76,11 +76,11 @@ def test_a_run_holds_what_the_readme_says(joint_run):
   assert np.mean([line["loss"] for line in lines[-4:]]) < np.mean([line["loss"] for line in lines[:4]])
   assert json.loads((run / "config.json").read_text())["num_steps"] == STEPS
   assert list(run.glob("events.out.tfevents.*"))
-  start, end = history.read(run)
+  start, end = provenance.read(run)
   assert (start["event"], start["step"], start["devices"], end["why"]) == ("start", 0, 1, "finished")
   assert start["processors"] == machine.processors()
   assert start["parameters"]["frozen"]["autoencoder"] > 0 and start["data"]
-  assert committed.latest_step(joint_run) == STEPS
+  assert workdir.latest_step(joint_run) == STEPS
   assert pixels(run / "samples" / f"samples_{STEPS:08d}.png").std() > 0
   assert not list(run.rglob("*tmp*"))
 
@@ -111,7 +111,7 @@ def check_provenance(found: dict, run: str, autoencoder: str) -> None:
   assert found["run"]["config_hash"] != of_autoencoder["config_hash"] and of_autoencoder["objectives"] == [
     "reconstruction"
   ]
-  assert history.read(run)[0]["init_from"] == found["run"]["init_from"]
+  assert provenance.read(run)[0]["init_from"] == found["run"]["init_from"]
 
 
 def test_the_run_is_evaluated_and_generates_through_the_command_line(
@@ -318,7 +318,7 @@ def test_a_run_that_is_made_longer_ends_in_the_bits_of_one_that_was_as_long(tmp_
   assert expected.keys() == found.keys()
   assert [name for name in expected if expected[name].tobytes() != found[name].tobytes()] == []
   assert [line["step"] for line in lines_of(longer)] == [1, 2, 3, 4, 5, 6]
-  starts = [event for event in history.read(longer) if event["event"] == "start"]
+  starts = [event for event in provenance.read(longer) if event["event"] == "start"]
   assert [(start["step"], start["num_steps"]) for start in starts] == [(0, 4), (4, 6)]
 
   config.num_steps = 4
@@ -380,7 +380,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
   config.update(save_every=1, log_every=1, num_steps=6)
   with pytest.raises(Diverged, match="last 1 steps up to 2 changed nothing, .* the last checkpoint is 1; lower optim"):
     loop.train_and_evaluate(Run.of(config), str(tmp_path))
-  assert committed.latest_step(str(tmp_path)) == 1
+  assert workdir.latest_step(str(tmp_path)) == 1
   assert all(np.isfinite(x).all() for x in restore.restore_params(str(tmp_path), ema=False).values())
   assert [line["step"] for line in lines_of(str(tmp_path))] == [1]
   assert not list((tmp_path / "checkpoints").glob("*tmp*"))

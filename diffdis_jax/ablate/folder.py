@@ -13,7 +13,7 @@ from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import Results
-from diffdis_jax.run import committed, history, workdir
+from diffdis_jax.run import provenance, workdir
 from diffdis_jax.run.workdir import identity
 
 
@@ -92,7 +92,7 @@ class Folder:
       return run.config
     # Not in the plan's config: a path would make the run's hash, and so its name, depend on the folder.
     path = buckets.path(self.workdir(run))
-    began = files.read_object(path / "config.json").get("init_from") if committed.latest_step(path) else None
+    began = files.read_object(path / "config.json").get("init_from") if workdir.latest_step(path) else None
     return run.config | {"init_from": began or self.workdir(run.start)}
 
   def read(self, run: Run) -> Results | None:
@@ -107,7 +107,7 @@ class Folder:
     """Return the progress of a run. A run that has its results was trained to its end, also where its workdir was
     removed since."""
     measured, num_steps = self.read(run) is not None, run.config["num_steps"]
-    step = num_steps if run.evals and measured else committed.latest_step(self.workdir(run)) or 0
+    step = num_steps if run.evals and measured else workdir.latest_step(self.workdir(run)) or 0
     return State(
       step=step,
       num_steps=num_steps,
@@ -158,7 +158,7 @@ class Folder:
 def seconds_per_step(path: epath.Path) -> float | None:
   """Return the mean over the lines of a workdir's metrics.jsonl, which stand for equally many steps; None without a
   speed."""
-  speeds = [history.metrics_of(line).get("steps_per_sec") for line in files.lines(path / "metrics.jsonl")]
+  speeds = [line.get("steps_per_sec") for line in provenance.metrics_of(files.lines(path / "metrics.jsonl"))]
   # Times of equally many steps have a mean; the mean of speeds would favour the fast ones.
   seconds = [1 / speed for speed in speeds if speed]
   return sum(seconds) / len(seconds) if seconds else None

@@ -22,7 +22,7 @@ from etils import epath
 from diffdis_jax.common import files
 from diffdis_jax.config.objectives import task_of
 from diffdis_jax.interop import card_texts, tensor_files, to_torch
-from diffdis_jax.run import history, provenance
+from diffdis_jax.run import provenance
 
 PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*"
 SAMPLES = "samples.png"
@@ -162,9 +162,8 @@ class Card:
   def _figures(self) -> Iterator[str]:
     """Yield the last losses up to this step, what evaluations in training gave, and the results of evaluate."""
     last: dict[str, Any] = {}
-    for text in files.lines(self.run / "metrics.jsonl"):
+    for line in provenance.metrics_of(files.lines(self.run / "metrics.jsonl")):
       # Evaluations report at other steps than losses, so that the last value of each metric is looked for by itself.
-      line = history.metrics_of(text)
       if line.get("step", self.step + 1) <= self.step:
         last |= {name: (value, line["step"]) for name, value in line.items() if name != "step"}
     losses = {name: found for name, found in last.items() if name.startswith("loss")}
@@ -175,7 +174,7 @@ class Card:
     yield from self._results()
 
   def _results(self) -> Iterator[str]:
-    if found := history.results(self.run):
+    if found := provenance.results(self.run):
       yield from ("", "| task | data set | measured | protocol |", "|---|---|---|---|")
     for _, task, dataset, record in found:
       yield f"| {_plain(task)} | {_plain(dataset)} | {_shown(record['metrics'])} | {_protocol(record)} |"

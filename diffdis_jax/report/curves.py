@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-from absl import logging
 from jaxtyping import Float, Int
 
-from diffdis_jax.run import history
+from diffdis_jax.run import provenance
 
 BUCKETS = 400
 
@@ -45,27 +42,9 @@ def read(lines: Sequence[str]) -> dict[str, Curve]:
   What is no number is left out, and so is a line that cannot be read, with a warning unless it is the last one, which
   may still be being written.
   """
-  lines = [line for line in lines if line.strip()]
-  try:
-    # All but the last at once, which takes half the time.
-    found = [*json.loads(f"[{','.join(lines[:-1])}]"), *map(history.parse, lines[-1:])]
-  except (ValueError, RecursionError):
-    found = [*map(history.parse, lines)]
-  history.warn_of_lost(found)
-  try:
-    return _joined(found)
-  except (TypeError, ValueError, OverflowError):
-    logging.warning("metrics.jsonl has text where numbers should be; it is left out")
-    return _joined(map(history.metrics_of, lines))
-
-
-def _joined(lines: Iterable[Any]) -> dict[str, Curve]:
   # Most lines have the metrics of the line before: one array for all of them.
   pieces: dict[str, list[Curve]] = {}
-  same = itertools.groupby(
-    (found for found in lines if isinstance(found, dict) and history.is_step(found.get("step"))), key=tuple
-  )
-  for names, found in same:
+  for names, found in itertools.groupby(filter(None, provenance.metrics_of(lines)), key=tuple):
     values = np.asarray([tuple(each.values()) for each in found], np.float64)  # None, of what is not finite, is NaN
     steps = values[:, names.index("step")].astype(np.int64)
     for place, name in enumerate(names):

@@ -14,7 +14,7 @@ from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, files, one_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import curves
-from diffdis_jax.run import committed, history
+from diffdis_jax.run import provenance, workdir
 
 ALIVE = 60.0  # seconds since the last sign of life of a run
 
@@ -32,7 +32,7 @@ class Run:
     checkpoints: step -> what was measured when it was saved.
     results: what evaluate has left in the folder.
     cards: data source -> what prepare_data wrote of it: `facts` of card.json and the `picture` beside it.
-    written: when metrics.jsonl was last written, seconds since 1970, as far as `history.reported` knows.
+    written: when metrics.jsonl was last written, seconds since 1970, as far as `provenance.reported` knows.
     alive: whether a process has the workdir now.
     restarted: whether that one has taken it after the last of `events`.
   """
@@ -43,7 +43,7 @@ class Run:
   grids: Mapping[str, list[tuple[int, epath.Path]]]
   events: list[dict[str, Any]]
   checkpoints: Mapping[int, Mapping[str, float]]
-  results: list[history.Result]
+  results: list[provenance.Result]
   cards: Mapping[str, dict[str, Any]]
   written: float | None
   alive: bool
@@ -64,7 +64,7 @@ def read(path: str, name: str) -> Run:
   folder, config = buckets.path(path), run_config.load(path).to_dict()
   # A run writes while it is read: each file is whole or a line short, and they need not be of one moment.
   metrics = folder / "metrics.jsonl"
-  written, events, taken = history.reported(path), history.read(path), _taken(folder / "lock.json")
+  written, events, taken = provenance.reported(path), provenance.read(path), _taken(folder / "lock.json")
   return Run(
     name=name,
     config=config,
@@ -72,7 +72,7 @@ def read(path: str, name: str) -> Run:
     grids=_grids(folder / "samples"),
     events=events,
     checkpoints=_checkpoints(path),
-    results=history.results(path),
+    results=provenance.results(path),
     cards=_cards(config["data"]),
     written=written,
     alive=taken is not None,
@@ -91,16 +91,16 @@ def _grids(folder: epath.Path) -> dict[str, list[tuple[int, epath.Path]]]:
 def _checkpoints(path: str) -> dict[int, dict[str, float]]:
   if (file := one_file.at(path)) is not None:
     return {one_file.read_record(file).step: {}}
-  folder = committed.folder(path)
+  folder = workdir.checkpoints(path)
 
   def measured(step: int) -> dict[str, float] | None:
     try:
-      return committed.metrics_of(folder, step)
+      return workdir.metrics_of(folder, step)
     except (OSError, UserError):  # it was removed just now, or is damaged
       return None
 
-  steps = committed.committed_steps(folder)
-  found = zip(steps, committed.of_each(measured, steps), strict=True)
+  steps = workdir.committed_steps(folder)
+  found = zip(steps, workdir.of_each(measured, steps), strict=True)
   return {step: metrics for step, metrics in found if metrics is not None}
 
 

@@ -7,13 +7,10 @@ others, see digests.py. Training saves and resumes through `Checkpointer`; what 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
-import json
 import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,29 +21,25 @@ from grain import checkpoint as grain_checkpoint
 from orbax import checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from diffdis_jax.common import buckets, files, storage
+from diffdis_jax.common import buckets, storage
 from diffdis_jax.config.sections import CheckpointPolicy
-from diffdis_jax.errors import FULL_DISK, Diverged, Preempted, UserError, full_disk
+from diffdis_jax.errors import Diverged, Preempted, UserError, full_disk
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import committed, digests, restore, workdir
-from diffdis_jax.run.restore import Restored
+from diffdis_jax.run import digests, restore, workdir
 from diffdis_jax.structs import TrainState
 
 SAVE_TIMEOUT = 1200  # seconds after which a save in the background has failed
 
 
 class Checkpointer:
-  """Saves a run in the background, and resumes it. One per training run: it clears away interrupted saves.
+  """Saves a run in the background, of which its folder `run` has the config.json. `kept` says which checkpoints stay.
 
-  A context manager: on the way out it finishes the save in progress.
-
-  Args:
-    run: its folder, whose config.json is there already.
-    kept: which checkpoints stay.
+  One per training run: it clears away interrupted saves. A context manager: on the way out it finishes the save in
+  progress.
   """
 
   def __init__(self, run: epath.PathLike, kept: CheckpointPolicy | None = None) -> None:
-    self._run, self._kept, self._folder = run, kept or CheckpointPolicy(), committed.folder(run)
+    self.run, self._kept, self._folder = run, kept or CheckpointPolicy(), workdir.checkpoints(run)
     self._digest = workdir.run_digest(run)
     self._saving = -1  # the step whose save is in progress
     # Before Orbax lists the folder: it would trust step folders without a mark, and delete by damaged metrics.
@@ -54,10 +47,11 @@ class Checkpointer:
     self._manager = self._open_manager()
 
   def _prepare_folder(self) -> None:
-    _check_names(self._folder)
-    _set_aside_uncommitted(self._folder)
-    if self._kept.keep_best:
-      _check_metrics(self._folder, self._digest)
+    _remove_uncommitted(self._folder)
+    for step in workdir.committed_steps(self._folder) if self._kept.keep_best else ():
+      path = self._folder / str(step)
+      if (damage := digests.damage_of_step(path, self._digest, ("metrics",))) is not None:
+        raise UserError(f"checkpoint {path} cannot be read: {damage.file} {damage.what}; move its folder elsewhere")
 
   def _open_manager(self) -> ocp.CheckpointManager:
     kept = self._kept
@@ -76,17 +70,13 @@ class Checkpointer:
       # In the background too, on process 0, when every process has written its files, before the commit mark.
       async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT, post_finalization_callback=self._write_digests),
     )
-    try:
-      return ocp.CheckpointManager(self._folder, options=options)
-    except (ValueError, TypeError, RecursionError) as error:
-      what = f"a _CHECKPOINT_METADATA in {self._folder} is damaged: {str(error)[:80]}"
-      raise UserError(f"{what}; remove that file, which nothing needs") from error
+    return ocp.CheckpointManager(self._folder, options=options)
 
   def latest_step(self) -> int | None:
     """Find the newest committed step, as process 0 sees it; None before the first."""
     # Not the manager's list, which may hold a save that has only begun. And one process decides for all, since a shared
     # file system may show a new folder to some of them later.
-    step = storage.patiently(lambda: committed.latest_step(self._run), f"{self._run}")
+    step = storage.patiently(lambda: workdir.latest_step(self.run), f"{self.run}")
     found = int(processes.from_first(np.int32(-1 if step is None else step)))
     return None if found < 0 else found
 
@@ -98,11 +88,10 @@ class Checkpointer:
     *,
     meta: dict[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
-    required: bool = True,
   ) -> bool:
     """Start a save; return as soon as the arrays may be donated. Returns False if this step is saved already.
 
-    A disk that is full, or was when the save before was written, is one line of the log, and False.
+    If the save before it has failed, this one takes its place. Raises OSError: it cannot be written.
 
     Args:
       step: number of finished steps; larger than that of any earlier save.
@@ -110,18 +99,20 @@ class Checkpointer:
       data_iterator: Grain iterator whose next batch is the first one not trained on.
       meta: a few JSON values to keep beside them.
       metrics: of evaluations at this step, the same on every process; without them it is not among the best.
-      required: whether no later save will do, so that a full disk is an error.
-
-    Raises:
-      OSError: it cannot be written.
     """
     # A save at an interruption may fall on a step that `save_every` has saved.
     if step in self._manager.all_steps():
       return False
     try:
-      self.wait()  # as the manager's own `save` begins
-    except OSError as error:  # of the save before, whose place this one takes
-      self._give_up(error, required=False)
+      self.wait()
+    except OSError as error:
+      if jax.process_count() > 1:  # the others do not know of it
+        raise
+      logging.warning("step %d was not saved: %s; trying again at step %d", self._saving, error, step)
+      # A new manager, which removes what the failed save has left: the old one raises that error for ever.
+      with contextlib.suppress(Exception):
+        self._manager.close()
+      self._manager = self._open_manager()
     trees = {name: getattr(state, name) for name in restore.STORED}
     # One process has nobody to share the writing with.
     if jax.process_count() == 1:
@@ -132,59 +123,8 @@ class Checkpointer:
       items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
     items["meta"] = ocp.args.JsonSave({"step": step, **(meta or {})})
     self._saving = step
-    try:
-      if not has_room(self._folder, sum(array.nbytes for array in jax.tree.leaves(trees))):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._run))
-      # `force`: the caller has decided that it is time to save.
-      with _os_errors():
-        return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
-    except OSError as error:
-      self._give_up(error, required=required)
-      return False
-
-  def _give_up(self, error: OSError, *, required: bool) -> None:
-    """Say in one line that a disk is full. Raises the error, if it is another or no later save will do."""
-    # Several processes would have to agree.
-    if required or error.errno not in FULL_DISK or jax.process_count() > 1:
-      raise error
-    said = "no room to save step %d; the last checkpoint is %s; the next save tries again"
-    logging.warning(said, self._saving, self.latest_step())
-    # A new manager, which removes what the failed save has left: the old one raises that error for ever.
-    with contextlib.suppress(Exception):
-      self._manager.close()
-    self._manager = self._open_manager()
-
-  def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Add what `save` takes as `metrics` to the newest checkpoint, whose evaluation was interrupted and is done again.
-
-    Every process makes the call, while no save is in progress. Raises OSError: it cannot be written.
-    """
-    if not (metrics and self._kept.keep_best):
-      return
-
-    def write() -> None:
-      path = self._folder / str(step)
-      file, together = path / committed.METRICS, {**committed.metrics_of(self._folder, step), **metrics}
-      file.parent.mkdir(parents=True, exist_ok=True)
-      files.write_whole(file, json.dumps(together).encode())
-      digests.renew(path, [committed.METRICS])
-
-    processes.on_first(write)
-    self.close()
-    self._manager = self._open_manager()  # which reads them
-
-  def restore(self, step: int, abstract: TrainState, data_iterator: Any = None) -> Restored:
-    """Read a checkpoint onto the devices that `abstract` asks for, and set the data iterator to it.
-
-    Args:
-      step: a committed step.
-      abstract: ShapeDtypeStructs with shardings; these need not be those of the run that saved.
-      data_iterator: a Grain iterator built as the saved one was.
-
-    Raises:
-      UserError: no such checkpoint, or one that is damaged, of another run, or does not fit `abstract`.
-    """
-    return restore.read_state(self._run, step, abstract, data_iterator)
+    # `force`: the caller has decided that it is time to save.
+    return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
 
   def _write_digests(self) -> None:
     # On a disk it still has another name, by which it is no checkpoint.
@@ -195,13 +135,17 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Return when the save in progress is committed. Raises what went wrong with it."""
-    with _os_errors():
+    try:
       self._manager.wait_until_finished()
+    except ValueError as error:  # of TensorStore
+      if (number := full_disk(error)) is None:
+        raise
+      raise OSError(number, os.strerror(number)) from error
 
   def close(self) -> None:
     """Wait, and free the background threads."""
-    with _os_errors():
-      self._manager.close()
+    self.wait()
+    self._manager.close()
 
   def __enter__(self) -> Checkpointer:
     return self
@@ -222,84 +166,38 @@ class Best(NamedTuple):
 
 def best(run: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
   """Find the best checkpoint by `kept.best_metric`; the earliest of equals, None where none was measured by it."""
-  folder, found = committed.folder(run), []
-
-  def measured(step: int) -> dict[str, float]:
-    # A damaged file of figures hides one candidate, and must not keep the others from being found.
+  folder, found = workdir.checkpoints(run), []
+  for step in workdir.committed_steps(folder) if kept.best_metric else ():
     try:
-      return committed.metrics_of(folder, step)
-    except (OSError, UserError) as error:
+      value = workdir.metrics_of(folder, step).get(kept.best_metric, math.nan)
+    except (OSError, UserError) as error:  # of one candidate, beside which the others can be found
       logging.warning("what checkpoint %d was measured at cannot be read: %s", step, error)
-      return {}
-
-  steps = committed.committed_steps(folder) if kept.best_metric else []
-  for step, metrics in zip(steps, committed.of_each(measured, steps), strict=True):
-    if not math.isnan(metrics.get(kept.best_metric, math.nan)):
-      found.append(Best(step, float(metrics[kept.best_metric])))
+      continue
+    if not math.isnan(value):
+      found.append(Best(step, float(value)))
   # The steps come in order, and `max` keeps the first of equals.
   sign = 1 if kept.best_is == "max" else -1
   return max(found, key=lambda each: sign * each.value, default=None)
 
 
-def _check_names(folder: epath.Path) -> None:
-  """Raise UserError for a folder that Orbax takes for a checkpoint, though none has such a name."""
-  steps = {path.name for path in committed.all_steps(folder)}
-  for path in folder.iterdir() if folder.is_dir() else ():
-    if path.name.isdigit() and path.name not in steps:
-      raise UserError(f"{path} is no checkpoint: its name is no step; move it elsewhere")
+def _remove_uncommitted(folder: epath.Path) -> None:
+  """Remove what an interrupted save leaves in a bucket, which Orbax would trust, and could not save again.
 
-
-def _set_aside_uncommitted(folder: epath.Path) -> None:
-  """Rename step folders without a commit mark: Orbax would trust them, and refuse to save that step again.
-
-  In a bucket, where every save writes under its own name, they are what a killed one leaves, and cannot be renamed at
-  once: there they are removed.
+  On a disk, where an interrupted save has another name, such a folder may be a copy that was not finished: it stays
+  under another name.
   """
-  paths = committed.all_steps(folder)
-  for path, whole in zip(paths, committed.of_each(committed.is_committed, paths), strict=True):
+  paths = workdir.all_steps(folder)
+  for path, whole in zip(paths, workdir.of_each(workdir.is_committed, paths), strict=True):
     if whole:
       continue
+    logging.warning("checkpoint %s has no %s and is ignored", path, digests.COMMIT_MARK)
     if buckets.is_url(path):
-      logging.warning("checkpoint %s has no %s: its save was interrupted; removing it", path, committed.COMMIT_MARK)
       path.rmtree()
     else:
       aside = path.with_name(f"{path.name}.uncommitted")
-      logging.warning("checkpoint %s has no %s and is ignored; it is now %s", path, committed.COMMIT_MARK, aside.name)
-      if aside.exists():  # of an earlier interruption at this step
+      if aside.exists():
         aside.rmtree()
       path.rename(aside)
-
-
-def _check_metrics(folder: epath.Path, run: str) -> None:
-  """Raise UserError where a checkpoint's metrics, by which the best ones are kept, are not as they were saved."""
-  steps = committed.committed_steps(folder)
-  found = committed.of_each(lambda step: digests.damage_of_step(folder / str(step), run, ("metrics",)), steps)
-  for step, damage in zip(steps, found, strict=True):
-    if damage is not None:
-      what = f"{damage.file} {damage.what}; move its folder elsewhere"
-      raise UserError(f"checkpoint {folder / str(step)} cannot be read: {what}")
-
-
-@contextlib.contextmanager
-def _os_errors() -> Iterator[None]:
-  """Make OSError of what TensorStore raises for a full disk, or where a quota is used up."""
-  try:
-    yield
-  except ValueError as error:
-    if (number := full_disk(error)) is None:
-      raise
-    raise OSError(number, os.strerror(number)) from error
-
-
-def has_room(folder: epath.Path, size: int) -> bool:
-  """Tell whether a disk has room for a checkpoint of `size` bytes, as process 0 sees it.
-
-  Orbax's compression saves a few per cent alone, and a save that finds the disk full prints hundreds of lines.
-  """
-  if buckets.is_url(folder):
-    return True
-  found = shutil.disk_usage(folder).free > size if processes.is_first() else True
-  return bool(processes.from_first(np.int32(found)))
 
 
 def _on_one_device(array: Any) -> Any:

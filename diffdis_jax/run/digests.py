@@ -1,7 +1,6 @@
 """Digests of a folder's files, by which a damaged or a missing one is named. Without Orbax and jax.
 
-`digests.json` holds the size and the CRC32C of each file of a checkpoint, of prepared data or of exported weights. A
-CRC finds every flipped bit, every damaged stretch of up to 32 bits, and all but one in 4 billion of other damages. That
+`digests.json` holds the size and the CRC32C of each file of a checkpoint, of prepared data or of exported weights. That
 of a checkpoint is written after the other files and before the commit mark, and says of which step and run it is. The
 server of a bucket keeps the same digest of each object, so that nothing is read back from there.
 """
@@ -13,10 +12,9 @@ import concurrent.futures
 import functools
 import hashlib
 import json
-import math
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -24,12 +22,12 @@ from etils import epath
 
 from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import Gone, UserError, may_pass, parse_json
-from diffdis_jax.run import committed
 
 NAME = "digests.json"
 RECORDS = ".array_record"  # in the names of a prepared data set's files of records
+COMMIT_MARK = "commit_success.txt"  # the last file that Orbax writes into a checkpoint
 # Orbax writes the last two after the digests. No restore reads them.
-_NOT_LISTED = {NAME, committed.COMMIT_MARK, "_CHECKPOINT_METADATA"}
+_NOT_LISTED = {NAME, COMMIT_MARK, "_CHECKPOINT_METADATA"}
 _CHUNK = 1 << 20  # bytes
 _THREADS = 4
 
@@ -55,16 +53,8 @@ class Digests(NamedTuple):
 
 
 def write(folder: epath.PathLike, *, step: int | None = None, run: str | None = None) -> None:
-  """Write the digests of all files that are in a folder now.
-
-  Args:
-    folder: local or in a bucket.
-    step: the step of a checkpoint.
-    run: the digest of its run's config, `workdir.run_digest`.
-
-  Raises:
-    OSError: a file cannot be read or written.
-  """
+  """Write the digests of all files that are in a folder now. Those of a checkpoint have its `step`, and the digest of
+  its `run`, `workdir.run_digest`. Raises OSError."""
   path = buckets.path(folder)
   if buckets.is_url(path):
     # A server that keeps no digests has the objects read back.
@@ -72,7 +62,7 @@ def write(folder: epath.PathLike, *, step: int | None = None, run: str | None = 
   else:
     local = pathlib.Path(path)
     names = sorted(file.relative_to(local).as_posix() for file in local.rglob("*") if file.is_file())
-    with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="digests") as pool:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
       found = dict(zip(names, pool.map(lambda name: _digest(path / name), names), strict=True))
   _write(path, Digests(found, step, run))
 
@@ -93,25 +83,22 @@ def _write(path: epath.Path, found: Digests) -> None:
 
 
 def read(folder: epath.PathLike) -> Digests | Damage | None:
-  """Read the digests of a folder. Gives what is wrong with their file, or None where there is none."""
-  path = buckets.path(folder)
+  """Read the digests of a folder, or tell what is wrong with their file. A folder without them gives None."""
   try:
-    content = parse_json(buckets.read_bytes(path / NAME), NAME)
-    if content.pop("crc32c") != _own(content):
-      return Damage(NAME, "holds other bytes than were saved")
-    listed = {name: _File(*file) for name, file in content.pop("files").items()}
-    return Digests(listed, **content)
+    content = parse_json(buckets.read_bytes(buckets.path(folder) / NAME), NAME)
+    if content.pop("crc32c") == _own(content):
+      listed = {name: _File(*file) for name, file in content.pop("files").items()}
+      return Digests(listed, **content)
   except FileNotFoundError:
     return None
-  except (UserError, AttributeError, KeyError, TypeError) as error:
-    return Damage(NAME, f"holds other bytes than were saved ({type(error).__name__})")
+  except (UserError, AttributeError, KeyError, TypeError):
+    pass
+  return Damage(NAME, "holds other bytes than were saved")
 
 
 def fingerprint(folder: epath.PathLike, *, part: str) -> str:
-  """Give sixteen hexadecimal digits for the files with `part` in their names, wherever the folder lies.
-
-  The text is empty where there are no digests, or where they are damaged. Raises OSError.
-  """
+  """Give sixteen hexadecimal digits for the files with `part` in their names, wherever the folder lies; none where
+  there are no digests, or where they are damaged. Raises OSError."""
   found = read(folder)
   if not isinstance(found, Digests):
     return ""
@@ -120,73 +107,38 @@ def fingerprint(folder: epath.PathLike, *, part: str) -> str:
 
 
 def damage(folder: epath.PathLike, *, ending: str | tuple[str, ...] = "") -> Damage | None:
-  """Find the smallest file with this ending, or one of these, that is not as it was written.
-
-  None where all are whole, or where the folder has no digests.
-  """
-  path = buckets.path(folder)
-  return _seen_twice(path, lambda: _damage(path, read(path), lambda name: name.endswith(ending)))
+  """Find the smallest file with this ending, or one of these, that is not as it was written; None also for a folder
+  without digests."""
+  return _first_damage(buckets.path(folder), read(folder), lambda name: name.endswith(ending))
 
 
-def damage_of_step(
-  path: epath.Path,
-  run: str,
-  items: Collection[str] | None = None,
-  *,
-  largest: float = math.inf,
-  share: slice = slice(None),
-) -> Damage | None:
+def damage_of_step(path: epath.Path, run: str, items: Collection[str] | None = None) -> Damage | None:
   """Find the smallest file of a checkpoint that is not as it was saved, at that step and by that run.
 
   Args:
     path: the folder of a committed checkpoint, which has digests.
     run: the digest of its workdir's config, `workdir.run_digest`.
     items: such as `params`; None for all.
-    largest: the bytes above which a file is not looked at.
-    share: of the files, where other processes look at the rest.
   """
-
-  def is_asked(name: str) -> bool:
-    return items is None or name.partition("/")[0] in items
-
-  def look() -> Damage | None:
-    found = read(path)
-    if found is None:
-      return Damage(NAME, "is missing")
-    if isinstance(found, Digests):
-      if found.step != int(path.name):
-        return Damage(NAME, f"says that it was saved as step {found.step}")
-      if found.run and found.run != run:  # one that was saved where there was no config.json has none
-        return Damage(NAME, "says that it was saved by a run of another config than config.json has")
-    return _damage(path, found, is_asked, largest, share)
-
-  return _seen_twice(path, look)
+  found = read(path)
+  if found is None:
+    return Damage(NAME, "is missing")
+  if isinstance(found, Digests):
+    if found.step != int(path.name):
+      return Damage(NAME, f"says that it was saved as step {found.step}")
+    if found.run and found.run != run:  # one that was saved where there was no config.json has none
+      return Damage(NAME, "says that it was saved by a run of another config than config.json has")
+  return _first_damage(path, found, lambda name: items is None or name.partition("/")[0] in items)
 
 
-def newest_whole(checkpoints: epath.Path, run: str, *, before: float = math.inf) -> int | None:
-  """Find the newest step below `before` whose files are all as this run saved them."""
-  steps = (step for step in reversed(committed.committed_steps(checkpoints)) if step < before)
-  return next((step for step in steps if damage_of_step(checkpoints / str(step), run) is None), None)
-
-
-def _damage(
-  path: epath.Path,
-  found: Digests | Damage | None,
-  is_asked: Callable[[str], bool],
-  largest: float = math.inf,
-  share: slice = slice(None),
-) -> Damage | None:
+def _first_damage(path: epath.Path, found: Digests | Damage | None, is_asked: Callable[[str], bool]) -> Damage | None:
   if not isinstance(found, Digests):
     return found
   names = sorted(filter(is_asked, found.files), key=lambda name: (found.files[name].size, name))
-  names = [name for name in names if found.files[name].size <= largest][share]
   listed = _listed(path) if buckets.is_url(path) else None
-  pool = concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="digests")
-  try:
-    compared: Iterator[Damage | None] = pool.map(lambda name: _compare(path, name, found.files[name], listed), names)
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    compared = pool.map(lambda name: _compare(path, name, found.files[name], listed), names)
     return next((each for each in compared if each is not None), None)
-  finally:
-    pool.shutdown(cancel_futures=True)
 
 
 def _compare(path: epath.Path, name: str, saved: _File, listed: Mapping[str, _File] | None) -> Damage | None:
@@ -194,25 +146,16 @@ def _compare(path: epath.Path, name: str, saved: _File, listed: Mapping[str, _Fi
     now = _File(os.stat(path / name).st_size, "") if listed is None else listed.get(name)
     if now is None:
       return Damage(name, "is missing")
-    if now.size == saved.size:
-      now = now if now.digest else _digest(path / name)
+    if now.size != saved.size:
+      return Damage(name, f"has {now.size} bytes, not {saved.size} as saved")
+    same = (now if now.digest else _digest(path / name)) == saved
   except FileNotFoundError:
     return Damage(name, "is missing")
   except OSError as error:
     if may_pass(error):
       raise
     return Damage(name, f"cannot be read: {error.strerror or error}")
-  if now.size != saved.size:
-    return Damage(name, f"has {now.size} bytes, not {saved.size} as saved")
-  return None if now == saved else Damage(name, "holds other bytes than were saved")
-
-
-def _seen_twice(path: epath.Path, look: Callable[[], Damage | None]) -> Damage | None:
-  """Look again where damage is found in a bucket, whose answer may have been damaged on its way here."""
-  found = look()
-  if found is not None and buckets.is_url(path) and look() != found:
-    raise Gone(f"{path} was listed or read with damage")
-  return found
+  return None if same else Damage(name, "holds other bytes than were saved")
 
 
 def _listed(folder: epath.Path) -> dict[str, _File]:

@@ -1,30 +1,30 @@
-"""The right to write into a workdir, for one process at a time: `lock.json`, which is created exclusively."""
+"""The right to write into a workdir, for one process at a time: `lock.json`.
+
+On a disk its holder keeps the file locked, and the system frees it when that process dies. A bucket creates an object
+only where there is none; a holder that is dead is one that has not written its object again for PATIENCE seconds.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import io
 import json
 import os
-import pathlib
 import secrets
 import socket
-import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 from etils import epath
 
-from diffdis_jax.common import buckets, signals
+from diffdis_jax.common import buckets, files, signals
 from diffdis_jax.errors import PREEMPTED, UserError
-from diffdis_jax.run import history, workdir
+from diffdis_jax.run import provenance, workdir
 
-BEAT = 5.0  # seconds between two signs of life of the process that holds a workdir
-PATIENCE = 20.0  # seconds without a sign of life after which a holder on another machine is dead
+BEAT = 5.0  # seconds between two signs of life, by which report and status know that a run is running
+PATIENCE = 20.0  # seconds without a sign of life after which a holder in a bucket is dead
 ENDING = 3.0  # seconds that a live holder is given to end
 
 
@@ -34,21 +34,8 @@ class InUse(UserError):
   code = PREEMPTED
 
 
-class _Seen(NamedTuple):
-  """lock.json at one moment."""
-
-  content: dict[str, Any]
-  sign: int  # another one after each sign of life
-  version: int  # another one when the file is another one
-  is_locked: bool  # by its holder, which therefore lives
-  has_locks: bool  # the file's system has locks, so that a free one on this machine says that its holder is dead
-
-
 class Lock:
-  """Holds a workdir within `with`; a file that a killed process left is taken over.
-
-  On this machine the holder's lock on the file tells at once whether it lives. Elsewhere, and in a bucket, it is dead
-  when the file has not changed for PATIENCE seconds. A holder that was taken for dead ends as soon as it notices.
+  """Holds a workdir within `with`.
 
   Raises:
     InUse: a live process holds it.
@@ -57,151 +44,80 @@ class Lock:
   """
 
   def __init__(self, path: epath.PathLike):
-    self._workdir, self._folder = path, buckets.path(path)
-    self._own = {"owner": secrets.token_hex(8), "host": socket.gethostname(), "machine": _machine()}
-    self._own |= {"pid": os.getpid(), "time": time.time()}
-    self._content = json.dumps(self._own).encode()
-    self._file = (_Object if buckets.is_url(path) else _File)(self._folder / "lock.json")
+    self._workdir, self._path = path, buckets.path(path) / "lock.json"
+    self._owner = secrets.token_hex(8)
+    own = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    self._content = json.dumps(own).encode()
+    self._file: io.FileIO | None = None  # on a disk, open and locked
     self._done = threading.Event()
     self._thread = threading.Thread(target=self._keep_beating, name="lock", daemon=True)
 
   def __enter__(self) -> Lock:
+    begin = changed = time.monotonic()
+    seen, lives = None, not buckets.is_url(self._path)
     with workdir.writing(self._workdir):
-      self._folder.mkdir(parents=True, exist_ok=True)
-      self._take()
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      while not self._take():
+        now = time.monotonic()
+        if buckets.is_url(self._path) and (generation := buckets.generation(self._path)) != seen:
+          seen, changed, lives = generation, now, seen is not None
+        elif seen is not None and now - changed > PATIENCE:
+          buckets.remove(self._path, generation=seen)
+        if lives and now - begin > ENDING:
+          there = self._there()
+          raise InUse(
+            f"--workdir={self._workdir} is in use by process {there.get('pid')} on {there.get('host')}; wait for it,"
+            " stop it, or take another --workdir"
+          )
+        time.sleep(0.2)
     self._thread.start()
     return self
 
-  def _take(self) -> None:
-    begin, sign, signs = time.monotonic(), None, 0
-    while not self._file.create(self._content):
-      with self._file.seen() as seen:
-        if seen is None:  # released just now
-          continue
-        if seen.content.get("owner") == self._own["owner"]:  # created by a request that was sent twice
-          return
-        now = time.monotonic()
-        if seen.sign != sign:
-          sign, since, signs = seen.sign, now, signs + 1
-        here = seen.has_locks and seen.content.get("machine") == self._own["machine"]
-        if not seen.is_locked and (here or now - since > PATIENCE):
-          self._file.remove(seen)
-          continue
-      if (seen.is_locked or signs > 1) and now - begin > ENDING:
-        who = f"--workdir={self._workdir} is in use by {_named(seen)}"
-        raise InUse(f"{who}; wait for it, stop it, or take another --workdir")
-      time.sleep(0.2)
+  def _take(self) -> bool:
+    if buckets.is_url(self._path):
+      return buckets.create(self._path, self._content)
+    create = lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)
+    file = io.FileIO(os.fspath(self._path), "r+", opener=create)
+    try:
+      files.lock(file, wait=False)
+      # Its holder may have removed it between the two calls, and another process may have created it again.
+      if os.path.exists(self._path) and os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
+        os.ftruncate(file.fileno(), 0)
+        file.write(self._content)
+        self._file, file = file, None
+        return True
+    except BlockingIOError:
+      pass
+    finally:
+      if file is not None:
+        file.close()
+    return False
 
   def __exit__(self, *_: object) -> None:
     self._done.set()
-    self._thread.join()  # a beat under way would write the file again
+    self._thread.join()  # a beat under way would write the object again
     try:
-      with self._file.seen() as seen:
-        if seen and seen.content.get("owner") == self._own["owner"]:
-          self._file.remove(seen)
+      if self._file is not None:
+        with self._file:
+          os.unlink(self._path)  # while it is locked
+      elif self._there().get("owner") == self._owner:
+        buckets.remove(self._path, generation=buckets.generation(self._path))
     except Exception as error:  # of a disk or a bucket, which must not take the place of why the run ended
-      logging.warning("cannot remove %s/lock.json: %s", self._folder, getattr(error, "strerror", None) or error)
+      logging.warning("cannot remove %s: %s", self._path, error)
 
   def _keep_beating(self) -> None:
     while not self._done.wait(BEAT):
       try:
-        with self._file.seen() as seen:
-          pass
-        if seen is None:  # somebody has removed it
-          self._file.create(self._content)
-        elif seen.content.get("owner", self._own["owner"]) == self._own["owner"]:
-          self._file.beat(self._content)
+        if self._file is not None:
+          os.pwrite(self._file.fileno(), self._content, 0)
+        elif self._there().get("owner", self._owner) == self._owner:
+          self._path.write_bytes(self._content)
         else:
-          sys.stderr.write(f"error: --workdir={self._workdir} was taken over by {_named(seen)}\n")
+          sys.stderr.write(f"error: --workdir={self._workdir} was taken over by another process\n")
           signals.exit_at_once(PREEMPTED)  # each further write would mix two runs
       except Exception as error:  # of whatever storage it is, which may be back at the next beat
-        logging.warning("cannot renew %s/lock.json: %s", self._folder, error)
+        logging.warning("cannot renew %s: %s", self._path, error)
 
-
-class _File:
-  """lock.json on a disk. Its holder keeps it locked, so that its death frees it."""
-
-  def __init__(self, path: epath.Path):
-    self._path = os.fspath(path)
-    self._held = -1
-
-  def create(self, content: bytes) -> bool:
-    try:
-      self._held = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-      return False
-    with contextlib.suppress(OSError):  # file systems without locks have signs of life alone
-      fcntl.flock(self._held, fcntl.LOCK_EX)
-    try:
-      os.write(self._held, content)
-    except BaseException:
-      os.unlink(self._path)
-      os.close(self._held)
-      raise
-    return True
-
-  @contextlib.contextmanager
-  def seen(self) -> Iterator[_Seen | None]:
-    """Look at the file, which no other process removes within, if it is free."""
-    try:
-      file = os.open(self._path, os.O_RDWR | os.O_NONBLOCK)  # which waits for nobody at the end of a pipe either
-    except FileNotFoundError:
-      yield None
-      return
-    try:
-      status, is_locked, has_locks = os.fstat(file), False, True
-      if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{self._path} is no file; remove it")
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        is_locked = True
-      except OSError:
-        has_locks = False
-      yield _Seen(history.parse(os.pread(file, 2**16, 0)), status.st_mtime_ns, status.st_ino, is_locked, has_locks)
-    finally:
-      os.close(file)
-
-  def remove(self, seen: _Seen) -> None:
-    """Remove the file that was seen, within `seen`, and not one that is there since."""
-    with contextlib.suppress(FileNotFoundError):
-      if os.stat(self._path).st_ino == seen.version:
-        os.unlink(self._path)
-
-  def beat(self, content: bytes) -> None:
-    os.pwrite(self._held, content, 0)
-
-
-class _Object:
-  """lock.json in a bucket, which knows each object's generation."""
-
-  def __init__(self, path: epath.Path):
-    self._path = path
-
-  def create(self, content: bytes) -> bool:
-    return buckets.create(self._path, content)
-
-  @contextlib.contextmanager
-  def seen(self) -> Iterator[_Seen | None]:
-    """Look at the object as it is at this moment."""
-    generation = buckets.generation(self._path)
-    content = history.parse(self._path.read_bytes()) if generation else {}
-    yield _Seen(content, generation, generation, is_locked=False, has_locks=False) if generation else None
-
-  def remove(self, seen: _Seen) -> None:
-    buckets.remove(self._path, generation=seen.version)
-
-  def beat(self, content: bytes) -> None:
-    self._path.write_bytes(content)
-
-
-def _named(seen: _Seen) -> str:
-  return f"process {seen.content.get('pid')} on {seen.content.get('host')}"
-
-
-def _machine() -> str:
-  """Name this boot of the machine, whose kernel keeps the locks."""
-  try:
-    return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-  except OSError:
-    return socket.gethostname()
+  def _there(self) -> dict[str, Any]:
+    """Read the file; a damaged one gives an empty object."""
+    return provenance.parse(self._path.read_bytes())

@@ -1,10 +1,16 @@
-"""Where a figure comes from: the code, the versions, the machine, and the run with all that it began from.
+"""What happened to a run, and where a figure comes from. It names no path of a machine.
 
-Every record of evaluate, ablate, benchmark and demo carries it. It names no path of a machine.
+history.jsonl has one object a line, with `event` and `time` (seconds since 1970). A `start` says from which step, on
+which devices, with what it trains; `reached` and `until` are the last step that was reported before, and when: steps
+between `step` and `reached` are taken again. An `end` says why. A start that no end follows was killed, or still runs.
+
+Every record of evaluate, ablate, benchmark and demo carries a `provenance`: the code, the versions, the machine, and
+the run with all that it began from.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -12,17 +18,20 @@ import os
 import pathlib
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
+from absl import logging
+from etils import epath
 
 import diffdis_jax
 from diffdis_jax.common import buckets, files, machine, one_file
 from diffdis_jax.config import read_fields
-from diffdis_jax.errors import UserError
-from diffdis_jax.run import committed, history, workdir
+from diffdis_jax.errors import Preempted, UserError, parse_json
+from diffdis_jax.run import workdir
 
+HISTORY = "history.jsonl"
 ROOT = pathlib.Path(__file__).parents[2]  # of the checkout; of an installed package the folder that it lies in
 # The folders of an absolute path or of a bucket's address, wherever in a text it stands. They may have blanks where a
 # value begins with them; behind a blank they end at the next one, since words may follow.
@@ -32,27 +41,115 @@ _FOLDERS = re.compile(
 )
 
 
-def provenance(run: Mapping[str, Any]) -> dict[str, Any]:
-  """Describe what made a record, as JSON.
+class Result(NamedTuple):
+  """A `record` with the `metrics` that evaluate measured on a data set, in a `file` of the workdir."""
 
-  Args:
-    run: `of_run` of a trained one, or `of_config`; of several models, name -> one of these.
+  file: str
+  task: str
+  dataset: str
+  record: dict[str, Any]
 
-  Returns:
-    commit: of the package's checkout; None where it is installed from a wheel.
-    clean: whether the checkout's files were those of the commit; None without one.
-    versions: of diffdis_jax, jax and numpy.
-    device: its `kind`, and the `count` over all processes.
-    processors: that this process may use.
-    run: as given.
+
+@contextlib.contextmanager
+def recorded(path: epath.PathLike, *, step: int, is_writer: bool, facts: Mapping[str, Any]) -> Iterator[None]:
+  """Record the start of a run after `step` steps, with these `facts`, and its end, in the process that `is_writer`.
+
+  Enter it before the run's writer is opened, which drops lines.
   """
+  if not is_writer:
+    yield
+    return
+  folder, end = buckets.path(path), {"why": "failed"}
+  reached = next(filter(None, reversed(metrics_of(files.lines(folder / "metrics.jsonl")))), None)
+  before = {"reached": reached["step"], "until": reported(folder)} if reached else {}
+  _append(folder, {"event": "start", "time": time.time(), "step": step, **before, **facts})
+  try:
+    yield
+    end = {"why": "finished"}
+  except Preempted:
+    end = {"why": "stopped"}
+    raise
+  except Exception as error:
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    end = {"why": "failed", "message": said}
+    raise
+  finally:
+    try:
+      _append(folder, {"event": "end", "time": time.time(), **end})
+    except Exception as error:  # of a disk or a bucket, which must not take the place of why the run ended
+      logging.warning("cannot write to %s: %s", folder / HISTORY, error)
+
+
+def _append(folder: epath.Path, line: Mapping[str, Any]) -> None:
+  file = folder / HISTORY
+  cut_off = file.exists() and not file.read_bytes().endswith(b"\n")
+  with buckets.appended(file) as appended:
+    appended.write(("\n" * cut_off + json.dumps(line) + "\n").encode())
+
+
+def read(path: epath.PathLike) -> list[dict[str, Any]]:
+  """Read the events of history.jsonl, without lines that were cut off. A missing file has none."""
+  return [line for line in map(parse, files.lines(buckets.path(path) / HISTORY)) if "event" in line]
+
+
+def results(path: epath.PathLike) -> list[Result]:
+  """Find the results that evaluate left in the folder."""
+  # Its --out may have any name, so that what a file is shows in its form.
+  return [
+    Result(file.name, task, dataset, record)
+    for file in sorted(buckets.path(path).glob("*.json"))
+    for task, records in files.read_object(file).items()
+    for dataset, record in (records.items() if isinstance(records, dict) else ())
+    if isinstance(record, dict) and isinstance(record.get("metrics"), dict)
+  ]
+
+
+def reported(path: epath.PathLike) -> float | None:
+  """Return when metrics.jsonl was last written, in seconds since 1970; None if there is none."""
+  file = buckets.path(path) / "metrics.jsonl"
+  return file.stat().mtime if file.exists() else None
+
+
+def metrics_of(lines: Sequence[str]) -> list[dict[str, Any]]:
+  """Read the `step` and the numbers of each line of metrics.jsonl; None stands for one that was not finite.
+
+  A line without a step gives an empty dict. A warning counts them, except the last one, which may be cut off.
+  """
+  found = [_numbers(parse(line)) for line in lines]
+  if lost := sum(not each for each in found[:-1]):
+    logging.warning("metrics.jsonl has %d lines that cannot be read; they are left out", lost)
+  return found
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, Any]:
+  step = line.get("step")
+  if type(step) is not int or not 0 <= step < 2**53:
+    return {}
+  return {name: x for name, x in line.items() if x is None or type(x) in (int, float) and abs(x) < 2**63}
+
+
+def parse(line: str | bytes) -> dict[str, Any]:
+  """Read a JSON object; an empty one if the line was cut off, or is still being written."""
+  try:
+    found = parse_json(line, "a line")
+  except UserError:
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def provenance(run: Mapping[str, Any]) -> dict[str, Any]:
+  """Describe what made a record, as JSON: the `code`, the `device`, the `processors` that this process may use, and the
+  `run`: `of_run` of a trained one, or `of_config`; of several models, name -> one of these."""
+  import jax  # which takes seconds, and a report needs none of it
+
   device = {"kind": jax.devices()[0].device_kind, "count": jax.device_count()}
   return {**code(), "device": device, "processors": machine.processors(), "run": dict(run)}
 
 
 @functools.cache
 def code() -> dict[str, Any]:
-  """Return `commit`, `clean` and `versions`, as they are when this is first called."""
+  """Return `commit`, None of an installed wheel; `clean`, whether the files are those of the commit; and `versions`,
+  all as they are when this is first called."""
   commit, clean = _checkout(ROOT)
   versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy")}
   return {"commit": commit, "clean": clean, "versions": {"diffdis_jax": diffdis_jax.__version__, **versions}}
@@ -80,10 +177,10 @@ def of_run(path: str, *, step: int | None) -> dict[str, Any]:
     config = read_fields(path)
   except (UserError, OSError):
     config = None
-  events = history.read(path)
+  events = read(path)
   starts = [event for event in events if "commit" in event]
   cleans = [event.get("clean") for event in starts]
-  source = history.parse(" ".join(files.lines(buckets.path(path) / "import.json"))).get("source")
+  source = files.read_object(buckets.path(path) / "import.json").get("source")
   # From the end: a run whose first start never saved begins again, and may then begin from another one.
   began_from = (event["init_from"] for event in reversed(events) if "init_from" in event)
   return {
@@ -108,7 +205,7 @@ def behind(init_from: str) -> list[dict[str, Any]]:
   """
   if not init_from:
     return []
-  found = of_run(init_from, step=None if one_file.at(init_from) else committed.latest_step(init_from))
+  found = of_run(init_from, step=None if one_file.at(init_from) else workdir.latest_step(init_from))
   return [{name: value for name, value in found.items() if name != "init_from"}, *found["init_from"]]
 
 
@@ -116,18 +213,11 @@ def together(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
   """Describe what made a figure of several records: each value of `commits`, `versions`, `devices`, `processors` once,
   null for a record that has none; and `clean`, whether all were."""
   found = [record.get("provenance") or {} for record in records]
-
-  def values(name: str) -> list[Any]:
-    # As text, since dicts have no hash; sorted, so that the same records give the same bytes.
-    return [json.loads(text) for text in sorted({json.dumps(each.get(name), sort_keys=True) for each in found})]
-
-  return {
-    "commits": values("commit"),
-    "clean": all(each.get("clean") is True for each in found) if found else None,
-    "versions": values("versions"),
-    "devices": values("device"),
-    "processors": values("processors"),
-  }
+  # As text, since dicts have no hash; sorted, so that the same records give the same bytes.
+  texts = lambda name: sorted({json.dumps(each.get(name), sort_keys=True) for each in found})
+  names = {"commits": "commit", "versions": "versions", "devices": "device", "processors": "processors"}
+  values = {plural: [json.loads(text) for text in texts(name)] for plural, name in names.items()}
+  return {**values, "clean": all(each.get("clean") is True for each in found) if found else None}
 
 
 def public(value: Any) -> Any:
@@ -153,10 +243,9 @@ def _fields(config: dict[str, Any] | None) -> dict[str, Any]:
 
 def _checkout(root: pathlib.Path) -> tuple[str | None, bool | None]:
   """Ask git for the commit, and whether the files are its own. Untracked ones count in the package alone."""
-  untracked = ""
   # As the Dockerfile writes it, and launch/tpu_pod.sh, which adds the extras that it has installed.
   if (root / ".commit").is_file():
-    described = (root / ".commit").read_text().partition(" ")[0].strip()
+    described, untracked = (root / ".commit").read_text().partition(" ")[0], ""
   # Only the root itself: a wheel may lie inside of somebody's own repository.
   elif not (root / ".git").exists():
     return None, None

@@ -1,22 +1,18 @@
 """Reads a run's checkpoints: whole, to resume it, or its parameters alone, also beside a run that still trains.
 
-Digests are checked before anything is read, since Orbax checks no values. What is read then is whole, or is not what
-the storage holds.
+Digests are checked before anything is read, since Orbax checks no values.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
 import pathlib
-import tempfile
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 from orbax import checkpoint as ocp
 
@@ -24,11 +20,10 @@ from diffdis_jax.common import buckets, files, one_file, storage
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import Gone, UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import committed, digests, workdir
+from diffdis_jax.run import digests, workdir
 from diffdis_jax.structs import TrainState
 
 STORED = ("params", "ema", "opt_state", "teacher")  # of a TrainState; its step is the folder's name
-_SMALL = 1 << 20  # bytes of a file that holds shapes
 _Read = TypeVar("_Read")
 _Arrays = dict[str, jax.ShapeDtypeStruct]  # by dotted path, without a sharding
 
@@ -48,53 +43,36 @@ class Chosen(NamedTuple):
 
 
 def find(run: epath.PathLike, step: int | None = None) -> epath.Path:
-  """Find the folder of a committed checkpoint, the newest one for None.
-
-  Raises:
-    UserError: there is none, or its save was interrupted.
-  """
-  folder = committed.folder(run)
-  if step is None and (step := committed.latest_step(run)) is None:
+  """Find the folder of a committed checkpoint, the newest one for None. Raises UserError: there is none, or its save
+  was interrupted."""
+  folder = workdir.checkpoints(run)
+  if step is None and (step := workdir.latest_step(run)) is None:
     hint = one_file.meant(run)
     raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{hint}")
-  if not committed.is_committed(folder / str(step)):
-    there = f"committed there: {', '.join(map(str, committed.committed_steps(folder))) or 'none'}"
+  path = folder / str(step)
+  if not workdir.is_committed(path):
     # The user sees its folder there, and learns why it does not count.
-    if (folder / str(step)).exists():
-      raise UserError(f"checkpoint {step} in {folder} was never committed: it has no {committed.COMMIT_MARK}; {there}")
-    raise UserError(f"no checkpoint {step} in {folder}; {there}")
-  return folder / str(step)
+    why = f": it was never committed, since it has no {digests.COMMIT_MARK}" if path.exists() else ""
+    there = ", ".join(map(str, workdir.committed_steps(folder))) or "none"
+    raise UserError(f"no checkpoint {step} in {folder}{why}; committed there: {there}")
+  return path
 
 
 def find_on_all(run: epath.PathLike, step: int | None) -> epath.Path:
-  """Find the checkpoint that the first process finds. Every process makes the call.
+  """Find the checkpoint that the first process finds. Every process makes the call. Raises UserError as `find`.
 
   A run that still trains may save another one between two looks, and a shared disk may show it to some of them later.
-
-  Raises:
-    UserError: as `find`.
   """
-  if jax.process_count() == 1:
-    folder = committed.folder(run)
-    return storage.patiently(lambda: _arrived(folder, lambda: find(run, step)), f"{folder}")
-  found = step or 0
-
-  def look() -> None:
-    nonlocal found
-    found = int(find(run, step).name)
-
-  processes.on_first(look)
-  found = int(processes.from_first(np.int32(found)))
-  processes.shows(lambda: committed.is_committed(committed.folder(run) / str(found)))
-  return find(run, found)
+  found = [0]
+  processes.on_first(lambda: found.insert(0, int(_patiently(lambda: find(run, step), run).name)))
+  path = workdir.checkpoints(run) / str(int(processes.from_first(np.int32(found[0]))))
+  processes.shows(lambda: workdir.is_committed(path))
+  return path
 
 
 def choose(run: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
-  """Choose what `restore_params` reads for these wishes. Every process makes the call, and gets the same.
-
-  Raises:
-    UserError: there is no such checkpoint, or its save was interrupted.
-  """
+  """Choose what `restore_params` reads for these wishes. Every process makes the call, and gets the same. Raises
+  UserError as `find`."""
   if (file := one_file.at(run)) is not None:
     there = one_file.check(file, step, ema=ema)
     return Chosen(there.step, there.ema)
@@ -103,7 +81,17 @@ def choose(run: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
 
 
 def read_state(run: epath.PathLike, step: int, abstract: TrainState, data_iterator: Any = None) -> Restored:
-  """Read a whole checkpoint, as `checkpoint.Checkpointer.restore` says."""
+  """Read a whole checkpoint onto the devices that `abstract` asks for, and set the data iterator to it.
+
+  Args:
+    run: its folder.
+    step: a committed step.
+    abstract: ShapeDtypeStructs with shardings; these need not be those of the run that saved.
+    data_iterator: a Grain iterator built as the saved one was.
+
+  Raises:
+    UserError: no such checkpoint, or one that is damaged, of another run, or does not fit `abstract`.
+  """
 
   def read(path: epath.Path) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
     state = TrainState(**{name: _read_tree(path / name, getattr(abstract, name)) for name in STORED})
@@ -141,7 +129,9 @@ def restore_params(
   """
   if (file := one_file.at(run)) is not None:
     one_file.check(file, step, ema=ema)
-    return _placed(file, one_file.read_params(file), abstract)
+    params = one_file.read_params(file)
+    _check_fits(file, _arrays(params), wanted := _arrays(params) if abstract is None else abstract)
+    return {name: jax.device_put(params[name], like.sharding) for name, like in wanted.items()}
 
   def read(path: epath.Path) -> Params:
     # Averages are kept of what is trained alone. The rest, such as a frozen autoencoder, is the raw parameters'; the
@@ -156,30 +146,16 @@ def restore_params(
   return _checked(find_on_all(run, step), ("params", "ema") if ema else ("params",), read)
 
 
-def _placed(file: pathlib.Path, params: Params, abstract: Params | None) -> Params:
-  """Put the arrays of a run in one file where `abstract` has them, or on the first device."""
-  abstract = _arrays(params) if abstract is None else abstract
-  _check_fits(file, _arrays(params), abstract)
-  return {name: jax.device_put(params[name], like.sharding) for name, like in abstract.items()}
-
-
 def saved_params(run: epath.PathLike) -> Params:
-  """Read shapes and dtypes of a run's newest parameters, as jax.ShapeDtypeStruct.
-
-  Raises:
-    UserError: there is no checkpoint, or it is damaged.
-  """
+  """Read shapes and dtypes of a run's newest parameters. Raises UserError: there are none, or they are damaged."""
   if (file := one_file.at(run)) is not None:
     return dict(_arrays(one_file.read_params(file)))
-  return dict(_checked(find(run), ("params",), lambda path: _saved(path / "params"), largest=_SMALL))
+  return dict(_checked(find_on_all(run, None), ("params",), lambda path: _saved(path / "params")))
 
 
 def initialised(run: epath.PathLike) -> set[str]:
-  """Read the names of the parameters that import_weights initialised at random; none of another command's run.
-
-  Raises:
-    UserError: import.json cannot be read, or does not say them.
-  """
+  """Read the names of the parameters that import_weights initialised at random; none of another command's run. Raises
+  UserError: import.json does not say them."""
   if (packed := one_file.at(run)) is not None:
     return {*one_file.read_record(packed).initialised}
   file = buckets.path(run) / "import.json"
@@ -233,83 +209,49 @@ def _check_fits(path: epath.Path | pathlib.Path, saved: _Arrays, abstract: Any) 
   wanted = _arrays(abstract)
   differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
   if differing:
-    name = differing[0]
+    said = lambda array: f"{array.dtype}{list(array.shape)}" if array else "absent"
+    there, here = (said(arrays.get(differing[0])) for arrays in (saved, wanted))
     raise UserError(
-      f"checkpoint {path} does not fit this model in {len(differing)} arrays; the first, {name}, is "
-      f"{_describe(saved.get(name))} there and {_describe(wanted.get(name))} here; take the config it was saved with"
+      f"checkpoint {path} does not fit this model in {len(differing)} arrays; the first, {differing[0]}, is {there}"
+      f" there and {here} here; take the config it was saved with"
     )
 
 
-def _describe(array: jax.ShapeDtypeStruct | None) -> str:
-  return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
-
-
-def _checked(
-  path: epath.Path, items: Collection[str] | None, read: Callable[[epath.Path], _Read], *, largest: float = math.inf
-) -> _Read:
+def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[epath.Path], _Read]) -> _Read:
   """Check the digests of these items of a checkpoint, of all for None, and then call `read` with its folder.
 
-  Several processes share the check, and raise the same error. Storage that is away is tried again.
+  The first process checks for all, and all raise the same error. Storage that is away is tried again.
 
   Raises:
     UserError: a file is not as it was saved, or what `read` raises.
     Away: the storage did not come back, or what it sent was damaged each time.
   """
-  share = slice(jax.process_index(), None, jax.process_count())
 
   def look() -> str:
     run = workdir.run_digest(path.parent.parent)
-    damage = digests.damage_of_step(path, run, items, largest=largest, share=share)
+    damage = digests.damage_of_step(path, run, items)
     if damage is None:
       return ""
-    if not path.parent.is_dir():  # of a disk that is away, which had it a moment ago
-      raise Gone(f"{path.parent} is not there")
-    whole = digests.newest_whole(path.parent, run, before=int(path.name))
+    whole = workdir.newest_whole(path.parent, run, before=int(path.name))
     otherwise = "take another step, or move its folder elsewhere to resume from the one before"
     if whole is not None:
       otherwise = f"take --step={whole}, the newest whole one before it, or move the folders of later ones elsewhere"
     return f"checkpoint {path} cannot be read: {damage.file} {damage.what}; {otherwise}"
 
-  if message := processes.first_message(storage.patiently(lambda: _arrived(path, look), f"{path}")):
+  if message := processes.first_message(_patiently(look, path) if processes.is_first() else ""):
     raise UserError(message)
-  try:
-    return storage.patiently(lambda: read(path), f"{path}")
-  except Exception as error:
-    if not buckets.is_url(path) or (isinstance(error, UserError) and _says_again(path, read, error)):
-      raise
-    # From here on nothing is believed that is not checked: a flipped bit may also give another number in silence.
-    logging.warning("what arrived from %s is not what is there, and is read again: %s", path, str(error)[:200])
-  return storage.patiently(lambda: _arrived(path, lambda: _read_copy(path, items, read)), f"{path}")
+  return _patiently(lambda: read(path), path)
 
 
-def _says_again(path: epath.Path, read: Callable[[epath.Path], Any], error: UserError) -> bool:
-  """Tell whether a second read finds the same misfit: a damaged name does not fit the model either."""
-  try:
-    read(path)
-  except Exception as second:
-    return str(second) == str(error)
-  return False
+def _patiently(read: Callable[[], _Read], path: epath.PathLike) -> _Read:
+  """Call `read` until storage that is away is back; an answer of a bucket may also arrive damaged."""
 
+  def look() -> _Read:
+    try:
+      return read()
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+      if not buckets.is_url(path):
+        raise
+      raise Gone(f"an answer arrived damaged: {str(error)[:80]}") from error
 
-def _arrived(path: epath.Path, call: Callable[[], _Read]) -> _Read:
-  """Call; what a bucket's answer that is damaged on its way makes of any access may pass."""
-  try:
-    return call()
-  except (ValueError, KeyError, TypeError, AssertionError) as error:
-    if not buckets.is_url(path):
-      raise
-    raise Gone(f"an answer arrived damaged: {str(error)[:80]}") from error
-
-
-def _read_copy(path: epath.Path, items: Collection[str] | None, read: Callable[[epath.Path], _Read]) -> _Read:
-  """Call `read` with a local copy of a bucket's checkpoint, each of whose files is as the server has it."""
-  found = digests.read(path)
-  if not isinstance(found, digests.Digests):
-    raise Gone(f"{path / digests.NAME} arrived damaged")
-  names = [name for name in found.files if items is None or name.partition("/")[0] in items]
-  with tempfile.TemporaryDirectory(prefix="diffdis") as copy:
-    target = epath.Path(copy) / path.name
-    for name in names:
-      (target / name).parent.mkdir(parents=True, exist_ok=True)
-    buckets.download({f"{path}/{name}": pathlib.Path(target / name) for name in names})
-    return read(target)
+  return storage.patiently(look, f"{path}")

@@ -1,24 +1,30 @@
-"""The folder of a run: its config.json, and whether a run may resume there under the present config."""
+"""The folder of a run: its config.json, whether a run may resume there, and the checkpoints that it has.
+
+As a command, `python -m diffdis_jax.run.workdir WORKDIR` writes the commit mark of each checkpoint, a line each; where
+WORKDIR ends in `/*`, those of all runs in that folder.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
-import itertools
 import json
+import math
 import re
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from absl import logging
 from etils import epath
 
-from diffdis_jax.common import buckets, guesses
-from diffdis_jax.common.files import sweep, write_whole
+from diffdis_jax.common import buckets, files, guesses
 from diffdis_jax.config import SECTIONS, as_text, read_json_object
 from diffdis_jax.config.section import normalise
-from diffdis_jax.errors import FULL_DISK, UserError, may_pass
-from diffdis_jax.run import committed
+from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
+from diffdis_jax.run import digests
+from diffdis_jax.run.digests import COMMIT_MARK
 
 MAY_CHANGE = (
   r"^(log|save|eval|sample)_every$",
@@ -31,21 +37,18 @@ MAY_CHANGE = (
 """Fields, by their dotted paths, that may differ when a run resumes: they do not change the numbers of the training."""
 # Fields that differ in a run that is longer, or whose data have moved.
 _OF_NO_NUMBER = r"^num_steps$|^data\.(mixture\.[^.]+\.)?path$"
-REPORTS = ("metrics.jsonl", "history.jsonl", "trackers.json", "events.out.tfevents.*", "samples", "plugins")
+_METRICS = "metrics/metrics"  # in a checkpoint's folder, where Orbax writes and reads them
+_STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # as Orbax writes it; `isdigit` is true of ² too
+_AT_ONCE = 32  # checkpoints that are looked at
+_Asked = TypeVar("_Asked")
+_Answer = TypeVar("_Answer")
 
 
 def open_for_training(
   workdir: epath.PathLike, config: Mapping[str, Any], *, is_writer: bool = True, moved: Collection[str] = ()
 ) -> epath.Path:
-  """Create the folder and write its config.json, or check that the run in it has the same config.
-
-  The reports of a run without a checkpoint are set aside when its config is replaced.
-
-  Args:
-    workdir: the folder, local or in a bucket.
-    config: nested dicts.
-    is_writer: whether this process writes; one of several processes does.
-    moved: as for `check_config`.
+  """Create the folder and write its config.json, in the process that `is_writer`, or check that the run in it has the
+  same config, as `check_config` does.
 
   Raises:
     UserError: the folder cannot be made, or holds a run of another config.
@@ -53,17 +56,15 @@ def open_for_training(
   """
   path = buckets.path(workdir)
   replaced = check_config(workdir, config, moved=moved)
-  if not is_writer:
-    return path
-  with writing(workdir):
-    path.mkdir(parents=True, exist_ok=True)
-    if not buckets.is_url(path):
-      sweep(path)
-      sweep(path / "samples")
-    if replaced:
-      message = "the config of a run without a checkpoint is replaced: %s; its reports are now in %s"
-      logging.warning(message, ", ".join(replaced), _set_aside(path))
-    write_whole(path / "config.json", as_text(config).encode())
+  if is_writer:
+    with writing(workdir):
+      path.mkdir(parents=True, exist_ok=True)
+      if not buckets.is_url(path):
+        files.sweep(path)
+        files.sweep(path / "samples")
+      if replaced:
+        logging.warning("the config of a run without a checkpoint is replaced: %s", ", ".join(replaced))
+      files.write_whole(path / "config.json", as_text(config).encode())
   return path
 
 
@@ -81,13 +82,8 @@ def writing(workdir: epath.PathLike) -> Iterator[None]:
 def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: Collection[str] = ()) -> list[str]:
   """Check that a run may resume in this folder under this config. A larger `num_steps` makes the run longer.
 
-  Args:
-    workdir: the folder.
-    config: nested dicts.
-    moved: fields that may differ too, such as the path of data that were copied.
-
-  Returns:
-    What differs outside of MAY_CHANGE, a phrase for each field, if the run there has no checkpoint.
+  The fields in `moved` may differ too, such as the path of data that were copied. Returns what else differs, a phrase
+  for each field, if the run there has no checkpoint.
 
   Raises:
     UserError: the configs differ and the run there has a checkpoint, or config.json is of no training run.
@@ -95,12 +91,11 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: C
   path = buckets.path(workdir)
   if not (path / "config.json").exists():
     return []
-  config_there = read_json_object(path)
-  there, here = flatten(config_there), flatten(config)
-  may_be_replaced = SECTIONS <= config_there.keys() and committed.latest_step(workdir) is None
-  ignored = {*moved} if lengthened(workdir, config) is None else {*moved, "num_steps"}
-  differing = differences(*({name: each[name] for name in each.keys() - ignored} for each in (there, here)))
-  if differing and not may_be_replaced:
+  there = read_json_object(path)
+  may_differ = {*moved} if lengthened(workdir, config) is None else {*moved, "num_steps"}
+  without = lambda fields: {name: value for name, value in flatten(fields).items() if name not in may_differ}
+  differing = differences(without(there), without(config))
+  if differing and not (SECTIONS <= there.keys() and latest_step(workdir) is None):
     raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")
   return differing
 
@@ -108,21 +103,10 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: C
 def lengthened(workdir: epath.PathLike, config: Mapping[str, Any]) -> int | None:
   """Return the `num_steps` of the run there, if it has a checkpoint and this config makes it longer; else None."""
   path = buckets.path(workdir)
-  if not (path / "config.json").exists() or committed.latest_step(workdir) is None:
+  if not (path / "config.json").exists() or latest_step(workdir) is None:
     return None
   before, after = read_json_object(path).get("num_steps"), config.get("num_steps")
   return before if isinstance(before, int) and isinstance(after, int) and before < after else None
-
-
-def _set_aside(path: epath.Path) -> epath.Path:
-  """Move what a run has written beside checkpoints into a new folder. The next run is another one for a tracker."""
-  aside = next(each for n in itertools.count(1) if not (each := path / f"replaced_{n}").exists())
-  aside.mkdir()
-  (path / "config.json").copy(aside / "config.json")
-  for pattern in REPORTS:
-    for file in path.glob(pattern):
-      file.rename(aside / file.name)
-  return aside
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,13 +142,68 @@ def may_change(field: str) -> bool:
 def run_digest(workdir: epath.PathLike) -> str:
   """Give the digest of a run's config by which its checkpoints know it; empty where there is no config.json.
 
-  It covers what the numbers of the training depend on, except its length and where its data lie.
-
-  Raises:
-    UserError: config.json is damaged.
+  It covers what the numbers of the training depend on, except its length and where its data lie. Raises UserError:
+  config.json is damaged.
   """
   path = buckets.path(workdir)
   if not (path / "config.json").exists():
     return ""
   fields = identity(read_json_object(path))
   return digest({name: value for name, value in fields.items() if not re.search(_OF_NO_NUMBER, name)})
+
+
+def checkpoints(workdir: epath.PathLike) -> epath.Path:
+  """Give the folder of a run's checkpoints."""
+  return buckets.absolute(workdir) / "checkpoints"
+
+
+def all_steps(path: epath.Path) -> list[epath.Path]:
+  """List the checkpoints in that folder, whole or not, by step."""
+  paths = [each for each in path.iterdir() if _STEP.fullmatch(each.name)] if path.is_dir() else []
+  return sorted(paths, key=lambda each: int(each.name))
+
+
+def is_committed(path: epath.Path) -> bool:
+  """Tell whether a checkpoint's folder is that of a whole one."""
+  return (path / COMMIT_MARK).exists()
+
+
+def of_each(look: Callable[[_Asked], _Answer], steps: Iterable[_Asked]) -> list[_Answer]:
+  """Look at each of them, many at a time: a run may have a thousand, and a bucket takes tens of milliseconds."""
+  with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+    return [*pool.map(look, steps)]
+
+
+def committed_steps(path: epath.Path) -> list[int]:
+  """List the steps of the whole checkpoints in that folder."""
+  paths = all_steps(path)
+  return [int(each.name) for each, whole in zip(paths, of_each(is_committed, paths), strict=True) if whole]
+
+
+def latest_step(workdir: epath.PathLike) -> int | None:
+  """Find the newest committed step of a run."""
+  # From the newest on, of which hardly any is not whole: the others are not asked for.
+  return next((int(each.name) for each in reversed(all_steps(checkpoints(workdir))) if is_committed(each)), None)
+
+
+def newest_whole(path: epath.Path, run: str, *, before: float = math.inf) -> int | None:
+  """Find the newest step below `before` in that folder whose files are all as this run saved them."""
+  steps = (step for step in reversed(committed_steps(path)) if step < before)
+  return next((step for step in steps if digests.damage_of_step(path / str(step), run) is None), None)
+
+
+def metrics_of(path: epath.Path, step: int) -> dict[str, float]:
+  """Read what was measured when this checkpoint was saved; empty where nothing was. Raises OSError, and UserError where
+  it is damaged."""
+  file = path / str(step) / _METRICS
+  found = parse_json(file.read_bytes(), str(file)) if file.exists() else {}
+  if not isinstance(found, dict) or not all(isinstance(value, (int, float)) for value in found.values()):
+    raise UserError(f"{file} should hold a number for each metric")
+  return found
+
+
+if __name__ == "__main__":
+  parent, is_pattern, _ = sys.argv[1].partition("/*")
+  for run in buckets.absolute(parent).iterdir() if is_pattern else [parent]:
+    folder = checkpoints(run)
+    sys.stdout.writelines(f"{folder / str(step) / COMMIT_MARK}\n" for step in committed_steps(folder))

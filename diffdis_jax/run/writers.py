@@ -1,35 +1,91 @@
-"""Write a run's reports: metrics.jsonl, TensorBoard, a tracker and sample images.
+"""Write a run's reports: metrics.jsonl, TensorBoard, sample images, and a tracker, Weights & Biases or trackio.
 
-Only one process writes; on the others a Writer does nothing.
+Only one process writes; on the others a Writer does nothing. The trackers read their settings from environment
+variables of their own, such as WANDB_MODE=offline and TRACKIO_DIR.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
 import json
 import math
 import os
 import pathlib
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from absl import logging
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from diffdis_jax.common import buckets, files
-from diffdis_jax.errors import FULL_DISK, may_pass
-from diffdis_jax.run import history
-from diffdis_jax.run.trackers import Tracker
+from diffdis_jax.errors import UserError, not_installed
+from diffdis_jax.run import provenance
 
-MOST_EVENTS = 2**23  # bytes of a file of TensorBoard's that is copied to a bucket whenever it has grown
+TRACKERS = ("wandb", "trackio")
+PROJECT = "diffdis_jax"
+IDS = "trackers.json"  # the run's id at each tracker, so that a resumed run is the same run there
+MOST_EVENTS = 2**23  # bytes of a file of TensorBoard's: a bucket gets all of it again whenever it has grown
+
+
+class Tracker:
+  """A run of a tracker: a new one, or the one that was begun before in the same workdir.
+
+  Args:
+    kind: one of TRACKERS.
+    workdir: folder of the run.
+    config: of the run.
+  """
+
+  def __init__(self, kind: str, workdir: epath.PathLike, config: Mapping[str, Any]):
+    path, self._kind, self._module = buckets.path(workdir), kind, importlib.import_module(kind)
+    ids = files.read_object(path / IDS)
+    if kind not in ids:
+      ids[kind] = secrets.token_hex(4)
+      files.write_json(path / IDS, ids)
+    how: dict[str, Any] = {"config": dict(config), "resume": "allow", "name": path.name}
+    how["project"] = os.environ.get(f"{kind.upper()}_PROJECT", PROJECT)
+    if kind == "wandb":
+      how |= {"id": ids[kind], "dir": None if buckets.is_url(path) else os.path.abspath(path)}
+    else:  # which resumes a run by its name; else curves of processor and memory come between
+      how |= {"name": f"{path.name}-{ids[kind]}", "embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+    self._run: Any = self._module.init(**how)
+    if kind == "wandb":
+      self._run.define_metric("*", step_metric="step")
+
+  def log(self, step: int, values: Mapping[str, Any]) -> None:
+    """Send values of this step: numbers, or pictures as arrays."""
+    sent = {name: self._module.Image(x) if isinstance(x, np.ndarray) else x for name, x in values.items()}
+    # wandb's own count of steps only grows, and would refuse those that a run takes again after it was killed.
+    if self._kind == "wandb":
+      self._run.log({"step": step, **sent})
+    else:
+      self._run.log(sent, step=step)
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+def check_tracker(kind: str) -> None:
+  """Raise UserError if the tracker's package is not installed. An empty kind is no tracker."""
+  if kind and importlib.util.find_spec(kind) is None:
+    raise not_installed(f"--tracker={kind}", f"the package {kind}", kind)
+
+
+def sign_in(kind: str) -> None:
+  """Ask for the account that the numbers go to, before a program is compiled. Raises UserError if there is none."""
+  if kind == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+    wandb: Any = importlib.import_module("wandb")
+    try:
+      wandb.login(verify=False)  # a server that does not answer now may do so later
+    except wandb.Error as error:
+      raise UserError(f"--tracker=wandb: {error} With WANDB_MODE=offline the numbers stay here.") from error
 
 
 class Writer:
@@ -44,40 +100,33 @@ class Writer:
   def __init__(self, path: epath.Path, mirror: buckets.Mirror | None = None, tracker: Tracker | None = None) -> None:
     self._path, self._mirror, self._tracker = path, mirror, tracker
     self._appended = mirror.folder if mirror else pathlib.Path(path)
-    self._unwritten: dict[str, bytes] = {}  # file -> what a full disk had no room for
     self._begin_events()
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     """Write a line of metrics.jsonl and a point of each curve. A value that is not finite becomes null."""
     numbers = {name: np.asarray(value).item() for name, value in values.items()}
+    finite = {name: x for name, x in numbers.items() if math.isfinite(x)}
     # JSON knows neither NaN nor infinity, and strict readers refuse the line.
-    line = {"step": step, **{name: x if math.isfinite(x) else None for name, x in numbers.items()}}
+    line = {"step": step, **{name: finite.get(name) for name in numbers}}
     self._append("metrics.jsonl", (json.dumps(line, allow_nan=False) + "\n").encode())
-    points = [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()]
-    self._write_event(step=step, summary=Summary(value=points))
+    self._write_event(step, [{"tag": name, "simple_value": x} for name, x in numbers.items()])
     if self._mirror:
       self._mirror.copy_if_due()
     if self._tracker:
-      self._tracker.log(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
+      self._tracker.log(step, finite)
 
   def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Write a picture, such as a grid of samples, to samples/<name>_<step>.png and TensorBoard."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    content = buffer.getvalue()
     file = self._path / "samples" / f"{name}_{step:08d}.png"
-    try:
-      file.parent.mkdir(parents=True, exist_ok=True)
-      files.write_whole(file, content)
-    except Exception as error:
-      if not (may_pass(error) or getattr(error, "errno", None) in FULL_DISK):
-        raise
-      logging.warning("cannot write %s: %s; it is left out", file, getattr(error, "strerror", None) or error)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(file, buffer.getvalue())
     height, width, channels = image.shape
-    png = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=content)
-    self._write_event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=png)]))
+    png = {"height": height, "width": width, "colorspace": channels, "encoded_image_string": buffer.getvalue()}
+    self._write_event(step, [{"tag": name, "image": png}])
     if self._tracker:
-      self._tracker.log(step, {name: self._tracker.image(image)})
+      self._tracker.log(step, {name: image})
 
   def flush(self) -> None:
     """Bring all lines into the run's folder, before a checkpoint from which a run would resume without them."""
@@ -85,48 +134,31 @@ class Writer:
       self._mirror.copy()
 
   def close(self) -> None:
-    for name in [*self._unwritten]:
-      self._append(name, b"")
-    if self._mirror:
-      self._mirror.close()
-    if self._tracker:
-      self._tracker.close()
+    for each in filter(None, (self._mirror, self._tracker)):
+      each.close()
 
   def _begin_events(self) -> None:
     # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
     self._events = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-    self._write_event(file_version="brain.Event:2")
+    self._write_event(None, [])
 
-  def _write_event(self, **fields: Any) -> None:
-    file = self._appended / self._events
-    # Pictures come to gigabytes in a long run, which a bucket would get again with each copy.
-    is_full = self._mirror and file.exists() and file.stat().st_size >= MOST_EVENTS
-    if is_full and self._events not in self._unwritten:  # of which some is still to be written
-      self._begin_events()
-    # Without TensorBoard's own writer, which imports TensorFlow, and holds events back for up to two minutes.
+  def _write_event(self, step: int | None, values: list[dict[str, Any]]) -> None:
+    # Without TensorBoard's own writer, which imports TensorFlow, and holds events back for up to two minutes. Not at
+    # the top: flags are read before.
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    content = {"file_version": "brain.Event:2"} if step is None else {"step": step, "summary": {"value": values}}
     record = io.BytesIO()
-    RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
+    RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
     self._append(self._events, record.getvalue())
+    if step is not None and (self._appended / self._events).stat().st_size > MOST_EVENTS:
+      self._begin_events()
 
   def _append(self, name: str, content: bytes) -> None:
-    """Append to a file and close it, so that a killed process loses nothing.
-
-    What a full disk has no room for is written with the next content.
-    """
-    waiting, content = name in self._unwritten, self._unwritten.pop(name, b"") + content
-    path = self._appended / name
-    before = path.stat().st_size if path.exists() else 0
-    try:
-      with path.open("ab") as file:
-        file.write(content)
-    except OSError as error:
-      if error.errno not in FULL_DISK:
-        raise
-      if path.exists():
-        os.truncate(path, before)  # of a part that found room
-      self._unwritten[name] = content
-      if not waiting:
-        logging.warning("cannot write %s: %s; its lines are kept until there is room", path, error.strerror)
+    """Append to a file and close it, so that a killed process loses nothing."""
+    with (self._appended / name).open("ab") as file:
+      file.write(content)
 
 
 class _NoWriter(Writer):
@@ -145,7 +177,7 @@ def open_writer(
   start_step: int,
   is_writer: bool,
   evaluated: bool = True,
-  open_tracker: Callable[[], Tracker | None] = lambda: None,
+  open_tracker: Callable[[], Tracker] | None = None,
 ) -> Writer:
   """Open the writer of a run that begins, or resumes, after `start_step` steps, and its tracker.
 
@@ -158,15 +190,12 @@ def open_writer(
   path.mkdir(parents=True, exist_ok=True)
   _drop_lines_beyond(path / "metrics.jsonl", start_step, evaluated=evaluated)
   mirror = buckets.Mirror(path, of=["metrics.jsonl"]) if buckets.is_url(path) else None
-  return Writer(path, mirror, open_tracker())
+  return Writer(path, mirror, open_tracker() if open_tracker else None)
 
 
 def _drop_lines_beyond(path: epath.Path, step: int, *, evaluated: bool) -> None:
-  lines = files.lines(path)
-  found = [history.metrics_of(line) for line in lines]
-  history.warn_of_lost(found)
-  kept = []
-  for line, metrics in zip(lines, found, strict=True):
+  lines, kept = files.lines(path), []
+  for line, metrics in zip(lines, provenance.metrics_of(lines), strict=True):
     at = metrics.get("step", step + 1)  # a line without a step was cut off or damaged, and goes too
     if at < step or (at == step and (evaluated or not any("/" in name for name in metrics))):
       kept.append(line + "\n")

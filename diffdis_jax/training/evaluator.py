@@ -15,13 +15,13 @@ from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import samples
 from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import batches, processes
-from diffdis_jax.run import watchdog
+from diffdis_jax.run import watch
 from diffdis_jax.run.writers import Writer
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training.step import Trainer
 
 
-def make_inference(trainer: Trainer, stop: processes.PreemptionHandler, dog: watchdog.Watchdog) -> Inference:
+def make_inference(trainer: Trainer, stop: processes.PreemptionHandler, dog: watch.Watchdog) -> Inference:
   """Make the inference of the network in training, which runs beside its state."""
 
   def after_batch() -> None:

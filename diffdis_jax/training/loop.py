@@ -11,7 +11,7 @@ from absl import logging
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import Diverged, Preempted, UserError
 from diffdis_jax.parallel import processes, sharding
-from diffdis_jax.run import checkpoint, history, profile, provenance, trackers, watchdog, writers
+from diffdis_jax.run import checkpoint, provenance, watch, writers
 from diffdis_jax.training import evaluator, run_info, start
 from diffdis_jax.training.flops import rate_at_peak
 from diffdis_jax.training.metrics import Meters
@@ -25,28 +25,28 @@ def train_and_evaluate(
   tracker: str = "",
   profiled: str = "",
   trainer: Trainer | None = None,
-  hang_timeout: float = watchdog.SECONDS,
+  hang_timeout: float = watch.SECONDS,
 ) -> None:
   """Train to `run.num_steps`, from the last checkpoint in the workdir `path` if there is one.
 
   Args:
-    tracker: one of trackers.TRACKERS, which gets what the writers get; empty for none.
-    profiled: steps to trace, as `profile.parse` takes them; empty for none.
+    tracker: one of writers.TRACKERS, which gets what the writers get; empty for none.
+    profiled: steps to trace, as `watch.parse` takes them; empty for none.
     trainer: of this run; None to build it here, for a mesh of all devices.
-    hang_timeout: seconds, as `watchdog.Watchdog` takes them.
+    hang_timeout: seconds, as `watch.Watchdog` takes them.
 
   Raises:
     UserError: bad data or workdir, or a config that the devices cannot train.
     Diverged: more than `optim.skip_bad_steps` steps in a row were not finite.
     Preempted: SIGTERM or, as Interrupted, Ctrl-C came; the steps so far are saved.
   """
-  span = profile.parse(profiled, num_steps=run.num_steps) if profiled else None
-  processes.on_first(functools.partial(trackers.sign_in, tracker))
+  span = watch.parse(profiled, num_steps=run.num_steps) if profiled else None
+  processes.on_first(functools.partial(writers.sign_in, tracker))
   provenance.code()  # now: the checkout may change in the minutes until a start is recorded
   mesh = trainer.mesh if trainer else sharding.make_mesh(**vars(run.mesh))
   stop = processes.PreemptionHandler(sharding.batch_sharding(mesh))
   # From the start: building and compiling may take minutes.
-  with stop.listening(), watchdog.Watchdog(hang_timeout) as dog, contextlib.ExitStack() as stack:
+  with stop.listening(), watch.Watchdog(hang_timeout) as dog, contextlib.ExitStack() as stack:
     # Everything that can be wrong with a config or its data is found before the workdir is touched.
     trainer = trainer or Trainer(run, mesh)
     data = stack.enter_context(contextlib.closing(start.open_batches(trainer)))
@@ -65,14 +65,14 @@ def train_and_evaluate(
 
     # What is entered closes from the last to the first: trace, lines, history; then a pending save, and the lock.
     info = run_info.of_start(trainer, begins=not first)
-    stack.enter_context(history.recorded(path, step=first, is_writer=is_writer, facts=info))
-    track = functools.partial(trackers.open_tracker, tracker, path, run.to_dict())
+    stack.enter_context(provenance.recorded(path, step=first, is_writer=is_writer, facts=info))
+    track = functools.partial(writers.Tracker, tracker, path, run.to_dict()) if tracker else None
     out = writers.open_writer(path, start_step=first, is_writer=is_writer, evaluated=evaluated, open_tracker=track)
     stack.enter_context(contextlib.closing(out))
-    profiler = stack.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=first)))
+    profiler = stack.enter_context(contextlib.closing(watch.Profiler(span, path, start_step=first)))
     # A run that was stopped in the middle of an evaluation saved without it. What was due then is done now.
     if not evaluated:
-      checkpoints.add_metrics(first, evaluations.after_step(first, state, out, last=first == run.num_steps))
+      evaluations.after_step(first, state, out, last=first == run.num_steps)
     meters = Meters(run, start_step=first, meta=meta, peak_rate=rate_at_peak(trainer) if program else None)
     train_step, metrics = program.compiled() if program else trainer.train_step, None
     stop.begin()  # until now there was nothing to save, and a signal ended the process at once
@@ -80,11 +80,10 @@ def train_and_evaluate(
     for step in meters.steps():
       dog.alive()
       profiler.before(step, metrics)
-      state, metrics = train_step(state, trainer.place(meters.next_rows(data)))
+      with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        state, metrics = train_step(state, trainer.place(meters.next_rows(data)))
       meters.add(step, metrics)
-      if profiler.after(step):
-        with meters.paused():
-          profiler.close()
+      profiler.after(step, metrics)
 
       # At steps that do not depend on when the run was stopped.
       last = step == run.num_steps
@@ -112,7 +111,7 @@ def train_and_evaluate(
         with meters.paused():
           out.flush()
           meta = meters.to_meta() | {"evaluated": not due}
-          checkpoints.save(step, state, data, meta=meta, metrics=found, required=last or bool(why))
+          checkpoints.save(step, state, data, meta=meta, metrics=found)
       if why:
         logging.warning("the run stops: saving step %d; run the same command again to resume", step)
         raise why

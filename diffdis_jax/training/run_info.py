@@ -20,7 +20,7 @@ from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import describe, doubts
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import checkpoint, digests, history, provenance, workdir
+from diffdis_jax.run import checkpoint, digests, provenance, workdir
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
 
@@ -81,7 +81,7 @@ def moved(run: Run, path: str) -> set[str]:
 
 def _last(path: str, name: str) -> Any:
   """Return this value of the run's newest event that has it; None where none has."""
-  return next((event[name] for event in reversed(history.read(path)) if name in event), None)
+  return next((event[name] for event in reversed(provenance.read(path)) if name in event), None)
 
 
 def check_same_on_all(run: Run) -> None:

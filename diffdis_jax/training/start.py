@@ -28,7 +28,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import HEAD_PREFIX, Network
 from diffdis_jax.parallel import processes, sharding
-from diffdis_jax.run import checkpoint, committed, lock, restore, workdir
+from diffdis_jax.run import checkpoint, lock, restore, workdir
 from diffdis_jax.run.restore import Restored
 from diffdis_jax.training import optim, run_info, stored_inputs
 from diffdis_jax.training.long_tail import anchors
@@ -63,7 +63,7 @@ def anchor_choice(run: Run, inference: Inference, path: str) -> Callable[[Params
 def check_initial(trainer: Trainer, path: str) -> None:
   """Raise UserError where a new run in this workdir could not start from its `init_from`."""
   # As process 0 sees it: what follows is the same on all.
-  if bool(processes.from_first(np.uint8(committed.latest_step(path) is None))):
+  if bool(processes.from_first(np.uint8(workdir.latest_step(path) is None))):
     find_initial(trainer.run.init_from, trainer)
 
 
@@ -97,7 +97,7 @@ def restore_or_init(
     choose: computes some parameters of step 0 from the others; None for none.
   """
   if (step := checkpoints.latest_step()) is not None:
-    restored = checkpoints.restore(step, trainer.abstract_state, data)
+    restored = restore.read_state(checkpoints.run, step, trainer.abstract_state, data)
     logging.info("resuming from step %d", step)
     restored = restored._replace(state=trainer.numbered(restored.state, step=step))
   else:

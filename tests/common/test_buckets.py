@@ -17,7 +17,7 @@ import pytest
 from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import Preempted, UserError, may_pass
 from diffdis_jax.evals import results
-from diffdis_jax.run import committed, history, lock, workdir, writers
+from diffdis_jax.run import digests, lock, provenance, workdir, writers
 
 pytest_plugins = ("tests.bucket_server",)
 # Of sessions that gcsfs's own thread holds to the end.
@@ -39,7 +39,7 @@ def elsewhere(code: str) -> None:
 
 def test_an_address_stays_one():
   assert os.fspath(buckets.absolute("gs://b/run")) == "gs://b/run"
-  assert os.fspath(committed.folder("gs://b/run")) == "gs://b/run/checkpoints"
+  assert os.fspath(workdir.checkpoints("gs://b/run")) == "gs://b/run/checkpoints"
   assert os.fspath(buckets.absolute("run")) == str(pathlib.Path("run").absolute())
 
 
@@ -102,9 +102,9 @@ def test_files_are_appended_to(url):
 
 def test_history_keeps_every_line(url):
   for step in (0, 5):
-    with pytest.raises(Preempted), history.recorded(url, step=step, is_writer=True, facts={}):
+    with pytest.raises(Preempted), provenance.recorded(url, step=step, is_writer=True, facts={}):
       raise Preempted
-  assert [(line["event"], line.get("step")) for line in history.read(url)] == [
+  assert [(line["event"], line.get("step")) for line in provenance.read(url)] == [
     ("start", 0),
     ("end", None),
     ("start", 5),
@@ -121,7 +121,6 @@ def test_metrics_keep_every_line_over_a_resume(url):
   elsewhere(
     f"""
 import os
-from diffdis_jax.run import writers
 writer = writers.open_writer({url!r}, start_step=0, is_writer=True)
 for step in range(1, 5):
   writer.scalars(step, {{"loss": 1.0}})
@@ -217,9 +216,9 @@ def test_a_bucket_that_is_away_is_not_taken_for_an_empty_one(url, monkeypatch):
   import aiohttp
   from gcsfs import GCSFileSystem
 
-  mark = committed.folder(url) / "8" / committed.COMMIT_MARK
+  mark = workdir.checkpoints(url) / "8" / digests.COMMIT_MARK
   mark.write_text("")
-  assert committed.committed_steps(committed.folder(url)) == [8]
+  assert workdir.committed_steps(workdir.checkpoints(url)) == [8]
   assert mark.exists() and mark.parent.is_dir() and not mark.is_dir()
   assert not (mark.parent / "ema").exists() and not (mark.parent / "ema").is_dir()
 
@@ -228,7 +227,7 @@ def test_a_bucket_that_is_away_is_not_taken_for_an_empty_one(url, monkeypatch):
 
   monkeypatch.setattr(GCSFileSystem, "_call", refuse)
   for ask in (
-    lambda: committed.committed_steps(committed.folder(url)),
+    lambda: workdir.committed_steps(workdir.checkpoints(url)),
     mark.exists,
     mark.parent.is_dir,
     lambda: workdir.check_config(url, {}),

@@ -20,7 +20,7 @@ from diffdis_jax.evals import sections
 from diffdis_jax.evals.held_out_loss import TIMESTEPS
 from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import processes, sharding
-from diffdis_jax.run import watchdog
+from diffdis_jax.run import watch
 from diffdis_jax.training import evaluator
 from tests import steps, tiny, tiny_clip
 from tests.models.networks import random_params
@@ -175,7 +175,7 @@ def test_equal_captions_are_what_they_are_in_training(tmp_path, monkeypatch):
   (tmp_path / "config.json").write_text(json.dumps(trainer.run.to_dict()))
   monkeypatch.setattr(inference.restore, "restore_params", lambda path, **how: random_params(trainer.shapes, seed=0))
   stop = processes.PreemptionHandler(sharding.batch_sharding(trainer.mesh))
-  made = evaluator.make_inference(trainer, stop, watchdog.Watchdog())
+  made = evaluator.make_inference(trainer, stop, watch.Watchdog())
   loaded, params = inference.load(str(tmp_path), mesh=trainer.mesh)
   evaluation = evals.create(**{**SECTION, "caption_field": "colour"})
   images, tokens = pairs("colour")

@@ -15,7 +15,7 @@ from etils import epath
 from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import read, summary
-from diffdis_jax.run import history
+from diffdis_jax.run import provenance
 from tests.report import written_run
 from tests.report.written_run import DAY
 
@@ -102,9 +102,9 @@ def test_a_killed_run_costs_no_time_until_its_folder_was_copied(tmp_path):
   for name in ("history.jsonl", "metrics.jsonl"):
     os.utime(path / name, (DAY + 90_000, DAY + 90_000))
   assert seconds() == pytest.approx(290 / 5) and read.read(str(path), "run").written is None
-  with history.recorded(str(path), step=40, is_writer=True, facts={}):
+  with provenance.recorded(str(path), step=40, is_writer=True, facts={}):
     pass
-  assert history.read(str(path))[1]["until"] is None
+  assert provenance.read(str(path))[1]["until"] is None
   assert seconds() == pytest.approx(30 / 5), "of the steps that are not taken again"
 
 

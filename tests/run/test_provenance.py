@@ -17,7 +17,8 @@ import pytest
 from etils import epath
 
 import diffdis_jax
-from diffdis_jax.run import committed, history, provenance, workdir
+from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.run import digests, provenance, workdir
 from tests import tiny
 
 pytest_plugins = ("tests.bucket_server",)
@@ -132,11 +133,11 @@ def write_run(path: epath.PathLike, *, steps: int, began_from: str = "", recorde
   folder = workdir.open_for_training(str(path), config.to_dict())
   if recorded:
     facts = {"commit": "a" * 40, "clean": True, "init_from": provenance.behind(began_from)}
-    with history.recorded(str(path), step=0, is_writer=True, facts=facts):
+    with provenance.recorded(str(path), step=0, is_writer=True, facts=facts):
       pass
-  saved = committed.folder(folder) / str(steps)
+  saved = workdir.checkpoints(folder) / str(steps)
   saved.mkdir(parents=True)
-  (saved / committed.COMMIT_MARK).write_text("")
+  (saved / digests.COMMIT_MARK).write_text("")
   return str(path)
 
 
@@ -180,12 +181,12 @@ def test_the_chain_is_known_without_the_folders(tmp_path):
   before = provenance.of_run(last, step=40)
   check_chain(before)
   (tmp_path / "b" / "checkpoints" / "99").mkdir()
-  (tmp_path / "b" / "checkpoints" / "99" / committed.COMMIT_MARK).write_text("")
+  (tmp_path / "b" / "checkpoints" / "99" / digests.COMMIT_MARK).write_text("")
   shutil.rmtree(tmp_path / "a")
   assert provenance.of_run(last, step=40) == before  # whatever b does afterwards
   shutil.rmtree(tmp_path / "b")
   assert provenance.of_run(last, step=40) == before
-  with history.recorded(last, step=40, is_writer=True, facts={"commit": "b" * 40, "clean": False}):
+  with provenance.recorded(last, step=40, is_writer=True, facts={"commit": "b" * 40, "clean": False}):
     pass  # it continues
   after = provenance.of_run(last, step=50)
   assert after == before | {"steps": 50, "commits": ["a" * 40, "b" * 40], "clean": False}
@@ -243,3 +244,80 @@ def test_together_each_value_stands_once():
   assert provenance.together([{"provenance": one}, {}])["clean"] is False
   assert provenance.together([{"provenance": one}, {}])["commits"] == ["b", None]
   assert provenance.together([])["clean"] is None
+
+
+def record(folder, *, step=0, error=None, facts=None):
+  with provenance.recorded(folder, step=step, is_writer=True, facts=facts or {}):
+    if error:
+      raise error
+
+
+def test_each_start_says_where_the_run_was_and_each_end_why(tmp_path):
+  record(tmp_path, facts={"devices": 8})
+  (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n{"step": 6, "loss": 2.0}\n{"step": 7, "lo')
+  written = (tmp_path / "metrics.jsonl").stat().st_mtime
+  for error in (Preempted(), UserError("too hot"), ZeroDivisionError("a bug")):
+    with pytest.raises(type(error)):
+      record(tmp_path, step=5, error=error)
+  events = provenance.read(tmp_path)
+  assert [event["event"] for event in events] == ["start", "end"] * 4
+  first, second = events[0], events[2]
+  assert (first["step"], first["devices"]) == (0, 8) and "reached" not in first
+  assert (second["step"], second["reached"]) == (5, 6) and second["until"] == pytest.approx(written, abs=1.0)
+  assert [event["why"] for event in events[1::2]] == ["finished", "stopped", "failed", "failed"]
+  assert [event.get("message") for event in events[1::2]] == [None, None, "too hot", "ZeroDivisionError: a bug"]
+  assert events[-1]["time"] >= first["time"] > 1.7e9
+
+
+def test_a_line_that_was_cut_off_does_not_swallow_the_next_one(tmp_path):
+  record(tmp_path)
+  with (tmp_path / provenance.HISTORY).open("a") as file:
+    file.write('{"event": "start", "ti')
+  record(tmp_path, step=3)
+  events = provenance.read(tmp_path)
+  assert [(event["event"], event.get("step")) for event in events] == [
+    ("start", 0),
+    ("end", None),
+    ("start", 3),
+    ("end", None),
+  ]
+
+
+@pytest.mark.parametrize("line", ["", "{", "3", "[]", '{"step": 1'])
+def test_what_is_no_object_is_an_empty_one(line):
+  assert provenance.parse(line) == {}
+  assert provenance.parse(json.dumps({"step": 1})) == {"step": 1}
+
+
+def test_a_disk_that_is_full_at_the_end_does_not_hide_why_the_run_ended(tmp_path, monkeypatch):
+  append = provenance._append
+
+  def full(path, line):
+    if line["event"] == "end":
+      raise OSError(28, "No space left on device")
+    append(path, line)
+
+  monkeypatch.setattr(provenance, "_append", full)
+  with pytest.raises(Preempted):
+    record(tmp_path, error=Preempted())
+
+
+def test_lines_of_metrics_that_cannot_be_read_are_counted(caplog):
+  """Not the last one, which may be cut off."""
+  lines = [
+    '{"step": 3, "loss": 1, "bad": null, "note": "x"}',
+    "[1]",
+    '{"step": "x"}',
+    '{"step": true}',
+    '{"step": 4, "lo',
+  ]
+  assert provenance.metrics_of(lines) == [{"step": 3, "loss": 1, "bad": None}, {}, {}, {}, {}]
+  assert caplog.messages == ["metrics.jsonl has 3 lines that cannot be read; they are left out"]
+
+
+def test_bytes_that_are_no_text_cost_their_line_alone(tmp_path):
+  record(tmp_path)
+  with (tmp_path / provenance.HISTORY).open("ab") as file:
+    file.write(b"\xff\xfe\x00\n")
+  record(tmp_path, step=3)
+  assert [event.get("step") for event in provenance.read(tmp_path)] == [0, None, 3, None]

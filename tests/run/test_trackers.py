@@ -11,24 +11,21 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
-from etils import epath
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import trackers, writers
+from diffdis_jax.run import writers
 
 LOG_BLOCK = 32768  # bytes
 # A new run, and a resumed one, each in a process of its own as after a kill.
 RUN = """
 import sys
 import numpy as np
-from diffdis_jax.run import trackers, writers
 
 kind, folder, start = sys.argv[1], sys.argv[2], int(sys.argv[3])
-track = lambda: trackers.open_tracker(kind, folder, {"seed": 3, "optim": {"rate": 0.5}})
+track = lambda: writers.Tracker(kind, folder, {"seed": 3, "optim": {"rate": 0.5}})
 writer = writers.open_writer(folder, start_step=start, is_writer=True, open_tracker=track)
 for step in (start + 1, start + 2):
   writer.scalars(step, {"loss": 1.0 / step, "coco/recall@1": 0.25, "bad": float("nan")})
@@ -102,13 +99,13 @@ def test_trackio_has_the_same_numbers_and_goes_on_with_the_same_run(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
-  monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: object())
-  trackers.check("wandb")
-  monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: object())
+  writers.check_tracker("wandb")
+  monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(
     UserError, match=r"--tracker=wandb needs the package wandb, which is not installed; pip install -e '\.\[wandb\]'"
   ):
-    trackers.check("wandb")
+    writers.check_tracker("wandb")
 
 
 class SignedOut(types.SimpleNamespace):
@@ -126,10 +123,10 @@ def test_without_an_account_a_run_does_not_begin(monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", SignedOut())
   monkeypatch.delenv("WANDB_MODE", raising=False)
   with pytest.raises(UserError, match="--tracker=wandb: No API key .* With WANDB_MODE=offline the numbers stay here"):
-    trackers.sign_in("wandb")
+    writers.sign_in("wandb")
   monkeypatch.setenv("WANDB_MODE", "offline")
   for kind in ("wandb", "trackio", ""):
-    trackers.sign_in(kind)
+    writers.sign_in(kind)
 
 
 @pytest.mark.slow
@@ -138,48 +135,7 @@ def test_wandb_says_that_nobody_has_signed_in(tmp_path, monkeypatch):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv("HOME", str(tmp_path))
   with pytest.raises(UserError, match="--tracker=wandb: No API key"):
-    trackers.sign_in("wandb")
-
-
-class Away(types.SimpleNamespace):
-  """wandb whose server does not answer. As wandb's, a run that could not begin has its id until all are torn down."""
-
-  class errors:
-    class CommError(Exception):
-      pass
-
-  begun: tuple[dict[str, Any], ...] = ()
-  in_use = False
-  Image = None
-
-  def init(self, **how):
-    self.begun += (how,)
-    if self.in_use:
-      raise RuntimeError("in use")
-    if "mode" not in how:
-      self.in_use = True
-      raise self.errors.CommError("context deadline exceeded\nwhile retrying")
-    return types.SimpleNamespace(define_metric=lambda *_, **__: None, finish=None)
-
-  def teardown(self):
-    self.in_use = False
-
-
-def test_a_server_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, caplog):
-  wandb = Away()
-  monkeypatch.setitem(sys.modules, "wandb", wandb)
-  assert trackers.open_tracker("wandb", tmp_path, {"seed": 3}) is not None
-  asked, kept = wandb.begun
-  assert kept == {**asked, "mode": "offline"} and kept["dir"] == str(tmp_path)
-  said = f"context deadline exceeded while retrying; the numbers of this start are kept in {tmp_path}/wandb, from where"
-  assert said in caplog.text
-
-
-def test_a_run_has_one_id_for_each_tracker(tmp_path):
-  ids = [trackers._run_id(epath.Path(tmp_path / trackers.FILE), kind) for kind in ("wandb", "trackio", "wandb")]
-  assert ids[0] == ids[2] != ids[1] and all(len(id) == 8 for id in ids)
-  (tmp_path / trackers.FILE).write_text('{"wandb": "1')
-  assert len(trackers._run_id(epath.Path(tmp_path / trackers.FILE), "wandb")) == 8
+    writers.sign_in("wandb")
 
 
 def test_only_the_writer_opens_a_tracker(tmp_path):

@@ -93,48 +93,20 @@ def test_a_run_with_a_checkpoint_may_get_longer_and_not_shorter(tmp_path):
     workdir.check_config(tmp_path, make_config(num_steps=200, batch_size=32).to_dict())
 
 
-REPORTED = ("metrics.jsonl", "history.jsonl", "trackers.json", "events.out.tfevents.1.host", "samples/a.png")
-
-
-def report(path) -> None:
-  """What a run leaves beside its checkpoints, and a file of somebody else."""
-  (path / "samples").mkdir()
-  for name in (*REPORTED, "notes.txt"):
-    (path / name).write_text(f"old {name}")
-
-
 def test_a_run_without_a_checkpoint_does_not_hold_its_config(tmp_path, caplog):
   workdir.open_for_training(tmp_path, make_config().to_dict())
-  report(tmp_path)
   (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
   (tmp_path / "checkpoints" / "2").mkdir()  # without its mark
   other = make_config(batch_size=32)
   assert workdir.check_config(tmp_path, other.to_dict()) == ["batch_size is 64 there and 32 here"]
-  for number in (1, 2):
-    caplog.clear()
-    other.seed = number
-    workdir.open_for_training(tmp_path, other.to_dict())
-    assert read_fields(tmp_path) == other.to_dict()
-    (said,) = caplog.messages
-    assert said.startswith("the config of a run without a checkpoint is replaced: ")
-    assert f"seed is {number - 1} there and {number} here" in said and said.endswith(f"replaced_{number}")
-  aside = tmp_path / "replaced_1"
-  assert all((aside / name).read_text() == f"old {name}" for name in REPORTED)
-  assert json.loads((aside / "config.json").read_text())["batch_size"] == 64
-  assert {path.name for path in tmp_path.iterdir()} == {
-    *("config.json", "notes.txt", "checkpoints", "replaced_1", "replaced_2")
-  }
-  workdir.open_for_training(tmp_path, other.to_dict(), is_writer=False)
+  workdir.open_for_training(tmp_path, other.to_dict())
+  said = "the config of a run without a checkpoint is replaced: batch_size is 64 there and 32 here"
+  assert read_fields(tmp_path) == other.to_dict() and caplog.messages == [said]
+  workdir.open_for_training(tmp_path, make_config(batch_size=32, log_every=1).to_dict())
+  assert caplog.messages == [said]
   commit(tmp_path, 3)
   with pytest.raises(UserError, match="batch_size is 32 there and 64 here"):
     workdir.open_for_training(tmp_path, make_config().to_dict())
-
-
-def test_the_same_config_keeps_what_a_run_without_a_checkpoint_has_reported(tmp_path, caplog):
-  workdir.open_for_training(tmp_path, make_config().to_dict())
-  report(tmp_path)
-  workdir.open_for_training(tmp_path, make_config(log_every=1).to_dict())
-  assert all((tmp_path / name).exists() for name in REPORTED) and not caplog.messages
 
 
 def test_a_config_of_something_else_is_not_replaced(tmp_path):

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -16,8 +14,7 @@ from etils import epath
 from PIL import Image
 
 from diffdis_jax.common import buckets
-from diffdis_jax.run import trackers, writers
-from tests.bucket_faults import away
+from diffdis_jax.run import writers
 
 
 def read_lines(path):
@@ -52,49 +49,11 @@ def test_resume_drops_the_steps_beyond_it_and_a_line_cut_off(tmp_path):
   ]
 
 
-def test_lines_that_find_a_full_disk_are_written_when_there_is_room(tmp_path, monkeypatch, caplog):
-  writer = writers.open_writer(tmp_path, start_step=0, is_writer=True)
-  writer.scalars(1, {"loss": 1.0})
-  opened = pathlib.Path.open
-
-  class Full(io.FileIO):
-    def write(self, content):
-      super().write(content[:5])
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-  with monkeypatch.context() as patch:
-    patch.setattr(pathlib.Path, "open", lambda path, mode: Full(path, mode))
-    for step in (2, 3):
-      writer.scalars(step, {"loss": 1.0})
-  assert pathlib.Path.open is opened and len(read_lines(tmp_path / "metrics.jsonl")) == 1
-  writer.scalars(4, {"loss": 1.0})
-  assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-  said = [record.getMessage() for record in caplog.records if "metrics.jsonl" in record.getMessage()]
-  assert said == [
-    f"cannot write {tmp_path}/metrics.jsonl: No space left on device; its lines are kept until there is room"
-  ]
-
-
 def test_image_is_a_png_whole_or_not_at_all(tmp_path):
   image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
   writers.open_writer(tmp_path, start_step=0, is_writer=True).image(7, "samples", image)
   assert [path.name for path in (tmp_path / "samples").iterdir()] == ["samples_00000007.png"]
   np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "samples_00000007.png")), image)
-
-
-def test_an_image_that_finds_a_full_disk_or_no_bucket_ends_no_run(tmp_path, monkeypatch, caplog):
-  writer, image = writers.open_writer(tmp_path, start_step=0, is_writer=True), np.zeros((4, 6, 3), np.uint8)
-  failing = lambda code: lambda path, content: (_ for _ in ()).throw(OSError(code, os.strerror(code)))
-  monkeypatch.setattr(writers.files, "write_whole", failing(errno.ENOSPC))
-  writer.image(7, "samples", image)
-  (said,) = [record.getMessage() for record in caplog.records]
-  assert said == f"cannot write {tmp_path}/samples/samples_00000007.png: No space left on device; it is left out"
-  monkeypatch.setattr(writers.files, "write_whole", away)
-  writer.image(7, "samples", image)
-  assert caplog.messages[-1] == f"cannot write {tmp_path}/samples/samples_00000007.png: no backend, 503; it is left out"
-  monkeypatch.setattr(writers.files, "write_whole", failing(errno.EACCES))
-  with pytest.raises(PermissionError):
-    writer.image(8, "samples", image)
 
 
 def test_an_evaluation_that_is_done_again_has_its_lines_once(tmp_path):
@@ -175,16 +134,38 @@ def test_tensorflow_is_never_loaded(tmp_path):
   assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], env=environment).returncode == 0
 
 
-def test_a_tracker_gets_the_same_numbers_and_pictures(tmp_path):
-  found = []
-  kept = trackers.Tracker(
-    lambda step, values: found.append((step, dict(values))), np.shape, lambda: found.append("closed")
-  )
-  writer = writers.open_writer(tmp_path, start_step=0, is_writer=True, open_tracker=lambda: kept)
-  writer.scalars(1, {"loss": jnp.bfloat16(0.5), "count": np.int32(3), "bad": float("nan")})
-  writer.image(1, "samples", np.zeros((2, 4, 3), np.uint8))
-  writer.close()
-  assert found == [(1, {"loss": 0.5, "count": 3}), (1, {"samples": (2, 4, 3)}), "closed"]
+class Recorder:
+  """A tracker's module, run and picture."""
+
+  def __init__(self, found):
+    self.found, self.Image = found, np.shape
+
+  def init(self, **how):
+    self.found.append(how)
+    return self
+
+  def define_metric(self, *_, **__): ...
+
+  def log(self, values, **step):
+    self.found.append(values | step)
+
+  def finish(self):
+    self.found.append("closed")
+
+
+@pytest.mark.parametrize("kind", writers.TRACKERS)
+def test_a_tracker_gets_the_same_numbers_and_pictures(tmp_path, monkeypatch, kind):
+  monkeypatch.setitem(sys.modules, kind, Recorder(found := []))
+  for _ in range(2):  # the same run there
+    track = lambda: writers.Tracker(kind, tmp_path, {"seed": 3})
+    writer = writers.open_writer(tmp_path, start_step=0, is_writer=True, open_tracker=track)
+    writer.scalars(1, {"loss": jnp.bfloat16(0.5), "count": np.int32(3), "bad": float("nan")})
+    writer.image(1, "samples", np.zeros((2, 4, 3), np.uint8))
+    writer.close()
+  assert found[1:4] == [{"loss": 0.5, "count": 3, "step": 1}, {"samples": (2, 4, 3), "step": 1}, "closed"]
+  assert found[4:] == found[:4] and found[0]["config"] == {"seed": 3}
+  (id,) = json.loads((tmp_path / "trackers.json").read_text()).values()
+  assert id in (found[0].get("id"), found[0]["name"].removeprefix(f"{tmp_path.name}-"))
 
 
 def test_a_damaged_line_is_not_dropped_in_silence(tmp_path, caplog):

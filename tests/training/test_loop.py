@@ -9,7 +9,7 @@ import pytest
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes, sharding
-from diffdis_jax.run import checkpoint, committed, history
+from diffdis_jax.run import checkpoint, provenance, workdir
 from diffdis_jax.training import evaluator, loop
 from diffdis_jax.training.metrics import slowest_host
 from diffdis_jax.training.step import Trainer
@@ -66,11 +66,11 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   for _ in range(2):  # the second time it is done before the first step
     with pytest.raises(UserError, match="best_metric=test/acc_1 is none of test/acc1"):
       train()
-  assert committed.latest_step(tmp_path) == 4 and failing.asked == [4, 4]
+  assert workdir.latest_step(tmp_path) == 4 and failing.asked == [4, 4]
 
   monkeypatch.setattr(evaluator, "Evaluator", lambda *_: passing)
   train()
-  assert passing.asked == [4] and committed.latest_step(tmp_path) == 6
+  assert passing.asked == [4] and workdir.latest_step(tmp_path) == 6
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [(line["step"], "loss" in line) for line in lines] == [(3, True), (4, False), (6, True)]
 
@@ -80,7 +80,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   monkeypatch.setattr(checkpoint.Checkpointer, "wait", refuse)  # as where the last save, behind the last step, fails
   with pytest.raises(UserError, match="no space left"):
     train()
-  assert [line["why"] for line in history.read(tmp_path) if line["event"] == "end"][-2:] == ["finished", "failed"]
+  assert [line["why"] for line in provenance.read(tmp_path) if line["event"] == "end"][-2:] == ["finished", "failed"]
 
 
 def test_an_evaluation_that_is_done_again_decides_on_the_best_checkpoint(tmp_path, monkeypatch):
@@ -115,4 +115,4 @@ def test_several_processes_save_what_all_of_them_refuse_alike(tmp_path, monkeypa
   monkeypatch.setattr("diffdis_jax.training.loop.jax", TwoProcesses())
   with pytest.raises(kind, match="best_metric=test/acc_1 is none of test/acc1"):
     loop.train_and_evaluate(Run.of(config), str(tmp_path))
-  assert committed.latest_step(tmp_path) == saved
+  assert workdir.latest_step(tmp_path) == saved

@@ -15,7 +15,7 @@ from diffdis_jax.config import Run
 from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import digests, history, workdir
+from diffdis_jax.run import digests, provenance, workdir
 from diffdis_jax.training import run_info
 from tests import tiny, tiny_clip
 from tests.raw_pairs import picture, write_tar
@@ -63,7 +63,7 @@ def test_a_run_that_resumes_with_other_data_says_so(tmp_path, monkeypatch, caplo
   said = lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
   run_info.log_changes(run, str(tmp_path), before=None, step=1)  # of an earlier version, whose history has no data
   for lines in (["shapes, split train: 8 records"], run_info.describe(run.data)):
-    with history.recorded(tmp_path, step=0, is_writer=True, facts={"data": lines}):
+    with provenance.recorded(tmp_path, step=0, is_writer=True, facts={"data": lines}):
       pass
   run_info.log_changes(run, str(tmp_path), before=None, step=1)
   assert said() == []
@@ -94,7 +94,7 @@ def test_a_run_goes_on_where_its_data_have_been_moved(tmp_path, caplog, mixture)
   (tmp_path / "run" / "checkpoints" / "1" / "commit_success.txt").touch()
   run = Run.of(config_of(first, mixture))
   known = {"data": run_info.describe(run.data), "data_digests": run_info.digests_of(run)}
-  with history.recorded(tmp_path / "run", step=0, is_writer=True, facts=known):
+  with provenance.recorded(tmp_path / "run", step=0, is_writer=True, facts=known):
     pass
   field = "data.mixture.one.path" if mixture else "data.path"
   for path, may in ((str(copy), True), (other, False)):
@@ -173,6 +173,6 @@ def test_a_run_that_resumes_on_another_number_of_processors_says_so_once(tmp_pat
     monkeypatch.setattr(run_info.machine, "processors", lambda count=now: count)
     run_info.log_changes(run, str(tmp_path), before=None, step=1)
     assert caplog.text.count("its numbers from here on differ by rounding") == told
-    with history.recorded(tmp_path, step=1, is_writer=True, facts={"processors": now}):
+    with provenance.recorded(tmp_path, step=1, is_writer=True, facts={"processors": now}):
       pass
   assert "the run resumes on 1 processors, and had 2 before" in caplog.text

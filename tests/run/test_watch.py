@@ -1,0 +1,91 @@
+"""A run that hangs, and a trace of its steps."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import checkpoint, watch
+from tests.command_runs import ROOT
+
+HANGS = """
+import threading, time
+from diffdis_jax.run import watch
+def waits_for_a_dead_peer(event): event.wait()
+with watch.Watchdog(0):
+  pass
+with watch.Watchdog(0.5) as dog:
+  for _ in range(10):
+    time.sleep(0.1)
+    dog.alive()
+  print("alive", flush=True)
+  waits_for_a_dead_peer(threading.Event())
+"""
+
+
+def test_a_process_that_hangs_says_where_and_ends_with_a_code_that_is_started_again():
+  done = subprocess.run([sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+  assert done.returncode == 1
+  assert done.stdout == "alive\n", "no sooner"
+  assert "in waits_for_a_dead_peer" in done.stderr, "of every thread, where it stands"
+
+
+def test_a_save_may_take_as_long_as_orbax_waits_for_it():
+  assert checkpoint.SAVE_TIMEOUT < watch.SECONDS
+
+
+@pytest.mark.parametrize("text", ["", "5", "a:b", "0:3", "3:0", "-1:2", "2.5:1", "1:2:3"])
+def test_what_is_no_span_of_steps_is_refused(text):
+  with pytest.raises(UserError, match=f"--profile={text} should be START:STEPS, such as 100:5"):
+    watch.parse(text, num_steps=1000)
+
+
+def test_a_span_lies_within_the_run():
+  assert watch.parse("98:3", num_steps=100) == watch.Span(98, 100)
+  with pytest.raises(UserError, match="--profile=98:4 ends at step 101; the run ends at step 100"):
+    watch.parse("98:4", num_steps=100)
+
+
+def take_steps(profiler: watch.Profiler, steps: range) -> None:
+  """Takes steps of matrix products, as the loop does."""
+  f, x = jax.jit(lambda x: x @ x / 100), jnp.ones((100, 100))
+  for step in steps:
+    profiler.before(step, x)
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+      x = f(x)
+    profiler.after(step, x)
+  profiler.close()  # as at the end of a run
+
+
+# Of jaxlib 0.12 on Python 3.13; as an error it would end the process.
+@pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning")
+def test_the_trace_holds_the_steps_of_the_span_and_nothing_else(tmp_path):
+  take_steps(watch.Profiler(watch.Span(3, 4), tmp_path, start_step=0), range(1, 8))
+  folder = tmp_path / "plugins" / "profile" / "step_00000003"
+  assert sorted(path.name for path in folder.iterdir()) == ["host_000.trace.json.gz", "host_000.xplane.pb"]
+  # What Perfetto reads.
+  events = json.loads(gzip.decompress((folder / "host_000.trace.json.gz").read_bytes()))["traceEvents"]
+  assert sorted(event["args"]["step_num"] for event in events if event.get("name") == "train") == ["3", "4"]
+  # What xprof reads.
+  data = jax.profiler.ProfileData.from_file(str(folder / "host_000.xplane.pb"))
+  traced = [event for plane in data.planes for line in plane.lines for event in line.events if event.name == "train"]
+  assert sorted(dict(event.stats)["step_num"] for event in traced) == [3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning")
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+  (tmp_path / "plugins").write_text("")
+  take_steps(watch.Profiler(watch.Span(1, 5), tmp_path, start_step=0), range(1, 3))
+  assert f"no profile: cannot write {tmp_path}/plugins/profile/step_00000001" in caplog.text
+
+
+def test_steps_that_were_taken_before_are_not_traced(tmp_path, caplog):
+  take_steps(watch.Profiler(watch.Span(2, 4), tmp_path, start_step=2), range(3, 6))
+  assert "no profile: step 2 was taken before" in caplog.text and not list(tmp_path.iterdir())
