@@ -54,16 +54,6 @@ def test_the_pace_is_the_last_that_is_known(tmp_path):
   assert (found["step"], found["steps_per_sec"], found["seconds_left"]) == (21, 5.0, 379 / 5.0)
 
 
-def test_a_message_that_the_terminal_cannot_write(tmp_path):
-  """As of a folder whose name is of another encoding, or where the terminal has another one."""
-  run = tmp_path / "run"
-  written_run.write(run)
-  event = {"event": "end", "time": written_run.DAY + 700, "why": "failed", "message": "no folder \udce9té"}
-  (run / "history.jsonl").write_text(json.dumps(event))
-  done = call("status", {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}, str(run))
-  assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("failed: no folder \\udce9t\\xe9\n")
-
-
 def test_a_run_in_one_file_stands_at_the_step_of_its_weights():
   assert status("emoji-small") == (
     0,

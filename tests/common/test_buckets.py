@@ -121,6 +121,7 @@ def test_metrics_keep_every_line_over_a_resume(url):
   elsewhere(
     f"""
 import os
+from diffdis_jax.run import writers
 writer = writers.open_writer({url!r}, start_step=0, is_writer=True)
 for step in range(1, 5):
   writer.scalars(step, {{"loss": 1.0}})

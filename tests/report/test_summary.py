@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import time
 
 import gcsfs
@@ -15,7 +14,6 @@ from etils import epath
 from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import read, summary
-from diffdis_jax.run import provenance
 from tests.report import written_run
 from tests.report.written_run import DAY
 
@@ -87,25 +85,6 @@ def test_a_run_that_goes_on_costs_until_now(run):
   assert (made[-1]["seconds"], made[-1]["how"]) == (500.0, "running")
   killed = summary.starts(dataclasses.replace(run, alive=False, written=DAY + 600), now=DAY + 1000)
   assert (killed[-1]["seconds"], killed[-1]["how"]) == (100.0, "killed")
-
-
-def test_a_killed_run_costs_no_time_until_its_folder_was_copied(tmp_path):
-  """Where the copy did not keep the files' times, its reported steps are all that is known."""
-  path = tmp_path / "run"
-  written_run.write(path)
-  start = {"event": "start", "time": DAY, "step": 0, "devices": 2, "device_kind": "TPU v4"}
-  (path / "history.jsonl").write_text(json.dumps(start))
-  os.utime(path / "history.jsonl", (DAY + 1, DAY + 1))
-  os.utime(path / "metrics.jsonl", (DAY + 70, DAY + 70))
-  seconds = lambda: summary.starts(read.read(str(path), "run"), now=DAY + 1000)[0]["seconds"]
-  assert seconds() == 70.0
-  for name in ("history.jsonl", "metrics.jsonl"):
-    os.utime(path / name, (DAY + 90_000, DAY + 90_000))
-  assert seconds() == pytest.approx(290 / 5) and read.read(str(path), "run").written is None
-  with provenance.recorded(str(path), step=40, is_writer=True, facts={}):
-    pass
-  assert provenance.read(str(path))[1]["until"] is None
-  assert seconds() == pytest.approx(30 / 5), "of the steps that are not taken again"
 
 
 def test_learning_rates_are_those_of_the_schedule(run):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
 
 from diffdis_jax import config
-from diffdis_jax.common import buckets, files
+from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError
 from tests import tiny
 
@@ -69,14 +68,3 @@ def test_an_address_in_an_evaluation_is_refused_too():
   section = '{"name": "a", "task": "retrieval", "data": {"path": "s3://b", "split": "test"}}'
   with pytest.raises(UserError, match="s3://b is no address"):
     config.with_evals(tiny.get_config().lock(), [section])
-
-
-def test_a_workdir_that_is_a_file_or_cannot_be_read(tmp_path, monkeypatch):
-  (tmp_path / "file").write_text("")
-  for name in ("file", "file/run"):
-    with pytest.raises(UserError, match="--workdir=.* cannot be: .*file is a file; give a folder"):
-      files.check_workdir(str(tmp_path / name))
-  files.check_workdir(str(tmp_path / "new" / "run"))
-  monkeypatch.setattr(os, "access", lambda path, mode: False)
-  with pytest.raises(UserError, match="cannot read --workdir=.*: Permission denied"):
-    files.check_workdir(str(tmp_path))

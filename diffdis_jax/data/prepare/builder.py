@@ -265,7 +265,6 @@ def prepare(
     raise UserError("--source has no pair")
   _check_splits(parts)
   out = out.resolve()
-  files.check_utf8(out, "out")
   partial = partial_of(out)
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
     reports = {name: Report(**report) for name, report in files.read_json(out / "report.json").items()}
