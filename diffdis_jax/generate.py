@@ -118,7 +118,7 @@ def generate(
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
   # The noise of all of them, so that no image depends on how they are parted.
   z_T = model.noise(len(prompts), seed) if z_T is None else z_T
-  z_T = check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
+  z_T = check_noise(z_T, expected=(len(prompts), *model.network.latent_shape))
   warn_of_long(tuple(prompts), model.max_length)
   images = sample(model, params, prompts, z_T)
   if not processes.is_first():

@@ -286,7 +286,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   for split in dict.fromkeys(part.split for part in found):
     if said := build.enlarged(data, split=split, image_size=model.image_size):
       logging.warning("%s", said)
-  h, w, c = model.noise_shape()
+  h, w, c = model.network.latent_shape
   sizes = model.network.model
   assert isinstance(sizes, Model)  # CLIP has no noise
   text = None

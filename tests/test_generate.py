@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -21,8 +22,7 @@ class Inference:
   max_length, batch_size = 16, 16
   generation_protocol = {"steps": 2, "guidance": 2.0}
 
-  def noise_shape(self):
-    return 8, 8, 4
+  network = types.SimpleNamespace(latent_shape=(8, 8, 4))
 
   def noise(self, n, seed):
     return np.arange(n, dtype=np.float32)[:, None, None, None] * 10 + np.full((n, 8, 8, 4), seed, np.float32)

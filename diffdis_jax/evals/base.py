@@ -1,7 +1,7 @@
-"""Share what all evaluations need: the protocol, reading images, ranks, and the result's record.
+"""Share what all evaluations need: their settings, reading images, and ranks.
 
-An evaluation is constructed from its own config section, where bad settings and bad data fail, and measures when `run`
-is called; when to run it is the caller's affair.
+An evaluation is a dataclass. A new one checks its settings and opens its data, and measures when `run` is called; when
+to run it is the caller's affair.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, ClassVar, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -22,32 +20,89 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 from PIL import Image
 
-from diffdis_jax.common.progress import Progress
+from diffdis_jax.config.section import field, number
 from diffdis_jax.data import records, sources, transforms
-from diffdis_jax.data.layouts.labelled import Captioned, Labelled, Lazy
+from diffdis_jax.data.layouts.labelled import Captioned, Labelled
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import resize
-from diffdis_jax.parallel import processes
 
-TEXTS = 8192  # embedded at a time, of which a progress line is
 BLOCK = 1024  # rows of a score matrix in memory at a time
 TIES = "count as wrong"  # of equal scores; an argmax would take the first
+MOST_SEED = 2**32 - 1  # of jax's random keys
+REDUCED_DECODING: bool = field(
+  False, help="decode JPEGs of at least twice the side at a fraction of their size: faster, figures slightly differ"
+)
+settings = functools.partial(dataclasses.dataclass, kw_only=True, eq=False, repr=False)
 
 
-@runtime_checkable
-class Eval(Protocol):
-  """An evaluation; `task` names the kind of measurement, in CLIP_benchmark's words where it has one."""
+@settings()
+class Evaluation:
+  """A measurement of a trained run. Its fields are its settings, in a config and as flags of evaluate.
 
-  task: str
+  Raises:
+    UserError: a setting out of its range, or data that it cannot take.
+  """
+
+  task: ClassVar[str]  # the kind of measurement, in CLIP_benchmark's words where it has one
+
+  seed: int = number(0, ge=0, le=MOST_SEED, help="seed of all that is random")
+
+  def __post_init__(self) -> None:
+    for each in dataclasses.fields(self):
+      value = getattr(self, each.name)
+      if value is not None and (check := each.metadata.get("check")):
+        check(each.name, value)
+    self.open()
+
+  def open(self) -> None:
+    """Open the data. Raises UserError: they cannot be used."""
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """Return how `run` measures with this inference: steps, noise samples, guidance, seed, number of images, ..."""
-    ...
+    raise NotImplementedError
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics of the model that `inference` runs with `params`."""
-    ...
+    raise NotImplementedError
+
+
+@settings()
+class OfImages(Evaluation):
+  """An evaluation of a data source's images by their text queries.
+
+  Attributes:
+    source: the open data source.
+    order: the index of the record whose image is shown, for each record that is measured.
+  """
+
+  data: Mapping[str, Any] = field(help="section of a data source")
+  num_images: int | None = field(None, help="images to measure, the same ones each time; by default all")
+  reduced_decoding: bool = REDUCED_DECODING
+  shuffle_labels: bool = field(
+    False, help="test for leaks: each record shows the image of another one, so that accuracy must fall to chance"
+  )
+
+  def open(self) -> None:
+    self.source = sources.open_source(**self.data)
+    self.indices = subset(len(self.source), self.num_images)
+    # The leak test changes which image is shown, and nothing else: labels, places and noise stay.
+    self.order = np.random.default_rng(self.seed).permutation(self.indices) if self.shuffle_labels else self.indices
+
+  def protocol(self, inference: Any) -> dict[str, Any]:
+    return {
+      **inference.protocol,
+      "seed": self.seed,
+      "num_images": len(self.indices),
+      "ties": TIES,
+      **origin(self.source),
+      "reduced_decoding": self.reduced_decoding,
+      "shuffle_labels": self.shuffle_labels,
+    }
+
+  def embed_images(self, inference: Any, params: Mapping[str, Any]) -> Float[np.ndarray, "n d"]:
+    """Return ê_0 of the image that is shown for each record, L2-normalised."""
+    how = dict(seed=self.seed, reduced_decoding=self.reduced_decoding)
+    return embed_images(inference, params, self.source, self.order, **how)
 
 
 def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
@@ -77,51 +132,47 @@ def first_of_each(labels: Int[np.ndarray, " n"], count: int, *, seed: int | None
   return np.sort(by_class[np.arange(len(labels)) - starts < count])
 
 
-def get_field(record: Mapping[str, Any], field: str) -> Any:
-  """Return a field of a record.
-
-  Raises:
-    UserError: the record has no such field; the message lists those it has.
-  """
-  if field not in record:
-    raise UserError(f"records have no field {field!r}; they have {', '.join(sorted(record))}")
-  return record[field]
+def get_field(record: Mapping[str, Any], name: str) -> Any:
+  """Return a field of a record. Raises UserError: the record has no such field."""
+  if name not in record:
+    raise UserError(f"records have no field {name!r}; they have {', '.join(sorted(record))}")
+  return record[name]
 
 
-def captions(record: Mapping[str, Any], field: str = "") -> Sequence[str]:
+def captions(record: Mapping[str, Any], name: str = "") -> Sequence[str]:
   """Return the captions in this field of a record; without one, all of its captions, of which training samples one.
 
   Raises:
     UserError: no such field, or no caption in it.
   """
   # A field that was asked for by name counts alone, also where the record lists its captions.
-  if not field and (several := records.captions_of(record)):
+  if not name and (several := records.captions_of(record)):
     return tuple(several)
-  field = field or "caption"
-  value = get_field(record, field)
-  found = (value,) if isinstance(value, str) else value
-  if not isinstance(found, (list, tuple)) or not found or not all(isinstance(c, str) and c for c in found):
-    raise UserError(f"field {field!r} holds {value!r}; it should be a caption or a list of captions")
-  return tuple(found)
+  name = name or "caption"
+  value = get_field(record, name)
+  texts = (value,) if isinstance(value, str) else value
+  if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(c, str) and c for c in texts):
+    raise UserError(f"field {name!r} holds {value!r}; it should be a caption or a list of captions")
+  return tuple(texts)
 
 
 def read(source: Any, index: SupportsIndex) -> dict[str, Any]:
   """Read a record of a source. Raises UserError where it is damaged: a figure is of all records or of none."""
-  with _usable(source, index):
+  with _usable(index):
     return source[int(index)]
 
 
 def fields(source: Any, index: SupportsIndex) -> dict[str, Any]:
   """Read a record of a source, without its image where the source can spare reading it. Raises as `read` does."""
-  with _usable(source, index):
+  with _usable(index):
     return source.fields(int(index)) if isinstance(source, sources.Described) else source[int(index)]
 
 
-def text_labels(source: Any, field: str) -> Shaped[np.ndarray, " n"]:
+def text_labels(source: Any, name: str) -> Shaped[np.ndarray, " n"]:
   """Return each record's class by its name. Raises UserError: one that is no text."""
-  labels = [get_field(fields(source, i), field) for i in range(len(source))]
+  labels = [get_field(fields(source, i), name) for i in range(len(source))]
   if wrong := [label for label in labels if not isinstance(label, str)]:
-    raise UserError(f"field {field!r} holds {wrong[0]!r}; a label should be a class's name: give another label_field")
+    raise UserError(f"field {name!r} holds {wrong[0]!r}; a label should be a class's name: give another label_field")
   return np.array(labels)
 
 
@@ -149,22 +200,18 @@ def open_split(data: Mapping[str, Any], split: str) -> sources.Source:
 
 
 @contextlib.contextmanager
-def _usable(source: Any, index: SupportsIndex, what: str = "the data set") -> Iterator[None]:
+def _usable(index: SupportsIndex, what: str = "the data set") -> Iterator[None]:
   try:
     yield
   except records.Unusable as error:
-    images = source.images if isinstance(source, Captioned | Labelled) else None
-    # A published set was not prepared: it is the file that is mended, and a number would not say which.
-    # Only for a list: another source would read the record again, which cannot be read.
-    items = images.items if isinstance(images, Lazy) and isinstance(images.items, Sequence) else None
-    if items is not None and isinstance(file := items[int(index)], pathlib.Path):
-      raise UserError(f"{file} cannot be used: {error}; download it again") from error
-    raise UserError(f"record {index} of {what} cannot be used: {error}; prepare the data set again") from error
+    raise UserError(
+      f"record {index} of {what} cannot be used: {error}; download or prepare the data set again"
+    ) from error
 
 
 def read_image(source: Any, index: SupportsIndex) -> Image.Image:
   """Return the image of a record of a source. Raises as `read` does."""
-  with _usable(source, index):
+  with _usable(index):
     return records.read_image(source[int(index)]["image"])
 
 
@@ -174,8 +221,8 @@ def to_square(
   """Return the image's central square, resized. Raises records.Unusable: bytes that show no image.
 
   Args:
-    crop_pct: of the square's side that is kept, its middle; 0.875 is 224 px of 256.
-    reduced_decoding: whether a JPEG of twice that side or more is decoded at 1/2, 1/4 or 1/8 of its size.
+    crop_pct: share of the square's side that is kept, its middle; 0.875 is 224 px of 256.
+    reduced_decoding: decode a JPEG of twice that side or more at 1/2, 1/4 or 1/8 of its size.
   """
   # Resized first and cut then, as torchvision and timm do it.
   side = int(image_size / crop_pct)
@@ -201,29 +248,29 @@ class Images:
     indices: which of them, in which order.
     image_size: side of the squares, pixels.
     crop_pct, reduced_decoding: as `to_square` takes them.
-    resampling: one of `resize.RESAMPLING`, for squares as FID's reference takes them; empty for those of `to_square`.
-    what: the source is, for messages.
+    square: (PIL image, image_size) -> square, in the place of `to_square`.
+    what: the source's name in messages.
   """
 
   source: Any
   indices: Int[np.ndarray, " n"]
   image_size: int
   crop_pct: float = 1.0
-  resampling: str = ""
-  what: str = "the data set"
   reduced_decoding: bool = False
+  square: Any = None
+  what: str = "the data set"
 
   def __len__(self) -> int:
     return len(self.indices)
 
   def __getitem__(self, places: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w 3"]:
-    return np.stack(list(decoders().map(self._square, self.indices[places].tolist())))
+    return np.stack(list(decoders().map(self._read, self.indices[places].tolist())))
 
-  def _square(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
-    with _usable(self.source, index, self.what):
+  def _read(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
+    with _usable(index, self.what):
       image = self.source[index]["image"]
-      if self.resampling:
-        return resize.square(records.read_image(image), self.image_size, self.resampling)
+      if self.square:
+        return self.square(records.read_image(image), self.image_size)
       return to_square(image, self.image_size, self.crop_pct, reduced_decoding=self.reduced_decoding)
 
 
@@ -238,20 +285,13 @@ def embed_images(
   reduced_decoding: bool = False,
 ) -> Float[np.ndarray, "n d"]:
   """Return ê_0 of each image, L2-normalised, in the order of `indices`; settings as `to_square` has them."""
-  images = Images(source, indices, inference.image_size, crop_pct, reduced_decoding=reduced_decoding)
+  images = Images(source, indices, inference.image_size, crop_pct, reduced_decoding)
   return inference.embed_images(params, images, seed=seed)
 
 
 def embed_texts(inference: Any, params: Mapping[str, Any], texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-  """Return e of each text, L2-normalised."""
-  # Text by text there is no noise, and so no seed. The pieces are for the progress line and the memory of tokens.
-  tokenizer = Tokenizer(inference.max_length)
-  found, progress = [], Progress("embedded", len(texts), "texts")
-  for start in range(0, len(texts), TEXTS):
-    part = texts[start : start + TEXTS]
-    found.append(inference.embed_texts(params, tokenizer(part)))
-    progress.add(len(part))
-  return np.concatenate(found)
+  """Return e of each text, L2-normalised. There is no noise in it, and so no seed."""
+  return inference.embed_texts(params, Tokenizer(inference.max_length)(texts))
 
 
 def ranks(
@@ -287,57 +327,3 @@ def _ranks(
   best = jnp.where(own, scores, -jnp.inf).max(axis=1, keepdims=True)
   # "Not smaller" instead of "larger or equal": a NaN is neither, and so counts against the query.
   return (~own & ~(scores < best)).sum(axis=1)
-
-
-def fingerprint(params: Mapping[str, Any]) -> str:
-  """Hash the values of all parameters: the same on every process, whatever the mesh. It takes seconds a gigabyte."""
-  digest = hashlib.sha256()
-  for name in sorted(params):
-    value = processes.whole(params[name])
-    digest.update(f"{name} {value.shape} {value.dtype}\n".encode() + value.tobytes())
-  return digest.hexdigest()
-
-
-def make_record(
-  *,
-  dataset: str,
-  model: str,
-  pretrained: str,
-  task: str,
-  metrics: Mapping[str, float],
-  protocol: Mapping[str, Any],
-  provenance: Mapping[str, Any],
-) -> dict[str, Any]:
-  """Return one result in CLIP_benchmark's schema, which users' tools read, and our `protocol` and `provenance` beside
-  it."""
-  return {
-    "dataset": dataset,
-    "model": model,
-    "pretrained": pretrained,
-    "task": task,
-    "metrics": dict(metrics),
-    "language": "en",
-    "protocol": dict(protocol),
-    "provenance": dict(provenance),
-  }
-
-
-def shuffled(indices: Int[np.ndarray, " n"], *, seed: int) -> Int[np.ndarray, " n"]:
-  """Return a random order of `indices`: the leak test shows the image of one record in the place of another's."""
-  return np.random.default_rng(seed).permutation(indices)
-
-
-def similarity(
-  inference: Any,
-  params: Mapping[str, Any],
-  images: UInt8[np.ndarray, "n H W 3"],
-  tokens: Int[np.ndarray, "n l"],
-  places: Int[np.ndarray, " n"],
-) -> Float[np.ndarray, " n"]:
-  """Return ⟨ê_0, e⟩ of each image and its own prompt: what the run's head says of its own images.
-
-  Noise depends on an image's place alone, as in `Inference.embed_images`.
-  """
-  q = inference.embed_images(params, images, seed=0, places=places)
-  different, rows = np.unique(tokens, axis=0, return_inverse=True)
-  return (q * inference.embed_texts(params, different)[rows.ravel()]).sum(axis=1)

@@ -11,17 +11,23 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
 from diffdis_jax.config.objectives import GENERATIVE
+from diffdis_jax.config.section import field
 from diffdis_jax.config.sections import NUM_TIMESTEPS
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, prompts
-from diffdis_jax.evals.noise_errors import NoiseErrors
 from diffdis_jax.evals.zero_shot import ZeroShot
+from diffdis_jax.method import losses, schedules
+from diffdis_jax.method.network import Network
+from diffdis_jax.parallel import sharding
 
 STAGES = ("10:5", "50:1")
 IMAGES = 1024  # whose latents are kept at a time
@@ -36,76 +42,30 @@ class Stage:
   kept: int
 
 
-class DiffusionClassifier:
+@base.settings()
+class DiffusionClassifier(ZeroShot):
   """Task `diffusion_classifier`: argmin over classes of E‖ε − ε̂(z_t, t, c)‖², by the generation pass alone.
 
   Timesteps are evenly spaced. Each has its own noise, which all classes share. In stages, classes with large errors are
-  left out, and the others evaluated further. Source: Li et al., 2023.
-
-  Args:
-    data: section of a data source, as `data.sources.open_source` takes it.
-    classnames: as for zero_shot.
-    templates: as for zero_shot; of them one is used, see single_template.
-    single_template: the template of the prompts; empty for the first of the templates.
-    label_field: as for zero_shot.
-    only_classes_present: leave out the class names that no record has.
-    seen_classes: as for zero_shot.
-    seen_split: as for zero_shot.
-    stages: EVALUATIONS:KEPT of each, such as 10:5,50:1: the best 5 classes after 10 evaluations each are kept, and of
-      these the best one after 50 is the answer.
-    num_images: how many images to measure, the same ones each time; None for all.
-    seed: seed of the noise, and of the shuffle.
-    reduced_decoding: as for zero_shot.
-    shuffle_labels: the leak test, as for zero_shot.
-
-  Raises:
-    UserError: as zero_shot, or stages that are none.
+  left out, and the others evaluated further. One prompt is used, the single template's. Source: Li et al., 2023.
   """
 
-  task = "zeroshot_classification"
+  stages: Sequence[str] = field(
+    STAGES, help="EVALUATIONS:KEPT of each stage: the classes that are kept after so many evaluations each"
+  )
 
-  def __init__(
-    self,
-    *,
-    data: Mapping[str, Any],
-    classnames: Sequence[str] | Mapping[str, str] | str = "",
-    templates: Sequence[str] | str = "",
-    single_template: str = "",
-    label_field: str = "label",
-    only_classes_present: bool = False,
-    seen_classes: Sequence[str] | str = "",
-    seen_split: str = "",
-    stages: Sequence[str] = STAGES,
-    num_images: int | None = None,
-    seed: int = 0,
-    reduced_decoding: bool = False,
-    shuffle_labels: bool = False,
-  ):
-    self._stages = read_stages(stages)  # before the data, which take longer
-    template = single_template or prompts.resolve_templates(templates)[0]
-    # The head's own measurement, of the same images and the same prompt: it reads classes and labels for both.
-    self.zero_shot = ZeroShot(
-      data=data,
-      classnames=classnames,
-      templates=(template,),
-      label_field=label_field,
-      only_classes_present=only_classes_present,
-      seen_classes=seen_classes,
-      seen_split=seen_split,
-      num_images=num_images,
-      seed=seed,
-      reduced_decoding=reduced_decoding,
-      shuffle_labels=shuffle_labels,
-    )
-    self._template, self._seed, self._reduced_decoding = template, seed, reduced_decoding
-    self._errors_of = functools.lru_cache(1)(NoiseErrors)  # in a run the inference is one, and compiled once
+  def open(self) -> None:
+    self.parsed_stages = read_stages(self.stages)  # before the data, which take longer
+    # The head measures the same images by the same prompt.
+    self.templates = (self.single_template or prompts.resolve_templates(self.templates)[0],)
+    super().open()
+    self.errors_of = functools.lru_cache(1)(NoiseErrors)  # in a run the inference is one, and compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """Return how `run` measures with this inference."""
     return {
-      **self.zero_shot.protocol(inference),
-      "stages": [f"{stage.evaluations}:{stage.kept}" for stage in self._stages],
-      "timesteps": timesteps(self._stages[-1].evaluations).tolist(),
+      **super().protocol(inference),
+      "stages": [f"{stage.evaluations}:{stage.kept}" for stage in self.parsed_stages],
+      "timesteps": timesteps(self.parsed_stages[-1].evaluations).tolist(),
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
@@ -117,35 +77,27 @@ class DiffusionClassifier:
     """
     if not inference.network.task.generates:
       raise UserError(f"diffusion_classifier measures {' or '.join(GENERATIVE)}, for which this run was not trained")
-    names = self.zero_shot.classnames
-    noise_errors = self._errors_of(inference)
-    texts = [prompts.fill(self._template, name) for name in names]
+    noise_errors = self.errors_of(inference)
+    texts = [prompts.fill(self.single, name) for name in self.names]
     prompts.warn_of_long(tuple(texts), inference.max_length)
     c = noise_errors.conditions(params, Tokenizer(inference.max_length)(texts))
-    labels, found = self.zero_shot.labels, []
     # How many classes of an image are left in each stage, and how often each of them is evaluated.
-    left = [len(names), *(min(len(names), stage.kept) for stage in self._stages[:-1])]
-    counts = [len(t) for t in new_timesteps(self._stages)]
-    progress = Progress("compared", len(labels) * sum(left), "images and classes")
-    for start in range(0, len(labels), IMAGES):
-      rows = np.arange(start, min(start + IMAGES, len(labels)))
-      shown = base.Images(
-        self.zero_shot.source,
-        self.zero_shot.order[rows],
-        inference.image_size,
-        reduced_decoding=self._reduced_decoding,
-      )
-      z = noise_errors.latents(params, shown)
-      errors = functools.partial(noise_errors, params, c, z, seed=self._seed, places=rows, done=progress.add)
-      found.append(ranks(classify(errors, self._stages, num_images=len(z), num_classes=len(names)), labels[rows]))
-    metrics = self.zero_shot.metrics(np.concatenate(found))
+    left = [len(texts), *(min(len(texts), stage.kept) for stage in self.parsed_stages[:-1])]
+    counts = [len(t) for t in new_timesteps(self.parsed_stages)]
+    progress, found = Progress("compared", len(self.labels) * sum(left), "images and classes"), []
+    for start in range(0, len(self.labels), IMAGES):
+      rows = np.arange(start, min(start + IMAGES, len(self.labels)))
+      how = dict(reduced_decoding=self.reduced_decoding)
+      z = noise_errors.latents(params, base.Images(self.source, self.order[rows], inference.image_size, **how))
+      errors = functools.partial(noise_errors, params, c, z, seed=self.seed, places=rows, done=progress.add)
+      outcome = classify(errors, self.parsed_stages, num_images=len(z), num_classes=len(texts))
+      found.append(ranks(outcome, self.labels[rows]))
+    metrics = self.metrics(np.concatenate(found))
     metrics["evaluations_per_image"] = float(np.dot(left, counts))
     if inference.aligned:
-      head = self.zero_shot.run(inference, params)
-      how = inference.sampling
-      cheap = how.steps * how.num_noise_samples * (1 if how.guidance == 1 else 2)
+      head, how = super().run(inference, params), inference.sampling
       metrics |= {f"head_{name}": head[name] for name in metrics if name in head}
-      metrics["head_evaluations_per_image"] = float(cheap)
+      metrics["head_evaluations_per_image"] = float(how.steps * how.num_noise_samples * (1 + (how.guidance != 1)))
     return metrics
 
 
@@ -238,3 +190,104 @@ def ranks(found: Outcome, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"
   kept_longer = (found.stage < stage) & (error != own) & ~np.isnan(own)
   worse = kept_longer | ((found.stage == stage) & (error > own))
   return (~worse).sum(axis=1) - 1  # itself is not worse than itself
+
+
+class NoiseErrors:
+  """‖ε − ε̂(z_t, t, c)‖² of pairs of an image and a class, and what it takes: three programs of an inference.
+
+  Args:
+    inference: of the network, whose devices share the rows.
+  """
+
+  def __init__(self, inference: Any):
+    self._mesh, self._batched, network = inference.mesh, inference.batched, inference.network
+    self._latents = inference.compiled("latents", functools.partial(_latents, network))
+    self._conditions = inference.compiled("prompts", functools.partial(_conditions, network))
+    self._errors = inference.compiled("noise errors", functools.partial(noise_errors, network))
+
+  def latents(
+    self, params: Mapping[str, Any], images: UInt8[np.ndarray, "n H W 3"] | Any
+  ) -> Float[np.ndarray, "n h w c"]:
+    """Return z of each image, by the posterior's mode."""
+    return self._batched(functools.partial(self._latents, params), images)
+
+  def conditions(self, params: Mapping[str, Any], tokens: Int[np.ndarray, "k l"]) -> Float[Array, "k l d"]:
+    """Return c of each prompt, whole on every device."""
+    c = self._batched(functools.partial(self._conditions, params), tokens)
+    return sharding.replicated({"c": c}, self._mesh)["c"]
+
+  def __call__(
+    self,
+    params: Mapping[str, Any],
+    c: Float[Array, "k l d"],
+    z: Float[np.ndarray, "n h w c"],
+    *,
+    seed: int,
+    places: Int[np.ndarray, " n"],
+    images: Int[np.ndarray, " m"],
+    classes: Int[np.ndarray, " m"],
+    t: Int[np.ndarray, " s"],
+    done: Callable[[int], object] = lambda count: None,
+  ) -> Float[np.ndarray, "m s"]:
+    """Return the mean square error at each t for each pair of an image and a class, given by their numbers in z and c.
+
+    Noise is of seed, the image's place in its data set and t alone: neither of the class nor of the batch.
+    """
+    f = functools.partial(self._errors, params, c, jax.random.key(seed), t.astype(np.int32))
+    pairs = _Taken(z, images), places[images].astype(np.int32), classes.astype(np.int32)
+    return self._batched(f, *pairs, done=done)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+  """values[rows], without a copy of all of them: an image has as many rows as there are classes."""
+
+  values: Float[np.ndarray, "n h w c"]
+  rows: Int[np.ndarray, " m"]
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, places: Int[np.ndarray, " b"]) -> Float[np.ndarray, "b h w c"]:
+    return self.values[self.rows[places]]
+
+
+def _latents(network: Network, params: Params, images: UInt8[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+  model: Any = network.with_params(params)
+  return model.encode_image(images).astype(jnp.float32)
+
+
+def _conditions(network: Network, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+  return network.with_params(params).encode_text(tokens).c
+
+
+def noise_of(
+  key: PRNGKeyArray, t: Int[Array, ""], *, places: Int[Array, "b"], network: Network
+) -> Float[Array, "b h w c"]:
+  """Return ε ~ N(0, I) of the images at these places in their data set."""
+  at_t = jax.random.fold_in(key, t)
+  return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(at_t, place), network.latent_shape))(places)
+
+
+def noise_errors(
+  network: Network,
+  params: Params,
+  c: Float[Array, "k l d"],
+  key: PRNGKeyArray,
+  t: Int[Array, "s"],
+  z: Float[Array, "b h w c"],
+  places: Int[Array, "b"],
+  classes: Int[Array, "b"],
+) -> Float[Array, "b s"]:
+  """Return the mean of (ε − ε̂(z_t, t, c))² over an image's latent, at each t, f32. The label is nowhere in it."""
+  model: Any = network.with_params(params)
+  condition = c[classes]
+
+  def at(t: Int[Array, ""]) -> Float[Array, "b"]:
+    # z_t = √ᾱ(t) z + √(1 − ᾱ(t)) ε
+    noise, t_z = noise_of(key, t, places=places, network=network), jnp.full(len(z), t)
+    z_t = schedules.add_noise(network.image_process, z, noise=noise, t=t_z)
+    return losses.denoising(noise, model.generation(z_t=z_t, t_z=t_z, c=condition))
+
+  # One after the other: all at once would take s times the memory.
+  return jax.lax.map(at, t).T

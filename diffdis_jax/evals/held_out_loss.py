@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8, UInt32
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.section import check_number
+from diffdis_jax.config.section import field, number
 from diffdis_jax.config.sections import NUM_TIMESTEPS
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -27,7 +27,8 @@ from diffdis_jax.structs import Batch
 TIMESTEPS = tuple((2 * i + 1) * NUM_TIMESTEPS // 16 for i in range(8))
 
 
-class HeldOutLoss:
+@base.settings()
+class HeldOutLoss(base.Evaluation):
   """Task `held_out_loss`: L_IG and L_ITA of Algorithm 1 at eight fixed timesteps, with fixed noise; of CLIP its loss.
 
   Latents are the posterior's mode, images their central squares, and no caption or image is dropped. So two
@@ -36,53 +37,37 @@ class HeldOutLoss:
 
   Rows are ordered by a digest of the seed, the image and the caption. So L_ITA's negatives and the noise do not depend
   on the order of the records, which follows the names of files.
-
-  Args:
-    data: section of a data source, as `data.sources.open_source` takes it; a split that is not trained on.
-    caption_field: the record's field with the caption; empty for the first that training has. Of several, the first.
-    num_images: this many images, the same ones each time; None for all.
-    contrastive_batch: pairs among which L_ITA tells each one's caption, fewer where there are fewer. A guess has
-      ln(contrastive_batch).
-    seed: of the noise, and of the order in which pairs are cut into batches.
-
-  Raises:
-    UserError: a record without a caption, or a number out of its range.
   """
 
   task = "held_out_loss"
 
-  def __init__(
-    self,
-    *,
-    data: Mapping[str, Any],
-    caption_field: str = "",
-    num_images: int | None = None,
-    contrastive_batch: int = 64,
-    seed: int = 0,
-  ):
-    check_number("contrastive_batch", contrastive_batch, ge=2)
-    self.source = sources.open_source(**data)
-    self._seed = seed
-    indices = base.subset(len(self.source), num_images)
+  data: Mapping[str, Any] = field(help="section of a data source; a split that is not trained on")
+  caption_field: str = field("", help="record's field with the caption; by default the first that training has")
+  num_images: int | None = field(None, help="images to measure, the same ones each time; by default all")
+  # A guess has a loss of ln(contrastive_batch).
+  contrastive_batch: int = number(64, ge=2, help="pairs among which L_ITA looks for each one's caption")
+
+  def open(self) -> None:
+    self.source = sources.open_source(**self.data)
+    indices = base.subset(len(self.source), self.num_images)
     captions, digests = [], []
     for index in indices:
       record = base.read(self.source, index)
-      captions.append(base.captions(record, caption_field)[0])
-      digests.append(_digest(record["image"], captions[-1], seed=seed))
+      captions.append(base.captions(record, self.caption_field)[0])
+      digests.append(_digest(record["image"], captions[-1], seed=self.seed))
     order = sorted(range(len(indices)), key=digests.__getitem__)
-    self._indices, self._captions = indices[order], [captions[i] for i in order]
-    self._batch = min(contrastive_batch, len(self._indices))
-    self._program_of = functools.lru_cache(2)(_compile)  # in a run the inference is one, and its two are compiled once
+    self.indices, self.captions = indices[order], [captions[i] for i in order]
+    self.batch = min(self.contrastive_batch, len(self.indices))
+    self.program_of = functools.lru_cache(2)(_compile)  # in a run the inference is one, and its two are compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """Return how `run` measures with this inference."""
     masks = inference.duplicate_captions == "mask"
     return {
       "matmul_precision": inference.protocol["matmul_precision"],
-      "seed": self._seed,
-      "num_images": len(self._indices),
+      "seed": self.seed,
+      "num_images": len(self.indices),
       "timesteps": list(TIMESTEPS),
-      "contrastive_batch": self._batch,
+      "contrastive_batch": self.batch,
       **({} if masks else {"duplicate_captions": inference.duplicate_captions}),
       **base.origin(self.source),
     }
@@ -90,13 +75,13 @@ class HeldOutLoss:
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """Measure both losses, each also by the quarter of the timestep; for CLIP, loss_contrastive."""
     network, metrics = inference.network, {}
-    images = base.Images(self.source, self._indices, inference.image_size)
-    tokens = Tokenizer(inference.max_length)(self._captions)
+    images = base.Images(self.source, self.indices, inference.image_size)
+    tokens = Tokenizer(inference.max_length)(self.captions)
     # A pair's noise depends on seed and place in this order alone.
     rows = images, tokens, np.arange(len(tokens), dtype=np.int32)
-    key = jax.random.key(self._seed)
+    key = jax.random.key(self.seed)
     if network.task.generates:
-      found = inference.batched(functools.partial(self._program_of(inference, "generation"), params, key), *rows)
+      found = inference.batched(functools.partial(self.program_of(inference, "generation"), params, key), *rows)
       metrics |= _by_quarter("loss_generation", found.mean(axis=0))
     if network.task.aligned:
       e = inference.embed_texts(params, tokens)
@@ -105,10 +90,10 @@ class HeldOutLoss:
       if inference.duplicate_captions == "mask":
         captions = np.asarray(losses.caption_ids(jnp.asarray(tokens)))
       if network.is_clip:  # which denoises nothing
-        queries = inference.embed_images(params, images, seed=self._seed)
+        queries = inference.embed_images(params, images, seed=self.seed)
         metrics["loss_contrastive"] = self._contrastive(queries, e, scale, captions)
       else:
-        program = self._program_of(inference, "discrimination")
+        program = self.program_of(inference, "discrimination")
         queries = inference.batched(functools.partial(program, params, key), *rows)
         found = np.array([self._contrastive(query, e, scale, captions) for query in queries.swapaxes(0, 1)])
         metrics |= _by_quarter("loss_discrimination", found)
@@ -122,7 +107,7 @@ class HeldOutLoss:
     captions: UInt32[np.ndarray, " n"],
   ) -> float:
     """Return L_ITA among `contrastive_batch` pairs at a time, each pair counted once."""
-    n, size, total = len(e), self._batch, 0.0
+    n, size, total = len(e), self.batch, 0.0
     for start in range(0, n, size):
       # The last ones are filled up with pairs before them: all are compared with equally many, and those count once.
       first = min(start, n - size)

@@ -14,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
+from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.section import check_number
+from diffdis_jax.config.section import field, number
 from diffdis_jax.config.sections import NUM_TIMESTEPS
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
@@ -28,6 +30,7 @@ from diffdis_jax.method.network import Network
 ALL = "all"
 L2 = tuple(10.0**power for power in range(1, -7, -1))  # strongest first, from which the next one starts
 MOST_STEPS = 1000  # of L-BFGS, as CLIP has it
+SMALL_GRADIENT = 1e-7  # at which L-BFGS ends
 HELD_OUT = 0.2  # of the training images, where there is no split to choose on
 
 
@@ -42,122 +45,91 @@ class Examples:
     return Examples(self.x[rows], self.labels[rows])
 
 
-class LinearProbe:
+@base.settings()
+class LinearProbe(base.Evaluation):
   """Task `linear_probe`: top-1 of logistic regression on an image's denoised query, and on the UNet's middle map.
 
   The middle map is that of the UNet without its text stream, of the clean image under the empty caption, and its mean
-  over positions is taken. CLIP has its embedding alone, and what has no trained head the middle map alone.
-
-  Args:
-    data: section of a data source, as `data.sources.open_source` takes it; its split is tested on, without images of
-      classes that are not trained on.
-    train_split: the split of the same data that is trained on.
-    val_split: that on which the regularisation is chosen; empty for a fifth of the training images, held out, of no
-      class all.
-    label_field: the record's field with the class.
-    shots: how many training images of each class, or all of them; for each a classifier.
-    timestep: of the middle map; None for that at which the run's head sees clean images, or 0 for a run without one.
-    num_images: how many images to test on, the same ones each time; None for all.
-    num_training_images: how many images of train_split to take, before some are held out and shots are taken; None for
-      all.
-    seed: seed of the choice of shots, of the images held out, and of the query's noise.
-
-  Raises:
-    UserError: shots that are none, or a split without an image of a class that is trained on.
+  over positions is taken. CLIP has its embedding alone, and what has no trained head the middle map alone. The split of
+  `data` is tested on, without images of classes that are not trained on.
   """
 
   task = "linear_probe"
 
-  def __init__(
-    self,
-    *,
-    data: Mapping[str, Any],
-    train_split: str = "train",
-    val_split: str = "",
-    label_field: str = "label",
-    shots: Sequence[str] = ("1", "2", "4", "8", "16", ALL),
-    timestep: int | None = None,
-    num_images: int | None = None,
-    num_training_images: int | None = None,
-    seed: int = 0,
-  ):
-    self._shots = tuple(_read_shots(each) for each in shots)
-    if timestep is not None:
-      check_number("timestep", timestep, ge=0, le=NUM_TIMESTEPS)
-    self._timestep, self._seed = timestep, seed
-    splits = dict(train=train_split, val=val_split or train_split, test=data.get("split", "train"))
+  data: Mapping[str, Any] = field(help="section of a data source")
+  train_split: str = field("train", help="split of the same data that is trained on")
+  val_split: str = field("", help="split to choose the regularisation on; by default a fifth of the training images")
+  label_field: str = field("label", help="record's field with the class")
+  shots: Sequence[str] = field(("1", "2", "4", "8", "16", ALL), help="training images of each class, or all of them")
+  timestep: int | None = number(
+    None, ge=0, le=NUM_TIMESTEPS, help="timestep of the middle map; by default that of the run's head, or else 0"
+  )
+  num_images: int | None = field(None, help="images to test on, the same ones each time; by default all")
+  num_training_images: int | None = field(None, help="images of train_split to take; by default all")
+
+  def open(self) -> None:
+    self.counts = tuple(_read_shots(each) for each in self.shots)
+    splits = dict(train=self.train_split, val=self.val_split or self.train_split, test=self.data.get("split", "train"))
     if splits["test"] in (splits["train"], splits["val"]):
       raise UserError(
         f"linear_probe would test on the split {splits['test']}, on which it trains or chooses; give another"
       )
-    if val_split == train_split:
+    if self.val_split == self.train_split:
       raise UserError(
-        f"linear_probe would choose on the split {val_split}, on which it trains; leave val_split out, and a fifth of"
-        " it is held out"
+        f"linear_probe would choose on the split {self.val_split}, on which it trains; leave val_split out, and a fifth"
+        " of it is held out"
       )
-    self._splits = {"train_split": train_split, "val_split": val_split}
-    self._sources = {name: base.open_split(data, split) for name, split in splits.items()}
-    rows = {name: np.arange(len(source)) for name, source in self._sources.items()}
-    rows["train"] = base.subset(len(rows["train"]), num_training_images)
-    rows["test"] = base.subset(len(rows["test"]), num_images)
-    if not val_split:
-      order = np.random.default_rng(seed).permutation(rows["train"])
+    self.sources = {name: base.open_split(self.data, split) for name, split in splits.items()}
+    rows = {name: np.arange(len(source)) for name, source in self.sources.items()}
+    rows["train"] = base.subset(len(rows["train"]), self.num_training_images)
+    rows["test"] = base.subset(len(rows["test"]), self.num_images)
+    if not self.val_split:
+      order = np.random.default_rng(self.seed).permutation(rows["train"])
       rows["val"], rows["train"] = np.split(order, [round(HELD_OUT * len(order))])
-    names = {
-      name: [str(base.get_field(base.fields(source, i), label_field)) for i in rows[name]]
-      for name, source in self._sources.items()
+    label = lambda name, i: str(base.get_field(base.fields(self.sources[name], i), self.label_field))
+    names = {name: np.array([label(name, i) for i in places]) for name, places in rows.items()}
+    if not self.val_split:  # of few images a class, chance may hold out all of one, which the test would then lack
+      lost = np.setdiff1d(names["val"], names["train"])
+      back = np.array([np.flatnonzero(names["val"] == name)[0] for name in lost], int)
+      for each in (rows, names):
+        each["train"], each["val"] = np.append(each["train"], each["val"][back]), np.delete(each["val"], back)
+    self.classes = np.unique(names["train"]).tolist()
+    # What is not trained on has no answer that could be right.
+    known = {name: np.isin(labels, self.classes) for name, labels in names.items()}
+    if len(self.classes) < 2 or not all(which.any() for which in known.values()):
+      raise UserError(
+        f"linear_probe needs two classes in {self.train_split}, and images of them to train, val and test on"
+      )
+    self.examples = {
+      name: Examples(rows[name][known[name]], np.searchsorted(self.classes, names[name][known[name]])) for name in rows
     }
-    if not val_split:  # of few images a class, chance may hold out all of one, which the test would then lack
-      lost = {*names["val"]} - {*names["train"]}
-      back = [names["val"].index(name) for name in sorted(lost)]
-      rows["train"] = np.append(rows["train"], rows["val"][back])
-      rows["val"] = np.delete(rows["val"], back)
-      names["train"] += [names["val"][i] for i in back]
-      names["val"] = np.delete(names["val"], back).tolist()
-    self.classes = sorted({*names["train"]})
-    number = {name: i for i, name in enumerate(self.classes)}
-    self.examples: dict[str, Examples] = {}
-    for name, labels in names.items():
-      # What is not trained on has no answer that could be right.
-      known = [i for i, label in enumerate(labels) if label in number]
-      if not known or len(self.classes) < 2:
-        raise UserError(
-          f"linear_probe needs two classes in {train_split}, and images of them to train, val and test on"
-        )
-      if name == "test" and len(known) < len(labels):
-        others = sorted({*labels} - {*number})
-        logging.warning(
-          "linear_probe: %d of %d images to test on are left out, of classes that %s has none of, such as %s",
-          len(labels) - len(known),
-          len(labels),
-          train_split,
-          ", ".join(map(repr, others[:5])),
-        )
-      self.examples[name] = Examples(rows[name][known], np.array([number[labels[i]] for i in known]))
-    self._warn_of_few()
-    self._program_of = functools.lru_cache(1)(self._compile)  # in a run the inference is one, and compiled once
+    self._warn(names["test"][~known["test"]])
+    self.middle_maps = functools.lru_cache(1)(self._compile)  # in a run the inference is one, and compiled once
 
-  def _warn_of_few(self) -> None:
-    """Warn of the numbers of shots that are more than some classes have images to train on."""
-    counts = np.bincount(self.examples["train"].labels)
-    fewer = {k: int((counts < k).sum()) for k in self._shots if k is not None}
-    if said := [f"of {k} shots {count} of {len(counts)}" for k, count in fewer.items() if count]:
-      said[0] += " classes have fewer images to train on"
-      logging.warning("linear_probe: %s; all of theirs count", ", ".join(said))
+  def _warn(self, left_out: np.ndarray) -> None:
+    """Warn of numbers of shots that some classes have fewer images than, and of test images that are left out."""
+    images = np.bincount(self.examples["train"].labels)
+    fewer = {k: int((images < k).sum()) for k in self.counts if k is not None and (images < k).any()}
+    if fewer:
+      text = ", ".join(f"{count} of {len(images)} classes fewer than {k}" for k, count in fewer.items())
+      logging.warning("linear_probe: of shots, %s training images; all of theirs count", text)
+    if left_out.size:
+      others = ", ".join(map(repr, np.unique(left_out).tolist()[:5]))
+      what = f"{left_out.size} of {left_out.size + len(self.examples['test'].labels)} images to test on"
+      logging.warning("linear_probe: %s are left out, of classes that are not trained on, such as %s", what, others)
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """Return how `run` measures with this inference."""
-    counts = {f"num_{name}_images": len(each.labels) for name, each in self.examples.items()}
     return {
       **inference.protocol,
-      "seed": self._seed,
+      "seed": self.seed,
       "num_images": len(self.examples["test"].labels),
       "num_classes": len(self.classes),
-      "shots": [ALL if k is None else k for k in self._shots],
+      "shots": [ALL if k is None else k for k in self.counts],
       "timestep": self._middle_timestep(inference),
       "l2": list(L2),
-      **self._splits,
-      **counts,
+      "train_split": self.train_split,
+      "val_split": self.val_split,
+      **{f"num_{name}_images": len(each.labels) for name, each in self.examples.items()},
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
@@ -165,7 +137,7 @@ class LinearProbe:
     chosen."""
     metrics = {}
     for kind, features in self._features(inference, params).items():
-      for k in self._shots:
+      for k in self.counts:
         name = f"{kind}_all" if k is None else f"{kind}_{k}_shots"
         metrics |= {f"{what}_{name}": value for what, value in self._measure(features, k).items()}
         logging.info("linear probe, %s: %.4f", name, metrics[f"acc1_{name}"])
@@ -174,7 +146,7 @@ class LinearProbe:
   def _measure(self, features: Mapping[str, Examples], shots: int | None) -> dict[str, float]:
     train = features["train"]
     if shots is not None:
-      train = train.take(base.first_of_each(train.labels, shots, seed=self._seed))
+      train = train.take(base.first_of_each(train.labels, shots, seed=self.seed))
     # Shifted and scaled as a whole: so one list of l2 fits features of any length.
     mean, spread = train.x.mean(axis=0), float(train.x.std()) + 1e-12
     scaled = {name: Examples((each.x - mean) / spread, each.labels) for name, each in features.items()}
@@ -191,23 +163,23 @@ class LinearProbe:
 
   def _features(self, inference: Any, params: Mapping[str, Any]) -> dict[str, dict[str, Examples]]:
     """Return the features of each kind and of each split."""
-    found: dict[str, dict[str, Examples]] = {}
+    features: dict[str, dict[str, Examples]] = {}
     for name, each in self.examples.items():
-      source = self._sources[name]
+      source = self.sources[name]
       if inference.aligned:
-        x = base.embed_images(inference, params, source, each.x, seed=self._seed)
-        found.setdefault("embedding", {})[name] = Examples(x, each.labels)
+        x = base.embed_images(inference, params, source, each.x, seed=self.seed)
+        features.setdefault("embedding", {})[name] = Examples(x, each.labels)
       if not inference.network.is_clip:
         images = base.Images(source, each.x, inference.image_size)
-        x = inference.batched(functools.partial(self._program_of(inference), params), images)
-        found.setdefault("middle", {})[name] = Examples(x, each.labels)
-    return found
+        x = inference.batched(functools.partial(self.middle_maps(inference), params), images)
+        features.setdefault("middle", {})[name] = Examples(x, each.labels)
+    return features
 
   def _middle_timestep(self, inference: Any) -> int | None:
     if inference.network.is_clip:
       return None
     given = inference.network.condition_timestep if inference.aligned else 0
-    return given if self._timestep is None else self._timestep
+    return given if self.timestep is None else self.timestep
 
   def _compile(self, inference: Any) -> Callable[..., Array]:
     t = self._middle_timestep(inference)
@@ -223,16 +195,15 @@ def middle_map(network: Network, t: int, params: Params, images: UInt8[Array, "b
   return model.unet.down_and_middle(z, jnp.full(len(z), t, jnp.int32), c).h.mean(axis=(1, 2)).astype(jnp.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Linear:
+class Linear(struct.PyTreeNode):
   """Logits x W + b."""
 
-  weight: Float[np.ndarray, "d k"]
-  bias: Float[np.ndarray, " k"]
+  weight: Float[Array, "d k"]
+  bias: Float[Array, " k"]
 
   def accuracy(self, examples: Examples) -> float:
     """Return the share whose class has the largest logit. A tie is wrong, as everywhere."""
-    logits = examples.x @ self.weight + self.bias
+    logits = examples.x @ np.asarray(self.weight) + np.asarray(self.bias)
     own = np.take_along_axis(logits, examples.labels[:, None], axis=1)
     return float(((logits >= own).sum(axis=1) == 1).mean())
 
@@ -243,32 +214,30 @@ def fit(examples: Examples, *, num_classes: int, l2: float, start: Linear | None
   Args:
     start: from which it begins; None for zeros. The minimum is one, and does not depend on it.
   """
-  from scipy import optimize  # here, since it takes a second
-
-  width = examples.x.shape[1]
   x, labels = jnp.asarray(examples.x, jnp.float32), jnp.asarray(examples.labels)
-  begin = np.zeros((width + 1, num_classes)) if start is None else np.vstack([start.weight, start.bias])
-
-  def value_and_gradient(flat: Float[np.ndarray, " n"]) -> tuple[float, Float[np.ndarray, " n"]]:
-    found = _value_and_gradient(jnp.asarray(flat.reshape(begin.shape), jnp.float32), x, labels, l2)
-    value, gradient = jax.device_get(found)
-    return float(value), np.asarray(gradient, np.float64).ravel()
-
-  found = optimize.minimize(
-    value_and_gradient, begin.ravel(), jac=True, method="L-BFGS-B", options=dict(maxiter=MOST_STEPS, ftol=0, gtol=1e-7)
-  ).x.reshape(begin.shape)
-  return Linear(found[:-1].astype(np.float32), found[-1].astype(np.float32))
+  if start is None:
+    start = Linear(jnp.zeros((x.shape[1], num_classes)), jnp.zeros(num_classes))
+  with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+    return _minimised(start, x, labels, jnp.float32(l2))
 
 
 @jax.jit
-@jax.value_and_grad
-def _value_and_gradient(
-  both: Float[Array, "d k"], x: Float[Array, "n e"], labels: Int[Array, " n"], l2: Float[Array, ""]
-) -> Float[Array, ""]:
-  weight, bias = both[:-1], both[-1]
-  logits = jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST) + bias
-  own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-  return (jax.nn.logsumexp(logits, axis=1) - own).mean() + 0.5 * l2 * (weight**2).sum()
+def _minimised(model: Linear, x: Float[Array, "n d"], labels: Int[Array, " n"], l2: Float[Array, ""]) -> Linear:
+  def loss(model: Linear) -> Float[Array, ""]:
+    logits = jnp.matmul(x, model.weight, precision=jax.lax.Precision.HIGHEST) + model.bias
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return cross_entropy.mean() + 0.5 * l2 * (model.weight**2).sum()
+
+  optimizer, value_and_gradient = optax.lbfgs(), optax.value_and_grad_from_state(loss)
+
+  def step(carry: Any) -> Any:
+    model, state, count, _ = carry
+    value, gradient = value_and_gradient(model, state=state)
+    updates, state = optimizer.update(gradient, state, model, value=value, grad=gradient, value_fn=loss)
+    return optax.apply_updates(model, updates), state, count + 1, optax.tree.norm(gradient, ord=jnp.inf)
+
+  is_open = lambda carry: (carry[2] < MOST_STEPS) & (carry[3] > SMALL_GRADIENT)
+  return jax.lax.while_loop(is_open, step, (model, optimizer.init(model), 0, jnp.float32(jnp.inf)))[0]
 
 
 def _read_shots(text: str | int) -> int | None:

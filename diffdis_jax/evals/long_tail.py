@@ -1,21 +1,28 @@
-"""Long-tailed recognition: the columns of the paper's Table 8, measured as VL-LTR's code measures them."""
+"""Long-tailed recognition: the columns of the paper's Table 8, measured as VL-LTR's code measures them.
+
+Of equal scores the first counts, as in an argmax. Scores are computed on the device, a block of them at a time.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
 
 from diffdis_jax.config import sections
-from diffdis_jax.config.section import check_number
+from diffdis_jax.config.section import field, number
 from diffdis_jax.data import long_tail, sources
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, nearest
+from diffdis_jax.evals import base
 from diffdis_jax.models import lgr
 
+QUERIES, KEYS = 1024, 16384  # rows and columns of a block
 # Classes by their training images, more than the first number and no more than the second.
 GROUPS = {
   "many": (99, np.inf),
@@ -26,67 +33,52 @@ GROUPS = {
 }
 
 
-class LongTail:
+@base.settings()
+class LongTail(base.Evaluation):
   """Task `long_tail`: Image-, Text- and KNN-Acc of a backbone; of a run with a head its accuracy too, each by groups of
   classes.
 
   Source: the paper's Table 8; VL-LTR (Tian et al., ECCV 2022) for what its columns are.
-
-  Args:
-    data: section of a long-tailed set's split, as `data.sources.open_source` takes it.
-    neighbours: sentences that vote in KNN-Acc.
-    visual_share: weight of the visual branch in the head's prediction: VL-LTR's 0.2; for iNaturalist 0.7.
-    crop_pct: share of the side of an image's central square that is cropped; VL-LTR's 0.875.
-    seed: seed of the query's noise, one for each image.
-    reduced_decoding: decode JPEGs of at least twice the side that is seen at 1/2, 1/4 or 1/8 of their size. It is
-      faster, and figures then differ slightly from published protocols.
-
-  Raises:
-    UserError: other data, or damaged ones.
   """
 
   task = "long_tail"
 
-  def __init__(
-    self,
-    *,
-    data: Mapping[str, Any],
-    neighbours: int = 5,
-    visual_share: float = 0.2,
-    crop_pct: float = sections.LongTail.crop_pct,
-    seed: int = 0,
-    reduced_decoding: bool = False,
-  ):
+  data: Mapping[str, Any] = field(help="section of a long-tailed set's split")
+  neighbours: int = number(5, ge=1, help="sentences that vote in KNN-Acc")
+  visual_share: float = number(
+    0.2, ge=0.0, le=1.0, help="weight of the visual branch in the head's prediction: VL-LTR's 0.2; for iNaturalist 0.7"
+  )
+  crop_pct: float = number(
+    sections.LongTail.crop_pct, gt=0.0, le=1.0, help="share of the side of an image's central square that is cropped"
+  )
+  reduced_decoding: bool = base.REDUCED_DECODING
+
+  def open(self) -> None:
+    data = self.data
     if data.get("name") not in long_tail.NAMES:
       raise UserError(f"task long_tail is measured on {', '.join(long_tail.NAMES)}, not on {data.get('name')!r}")
-    check_number("neighbours", neighbours, ge=1)
-    check_number("visual_share", visual_share, ge=0.0, le=1.0)
-    check_number("crop_pct", crop_pct, gt=0.0, le=1.0)
     source = sources.open_source(**data)
     assert isinstance(source, long_tail.LabelledSource)
-    self.source, self.labels, self._data = source, source.labels, data
+    self.source, self.labels = source, source.labels
     # The sentences and the training counts are the set's, whatever split is measured.
     where = {name: value for name, value in data.items() if name not in ("split", "image_size")}
     self.corpus = long_tail.open_corpus(**where)
     self.train_counts = long_tail.train_counts(**where)
-    self._neighbours, self._visual_share, self._seed = neighbours, visual_share, seed
-    self._squares: dict[str, Any] = dict(crop_pct=crop_pct, reduced_decoding=reduced_decoding)
+    self.squares: dict[str, Any] = dict(crop_pct=self.crop_pct, reduced_decoding=self.reduced_decoding)
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """Return how `run` measures with this inference."""
-    group = lambda name: int(in_group(self.train_counts, name).sum())
     return {
       **inference.protocol,
-      "seed": self._seed,
-      "data": self._data["name"],
-      "split": self._data.get("split"),
+      "seed": self.seed,
+      "data": self.data["name"],
+      "split": self.data.get("split"),
       "num_images": len(self.labels),
       "num_sentences": len(self.corpus.labels),
       "num_classes": len(self.corpus.classnames),
-      "classes_of_groups": {name: group(name) for name in GROUPS},
-      "neighbours": self._neighbours,
-      "visual_share": self._visual_share,
-      **self._squares,
+      "classes_of_groups": {name: int(in_group(self.train_counts, name).sum()) for name in GROUPS},
+      "neighbours": self.neighbours,
+      "visual_share": self.visual_share,
+      **self.squares,
       "ties": "the first counts",
     }
 
@@ -97,20 +89,20 @@ class LongTail:
     VL-LTR gives its groups."""
     # All of a split: groups of rare classes have few images, and a part of them would be noise.
     indices = np.arange(len(self.labels))
-    images = base.embed_images(inference, params, self.source, indices, seed=self._seed, **self._squares)
+    images = base.embed_images(inference, params, self.source, indices, seed=self.seed, **self.squares)
     texts, of_text = base.embed_texts(inference, params, self.corpus.flat), self.corpus.labels
-    classes = of_text[nearest.nearest(images, texts, count=self._neighbours)]
-    found = self.labels[nearest.nearest(texts, images, count=1)[:, 0]]
+    classes = of_text[nearest(images, texts, count=self.neighbours)]
+    found = self.labels[nearest(texts, images, count=1)[:, 0]]
     metrics = {"text_acc": float((found == of_text).mean())}
     metrics |= self._by_group("image_acc", classes[:, 0] == self.labels)
-    metrics |= self._by_group("knn_acc", nearest.vote(classes) == self.labels)
+    metrics |= self._by_group("knn_acc", vote(classes) == self.labels)
     # Stage 1 has a backbone alone; the head comes with stage 2.
     if inference.network.model.head is not None:
-      shown = base.Images(self.source, indices, inference.image_size, **self._squares)
+      shown = base.Images(self.source, indices, inference.image_size, **self.squares)
       # By the seed of base.embed_images, so that the head sees the noise by which its backbone is measured.
-      logits = inference.class_logits(params, shown, seed=self._seed)
+      logits = inference.class_logits(params, shown, seed=self.seed)
       # The mix of the branches' softmax is VL-LTR's prediction. By the sum of logits, below, its code gives the groups.
-      predicted = np.asarray(lgr.mixed_prediction(jnp.asarray(logits).swapaxes(0, 1), self._visual_share))
+      predicted = np.asarray(lgr.mixed_prediction(jnp.asarray(logits).swapaxes(0, 1), self.visual_share))
       metrics |= self._by_group("acc", predicted.argmax(axis=1) == self.labels)
       for number, branch in enumerate(("visual", "language")):
         metrics |= self._by_group(f"acc_{branch}", logits[:, number].argmax(axis=1) == self.labels)
@@ -131,3 +123,94 @@ def in_group(train_counts: Int[np.ndarray, " k"], group: str) -> Bool[np.ndarray
   """Return whether each class is in one of GROUPS."""
   above, at_most = GROUPS[group]
   return (train_counts > above) & (train_counts <= at_most)
+
+
+def nearest(
+  queries: Float[np.ndarray, "q d"], keys: Float[np.ndarray, "m d"], *, count: int, block: int = KEYS
+) -> Int[np.ndarray, "q n"]:
+  """Return the places of the `count` keys of the largest inner products with each query, the best first."""
+  # Scores of all images with all sentences of Places-LT would not fit: the best of a block meet the best so far.
+  count, block = min(count, len(keys)), min(block, len(keys))
+  blocks = [_padded(keys, start, block) for start in range(0, len(keys), block)]
+  found = []
+  for start in range(0, len(queries), QUERIES):
+    rows = jnp.asarray(_padded(queries, start, min(QUERIES, len(queries))))
+    best = Best(jnp.full((len(rows), count), -jnp.inf), jnp.zeros((len(rows), count), jnp.int32))
+    for number, part in enumerate(blocks):
+      best = _better(best, rows, part, jnp.int32(number * block), jnp.int32(len(keys)), count=count)
+    found.append(np.asarray(best.places))
+  return np.concatenate(found)[: len(queries)]
+
+
+def _padded(x: Float[np.ndarray, "n d"], start: int, size: int) -> Float[np.ndarray, "m d"]:
+  """Return `size` rows from `start` on; at the end the last row again, so that all blocks have one shape."""
+  return x[np.minimum(np.arange(start, start + size), len(x) - 1)]
+
+
+class Best(struct.PyTreeNode):
+  """The largest scores of each query so far, and whose they are; the best first."""
+
+  scores: Float[Array, "q n"]
+  places: Int[Array, "q n"]
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _better(
+  best: Best,
+  queries: Float[Array, "q d"],
+  keys: Float[Array, "m d"],
+  first: Int[Array, ""],
+  end: Int[Array, ""],
+  *,
+  count: int,
+) -> Best:
+  """Return the best so far and of these keys, whose places begin at `first`; places from `end` on are padding."""
+  places = first + jnp.arange(len(keys), dtype=jnp.int32)
+  scores = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
+  # Padding and NaN must never win; -inf loses even against the initial best, whose place is 0.
+  scores = jnp.where((places < end) & ~jnp.isnan(scores), scores, -jnp.inf)
+  of_block, which = jax.lax.top_k(scores, min(count, len(keys)))
+  # Earlier places stand first, and of equal values top_k takes the first.
+  scores, order = jax.lax.top_k(jnp.concatenate([best.scores, of_block], axis=1), count)
+  return Best(scores, jnp.take_along_axis(jnp.concatenate([best.places, places[which]], axis=1), order, axis=1))
+
+
+def vote(classes: Int[np.ndarray, "q n"]) -> Int[np.ndarray, " q"]:
+  """Return the most frequent class of each row; of equally frequent ones that which is met first."""
+  # argmax takes the first of equal counts, which is the class of the better sentence.
+  counts = (classes[:, :, None] == classes[:, None, :]).sum(axis=2)
+  return classes[np.arange(len(classes)), counts.argmax(axis=1)]
+
+
+def linear_loss(
+  texts: Float[np.ndarray, "m d"],
+  images: Float[np.ndarray, "n d"],
+  *,
+  text_labels: Int[np.ndarray, " m"],
+  image_labels: Int[np.ndarray, " n"],
+  logit_scale: float,
+) -> Float[np.ndarray, " m"]:
+  """Return AnSS: L(m) = −Σ_i y_i log softmax_i(exp(logit_scale) t_m · v_i), y_i = 1 / (images of m's class) for these,
+  else 0.
+
+  Every class of a text has an image. A small loss means that a sentence tells its class's images from all others.
+  """
+  size, on_device = min(QUERIES, len(texts)), jnp.asarray(images)
+  found = []
+  for start in range(0, len(texts), size):
+    rows = np.minimum(np.arange(start, start + size), len(texts) - 1)
+    found.append(np.asarray(_linear_loss(texts[rows], on_device, text_labels[rows], image_labels, logit_scale)))
+  return np.concatenate(found)[: len(texts)]
+
+
+@jax.jit
+def _linear_loss(
+  texts: Float[Array, "m d"],
+  images: Float[Array, "n d"],
+  text_labels: Int[Array, " m"],
+  image_labels: Int[Array, " n"],
+  logit_scale: Float[Array, ""],
+) -> Float[Array, " m"]:
+  scores = jnp.exp(logit_scale) * jnp.matmul(texts, images.T, precision=jax.lax.Precision.HIGHEST)
+  own = (text_labels[:, None] == image_labels[None]).astype(jnp.float32)
+  return jax.nn.logsumexp(scores, axis=1) - (own * scores).sum(axis=1) / own.sum(axis=1)

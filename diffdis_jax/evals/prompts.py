@@ -52,24 +52,12 @@ class ClassNames(NamedTuple):
 
 
 def comparable(name: str) -> str:
-  """Return what two spellings of a class name have in common: underscores are spaces, as in captions, and case is of no
-  account, nor whether an accent is a character of its own, as in tokens."""
+  """Return what two spellings of a class name have in common: underscores are spaces, and neither case counts nor
+  whether an accent is a character of its own."""
   return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
 
 
-def read_strings(path: str, *, what: str) -> Sequence[str]:
-  """Read a JSON file with one list of strings.
-
-  Raises:
-    UserError: no such file, not JSON, not a list of strings, or an empty list.
-  """
-  values = _read_json(path, what=what)
-  if not isinstance(values, list) or not _are_strings(values):
-    raise UserError(f'{path} should hold {what} as one JSON list of strings, such as ["cat", "dog"]')
-  return tuple(values)
-
-
-def _read_json(path: str, *, what: str) -> Any:
+def _read(path: str, *, what: str) -> Any:
   try:
     return files.read_json(path, f"{what} from {path}")
   except UserError as error:
@@ -87,15 +75,13 @@ def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> C
   Raises:
     UserError: the file is unreadable, or it is neither.
   """
+  names = _read(classnames, what="class names") if isinstance(classnames, str) else classnames
   # An object is keyed by the data's own names, so that the order of the classes does not matter; a list is by number.
-  found = _read_json(classnames, what="class names") if isinstance(classnames, str) else classnames
-  if isinstance(found, Mapping) and _are_strings([*found, *found.values()]):
-    return ClassNames(names=tuple(found.values()), keys=tuple(found), by_key=True)
-  names = read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(found)
-  # Only the keys of such an object would be taken, such as the numbers of ImageNet's {"0": ["n01440764", "tench"]}.
-  if isinstance(found, Mapping) or not _are_strings(names):
+  if isinstance(names, Mapping) and _are_strings([*names, *names.values()]):
+    return ClassNames(names=tuple(names.values()), keys=tuple(names), by_key=True)
+  if not isinstance(names, list | tuple) or not _are_strings(names):
     raise UserError(
-      f"class names are {str(found)[:60]}; give a list of texts, or an object {{name in the data: name}} of texts"
+      f"class names are {str(names)[:60]}; give a list of texts, or an object {{name in the data: name}} of texts"
     )
   return ClassNames(names=tuple(names), keys=tuple(names))
 
@@ -110,10 +96,14 @@ def repeated_names(names: Sequence[str]) -> list[str]:
   return [name for name, count in collections.Counter(names).items() if count > 1]
 
 
+def listed(names: Sequence[str]) -> str:
+  """Return the first ten names for a message."""
+  return ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+
+
 def repeated(names: Sequence[str]) -> str:
   """Return the names that occur more than once, for a message; empty if there is none."""
-  found = repeated_names(names)
-  return ", ".join(map(repr, found[:10])) + (", ..." if len(found) > 10 else "")
+  return listed(repeated_names(names))
 
 
 def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
@@ -122,12 +112,15 @@ def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
   Raises:
     UserError: the file is unreadable, or a template has no place for the class name.
   """
-  found = read_strings(templates, what="templates") if templates and isinstance(templates, str) else tuple(templates)
+  if templates and isinstance(templates, str):
+    path, templates = templates, _read(templates, what="templates")
+    if not isinstance(templates, list) or not _are_strings(templates):
+      raise UserError(f'{path} should hold templates as one JSON list of strings, such as ["a photo of a {{}}."]')
   # A template without a slot gives every class the same embedding, and accuracy of chance without an error.
-  for template in found:
+  for template in templates:
     if not isinstance(template, str) or not _SLOT.search(template):
       raise UserError(f"template {template!r} has no place for the class name; write {{}} or {{c}} where it goes")
-  return found or TEMPLATES
+  return tuple(templates) or TEMPLATES
 
 
 @functools.lru_cache(16)  # once of the same prompts, though a run in training measures by them again and again

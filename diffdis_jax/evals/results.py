@@ -1,10 +1,11 @@
-"""The file of results: {task: {data set: record}}, written after each set, so that a second call resumes.
+"""The file of results: {task: {data set: record}}, written after each set, so that a suite's second call resumes.
 
 A figure that is not finite is null there, since JSON has no NaN, and NaN here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -25,22 +26,50 @@ AFTERWARDS = ("reference", "kid_subset_size")  # of a protocol: known when the s
 MEAN = ("mean_over_", "mean_of_")
 
 
-def read(path: str) -> Results:
-  """Read the results of a file that `evaluate` wrote.
+def make_record(
+  *,
+  dataset: str,
+  model: str,
+  pretrained: str,
+  task: str,
+  metrics: Mapping[str, float],
+  protocol: Mapping[str, Any],
+  provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Return one result in CLIP_benchmark's schema, which users' tools read, and our `protocol` and `provenance` beside
+  it."""
+  return {
+    "dataset": dataset,
+    "model": model,
+    "pretrained": pretrained,
+    "task": task,
+    "metrics": dict(metrics),
+    "language": "en",
+    "protocol": dict(protocol),
+    "provenance": dict(provenance),
+  }
 
-  Raises:
-    UserError: there is none, or it is something else.
-  """
+
+def fingerprint(params: Mapping[str, Any]) -> str:
+  """Hash the values of all parameters: the same on every process, whatever the mesh. It takes seconds a gigabyte."""
+  digest = hashlib.sha256()
+  for name in sorted(params):
+    value = processes.whole(params[name])
+    digest.update(f"{name} {value.shape} {value.dtype}\n".encode() + value.tobytes())
+  return digest.hexdigest()
+
+
+def read(path: str) -> Results:
+  """Read the results of a file that `evaluate` wrote. Raises UserError: there is none, or it is something else."""
   try:
-    found = files.read_json(path)
+    content = files.read_json(path)
   except UserError as error:
     raise UserError(f"cannot read results from {path}: {error}; it should be what evaluate --out wrote") from error
-  tasks = found.values() if isinstance(found, dict) and found else [None]
-  for task in tasks:
-    for record in task.values() if isinstance(task, dict) else [None]:
-      if not _is_record(record):
-        raise UserError(f"{path} holds no results of evaluate, which are {{task: {{data set: record}}}}")
-  return _with_metrics(found, lambda value: math.nan if value is None else value)
+  tasks = content.values() if isinstance(content, dict) and content else [None]
+  records = [record for task in tasks for record in (task.values() if isinstance(task, dict) else [None])]
+  if not all(isinstance(record, dict) and RECORD <= record.keys() for record in records):
+    raise UserError(f"{path} holds no results of evaluate, which are {{task: {{data set: record}}}}")
+  return _with_metrics(content, lambda value: math.nan if value is None else value)
 
 
 def _with_metrics(results: Mapping[str, Any], changed: Callable[[Any], Any]) -> Results:
@@ -50,11 +79,6 @@ def _with_metrics(results: Mapping[str, Any], changed: Callable[[Any], Any]) -> 
     return {**record, "metrics": {name: changed(value) for name, value in record["metrics"].items()}}
 
   return {task: {name: with_metrics(each) for name, each in records.items()} for task, records in results.items()}
-
-
-def _is_record(record: Any) -> bool:
-  named = isinstance(record, dict) and RECORD <= record.keys()
-  return named and all(isinstance(record[field], dict) for field in ("metrics", "protocol"))
 
 
 def is_mean(dataset: str) -> bool:
@@ -88,26 +112,24 @@ class ResultFile:
     record = self.results.get(task, {}).get(dataset)
     # Two sets by different protocols in one table would be compared by its readers.
     if record is not None:
-      before = record["protocol"]
-      self._check(dataset, differences([before, protocol], ignored=AFTERWARDS))
-      self._check(dataset, _of_references(before.get("reference"), protocol.get("reference")))
+      self._check(dataset, _known_before(record["protocol"]), _known_before(protocol))
     # A mean over sets is of one model.
     for records in self.results.values():
       for name, each in records.items():
         there = {field: each["protocol"][field] for field in OF_A_MODEL if field in each["protocol"]}
-        self._check(name, differences([there, {field: protocol.get(field) for field in there}]))
+        self._check(name, there, {field: protocol.get(field) for field in there})
     # The file may be on process 0's disk alone; whether to measure is one decision.
-    found = bool(processes.from_first(np.uint8(record is not None)))
-    if found:
+    is_there = bool(processes.from_first(np.uint8(record is not None)))
+    if is_there:
       logging.info("%s: %s is already in %s", task, dataset, self._path)
-    return found
+    return is_there
 
-  def _check(self, dataset: str, different: Mapping[str, Any]) -> None:
-    if different:
-      field, (before, now) = next(iter(different.items()))
+  def _check(self, dataset: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for field, values in differences([before, now]).items():
+      there, here = (json.dumps(value, ensure_ascii=False)[:60] for value in values)
       raise UserError(
-        f"--out={self._path} has {dataset} by another protocol, {field} {_short(before)} where this measurement has"
-        f" {_short(now)}; name a new file, or remove it"
+        f"--out={self._path} has {dataset} by another protocol, {field} {there} where this measurement has {here}; name"
+        " a new file, or remove it"
       )
 
   def write(self) -> None:
@@ -132,11 +154,11 @@ def check_out(path: str) -> None:
   out = buckets.path(path)
   if buckets.is_url(out) or out.parent.is_dir():  # in a bucket a folder appears with its first file
     files.check_out(path)
-  else:
-    there = next(each for each in out.parents if each.exists())
-    if not there.is_dir():
-      raise UserError(f"cannot write --out={path}: {there} is a file; name a file in a folder")
-    files.check_out(os.fspath(there / out.relative_to(there).parts[0]))
+    return
+  there = next(each for each in out.parents if each.exists())
+  if not there.is_dir():
+    raise UserError(f"cannot write --out={path}: {there} is a file; name a file in a folder")
+  files.check_out(os.fspath(there / out.relative_to(there).parts[0]))
 
 
 def warn_of_lost(path: str, measured: Collection[tuple[str, str]]) -> None:
@@ -147,10 +169,8 @@ def warn_of_lost(path: str, measured: Collection[tuple[str, str]]) -> None:
     return
   lost = [f"{task} on {name}" for task, records in there.items() for name in records if (task, name) not in measured]
   if lost:
-    shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
-    logging.warning(
-      "--out=%s will lose its %s, which this call does not measure; name another file to keep it", path, shown
-    )
+    names = ", ".join(lost[:5]) + ", ..." * (len(lost) > 5)
+    logging.warning("--out=%s will lose its %s; name another file to keep it", path, names)
 
 
 def write_text(path: str, text: str) -> None:
@@ -164,26 +184,17 @@ def differences(protocols: Iterable[Mapping[str, Any]], *, ignored: Iterable[str
   """Return field -> its value in each of the protocols, of the fields in which they differ; None where one lacks it."""
   # One of them was read from a file, where tuples are lists.
   plain = [json.loads(json.dumps(dict(protocol))) for protocol in protocols]
-  fields = dict.fromkeys(field for protocol in plain for field in protocol if field not in {*ignored})
-  values = {field: [protocol.get(field) for protocol in plain] for field in fields}
-  return {field: found for field, found in values.items() if any(value != found[0] for value in found)}
+  names = dict.fromkeys(field for protocol in plain for field in protocol if field not in {*ignored})
+  values = {field: [protocol.get(field) for protocol in plain] for field in names}
+  return {field: each for field, each in values.items() if any(value != each[0] for value in each)}
 
 
-def _of_references(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> dict[str, list[Any]]:
-  """Return how what FID compares with differs, by what is known before a measurement: which file it is, or, of one that
-  is still to be made, of which real images and how."""
-  if not there or not here:
-    return {}
-  if here["sha256"]:
-    return differences([{"reference": each["sha256"]} for each in (there, here)])
-  if there["protocol"] is None:  # another tool's
-    return differences([{"reference": each["name"]} for each in (there, here)])
-  made = [each["protocol"] for each in (there, here)]
-  # Not of which path: a folder of data may move.
-  known = [{"reference_images": each["images"]["which"], "resampling": each["resampling"]} for each in made]
-  return differences(known)
-
-
-def _short(value: Any) -> str:
-  text = json.dumps(value, ensure_ascii=False)
-  return text if len(text) <= 60 else f"{text[:57]}..."
+def _known_before(protocol: Mapping[str, Any]) -> dict[str, Any]:
+  """Return what is known of a measurement before it. Of FID's reference that is which images it is of, and how they are
+  resized; of another tool's file, its name."""
+  known = {field: value for field, value in protocol.items() if field not in AFTERWARDS}
+  if reference := protocol.get("reference"):
+    made = reference["protocol"]
+    known |= {"resampling": made["resampling"], "images": made["images"]["which"]} if made else {}
+    known |= {} if made else {"reference": reference["name"]}
+  return known

@@ -17,21 +17,16 @@ from absl import logging
 
 from diffdis_jax.common import buckets
 from diffdis_jax.common.guesses import did_you_mean
-from diffdis_jax.data import records
 from diffdis_jax.data.layouts import class_lists, find
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, prompts, registry
-from diffdis_jax.evals.base import Eval
-from diffdis_jax.evals.fid import Fid
-from diffdis_jax.evals.results import Results
-from diffdis_jax.evals.retrieval import Retrieval
-from diffdis_jax.evals.sections import Section
-from diffdis_jax.evals.zero_shot import ZeroShot
+from diffdis_jax.evals import tasks
+from diffdis_jax.evals.base import Evaluation
+from diffdis_jax.evals.results import Results, make_record
+from diffdis_jax.evals.tasks import Section
 from diffdis_jax.run import provenance
 
 SINGLE_TEMPLATE = "a photo of a {}."
-DECODED = 10  # images of a set, a random sample, that have to be readable before it is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +36,18 @@ class BenchmarkSet:
   Attributes:
     title: of its column.
     task: that is measured on it.
-    counts: split -> how many images it has, where copies differ, the numbers of each.
+    sizes: the numbers of images of the split that is measured; several where copies differ.
     metric: of zero-shot classification, the figure that counts.
   """
 
   title: str
   task: str
-  counts: Mapping[str, Sequence[int]]
+  sizes: Sequence[int]
   metric: str = "acc1"
 
-  @property
-  def sizes(self) -> list[int]:
-    """Return the numbers of images of all its splits."""
-    return [count for several in self.counts.values() for count in several]
 
-
-def _labelled(title: str, metric: str = "acc1", **counts: int | tuple[int, ...]) -> BenchmarkSet:
-  by_split = {split: (count,) if isinstance(count, int) else count for split, count in counts.items()}
-  return BenchmarkSet(title, "zero_shot", by_split, metric)
+def _labelled(title: str, *sizes: int, metric: str = "acc1") -> BenchmarkSet:
+  return BenchmarkSet(title, "zero_shot", sizes, metric)
 
 
 PER_CLASS = "mean_per_class_recall"
@@ -66,33 +55,27 @@ PER_CLASS = "mean_per_class_recall"
 # Caltech-101 that is what TFDS leaves of 9,144 images when it has taken 30 random files of each class. A file `tmp` of
 # the background is no image: where it was among the 30, 6,085 are left, as DataComp lists for its tars of VTAB's copy.
 ZERO_SHOT12 = {
-  "cifar10": _labelled("CIFAR-10", test=10_000),
-  "cifar100": _labelled("CIFAR-100", test=10_000),
-  "caltech101": _labelled("Caltech-101", PER_CLASS, test=(6_084, 6_085), all=9_144),
-  "cars": _labelled("Cars", test=8_041),
-  "flowers": _labelled("Flowers", PER_CLASS, test=6_149),
-  "food101": _labelled("Food-101", test=25_250),
-  "sun397": _labelled("SUN397", test=(21_750, 19_850), all=(108_754, 108_753)),
-  "dtd": _labelled("DTD", test=1_880),
-  "fgvc_aircraft": _labelled("Aircraft", PER_CLASS, test=3_333),
-  "pets": _labelled("Pets", PER_CLASS, test=3_669),
-  "eurosat": _labelled("EuroSAT", test=5_400, all=27_000),
-  "imagenet1k": _labelled("ImageNet", val=50_000),
+  "cifar10": _labelled("CIFAR-10", 10_000),
+  "cifar100": _labelled("CIFAR-100", 10_000),
+  "caltech101": _labelled("Caltech-101", 6_084, 6_085, 9_144, metric=PER_CLASS),
+  "cars": _labelled("Cars", 8_041),
+  "flowers": _labelled("Flowers", 6_149, metric=PER_CLASS),
+  "food101": _labelled("Food-101", 25_250),
+  "sun397": _labelled("SUN397", 21_750, 19_850, 108_754, 108_753),
+  "dtd": _labelled("DTD", 1_880),
+  "fgvc_aircraft": _labelled("Aircraft", 3_333, metric=PER_CLASS),
+  "pets": _labelled("Pets", 3_669, metric=PER_CLASS),
+  "eurosat": _labelled("EuroSAT", 5_400, 27_000),
+  "imagenet1k": _labelled("ImageNet", 50_000),
 }
 RETRIEVAL = {
-  "mscoco_captions": BenchmarkSet("MSCOCO", "retrieval", {"test": (5_000,)}),
-  "flickr30k": BenchmarkSet("Flickr30k", "retrieval", {"test": (1_000,)}),
+  "mscoco_captions": BenchmarkSet("MSCOCO", "retrieval", (5_000,)),
+  "flickr30k": BenchmarkSet("Flickr30k", "retrieval", (1_000,)),
 }
 NOT_KARPATHYS = ("val", "validation")  # of a prepared set of RETRIEVAL: val2017 has 5,000 images, as his test split has
-FID = {"mscoco_val2014": BenchmarkSet("MSCOCO val2014", "fid", {"val2014": (40_504,)})}
+FID = {"mscoco_val2014": BenchmarkSet("MSCOCO val2014", "fid", (40_504,))}
 SETS = ZERO_SHOT12 | RETRIEVAL | FID
 SUITES = {"zero_shot12": ZERO_SHOT12, "retrieval": RETRIEVAL, "fid": FID, "paper": SETS}
-
-
-def check_name(suite: str) -> None:
-  """Check the name of a suite. Raises UserError: there is no such suite."""
-  if suite not in SUITES:
-    raise UserError(f"unknown suite {suite!r}; {did_you_mean(suite, SUITES)}")
 
 
 def sections(suite: str, root: str, *, objectives: Collection[str], image_size: int) -> list[Section]:
@@ -107,12 +90,13 @@ def sections(suite: str, root: str, *, objectives: Collection[str], image_size: 
   Raises:
     UserError: no such suite or folder, or none of the sets in it.
   """
-  check_name(suite)
+  if suite not in SUITES:
+    raise UserError(f"unknown suite {suite!r}; {did_you_mean(suite, SUITES)}")
   folder = buckets.local(root, "--data_root")
   if not folder.is_dir():
     raise UserError(f"no folder --data_root={root}; it should hold the data sets, each in a folder of its name")
   # A suite that was named is measured or refused. `paper` is all of them, of which a run may be trained for some.
-  able = {task for task, any_of in registry.MEASURES.items() if suite != "paper" or {*any_of} & {*objectives}}
+  able = {task for task, row in tasks.TASKS.items() if suite != "paper" or {*row.needs} & {*objectives}}
   for task in sorted({each.task for each in SUITES[suite].values()} - able):
     logging.warning("%s is left out: the run's objectives are %s", task, ", ".join(objectives))
   wanted = {name: each for name, each in SUITES[suite].items() if each.task in able}
@@ -136,7 +120,7 @@ def _section(name: str, root: str, image_size: int) -> Section:
   return Section(name, SETS[name].task, settings)
 
 
-def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
+def check(name: str, evaluation: Evaluation, *, incomplete: bool) -> None:
   """Check that the data of an evaluation are the set that they are said to be.
 
   Args:
@@ -145,55 +129,28 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
     incomplete: let pass another number of images, and classes without any.
 
   Raises:
-    UserError: another number of images than the published one, another split, a class without images, an image that is
-      none, or a template that came with the data and has no place for the class name.
+    UserError: another number of images than the published one, another split, or a class without images.
   """
-  source = evaluation.source if isinstance(evaluation, ZeroShot | Retrieval | Fid) else None
-  if not isinstance(source, Labelled | Captioned):
+  source = getattr(evaluation, "source", None)
+  if not isinstance(source, Labelled | Captioned) or incomplete:
     return
-  if name in RETRIEVAL and source.origin.split in NOT_KARPATHYS and not incomplete:
+  remedy = "or give --incomplete to measure what is there"
+  there, published = f"{name} in {source.origin.path}", SETS[name]
+  if name in RETRIEVAL and source.origin.split in NOT_KARPATHYS:
     raise UserError(
-      f"{name} in {source.origin.path} has no split test, and its split {source.origin.split} is of other images;"
-      " prepare it by Karpathy's splits (dataset_*.json), or give --incomplete to measure what is there"
+      f"{there} has no split test, and its split {source.origin.split} is of other images; prepare it by Karpathy's"
+      f" splits (dataset_*.json), {remedy}"
     )
-  # torchvision's folders say which split they are; a copy of another kind may be any of the published ones.
-  published = SETS[name]
-  expected = published.counts.get(source.origin.split, ()) if source.origin.layout == "torchvision" else ()
-  expected = expected or published.sizes
-  if len(source) not in expected and not incomplete:
-    said = " or ".join(f"{count:,}" for count in expected)
-    raise UserError(
-      f"{name} in {source.origin.path} has {len(source):,} images, and should have {said}; download it again, or give"
-      " --incomplete to measure what is there"
-    )
+  if len(source) not in published.sizes:
+    sizes = " or ".join(f"{count:,}" for count in published.sizes)
+    raise UserError(f"{there} has {len(source):,} images, and should have {sizes}; download it again, {remedy}")
   if isinstance(source, Labelled):
-    _check_classes(name, source, incomplete)
-  # A download that broke off leaves files without content. Ten of them show it, before hours of others.
-  for index in np.random.default_rng(0).permutation(len(source))[:DECODED]:
-    _check_image(name, source, int(index))
-
-
-def _check_classes(name: str, source: Labelled, incomplete: bool) -> None:
-  absent = np.setdiff1d(np.arange(len(source.classnames)), source.labels)
-  if absent.size and not incomplete:
-    raise UserError(
-      f"{name} in {source.origin.path} has no image of {absent.size} of {len(source.classnames)} classes, such as"
-      f" {source.classnames[absent[0]]!r}; download it again, or give --incomplete to measure what is there"
-    )
-  ours = class_lists.load()[name].templates
-  # Prompts decide a point or two, so that all layouts of a set are measured with one list.
-  theirs = source.origin.templates and prompts.resolve_templates(source.origin.templates)
-  if theirs and [prompts.fill(template, "{}") for template in theirs] != [*ours]:
-    logging.warning("%s: %d templates came with the data, and OpenAI's %d are used", name, len(theirs), len(ours))
-
-
-def _check_image(name: str, source: Labelled | Captioned, index: int) -> None:
-  try:
-    records.read_image(source[index]["image"])
-  except records.Unusable as error:
-    raise UserError(
-      f"{name} in {source.origin.path}: image {index} cannot be used: {error}; download it again"
-    ) from error
+    absent = np.setdiff1d(np.arange(len(source.classnames)), source.labels)
+    if absent.size:
+      raise UserError(
+        f"{there} has no image of {absent.size} of {len(source.classnames)} classes, such as"
+        f" {source.classnames[absent[0]]!r}; download it again, {remedy}"
+      )
 
 
 def is_whole(name: str, record: Mapping[str, Any]) -> bool:
@@ -211,40 +168,30 @@ def means(results: Mapping[str, Mapping[str, Any]]) -> Results:
   """
   made: Results = {}
   for task, wanted in (("zero_shot", ZERO_SHOT12), ("retrieval", RETRIEVAL)):
-    found = {name: results[task][name] for name in wanted if name in results.get(task, {})}
-    if not found:
+    records = {name: results[task][name] for name in wanted if name in results.get(task, {})}
+    if not records:
       continue
     # The name tells at a glance whether it may stand beside the paper's: a mean over other sets does not compare.
-    whole = len(found) == len(wanted) and all(is_whole(name, record) for name, record in found.items())
-    name = f"mean_over_{len(wanted)}" if whole else f"mean_of_{len(found)}"
-    first = next(iter(found.values()))
+    whole = len(records) == len(wanted) and all(is_whole(name, record) for name, record in records.items())
+    name = f"mean_over_{len(wanted)}" if whole else f"mean_of_{len(records)}"
+    figures: dict[str, list[float]] = {}
+    for each, record in records.items():
+      if task == "zero_shot":
+        for suffix in ("", "_single_template"):
+          figures.setdefault(f"mean{suffix}", []).append(record["metrics"][f"{SETS[each].metric}{suffix}"])
+      else:
+        ways = ("image_retrieval_recall@1", "text_retrieval_recall@1")
+        figures.setdefault("mean_recall@1", []).extend(record["metrics"][way] for way in ways)
+    first = next(iter(records.values()))
     made[task] = {
-      name: base.make_record(
+      name: make_record(
         dataset=name,
         model=first["model"],
         pretrained=first["pretrained"],
         task=first["task"],
-        metrics=_zero_shot_means(found) if task == "zero_shot" else _retrieval_means(found),
-        protocol={"sets": {each: record["protocol"]["num_images"] for each, record in found.items()}, "whole": whole},
-        provenance={**provenance.together(found.values()), "run": first.get("provenance", {}).get("run")},
+        metrics={metric: float(np.mean(values)) for metric, values in figures.items()},
+        protocol={"sets": {each: record["protocol"]["num_images"] for each, record in records.items()}, "whole": whole},
+        provenance={**provenance.together(records.values()), "run": first.get("provenance", {}).get("run")},
       )
     }
   return made
-
-
-def figure(name: str, record: Mapping[str, Any], *, single: bool = False) -> float:
-  """Return a set's own metric of zero-shot classification, of all its templates or of the single one."""
-  return record["metrics"][f"{SETS[name].metric}{'_single_template' if single else ''}"]
-
-
-def _zero_shot_means(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-
-  def mean(*, single: bool) -> float:
-    return float(np.mean([figure(name, record, single=single) for name, record in found.items()]))
-
-  return {"mean": mean(single=False), "mean_single_template": mean(single=True)}
-
-
-def _retrieval_means(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-  ways = ("image_retrieval_recall@1", "text_retrieval_recall@1")
-  return {"mean_recall@1": float(np.mean([record["metrics"][way] for record in found.values() for way in ways]))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
@@ -34,9 +34,30 @@ PAPER_NOTE = (
   "The paper's models are trained on CC3M. Of its means over twelve sets only differences are known: DiffDis is 1.65"
   " points above single-task models, and 4.7 above CLIP. It does not say which twelve sets, splits and prompts."
 )
+LONG_TAIL_NOTE = (
+  "Accuracy on test images in per cent. The first three columns are of the backbone, after stage 1 where there was"
+  " one; Acc is the head's, after stage 2. Many, median and low: classes with more than 99, 21 to 99, and at most 20"
+  " training images. The paper's rows are of Places-LT."
+)
+FID_NOTE = "The paper says of its FID that it is of images generated from MSCOCO's captions, and not how many."
 # The fields of a protocol that say how an image's text query is denoised: those of config.sections.Sampling.
 OF_DENOISING = ("steps", "num_noise_samples", "guidance", "normalize_query")
 Row = tuple[str, list[str]]
+
+
+class Column(NamedTuple):
+  """A column of a table: a metric of a task on a set, written as `shown` times `factor`."""
+
+  head: str
+  task: str
+  dataset: str
+  metric: str
+  factor: float = 100
+  shown: str = "{:.2f}"
+
+  def cell(self, results: Results) -> str:
+    value = results.get(self.task, {}).get(self.dataset, {}).get("metrics", {}).get(self.metric)
+    return NONE if value is None else self.shown.format(self.factor * value)
 
 
 def compare(paths: Sequence[str], out: str) -> None:
@@ -52,8 +73,8 @@ def compare(paths: Sequence[str], out: str) -> None:
   # Short names where they differ.
   names = [pathlib.PurePath(path).stem for path in paths]
   titles = names if len(set(names)) == len(names) else paths
-  found = {title: result_files.read(path) for title, path in zip(titles, paths, strict=True)}
-  result_files.write_text(out, table(found))
+  results = {title: result_files.read(path) for title, path in zip(titles, paths, strict=True)}
+  result_files.write_text(out, table(results))
 
 
 def write(run: str, results: Results, out: str) -> None:
@@ -68,7 +89,7 @@ def table(by_name: Mapping[str, Results]) -> str:
   marked.
 
   Args:
-    by_name: what a row is called -> its results.
+    by_name: a row's title -> its results.
   """
   notes: list[str] = []
   parts = [make(by_name, notes) for make in (_zero_shot, _retrieval, _fid, _long_tail, _others)]
@@ -79,22 +100,26 @@ def table(by_name: Mapping[str, Results]) -> str:
   return text + "\n"
 
 
+def _measured(task: str, by_name: Mapping[str, Results]) -> list[str]:
+  """Return the sets on which a task is measured, in any of the files, without means."""
+  names = dict.fromkeys(name for results in by_name.values() for name in results.get(task, {}))
+  return [name for name in names if not is_mean(name)]
+
+
 def _zero_shot(by_name: Mapping[str, Results], notes: list[str]) -> str:
   names = [*suites.ZERO_SHOT12]
-  if not any(name in results.get("zero_shot", {}) for results in by_name.values() for name in names):
+  if not {*names} & {*_measured("zero_shot", by_name)}:
     return ""
   marks = {name: _mark("zero_shot", name, by_name, notes) for name in names}
   rows: list[Row] = []
   for title, results in by_name.items():
-    found = results.get("zero_shot", {})
-    for suffix, single in (("", False), (", single template", True)):
-      cells = [_percent(suites.figure(name, found[name], single=single) if name in found else None) for name in names]
-      rows.append((f"{title}{suffix}", [*cells, _mean(found, "mean_single_template" if single else "mean")]))
-  rows += [
-    (title, [*(known.get(name, NONE) for name in names), NONE])
-    for title, known in PAPER.items()
-    if "imagenet1k" in known
-  ]
+    for suffix, metric in (("", ""), (", single template", "_single_template")):
+      columns = [Column("", "zero_shot", name, f"{suites.SETS[name].metric}{metric}") for name in names]
+      cells = [column.cell(results) for column in columns]
+      rows.append((f"{title}{suffix}", [*cells, _mean(results.get("zero_shot", {}), f"mean{metric}")]))
+  for title, known in PAPER.items():
+    if "imagenet1k" in known:
+      rows.append((title, [*(known.get(name, NONE) for name in names), NONE]))
   # The mean is marked if one of its columns is.
   heads = [*(suites.SETS[name].title + marks[name] for name in names), f"mean over 12{max(marks.values())}"]
   per_class = ", ".join(suites.SETS[name].title for name in names if suites.SETS[name].metric == suites.PER_CLASS)
@@ -102,137 +127,110 @@ def _zero_shot(by_name: Mapping[str, Results], notes: list[str]) -> str:
   return f"## Zero-shot classification\n\n{_markdown(heads, rows)}\n\n{note}"
 
 
-def _mean(found: Mapping[str, Any], metric: str) -> str:
+def _mean(records: Mapping[str, Any], metric: str) -> str:
   """Return the mean over 12 or, where fewer sets are there, the mean over these, marked with their number."""
-  name, record = next(((name, record) for name, record in found.items() if is_mean(name)), ("", None))
+  name, record = next(((name, record) for name, record in records.items() if is_mean(name)), ("", None))
   if record is None:
     return NONE
   value = f"{100 * record['metrics'][metric]:.2f}"
   if record["protocol"]["whole"]:
     return value
   sets = record["protocol"]["sets"]
-  whole = all(each in suites.SETS and each in found and suites.is_whole(each, found[each]) for each in sets)
+  whole = all(each in suites.SETS and each in records and suites.is_whole(each, records[each]) for each in sets)
   return f"{name.replace('_', ' ')}{'' if whole else ', not whole'}: {value}"
 
 
 def _retrieval(by_name: Mapping[str, Results], notes: list[str]) -> str:
   names = [*suites.RETRIEVAL]
-  if not any(name in results.get("retrieval", {}) for results in by_name.values() for name in names):
+  if not {*names} & {*_measured("retrieval", by_name)}:
     return ""
   ways = {"text → image": "image_retrieval_recall@1", "image → text": "text_retrieval_recall@1"}
   marks = {name: _mark("retrieval", name, by_name, notes) for name in names}
-  heads = [f"{suites.SETS[name].title} {way}{marks[name]}" for name in names for way in ways]
-  rows: list[Row] = []
-  for title, results in by_name.items():
-    found = results.get("retrieval", {})
-    cells = [
-      _percent(found[name]["metrics"][metric] if name in found else None) for name in names for metric in ways.values()
-    ]
-    rows.append((title, [*cells, _mean(found, "mean_recall@1")]))
-  rows += [(title, [*[NONE] * len(heads), known["mean R@1"]]) for title, known in PAPER.items() if "mean R@1" in known]
-  return f"## Retrieval\n\n{_markdown([*heads, f'mean R@1{max(marks.values())}'], rows)}\n\nRecall at 1 in per cent."
+  columns = [
+    Column(f"{suites.SETS[name].title} {way}{marks[name]}", "retrieval", name, metric)
+    for name in names
+    for way, metric in ways.items()
+  ]
+  rows: list[Row] = [
+    (title, [*(column.cell(results) for column in columns), _mean(results.get("retrieval", {}), "mean_recall@1")])
+    for title, results in by_name.items()
+  ]
+  rows += [(title, [NONE] * len(columns) + [known["mean R@1"]]) for title, known in PAPER.items() if "mean R@1" in known]
+  heads = [*(column.head for column in columns), f"mean R@1{max(marks.values())}"]
+  return f"## Retrieval\n\n{_markdown(heads, rows)}\n\nRecall at 1 in per cent."
 
 
 def _fid(by_name: Mapping[str, Results], notes: list[str]) -> str:
-  names = [*dict.fromkeys(name for results in by_name.values() for name in results.get("fid", {}))]
+  names = _measured("fid", by_name)
   if not names:
     return ""
-  heads, columns = [], []
+  columns = []
   for name in names:
-    mark = _mark("fid", name, by_name, notes)
-    title = suites.SETS[name].title if name in suites.SETS else name
-    for metric, shown, digits in (("fid", "FID", 2), ("kid", "KID × 1000", 3), ("num_images", "images", 0)):
-      heads.append(f"{title} {shown}{mark}")
-      columns.append((name, metric, digits))
-  rows: list[Row] = []
-  for title, results in by_name.items():
-    metrics = {name: record["metrics"] for name, record in results.get("fid", {}).items()}
-    cells = []
-    for name, metric, digits in columns:
-      value = metrics.get(name, {}).get(metric)
-      cells.append(NONE if value is None else f"{value * (1000 if metric == 'kid' else 1):.{digits}f}")
-    rows.append((title, cells))
+    mark, title = _mark("fid", name, by_name, notes), suites.SETS[name].title if name in suites.SETS else name
+    columns += [
+      Column(f"{title} FID{mark}", "fid", name, "fid", 1),
+      Column(f"{title} KID × 1000{mark}", "fid", name, "kid", 1000, "{:.3f}"),
+      Column(f"{title} images{mark}", "fid", name, "num_images", 1, "{:.0f}"),
+    ]
+  rows: list[Row] = [(title, [column.cell(results) for column in columns]) for title, results in by_name.items()]
+  text = f"## FID\n\n{_markdown([column.head for column in columns], rows)}"
   # The paper's figures are of MSCOCO; under another set they would ask to be compared.
   if not suites.FID.keys() & {*names}:
-    return f"## FID\n\n{_markdown(heads, rows)}"
+    return text
   for title, known in PAPER.items():
     if "fid" in known:
-      cells = [known["fid"] if name in suites.FID and metric == "fid" else NONE for name, metric, _ in columns]
-      rows.append((title, cells))
-  note = "The paper says of its FID that it is of images generated from MSCOCO's captions, and not how many."
-  return f"## FID\n\n{_markdown(heads, rows)}\n\n{note}"
+      is_known = lambda column: column.dataset in suites.FID and column.metric == "fid"
+      rows.append((title, [known["fid"] if is_known(column) else NONE for column in columns]))
+  return f"## FID\n\n{_markdown([column.head for column in columns], rows)}\n\n{FID_NOTE}"
 
 
 def _long_tail(by_name: Mapping[str, Results], notes: list[str]) -> str:
   """Return Table 8's columns of each set, and the groups of the last."""
-  names = [*dict.fromkeys(name for results in by_name.values() for name in results.get("long_tail", {}))]
   parts = []
-  for name in names:
-    rows: list[Row] = []
-    for title, results in by_name.items():
-      metrics = results.get("long_tail", {}).get(name, {}).get("metrics", {})
-      rows.append((title, [_percent(metrics.get(column)) for column in LONG_TAIL_COLUMNS.values()]))
-    rows += [(title, [*known, *[NONE] * (len(LONG_TAIL_COLUMNS) - len(known))]) for title, known in LONG_TAIL.items()]
+  for name in _measured("long_tail", by_name):
+    columns = [Column(head, "long_tail", name, metric) for head, metric in LONG_TAIL_COLUMNS.items()]
+    rows: list[Row] = [(title, [column.cell(results) for column in columns]) for title, results in by_name.items()]
+    rows += [(title, [*known, *[NONE] * (len(columns) - len(known))]) for title, known in LONG_TAIL.items()]
     mark = _mark("long_tail", name, by_name, notes)
     parts.append(f"## Long-tailed recognition, {name}{mark}\n\n{_markdown([*LONG_TAIL_COLUMNS], rows)}")
-  if not parts:
-    return ""
-  note = (
-    "Accuracy on test images in per cent. The first three columns are of the backbone, after stage 1 where there was"
-    " one; Acc is the head's, after stage 2. Many, median and low: classes with more than 99, 21 to 99, and at most 20"
-    " training images. The paper's rows are of Places-LT."
-  )
-  return "\n\n".join([*parts, note])
+  return "\n\n".join([*parts, LONG_TAIL_NOTE]) if parts else ""
 
 
 def _others(by_name: Mapping[str, Results], notes: list[str]) -> str:
   """Return the sets that are no part of a suite: every metric a line."""
-  keys = dict.fromkeys(
-    (task, name, metric)
-    for results in by_name.values()
-    for task, records in results.items()
-    for name, record in records.items()
-    if not is_mean(name) and not _has_column(task, name)
-    for metric in record["metrics"]
-  )
-  if not keys:
-    return ""
-  marks = {key[:2]: _mark(*key[:2], by_name, notes) for key in keys}
-  rows: list[Row] = []
-  for task, name, metric in keys:
-    values = [results.get(task, {}).get(name, {}).get("metrics", {}).get(metric) for results in by_name.values()]
-    shown = [NONE if value is None else f"{value:.4f}" for value in values]
-    rows.append((f"{task}, {name}, {metric}{marks[task, name]}", shown))
-  return f"## Other sets\n\n{_markdown([*by_name], rows)}"
-
-
-def _has_column(task: str, name: str) -> bool:
-  """Return whether the set's figures of this task stand in a table of their own."""
-  return task in ("fid", "long_tail") or (name in suites.SETS and suites.SETS[name].task == task)
+  tasks = dict.fromkeys(task for results in by_name.values() for task in results)
+  columns = []
+  for task in tasks:
+    for name in _measured(task, by_name):
+      if task in ("fid", "long_tail") or (name in suites.SETS and suites.SETS[name].task == task):
+        continue  # which have a table of their own
+      records = [results[task][name] for results in by_name.values() if name in results.get(task, {})]
+      mark = _mark(task, name, by_name, notes)
+      for metric in dict.fromkeys(metric for record in records for metric in record["metrics"]):
+        columns.append(Column(f"{task}, {name}, {metric}{mark}", task, name, metric, 1, "{:.4f}"))
+  rows: list[Row] = [(column.head, [column.cell(results) for results in by_name.values()]) for column in columns]
+  return f"## Other sets\n\n{_markdown([*by_name], rows)}" if rows else ""
 
 
 def _mark(task: str, name: str, by_name: Mapping[str, Results], notes: list[str]) -> str:
   """Return a dagger where the protocols of the files differ for this set, and note how they differ."""
-  found = {title: results[task][name] for title, results in by_name.items() if name in results.get(task, {})}
-  protocols = [record["protocol"] for record in found.values()]
+  protocols = {
+    title: results[task][name]["protocol"] for title, results in by_name.items() if name in results.get(task, {})
+  }
   # Models differ in these by nature, and may still be measured alike.
-  different = differences(protocols, ignored=OF_A_MODEL)
+  different = differences(protocols.values(), ignored=OF_A_MODEL)
   # So they do in whether they denoise: CLIP has none of these settings, and is no other way of denoising.
-  denoising = differences(protocol for protocol in protocols if not {*OF_DENOISING}.isdisjoint(protocol))
-  different = {name: each for name, each in different.items() if name not in OF_DENOISING or name in denoising}
+  denoising = differences(each for each in protocols.values() if not {*OF_DENOISING}.isdisjoint(each))
+  different = {field: values for field, values in different.items() if field not in OF_DENOISING or field in denoising}
   for field, values in different.items():
-    said = "; ".join(f"{title}: {_short(value)}" for title, value in zip(found, values, strict=True))
-    notes.append(f"- {task}, {name}, {field}: {said}")
+    text = "; ".join(f"{title}: {_short(value)}" for title, value in zip(protocols, values, strict=True))
+    notes.append(f"- {task}, {name}, {field}: {text}")
   return " †" if different else ""
 
 
 def _short(value: Any) -> str:
   text = "none" if value is None else json.dumps(value, ensure_ascii=False)
   return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _percent(value: float | None) -> str:
-  return NONE if value is None else f"{100 * value:.2f}"
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Row]) -> str:

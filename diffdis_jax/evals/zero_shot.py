@@ -3,175 +3,116 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 from jaxtyping import Bool, Float, Int
 
-from diffdis_jax.config.section import check_choice
+from diffdis_jax.config.section import choice, field
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, prompts
-from diffdis_jax.evals.settings import written
+from diffdis_jax.evals.prompts import ClassNames, comparable
 
 NAME_FIELD = "class"  # of a record whose label is a number: the class's name, as prepare_data folder writes it
 METRICS = ("acc1", "mean_per_class_recall")
 _NUMBER = re.compile(r"n\d{8}")  # of WordNet, as ImageNet's class folders are called
 
 
-class ZeroShot:
+@base.settings()
+class ZeroShot(base.OfImages):
   """Task `zero_shot`: top-1, top-5 and mean per-class recall over a class list.
 
   An image's class is that whose text embedding, of its name in prompt templates, is nearest to the image's denoised
   query. Source: the paper's Table 1; prompts and their mean after CLIP (Radford et al., 2021).
 
-  Args:
-    data: section of a data source, as `data.sources.open_source` takes it.
-    classnames: a JSON file's path to a list of names or an object {name in the data: name in the prompts}, or, other
-      than as a flag, either itself; empty for the labels that occur in the data, sorted, with spaces for underscores.
-      Names compare as by `prompts.comparable`.
-    templates: a JSON file's path to a list of prompt templates, or, other than as a flag, the list; empty for
-      `prompts.TEMPLATES`.
-    single_template: template that is also measured on its own; empty for the first of the templates.
-    metric: the data set's own metric, "acc1" or "mean_per_class_recall"; only written to the record.
-    label_field: the record's field with the class name, or with its number in `classnames`. Where it is the number, a
-      name may occur twice, as two do in the usual list of ImageNet; between equal names it is a tie, which is wrong.
-      Where records have both the number and, as `class`, the name, as `prepare_data folder` makes them, the list must
-      have the same names in the same places. A `class` that is itself the number fits any name; so do WordNet's numbers
-      such as n01440764, if the list has as many names as there are of them.
-    only_classes_present: leave out the class names that no record has.
-    seen_classes: a JSON file's path to a list of the training set's classes, or, other than as a flag, the list; acc1
-      is then also reported on seen and on unseen classes, both against the whole class list.
-    seen_split: the split of the same data whose labels are `seen_classes`.
-    num_images: how many images to measure, the same ones each time; None for all.
-    seed: seed of the query's noise, and of the shuffle.
-    reduced_decoding: decode JPEGs of at least twice the side that is seen at 1/2, 1/4 or 1/8 of their size. It is
-      faster, and figures then differ slightly from published protocols.
-    shuffle_labels: the leak test. Each record keeps its place and its label but shows another one's image, so accuracy
-      must fall to chance; where it does not, something other than the pixels gives the label away.
-
-  Raises:
-    UserError: a class name occurs twice and labels are names, a label is not in the class list, the class list and
-      the data have different names for a number, the names are ImageNet's numbers, a template has no place for the
-      name.
+  A label is a class's name or its number in `classnames`. Names compare as by `prompts.comparable`. Where records have
+  both the number and, as `class`, the name, the list must have the same names in the same places; a `class` that is
+  itself the number fits any name, and so do WordNet's numbers, if the list has as many names as there are of them.
+  Classes of one name, as two pairs of ImageNet's, are a tie, which is wrong.
   """
 
   task = "zeroshot_classification"
 
-  def __init__(
-    self,
-    *,
-    data: Mapping[str, Any],
-    classnames: Sequence[str] | Mapping[str, str] | str = "",
-    templates: Sequence[str] | str = "",
-    single_template: str = "",
-    metric: str = "acc1",
-    label_field: str = "label",
-    only_classes_present: bool = False,
-    seen_classes: Sequence[str] | str = "",
-    seen_split: str = "",
-    num_images: int | None = None,
-    seed: int = 0,
-    reduced_decoding: bool = False,
-    shuffle_labels: bool = False,
-  ):
-    check_choice("metric", metric, METRICS)
-    self.source = sources.open_source(**data)
-    self._indices = base.subset(len(self.source), num_images)
-    self._seed, self._reduced_decoding = seed, reduced_decoding
-    self._shuffle_labels = shuffle_labels
-    self.templates = prompts.resolve_templates(templates)
-    self._single = prompts.resolve_templates((single_template,))[0] if single_template else self.templates[0]
-    self._metric = metric
+  classnames: Sequence[str] | Mapping[str, str] | str = field(
+    "", help="JSON file of class names: a list, or an object {name in the data: name}; by default the data's labels"
+  )
+  templates: Sequence[str] | str = field("", help="JSON file of a list of prompt templates, such as 'a photo of a {}.'")
+  single_template: str = field("", help="template that is also measured by itself; by default the first one")
+  metric: str = choice("acc1", METRICS, help="the data set's own metric; only written to the record")
+  label_field: str = field("label", help="record's field with the class's name, or with its number in classnames")
+  only_classes_present: bool = field(False, help="leave out the class names that no record has")
+  seen_classes: Sequence[str] | str = field(
+    "", help="JSON file of a list of the training set's classes: accuracy is also given on seen and on unseen ones"
+  )
+  seen_split: str = field("", help="split of the same data whose labels are the seen classes")
 
+  def open(self) -> None:
+    if self.seen_split and self.seen_classes:
+      raise UserError("seen_split and seen_classes are both set; give one of them")
+    super().open()
+    self.all_templates = prompts.resolve_templates(self.templates)
+    self.single = self.single_template or self.all_templates[0]
+    prompts.resolve_templates((self.single,))  # which checks it
     # Names first: labels that are numbers are places in them.
-    given = prompts.resolve_classnames(classnames) if classnames else None
-    labels = _read_labels(self.source, label_field, given)
+    given = prompts.resolve_classnames(self.classnames) if self.classnames else None
+    labels = _read_labels(self.source, self.label_field, given)
     classes = given or _occurring(labels)
-    places = _places(labels, classes)
-    kept = classes
-    if only_classes_present:
+    places, kept = _places(labels, classes), classes
+    if self.only_classes_present:
       # Fewer classes are an easier question, which is why it is no default.
       present, places = np.unique(places, return_inverse=True)
-      names, keys = (tuple(field[i] for i in present) for field in (classes.names, classes.keys))
+      names, keys = (tuple(each[i] for i in present) for each in (classes.names, classes.keys))
       kept = classes._replace(names=names, keys=keys)
-    self.classnames = kept.names
-    self.labels = places[self._indices]
+    self.names, self.labels = kept.names, places[self.indices]
     # ImageNet's folders without a list of names: every prompt would be "a photo of a n01440764".
-    if all(_NUMBER.fullmatch(name) for name in self.classnames):
+    if all(_NUMBER.fullmatch(name) for name in self.names):
       raise UserError(
-        f"the class names are numbers such as {self.classnames[0]}; give a JSON list of names in their order as"
+        f"the class names are numbers such as {self.names[0]}; give a JSON list of names in their order as"
         " classnames, with label_field=label"
       )
-    if not given and all(name.isdecimal() for name in self.classnames):
-      logging.warning(
-        "the data call classes by numbers such as %s, and prompts are such as %r; give an object of names,"
-        " {number in the data: name}, as classnames",
-        self.classnames[0],
-        prompts.fill(self._single, self.classnames[0]),
-      )
-
-    if seen_split and seen_classes:
-      raise UserError("seen_split and seen_classes are both set; give one of them")
-    self._seen = None
-    if seen_split:
-      labels = _read_labels(base.open_split(data, seen_split), label_field, given)
-      self._seen = _is_in(kept.keys, [label if isinstance(label, str) else classes.keys[label] for label in labels])
-    elif seen_classes:
-      self._seen = _is_in(kept.names, prompts.resolve_classnames(seen_classes).names)
-
-  @property
-  def order(self) -> Int[np.ndarray, " n"]:
-    """Return which image stands for the record of each of `labels`: its own, unless labels are shuffled."""
-    # The leak test changes which image is shown, and nothing else: labels, places and noise stay.
-    return base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
+    self.seen = None
+    if self.seen_split:
+      labels = _read_labels(base.open_split(self.data, self.seen_split), self.label_field, given)
+      self.seen = _is_in(kept.keys, [label if isinstance(label, str) else classes.keys[label] for label in labels])
+    elif self.seen_classes:
+      self.seen = _is_in(kept.names, prompts.resolve_classnames(self.seen_classes).names)
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """Return how `run` measures with this inference."""
     return {
-      **inference.protocol,
-      "seed": self._seed,
-      "num_images": len(self._indices),
-      "num_classes": len(self.classnames),
-      "classnames_sha256": prompts.sha256(self.classnames),  # they decide as much as templates, and may be thousands
-      "templates": list(self.templates),
-      "single_template": self._single,
-      "metric": self._metric,
-      "ties": base.TIES,
-      "equal_names": prompts.repeated_names(self.classnames),
-      **base.origin(self.source),
-      "reduced_decoding": self._reduced_decoding,
-      "shuffle_labels": self._shuffle_labels,
+      **super().protocol(inference),
+      "num_classes": len(self.names),
+      "classnames_sha256": prompts.sha256(self.names),  # they decide as much as templates, and may be thousands
+      "templates": list(self.all_templates),
+      "single_template": self.single,
+      "metric": self.metric,
+      "equal_names": prompts.repeated_names(self.names),
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """Return acc1, acc5, the mean and the lowest recall of a class: of all templates averaged, and of the single
     one."""
-    images = base.embed_images(
-      inference, params, self.source, self.order, seed=self._seed, reduced_decoding=self._reduced_decoding
-    )
+    images = self.embed_images(inference, params)
     by_template = self._embed_classes(inference, params)
     # The mean of unit vectors, normalised again, as CLIP builds its classifier of several templates.
-    mean = np.stack([by_template[template] for template in self.templates]).mean(axis=0)
-    ensemble = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
-    metrics = self._measure(images, ensemble)
-    single = self._measure(images, by_template[self._single])
+    mean = np.stack([by_template[template] for template in self.all_templates]).mean(axis=0)
+    metrics = self._measure(images, mean / np.linalg.norm(mean, axis=-1, keepdims=True))
+    single = self._measure(images, by_template[self.single])
     return metrics | {f"{name}_single_template": value for name, value in single.items()}
 
   def _embed_classes(self, inference: Any, params: Mapping[str, Any]) -> dict[str, Float[np.ndarray, "k d"]]:
     # Classes whose names differ only beyond what is read are equal to the network.
-    prompts.warn_of_long(tuple(prompts.fill(self._single, name) for name in self.classnames), inference.max_length)
+    prompts.warn_of_long(tuple(prompts.fill(self.single, name) for name in self.names), inference.max_length)
     # The single template is often among the others, and is then embedded once.
-    templates = [*dict.fromkeys((*self.templates, self._single))]
-    texts = [prompts.fill(template, name) for template in templates for name in self.classnames]
+    templates = [*dict.fromkeys((*self.all_templates, self.single))]
+    texts = [prompts.fill(template, name) for template in templates for name in self.names]
     embedded = base.embed_texts(inference, params, texts)
-    return dict(zip(templates, embedded.reshape(len(templates), len(self.classnames), -1), strict=True))
+    return dict(zip(templates, embedded.reshape(len(templates), len(self.names), -1), strict=True))
 
   def _measure(self, images: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "k d"]) -> dict[str, float]:
-    ranks = base.ranks(images, classes, query_groups=self.labels, key_groups=np.arange(len(classes)))
-    return self.metrics(ranks)
+    return self.metrics(base.ranks(images, classes, query_groups=self.labels, key_groups=np.arange(len(classes))))
 
   def metrics(self, ranks: Int[np.ndarray, " n"]) -> dict[str, float]:
     """Return the reported metrics, given how many classes come before each image's own; 0 is right."""
@@ -182,13 +123,12 @@ class ZeroShot:
       "mean_per_class_recall": float(recalls.mean()),
       "lowest_class_recall": float(recalls.min()),
     }
-    if len(self.classnames) >= 5:
+    if len(self.names) >= 5:
       metrics["acc5"] = float((ranks < 5).mean())
-    if self._seen is not None:
-      seen = self._seen[self.labels]
-      metrics |= {
-        name: float(right[which].mean()) for name, which in (("acc1_seen", seen), ("acc1_unseen", ~seen)) if which.any()
-      }
+    if self.seen is not None:
+      seen = self.seen[self.labels]
+      groups = (("acc1_seen", seen), ("acc1_unseen", ~seen))
+      metrics |= {name: float(right[which].mean()) for name, which in groups if which.any()}
     return metrics
 
 
@@ -200,100 +140,84 @@ def class_recalls(right: Bool[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) 
   return hits[counts > 0] / counts[counts > 0]
 
 
-def _read_labels(source: sources.Source, field: str, classes: prompts.ClassNames | None) -> list[str | int]:
+def _read_labels(source: sources.Source, name: str, classes: ClassNames | None) -> list[str | int]:
   """Return every record's label: the class's name in the data, or its number in the class list."""
   labels, named = [], set()
-  called: dict[str, set[str]] = {}  # caption -> the classes that it is of
-  by_key = classes is not None and classes.by_key
   for i in range(len(source)):
     record = base.fields(source, i)
-    label, name = base.get_field(record, field), record.get(NAME_FIELD)
+    label, called = base.get_field(record, name), record.get(NAME_FIELD)
     if not isinstance(label, str):
-      _check_number(label, field, record, classes)
-      if by_key:
-        label = name
-      elif isinstance(name, str):
-        named.add((int(label), name))
-    elif field == "caption" and isinstance(name, str):
-      called.setdefault(prompts.comparable(label), set()).add(name)
+      _check_number(label, name, called, classes)
+      if classes is not None and classes.by_key:
+        label = called
+      elif isinstance(called, str):
+        named.add((int(label), called))
     labels.append(label)
   if classes is not None:
-    _check_names(named, classes)
-  # Two pairs of ImageNet's thousand classes have one name each: without a list, 998 are measured.
-  elif shared := sorted(caption for caption, names in called.items() if len(names) > 1):
-    logging.warning(
-      "class names that several classes of the data have in common count as one class: %s; give the names of all"
-      " classes as classnames, with label_field=label",
-      ", ".join(map(repr, shared)),
-    )
+    _check_names(sorted(named), classes)
   return labels
 
 
-def _check_number(label: Any, field: str, record: Mapping[str, Any], classes: prompts.ClassNames | None) -> None:
-  """Check that the label is a number that tells the class. Raises UserError otherwise."""
-  has_name = isinstance(record.get(NAME_FIELD), str)
+def _check_number(label: Any, name: str, called: Any, classes: ClassNames | None) -> None:
+  """Check that the label is a number that stands for a class. Raises UserError otherwise."""
   if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
-    raise UserError(f"field {field!r} holds {label!r}; a label should be a class name or its number")
+    raise UserError(f"field {name!r} holds {label!r}; a label should be a class name or its number")
   if classes is None:
-    by_name = f", or {written('label_field')}={NAME_FIELD} to go by the data's names" if has_name else ""
+    by_name = f", or label_field={NAME_FIELD} to go by the data's names" if isinstance(called, str) else ""
     raise UserError(
-      f"field {field!r} holds numbers such as {label}; give the class names that they count into{by_name}"
+      f"field {name!r} holds numbers such as {label}; give the class names that they count into{by_name}"
     )
-  if classes.by_key:
-    if not has_name:
-      raise UserError(
-        f"field {field!r} holds numbers without a name beside them (field {NAME_FIELD!r}), so that an object of names"
-        " does not apply; give a list of class names in the order of the numbers"
-      )
-  elif not 0 <= label < len(classes.names):
-    raise UserError(f"field {field!r} holds {label}, but there are {len(classes.names)} class names, from 0")
+  if classes.by_key and not isinstance(called, str):
+    raise UserError(
+      f"field {name!r} holds numbers without a name beside them (field {NAME_FIELD!r}), so that an object of names"
+      " does not apply; give a list of class names in the order of the numbers"
+    )
+  if not classes.by_key and not 0 <= label < len(classes.names):
+    raise UserError(f"field {name!r} holds {label}, but there are {len(classes.names)} class names, from 0")
 
 
-def _check_names(named: Collection[tuple[int, str]], classes: prompts.ClassNames) -> None:
+def _check_names(named: Sequence[tuple[int, str]], classes: ClassNames) -> None:
   """Check that the data's name for a number is that of the class list. Raises UserError where it is not."""
   # A list has the names in the order of WordNet's numbers, as ImageNet's folders are called. Only a list of all of them
   # does: for some it does not say which.
-  codes = [name for _, name in sorted(named)]
-  is_in_order = codes == sorted(codes) and [number for number, _ in sorted(named)] == [*range(len(classes.names))]
+  codes = [name for _, name in named]
+  is_in_order = codes == sorted(codes) and [number for number, _ in named] == [*range(len(classes.names))]
   if is_in_order and all(map(_NUMBER.fullmatch, codes)):
     return
-  for number, name in sorted(named):
+  for number, name in named:
     # A folder that is called by its number says nothing of the order of the names.
     is_number = name.isdecimal() and int(name) == number
-    if not is_number and prompts.comparable(name) != prompts.comparable(classes.names[number]):
-      by_name = f"{written('label_field')}={NAME_FIELD} to go by name"
+    if not is_number and comparable(name) != comparable(classes.names[number]):
       raise UserError(
         f"class {number} is {name!r} in the data, but {classes.names[number]!r} in the class list; give the names in"
-        f" the data's order, or {by_name}, or an object {{name in the data: your name}}"
+        f" the data's order, or label_field={NAME_FIELD} to go by name, or an object {{name in the data: your name}}"
       )
 
 
-def _occurring(labels: Sequence[str | int]) -> prompts.ClassNames:
+def _occurring(labels: Sequence[str | int]) -> ClassNames:
   """Return the classes of these names, sorted."""
-  keys = sorted({prompts.comparable(label): label for label in labels if isinstance(label, str)}.values())
-  return prompts.ClassNames(names=tuple(key.replace("_", " ") for key in keys), keys=tuple(keys))
+  keys = sorted({comparable(label): label for label in labels if isinstance(label, str)}.values())
+  return ClassNames(names=tuple(key.replace("_", " ") for key in keys), keys=tuple(keys))
 
 
-def _places(labels: Sequence[str | int], classes: prompts.ClassNames) -> Int[np.ndarray, " n"]:
+def _places(labels: Sequence[str | int], classes: ClassNames) -> Int[np.ndarray, " n"]:
   """Return each label's place in the class list."""
   # Spelling of the data and of a list differ in case and underscores, and mean the same class.
-  index = {prompts.comparable(key): i for i, key in enumerate(classes.keys)}
+  index = {comparable(key): i for i, key in enumerate(classes.keys)}
   names = {label for label in labels if isinstance(label, str)}
   if names and len(index) < len(classes.keys):
-    repeated = prompts.repeated([prompts.comparable(key) for key in classes.keys])
+    repeated = prompts.listed(prompts.repeated_names([*map(comparable, classes.keys)]))
     raise UserError(f"class list with duplicates: {repeated}; each class name should occur once")
-  if repeated := prompts.repeated(classes.names):
-    logging.warning("equal class names cannot be distinguished and count as wrong: %s", repeated)
-  if missing := sorted(name for name in names if prompts.comparable(name) not in index):
-    shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
-    # Columns of a .csv are texts, also where they are numbers. A list of such numbers is only not whole.
-    are_numbers = all(map(str.isdecimal, missing)) and not any(map(str.isdecimal, classes.keys))
-    number = "they are texts: give an object {number in the data: name} instead"
-    remedy = number if are_numbers else "add them to the class list"
-    raise UserError(f"{len(missing)} labels of the data are not in the class list: {shown}; {remedy}")
-  return np.array([index[prompts.comparable(label)] if isinstance(label, str) else label for label in labels])
+  if repeated := prompts.repeated_names(classes.names):
+    logging.warning("equal class names cannot be distinguished and count as wrong: %s", prompts.listed(repeated))
+  if missing := sorted(name for name in names if comparable(name) not in index):
+    raise UserError(
+      f"{len(missing)} labels of the data are not in the class list: {prompts.listed(missing)}; add them to it, or give"
+      " an object {label in the data: name}"
+    )
+  return np.array([index[comparable(label)] if isinstance(label, str) else label for label in labels])
 
 
 def _is_in(names: Sequence[str], others: Sequence[str]) -> Bool[np.ndarray, " k"]:
   """Return, for each of the names, whether it is among the others."""
-  return np.isin([prompts.comparable(name) for name in names], sorted({prompts.comparable(name) for name in others}))
+  return np.isin([*map(comparable, names)], sorted({*map(comparable, others)}))

@@ -85,7 +85,7 @@ def test_nothing_is_compiled_again_for_other_requests(sampler):
     [*sampler.estimates(IMAGE, seed=9, steps=steps_, num_noise_samples=samples)]
   sampler.text_queries(["a", "b", "c"])
   assert [compiled(program) for program in programs] == [1] * 5
-  assert compiled(sampler.model._compiled_embed_texts) == compiled(sampler.model._compiled_embed_images) == 1
+  assert compiled(sampler.model.programs["text embeddings"]) == compiled(sampler.model.programs["image queries"]) == 1
 
 
 def test_a_model_that_diverged_is_a_message(sampler, monkeypatch):

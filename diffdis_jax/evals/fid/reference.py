@@ -21,14 +21,14 @@ from absl import logging
 from jaxtyping import Float
 
 from diffdis_jax.common import buckets, files
-from diffdis_jax.data import paths
 from diffdis_jax.errors import UserError, may_pass, parse_json
-from diffdis_jax.evals import distances
+from diffdis_jax.evals.fid import distances
 from diffdis_jax.models.inception import WIDTH
 
 FORM = "it should be an .npz with mu [2048] and sigma [2048, 2048], as pytorch-fid or this command writes it"
-# What of a reference's protocol must be as in the measurement, and what it is called.
-SAME = {"resize": "resize", "weights_sha256": "Inception weights"}
+# Of a reference's protocol: what must be as in the measurement, and what should be.
+MUST = {"resize": "resize", "weights_sha256": "Inception weights"}
+SHOULD = ("image_size", "resampling")
 # What numpy raises for a file that is damaged, or whose header claims what no such file has.
 UNREADABLE = (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, RuntimeError, MemoryError)
 UNREADABLE += (zipfile.BadZipFile, zlib.error)
@@ -65,7 +65,7 @@ class Folder:
     return len(self.files)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    return {"image": self.files[index].read_bytes(), "caption": "", "key": self.files[index].name}
+    return {"image": self.files[index].read_bytes()}
 
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
@@ -73,15 +73,10 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
   folder = buckets.local(path, "reference_images")
   if not folder.is_dir():
     raise UserError(f"no folder {folder}; it should hold the reference's images, {', '.join(ENDINGS)}")
-  found = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not paths.is_hidden(file.name))
-  if len(found) < 2:
-    raise UserError(f"{folder} holds {len(found)} images ({', '.join(ENDINGS)}); a reference takes at least 2")
-  return Folder(found)
-
-
-def of_features(features: Float[np.ndarray, "n d"], *, protocol: Mapping[str, Any]) -> Reference:
-  """Return the reference of these features. Raises UserError: fewer than two images."""
-  return Reference(distances.gaussian(features), features, {**protocol, "num_images": len(features)})
+  images = sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in ENDINGS)
+  if len(images) < 2:
+    raise UserError(f"{folder} holds {len(images)} images ({', '.join(ENDINGS)}); a reference takes at least 2")
+  return Folder(images)
 
 
 def write(path: str | os.PathLike[str], reference: Reference) -> None:
@@ -112,22 +107,20 @@ def read(path: str | os.PathLike[str]) -> Reference:
       content = {name: file[name] for name in file.files}
     # f64 whatever the file has: the trace of the square root is a small difference of large numbers.
     mean, covariance = (content[name].astype(np.float64) for name in ("mu", "sigma"))
-    protocol = (
-      parse_json(str(content["protocol"]), f"the protocol in --reference={path}") if "protocol" in content else None
-    )
+    protocol = parse_json(str(content["protocol"]), f"the protocol of {path}") if "protocol" in content else None
     count = int(content["num_images"]) if "num_images" in content else None
   except UNREADABLE as error:
     if may_pass(error):
       raise
     raise UserError(f"cannot read --reference={path}: {error}; {FORM}") from error
-  if not isinstance(protocol, dict | None):
-    raise UserError(f"cannot read --reference={path}: its protocol is {protocol!r}; {FORM}")
-  # A file of another layer or network has other widths; FID of it would be another measure.
-  if mean.shape != (WIDTH,) or covariance.shape != (WIDTH, WIDTH):
-    raise UserError(f"--reference={path} has mu {list(mean.shape)} and sigma {list(covariance.shape)}; {FORM}")
   features = content.get("features")
-  if features is not None and (features.ndim != 2 or features.shape[1] != WIDTH or len(features) < 2):
-    raise UserError(f"--reference={path} has features {list(features.shape)}; {FORM}")
+  # A file of another layer or network has other widths; FID of it would be another measure.
+  shapes = [mean.shape == (WIDTH,), covariance.shape == (WIDTH, WIDTH), isinstance(protocol, dict | None)]
+  if features is not None:
+    shapes.append(features.ndim == 2 and features.shape[1] == WIDTH and len(features) >= 2)
+  if not all(shapes):
+    there = {name: list(value.shape) for name, value in content.items()}
+    raise UserError(f"--reference={path} has {there}; {FORM}")
   if not all(np.isfinite(each).all() for each in (mean, covariance, features) if each is not None):
     raise UserError(f"--reference={path} holds values that are not finite; {FORM}")
   if count is not None and count < 2:
@@ -140,9 +133,9 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str, *, image
 
   Args:
     reference: what was read.
-    expected: protocol of the measurement, with the fields of SAME, `code`, `image_size`, `resampling` and `images`.
+    expected: protocol of the measurement, with the fields of MUST and SHOULD, and `images`.
     path: of the file, for messages.
-    images_asked_for: whether the user has said which images the reference should be of; other ones are then refused.
+    images_asked_for: the user has said of which images the reference should be; other ones are then refused.
 
   Raises:
     UserError: they were made by another resize, with other weights, or of other images than those asked for.
@@ -150,39 +143,18 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str, *, image
   # Other tools write no protocol. They are what users have, so the doubt is said and the file taken.
   protocol = reference.protocol
   if protocol is None:
-    logging.warning(
-      "--reference=%s does not say how it was made: its resize is unknown, and the figure right only if it was %s",
-      path,
-      expected["resize"],
-    )
+    unknown = "does not say how it was made: its resize is unknown, and the figure right only if it was"
+    logging.warning("--reference=%s %s %s", path, unknown, expected["resize"])
     return
-  for name, what in SAME.items():
+  names = MUST | ({"images": "kind of images"} if images_asked_for else {})
+  for name, what in names.items():
     if protocol.get(name) != expected[name]:
       raise UserError(
         f"--reference={path} is of another {what}, {protocol.get(name)}, and this measurement's is {expected[name]};"
         " they do not compare: name a new file, which is then made"
       )
-  if images_asked_for and protocol.get("images") != expected["images"]:
-    raise UserError(
-      f"--reference={path} is of other images, {protocol.get('images')}, than those asked for, {expected['images']};"
-      " name a new file, which is then made"
-    )
-  made_of, prompts_of = _data(protocol), _data(expected)
-  if not images_asked_for and made_of and prompts_of and made_of != prompts_of:
-    logging.warning("--reference=%s is made of %s, and the prompts are of %s", path, made_of, prompts_of)
-  # Only a warning: most versions give the same features, and the file took long.
-  if protocol.get("code") != expected["code"]:
-    logging.warning(
-      "--reference=%s was made by other versions of this package or of JAX; to make it again, name a new file", path
-    )
-  for name in ("image_size", "resampling"):
-    if protocol.get(name) != expected[name]:
-      logging.warning(
-        "--reference=%s has %s %s, and this measurement %s", path, name, protocol.get(name), expected[name]
-      )
-
-
-def _data(protocol: Mapping[str, Any]) -> str:
-  """Return set and split of the reference's images; empty where they are not those of a set."""
-  data = (protocol.get("images") or {}).get("data") or {}
-  return ", ".join(str(data[name]) for name in ("path", "name", "split") if data.get(name))
+  # The same file may serve prompts of another set, if that is what is wanted.
+  theirs, ours = ({**each, "images": (each.get("images") or {}).get("data")} for each in (protocol, expected))
+  for name in (*SHOULD, "images"):
+    if theirs.get(name) != ours[name] and (name in SHOULD or theirs["images"]):
+      logging.warning("--reference=%s has %s %s, and this measurement %s", path, name, theirs.get(name), ours[name])

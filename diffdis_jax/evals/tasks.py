@@ -1,0 +1,236 @@
+"""The table of tasks: what a run can be measured by, what each needs, and its settings, of which evaluate has flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import types
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from diffdis_jax.common.guesses import did_you_mean
+from diffdis_jax.config.objectives import ALIGNED, COMPARING, GENERATIVE
+from diffdis_jax.config.section import check_type
+from diffdis_jax.data import sources
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals.base import Evaluation
+from diffdis_jax.evals.diffusion_classifier import DiffusionClassifier
+from diffdis_jax.evals.fid import Fid
+from diffdis_jax.evals.generation_accuracy import GenerationAccuracy
+from diffdis_jax.evals.held_out_loss import HeldOutLoss
+from diffdis_jax.evals.linear_probe import LinearProbe
+from diffdis_jax.evals.long_tail import LongTail
+from diffdis_jax.evals.retrieval import Retrieval
+from diffdis_jax.evals.zero_shot import ZeroShot
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A row of TASKS.
+
+  Attributes:
+    evaluation: its fields are the settings of the task, those that a flag can give its flags.
+    needs: objectives, of which a run must have been trained for one.
+    generates: it generates images, on which `generation_steps` and `generation_guidance` have an effect.
+    compares: it denoises text queries, on which the other fields of Sampling have an effect.
+    on_sets_of: another task, on whose sets of a config it is measured where the config has none for it.
+  """
+
+  evaluation: type[Evaluation]
+  needs: Sequence[str]
+  generates: bool = False
+  compares: bool = True
+  on_sets_of: str = ""
+
+
+TASKS = {
+  "zero_shot": Task(ZeroShot, ALIGNED),
+  "retrieval": Task(Retrieval, ALIGNED),
+  "generation_accuracy": Task(GenerationAccuracy, GENERATIVE, generates=True),
+  "fid": Task(Fid, GENERATIVE, generates=True),
+  "held_out_loss": Task(HeldOutLoss, (*GENERATIVE, *COMPARING), compares=False),
+  "long_tail": Task(LongTail, ALIGNED),
+  "diffusion_classifier": Task(DiffusionClassifier, GENERATIVE, on_sets_of="zero_shot"),
+  "linear_probe": Task(LinearProbe, (*GENERATIVE, *ALIGNED)),  # an autoencoder alone has no features
+}
+
+_DEFINE = {
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  bool: flags.DEFINE_boolean,
+  str: flags.DEFINE_string,
+  Sequence: flags.DEFINE_list,
+}
+_LIKE = {int: 0, float: 0.0, bool: False}  # type of a setting -> a value of it
+
+
+def get(task: str) -> Task:
+  """Return the row of a task. Raises UserError: there is none of this name."""
+  if task not in TASKS:
+    raise UserError(f"unknown task {task!r}; {did_you_mean(task, TASKS)}")
+  return TASKS[task]
+
+
+def settings_of(task: str) -> dict[str, dataclasses.Field[Any]]:
+  """Return the settings of a task that a flag can give. Raises UserError: no such task."""
+  kind = get(task).evaluation
+  return {each.name: each for each in dataclasses.fields(kind) if _flag_kind(_kinds(kind)[each.name]) is not None}
+
+
+def define_flags(names: Collection[str], of_tasks: Sequence[str]) -> None:
+  """Define flags of settings. Each is None where it is not given; its help says what it is for each task."""
+  for name in names:
+    helps: dict[str, list[str]] = {}
+    for task in of_tasks:
+      if (setting := settings_of(task).get(name)) is not None:
+        helps.setdefault(setting.metadata["help"], []).append(task)
+        define = _DEFINE[_flag_kind(_kinds(TASKS[task].evaluation)[name])]
+    text = "; ".join(help if len(helps) == 1 else f"{', '.join(tasks)}: {help}" for help, tasks in helps.items())
+    define(name, None, text)
+
+
+def check_objectives(what: str, task: str, objectives: Collection[str]) -> None:
+  """Raise UserError for an evaluation, named by `what`, of what these objectives do not train."""
+  if not {*get(task).needs} & {*objectives}:
+    raise UserError(
+      f"{what}, whose task {task} measures {' or '.join(dict.fromkeys(TASKS[task].needs))}; the run's objectives are"
+      f" {', '.join(objectives)}: leave it out"
+    )
+
+
+def check(task: str, **settings: Any) -> None:
+  """Check the name and the settings of a task; no data are opened. Raises UserError: an unknown name, or a setting of
+  another type."""
+  kinds = _kinds(get(task).evaluation)
+  for name, value in settings.items():
+    what = f"evaluation {task}: {name}"
+    if name not in kinds:
+      raise UserError(f"evaluation {task} has no setting {name!r}; {did_you_mean(name, kinds)}")
+    of_type = kinds[name]
+    if value is None and types.NoneType in of_type:
+      continue
+    if of_type[0] in _LIKE:
+      check_type(what, value, _LIKE[of_type[0]])
+    # A text is a sequence too, of its letters: shots="16" would be 1 and 6.
+    elif not isinstance(value, of_type) or (isinstance(value, str) and str not in of_type):
+      raise UserError(f"{what} is {value!r}; it must be {' or '.join(kind.__name__ for kind in of_type)}")
+  if "data" not in settings and types.NoneType not in kinds.get("data", (types.NoneType,)):
+    raise UserError(f"evaluation {task} has no data; give the section of a data source")
+  if settings.get("data") is not None:
+    try:
+      sources.read(**{"image_size": 1, **settings["data"]})
+    except (TypeError, UserError) as error:
+      raise UserError(f"data of evaluation {task}: {error}") from error
+
+
+def create(task: str, **settings: Any) -> Evaluation:
+  """Create the evaluation of this name. Raises UserError: no such task, or settings or data that it refuses."""
+  check(task, **settings)
+  return TASKS[task].evaluation(**settings)
+
+
+def _kinds(evaluation: type) -> dict[str, tuple[Any, ...]]:
+  """Return the types of each setting, without what they are of: of `Sequence[str] | str`, Sequence and str."""
+  hints = typing.get_type_hints(evaluation)
+  unions = {name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints.items()}
+  names = [each.name for each in dataclasses.fields(evaluation)]
+  return {name: tuple(typing.get_origin(kind) or kind for kind in unions[name]) for name in names}
+
+
+def _flag_kind(kinds: Sequence[Any]) -> Any:
+  """Return the type of a setting's flag, a key of _DEFINE; None for an object, which no flag can give."""
+  # A text is how a flag gives whatever can be a text: the path of a JSON file instead of a list, say.
+  return next((kind for kind in (str, *_DEFINE) if kind in kinds), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """A task on a data set.
+
+  Attributes:
+    dataset: the name under which its record is kept.
+    task: one of TASKS.
+    settings: of the task.
+  """
+
+  dataset: str
+  task: str
+  settings: Mapping[str, Any]
+
+  def create(self) -> Evaluation:
+    """Create the evaluation. Raises UserError: no such task, or settings or data that it refuses."""
+    return create(self.task, **self.settings)
+
+
+def of_config(sets: Mapping[str, Any], *, tasks: Sequence[str] | None) -> list[Section]:
+  """Return those sets of a run's config, its `evals`, that are of `tasks`, or all.
+
+  Raises:
+    UserError: there is none, or none for one of the tasks.
+  """
+  sections = [
+    Section(dataset, section["task"], {name: value for name, value in section.items() if name != "task"})
+    for dataset, section in sets.items()
+  ]
+  if not sections:
+    raise UserError("the run's config names no data set to measure on; give --data and --split")
+  own = sorted({section.task for section in sections})
+  for task in tasks or own:
+    lender = get(task).on_sets_of
+    if task not in own and lender in own:
+      taken = {"data", *settings_of(task)}
+      sections += [
+        Section(each.dataset, task, {name: value for name, value in each.settings.items() if name in taken})
+        for each in sections
+        if each.task == lender
+      ]
+    elif task not in own:
+      raise UserError(f"the run's config has no data set for {task}, only for {', '.join(own)}; give --data, --split")
+  return [section for section in sections if section.task in (tasks or own)]
+
+
+def of_folder(folder: str, split: str | None, *, tasks: Sequence[str], image_size: int) -> list[Section]:
+  """Return each task on one split of a prepared folder. Raises UserError: no split, or a task that takes no such
+  data."""
+  if not split:
+    raise UserError("--data needs --split, the name of one of its splits")
+  # It needs sentences and training counts, which no prepared folder has.
+  if "long_tail" in [task for task in tasks if get(task)]:
+    raise UserError("long_tail is measured on the set that the run's config names; leave out --data")
+  data = {"name": "pairs", "path": folder, "split": split, "image_size": image_size}
+  return [Section(f"{pathlib.Path(folder).name}/{split}", task, {"data": data}) for task in tasks]
+
+
+def resized(sets: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+  """Return a config's `evals` for images of another size: data of the run's own size before have the new one."""
+  changed = {}
+  for name, section in sets.items():
+    data = section.get("data")
+    is_own = isinstance(data, Mapping) and data.get("image_size") == before
+    changed[name] = {**section, "data": {**data, "image_size": after}} if is_own else section
+  return changed
+
+
+def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[Section]:
+  """Return the sections with these settings in place, wherever the task has them.
+
+  Raises:
+    UserError: a task is unknown, a setting has no effect on any section, or one reference is given for several sets.
+  """
+  taken = {section.task: settings_of(section.task) for section in sections}
+  # A flag that no evaluation takes is a slip; one that some take and others do not is meant for those.
+  for name in settings:
+    if not any(name in known for known in taken.values()):
+      raise UserError(f"--{name} has no effect on these tasks; leave it out")
+  changed = [
+    dataclasses.replace(each, settings={**each.settings, **{n: settings[n] for n in settings if n in taken[each.task]}})
+    for each in sections
+  ]
+  # Statistics are of one set's real images. A second set would be compared with the first one's.
+  references = [each.settings["reference"] for each in changed if each.settings.get("reference")]
+  if len(set(references)) < len(references):
+    raise UserError(f"--reference={references[0]} is of one data set, and fid is measured on several; give --data")
+  return changed
