@@ -25,7 +25,7 @@ from diffdis_jax.config import Run
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import results as result_files
-from diffdis_jax.evals import samples, sections
+from diffdis_jax.evals import samples, tasks
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
 from diffdis_jax.training import loop
@@ -65,8 +65,7 @@ def main(argv: Sequence[str]) -> None:
   loop.train_and_evaluate(first, second.init_from, trainer=small)
   loop.train_and_evaluate(second, run, trainer=large)
 
-  tasks = ("zero_shot", "generation_accuracy")
-  found = evaluate.evaluate(run, sections.of_config(second.evals, tasks=tasks))
+  found = evaluate.evaluate(run, tasks.of_config(second.evals, tasks=("zero_shot", "generation_accuracy")))
   result_files.write(f"{run}/evaluation.json", found)  # in the workdir, where a report looks for it
   metrics = {name: record["metrics"] for records in found.values() for name, record in records.items()}
   draw_classes(run, out / "grid.png")

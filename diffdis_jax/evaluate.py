@@ -11,7 +11,7 @@ A prepared data set, with class names and templates of your own:
   diffdis evaluate --workdir=RUN --tasks=zero_shot,retrieval --data=PREPARED_DIR \\
       --split=test --classnames=NAMES.json --templates=TEMPLATES.json --out=F.json
 
-FID and KID. Generated images are kept in F.parts, or in --parts, and the same command resumes from them:
+FID and KID:
 
   diffdis evaluate --workdir=RUN --tasks=fid --data=PREPARED_DIR --split=val \\
       --inception=WEIGHTS.pth --out=F.json
@@ -30,6 +30,7 @@ Several results side by side, with the differences between their protocols:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -43,41 +44,40 @@ from diffdis_jax import inference
 from diffdis_jax.common import cli, one_file
 from diffdis_jax.config.model import ClipModel
 from diffdis_jax.config.objectives import ALIGNED
-from diffdis_jax.config.sections import CheckpointPolicy
+from diffdis_jax.config.sections import CheckpointPolicy, Sampling
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, registry, suites, tables
 from diffdis_jax.evals import results as result_files
-from diffdis_jax.evals import sections as eval_sections
-from diffdis_jax.evals import settings as eval_settings
+from diffdis_jax.evals import suites, tables, tasks
+from diffdis_jax.evals.base import Evaluation
 from diffdis_jax.evals.results import ResultFile, Results
-from diffdis_jax.evals.sections import Section
+from diffdis_jax.evals.tasks import Section
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import checkpoint, digests, provenance, restore, writers
 
 FLAGS = flags.FLAGS
-# The arguments of each evaluation's constructor, and of a run's sampling and loading.
-SETTINGS_OF = {task: registry.settings_of(task) for task in registry.EVALS}
-SETTINGS = eval_settings.merged(SETTINGS_OF)
-SAMPLING = eval_settings.of(inference.Sampling)
-LOADING = eval_settings.of(inference.load)
-RENAMED = {"steps": "query_steps"}  # field of Sampling -> its flag, which would else be taken for the images' steps
-OF_A_SUITE = {"seed", "num_images", "shuffle_labels", *registry.settings_of("fid")}  # all else a suite has of its own
+LOADING = ("step", "ema", "image_size", "batch_size")  # arguments of inference.load
+# Flag -> field of Sampling. Steps of the text query have a name of their own, or would be taken for the images'.
+SAMPLING = {"query_steps" if each.name == "steps" else each.name: each for each in dataclasses.fields(Sampling)}
+OF_A_SUITE = ("seed", "num_images", "shuffle_labels", *tasks.settings_of("fid"))  # all else a suite has of its own
 
 
 def define_flags() -> None:
-  """Define the command line, by group. Defined on call, so that two verbs can be imported side by side."""
+  """Define the command line. Defined on call, so that two verbs can be imported side by side."""
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model")
   flags.DEFINE_string("out", None, "JSON file to write; with --compare a Markdown file", required=True)
   by_default = "by default those of the config's data sets, with --data zero_shot and retrieval"
-  flags.DEFINE_list("tasks", None, f"any of {', '.join(registry.EVALS)}; {by_default}")
+  flags.DEFINE_list("tasks", None, f"any of {', '.join(tasks.TASKS)}; {by_default}")
   flags.DEFINE_string("data", None, "folder written by prepare_data; by default the data sets of the run's config")
   flags.DEFINE_string("split", None, "split of --data")
   flags.DEFINE_enum("tracker", None, list(writers.TRACKERS), "the run's tracker, which gets the figures too")
+  flags.DEFINE_integer("step", None, "the checkpoint's step; by default the newest")
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
-  for name, setting in (LOADING | SAMPLING).items():
-    setting.define(RENAMED.get(name, name))
-  for name, setting in SETTINGS.items():
-    setting.define(name)
+  flags.DEFINE_boolean("ema", None, "averaged weights, where the run keeps them")
+  flags.DEFINE_integer("image_size", None, "image size in pixels; by default the run's own")
+  flags.DEFINE_integer("batch_size", None, "rows per compiled call; by default 64 a chip, on CPUs 64 in all")
+  for name, each in SAMPLING.items():
+    tasks.define_flag(name, Sampling, each.name, each.metadata["help"])
+  tasks.define_flags()
   flags.DEFINE_string("suite", None, f"benchmarks to measure: one of {', '.join(suites.SUITES)}")
   flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts")
   flags.DEFINE_boolean("incomplete", False, "measure data sets whose number of images is not the published one, too")
@@ -106,15 +106,13 @@ def main(argv: Sequence[str]) -> None:
   if processes.is_first():
     result_files.check_out(FLAGS.out)
     writers.sign_in(FLAGS.tracker or "")
-  record = run_config.load(FLAGS.workdir)
-  asked = _sections(record.evals, objectives=record.objectives, image_size=record.image_size)
-  # In this order: flags may name --parts, and what has none of its own gets one.
-  sections = eval_sections.with_parts(eval_sections.override(asked, _given(SETTINGS)), FLAGS.out)
+  run = run_config.load(FLAGS.workdir)
+  sections = tasks.override(_sections(run), _given(tasks.all_settings()))
   sampling = _sampling()
-  _check_effect(sections, record.objectives, [*sampling], is_clip=isinstance(record.model, ClipModel))
-  protocol = {**sampling, **_given(LOADING)}
+  check_effect(sections, run.objectives, [*sampling], is_clip=isinstance(run.model, ClipModel))
+  protocol = {**{SAMPLING[name].name: value for name, value in sampling.items()}, **_given(LOADING)}
   if FLAGS.best:
-    protocol["step"] = _best_step(FLAGS.workdir, record.checkpoint)
+    protocol["step"] = _best_step(FLAGS.workdir, run.checkpoint)
   if FLAGS.suite:
     results = measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
   else:
@@ -124,7 +122,7 @@ def main(argv: Sequence[str]) -> None:
     if "long_tail" in results:
       tables.write(FLAGS.workdir, results, FLAGS.out)
   if processes.is_first():
-    track(FLAGS.tracker or "", FLAGS.workdir, record.to_dict(), results)
+    track(FLAGS.tracker or "", FLAGS.workdir, run.to_dict(), results)
 
 
 def track(kind: str, run: str, config: Mapping[str, Any], results: Results) -> None:
@@ -132,14 +130,12 @@ def track(kind: str, run: str, config: Mapping[str, Any], results: Results) -> N
   none."""
   if not kind:
     return
-  tracker = writers.Tracker(kind, run, config)
-  with contextlib.ExitStack() as stack:
-    stack.callback(tracker.close)
+  with contextlib.closing(writers.Tracker(kind, run, config)) as tracker:
     for task, records in results.items():
+      # The means of a suite have no protocol of their own; all its sets are of one checkpoint.
+      step = next(each["protocol"]["checkpoint"] for each in records.values() if "checkpoint" in each["protocol"])
       for dataset, record in records.items():
         finite = {name: value for name, value in record["metrics"].items() if math.isfinite(value)}
-        # The means of a suite have no protocol of their own; all its sets are of one checkpoint.
-        step = next(each["protocol"]["checkpoint"] for each in records.values() if "checkpoint" in each["protocol"])
         tracker.log(step, {f"{task}/{dataset}/{name}": value for name, value in finite.items()})
 
 
@@ -151,17 +147,17 @@ def evaluate(
   ema: bool = True,
   kept: ResultFile | None = None,
   measured: Callable[[Results], None] = lambda results: None,
-  check: Callable[[str, base.Eval], None] = lambda dataset, evaluation: None,
+  check: Callable[[str, Evaluation], None] = lambda dataset, evaluation: None,
   **protocol: Any,
 ) -> Results:
   """Measure a run, and return {task: {data set: record}}.
 
   Args:
     run: its workdir.
-    sections: what to measure.
-    step: which checkpoint; None takes the newest.
+    sections: tasks on data sets.
+    step: the checkpoint's step; None takes the newest.
     ema: averaged weights, where the run keeps them.
-    kept: where each record is kept as soon as it is there; what it has is not measured again.
+    kept: the file that gets each record as soon as it is there; what it has is not measured again.
     measured: is called with the results so far after each data set, so that an interruption loses none of them.
     check: of each data set and its evaluation, before anything is measured.
     protocol: as `inference.load` takes it.
@@ -171,69 +167,37 @@ def evaluate(
   """
   provenance.code()  # now: the checkout may change while data and weights are read
   # Everything is opened and checked before the model is loaded: the last of many sets must not fail after hours.
-  made = [(section, section.create()) for section in sections]
-  for section, evaluation in made:
+  evaluations = [(section, section.create()) for section in sections]
+  for section, evaluation in evaluations:
     check(section.dataset, evaluation)
   _check_same_on_all(sections)
   step, ema = restore.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
-  common = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
+  common: dict[str, Any] = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
   origin = provenance.provenance(provenance.of_run(run, step=step))
+  results: Results = {}
   if kept is not None:
-    common["weights"] = base.fingerprint(params)
-    made = [(each, how) for each, how in made if not kept.has(each.task, each.dataset, how.protocol(model) | common)]
-  results: Results = {} if kept is None else kept.results
-  for place, (section, evaluation) in enumerate(made, 1):
-    logging.info("%s: %s, %d of %d", section.task, section.dataset, place, len(made))
-    record = _measure(section, evaluation, model, params, common, pretrained=provenance.public(run), provenance=origin)
-    results.setdefault(section.task, {})[section.dataset] = record
+    common["weights"], results = result_files.fingerprint(params), kept.results
+    is_there = lambda each, how: kept.has(each.task, each.dataset, how.protocol(model) | common)
+    evaluations = [(each, how) for each, how in evaluations if not is_there(each, how)]
+  for place, (section, evaluation) in enumerate(evaluations, 1):
+    logging.info("%s: %s, %d of %d", section.task, section.dataset, place, len(evaluations))
+    metrics = evaluation.run(model, params)
+    figures = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+    logging.info("%s, %s: %s", section.task, section.dataset, figures)
+    results.setdefault(section.task, {})[section.dataset] = result_files.make_record(
+      dataset=section.dataset,
+      model="diffdis_jax",
+      pretrained=provenance.public(run),
+      task=evaluation.task,
+      metrics=metrics,
+      protocol={**evaluation.protocol(model), **common},  # after the run: of FID's reference it is known only then
+      provenance=origin,
+    )
     measured(results)
     if kept is not None:
       kept.write()
   return results
-
-
-def _check_same_on_all(sections: Sequence[Section]) -> None:
-  """Raise UserError, on every process, where they measure different sets: one would wait for the others for ever; or
-  different records, of which each would read its rows and know the labels of its own."""
-  if jax.process_count() == 1:
-    return
-  names = ", ".join(f"{section.task} on {section.dataset}{_records_of(section)}" for section in sections)
-  if hosts := processes.differing(names):
-    raise UserError(
-      f"these hosts find other data sets than host 0: {', '.join(map(str, hosts))}; this host finds {names}; put the"
-      " same ones where every host finds them"
-    )
-
-
-def _records_of(section: Section) -> str:
-  """Return a note that tells a prepared data set's records from others."""
-  path = (section.settings.get("data") or {}).get("path")
-  digest = digests.fingerprint(str(path), part=digests.RECORDS) if path else ""
-  return f" ({digest})" if digest else ""
-
-
-def _measure(
-  section: Section,
-  evaluation: base.Eval,
-  model: Any,
-  params: Mapping[str, Any],
-  common: Mapping[str, Any],
-  **of_run: Any,
-) -> dict[str, Any]:
-  """Return the record of a data set. `common` stands in every set's protocol, `of_run` in every record."""
-  metrics = evaluation.run(model, params)
-  shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-  logging.info("%s, %s: %s", section.task, section.dataset, shown)
-  return base.make_record(
-    dataset=section.dataset,
-    model="diffdis_jax",
-    task=evaluation.task,
-    metrics=metrics,
-    # After the run: of FID's reference it is known only then.
-    protocol={**evaluation.protocol(model), **common},
-    **of_run,
-  )
 
 
 def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete: bool, **protocol: Any) -> Results:
@@ -252,97 +216,95 @@ def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete
   return results
 
 
-def _sections(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size: int) -> list[Section]:
-  """Return the evaluations that the flags ask for, of a run with these `evals`, which was trained for these objectives.
+def _check_same_on_all(sections: Sequence[Section]) -> None:
+  """Raise UserError, on every process, where they measure different sets: one would wait for the others for ever; or
+  different records, of which each would read its rows and know the labels of its own."""
+  if jax.process_count() == 1:
+    return
+  paths = [str((section.settings.get("data") or {}).get("path") or "") for section in sections]
+  marks = [digests.fingerprint(path, part=digests.RECORDS) if path else "" for path in paths]
+  names = ", ".join(f"{each.task} on {each.dataset} {mark}".strip() for each, mark in zip(sections, marks, strict=True))
+  if hosts := processes.differing(names):
+    raise UserError(
+      f"these hosts find other data sets than host 0: {', '.join(map(str, hosts))}; this host finds {names}; put the"
+      " same ones where every host finds them"
+    )
 
-  Raises:
-    UserError: flags that do not go together, or a task that measures what the run was not trained for.
-  """
-  asked_size = FLAGS.image_size or image_size
-  sections = _asked(eval_sections.resized(sets, image_size, asked_size), objectives=objectives, image_size=asked_size)
-  # Here, since a task may take hours before the next one fails.
-  for section in sections:
-    registry.check_objectives(section.dataset, section.task, objectives)
+
+def _sections(run: run_config.Run) -> list[Section]:
+  """Return the tasks and sets that the flags ask for. Raise UserError: flags that do not go together, or a task that
+  measures what the run was not trained for."""
+  sections = _asked(run)
+  for section in sections:  # here, since a task may take hours before the next one fails
+    tasks.check_objectives(section.dataset, section.task, run.objectives)
   return sections
 
 
-def _asked(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size: int) -> list[Section]:
+def _asked(run: run_config.Run) -> list[Section]:
+  image_size = FLAGS.image_size or run.image_size
   if FLAGS.suite:
-    return sections_of_suite(objectives=objectives, image_size=image_size)
+    if not FLAGS.data_root:
+      raise UserError("--suite needs --data_root=DIR, the folder of its data sets")
+    if not FLAGS.out.endswith(".json"):
+      raise UserError(f"--out={FLAGS.out} should end in .json; the suite's table is written beside it, as .md")
+    for name in ("data", "split", "tasks", *tasks.all_settings()):
+      if name not in OF_A_SUITE and FLAGS[name].value is not None:
+        raise UserError(f"--{name} has no effect on a suite, which has its own; leave it out")
+    return suites.sections(FLAGS.suite, FLAGS.data_root, objectives=run.objectives, image_size=image_size)
   if FLAGS.data_root or FLAGS.incomplete:
     raise UserError("--data_root and --incomplete belong to --suite; give it too")
   if FLAGS.data:
-    tasks = FLAGS.tasks or ["zero_shot", "retrieval"]
-    return eval_sections.of_folder(FLAGS.data, FLAGS.split, tasks=tasks, image_size=image_size)
-  if FLAGS.split and "long_tail" in (FLAGS.tasks or ()):  # which takes no --data
-    raise UserError(
-      "long_tail is measured on the sets that the run's config names; leave out --split, or add one of another split by"
-      " --eval of train, also to a finished run"
-    )
+    asked = FLAGS.tasks or ["zero_shot", "retrieval"]
+    return tasks.of_folder(FLAGS.data, FLAGS.split, tasks=asked, image_size=image_size)
   if FLAGS.split:
-    raise UserError("--split is a split of --data; give --data too")
-  return eval_sections.of_config(sets, tasks=FLAGS.tasks)
-
-
-def sections_of_suite(*, objectives: Sequence[str], image_size: int) -> list[Section]:
-  """Return the sets of --suite that lie under --data_root. Raise UserError: no such suite, none there, or other
-  flags."""
-  suites.check_name(FLAGS.suite)
-  if not FLAGS.data_root:
-    raise UserError("--suite needs --data_root=DIR, the folder of its data sets")
-  if not FLAGS.out.endswith(".json"):
-    raise UserError(f"--out={FLAGS.out} should end in .json; the suite's table is written beside it, as .md")
-  for name in ("data", "split", "tasks", *SETTINGS):
-    if name not in OF_A_SUITE and FLAGS[name].value is not None:
-      raise UserError(f"--{name} has no effect on a suite, which has its own; leave it out")
-  return suites.sections(FLAGS.suite, FLAGS.data_root, objectives=objectives, image_size=image_size)
+    raise UserError(
+      "--split is a split of --data; give --data too, or, for long_tail, add the split by --eval of train, also to a"
+      " finished run"
+    )
+  return tasks.of_config(tasks.resized(run.evals, run.image_size, image_size), tasks=FLAGS.tasks)
 
 
 def _best_step(run: str, kept: CheckpointPolicy) -> int:
   """Return the step of the best checkpoint. Raise UserError where the run keeps none, or --step names one too."""
   if FLAGS.step is not None:
     raise UserError("--best and --step are both given; give one of them")
-  found = checkpoint.best(run, kept)
-  if found is None:
+  best = checkpoint.best(run, kept)
+  if best is None:
     raise UserError(f"--best: no checkpoint in {run} was saved with checkpoint.best_metric={kept.best_metric!r}")
-  return found.step
+  return best.step
 
 
 def _sampling() -> dict[str, Any]:
-  """Return the fields of Sampling that flags give. Raise UserError: one is out of its range."""
+  """Return the flags of Sampling that are given. Raise UserError: one is out of its range."""
   given = _given(SAMPLING)
-  try:
-    inference.Sampling(**given)
-  except UserError as error:
-    # Its message begins with the field, which is a flag here.
-    field, _, rest = str(error).partition(" ")
-    raise UserError(f"--{RENAMED.get(field, field)} {rest}") from error
+  for name, value in given.items():
+    if check := SAMPLING[name].metadata.get("check"):
+      check(f"--{name}", value)
   return given
 
 
-def _check_effect(
+def check_effect(
   sections: Sequence[Section], objectives: Sequence[str], given: Sequence[str], *, is_clip: bool = False
 ) -> None:
-  """Raise UserError where one of these fields of Sampling changes nothing."""
-  of_queries = [name for name in given if name in SAMPLING and not name.startswith("generation_")]
-  of_images = [name for name in given if name not in of_queries]
-  if of_images and not any(section.task in registry.GENERATING for section in sections):
-    raise UserError(f"--{of_images[0]} has no effect on these tasks, which generate nothing; leave it out")
-  flag = f"--{RENAMED.get(of_queries[0], of_queries[0])}" if of_queries else ""
-  if flag and is_clip:  # here: what loads the model knows fields alone, and comes after the data
-    raise UserError(f"{flag} has no effect: this run is a CLIP model, which denoises nothing; leave it out")
-  if flag and all(section.task in registry.WITHOUT_QUERIES for section in sections):
-    raise UserError(f"{flag} has no effect on these tasks, for which no text query is denoised; leave it out")
-  if flag and not {*ALIGNED} & {*objectives}:
-    raise UserError(
-      f"{flag} is of text queries, and this run has no head that compares them;"
-      " leave it out, or give --generation_steps or --generation_guidance of its images"
-    )
+  """Raise UserError where one of these flags of Sampling changes nothing."""
+  rows = [tasks.get(section.task) for section in sections]
+  for name in given:
+    if name.startswith("generation_"):
+      if not any(row.generates for row in rows):
+        raise UserError(f"--{name} has no effect on these tasks, which generate nothing; leave it out")
+    elif is_clip:  # here: what loads the model knows fields alone, and comes after the data
+      raise UserError(f"--{name} has no effect: this run is a CLIP model, which denoises nothing; leave it out")
+    elif not any(row.compares for row in rows):
+      raise UserError(f"--{name} has no effect on these tasks, for which no text query is denoised; leave it out")
+    elif not {*ALIGNED} & {*objectives}:
+      raise UserError(
+        f"--{name} is of text queries, and this run has no head that compares them; leave it out, or give"
+        " --generation_steps or --generation_guidance of its images"
+      )
 
 
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-  found = {name: FLAGS[RENAMED.get(name, name)].value for name in settings}
-  return {name: value for name, value in found.items() if value is not None}
+def _given(names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+  return {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
 
 
 if __name__ == "__main__":

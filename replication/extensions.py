@@ -7,9 +7,9 @@ from typing import Any
 
 from diffdis_jax.ablate import columns
 from diffdis_jax.ablate.columns import Column, percent
-from diffdis_jax.config.objectives import ALIGNED
+from diffdis_jax.config.objectives import ALIGNED, GENERATIVE
 from diffdis_jax.data import sources
-from diffdis_jax.evals import registry
+from diffdis_jax.evals.tasks import TASKS, Task
 from replication import scenes
 from replication.choice import Choice
 from replication.generation_accuracy import GenerationAccuracy
@@ -34,7 +34,7 @@ def of_generated_images(name: str, section: Mapping[str, Any]) -> list[Column]:
 def add() -> None:
   """Add them; a second call changes nothing."""
   sources.KINDS["scenes"] = scenes.Section
-  registry.EVALS.update(choice=Choice, hog=Hog, generation_accuracy=GenerationAccuracy)
-  registry.MEASURES["choice"] = ALIGNED
-  registry.WITHOUT_QUERIES = tuple(dict.fromkeys((*registry.WITHOUT_QUERIES, "hog")))
+  TASKS["choice"] = Task(Choice, ALIGNED)
+  TASKS["hog"] = Task(Hog, (), compares=False)
+  TASKS["generation_accuracy"] = Task(GenerationAccuracy, GENERATIVE, generates=True)
   columns.COLUMNS_OF.update(generation_accuracy=of_generated_images, choice=of_choice)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, generation_accuracy
 from diffdis_jax.evals.classifiers import SIZE
+from diffdis_jax.evals.generation_accuracy import OF_LABELS, OF_SHAPES
 from replication import copies
 from replication.scene_judge import SceneJudge
 
@@ -27,17 +27,14 @@ class GenerationAccuracy(generation_accuracy.GenerationAccuracy):
   images of the other splits. Each is left out where no class has two images.
   """
 
-  def make_judge(
-    self, data: Mapping[str, Any] | None, seed: int, of_labels: Mapping[str, Any], of_shapes: Mapping[str, Any]
-  ) -> Any:
-    if data is None:
-      return super().make_judge(data, seed, of_labels, of_shapes)
-    if data.get("name") == "scenes":
-      if of_labels:
-        raise UserError(f"{[*of_labels][0]} has no effect where rendered scenes are judged; leave it out")
-      return SceneJudge(data, seed, **of_shapes)
-    super().make_judge(data, seed, of_labels, of_shapes)  # for its errors
-    return CopiesJudge(data, seed, **of_labels)
+  def make_judge(self) -> Any:
+    if self.data is None:
+      return super().make_judge()
+    if self.data.get("name") == "scenes":
+      self.refuse(OF_LABELS, "rendered scenes are judged; leave it out")
+      return SceneJudge(self.data, self.seed, **self.given(OF_SHAPES))
+    self.refuse(OF_SHAPES, "labelled images are judged; leave it out")
+    return CopiesJudge(self.data, self.seed, **self.given(OF_LABELS))
 
 
 class CopiesJudge(generation_accuracy.LabelJudge):

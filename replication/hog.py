@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from diffdis_jax.config.section import field
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
@@ -22,48 +23,40 @@ CLIP = 0.2  # of a block's values, of length 1, before it is given that length a
 COLOUR_WEIGHT = 0.25  # of the cosine of colours, beside that of edges
 
 
-class Hog:
+@base.settings()
+class Hog(base.Evaluation):
   """Task `hog`: top-1 of the nearest training image, by histograms of oriented gradients and mean colours.
 
   Source: Dalal and Triggs, 2005, for the histograms.
-
-  Args:
-    data: section of a data source, as `data.sources.open_source` takes it.
-    train_split: the split of the same data among whose images the nearest is looked for.
-    label_field: the record's field with the class name.
-    num_images: how many images to measure, those that zero_shot measures; None for all.
-
-  Raises:
-    UserError: a label that is no text, no image of a class that is in train_split, or train_split is what is measured.
   """
 
   task = "nearest_neighbour_classification"
 
-  def __init__(
-    self,
-    *,
-    data: Mapping[str, Any],
-    train_split: str = "train",
-    label_field: str = "label",
-    num_images: int | None = None,
-  ):
-    if train_split == data.get("split", "train"):
+  data: Mapping[str, Any] = field(help="section of a data source")
+  train_split: str = field("train", help="split of the same data among whose images the nearest is looked for")
+  label_field: str = field("label", help="record's field with the class name")
+  num_images: int | None = field(None, help="images to measure, those that zero_shot measures; by default all")
+
+  def open(self) -> None:
+    if self.train_split == self.data.get("split", "train"):
       raise UserError(
-        f"hog would look for the nearest image in the split {train_split}, which it measures; give another"
+        f"hog would look for the nearest image in the split {self.train_split}, which it measures; give another"
       )
-    self.source = sources.open_source(**data)
-    self._indices = base.subset(len(self.source), num_images)
-    self._train, self._split = base.open_split(data, train_split), train_split
-    self._labels = base.text_labels(self.source, label_field)[self._indices]
-    self._known = base.text_labels(self._train, label_field)
+    self.source = sources.open_source(**self.data)
+    self._indices = base.subset(len(self.source), self.num_images)
+    self._train = base.open_split(self.data, self.train_split)
+    self._labels = base.text_labels(self.source, self.label_field)[self._indices]
+    self._known = base.text_labels(self._train, self.label_field)
     self._seen = np.isin(self._labels, self._known)
     if not self._seen.any():
-      raise UserError(f"no class of these images is in the split {train_split}, among which the nearest is looked for")
+      raise UserError(
+        f"no class of these images is in the split {self.train_split}, among which the nearest is looked for"
+      )
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """Return how `run` measures; no inference takes part."""
-    del inference
-    return {"train_split": self._split, "num_images": len(self._labels), "num_training_images": len(self._known)}
+    del inference  # which takes no part
+    counts = {"num_images": len(self._labels), "num_training_images": len(self._known)}
+    return {"train_split": self.train_split, **counts}
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """Return acc1 of all images, and acc1_seen of those whose class the training images have."""

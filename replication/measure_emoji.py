@@ -20,9 +20,9 @@ from diffdis_jax.data import records
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import tables
-from diffdis_jax.evals.base import Eval
+from diffdis_jax.evals.base import Evaluation
 from diffdis_jax.evals.results import Results
-from diffdis_jax.evals.sections import Section
+from diffdis_jax.evals.tasks import Section
 from replication import extensions
 
 FLAGS = flags.FLAGS
@@ -79,7 +79,7 @@ def held_out(names: Iterable[str]) -> list[str]:
   return [name for name in names if name.startswith("emoji/") and name.split("/")[1] not in OF_TRAINING]
 
 
-def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
+def check(name: str, evaluation: Evaluation, *, incomplete: bool) -> None:
   """Raise UserError: the split has not as many images as published, unless that may be."""
   count, expected = len(evaluation.source), SETS.get(name)  # pyright: ignore[reportAttributeAccessIssue]
   if expected is not None and count != expected and not incomplete:

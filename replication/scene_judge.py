@@ -12,14 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from diffdis_jax.data import shapes, sources
-from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, classifiers
 from diffdis_jax.evals.classifiers import COLOURS, SIZE, Examples, Trained
+from diffdis_jax.evals.generation_accuracy import require
 from replication import scenes
 
 ATTRIBUTES = ("relation", "colour", "shape", "colour", "shape")  # of a scene, its first shape's before its second's
@@ -102,7 +101,6 @@ def train(*, image_size: int, seed: int, num_steps: int) -> Trained:
   classifiers.fit(model, optax.adam(schedule), loss, batches)
   fresh = render(image_size=image_size, num_images=NUM_MEASURED, seed=seed + 1)
   accuracy = float((attributes(model, fresh.images) == fresh.targets).all(axis=1).mean())
-  logging.info("the independent classifier is right on %.2f %% of new renders", 100 * accuracy)
   return Trained(model, {"judge_acc1": accuracy})
 
 
@@ -165,11 +163,7 @@ class SceneJudge:
   def train(self, image_size: int) -> Trained:
     """Train the judge for generated images of this size. Raises UserError: its accuracy is below what is required."""
     trained = train(image_size=image_size, seed=self._seed, num_steps=self._steps)
-    if (accuracy := trained.accuracy["judge_acc1"]) < self._required:
-      raise UserError(
-        f"the classifier that should judge is right on only {accuracy:.1%} of real renders, below "
-        f"{self._required:.0%}; train it for more than {self._steps} steps (classifier_steps)"
-      )
+    require(trained, self._required, self._steps)
     return trained
 
   def measure(

@@ -21,7 +21,7 @@ from diffdis_jax import evaluate, export_weights, generate, import_weights, infe
 from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import sections
+from diffdis_jax.evals import tasks as sections
 from diffdis_jax.models.clip import normalise
 from diffdis_jax.run import checkpoint, restore, workdir
 from diffdis_jax.structs import TrainState

@@ -27,8 +27,8 @@ from diffdis_jax.config import Run, load
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import suites
+from diffdis_jax.evals import tasks as evals
 from diffdis_jax.method import schedules
 from diffdis_jax.parallel import sharding
 from tests import steps

@@ -1,22 +1,22 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
-import inspect
 import json
 import os
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from etils import epath
 
 from diffdis_jax import evaluate
 from diffdis_jax.ablate import tables
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, results, sections
-from diffdis_jax.evals import registry as evals
-from diffdis_jax.evals.sections import Section
+from diffdis_jax.evals import results, tasks
+from diffdis_jax.evals.tasks import Section
+from diffdis_jax.evals.zero_shot import ZeroShot
 from diffdis_jax.run import digests
 from tests.command_runs import ROOT, call
 
@@ -46,17 +46,17 @@ def test_records(tmp_path, monkeypatch, ema, kept):
   asked = []
   monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: epath.Path(saved))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: asked.append(how) or (Inference(), {}))
-  tasks = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
-  settings = {task: {"data": DATA, "seed": 2} for task in tasks}
+  kinds = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
+  settings = {task: {"data": DATA, "seed": 2} for task in kinds}
   found = evaluate.evaluate(
     "run", [Section("set", task, each) for task, each in settings.items()], ema=ema, num_noise_samples=2
   )
   assert asked == [{"step": 7, "ema": ema and kept, "num_noise_samples": 2}]
-  for task, kind in tasks.items():
+  for task, kind in kinds.items():
     record = found[task]["set"]
     assert set(record) == {"dataset", "model", "pretrained", "task", "metrics", "language", "protocol", "provenance"}
     assert (record["dataset"], record["pretrained"], record["task"], record["language"]) == ("set", "run", kind, "en")
-    assert record["metrics"] == evals.create(task, **settings[task]).run(Inference(), {})
+    assert record["metrics"] == tasks.create(task, **settings[task]).run(Inference(), {})
     expected = {"steps": 1, "num_noise_samples": 2, "guidance": 1.0, "seed": 2, "num_images": 112, "checkpoint": 7}
     assert (expected | {"ema": ema and kept}).items() <= record["protocol"].items()
   assert json.loads(json.dumps(found)) == found
@@ -89,7 +89,7 @@ def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
   (tmp_path / "7").mkdir()
   monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: epath.Path(tmp_path / "7"))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
-  run = evals.ZeroShot.run
+  run = ZeroShot.run
   done = []
 
   def interrupted(self, inference, params):
@@ -98,7 +98,7 @@ def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
     done.append(self)
     return run(self, inference, params)
 
-  monkeypatch.setattr(evals.ZeroShot, "run", interrupted)
+  monkeypatch.setattr(ZeroShot, "run", interrupted)
   write = functools.partial(results.write, f"{tmp_path}/F.json")
   asked = [Section(name, "zero_shot", {"data": DATA}) for name in ("first", "second")]
   with pytest.raises(KeyboardInterrupt):
@@ -111,12 +111,12 @@ def test_results_that_a_call_replaces_are_named(tmp_path, caplog):
   path = str(tmp_path / "F.json")
   results.warn_of_lost(path, {("zero_shot", "pets")})
   words = dict(dataset="pets", model="m", pretrained="run", task="zeroshot_classification")
-  record = base.make_record(**words, metrics={"acc1": 0.5}, protocol={"num_images": 4}, provenance={})
+  record = results.make_record(**words, metrics={"acc1": 0.5}, protocol={"num_images": 4}, provenance={})
   results.write(path, {"zero_shot": {"pets": record}})
   results.warn_of_lost(path, {("zero_shot", "pets"), ("fid", "coco")})
   assert not caplog.text
   results.warn_of_lost(path, {("fid", "coco")})
-  assert f"--out={path} will lose its zero_shot on pets, which this call does not measure; name another" in caplog.text
+  assert f"--out={path} will lose its zero_shot on pets; name another" in caplog.text
   (tmp_path / "F.json").write_text("[]")
   results.warn_of_lost(path, set())
   assert len(caplog.records) == 1
@@ -124,19 +124,19 @@ def test_results_that_a_call_replaces_are_named(tmp_path, caplog):
 
 def test_sections():
   config = {"a": {"task": "zero_shot"}, "b": {"task": "generation_accuracy"}, "c": {"task": "zero_shot"}}
-  select = lambda tasks: [section.dataset for section in sections.of_config(config, tasks=tasks)]
+  select = lambda names: [section.dataset for section in tasks.of_config(config, tasks=names)]
   assert select(None) == ["a", "b", "c"] and select(["zero_shot"]) == ["a", "c"]
   with pytest.raises(UserError, match="no data set for retrieval, only for generation_accuracy, zero_shot"):
     select(["zero_shot", "retrieval"])
   with pytest.raises(UserError, match="names no data set"):
-    sections.of_config({}, tasks=None)
+    tasks.of_config({}, tasks=None)
 
-  section, _ = sections.of_folder("x/emoji", "val", tasks=["zero_shot", "retrieval"], image_size=32)
+  section, _ = tasks.of_folder("x/emoji", "val", tasks=["zero_shot", "retrieval"], image_size=32)
   assert (
     section.dataset == "emoji/val" and section.task == "zero_shot" and section.settings["data"]["path"] == "x/emoji"
   )
   with pytest.raises(UserError, match="--data needs --split"):
-    sections.of_folder("x/emoji", None, tasks=["zero_shot"], image_size=32)
+    tasks.of_folder("x/emoji", None, tasks=["zero_shot"], image_size=32)
 
 
 def test_data_of_the_runs_own_size_have_the_one_that_is_asked_for():
@@ -146,7 +146,7 @@ def test_data_of_the_runs_own_size_have_the_one_that_is_asked_for():
     "b": {"task": "fid", "data": data | {"image_size": 48}},
     "c": {"task": "x"},
   }
-  found = sections.resized(sets, 32, 64)
+  found = tasks.resized(sets, 32, 64)
   assert found == sets | {"a": {"task": "fid", "data": data | {"image_size": 64}}} and data["image_size"] == 32
   config = {"image_size": 32, "evals": sets}
   assert tables.changed(config, {"image_size": 64}) == {"image_size": 64, "evals": found}
@@ -154,60 +154,46 @@ def test_data_of_the_runs_own_size_have_the_one_that_is_asked_for():
   assert tables.changed(config, changes)["evals"]["a"]["data"]["image_size"] == 16
 
 
-@pytest.mark.parametrize("former", ["agreement", "recognition"])
-def test_a_former_name_of_a_task_is_answered_by_the_new_one(former):
-  message = f"task {former} is now called generation_accuracy"
-  with pytest.raises(UserError, match=message):
-    sections.of_config({"a": {"task": "zero_shot"}}, tasks=[former])
-  with pytest.raises(UserError, match=message):
-    sections.of_folder("x/emoji", "val", tasks=[former], image_size=32)
-  with pytest.raises(UserError, match=message):  # of a run that was trained under it
-    sections.override(sections.of_config({"a": {"task": former}}, tasks=None), {})
-
-
 def test_override():
   asked = [Section("a", "zero_shot", {"seed": 0, "classnames": ("x",)}), Section("b", "generation_accuracy", {})]
-  assert sections.override(asked, {"seed": 3, "templates": "F.json"}) == [
+  assert tasks.override(asked, {"seed": 3, "templates": "F.json"}) == [
     Section("a", "zero_shot", {"seed": 3, "classnames": ("x",), "templates": "F.json"}),
     Section("b", "generation_accuracy", {"seed": 3}),
   ]
   with pytest.raises(UserError, match="--templates has no effect"):
-    sections.override(asked[1:], {"templates": "F.json"})
+    tasks.override(asked[1:], {"templates": "F.json"})
   with pytest.raises(UserError, match="unknown task 'zeroshot'; did you mean zero_shot?"):
-    sections.override([Section("a", "zeroshot", {})], {})
+    tasks.override([Section("a", "zeroshot", {})], {})
 
 
-def test_parts_lie_beside_the_results_unless_the_flag_says_where_or_is_empty():
-  sets = [Section("a", "fid", {}), Section("b/c", "fid", {}), Section("a", "zero_shot", {})]
-  folders = lambda some, flags: [
-    section.settings.get("parts") for section in sections.with_parts(sections.override(some, flags), "new/F.json")
-  ]
-  assert folders(sets, {}) == ["new/F.parts/a", "new/F.parts/b-c", None]
-  assert folders(sets[:1], {}) == ["new/F.parts"] and folders(sets[:1], {"parts": "kept"}) == ["kept"]
-  assert folders(sets[:1], {"parts": ""}) == [""] and folders(sets, {"parts": ""}) == ["", "", None]
+def test_one_reference_is_of_one_set():
+  sets = [Section("a", "fid", {}), Section("b", "fid", {}), Section("a", "zero_shot", {})]
+  assert tasks.override(sets[1:], {"reference": "F.npz"})[0].settings == {"reference": "F.npz"}
+  with pytest.raises(UserError, match="--reference=F.npz is of one data set, and fid is measured on several"):
+    tasks.override(sets, {"reference": "F.npz"})
 
 
 def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
-  """Except for objects, which no flag can give, and what has no default."""
-  for task, made in evals.EVALS.items():
-    parameters = inspect.signature(made).parameters
-    assert parameters.keys() - {*evals.settings_of(task)} == parameters.keys() & {"data"}
-    assert all(setting.help for setting in evals.settings_of(task).values()), task
-  assert all(setting.help for setting in [*evaluate.SAMPLING.values(), *evaluate.LOADING.values()])
-  kinds = {"num_images": int, "crop_pct": float, "shuffle_labels": bool, "classnames": str, "splits": Sequence}
-  assert {name: evaluate.SETTINGS[name].kind for name in kinds} == kinds
-  # What a flag cannot give is not what its help says first.
-  for name in ("classnames", "templates", "seen_classes"):
-    assert "a JSON file's path to a list" in evaluate.SETTINGS[name].help
-  begins = "zero_shot, retrieval: seed of the query's noise, and of the shuffle; generation_accuracy: seed of"
-  assert evaluate.SETTINGS["seed"].help.startswith(begins)
+  """Except for objects, which no flag can give."""
+  values = flags.FlagValues()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tasks, "_DEFINE", {k: functools.partial(f, flag_values=values) for k, f in tasks._DEFINE.items()})
+    tasks.define_flags()
+  for task, row in tasks.TASKS.items():
+    assert {field.name for field in dataclasses.fields(row.evaluation)} - {*values} == {"data"} - {*values}, task
+  assert all(values[name].help for name in values) and all(values[name].value is None for name in values)
+  kinds = {"num_images": "int", "crop_pct": "float", "shuffle_labels": "bool", "classnames": "string"}
+  assert {name: values[name].flag_type() for name in kinds} == kinds
+  assert values["splits"].flag_type() == "comma separated list of strings"
+  assert values["held_out"].help.startswith("share of the labelled images")
+  assert "zero_shot, retrieval, diffusion_classifier: images to measure" in values["num_images"].help.replace("\n", " ")
 
 
 def test_the_page_has_every_task():
   page = (ROOT / "docs/evaluation.md").read_text()
-  assert [task for task in evals.EVALS if f"| `{task}` |" not in page] == []
+  assert [task for task in tasks.TASKS if f"| `{task}` |" not in page] == []
   reference = (ROOT / "docs/api.md").read_text().splitlines()
-  assert [task for task, made in evals.EVALS.items() if f"::: {made.__module__}" not in reference] == []
+  assert [task for task, row in tasks.TASKS.items() if f"::: {row.evaluation.__module__}" not in reference] == []
 
 
 @pytest.fixture
@@ -244,14 +230,14 @@ def test_command_line(command, tmp_path):
   [
     (["--data=nowhere", "--split=test"], "no prepared data set in 'nowhere'"),
     (["--split=test"], "give --data too"),
-    (["--tasks=long_tail", "--split=val"], "leave out --split, or add one of another split by --eval"),
+    (["--tasks=long_tail", "--split=val"], "give --data too, or, for long_tail, add the split by --eval"),
     (["--step=9"], "no checkpoint 9"),
     (["--query_steps=0"], "--query_steps is 0; it must be at least 1"),
     (["--image_size=0"], "image_size is 0"),
     (["--steps=3"], "did you mean --query_steps?"),
     (["--generation_steps=9"], "--generation_steps has no effect on these tasks, which generate nothing; leave it out"),
     (["--compare=A.json,B.json"], "--workdir has no effect beside --compare, which reads results alone; leave it out"),
-    (["--tasks=agreement"], "task agreement is now called generation_accuracy"),
+    (["--tasks=retreival"], "unknown task 'retreival'; did you mean retrieval?"),
   ],
 )
 def test_bad_input(command, tmp_path, flags, message):
@@ -262,18 +248,17 @@ def test_bad_input(command, tmp_path, flags, message):
 
 def test_what_is_of_text_queries_has_no_effect_without_a_head():
   """`generate` has a --guidance too, which is that of images."""
-  fid = [Section("coco", "fid", {})]
-  evaluate._check_effect(fid, ("generation", "discrimination"), ["steps", "generation_steps"])
-  evaluate._check_effect(fid, ("generation",), ["generation_guidance"])
-  for field, flag in (("guidance", "guidance"), ("steps", "query_steps")):
+  fid, both = [Section("coco", "fid", {})], ("generation", "discrimination")
+  evaluate.check_effect(fid, both, ["query_steps", "generation_steps"])
+  evaluate.check_effect(fid, ("generation",), ["generation_guidance"])
+  for flag in ("guidance", "query_steps"):
     with pytest.raises(UserError, match=f"--{flag} is of text queries, and this run has no head"):
-      evaluate._check_effect(fid, ("generation",), ["generation_steps", field])
-  both = "generation", "discrimination"
-  evaluate._check_effect([Section("val", "held_out_loss", {}), *fid], both, ["steps"])
+      evaluate.check_effect(fid, ("generation",), ["generation_steps", flag])
+  evaluate.check_effect([Section("val", "held_out_loss", {}), *fid], both, ["query_steps"])
   with pytest.raises(UserError, match="--query_steps has no effect on these tasks, for which no text query"):
-    evaluate._check_effect([Section("val", "held_out_loss", {})], both, ["steps"])
+    evaluate.check_effect([Section("val", "held_out_loss", {})], both, ["query_steps"])
   with pytest.raises(UserError, match="--query_steps has no effect: this run is a CLIP model, which denoises nothing"):
-    evaluate._check_effect([Section("pets", "zero_shot", {})], ("contrastive",), ["steps"], is_clip=True)
+    evaluate.check_effect([Section("pets", "zero_shot", {})], ("contrastive",), ["query_steps"], is_clip=True)
 
 
 @pytest.mark.parametrize("out", ["file/out.json", "file/new/out.json"])

@@ -1,16 +1,10 @@
-"""FID through a real network and a real Inception, with random weights; and what a killed command leaves."""
+"""FID through a real network and a real Inception, with random weights; and wrong input."""
 
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
@@ -21,16 +15,15 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from diffdis_jax.config import Run, read_fields
 from diffdis_jax.data import shapes
-from diffdis_jax.evals import distances, resize
-from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import tasks as evals
+from diffdis_jax.evals.fid import distances, features
 from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import restore
-from tests.command_runs import ROOT, call
+from tests.command_runs import call
 from tests.steps import config_of, network_of
 
 pytest_plugins = ("tests.untrained", "tests.inception_weights", "tests.command_runs")
-KILLS = int(os.environ.get("DIFFDIS_KILLS", "5"))
 
 
 def section(images: int) -> dict:
@@ -48,111 +41,30 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
   assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def test_its_features_are_torch_fidelitys_of_the_kept_images(run, inception_file, tmp_path, monkeypatch):
+def test_its_features_are_torch_fidelitys(run, inception_file, monkeypatch):
   # The distance itself takes seconds at this width, and has its own tests.
   monkeypatch.setattr(distances, "frechet", lambda a, b: float(np.square(a.mean - b.mean).sum()))
   config = config_of(run)
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   inference = Inference(network_of(config), Run.of(config).inference, mesh=mesh, batch_size=3)
   params = restore.restore_params(run, abstract=inference.abstract_params())
-  made = evals.create(**section(6), inception=str(inception_file), parts=str(tmp_path), keep_images=True)
+  made, images = evals.create(**section(6), inception=str(inception_file)), []
+  generate, measure = inference.generate, made._measure
+  monkeypatch.setattr(inference, "generate", lambda *given: images.append(generate(*given)) or images[-1])
+  monkeypatch.setattr(made, "_measure", lambda features, own: images.append(features) or measure(features, own))
   metrics = made.run(inference, params)
-  files = sorted((tmp_path / "images").iterdir())
-  drawn = theirs(inception_file, np.stack([np.asarray(Image.open(file)) for file in files]))
-  assert len(files) == 6
-  assert_close(np.concatenate(features(tmp_path)), drawn)
+  drawn = theirs(inception_file, images[0])
+  assert len(images[0]) == 6
+  assert_close(np.concatenate(images[1]), drawn)
   source = shapes.Shapes(split="test", image_size=32, num_images=6)
-  squares = [resize.square(Image.fromarray(source[i]["image"]), 32, "lanczos") for i in range(6)]
+  squares = [features.square(Image.fromarray(source[i]["image"]), 32, "lanczos") for i in range(6)]
   real = theirs(inception_file, np.stack(squares))
-  assert_close(made._reference.features, real)
+  assert_close(made.real.features, real)
   assert metrics["num_images"] == 6
   assert metrics["fid"] == pytest.approx(np.square(drawn.mean(0) - real.mean(0)).sum(), rel=1e-3)
   assert metrics["kid"] == pytest.approx(distances.kernel(drawn, real).mean, rel=1e-3)
   protocol = made.protocol(inference)
   assert protocol["dtype"] == config.model.dtype and protocol["reference"]["num_images"] == 6
-
-
-# The command, with parts of so few images that a test can wait for them.
-DRIVER = """
-from diffdis_jax.evals import drawn_prompts
-drawn_prompts.PART = 4
-from diffdis_jax import evaluate
-from diffdis_jax.common import cli
-evaluate.define_flags()
-cli.run(evaluate.main)
-"""
-
-
-@pytest.fixture(scope="module")
-def fid_run(run, inception_file, tmp_path_factory) -> pathlib.Path:
-  """The untrained run, whose config measures FID."""
-  folder = tmp_path_factory.mktemp("fid") / "run"
-  shutil.copytree(run, folder)
-  config = read_fields(folder)
-  config["evals"] = {"few": {**section(40), "inception": str(inception_file)}}
-  (folder / "config.json").write_text(json.dumps(config))
-  return folder
-
-
-def command(run: pathlib.Path, out: pathlib.Path, *flags: str) -> list[str]:
-  return [sys.executable, "-c", DRIVER, f"--workdir={run}", f"--out={out}", "--batch_size=4", *flags]
-
-
-def start(processes: int, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
-  if processes > 1:
-    command = ["launch/local.sh", "-n", str(processes), "-d", "1", "--max-restarts", "0", "--", *command]
-  environment = {**environment, "JAX_NUM_CPU_DEVICES": "2"} if processes == 1 else environment
-  return subprocess.Popen(
-    command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-  )
-
-
-def features(folder: pathlib.Path) -> list[np.ndarray]:
-  return [np.load(file)["features"] for file in sorted(folder.glob("part-*.npz"))]
-
-
-def kill_session(leader: int) -> None:
-  """It and all that it has started, which the launcher puts in process groups of their own."""
-  for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
-    try:
-      if int(stat.read_text().rpartition(")")[2].split()[3]) == leader:
-        os.kill(int(stat.parent.name), signal.SIGKILL)
-    except OSError:
-      pass  # it has just ended
-
-
-def kill_at_random(run, out, processes, environment, chance) -> int:
-  """Starts it again and again until it is done; returns how often it was killed."""
-  kills, folder = 0, out.with_suffix(".parts")
-  while True:
-    process = start(processes, command(run, out), environment)
-    before = len(list(folder.glob("part-*.npz")))
-    while process.poll() is None and kills < KILLS and len(list(folder.glob("part-*.npz"))) == before:
-      time.sleep(0.05)
-    time.sleep(chance.uniform(0, 1.5))
-    if kills < KILLS and process.poll() is None:
-      kill_session(process.pid)
-      kills += 1
-    stderr = process.communicate()[1].decode()
-    if process.returncode == 0:
-      return kills
-    assert process.returncode < 0 or kills, stderr[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_random_it_ends_in_the_same_bits(fid_run, tmp_path, environment, processes):
-  """On two devices, of one process or of two."""
-  whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
-  process = start(1, command(fid_run, whole), environment)
-  assert process.communicate() and process.returncode == 0
-  kills = kill_at_random(fid_run, killed, processes, environment, random.Random(processes))
-  assert kills == KILLS
-  expected, found = features(tmp_path / "whole.parts"), features(tmp_path / "killed.parts")
-  assert len(found) == 10 and b"".join(x.tobytes() for x in found) == b"".join(x.tobytes() for x in expected)
-  records = [json.loads(out.read_text())["fid"]["few"] for out in (whole, killed)]
-  assert records[0]["task"] == "generation_fid" and records[0]["metrics"] == records[1]["metrics"]
-  assert {"checkpoint": 3, "ema": True, "num_images": 40}.items() <= records[0]["protocol"].items()
 
 
 @pytest.mark.parametrize(

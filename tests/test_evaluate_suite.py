@@ -58,7 +58,6 @@ def test_the_fid_suite(run, inception_file, environment, tmp_path):
   assert record["task"] == "generation_fid" and record["metrics"]["fid"] > 0
   assert record["protocol"]["num_images"] == 2
   assert "MSCOCO val2014" in (tmp_path / "F.md").read_text()
-  assert len(list((tmp_path / "F.parts").glob("part-*.npz"))) == 1
 
 
 class Inference:
@@ -78,7 +77,7 @@ def quick(monkeypatch):
   """No checkpoint, no texts cut into tokens."""
   monkeypatch.setattr(evaluate.restore, "choose", lambda run, step, ema: (7, ema))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
-  monkeypatch.setattr(evaluate.base, "fingerprint", lambda params: "weights")
+  monkeypatch.setattr(evaluate.result_files, "fingerprint", lambda params: "weights")
   monkeypatch.setattr(base, "Tokenizer", lambda length: list)
 
 
@@ -95,9 +94,13 @@ def use_flags(monkeypatch, **values):
   monkeypatch.setattr(evaluate, "FLAGS", Flags())
 
 
+def run_of(*objectives):
+  return types.SimpleNamespace(evals={}, objectives=objectives, image_size=8)
+
+
 def measure(monkeypatch, root, out, suite="zero_shot12"):
   use_flags(monkeypatch, suite=suite, data_root=str(root), out=str(out))
-  sections = evaluate._sections({}, objectives=("discrimination",), image_size=8)
+  sections = evaluate._sections(run_of("discrimination"))
   evaluate.measure_suite("runs/mine", sections, str(out), incomplete=True)
   return json.loads(out.read_text())
 
@@ -111,7 +114,7 @@ def test_a_second_call_measures_what_is_missing(monkeypatch, quick, tmp_path):
     def counted(self, inference, params):
       if len(measured) == count:
         raise KeyboardInterrupt
-      measured.append(len(self.classnames))
+      measured.append(len(self.names))
       return run(self, inference, params)
 
     monkeypatch.setattr(ZeroShot, "run", counted)
@@ -128,7 +131,7 @@ def test_a_second_call_measures_what_is_missing(monkeypatch, quick, tmp_path):
   assert measure(monkeypatch, tmp_path, out) == found and len(measured) == 3
 
   before = out.read_bytes()
-  monkeypatch.setattr(evaluate.base, "fingerprint", lambda params: "others")
+  monkeypatch.setattr(evaluate.result_files, "fingerprint", lambda params: "others")
   with pytest.raises(
     UserError, match='has cifar10 by another protocol, weights "weights" where this measurement has "o'
   ):
@@ -141,14 +144,14 @@ def test_a_task_that_the_run_was_not_trained_for(monkeypatch):
   use_flags(monkeypatch, data="x", split="val", tasks=["fid", "zero_shot"])
   message = "x/val, whose task zero_shot measures discrimination or .*; the run's objectives are generation: leave it"
   with pytest.raises(UserError, match=message):
-    evaluate._sections({}, objectives=("generation",), image_size=8)
-  sections = evaluate._sections({}, objectives=("generation", "discrimination"), image_size=8)
+    evaluate._sections(run_of("generation"))
+  sections = evaluate._sections(run_of("generation", "discrimination"))
   assert [section.task for section in sections] == ["fid", "zero_shot"]
 
 
 def test_the_size_that_is_asked_for_is_the_data_s(monkeypatch):
   use_flags(monkeypatch, data="x", split="val", tasks=["fid"], image_size=16)
-  (section,) = evaluate._sections({}, objectives=("generation",), image_size=8)
+  (section,) = evaluate._sections(run_of("generation"))
   assert section.settings["data"]["image_size"] == 16
 
 
@@ -172,5 +175,5 @@ def test_wrong_flags(monkeypatch, tmp_path, flags, message):
   monkeypatch.chdir(tmp_path)
   use_flags(monkeypatch, **{"out": "F.json", **flags})
   with pytest.raises(UserError, match=message) as error:
-    evaluate._sections({}, objectives=("discrimination",), image_size=8)
+    evaluate._sections(run_of("discrimination"))
   assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]

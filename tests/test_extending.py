@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffdis_jax.config.run import Run
 from diffdis_jax.data.prepare import builder
-from diffdis_jax.evals import settings
+from diffdis_jax.evals import tasks
 from tests import pages
 from tests.raw_pairs import load
 
@@ -67,9 +67,10 @@ def test_a_data_set(prepared):
 
 
 @pytest.mark.parametrize("order, rank", [((0, 1), 0.0), ((1, 0), 1.0)])
-def test_an_evaluation(module, prepared, order, rank):
+def test_an_evaluation(module, prepared, order, rank, monkeypatch):
   made = module("median_rank", "class MedianRank").MedianRank
-  assert settings.of(made).keys() == {"num_images", "seed"}
+  monkeypatch.setitem(tasks.TASKS, "median_rank", tasks.Task(made, ()))
+  assert tasks.settings_of("median_rank").keys() == {"num_images", "seed"}
   inference = types.SimpleNamespace(
     image_size=32,
     max_length=16,

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from configs import places_lt
 from diffdis_jax import export_weights
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import sections
+from diffdis_jax.evals import tasks as sections
 from diffdis_jax.interop import from_torch
 from diffdis_jax.run import checkpoint, restore, workdir
 from diffdis_jax.structs import TrainState

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from diffdis_jax import __main__ as main_module
-from diffdis_jax.evals import base
+from diffdis_jax.evals import results
 from diffdis_jax.run import provenance
 from tests import pages
 from tests.once import made_once
@@ -211,7 +211,7 @@ def folder(plain: pathlib.Path, exportable_run: str) -> pathlib.Path:
     shutil.copytree(exportable_run, plain / name)
   for name in ("diffdis", "clip"):
     words = dict(dataset="test", model="m", pretrained=name, task="zeroshot_classification")
-    record = base.make_record(**words, metrics={"acc1": 0.5}, protocol={"num_images": 4}, provenance={})
+    record = results.make_record(**words, metrics={"acc1": 0.5}, protocol={"num_images": 4}, provenance={})
     (plain / f"{name}.json").write_text(json.dumps({"zero_shot": {"test": record}}))
   return plain
 

@@ -19,8 +19,8 @@ from diffdis_jax.config import Run, read_fields
 from diffdis_jax.data import build, shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import Diverged, UserError
-from diffdis_jax.evals import registry as evals
-from diffdis_jax.evals import sections as sections_of
+from diffdis_jax.evals import tasks as evals
+from diffdis_jax.evals import tasks as sections_of
 from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.run import checkpoint, provenance, restore, workdir
 from diffdis_jax.structs import Batch

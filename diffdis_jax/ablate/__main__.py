@@ -33,8 +33,8 @@ from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.common import cli, files
 from diffdis_jax.config.section import check_number
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import registry, sections
 from diffdis_jax.evals import results as result_files
+from diffdis_jax.evals import tasks
 from diffdis_jax.evals.results import ResultFile
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.run import workdir
@@ -145,7 +145,7 @@ def check_evaluations(config: Mapping[str, Any]) -> None:
   for it."""
   for name, section in config["evals"].items():
     try:
-      registry.check(**section)
+      tasks.check(**section)
     except UserError as error:
       raise UserError(f"evals.{name}: {error}") from error
 
@@ -189,7 +189,7 @@ def measure(one: Run, path: str, out: str) -> None:
   repeated."""
   # CLIP takes no steps of denoising, so that `inference` says nothing of it. Long-tailed objectives are of either.
   protocol = {} if "vision_encoder" in one.config["model"] else one.config["inference"]
-  asked = sections.with_parts(sections.of_config(one.evals, tasks=None), out)
+  asked = tasks.of_config(one.evals, tasks=None)
   evaluate.evaluate(path, asked, kept=ResultFile(out), **protocol)
 
 

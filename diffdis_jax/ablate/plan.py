@@ -12,7 +12,7 @@ from diffdis_jax.common import cli
 from diffdis_jax.config.objectives import task_of
 from diffdis_jax.config.section import check_number
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import tasks as evals
 from diffdis_jax.run import workdir
 from diffdis_jax.run.workdir import digest, identity
 
@@ -192,7 +192,7 @@ def _make_run(
 def measured(config: Config) -> dict[str, Any]:
   """Return the evaluations of what is trained; others would measure chance, and their cells stay blank instead."""
   objectives: Sequence[str] = config["objectives"]
-  measures = lambda task: {*evals.MEASURES.get(task, objectives)} & {*objectives}
+  measures = lambda task: evals.get(task).fits(objectives)
   return {name: section for name, section in config["evals"].items() if measures(section["task"])}
 
 

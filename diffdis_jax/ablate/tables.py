@@ -16,7 +16,7 @@ from typing import Any
 from diffdis_jax.common import guesses
 from diffdis_jax.config.section import check_number
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import sections
+from diffdis_jax.evals import tasks
 
 GAMMA, SCHEDULE, TARGET = "text_diffusion.gamma", "text_diffusion.schedule", "text_diffusion.target"
 PAPER_METRICS = {"fid": "FID ↓", "imagenet/acc1": "ImageNet top-1 ↑", "recall@1": "mean R@1 ↑"}
@@ -229,7 +229,7 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
   too. Raises UserError: it has no such field."""
   config = copy.deepcopy(dict(config))
   if "image_size" in changes:  # first: a change of theirs counts
-    config["evals"] = sections.resized(config["evals"], config["image_size"], changes["image_size"])
+    config["evals"] = tasks.resized(config["evals"], config["image_size"], changes["image_size"])
   for field, value in changes.items():
     field_of(config, field)
     section, _, name = field.rpartition(".")

@@ -29,7 +29,7 @@ from diffdis_jax.common import cli
 from diffdis_jax.config import Run
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, not_installed
-from diffdis_jax.evals import prompts, registry
+from diffdis_jax.evals import prompts, tasks
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import restore
 
@@ -194,7 +194,7 @@ def open_data(
   if split:
     raise UserError("--split is a split of --data; give --data too")
   # Images that are measured before those that generated ones are compared with, as training's often are.
-  ordered = sorted(evals.values(), key=lambda section: section["task"] in registry.GENERATING)
+  ordered = sorted(evals.values(), key=lambda section: tasks.get(section["task"]).generates)
   section = next((section["data"] for section in ordered if "data" in section), None)
   if section is None:
     return None

@@ -99,21 +99,23 @@ class GenerationAccuracy(base.Evaluation):
     """
     # Before anything is generated, which takes longer: a classifier that is no judge ends it.
     self.judge.train(inference.image_size)
-    names = self.judge.classnames
-    texts = [prompts.fill(self.prompt, name) for name in names]
+    texts = [prompts.fill(self.prompt, name) for name in self.judge.classnames]
     tokens = Tokenizer(inference.max_length)([texts[k] for k in self.classes])
     images = inference.generate(params, tokens, inference.noise(len(tokens), self.seed))
     squares = np.stack([base.to_square(image, SIZE) for image in images])
     metrics = self.judge.measure(squares, self.classes, image_size=inference.image_size)
-    if not inference.aligned:
-      return metrics
-    # The model's own head judges not the images' truth but whether the model's two sides agree.
+    return metrics | (self.judge_by_head(inference, params, images, texts) if inference.aligned else {})
+
+  def judge_by_head(
+    self, inference: Any, params: Mapping[str, Any], images: UInt8[np.ndarray, "n h w 3"], texts: Sequence[str]
+  ) -> dict[str, float]:
+    """Measure by the model's own head, which judges not the images' truth but whether the model's two sides agree."""
     e = base.embed_texts(inference, params, texts)
     q = inference.embed_images(params, images, seed=self.seed)
-    groups = np.unique(names, return_inverse=True)[1]  # classes of one name are one
+    groups = np.unique(texts, return_inverse=True)[1]  # classes of one name are one
     places = base.ranks(q, e, query_groups=groups[self.classes], key_groups=groups)
     similarity = float((q * e[self.classes]).sum(axis=1).mean())
-    return metrics | {"head_similarity": similarity, "head_acc1": float((places == 0).mean())}
+    return {"head_similarity": similarity, "head_acc1": float((places == 0).mean())}
 
 
 class ShapeJudge:

@@ -136,8 +136,8 @@ def nearest(
   for start in range(0, len(queries), QUERIES):
     rows = jnp.asarray(_padded(queries, start, min(QUERIES, len(queries))))
     best = Best(jnp.full((len(rows), count), -jnp.inf), jnp.zeros((len(rows), count), jnp.int32))
-    for number, part in enumerate(blocks):
-      best = _better(best, rows, part, jnp.int32(number * block), jnp.int32(len(keys)), count=count)
+    for i, part in enumerate(blocks):
+      best = _better(best, rows, part, jnp.int32(i * block), jnp.int32(len(keys)), count=count)
     found.append(np.asarray(best.places))
   return np.concatenate(found)[: len(queries)]
 

@@ -96,7 +96,7 @@ def sections(suite: str, root: str, *, objectives: Collection[str], image_size: 
   if not folder.is_dir():
     raise UserError(f"no folder --data_root={root}; it should hold the data sets, each in a folder of its name")
   # A suite that was named is measured or refused. `paper` is all of them, of which a run may be trained for some.
-  able = {task for task, row in tasks.TASKS.items() if suite != "paper" or {*row.needs} & {*objectives}}
+  able = {task for task, row in tasks.TASKS.items() if suite != "paper" or row.fits(objectives)}
   for task in sorted({each.task for each in SUITES[suite].values()} - able):
     logging.warning("%s is left out: the run's objectives are %s", task, ", ".join(objectives))
   wanted = {name: each for name, each in SUITES[suite].items() if each.task in able}

@@ -155,7 +155,9 @@ def _retrieval(by_name: Mapping[str, Results], notes: list[str]) -> str:
     (title, [*(column.cell(results) for column in columns), _mean(results.get("retrieval", {}), "mean_recall@1")])
     for title, results in by_name.items()
   ]
-  rows += [(title, [NONE] * len(columns) + [known["mean R@1"]]) for title, known in PAPER.items() if "mean R@1" in known]
+  rows += [
+    (title, [NONE] * len(columns) + [known["mean R@1"]]) for title, known in PAPER.items() if "mean R@1" in known
+  ]
   heads = [*(column.head for column in columns), f"mean R@1{max(marks.values())}"]
   return f"## Retrieval\n\n{_markdown(heads, rows)}\n\nRecall at 1 in per cent."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pathlib
 import types
 import typing
@@ -33,7 +34,7 @@ class Task:
 
   Attributes:
     evaluation: its fields are the settings of the task, those that a flag can give its flags.
-    needs: objectives, of which a run must have been trained for one.
+    needs: objectives, of which a run must have been trained for one; none: any run will do.
     generates: it generates images, on which `generation_steps` and `generation_guidance` have an effect.
     compares: it denoises text queries, on which the other fields of Sampling have an effect.
     on_sets_of: another task, on whose sets of a config it is measured where the config has none for it.
@@ -44,6 +45,10 @@ class Task:
   generates: bool = False
   compares: bool = True
   on_sets_of: str = ""
+
+  def fits(self, objectives: Collection[str]) -> bool:
+    """Return whether a run with these objectives can be measured."""
+    return not self.needs or bool({*self.needs} & {*objectives})
 
 
 TASKS = {
@@ -80,21 +85,31 @@ def settings_of(task: str) -> dict[str, dataclasses.Field[Any]]:
   return {each.name: each for each in dataclasses.fields(kind) if _flag_kind(_kinds(kind)[each.name]) is not None}
 
 
-def define_flags(names: Collection[str], of_tasks: Sequence[str]) -> None:
-  """Define flags of settings. Each is None where it is not given; its help says what it is for each task."""
-  for name in names:
+def all_settings() -> list[str]:
+  """Return the names of the settings of all tasks that a flag can give."""
+  return [*dict.fromkeys(name for task in TASKS for name in settings_of(task))]
+
+
+def define_flags() -> None:
+  """Define a flag for each setting. It is None where it is not given; its help says what it is for each task."""
+  for name in all_settings():
     helps: dict[str, list[str]] = {}
-    for task in of_tasks:
-      if (setting := settings_of(task).get(name)) is not None:
-        helps.setdefault(setting.metadata["help"], []).append(task)
-        define = _DEFINE[_flag_kind(_kinds(TASKS[task].evaluation)[name])]
-    text = "; ".join(help if len(helps) == 1 else f"{', '.join(tasks)}: {help}" for help, tasks in helps.items())
-    define(name, None, text)
+    for task in TASKS:
+      if name in settings_of(task):
+        helps.setdefault(settings_of(task)[name].metadata["help"], []).append(task)
+    text = "; ".join(help if len(helps) == 1 else f"{', '.join(names)}: {help}" for help, names in helps.items())
+    of_one = next(TASKS[task].evaluation for task in TASKS if name in settings_of(task))
+    define_flag(name, of_one, name, text)
+
+
+def define_flag(name: str, section: type, setting: str, help: str) -> None:
+  """Define a flag of a section's field."""
+  _DEFINE[_flag_kind(_kinds(section)[setting])](name, None, help)
 
 
 def check_objectives(what: str, task: str, objectives: Collection[str]) -> None:
   """Raise UserError for an evaluation, named by `what`, of what these objectives do not train."""
-  if not {*get(task).needs} & {*objectives}:
+  if not get(task).fits(objectives):
     raise UserError(
       f"{what}, whose task {task} measures {' or '.join(dict.fromkeys(TASKS[task].needs))}; the run's objectives are"
       f" {', '.join(objectives)}: leave it out"
@@ -121,8 +136,8 @@ def check(task: str, **settings: Any) -> None:
     raise UserError(f"evaluation {task} has no data; give the section of a data source")
   if settings.get("data") is not None:
     try:
-      sources.read(**{"image_size": 1, **settings["data"]})
-    except (TypeError, UserError) as error:
+      inspect.signature(sources.open_source).bind(**settings["data"])
+    except TypeError as error:
       raise UserError(f"data of evaluation {task}: {error}") from error
 
 
@@ -135,7 +150,9 @@ def create(task: str, **settings: Any) -> Evaluation:
 def _kinds(evaluation: type) -> dict[str, tuple[Any, ...]]:
   """Return the types of each setting, without what they are of: of `Sequence[str] | str`, Sequence and str."""
   hints = typing.get_type_hints(evaluation)
-  unions = {name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints.items()}
+  unions = {
+    name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints.items()
+  }
   names = [each.name for each in dataclasses.fields(evaluation)]
   return {name: tuple(typing.get_origin(kind) or kind for kind in unions[name]) for name in names}
 

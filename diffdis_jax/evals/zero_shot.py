@@ -164,9 +164,7 @@ def _check_number(label: Any, name: str, called: Any, classes: ClassNames | None
     raise UserError(f"field {name!r} holds {label!r}; a label should be a class name or its number")
   if classes is None:
     by_name = f", or label_field={NAME_FIELD} to go by the data's names" if isinstance(called, str) else ""
-    raise UserError(
-      f"field {name!r} holds numbers such as {label}; give the class names that they count into{by_name}"
-    )
+    raise UserError(f"field {name!r} holds numbers such as {label}; give the class names that they count into{by_name}")
   if classes.by_key and not isinstance(called, str):
     raise UserError(
       f"field {name!r} holds numbers without a name beside them (field {NAME_FIELD!r}), so that an object of names"

@@ -11,8 +11,8 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.config.run import Run
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import samples
+from diffdis_jax.evals import tasks as evals
 from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import batches, processes
 from diffdis_jax.run import watch
@@ -63,8 +63,6 @@ class Evaluator:
   def __init__(self, run: Run, inference: Inference):
     for name in run.train_evals:
       evals.check_objectives(f"train_evals has {name}", run.evals[name]["task"], run.objectives)
-      if run.evals[name].get("parts"):
-        raise UserError(f"evals.{name}.parts keeps images of one checkpoint, and training measures many; leave it out")
     self._run, self._inference = run, inference
     self._evals = {name: evals.create(**run.evals[name]) for name in run.train_evals}
     self._prompts = list(run.sample_prompts) if run.task.generates else []

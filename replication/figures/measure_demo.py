@@ -21,7 +21,7 @@ from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.common import cli, files
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.evals import base, classifiers, prompts, sections
+from diffdis_jax.evals import base, classifiers, prompts, tasks
 from diffdis_jax.evals.generation_accuracy import PAIRS, ShapeJudge
 from diffdis_jax.evals.zero_shot import ZeroShot, class_recalls
 from diffdis_jax.run import provenance
@@ -61,12 +61,12 @@ def classes(run: pathlib.Path) -> dict[str, Any]:
   """Return the zero-shot accuracy of each class, as the demo's own evaluation measures all of them."""
   model, params = inference.load(str(run))
   found: dict[str, float] = {}
-  for section in sections.of_config(run_config.load(str(run)).evals, tasks=("zero_shot",)):
+  for section in tasks.of_config(run_config.load(str(run)).evals, tasks=("zero_shot",)):
     zero_shot = section.create()
     assert isinstance(zero_shot, ZeroShot)
-    names, labels = zero_shot.classnames, zero_shot.labels
+    names, labels = zero_shot.names, zero_shot.labels
     images = base.embed_images(model, params, zero_shot.source, np.arange(len(labels)), seed=0)
-    texts = base.embed_texts(model, params, [prompts.fill(zero_shot.templates[0], name) for name in names])
+    texts = base.embed_texts(model, params, [prompts.fill(zero_shot.all_templates[0], name) for name in names])
     right = base.ranks(images, texts, query_groups=labels, key_groups=np.arange(len(names))) == 0
     recalls = class_recalls(right, labels)
     found |= {names[k]: round(100 * float(x), 2) for k, x in zip(np.unique(labels), recalls, strict=True)}

@@ -11,7 +11,7 @@ from diffdis_jax.data import records, sources, transforms
 from diffdis_jax.data.loader import train_loader
 from diffdis_jax.data.prepare.pairs import RawPair, to_record
 from diffdis_jax.data.transforms import Augmentation, augment, decode, decode_reduced, needed_side
-from diffdis_jax.evals import base, registry
+from diffdis_jax.evals import base, tasks
 from tests.raw_pairs import encode
 
 ORIENTATION = 0x0112
@@ -214,7 +214,7 @@ def test_the_protocol_says_how_images_are_decoded(task, monkeypatch):
   for reduced_decoding in (None, False, True):
     asked = {} if reduced_decoding is None else {"reduced_decoding": reduced_decoding}
     fields = {"label_field": "caption"} if task == "zero_shot" else {}
-    evaluation, inference = registry.create(task, data={}, **fields, **asked), _Shown()
+    evaluation, inference = tasks.create(task, data={}, **fields, **asked), _Shown()
     assert evaluation.protocol(inference)["reduced_decoding"] is bool(reduced_decoding)
     evaluation.run(inference, {})
     expected = base.to_square(data, 256, reduced_decoding=bool(reduced_decoding))

@@ -21,8 +21,8 @@ from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import diffusion_classifier, sections
-from diffdis_jax.evals import registry as evals
-from diffdis_jax.evals.noise_errors import NoiseErrors
+from diffdis_jax.evals import tasks as evals
+from diffdis_jax.evals.diffusion_classifier import NoiseErrors
 from diffdis_jax.method.network import Network
 from tests import pipelines, steps, tiny
 from tests.models.from_torch import nchw

@@ -14,7 +14,7 @@ from diffdis_jax.data import shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import classifiers, generation_accuracy
-from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import tasks as evals
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "grey": (120, 120, 120)}
 
@@ -115,10 +115,10 @@ def test_the_run_judges_its_own_images_too(evaluation):
 
 def test_classes_of_one_name_are_one_to_the_head(evaluation, monkeypatch):
   """Between the places of two equal names there is nothing to tell."""
-  monkeypatch.setattr(evaluation.judge, "classnames", ("blue", "green", "grey", "red", "red"))
-  monkeypatch.setattr(evaluation, "_classes", np.array([0, 1, 3, 4]))
+  monkeypatch.setattr(evaluation, "classes", np.array([0, 1, 3, 4]))
+  texts = ["a blue", "a green", "a grey", "a red", "a red"]
   images = np.stack([paint(name, 0) for name in ("blue", "green", "red", "red")])
-  assert evaluation._measure_by_head(Critic(), {}, images)["head_acc1"] == 1.0
+  assert evaluation.judge_by_head(Critic(), {}, images, texts)["head_acc1"] == 1.0
 
 
 def test_the_protocol_says_what_the_judge_saw(evaluation):

@@ -15,8 +15,8 @@ from diffdis_jax import evaluate, inference
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import registry as evals
-from diffdis_jax.evals import sections
+from diffdis_jax.evals import tasks as evals
+from diffdis_jax.evals import tasks as sections
 from diffdis_jax.evals.held_out_loss import TIMESTEPS
 from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import processes, sharding

@@ -17,7 +17,7 @@ from diffdis_jax.data.layouts import labelled
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, linear_probe
-from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import tasks as evals
 from diffdis_jax.evals.linear_probe import Examples
 from tests.models.from_torch import nchw
 
@@ -147,8 +147,11 @@ def test_fewer_images_than_shots_and_test_images_left_out_are_said(splits, caplo
   splits["test"][:] = [{**splits["train"][0], "label": label} for label in [*"abbc", *"ABB"]]
   settings = {"data": {"split": "test"}, "val_split": "val"}
   evals.create("linear_probe", **settings, shots=("1", "2", "4", "all"))
-  said = "linear_probe: of 2 shots 1 of 3 classes have fewer images to train on, of 4 shots 2 of 3; all of theirs count"
-  left = "linear_probe: 3 of 7 images to test on are left out, of classes that train has none of, such as 'A', 'B'"
+  said = (
+    "linear_probe: of shots, 1 of 3 classes fewer than 2, 2 of 3 classes fewer than 4 training images; all of theirs"
+    " count"
+  )
+  left = "linear_probe: 3 of 7 images to test on are left out, of classes that are not trained on, such as 'A', 'B'"
   assert {said, left} <= {*caplog.messages}
   caplog.clear()
   splits["test"][:] = splits["test"][:4]

@@ -16,8 +16,8 @@ from diffdis_jax.data import shapes_lt
 from diffdis_jax.data.corpus import Corpus
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, tables
-from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import base, results, tables
+from diffdis_jax.evals import tasks as evals
 from diffdis_jax.evals.long_tail import GROUPS, LongTail
 from diffdis_jax.training.long_tail import anchors
 from tests import tiny_lt
@@ -137,7 +137,7 @@ def test_the_protocol_says_how(measured):
 
 def test_the_table_has_the_papers_layout(measured):
   evaluation, inference, metrics = measured
-  record = base.make_record(
+  record = results.make_record(
     dataset="test",
     model="m",
     pretrained="run",

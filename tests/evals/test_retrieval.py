@@ -7,7 +7,7 @@ from clip_benchmark.metrics import zeroshot_retrieval
 
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import tasks as evals
 
 DATA = {"split": "test"}
 NAMES = [

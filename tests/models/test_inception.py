@@ -13,8 +13,8 @@ import torch
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from diffdis_jax.common.params import flatten, merge
-from diffdis_jax.evals import resize
-from diffdis_jax.evals.features import Extractor
+from diffdis_jax.evals.fid import features as resize
+from diffdis_jax.evals.fid.features import Extractor
 from diffdis_jax.interop import inception as read_inception
 from diffdis_jax.method.network import abstract_module
 from diffdis_jax.models import inception

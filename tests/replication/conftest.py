@@ -8,17 +8,16 @@ import pytest
 
 from diffdis_jax.ablate import columns
 from diffdis_jax.data import sources
-from diffdis_jax.evals import registry
+from diffdis_jax.evals.tasks import TASKS
 from replication import extensions
 
 
 @pytest.fixture(scope="module", autouse=True)
 def extended() -> Iterator[None]:
-  tables = (sources.KINDS, registry.EVALS, registry.MEASURES, columns.COLUMNS_OF)
-  before, without_queries = [{**table} for table in tables], registry.WITHOUT_QUERIES
+  tables = (sources.KINDS, TASKS, columns.COLUMNS_OF)
+  before = [{**table} for table in tables]
   extensions.add()
   yield
-  registry.WITHOUT_QUERIES = without_queries
   for table, entries in zip(tables, before, strict=True):
     table.clear()
     table.update(entries)

@@ -8,7 +8,7 @@ import pytest
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import tasks as evals
 from replication import choice
 from replication.scenes import KINDS
 

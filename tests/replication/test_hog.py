@@ -7,7 +7,7 @@ import pytest
 
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import tasks as evals
 from replication import hog
 
 

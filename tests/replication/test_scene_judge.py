@@ -11,7 +11,7 @@ import pytest
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import tasks as evals
 from replication import scene_judge, scenes
 from replication.scenes import CONVERSES, RELATIONS, Scene
 

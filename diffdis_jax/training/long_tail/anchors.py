@@ -17,7 +17,8 @@ from diffdis_jax.data import long_tail, sources
 from diffdis_jax.data.build import open_tokens
 from diffdis_jax.data.corpus import Corpus
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, nearest
+from diffdis_jax.evals import base
+from diffdis_jax.evals.long_tail import linear_loss
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import HEAD_PREFIX
 from diffdis_jax.parallel import processes, sharding
@@ -109,7 +110,7 @@ class Selection:
       images = base.embed_images(
         inference, params, self._source, self._indices, seed=self._seed, crop_pct=self._section.crop_pct
       )
-      losses = nearest.linear_loss(
+      losses = linear_loss(
         inference.embed_texts(params, ids),
         images,
         text_labels=self.corpus.labels,

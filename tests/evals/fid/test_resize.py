@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from diffdis_jax.evals import resize
+from diffdis_jax.evals.fid import features as resize
 
 SIZES = ((16, 16), (64, 64), (256, 256), (299, 299), (300, 200), (512, 400))
 

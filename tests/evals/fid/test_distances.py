@@ -9,7 +9,7 @@ import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import distances
+from diffdis_jax.evals.fid import distances
 
 
 def draw(n: int, d: int, seed: int) -> np.ndarray:

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import fid
+
+
+class Source:
+  """Record i has 1 + i % 5 captions."""
+
+  def __init__(self, n: int):
+    self.read, self.n = [], n
+
+  def __len__(self) -> int:
+    return self.n
+
+  def __getitem__(self, i: int) -> dict:
+    self.read.append(i)
+    texts = [f"caption {k} of {i}" for k in range(1 + i % 5)]
+    return {"image": b"", "caption": texts[0], **({"captions": texts} if len(texts) > 1 else {})}
+
+
+def sample(n: int = 40, num_images: int | None = None, captions: str = "per_image", seed: int = 0):
+  return fid.sample_prompts(Source(n), num_images=num_images, captions=captions, seed=seed)
+
+
+def test_one_caption_each_of_different_records():
+  found = sample(num_images=30)
+  assert len({*found.records.tolist()}) == 30 and list(found.records) != sorted(found.records)
+  which = [text.split() for text in found.texts]
+  assert [int(words[3]) for words in which] == found.records.tolist()
+  assert {int(words[1]) for words in which} == {0, 1, 2, 3, 4}
+
+
+def test_every_caption_of_a_record_is_as_likely():
+  found = sample(5000)
+  which = np.array([int(text.split()[1]) for text in found.texts])
+  for k in range(5):
+    np.testing.assert_allclose((which[found.records % 5 == 4] == k).mean(), 0.2, atol=0.05)
+
+
+@pytest.mark.parametrize("captions", ["per_image", "all"])
+def test_the_first_of_a_sample_are_the_smaller_sample(captions):
+  assert sample(num_images=13, captions=captions).texts == sample(num_images=30, captions=captions).texts[:13]
+  assert sample(captions=captions).texts != sample(captions=captions, seed=1).texts
+
+
+def test_all_captions_alike():
+  texts = sample(captions="all").texts
+  assert len(texts) == 40 * 3 == len({*texts})
+  assert len({*sample(num_images=40, captions="all").records.tolist()}) < 40
+
+
+def test_no_more_is_read_than_is_sampled():
+  source = Source(1000)
+  fid.sample_prompts(source, num_images=7, captions="per_image", seed=0)
+  assert len(source.read) == 7
+
+
+def test_the_usual_count(monkeypatch):
+  monkeypatch.setattr(fid, "MOST", 25)
+  assert len(sample()) == 25 and len(sample(20)) == 20
+
+
+@pytest.mark.parametrize(
+  "how, message",
+  [
+    (dict(num_images=1), "num_images is 1; FID takes at least 2"),
+    (dict(n=1), "num_images is 1; FID takes at least 2"),
+    (dict(n=0), "num_images is 0"),
+    (dict(num_images=41), "num_images is 41, but there are captions for 40"),
+  ],
+)
+def test_what_cannot_be_sampled(how, message):
+  with pytest.raises(UserError, match=message):
+    sample(**how)
+
+
+@pytest.mark.parametrize("captions", ["per_image", "all"])
+def test_no_image_is_read_for_its_caption(captions):
+  class Described(Source):
+    def fields(self, i: int) -> dict:
+      return super().__getitem__(i)
+
+    def __getitem__(self, i: int) -> dict:
+      raise AssertionError("an image was read")
+
+  found = fid.sample_prompts(Described(40), num_images=None, captions=captions, seed=0)
+  assert found.texts == sample(captions=captions).texts
