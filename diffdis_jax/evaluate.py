@@ -231,7 +231,7 @@ def _check_same_on_all(sections: Sequence[Section]) -> None:
     )
 
 
-def _sections(run: run_config.Run) -> list[Section]:
+def _sections(run: Any) -> list[Section]:
   """Return the tasks and sets that the flags ask for. Raise UserError: flags that do not go together, or a task that
   measures what the run was not trained for."""
   sections = _asked(run)
@@ -240,7 +240,7 @@ def _sections(run: run_config.Run) -> list[Section]:
   return sections
 
 
-def _asked(run: run_config.Run) -> list[Section]:
+def _asked(run: Any) -> list[Section]:
   image_size = FLAGS.image_size or run.image_size
   if FLAGS.suite:
     if not FLAGS.data_root:

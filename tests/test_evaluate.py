@@ -186,7 +186,9 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
   assert {name: values[name].flag_type() for name in kinds} == kinds
   assert values["splits"].flag_type() == "comma separated list of strings"
   assert values["held_out"].help.startswith("share of the labelled images")
-  assert "zero_shot, retrieval, diffusion_classifier: images to measure" in values["num_images"].help.replace("\n", " ")
+  assert "zero_shot, retrieval, held_out_loss, diffusion_classifier: images to measure" in values[
+    "num_images"
+  ].help.replace("\n", " ")
 
 
 def test_the_page_has_every_task():

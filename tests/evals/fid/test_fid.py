@@ -450,9 +450,3 @@ def test_real_images_that_are_broken_end_it(stand_ins):
   stand_ins.broken = True
   with pytest.raises(UserError, match="record 0 of the reference's images cannot be used: corrupt image"):
     evaluation.run(Inference(), {})
-
-
-def test_progress_says_what_is_left(caplog):
-  with caplog.at_level(logging.INFO):
-    make().run(Inference(), {})
-  assert "FID: sampled 8 of 36 images" in caplog.text and "FID: looked at 60 of 60 images" in caplog.text
