@@ -82,7 +82,7 @@ def test_hosts_that_find_other_records_are_named(tmp_path, monkeypatch):
     digests.write(tmp_path)
     evaluate._check_same_on_all(sets)
   first, other = said
-  assert first.startswith("zero_shot on a (") and first != other
+  assert first.startswith("zero_shot on a ") and first != other
 
 
 def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
