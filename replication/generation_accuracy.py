@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from diffdis_jax.config.section import field, number
 from diffdis_jax.evals import base, generation_accuracy
 from diffdis_jax.evals.classifiers import SIZE
-from diffdis_jax.evals.generation_accuracy import OF_LABELS, OF_SHAPES
+from diffdis_jax.evals.generation_accuracy import OF_SHAPES
 from replication import copies
+from replication.label_judge import LabelJudge
 from replication.scene_judge import SceneJudge
 
+OF_LABELS = ("splits", "label_field", "epochs", "held_out")  # settings of the judge of labelled images
 
+
+@base.settings()
 class GenerationAccuracy(generation_accuracy.GenerationAccuracy):
   """Task `generation_accuracy`: the share of generated images that show what was asked for, as a classifier judges.
 
@@ -27,8 +32,19 @@ class GenerationAccuracy(generation_accuracy.GenerationAccuracy):
   images of the other splits. Each is left out where no class has two images.
   """
 
+  splits: Sequence[str] | None = field(
+    None, help="further splits of the same data, on which the classifier is trained and measured too"
+  )
+  epochs: int | None = number(None, ge=1, help="epochs of the classifier on labelled images; by default 20")
+  held_out: float | None = number(
+    None, gt=0.0, lt=1.0, help="share of the labelled images held out to measure the classifier; by default 0.1"
+  )
+
   def make_judge(self) -> Any:
     if self.data is None:
+      self.refuse(OF_LABELS, "rendered shapes are judged; give data too")
+      return super().make_judge()
+    if self.judge:  # CLIP
       return super().make_judge()
     if self.data.get("name") == "scenes":
       self.refuse(OF_LABELS, "rendered scenes are judged; leave it out")
@@ -37,14 +53,14 @@ class GenerationAccuracy(generation_accuracy.GenerationAccuracy):
     return CopiesJudge(self.data, self.seed, **self.given(OF_LABELS))
 
 
-class CopiesJudge(generation_accuracy.LabelJudge):
+class CopiesJudge(LabelJudge):
   """Name labelled images' classes, and count images that are as near to a training image as copies are."""
 
   _own: copies.OwnDistances | None = None
   _real_nearer: Mapping[str, float] = {}
 
   def measure(
-    self, images: UInt8[np.ndarray, "n s s 3"], classes: Int[np.ndarray, " n"], *, image_size: int
+    self, images: UInt8[np.ndarray, "n h w 3"], classes: Int[np.ndarray, " n"], *, image_size: int
   ) -> dict[str, float]:
     metrics = super().measure(images, classes, image_size=image_size)
     if self._own is None:
@@ -57,5 +73,5 @@ class CopiesJudge(generation_accuracy.LabelJudge):
       if squares[1:]:
         real = self._own.share_nearer(np.concatenate(squares[1:]), others)
         self._real_nearer = {} if real is None else {"real_nearer_than_own": real}
-    share = self._own.share_nearer(images, classes)
+    share = self._own.share_nearer(np.stack([base.to_square(image, SIZE) for image in images]), classes)
     return {**metrics, **({} if share is None else {"nearer_than_own": share}), **self._real_nearer}

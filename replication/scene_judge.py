@@ -167,12 +167,13 @@ class SceneJudge:
     return trained
 
   def measure(
-    self, images: UInt8[np.ndarray, "n s s 3"], classes: Int[np.ndarray, " n"], *, image_size: int
+    self, images: UInt8[np.ndarray, "n h w 3"], classes: Int[np.ndarray, " n"], *, image_size: int
   ) -> dict[str, float]:
     """Return acc1, all five attributes right; acc1_attributes, the share of the five; and acc1_relation, _colour,
     _shape."""
     trained = self.train(image_size)
-    found = right(attributes(trained.model, images), self._targets[classes])
+    squares = np.stack([base.to_square(image, SIZE) for image in images])
+    found = right(attributes(trained.model, squares), self._targets[classes])
     of_kind = {
       f"acc1_{kind}": float(found[:, [i for i, each in enumerate(ATTRIBUTES) if each == kind]].mean())
       for kind in dict.fromkeys(ATTRIBUTES)

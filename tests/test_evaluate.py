@@ -177,7 +177,8 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
   """Except for objects, which no flag can give."""
   values = flags.FlagValues()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(tasks, "_DEFINE", {k: functools.partial(f, flag_values=values) for k, f in tasks._DEFINE.items()})
+    of_kind = lambda a, b, f: (a, b, f and functools.partial(f, flag_values=values))
+    patch.setattr(tasks, "KINDS", {name: of_kind(*kind) for name, kind in tasks.KINDS.items()})
     tasks.define_flags()
   for task, row in tasks.TASKS.items():
     assert {field.name for field in dataclasses.fields(row.evaluation)} - {*values} == {"data"} - {*values}, task

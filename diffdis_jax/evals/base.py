@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, SupportsIndex
 
@@ -308,13 +308,18 @@ def ranks(
   Scores are computed on the device, `BLOCK` queries at a time.
   """
   # Keys go to the device once; queries in blocks, since all scores of MSCOCO are 25,000 x 5,000.
-  size, on_device = min(BLOCK, len(queries)), jnp.asarray(keys)
-  found = []
-  for start in range(0, len(queries), BLOCK):
-    # The last block is filled with its last query, so that all have one shape.
-    rows = np.minimum(np.arange(start, start + size), len(queries) - 1)
-    found.append(_ranks(queries[rows], on_device, query_groups[rows], key_groups))
-  return np.concatenate(found)[: len(queries)]
+  on_device = jnp.asarray(keys)
+  return by_blocks(lambda rows, groups: _ranks(rows, on_device, groups, key_groups), queries, query_groups)
+
+
+def by_blocks(f: Callable[..., Array], *rows: np.ndarray, size: int | None = None) -> np.ndarray:
+  """Run f over blocks of rows, of one shape: the last block is filled with its last row."""
+  n, found = len(rows[0]), []
+  size = min(size or BLOCK, n)
+  for start in range(0, n, size):
+    places = np.minimum(np.arange(start, start + size), n - 1)
+    found.append(np.asarray(f(*(each[places] for each in rows))))
+  return np.concatenate(found)[:n]
 
 
 @jax.jit

@@ -1,35 +1,28 @@
-"""Small classifiers of real images, which judge generated ones, and their training.
+"""A small classifier of rendered shapes, which judges generated ones, and its training.
 
-They share nothing with the model that they judge: neither weights nor layers. None is the paper's.
+It shares nothing with the model that it judges: neither weights nor layers. It is not the paper's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, UInt8
-from PIL import Image
 
-from diffdis_jax.data import shapes, transforms
+from diffdis_jax.data import shapes
 from diffdis_jax.evals import base
 
 SIZE = 32  # pixels: a classifier sees every image at this size
 COLOURS = tuple(shapes.COLOURS)
 PAIRS = np.array([(COLOURS.index(colour), shapes.SHAPES.index(shape)) for colour, shape in shapes.PAIRS])
 BATCH = 64
-PARTS = 4  # along each side: the classifier of labelled images takes features' means over so many parts
-PEAK_RATE = 2.5e-3
-VIEW = transforms.Augmentation(
-  shift=0.08, zoom=0.15, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.3, hue=0.02
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,69 +153,3 @@ def pairs_of(model: ShapeClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> In
     return jnp.stack([logits.colour.argmax(-1), logits.shape.argmax(-1)], axis=-1)
 
   return apply(named, model, images, batch_size=256)
-
-
-class LabelClassifier(nnx.Module):
-  """Five convolutions with BatchNorm, their means over 4 x 4 parts of the image, and one head with dropout."""
-
-  def __init__(self, num_classes: int, *, rngs: nnx.Rngs, widths: Sequence[int] = (32, 64, 64, 128, 128)):
-    strides = (2, 1, 1, 2, 1)
-    self.convs = nnx.List(
-      nnx.Conv(a, b, (3, 3), strides=stride, use_bias=False, rngs=rngs)
-      for a, b, stride in zip((3, *widths[:-1]), widths, strides, strict=True)
-    )
-    self.norms = nnx.List(nnx.BatchNorm(width, momentum=0.9, rngs=rngs) for width in widths)
-    self.dropout = nnx.Dropout(0.3, rngs=rngs)
-    self.head = nnx.Linear(PARTS * PARTS * widths[-1], num_classes, rngs=rngs)
-
-  def __call__(self, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b k"]:
-    x = image.astype(jnp.float32) / 127.5 - 1.0
-    for conv, norm in zip(self.convs, self.norms, strict=True):
-      x = nnx.relu(norm(conv(x)))
-    # A mean over the whole image would lose where things are, by which many icons differ alone.
-    b, h, w, c = x.shape
-    parts = x.reshape(b, PARTS, h // PARTS, PARTS, w // PARTS, c).mean((2, 4))
-    return self.head(self.dropout(parts.reshape(b, -1)))
-
-
-def train_on_labels(
-  images: Sequence[Image.Image], labels: Int[np.ndarray, " n"], *, num_classes: int, epochs: int, seed: int
-) -> LabelClassifier:
-  """Train on varied views of the images by AdamW under a one-cycle schedule, which peaks at PEAK_RATE."""
-  # What is left of an epoch is no batch, so that a step is compiled once; few images are one batch.
-  batch_size = min(BATCH, len(images))
-  num_steps = epochs * (len(images) // batch_size)
-  model = LabelClassifier(num_classes, rngs=nnx.Rngs(seed))
-
-  def loss(model: LabelClassifier, image: Array, label: Int[Array, "b"]) -> Array:
-    return optax.softmax_cross_entropy_with_integer_labels(model(image), label).mean()
-
-  def batches() -> Iterator[Examples]:
-    for number, rows in enumerate(_epochs(len(images), batch_size, num_steps=num_steps, seed=seed)):
-      views = base.decoders().map(lambda i, number=number: _view(images[i], seed=(seed, number, i)), rows.tolist())
-      yield Examples(np.stack(list(views)), labels[rows])
-      if number % 500 == 0:
-        logging.info("training the judge: step %d of %d", number, num_steps)
-
-  # BatchNorm takes the batch's moments while it trains, and their averages when it judges.
-  model.train()
-  fit(model, optax.adamw(optax.cosine_onecycle_schedule(num_steps, PEAK_RATE), weight_decay=0.01), loss, batches())
-  model.eval()
-  return model
-
-
-def _epochs(n: int, batch_size: int, *, num_steps: int, seed: int) -> Iterator[Int[np.ndarray, " b"]]:
-  """Yield the rows of each step: all in random order, then all again. What is left of an epoch is left out."""
-  rng = np.random.default_rng(seed)
-  for _ in range(0, num_steps, n // batch_size):
-    order = rng.permutation(n)
-    yield from order[: n // batch_size * batch_size].reshape(-1, batch_size)
-
-
-def _view(image: Image.Image, *, seed: Sequence[int]) -> UInt8[np.ndarray, "s s 3"]:
-  return transforms.augment(image, np.random.default_rng(seed), size=SIZE, how=VIEW)
-
-
-def classify(model: LabelClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n k"]:
-  """Return the logits of the classes."""
-  return apply(lambda model, image: model(image), model, images, batch_size=BATCH)

@@ -1,27 +1,30 @@
-"""Measure whether generated images show what was asked for. A classifier of real images, the judge, names them.
+"""Measure whether generated images show what was asked for, as a judge names them.
 
-The judge of rendered shapes is all but perfect. That of labelled images errs too, so its own accuracy on real images
-that it was not trained on stands beside every figure.
+Rendered shapes are judged by a small classifier, images of a data set's classes by a run of CLIP. A judge errs too, so
+its own accuracy on real images stands beside every figure.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 
+from diffdis_jax import inference
 from diffdis_jax.config.section import field, number
-from diffdis_jax.data import shapes, transforms
+from diffdis_jax.data import shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, classifiers, prompts
 from diffdis_jax.evals.classifiers import PAIRS, SIZE, Trained
+from diffdis_jax.run import provenance
 
 SEEN = np.array([pair in shapes.SEEN for pair in shapes.PAIRS])
-OF_LABELS = ("splits", "label_field", "epochs", "held_out")  # settings of the judge of labelled images
+OF_LABELS = ("judge", "label_field")  # settings of the judge of labelled images
 OF_SHAPES = ("classifier_steps", "required_accuracy")
 
 
@@ -30,7 +33,7 @@ class GenerationAccuracy(base.Evaluation):
   """Task `generation_accuracy`: the share of generated images that show what was asked for, as a classifier judges.
 
   Without `data` the images are rendered shapes, and right are those of the colour and the shape asked for. With `data`
-  they are of its classes, and right are those whose class is named first, or among the first five. Source: none; it
+  they are of its classes, and right are those whose class CLIP names first, or among the first five. Source: none; it
   stands for FID where there are too few images for that.
   """
 
@@ -41,24 +44,18 @@ class GenerationAccuracy(base.Evaluation):
   per_class: int | None = number(
     None, ge=1, help="images generated for each class; by default 4 for shapes, 1 for labelled images"
   )
-  splits: Sequence[str] | None = field(
-    None, help="further splits of the same data, on which the classifier is trained and measured too"
-  )
+  judge: str | None = field(None, help="run of CLIP, or an import of it, that judges labelled images")
   label_field: str | None = field(None, help="record's field with the class's name; by default label")
-  epochs: int | None = number(None, ge=1, help="epochs of the classifier on labelled images; by default 20")
-  held_out: float | None = number(
-    None, gt=0.0, lt=1.0, help="share of the labelled images held out to measure the classifier; by default 0.1"
-  )
   classifier_steps: int | None = number(None, ge=1, help="steps of the classifier on shapes; by default 500")
   required_accuracy: float | None = field(
     None, help="accuracy that the classifier must reach on new renders of shapes; by default 0.98"
   )
 
   def open(self) -> None:
-    self.judge = self.make_judge()
-    copies: int = self.judge.per_class if self.per_class is None else self.per_class
-    self.prompt = prompts.resolve_templates((self.template or self.judge.template,))[0]
-    self.classes = np.tile(self.judge.asked, copies)
+    self.named_by = self.make_judge()
+    copies: int = self.named_by.per_class if self.per_class is None else self.per_class
+    self.prompt = prompts.resolve_templates((self.template or self.named_by.template,))[0]
+    self.classes = np.tile(self.named_by.asked, copies)
 
   def make_judge(self) -> Any:
     """Return the judge of these data. Raises UserError: settings that are the other judge's."""
@@ -67,7 +64,10 @@ class GenerationAccuracy(base.Evaluation):
       self.refuse(OF_LABELS, "rendered shapes are judged; give data too")
       return ShapeJudge(self.seed, **self.given(OF_SHAPES))
     self.refuse(OF_SHAPES, "labelled images are judged; leave it out")
-    return LabelJudge(self.data, self.seed, **self.given(OF_LABELS))
+    if not self.judge:
+      raise UserError("generation_accuracy on data needs a judge, --judge=RUN: a run of CLIP, or an import of it")
+    given = self.given(OF_LABELS)
+    return ClipJudge(self.data, given.pop("judge"), **given)
 
   def given(self, names: Sequence[str]) -> dict[str, Any]:
     """Return those of these settings that are given."""
@@ -83,9 +83,9 @@ class GenerationAccuracy(base.Evaluation):
       **inference.generation_protocol,
       "seed": self.seed,
       "num_images": len(self.classes),
-      "num_classes": len(self.judge.classnames),
+      "num_classes": len(self.named_by.classnames),
       "templates": [self.prompt],
-      "judge": self.judge.protocol(),
+      "judge": self.named_by.protocol(),
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
@@ -98,12 +98,11 @@ class GenerationAccuracy(base.Evaluation):
     takes for what was asked for among all classes.
     """
     # Before anything is generated, which takes longer: a classifier that is no judge ends it.
-    self.judge.train(inference.image_size)
-    texts = [prompts.fill(self.prompt, name) for name in self.judge.classnames]
+    self.named_by.train(inference.image_size)
+    texts = [prompts.fill(self.prompt, name) for name in self.named_by.classnames]
     tokens = Tokenizer(inference.max_length)([texts[k] for k in self.classes])
     images = inference.generate(params, tokens, inference.noise(len(tokens), self.seed))
-    squares = np.stack([base.to_square(image, SIZE) for image in images])
-    metrics = self.judge.measure(squares, self.classes, image_size=inference.image_size)
+    metrics = self.named_by.measure(images, self.classes, image_size=inference.image_size)
     return metrics | (self.judge_by_head(inference, params, images, texts) if inference.aligned else {})
 
   def judge_by_head(
@@ -145,11 +144,12 @@ class ShapeJudge:
     return self._trained[image_size]
 
   def measure(
-    self, images: UInt8[np.ndarray, "n s s 3"], classes: Int[np.ndarray, " n"], *, image_size: int
+    self, images: UInt8[np.ndarray, "n h w 3"], classes: Int[np.ndarray, " n"], *, image_size: int
   ) -> dict[str, float]:
     """Return the accuracy of colour and shape together, of all, seen and unseen pairs; of the colour; of the shape."""
     trained = self.train(image_size)
-    colour, shape = (classifiers.pairs_of(trained.model, images) == PAIRS[classes]).T
+    squares = np.stack([base.to_square(image, SIZE) for image in images])
+    colour, shape = (classifiers.pairs_of(trained.model, squares) == PAIRS[classes]).T
     pair, seen = colour & shape, SEEN[classes]
     right = {"": pair, "_seen": pair[seen], "_unseen": pair[~seen], "_colour": colour, "_shape": shape}
     return {**{f"acc1{which}": float(each.mean()) for which, each in right.items()}, **trained.accuracy}
@@ -166,81 +166,52 @@ def require(trained: Trained, least: float, steps: int) -> None:
     )
 
 
-class LabelJudge:
-  """Names labelled images' classes, after training on several splits. Settings as `GenerationAccuracy` has them.
+class ClipJudge:
+  """Names the classes of labelled images by another run that compares images with texts, such as CLIP.
 
   Raises:
-    UserError: a label that is no text, fewer than two classes, or so few images that none or all are held out.
+    UserError: a label that is no text, or fewer than two classes.
   """
 
   template, per_class = "{}", 1
 
-  def __init__(
-    self,
-    data: Mapping[str, Any],
-    seed: int,
-    *,
-    splits: Sequence[str] = (),
-    label_field: str = "label",
-    epochs: int = 20,
-    held_out: float = 0.1,
-  ):
-    split = data.get("split", "train")
-    self._splits = tuple(dict.fromkeys((split, *splits)))
-    opened = {split: base.open_split(data, split) for split in self._splits}
-    self.sources = tuple(opened.values())
-    names = {split: base.text_labels(source, label_field) for split, source in opened.items()}
-    classes, self.labels = np.unique(np.concatenate([*names.values()]), return_inverse=True)
-    self.classnames = tuple(classes.tolist())
+  def __init__(self, data: Mapping[str, Any], run: str, label_field: str = "label"):
+    self.source = sources.open_source(**data)
+    classes, self.labels = np.unique(base.text_labels(self.source, label_field), return_inverse=True)
+    self.classnames, self.asked = tuple(classes.tolist()), np.arange(len(classes))
     if len(self.classnames) < 2:
       raise UserError(f"field {label_field!r} names {', '.join(self.classnames)} alone; a judge needs two classes")
-    self.asked = np.unique(self.labels[: len(names[split])])
-    self._seed, self._epochs = seed, epochs
-    # The order is of the seed alone, so that the judge of another call is the same one.
-    order, count = np.random.default_rng(seed).permutation(len(self.labels)), round(held_out * len(self.labels))
-    if not 0 < count < len(order):
-      share, size = ("all of them", "smaller") if count else ("none", "larger")
-      raise UserError(f"held_out={held_out} of {len(order)} images is {share}; ask for a {size} share")
-    self._measured_on, self._trained_on = order[:count], order[count:]
-    self._trained: Trained | None = None
+    self._run = run
+    self._load = functools.cache(inference.load)
 
   def protocol(self) -> dict[str, Any]:
-    """Return how the classifier is trained, and on how many images."""
-    counts = {"trained_on": len(self._trained_on), "measured_on": len(self._measured_on)}
-    return {"splits": list(self._splits), "epochs": self._epochs, **counts}
+    """Return which run judges."""
+    return {"run": provenance.public(self._run), "template": prompts.TEMPLATES[0]}
 
-  def train(self, image_size: int = SIZE) -> Trained:
-    """Train the classifier for generated images of any size, once, on the images that are not held out."""
+  def train(self, image_size: int) -> Trained:
+    """Load the run, and measure it on the real images, once. The images' size is of no account."""
     del image_size
-    if self._trained is None:
-      # Read once and kept as they are: every epoch takes other views of them.
-      images = [base.read_image(source, i) for source in self.sources for i in range(len(source))]
-      of_training, labels = [images[i] for i in self._trained_on], self.labels[self._trained_on]
-      how = dict(num_classes=len(self.classnames), epochs=self._epochs, seed=self._seed)
-      model = classifiers.train_on_labels(of_training, labels, **how)
-      # Held-out images are judged as generated ones are: as a whole, in one view.
-      real = np.stack([np.asarray(transforms.resize(images[i], SIZE)) for i in self._measured_on])
-      places = ranks(classifiers.classify(model, real), self.labels[self._measured_on])
-      self._trained = Trained(model, _accuracy("judge_", places))
-      logging.info(
-        "the classifier is right on %.1f %% of held-out real images", 100 * self._trained.accuracy["judge_acc1"]
-      )
-    return self._trained
+    return self._measured
+
+  @functools.cached_property
+  def _measured(self) -> Trained:
+    judge, _ = self._load(self._run)
+    places = self._ranks(base.Images(self.source, np.arange(len(self.labels)), judge.image_size), self.labels)
+    return Trained(judge, _accuracy("judge_", places))
 
   def measure(
-    self, images: UInt8[np.ndarray, "n s s 3"], classes: Int[np.ndarray, " n"], *, image_size: int
+    self, images: UInt8[np.ndarray, "n h w 3"], classes: Int[np.ndarray, " n"], *, image_size: int
   ) -> dict[str, float]:
     """Return acc1 and acc5, and the judge's own."""
     trained = self.train(image_size)
-    return {**_accuracy("", ranks(classifiers.classify(trained.model, images), classes)), **trained.accuracy}
+    squares = np.stack([base.to_square(image, trained.model.image_size) for image in images])
+    return {**_accuracy("", self._ranks(squares, classes)), **trained.accuracy}
 
-
-def ranks(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-  """Count the other classes that are as likely as each row's own, or likelier; 0 is right. A NaN ranks before all."""
-  # As in base.ranks a tie is wrong, so that a classifier that says the same of all is right on none.
-  own = np.take_along_axis(logits, labels[:, None], axis=1)
-  others = np.arange(logits.shape[1]) != labels[:, None]
-  return (others & ~(logits < own)).sum(axis=1)
+  def _ranks(self, images: Any, classes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    judge, params = self._load(self._run)
+    e = base.embed_texts(judge, params, [prompts.fill(prompts.TEMPLATES[0], name) for name in self.classnames])
+    q = judge.embed_images(params, images, seed=0)
+    return base.ranks(q, e, query_groups=classes, key_groups=self.asked)
 
 
 def _accuracy(prefix: str, places: Int[np.ndarray, " n"]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from diffdis_jax.config import sections
@@ -22,7 +21,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 from diffdis_jax.models import lgr
 
-QUERIES, KEYS = 1024, 16384  # rows and columns of a block
+SCORES = 2**26  # on the device at a time
 # Classes by their training images, more than the first number and no more than the second.
 GROUPS = {
   "many": (99, np.inf),
@@ -125,54 +124,19 @@ def in_group(train_counts: Int[np.ndarray, " k"], group: str) -> Bool[np.ndarray
   return (train_counts > above) & (train_counts <= at_most)
 
 
-def nearest(
-  queries: Float[np.ndarray, "q d"], keys: Float[np.ndarray, "m d"], *, count: int, block: int = KEYS
-) -> Int[np.ndarray, "q n"]:
+def nearest(queries: Float[np.ndarray, "q d"], keys: Float[np.ndarray, "m d"], *, count: int) -> Int[np.ndarray, "q n"]:
   """Return the places of the `count` keys of the largest inner products with each query, the best first."""
-  # Scores of all images with all sentences of Places-LT would not fit: the best of a block meet the best so far.
-  count, block = min(count, len(keys)), min(block, len(keys))
-  blocks = [_padded(keys, start, block) for start in range(0, len(keys), block)]
-  found = []
-  for start in range(0, len(queries), QUERIES):
-    rows = jnp.asarray(_padded(queries, start, min(QUERIES, len(queries))))
-    best = Best(jnp.full((len(rows), count), -jnp.inf), jnp.zeros((len(rows), count), jnp.int32))
-    for i, part in enumerate(blocks):
-      best = _better(best, rows, part, jnp.int32(i * block), jnp.int32(len(keys)), count=count)
-    found.append(np.asarray(best.places))
-  return np.concatenate(found)[: len(queries)]
-
-
-def _padded(x: Float[np.ndarray, "n d"], start: int, size: int) -> Float[np.ndarray, "m d"]:
-  """Return `size` rows from `start` on; at the end the last row again, so that all blocks have one shape."""
-  return x[np.minimum(np.arange(start, start + size), len(x) - 1)]
-
-
-class Best(struct.PyTreeNode):
-  """The largest scores of each query so far, and whose they are; the best first."""
-
-  scores: Float[Array, "q n"]
-  places: Int[Array, "q n"]
+  on_device, count = jnp.asarray(keys), min(count, len(keys))
+  # Scores of all images with all sentences of Places-LT would not fit.
+  size = max(1, min(base.BLOCK, SCORES // len(keys)))
+  return base.by_blocks(lambda rows: _nearest(rows, on_device, count=count), queries, size=size)
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def _better(
-  best: Best,
-  queries: Float[Array, "q d"],
-  keys: Float[Array, "m d"],
-  first: Int[Array, ""],
-  end: Int[Array, ""],
-  *,
-  count: int,
-) -> Best:
-  """Return the best so far and of these keys, whose places begin at `first`; places from `end` on are padding."""
-  places = first + jnp.arange(len(keys), dtype=jnp.int32)
+def _nearest(queries: Float[Array, "q d"], keys: Float[Array, "m d"], *, count: int) -> Int[Array, "q n"]:
   scores = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
-  # Padding and NaN must never win; -inf loses even against the initial best, whose place is 0.
-  scores = jnp.where((places < end) & ~jnp.isnan(scores), scores, -jnp.inf)
-  of_block, which = jax.lax.top_k(scores, min(count, len(keys)))
-  # Earlier places stand first, and of equal values top_k takes the first.
-  scores, order = jax.lax.top_k(jnp.concatenate([best.scores, of_block], axis=1), count)
-  return Best(scores, jnp.take_along_axis(jnp.concatenate([best.places, places[which]], axis=1), order, axis=1))
+  # A NaN must never win. Of equal values top_k takes the first.
+  return jax.lax.top_k(jnp.where(jnp.isnan(scores), -jnp.inf, scores), count)[1]
 
 
 def vote(classes: Int[np.ndarray, "q n"]) -> Int[np.ndarray, " q"]:
@@ -195,12 +159,9 @@ def linear_loss(
 
   Every class of a text has an image. A small loss means that a sentence tells its class's images from all others.
   """
-  size, on_device = min(QUERIES, len(texts)), jnp.asarray(images)
-  found = []
-  for start in range(0, len(texts), size):
-    rows = np.minimum(np.arange(start, start + size), len(texts) - 1)
-    found.append(np.asarray(_linear_loss(texts[rows], on_device, text_labels[rows], image_labels, logit_scale)))
-  return np.concatenate(found)[: len(texts)]
+  on_device = jnp.asarray(images)
+  loss = lambda rows, labels: _linear_loss(rows, on_device, labels, image_labels, logit_scale)
+  return base.by_blocks(loss, texts, text_labels)
 
 
 @jax.jit

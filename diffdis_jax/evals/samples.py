@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,24 +59,11 @@ def draw_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], *, 
 
 
 def wrap(caption: str, font: Font, width: int) -> list[str]:
-  """Return lines no wider than `width` pixels, at most `MAX_LINES`, the last one cut off with dots where that is too
+  """Return lines no wider than `width` pixels, at most MAX_LINES, the last one cut off with dots where that is too
   few."""
-  lines: list[str] = []
-  for word in caption.split():
-    joined = f"{lines[-1]} {word}" if lines else word
-    if lines and font.getlength(joined) <= width:
-      lines[-1] = joined
-    else:
-      lines.append(word)
-  if len(lines) > MAX_LINES:
-    lines = [*lines[: MAX_LINES - 1], " ".join(lines[MAX_LINES - 1 :])]
-  return [_cut(line, font, width) for line in lines]
-
-
-def _cut(line: str, font: Font, width: int) -> str:
-  if font.getlength(line) <= width:
-    return line
-  kept = line
-  while kept and font.getlength(kept + "...") > width:
-    kept = kept[:-1]
-  return kept.rstrip() + "..."
+  # As many letters as fit, whichever they are: of the widest first, then of all.
+  for letters in range(int(width // font.getlength("i")), 4, -1):
+    lines = textwrap.wrap(caption, letters, max_lines=MAX_LINES, placeholder="...") or [""]
+    if all(font.getlength(line) <= width for line in lines):
+      return lines
+  return [""]

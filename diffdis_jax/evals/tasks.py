@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import pathlib
 import types
-import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from absl import flags
 
 from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.config.objectives import ALIGNED, COMPARING, GENERATIVE
-from diffdis_jax.config.section import check_type
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.base import Evaluation
@@ -62,14 +60,16 @@ TASKS = {
   "linear_probe": Task(LinearProbe, (*GENERATIVE, *ALIGNED)),  # an autoencoder alone has no features
 }
 
-_DEFINE = {
-  int: flags.DEFINE_integer,
-  float: flags.DEFINE_float,
-  bool: flags.DEFINE_boolean,
-  str: flags.DEFINE_string,
-  Sequence: flags.DEFINE_list,
+# The name of a type in a field's annotation -> the types of a value, in words, and its flag.
+KINDS: dict[str, tuple[Any, str, Any]] = {
+  "str": (str, "a text", flags.DEFINE_string),
+  "int": (int, "a whole number", flags.DEFINE_integer),
+  "float": (int | float, "a number", flags.DEFINE_float),
+  "bool": (bool, "True or False", flags.DEFINE_boolean),
+  "Sequence": (list | tuple, "a list", flags.DEFINE_list),
+  "Mapping": (Mapping, "a section of fields", None),
+  "None": (types.NoneType, "None", None),
 }
-_LIKE = {int: 0, float: 0.0, bool: False}  # type of a setting -> a value of it
 
 
 def get(task: str) -> Task:
@@ -81,8 +81,18 @@ def get(task: str) -> Task:
 
 def settings_of(task: str) -> dict[str, dataclasses.Field[Any]]:
   """Return the settings of a task that a flag can give. Raises UserError: no such task."""
-  kind = get(task).evaluation
-  return {each.name: each for each in dataclasses.fields(kind) if _flag_kind(_kinds(kind)[each.name]) is not None}
+  return {each.name: each for each in dataclasses.fields(get(task).evaluation) if _define(each)}
+
+
+def _kinds(setting: dataclasses.Field[Any]) -> list[str]:
+  """Return the keys of KINDS that a setting's annotation has."""
+  return [part.partition("[")[0] for part in str(setting.type).split(" | ")]
+
+
+def _define(setting: dataclasses.Field[Any]) -> Any:
+  """Return what defines the flag of a setting; None for an object, which no flag can give."""
+  # A text is how a flag gives whatever can be a text: the path of a JSON file instead of a list, say.
+  return next((define for kind, (_, _, define) in KINDS.items() if define and kind in _kinds(setting)), None)
 
 
 def all_settings() -> list[str]:
@@ -93,18 +103,17 @@ def all_settings() -> list[str]:
 def define_flags() -> None:
   """Define a flag for each setting. It is None where it is not given; its help says what it is for each task."""
   for name in all_settings():
+    settings = {task: known[name] for task in TASKS if name in (known := settings_of(task))}
     helps: dict[str, list[str]] = {}
-    for task in TASKS:
-      if name in settings_of(task):
-        helps.setdefault(settings_of(task)[name].metadata["help"], []).append(task)
+    for task, setting in settings.items():
+      helps.setdefault(setting.metadata["help"], []).append(task)
     text = "; ".join(help if len(helps) == 1 else f"{', '.join(names)}: {help}" for help, names in helps.items())
-    of_one = next(TASKS[task].evaluation for task in TASKS if name in settings_of(task))
-    define_flag(name, of_one, name, text)
+    define_flag(name, next(iter(settings.values())), text)
 
 
-def define_flag(name: str, section: type, setting: str, help: str) -> None:
-  """Define a flag of a section's field."""
-  _DEFINE[_flag_kind(_kinds(section)[setting])](name, None, help)
+def define_flag(name: str, setting: dataclasses.Field[Any], help: str) -> None:
+  """Define the flag of a section's field."""
+  _define(setting)(name, None, help)
 
 
 def check_objectives(what: str, task: str, objectives: Collection[str]) -> None:
@@ -119,20 +128,16 @@ def check_objectives(what: str, task: str, objectives: Collection[str]) -> None:
 def check(task: str, **settings: Any) -> None:
   """Check the name and the settings of a task; no data are opened. Raises UserError: an unknown name, or a setting of
   another type."""
-  kinds = _kinds(get(task).evaluation)
+  known = {each.name: each for each in dataclasses.fields(get(task).evaluation)}
   for name, value in settings.items():
-    what = f"evaluation {task}: {name}"
-    if name not in kinds:
-      raise UserError(f"evaluation {task} has no setting {name!r}; {did_you_mean(name, kinds)}")
-    of_type = kinds[name]
-    if value is None and types.NoneType in of_type:
-      continue
-    if of_type[0] in _LIKE:
-      check_type(what, value, _LIKE[of_type[0]])
-    # A text is a sequence too, of its letters: shots="16" would be 1 and 6.
-    elif not isinstance(value, of_type) or (isinstance(value, str) and str not in of_type):
-      raise UserError(f"{what} is {value!r}; it must be {' or '.join(kind.__name__ for kind in of_type)}")
-  if "data" not in settings and types.NoneType not in kinds.get("data", (types.NoneType,)):
+    if name not in known:
+      raise UserError(f"evaluation {task} has no setting {name!r}; {did_you_mean(name, known)}")
+    kinds = _kinds(known[name])
+    # A whole number is no bool, though Python says so.
+    if not any(isinstance(value, KINDS[kind][0]) and (kind == "bool" or not isinstance(value, bool)) for kind in kinds):
+      words = " or ".join(KINDS[kind][1] for kind in kinds)
+      raise UserError(f"evaluation {task}: {name} is {value!r}; it must be {words}")
+  if "data" not in settings and "data" in known and "None" not in _kinds(known["data"]):
     raise UserError(f"evaluation {task} has no data; give the section of a data source")
   if settings.get("data") is not None:
     try:
@@ -145,22 +150,6 @@ def create(task: str, **settings: Any) -> Evaluation:
   """Create the evaluation of this name. Raises UserError: no such task, or settings or data that it refuses."""
   check(task, **settings)
   return TASKS[task].evaluation(**settings)
-
-
-def _kinds(evaluation: type) -> dict[str, tuple[Any, ...]]:
-  """Return the types of each setting, without what they are of: of `Sequence[str] | str`, Sequence and str."""
-  hints = typing.get_type_hints(evaluation)
-  unions = {
-    name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints.items()
-  }
-  names = [each.name for each in dataclasses.fields(evaluation)]
-  return {name: tuple(typing.get_origin(kind) or kind for kind in unions[name]) for name in names}
-
-
-def _flag_kind(kinds: Sequence[Any]) -> Any:
-  """Return the type of a setting's flag, a key of _DEFINE; None for an object, which no flag can give."""
-  # A text is how a flag gives whatever can be a text: the path of a JSON file instead of a list, say.
-  return next((kind for kind in (str, *_DEFINE) if kind in kinds), None)
 
 
 @dataclasses.dataclass(frozen=True)

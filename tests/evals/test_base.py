@@ -66,7 +66,7 @@ def test_unknown_evaluation_and_unknown_setting():
     evals.create("zeroshot")
   with pytest.raises(UserError, match=r"zero_shot has no setting 'label_fields'; did you mean label_field\?"):
     evals.create("zero_shot", data={}, label_fields="concept")
-  with pytest.raises(UserError, match="zero_shot: data is 'path'; it must be Mapping"):
+  with pytest.raises(UserError, match="zero_shot: data is 'path'; it must be a section of fields"):
     evals.create("zero_shot", data="path")
   with pytest.raises(UserError, match="data of evaluation retrieval: .*'pth'"):
     evals.create("retrieval", data={"name": "pairs", "image_size": 8, "pth": "x"})
@@ -75,12 +75,12 @@ def test_unknown_evaluation_and_unknown_setting():
 @pytest.mark.parametrize(
   "task, settings, message",
   [
-    ("zero_shot", {"templates": 5}, "zero_shot: templates is 5; it must be Sequence"),
-    ("linear_probe", {"shots": "16"}, "linear_probe: shots is '16'; it must be Sequence"),
+    ("zero_shot", {"templates": 5}, "zero_shot: templates is 5; it must be a list or a text"),
+    ("linear_probe", {"shots": "16"}, "linear_probe: shots is '16'; it must be a list"),
     ("zero_shot", {"classnames": True}, "zero_shot: classnames is True; it must be "),
     ("zero_shot", {"num_images": "many"}, "zero_shot: num_images is 'many'; it must be a whole number"),
     ("zero_shot", {"only_classes_present": "yes"}, "only_classes_present is 'yes'; it must be True or False"),
-    ("retrieval", {"caption_field": 3}, "retrieval: caption_field is 3; it must be str"),
+    ("retrieval", {"caption_field": 3}, "retrieval: caption_field is 3; it must be a text"),
     ("generation_accuracy", {"per_class": 1.5}, "generation_accuracy: per_class is 1.5; it must be a whole number"),
     ("generation_accuracy", {"required_accuracy": "high"}, "required_accuracy is 'high'; it must be a number"),
     ("retrieval", {"seed": -1}, "seed is -1; it must be at least 0 and at most 4294967295"),

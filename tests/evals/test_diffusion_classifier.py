@@ -20,7 +20,7 @@ from diffdis_jax.config import Run
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import diffusion_classifier, sections
+from diffdis_jax.evals import diffusion_classifier
 from diffdis_jax.evals import tasks as evals
 from diffdis_jax.evals.diffusion_classifier import NoiseErrors
 from diffdis_jax.method.network import Network
@@ -233,11 +233,11 @@ def test_errors_are_those_of_diffusers(sd, imported):
 
 
 def test_it_measures_the_sets_of_zero_shot_beside_the_head(run):
-  asked = sections.of_config(
+  asked = evals.of_config(
     {"few": {"task": "zero_shot", "data": dict(name="shapes", split="test", image_size=32, num_images=6)}},
     tasks=["diffusion_classifier"],
   )
-  found = evaluate.evaluate(run, sections.override(asked, {"stages": ["1:2", "2:1"]}), batch_size=8)
+  found = evaluate.evaluate(run, evals.override(asked, {"stages": ["1:2", "2:1"]}), batch_size=8)
   record = found["diffusion_classifier"]["few"]
   classes = record["protocol"]["num_classes"]
   assert record["metrics"]["evaluations_per_image"] == classes * 1 + 2 * 1

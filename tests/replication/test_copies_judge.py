@@ -8,7 +8,8 @@ import pytest
 from diffdis_jax.data import sources
 from diffdis_jax.evals import base, classifiers
 from diffdis_jax.evals import tasks as evals
-from tests.evals.test_generation_accuracy import SPLITS, Painter, paint
+from replication import label_judge
+from tests.replication.test_label_judge import SPLITS, Painter, paint
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def test_copies_of_training_images_are_counted(evaluation, monkeypatch):
     least = {name: min(distance(a, b) for i, a in enumerate(x) for b in x[:i]) for name, x in own.items()}
     return np.mean([min(distance(image, x) for x in training) < least[k] for image, k in zip(images, labels)])
 
-  monkeypatch.setattr(classifiers, "classify", lambda model, images: np.zeros((len(images), 4), np.float32))
-  monkeypatch.setattr(evaluation.judge, "_trained", classifiers.Trained(None, {}))
+  monkeypatch.setattr(label_judge, "classify", lambda model, images: np.zeros((len(images), 4), np.float32))
+  monkeypatch.setattr(evaluation.named_by, "_trained", classifiers.Trained(None, {}))
   painter = Painter()
   metrics = evaluation.run(painter, {})
   fresh = [base.to_square(paint(name, 1000 + i), 32) for i, name in enumerate(painter.asked)]

@@ -91,7 +91,7 @@ def evaluation(request):
 def test_renders_of_what_was_asked_for_are_right(evaluation):
   metrics = evaluation.run(Renderer(), {})
   assert metrics["judge_acc1"] >= 0.99 and metrics["acc1"] >= 0.98 and metrics["acc1_attributes"] >= 0.99
-  assert evaluation.protocol(Renderer())["judge"] == {"steps": 400, "split": evaluation.judge.protocol()["split"]}
+  assert evaluation.protocol(Renderer())["judge"] == {"steps": 400, "split": evaluation.named_by.protocol()["split"]}
   assert evaluation.protocol(Renderer())["num_images"] == 256
 
 
@@ -111,7 +111,7 @@ def test_what_is_wrong_shows(evaluation):
 
 
 def test_it_is_trained_once_for_all_splits(evaluation):
-  assert evaluation.judge.train(32) is scene_judge.train(image_size=32, seed=0, num_steps=400)
+  assert evaluation.named_by.train(32) is scene_judge.train(image_size=32, seed=0, num_steps=400)
 
 
 def test_a_bad_classifier_is_no_judge(monkeypatch):

@@ -1,0 +1,179 @@
+"""A small classifier of labelled images, which judges generated ones, and its training.
+
+It shares nothing with the model that it judges: neither weights nor layers. It is not the paper's. It errs too, so its
+own accuracy on real images that it was not trained on stands beside every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
+
+from diffdis_jax.data import transforms
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base, classifiers
+from diffdis_jax.evals.classifiers import SIZE, Examples, Trained
+
+PARTS = 4  # along each side: the classifier takes features' means over so many parts
+PEAK_RATE = 2.5e-3
+VIEW = transforms.Augmentation(
+  shift=0.08, zoom=0.15, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.3, hue=0.02
+)
+
+
+class LabelJudge:
+  """Names labelled images' classes, after training on several splits. Settings as GenerationAccuracy has them.
+
+  Raises:
+    UserError: a label that is no text, fewer than two classes, or so few images that none or all are held out.
+  """
+
+  template, per_class = "{}", 1
+
+  def __init__(
+    self,
+    data: Mapping[str, Any],
+    seed: int,
+    *,
+    splits: Sequence[str] = (),
+    label_field: str = "label",
+    epochs: int = 20,
+    held_out: float = 0.1,
+  ):
+    split = data.get("split", "train")
+    self._splits = tuple(dict.fromkeys((split, *splits)))
+    opened = {split: base.open_split(data, split) for split in self._splits}
+    self.sources = tuple(opened.values())
+    names = {split: base.text_labels(source, label_field) for split, source in opened.items()}
+    classes, self.labels = np.unique(np.concatenate([*names.values()]), return_inverse=True)
+    self.classnames = tuple(classes.tolist())
+    if len(self.classnames) < 2:
+      raise UserError(f"field {label_field!r} names {', '.join(self.classnames)} alone; a judge needs two classes")
+    self.asked = np.unique(self.labels[: len(names[split])])
+    self._seed, self._epochs = seed, epochs
+    # The order is of the seed alone, so that the judge of another call is the same one.
+    order, count = np.random.default_rng(seed).permutation(len(self.labels)), round(held_out * len(self.labels))
+    if not 0 < count < len(order):
+      share, size = ("all of them", "smaller") if count else ("none", "larger")
+      raise UserError(f"held_out={held_out} of {len(order)} images is {share}; ask for a {size} share")
+    self._measured_on, self._trained_on = order[:count], order[count:]
+    self._trained: Trained | None = None
+
+  def protocol(self) -> dict[str, Any]:
+    """Return how the classifier is trained, and on how many images."""
+    counts = {"trained_on": len(self._trained_on), "measured_on": len(self._measured_on)}
+    return {"splits": list(self._splits), "epochs": self._epochs, **counts}
+
+  def train(self, image_size: int = SIZE) -> Trained:
+    """Train the classifier for generated images of any size, once, on the images that are not held out."""
+    del image_size
+    if self._trained is None:
+      # Read once and kept as they are: every epoch takes other views of them.
+      images = [base.read_image(source, i) for source in self.sources for i in range(len(source))]
+      of_training, labels = [images[i] for i in self._trained_on], self.labels[self._trained_on]
+      how = dict(num_classes=len(self.classnames), epochs=self._epochs, seed=self._seed)
+      model = train_on_labels(of_training, labels, **how)
+      # Held-out images are judged as generated ones are: as a whole, in one view.
+      real = np.stack([np.asarray(transforms.resize(images[i], SIZE)) for i in self._measured_on])
+      places = ranks(classify(model, real), self.labels[self._measured_on])
+      self._trained = Trained(model, _accuracy("judge_", places))
+      logging.info(
+        "the classifier is right on %.1f %% of held-out real images", 100 * self._trained.accuracy["judge_acc1"]
+      )
+    return self._trained
+
+  def measure(
+    self, images: UInt8[np.ndarray, "n h w 3"], classes: Int[np.ndarray, " n"], *, image_size: int
+  ) -> dict[str, float]:
+    """Return acc1 and acc5, and the judge's own."""
+    trained = self.train(image_size)
+    squares = np.stack([base.to_square(image, SIZE) for image in images])
+    return {**_accuracy("", ranks(classify(trained.model, squares), classes)), **trained.accuracy}
+
+
+def ranks(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+  """Count the other classes that are as likely as each row's own, or likelier; 0 is right. A NaN ranks before all."""
+  # As in base.ranks a tie is wrong, so that a classifier that says the same of all is right on none.
+  own = np.take_along_axis(logits, labels[:, None], axis=1)
+  others = np.arange(logits.shape[1]) != labels[:, None]
+  return (others & ~(logits < own)).sum(axis=1)
+
+
+def _accuracy(prefix: str, places: Int[np.ndarray, " n"]) -> dict[str, float]:
+  return {f"{prefix}acc1": float((places == 0).mean()), f"{prefix}acc5": float((places < 5).mean())}
+
+
+class LabelClassifier(nnx.Module):
+  """Five convolutions with BatchNorm, their means over 4 x 4 parts of the image, and one head with dropout."""
+
+  def __init__(self, num_classes: int, *, rngs: nnx.Rngs, widths: Sequence[int] = (32, 64, 64, 128, 128)):
+    strides = (2, 1, 1, 2, 1)
+    self.convs = nnx.List(
+      nnx.Conv(a, b, (3, 3), strides=stride, use_bias=False, rngs=rngs)
+      for a, b, stride in zip((3, *widths[:-1]), widths, strides, strict=True)
+    )
+    self.norms = nnx.List(nnx.BatchNorm(width, momentum=0.9, rngs=rngs) for width in widths)
+    self.dropout = nnx.Dropout(0.3, rngs=rngs)
+    self.head = nnx.Linear(PARTS * PARTS * widths[-1], num_classes, rngs=rngs)
+
+  def __call__(self, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b k"]:
+    x = image.astype(jnp.float32) / 127.5 - 1.0
+    for conv, norm in zip(self.convs, self.norms, strict=True):
+      x = nnx.relu(norm(conv(x)))
+    # A mean over the whole image would lose where things are, by which many icons differ alone.
+    b, h, w, c = x.shape
+    parts = x.reshape(b, PARTS, h // PARTS, PARTS, w // PARTS, c).mean((2, 4))
+    return self.head(self.dropout(parts.reshape(b, -1)))
+
+
+def train_on_labels(
+  images: Sequence[Image.Image], labels: Int[np.ndarray, " n"], *, num_classes: int, epochs: int, seed: int
+) -> LabelClassifier:
+  """Train on varied views of the images by AdamW under a one-cycle schedule, which peaks at PEAK_RATE."""
+  # What is left of an epoch is no batch, so that a step is compiled once; few images are one batch.
+  batch_size = min(classifiers.BATCH, len(images))
+  num_steps = epochs * (len(images) // batch_size)
+  model = LabelClassifier(num_classes, rngs=nnx.Rngs(seed))
+
+  def loss(model: LabelClassifier, image: Array, label: Int[Array, "b"]) -> Array:
+    return optax.softmax_cross_entropy_with_integer_labels(model(image), label).mean()
+
+  def batches() -> Iterator[Examples]:
+    for number, rows in enumerate(_epochs(len(images), batch_size, num_steps=num_steps, seed=seed)):
+      views = base.decoders().map(lambda i, number=number: _view(images[i], seed=(seed, number, i)), rows.tolist())
+      yield Examples(np.stack(list(views)), labels[rows])
+      if number % 500 == 0:
+        logging.info("training the judge: step %d of %d", number, num_steps)
+
+  # BatchNorm takes the batch's moments while it trains, and their averages when it judges.
+  model.train()
+  classifiers.fit(
+    model, optax.adamw(optax.cosine_onecycle_schedule(num_steps, PEAK_RATE), weight_decay=0.01), loss, batches()
+  )
+  model.eval()
+  return model
+
+
+def _epochs(n: int, batch_size: int, *, num_steps: int, seed: int) -> Iterator[Int[np.ndarray, " b"]]:
+  """Yield the rows of each step: all in random order, then all again. What is left of an epoch is left out."""
+  rng = np.random.default_rng(seed)
+  for _ in range(0, num_steps, n // batch_size):
+    order = rng.permutation(n)
+    yield from order[: n // batch_size * batch_size].reshape(-1, batch_size)
+
+
+def _view(image: Image.Image, *, seed: Sequence[int]) -> UInt8[np.ndarray, "s s 3"]:
+  return transforms.augment(image, np.random.default_rng(seed), size=SIZE, how=VIEW)
+
+
+def classify(model: LabelClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n k"]:
+  """Return the logits of the classes."""
+  return classifiers.apply(lambda model, image: model(image), model, images, batch_size=classifiers.BATCH)
