@@ -243,8 +243,6 @@ def _sections(run: Any) -> list[Section]:
 def _asked(run: Any) -> list[Section]:
   image_size = FLAGS.image_size or run.image_size
   if FLAGS.suite:
-    if not FLAGS.data_root:
-      raise UserError("--suite needs --data_root=DIR, the folder of its data sets")
     if not FLAGS.out.endswith(".json"):
       raise UserError(f"--out={FLAGS.out} should end in .json; the suite's table is written beside it, as .md")
     for name in ("data", "split", "tasks", *tasks.all_settings()):

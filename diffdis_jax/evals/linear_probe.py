@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.common.params import Params
@@ -195,15 +194,16 @@ def middle_map(network: Network, t: int, params: Params, images: UInt8[Array, "b
   return model.unet.down_and_middle(z, jnp.full(len(z), t, jnp.int32), c).h.mean(axis=(1, 2)).astype(jnp.float32)
 
 
-class Linear(struct.PyTreeNode):
+@dataclasses.dataclass(frozen=True)
+class Linear:
   """Logits x W + b."""
 
-  weight: Float[Array, "d k"]
-  bias: Float[Array, " k"]
+  weight: Float[np.ndarray, "d k"]
+  bias: Float[np.ndarray, " k"]
 
   def accuracy(self, examples: Examples) -> float:
     """Return the share whose class has the largest logit. A tie is wrong, as everywhere."""
-    logits = examples.x @ np.asarray(self.weight) + np.asarray(self.bias)
+    logits = examples.x @ self.weight + self.bias
     own = np.take_along_axis(logits, examples.labels[:, None], axis=1)
     return float(((logits >= own).sum(axis=1) == 1).mean())
 
@@ -214,30 +214,32 @@ def fit(examples: Examples, *, num_classes: int, l2: float, start: Linear | None
   Args:
     start: from which it begins; None for zeros. The minimum is one, and does not depend on it.
   """
-  x, labels = jnp.asarray(examples.x, jnp.float32), jnp.asarray(examples.labels)
   if start is None:
-    start = Linear(jnp.zeros((x.shape[1], num_classes)), jnp.zeros(num_classes))
+    start = Linear(np.zeros((examples.x.shape[1], num_classes), np.float32), np.zeros(num_classes, np.float32))
+  x, labels = jnp.asarray(examples.x, jnp.float32), jnp.asarray(examples.labels)
+  begin = jnp.asarray(start.weight), jnp.asarray(start.bias)
   with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
-    return _minimised(start, x, labels, jnp.float32(l2))
+    return Linear(*map(np.asarray, _minimised(begin, x, labels, jnp.float32(l2))))
 
 
 @jax.jit
-def _minimised(model: Linear, x: Float[Array, "n d"], labels: Int[Array, " n"], l2: Float[Array, ""]) -> Linear:
-  def loss(model: Linear) -> Float[Array, ""]:
-    logits = jnp.matmul(x, model.weight, precision=jax.lax.Precision.HIGHEST) + model.bias
+def _minimised(begin: Any, x: Float[Array, "n d"], labels: Int[Array, " n"], l2: Float[Array, ""]) -> Any:
+  def loss(params: Any) -> Float[Array, ""]:
+    weight, bias = params
+    logits = jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST) + bias
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return cross_entropy.mean() + 0.5 * l2 * (model.weight**2).sum()
+    return cross_entropy.mean() + 0.5 * l2 * (weight**2).sum()
 
   optimizer, value_and_gradient = optax.lbfgs(), optax.value_and_grad_from_state(loss)
 
   def step(carry: Any) -> Any:
-    model, state, count, _ = carry
-    value, gradient = value_and_gradient(model, state=state)
-    updates, state = optimizer.update(gradient, state, model, value=value, grad=gradient, value_fn=loss)
-    return optax.apply_updates(model, updates), state, count + 1, optax.tree.norm(gradient, ord=jnp.inf)
+    params, state, count, _ = carry
+    value, gradient = value_and_gradient(params, state=state)
+    updates, state = optimizer.update(gradient, state, params, value=value, grad=gradient, value_fn=loss)
+    return optax.apply_updates(params, updates), state, count + 1, optax.tree.norm(gradient, ord=jnp.inf)
 
   is_open = lambda carry: (carry[2] < MOST_STEPS) & (carry[3] > SMALL_GRADIENT)
-  return jax.lax.while_loop(is_open, step, (model, optimizer.init(model), 0, jnp.float32(jnp.inf)))[0]
+  return jax.lax.while_loop(is_open, step, (begin, optimizer.init(begin), 0, jnp.float32(jnp.inf)))[0]
 
 
 def _read_shots(text: str | int) -> int | None:

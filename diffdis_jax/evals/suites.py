@@ -78,7 +78,7 @@ SETS = ZERO_SHOT12 | RETRIEVAL | FID
 SUITES = {"zero_shot12": ZERO_SHOT12, "retrieval": RETRIEVAL, "fid": FID, "paper": SETS}
 
 
-def sections(suite: str, root: str, *, objectives: Collection[str], image_size: int) -> list[Section]:
+def sections(suite: str, root: str | None, *, objectives: Collection[str], image_size: int) -> list[Section]:
   """Return the sections of those of a suite's sets that lie under `root`; warn of the others.
 
   Args:
@@ -92,6 +92,8 @@ def sections(suite: str, root: str, *, objectives: Collection[str], image_size: 
   """
   if suite not in SUITES:
     raise UserError(f"unknown suite {suite!r}; {did_you_mean(suite, SUITES)}")
+  if not root:
+    raise UserError("--suite needs --data_root=DIR, the folder of its data sets")
   folder = buckets.local(root, "--data_root")
   if not folder.is_dir():
     raise UserError(f"no folder --data_root={root}; it should hold the data sets, each in a folder of its name")

@@ -196,7 +196,6 @@ def test_the_protocol_says_which_splits(splits):
   [
     ("linear_probe", {}),
     ("zero_shot", {"classnames": CLASSES, "seen_split": "train"}),
-    ("generation_accuracy", {"label_field": "class", "splits": ("train",)}),
   ],
 )
 def test_a_published_set_has_no_second_split(monkeypatch, task, settings):
