@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from etils import epath
 
 from diffdis_jax import evaluate
 from diffdis_jax.ablate import tables
@@ -40,11 +39,9 @@ class Inference:
 
 
 @pytest.mark.parametrize("ema, kept", [(True, True), (False, True), (True, False)])
-def test_records(tmp_path, monkeypatch, ema, kept):
-  saved = tmp_path / "7"
-  (saved / "ema" if kept else saved).mkdir(parents=True)
+def test_records(monkeypatch, ema, kept):
   asked = []
-  monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: epath.Path(saved))
+  monkeypatch.setattr(evaluate.restore, "choose", lambda run, step, ema: (7, ema and kept))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: asked.append(how) or (Inference(), {}))
   kinds = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
   settings = {task: {"data": DATA, "seed": 2} for task in kinds}
@@ -86,8 +83,7 @@ def test_hosts_that_find_other_records_are_named(tmp_path, monkeypatch):
 
 
 def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
-  (tmp_path / "7").mkdir()
-  monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: epath.Path(tmp_path / "7"))
+  monkeypatch.setattr(evaluate.restore, "choose", lambda run, step, ema: (7, ema))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
   run = ZeroShot.run
   done = []
