@@ -1,34 +1,25 @@
 """Exports a run as a folder that PyTorch users can load, or to the Hugging Face hub.
 
   diffdis export_weights --workdir=runs/demo/diffdis --out=exported
+  diffdis export_weights --workdir=runs/demo/diffdis --push=ORG/NAME --noprivate
 
 DiffDis: one line of PyTorch, with diffusers and transformers alone, loads the folder:
 
   pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
 
-It generates as StableDiffusionPipeline does, which reads the folder too unless it says otherwise, and has classify,
-rank, embed_images and embed_texts. The head of a long-tailed run is in head.safetensors. Of an autoencoder alone, the
-pipeline has `vae`, diffusers' AutoencoderKL.
+It generates as StableDiffusionPipeline does, which reads the folder too unless its model card says otherwise, and has
+classify, rank, embed_images and embed_texts.
 
 CLIP: `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("local-dir:DIR")` read the folder.
 
-Both get README.md, a model card.
-
-A file takes a run elsewhere in this package: where a workdir is read, it may be given, as in --workdir=F.safetensors.
-
-  diffdis export_weights --workdir=runs/demo/diffdis --out=F.safetensors --dtype=bfloat16
-
---push writes the same to the Hugging Face hub, as one commit:
-
-  diffdis export_weights --workdir=runs/demo/diffdis --push=ORG/NAME --noprivate
+--out=F.safetensors writes a run in one file, which is read wherever a workdir is.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,28 +27,17 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, cli, files, one_file
-from diffdis_jax.common.params import Params
 from diffdis_jax.config.objectives import task_of
 from diffdis_jax.data.tokenizer import END, START, Tokenizer
-from diffdis_jax.errors import UserError, may_pass
-from diffdis_jax.interop import clip_to_torch, hub, to_torch
-from diffdis_jax.interop.model_card import Card
+from diffdis_jax.errors import UserError
+from diffdis_jax.interop import hub, model_card, to_torch
 from diffdis_jax.run import digests, provenance, restore
 
 FLAGS = flags.FLAGS
 # Fields of a run's config that say what its weights mean.
-OWN_FIELDS = (
-  "model",
-  "image_size",
-  "objectives",
-  "image_diffusion",
-  "text_diffusion",
-  "condition_timestep",
-  "inference",
-)
+CLIP_FIELDS = ("model", "image_size", "objectives")  # CLIP has no diffusion process
+OWN_FIELDS = (*CLIP_FIELDS, "image_diffusion", "text_diffusion", "condition_timestep", "inference")
 LICENSES = "LICENSES.md"  # as prepare_data writes it beside records
-# CLIP has no diffusion process.
-CLIP_FIELDS = ("model", "image_size", "objectives")
 CONFIGS = {"config.json", "model_index.json", "open_clip_config.json"}  # without which nobody loads the rest
 
 
@@ -80,16 +60,14 @@ def main(argv: Sequence[str]) -> None:
   how = dict(step=FLAGS.step, ema=FLAGS.ema, dtype=FLAGS.dtype)
   if FLAGS["private"].present and not FLAGS.push:
     raise UserError("--private has no effect without --push=ORG/NAME; leave it out")
-  if FLAGS.out and FLAGS.out.endswith(one_file.SUFFIX):
-    if FLAGS.push:
-      raise UserError(f"--push writes a folder; give --out={FLAGS.out} in a call of its own")
-    write_one_file(FLAGS.workdir, FLAGS.out, **how)
-  elif FLAGS.push:
+  if FLAGS.push:
     push_weights(FLAGS.workdir, FLAGS.push, FLAGS.out, private=FLAGS.private, **how)
-  elif FLAGS.out:
-    export_weights(FLAGS.workdir, FLAGS.out, **how)
-  else:
+  elif not FLAGS.out:
     raise UserError("nowhere to write to; give --out=DIR, --push=ORG/NAME, or both")
+  elif FLAGS.out.endswith(one_file.SUFFIX):
+    write_one_file(FLAGS.workdir, FLAGS.out, **how)
+  else:
+    export_weights(FLAGS.workdir, FLAGS.out, **how)
 
 
 def push_weights(run: str, repo: str, out: str | None = None, *, private: bool = True, **how: Any) -> str:
@@ -105,11 +83,11 @@ def push_weights(run: str, repo: str, out: str | None = None, *, private: bool =
   Raises:
     UserError: as `export_weights`; or no token, no network, or the hub refuses it.
   """
-  push = hub.Push(repo, private=private)  # first: a missing token shows before the export
+  hub.check_token(repo)  # first: a missing token shows before the export
   with files.temporary_folder("diffdis-push") as temporary:
     folder = buckets.local(out or f"{temporary}/export", "--out")
     step = export_weights(run, str(folder), repo=repo, **how)
-    address = push.folder(folder, message=f"Write step {step}")
+    address = hub.push(folder, repo, private=private, message=f"Write step {step}")
   logging.info("step %d at %s", step, address)
   return address
 
@@ -131,23 +109,30 @@ def export_weights(
     UserError: no such checkpoint, a CLIP that their libraries cannot hold, or `out` cannot be written.
   """
   # Whatever can be refused is, before gigabytes are read.
+  if out.endswith((".ckpt", ".pt", ".pth", ".bin", one_file.SUFFIX)):
+    raise UserError(f"--out={out} should be a folder: PyTorch's libraries read an export as one")
   folder = files.empty_folder(out)
   fields = run_config.load(run).to_dict()
   is_clip = "vision_encoder" in fields["model"]
   if is_clip:
-    clip_to_torch.check(fields["model"])
+    to_torch.check_clip(fields["model"])
   step, ema = restore.choose(run, step, ema=ema)
   params = restore.restore_params(run, step=step, ema=ema)
   with files.whole_folder(folder, last=CONFIGS) as temporary:
     own = {name: fields[name] for name in (CLIP_FIELDS if is_clip else OWN_FIELDS)}
     # The tokenizer pads to the captions' length in training, which may be less than the text encoder's.
     own |= {"max_length": fields["data"]["max_length"]}
-    (write_clip if is_clip else write_pipeline)(temporary, params, own, dtype=dtype)
-    Card(run=buckets.path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo).write(temporary)
+    (to_torch.write_clip if is_clip else to_torch.write)(temporary, params, own, dtype=dtype)
+    if task_of(fields["objectives"]).is_autoencoder and not is_clip:
+      logging.info("it is an autoencoder alone: the pipeline's vae encodes and decodes; it generates nothing")
+    else:
+      _write_tokenizer(temporary if is_clip else temporary / "tokenizer", own["max_length"])
+    named = dict(run=buckets.path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo)
+    model_card.write(temporary, **named)
     if text := licences_of(run):
       (temporary / LICENSES).write_text(text, encoding="utf-8")
     digests.write(temporary)
-  logging.info("step %d in %s", step, out)
+  logging.info("step %d in %s; README.md there says how to load it", step, out)
   return step
 
 
@@ -183,73 +168,28 @@ def write_one_file(run: str, out: str, *, step: int | None = None, ema: bool = T
 
 
 def licences_of(run: str) -> str:
-  """Return the licences of the data that a run was trained on, and of the runs that it began from, each once: as a run
-  in one file has them, or as they lie beside the records of its data. Of a start that is not there any more nothing is
-  known."""
+  """Return the licences of the data that a run and those that it began from were trained on, each once.
+
+  They lie beside the records of its data, or in a run in one file. Those of a start that is gone are not known.
+  """
   texts, seen = [], set[str]()
   while run and run not in seen:
     seen.add(run)  # a folder may since hold another run, which began from this one
-    if (file := one_file.at(run)) is not None:
-      with _left_out():
-        texts.append(one_file.read_record(file).licences)
-      break
     paths, start = [], ""
-    with _left_out():
-      if (buckets.path(run) / "config.json").exists():
+    try:
+      if (file := one_file.at(run)) is not None:
+        texts.append(one_file.read_record(file).licences)
+      elif (buckets.path(run) / "config.json").exists():
         record = run_config.load(run)
         paths, start = record.data.paths, record.init_from
-    for path in paths:
-      with _left_out():
-        file = buckets.path(path) / LICENSES
-        texts += [file.read_text(encoding="utf-8")] if file.exists() else []
+      texts += [file.read_text(encoding="utf-8") for path in paths if (file := buckets.path(path) / LICENSES).exists()]
+    except Exception as error:  # of another machine's bucket or disk: the weights are whole all the same
+      logging.warning("the licences of its data cannot be read, add them yourself: %s", error)
     run = start
   return "\n".join(dict.fromkeys(filter(None, texts)))
 
 
-@contextlib.contextmanager
-def _left_out() -> Iterator[None]:
-  """Leave out the licences that cannot be read of another machine's bucket or disk, or is not in UTF-8: the weights are
-  whole all the same."""
-  try:
-    yield
-  except Exception as error:
-    if not (isinstance(error, (OSError, UserError, UnicodeDecodeError)) or may_pass(error)):
-      raise
-    logging.warning("the licences of its data cannot be read, add them yourself: %s", error)
-
-
-def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:
-  """Write a pipeline of diffusers.
-
-  Args:
-    own: of the run's config, OWN_FIELDS and `max_length`.
-  """
-  to_torch.write(
-    folder,
-    params,
-    model=own["model"],
-    image_size=own["image_size"],
-    schedule=own["image_diffusion"]["schedule"],
-    diffdis=own,
-    dtype=dtype,
-  )
-  # What is missing is said, since a pipeline loads without it.
-  if task_of(own["objectives"]).is_autoencoder:
-    logging.info("it is an autoencoder alone: the pipeline's vae encodes and decodes; it generates nothing")
-    return
-  write_tokenizer(folder / "tokenizer", own["max_length"])
-  if not (folder / to_torch.FILES["diffdis"]).exists():
-    logging.info("it was not trained for discrimination: the pipeline generates and does not classify")
-
-
-def write_clip(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:
-  """Write a CLIP model for transformers and for open_clip; `own` is CLIP_FIELDS and `max_length`."""
-  size = {"image_size": own["image_size"], "max_length": own["max_length"]}
-  clip_to_torch.write(folder, params, model=own["model"], **size, dtype=dtype)
-  write_tokenizer(folder, own["max_length"])
-
-
-def write_tokenizer(folder: pathlib.Path, max_length: int) -> None:
+def _write_tokenizer(folder: pathlib.Path, max_length: int) -> None:
   """Write CLIP's tokenizer, in the files of older and newer transformers."""
   folder.mkdir(exist_ok=True)
   Tokenizer(max_length).save(folder)

@@ -21,6 +21,7 @@ import pathlib
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -32,7 +33,7 @@ from diffdis_jax.config import Run, base
 from diffdis_jax.data.tokenizer import VOCAB_SIZE, load_merges, make_vocab
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, hub, mapping
-from diffdis_jax.interop.from_torch import Matched, Source
+from diffdis_jax.interop.from_torch import Source
 from diffdis_jax.interop.tensor_files import read_json
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import sizes
@@ -44,20 +45,11 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Define the command line. Defined on call, so that two verbs can be imported side by side."""
-  flags.DEFINE_string(
-    "source",
-    None,
-    "checkpoint to read: a folder, a file, or hf:ORG/NAME[@REVISION] on the Hugging Face hub",
-    required=True,
-  )
+  source = "checkpoint to read: a folder, a file, or hf:ORG/NAME[@REVISION] on the Hugging Face hub"
+  flags.DEFINE_string("source", None, source, required=True)
   flags.DEFINE_string("out", None, "workdir to write; absent or empty", required=True)
-  flags.DEFINE_integer(
-    "seed",
-    0,
-    "seed of the parameters that the source does not have; training initialises its own",
-    lower_bound=0,
-    upper_bound=2**32 - 1,
-  )
+  seed = "seed of the parameters that the source does not have; training initialises its own"
+  flags.DEFINE_integer("seed", 0, seed, lower_bound=0, upper_bound=2**32 - 1)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -84,29 +76,31 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
   else:
     path = buckets.local(source, "--source")
   # The digests are of what export_weights wrote. Its card may have been edited, and is not read.
-  damage = digests.damage(path, ending=".safetensors") if path.is_dir() else None
-  if damage is not None:
+  if path.is_dir() and (damage := digests.damage(path, ending=".safetensors")):
     raise UserError(
       f"--source={source} is damaged: {damage.file} {damage.what}; copy it again, or remove"
       f" {digests.NAME} if that was meant"
     )
-  found = from_torch.open_source(path)
-  config = make_config(found)
-  if found.tokenizer:
-    check_tokenizer(found.tokenizer)
+  opened = from_torch.open_source(path)
+  config = make_config(opened)
+  if opened.tokenizer:
+    check_tokenizer(opened.tokenizer)
   run = Run.of(config)
   network = Network.of(run)
-  matched = from_torch.match(found, network.shapes)  # by shapes: what does not fit shows before tensors are read
-  report(matched, network.shapes)
-  new = network.shapes.keys() - matched.names.keys()
+  matched = from_torch.match(opened, network.shapes)  # by shapes: what does not fit shows before tensors are read
+  new = sorted(network.shapes.keys() - matched.names.keys())
+  # The latents' shift and scale come from the source's config, and from no tensor.
+  drawn = [path for path in new if path not in mapping.STATISTICS]
+  for what, names in (("loaded", matched.names.values()), ("initialised", drawn), ("ignored", matched.ignored)):
+    parts = Counter(re.split(r"[/.]", name)[0] for name in names)
+    logging.info("%s %d: %s", what, len(names), ", ".join(f"{part} {n}" for part, n in parts.items()) or "nothing")
   params = initialise(network, new, seed=seed) | from_torch.read(matched)
 
   with files.whole_folder(folder, last={digests.COMMIT_MARK}) as temporary:
     # A run's workdir, which generate, evaluate and init_from read as any other's.
     workdir.open_for_training(str(temporary), run.to_dict())
     # What is not in `loaded` is initialised again by the run that starts from here (training/start.py).
-    origin = {"source": source, "loaded": matched.names, "ignored": matched.ignored}
-    origin["initialised"] = sorted(new)
+    origin = {"source": source, "loaded": matched.names, "ignored": matched.ignored, "initialised": new}
     (temporary / "import.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     with checkpoint.Checkpointer(str(temporary)) as checkpointer:
       # Step 0, without an optimizer's state: nothing was trained here.
@@ -132,29 +126,25 @@ def make_config(source: Source) -> ConfigDict:
   config.model.update(source.model)
   config.model.dtype = "float32"
   config.update_from_flattened_dict(source.fields)
-  if config.model.text_encoder.vocab_size < VOCAB_SIZE:
-    raise UserError(
-      f"the text tower has {config.model.text_encoder.vocab_size} tokens; only CLIP's vocabulary of {VOCAB_SIZE} is"
-      " supported"
-    )
+  if (size := config.model.text_encoder.vocab_size) < VOCAB_SIZE:
+    raise UserError(f"the text tower has {size} tokens; only CLIP's vocabulary of {VOCAB_SIZE} is supported")
   return config
 
 
 def check_tokenizer(folder: pathlib.Path) -> None:
   """Raise UserError unless the tokenizer's vocabulary is CLIP's, in files of older or newer transformers."""
-  files = [path for name in ("vocab.json", "tokenizer.json") if (path := folder / name).exists()]
-  if not files:
+  path = next((folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).exists()), None)
+  if path is None:
     raise UserError(f"{folder} has neither vocab.json nor tokenizer.json")
-  vocab = read_json(files[0])
-  if files[0].name == "tokenizer.json":
+  vocab: Any = read_json(path)
+  if path.name == "tokenizer.json":
     try:
       # The start and the end token stand beside the vocabulary there.
-      added = {token["content"]: token["id"] for token in vocab.get("added_tokens", ())}
-      vocab = vocab["model"]["vocab"] | added
+      vocab = vocab["model"]["vocab"] | {token["content"]: token["id"] for token in vocab.get("added_tokens", ())}
     except (AttributeError, KeyError, TypeError):  # of another form, or of a vocabulary that is a list
       vocab = {}
   if vocab != make_vocab(load_merges()):
-    raise UserError(f"{files[0]} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
+    raise UserError(f"{path} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
 
 
 def initialise(network: Network, paths: Collection[str], *, seed: int) -> Params:
@@ -168,15 +158,6 @@ def initialise(network: Network, paths: Collection[str], *, seed: int) -> Params
 
   # It runs once, so the compiler need not try hard.
   return jax.jit(some, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(seed))
-
-
-def report(matched: Matched, network: Collection[str]) -> None:
-  """Count what is loaded, initialised and ignored by component; import.json has every name."""
-  # The latents' shift and scale come from the source's config, and from no tensor.
-  new = [path for path in network if path not in matched.names and path not in mapping.STATISTICS]
-  for what, names in (("loaded", matched.names.values()), ("initialised", new), ("ignored", matched.ignored)):
-    parts = Counter(re.split(r"[/.]", name)[0] for name in names)
-    logging.info("%s %d: %s", what, len(names), ", ".join(f"{part} {n}" for part, n in parts.items()) or "nothing")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from diffdis_jax.common import cli, files
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
-from diffdis_jax.preflight import gpus, report
+from diffdis_jax.preflight import gpus
 from diffdis_jax.preflight.times import Traffic
 
 FLAGS = flags.FLAGS
@@ -155,7 +155,7 @@ class Row:
 
 
 def check(topology: chips.Topology, found: Mapping[str, Any]) -> None:
-  """Check that the train step's report (report.summarise) is of a program. Raises UserError where it is of none."""
+  """Check that the train step's report (preflight.summarise) is of a program. Raises UserError where it is of none."""
   memory = found["memory_gib"]
   if not memory["arguments"]:
     needed = f"{memory['total']:.2f} GiB a chip of {memory['chip']:.0f}"
@@ -169,7 +169,7 @@ def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]
   Takes the train step's report, which passed `check`, of each of plan.compiled.
   """
   compiled: dict[chips.Topology, Row] = {}
-  by = next((each for each in report.BOUNDS if all(found[each] for found in reports)), "")
+  by = next((each for each in preflight.BOUNDS if all(found[each] for found in reports)), "")
   for topology, found in zip(plan.compiled, reports, strict=True):
     memory = found["memory_gib"]
     compiled[topology] = Row(
@@ -205,7 +205,7 @@ def _fit(topology: chips.Topology, rows: Sequence[Row]) -> Row:
 
 def lines(table: Mapping[str, Any]) -> Iterator[str]:
   """Yield lines for reading."""
-  by = report.ESTIMATES.get(table["planned_by"], "the chips' peak, a lower bound")
+  by = preflight.ESTIMATES.get(table["planned_by"], "the chips' peak, a lower bound")
   yield f"weak scaling; nothing overlaps, computing by {by}"
   yield "topology       images  step, ms  GiB into one chip  GiB a chip  images/s  efficiency"
   for row in table["rows"]:
@@ -232,10 +232,8 @@ def scale(platform: str, plan: Plan) -> dict[str, Any]:
 
 
 def main(argv: object) -> None:
-  if FLAGS.programs != ["train"] or FLAGS.search or FLAGS.hlo or FLAGS.slices > 1:
-    raise UserError(
-      "weak scaling is of the train step on one slice; leave out --programs, --search, --hlo and --slices"
-    )
+  if FLAGS.search or FLAGS.slices > 1:
+    raise UserError("weak scaling is of one slice; leave out --search and --slices")
   plan = Plan.of(FLAGS.topology, FLAGS.scaling, FLAGS.fit_above)
   plan.batch_size(plan.topologies[0], FLAGS.config.batch_size)  # refused before anything is compiled
   if FLAGS.out:

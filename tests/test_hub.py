@@ -67,48 +67,32 @@ def test_an_import_from_the_hub_is_that_of_the_folder(hub, sd, imported, tmp_pat
 
 
 @pytest.mark.parametrize(
-  "names, expected",
+  "names, weights",
   [
     (["config.json", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
-    (["open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"], None),
-    (["open_clip_config.json", "open_clip_model.safetensors", "config.json", "model.safetensors"], None),
+    (
+      ["open_clip_config.json", "open_clip_model.safetensors", "config.json", "model.safetensors"],
+      ["open_clip_model.safetensors"],
+    ),
     (["v1-4.ckpt", "v1-4.safetensors", "README.md"], ["v1-4.safetensors"]),
     (
       ["config.json", "model.safetensors.index.json", *(f"model-0000{i}-of-00002.safetensors" for i in (1, 2))],
       ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
     ),
   ],
-  ids=["transformers", "open_clip", "open_clip_beside_timm", "single_file", "shards"],
+  ids=["transformers", "open_clip_beside_timm", "single_file", "shards"],
 )
-def test_which_weights_are_read(names, expected):
-  wanted = hub_files.choose(names, "org/name")
-  assert wanted.weights == (expected or ["open_clip_model.safetensors"])
-  assert wanted.is_single_file == (names[0] == "v1-4.ckpt")
-  assert not set(wanted.config) - {"config.json", "open_clip_config.json"}
-
-
-def test_a_clips_texts_are_as_long_as_in_its_folder():
-  """Its tokenizer says how long."""
-  names = ["config.json", "model.safetensors", "tokenizer_config.json", "vocab.json"]
-  assert hub_files.choose(names, "org/name").config == ["config.json", "tokenizer_config.json"]
-  assert hub_files.choose(names[1:], "org/name").is_single_file
+def test_which_weights_are_read(names, weights):
+  config = [name for name in names if name.endswith("config.json")]
+  assert hub_files.choose(names, "org/name") == (config, weights)
 
 
 def test_full_precision_rather_than_a_variant_and_what_diffdis_adds():
   fp16 = [name.replace(".safe", ".fp16.safe") for name in WEIGHTS if name.startswith("unet")]
-  own = ["diffdis/config.json", "diffdis/diffusion_pytorch_model.safetensors"]
-  code = ["pipeline.py", "diffdis/torch_diffdis.py"]
-  names = ["model_index.json", *own, *code, "tokenizer/vocab.json", *WEIGHTS, *fp16]
-  wanted = hub_files.choose(names, "org/name")
-  assert set(wanted.weights) == WEIGHTS
-  assert set(wanted.config) == {"model_index.json", *own, "tokenizer/vocab.json"}
-
-
-def test_a_pipeline_without_a_unet_is_refused_by_its_config():
-  """And not for want of safetensors, which another revision might have."""
-  config, weights = ["model_index.json", "vae/config.json"], ["vae/model.safetensors", "transformer/model.safetensors"]
-  wanted = hub_files.choose([*config, *weights], "org/flux")
-  assert wanted.config == config and wanted.weights == weights[:1]
+  own = {"diffdis/config.json", "diffdis/diffusion_pytorch_model.safetensors"}
+  names = ["model_index.json", *own, "diffdis/torch_diffdis.py", "tokenizer/vocab.json", *WEIGHTS, *fp16]
+  wanted = hub_files.choose([*names, "v1.safetensors"], "org/name")
+  assert {*wanted.weights, *wanted.config} == {"model_index.json", *own, "tokenizer/vocab.json", *WEIGHTS}
 
 
 def test_what_an_import_refuses(hub, sd, tmp_path):
@@ -125,12 +109,12 @@ def test_what_an_import_refuses(hub, sd, tmp_path):
   hub.add("org/flux", tmp_path, {"model_index.json": b'{"_class_name": "FluxPipeline", "text_encoder_2": ["a", "b"]}'})
   hub.add("org/two", tmp_path, {"a.safetensors": b"", "b.safetensors": b""})
   refused("--source=hf:org should be hf:ORG/NAME or", fetch("hf:org"))
-  refused("no repository http.*/org/none, or a private one; check the name", fetch("hf:org/none"))
+  refused("http.*/org/none is not there, or private; check the name", fetch("hf:org/none"))
   refused("/org/sd has no revision v7; name a branch", fetch("hf:org/sd@v7"))
   refused("/org/gated is gated; ask for access", fetch("hf:org/gated"))
-  refused("org/pickles has no safetensors in unet/, only diffusion_pytorch_model.bin", fetch("hf:org/pickles"))
-  refused("org/empty has no safetensors, nor others", fetch("hf:org/empty"))
-  refused("only v1-4.ckpt; .* or download the files and name their folder, or the file", fetch("hf:org/single"))
+  refused("org/pickles has no safetensors beside unet/diffusion_pytorch_model.bin", fetch("hf:org/pickles"))
+  refused("org/empty has no safetensors beside README.md", fetch("hf:org/empty"))
+  refused("beside v1-4.ckpt, .* or download the files and name their folder, or the file", fetch("hf:org/single"))
   refused("neither a model_index.json of Stable Diffusion nor a config.json of CLIP", fetch("hf:org/siglip"))
   refused("org/two has a.safetensors, b.safetensors; download the one", fetch("hf:org/two"))
   refused("is a Stable Diffusion XL checkpoint", fetch("hf:org/xl"))
@@ -141,9 +125,9 @@ def test_what_an_import_refuses(hub, sd, tmp_path):
 def test_offline_and_without_a_network(hub, monkeypatch):
   fetch = lambda: hub_files.fetch("hf:org/sd")
   hub.broken = "GET /api/models"
-  refused("refuses org/sd, status 500: the hub has a bad day", fetch)
+  refused("org/sd cannot be had: .*the hub has a bad day", fetch)
   monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-  refused("cannot reach http://127.0.0.1:9 for org/sd: .*; is there a network?", fetch)
+  refused("http://127.0.0.1:9/org/sd cannot be had: ", fetch)
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
   refused("HF_HUB_OFFLINE is set", fetch)
 
@@ -167,7 +151,7 @@ def test_a_second_push_leaves_nothing_of_the_first(hub, token, tmp_path):
   for name in ("first", "second"):
     (tmp_path / name).mkdir()
     (tmp_path / name / f"{name}.safetensors").write_bytes(name.encode())
-    hub_files.Push("me/model", private=False).folder(tmp_path / name, message=name)
+    hub_files.push(tmp_path / name, "me/model", private=False, message=name)
     if name == "first":
       hub.repositories["me/model"].files["LICENSE"] = b"somebody wrote it on the page"
   repo = hub.repositories["me/model"]
@@ -175,22 +159,14 @@ def test_a_second_push_leaves_nothing_of_the_first(hub, token, tmp_path):
   assert len(repo.commits) == 3
 
 
-@pytest.mark.parametrize(
-  "broken, message",
-  [
-    ("POST .*/preupload", "status 500: the hub has a bad day"),
-    ("PUT /store/", "Error while uploading 'model.safetensors'.* the hub has a bad day"),
-    ("POST .*/commit/", "status 500: the hub has a bad day"),
-  ],
-  ids=["preupload", "upload", "commit"],
-)
-def test_a_push_that_fails_writes_nothing(hub, token, tmp_path, monkeypatch, broken, message):
+@pytest.mark.parametrize("broken", ["POST .*/preupload", "PUT /store/", "POST .*/commit/"])
+def test_a_push_that_fails_writes_nothing(hub, token, tmp_path, monkeypatch, broken):
   monkeypatch.setattr("time.sleep", lambda seconds: None)  # between huggingface_hub's attempts
   (tmp_path / "export").mkdir()
   (tmp_path / "export" / "model.safetensors").write_bytes(b"weights")
-  push = hub_files.Push("me/model", private=True)
   hub.broken = broken
-  refused(message, lambda: push.folder(tmp_path / "export", message="first"))
+  push = lambda: hub_files.push(tmp_path / "export", "me/model", private=True, message="first")
+  refused("me/model cannot be had: .*(the hub has|Error while uploading)", push)
   assert hub.repositories["me/model"].files.keys() == {".gitattributes"}
 
 
@@ -199,21 +175,21 @@ def test_who_may_push(hub, imported, tmp_path, monkeypatch):
   refused("--push=model should be ORG/NAME", push("model"))
   refused("no token to write to me/model with; set HF_TOKEN, or type: hf auth login", push("me/model"))
   monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
-  refused("status 401: Invalid user token", push("me/model"))
+  refused("me/model cannot be had: .*Invalid user token", push("me/model"))
   monkeypatch.setenv("HF_TOKEN", READER)
   refused("this token may only read; set HF_TOKEN to one with write access to me/model", push("me/model"))
   assert not (tmp_path / "out").exists()  # nothing is exported before the token is known to be good
   monkeypatch.setenv("HF_TOKEN", TOKEN)
   (tmp_path / "files").mkdir()
-  elsewhere = hub_files.Push("them/model", private=True)
-  refused("status 403: You don't have the rights", lambda: elsewhere.folder(tmp_path / "files", message="first"))
+  elsewhere = lambda: hub_files.push(tmp_path / "files", "them/model", private=True, message="first")
+  refused("them/model cannot be had: .*You don't have the rights", elsewhere)
   assert not hub.repositories
 
 
 def test_command_lines(hub_environment, environment, imported, tmp_path):
   hub_flags = environment | hub_environment
   for done, message in (
-    (call("import_weights", hub_flags, "--source=hf:a/b", f"--out={tmp_path}/run"), "no repository http"),
+    (call("import_weights", hub_flags, "--source=hf:a/b", f"--out={tmp_path}/run"), "http"),
     (call("export_weights", environment, f"--workdir={imported}"), "nowhere to write to; give --out=DIR"),
   ):
     assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1

@@ -250,7 +250,7 @@ def test_parameters_travel_once_and_not_at_each_step(name):
   mesh = steps.make_mesh(1, 8, 1)
   model = steps.make_inference(steps.make_config(), mesh=mesh, batch_size=8, steps=3, generation_steps=3)
   text = model.trace(name).lower().compile().as_text()
-  assert hlo.has_loops(text)
+  assert " while(" in text
   gathered = [each for each in hlo.collectives(text) if each.kind == "all-gather"]
   assert sum(math.prod(shape) for each in gathered for shape in each.shapes) > 1e4
   assert {each.times for each in hlo.collectives(text)} == {1}

@@ -131,8 +131,7 @@ def preflighted(
   train, name = report.get("train"), next((key for key, own in OBJECTIVES.items() if own == tuple(objectives)), None)
   if name is None or not train:
     raise UserError(
-      "--preflight takes what preflight --programs=train wrote of this config, with objectives generation,"
-      " discrimination or both"
+      "--preflight takes what preflight wrote of this config, with objectives generation, discrimination or both"
     )
   # Time does not grow in proportion to either, so that nothing can be scaled to fit; nor to chips' peaks.
   known = find(kind)  # by any of its names

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
 from diffdis_jax.config.sections import Sampling
 from diffdis_jax.errors import UserError
-from diffdis_jax.interop import compvis, mapping, openclip, sections, shapes, tensor_files
+from diffdis_jax.interop import compvis, mapping, openclip, sections, tensor_files
 from diffdis_jax.interop.tensor_files import Tensor, Tensors, read_json
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 
@@ -81,19 +81,11 @@ def open_source(path: pathlib.Path) -> Source:
     raise UserError(
       f"no file or folder {path}; --source names a checkpoint, one on the Hugging Face hub as hf:ORG/NAME"
     )
-  found, head = _open_folder(path), path / tensor_files.HEAD
-  if head.exists():  # of other classes than those that a run would have
-    found.others.extend(f"head/{name}" for name in tensor_files.open_file(head))
-  return found
-
-
-def _open_folder(path: pathlib.Path) -> Source:
-  kind = check_kind(path)
-  if kind == "diffusers":
-    return _open_diffusers(path)
-  if kind == "transformers":
-    return _open_clip_model(path)
-  return _open_openclip(_unwrapped(tensor_files.open_folder(path)), path / "open_clip_config.json")
+  readers = {"diffusers": _open_diffusers, "transformers": _open_clip_model, "open_clip": _open_openclip_folder}
+  source = readers[check_kind(path)](path)
+  if (head := path / tensor_files.HEAD).exists():  # of other classes than those that a run would have
+    source.others.extend(f"head/{name}" for name in tensor_files.open_file(head))
+  return source
 
 
 def check_kind(path: pathlib.Path) -> str:
@@ -104,7 +96,7 @@ def check_kind(path: pathlib.Path) -> str:
   """
   # One part's folder is enough, so that the error of a pipeline without its index is about that.
   if (path / "model_index.json").exists() or any((path / part).is_dir() for part in PARTS):
-    check_version(path)
+    _check_version(path)
     return "diffusers"
   # An exported folder has both libraries' configs. transformers' goes first, as it states every size.
   if (path / "config.json").exists() and read_json(path / "config.json").get("model_type") == "clip":
@@ -135,10 +127,8 @@ def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matche
         continue
       # Numbers of 8 bits of which a scale belongs, read as they are, would be weights that mean nothing.
       if tensor.kind:
-        raise UserError(
-          f"{component} parameter {entry.name} holds {tensor.kind}, as quantized weights do; take a checkpoint in F32,"
-          " F16 or BF16"
-        )
+        what = f"{component} parameter {entry.name} holds {tensor.kind}, as quantized weights do"
+        raise UserError(f"{what}; take a checkpoint in F32, F16 or BF16")
       matched.tensors[entry.path] = _in_our_layout(tensor, entry, network[entry.path].shape)
       matched.names[entry.path] = f"{component}/{name}"
 
@@ -146,10 +136,8 @@ def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matche
   entries = [mapping.from_path(path, known) for path in network if path not in mapping.STATISTICS]
   missing = [entry for entry in entries if entry.component in source.components and entry.path not in matched.names]
   if missing:
-    raise UserError(
-      f"{missing[0].component} lacks {len(missing)} of its model's parameters, such as {missing[0].name}; its config"
-      " and its weights should be of one model"
-    )
+    what = f"{missing[0].component} lacks {len(missing)} of its model's parameters, such as {missing[0].name}"
+    raise UserError(f"{what}; its config and its weights should be of one model")
   return matched
 
 
@@ -167,9 +155,8 @@ def _in_our_layout(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...])
   """Reshape a 1x1 convolution where the other side has a matrix: they are the same numbers."""
   expected = entry.shape_in_theirs(shape)
   if [n for n in tensor.shape if n != 1] != [n for n in expected if n != 1]:
-    raise UserError(
-      f"{entry.component} parameter {entry.name} has shape {tensor.shape} in the checkpoint; its model has {expected}"
-    )
+    what = f"{entry.component} parameter {entry.name} has shape {tensor.shape} in the checkpoint"
+    raise UserError(f"{what}; its model has {expected}")
   # Reshaped before it is transposed: the table's axes count the expected shape's.
   return tensor.map(lambda x: entry.to_ours(x.reshape(expected)), shape)
 
@@ -214,7 +201,7 @@ def _add_diffdis(path: pathlib.Path, model: dict[str, Any], fields: dict[str, An
     raise UserError(f"{path} lacks {error}; it should be what export_weights wrote") from error
 
 
-def check_version(folder: pathlib.Path) -> None:
+def _check_version(folder: pathlib.Path) -> None:
   """Raise UserError unless a diffusers folder's config files are Stable Diffusion v1's, and all its parts there."""
   index = read_json(folder / "model_index.json")
   unet = read_json(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
@@ -278,14 +265,15 @@ def _open_single_file(path: pathlib.Path) -> Source:
 
   components, others = compvis.split(tensors)
   components["text_encoder"] = _canonical("text_encoder", components["text_encoder"])
-  where = str(path)
-  model = {
-    "unet": shapes.unet(components["unet"], where),
-    "autoencoder": dict(shapes.vae(components["vae"], where), scale=SCALE),
-    # v1's text tower is OpenAI's ViT-L/14. Which GELU it has leaves no trace in the file.
-    "text_encoder": dict(shapes.text(components["text_encoder"], where), activation="quick_gelu"),
-  }
-  sections.check_widths({"in_channels": shapes.in_channels(components["unet"], where)}, model, where)
+  with sections.of_shapes(str(path)):
+    model = {
+      "unet": sections.unet_of(components["unet"]),
+      "autoencoder": dict(sections.vae_of(components["vae"]), scale=SCALE),
+      # v1's text tower is OpenAI's ViT-L/14. Which GELU it has leaves no trace in the file.
+      "text_encoder": dict(sections.text_of(components["text_encoder"]), activation="quick_gelu"),
+    }
+    in_channels = components["unet"]["conv_in.weight"].shape[1]
+  sections.check_widths({"in_channels": in_channels}, model, str(path))
   fields = {"image_size": IMAGE_SIZE, "data.max_length": model["text_encoder"]["max_length"]}
   return Source(components, model, fields, others=others)
 
@@ -297,13 +285,12 @@ def _unwrapped(tensors: Tensors) -> Tensors:
 
 def _open_clip_model(folder: pathlib.Path) -> Source:
   where, config = str(folder / "config.json"), read_json(folder / "config.json")
-  preprocessor = folder / "preprocessor_config.json"
-  if preprocessor.exists():
+  if (preprocessor := folder / "preprocessor_config.json").exists():
     how = read_json(preprocessor)
-    _check_pixels(how, str(preprocessor), mean="image_mean", std="image_std")
     size = how.get("size")
-    squashed = isinstance(size, Mapping) and "shortest_edge" not in size
-    _warn_of_resize(str(preprocessor), squashed=squashed, bicubic=how.get("resample", BICUBIC) == BICUBIC)
+    squashes = isinstance(size, Mapping) and "shortest_edge" not in size
+    is_other = squashes or how.get("resample", BICUBIC) != BICUBIC
+    _check_pixels(str(preprocessor), how.get("image_mean"), how.get("image_std"), is_other=is_other)
   projection = config.get("projection_dim", 512)
   if not isinstance(projection, int):
     raise sections.unsupported(where, "projection_dim", projection, "it should be a number such as 512")
@@ -316,17 +303,19 @@ def _open_clip_model(folder: pathlib.Path) -> Source:
   return _clip(tensors, text | {"projection": projection}, vision | {"projection": projection}, length)
 
 
+def _open_openclip_folder(folder: pathlib.Path) -> Source:
+  return _open_openclip(_unwrapped(tensor_files.open_folder(folder)), folder / "open_clip_config.json")
+
+
 def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
-  where = "open_clip checkpoint"
-  said: Any = {}
+  where, model_cfg = "open_clip checkpoint", {}
   if config.exists():
     where, content = str(config), read_json(config)
-    said = content.get("model_cfg")
-    openclip.check_config(said, where)  # before the tensors, which say less of a tower than its name does
+    model_cfg: Any = content.get("model_cfg")
+    openclip.check_config(model_cfg, where)  # before the tensors, which say less of a tower than its name does
     how = _object(content, "preprocess_cfg", where)
-    _check_pixels(how, where, mean="mean", std="std")
-    squashed = how.get("resize_mode", "shortest") != "shortest"
-    _warn_of_resize(where, squashed=squashed, bicubic=how.get("interpolation", "bicubic") == "bicubic")
+    is_other = (how.get("resize_mode", "shortest"), how.get("interpolation", "bicubic")) != ("shortest", "bicubic")
+    _check_pixels(where, how.get("mean"), how.get("std"), is_other=is_other)
   else:
     logging.warning(
       "no %s, so the activation is gelu, open_clip's default, and the heads are those of published towers; OpenAI's"
@@ -335,9 +324,10 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
     )
   openclip.check_towers(tensors, where)
   tensors = openclip.convert(tensors)
-  vision = shapes.vision(tensors, where)
-  text = shapes.text(tensors, where) | {"projection": vision["projection"]}
-  model = openclip.read_config(said, {"text_encoder": text, "vision_encoder": vision}, where)
+  with sections.of_shapes(where):
+    vision = sections.vision_of(tensors)
+    text = sections.text_of(tensors) | {"projection": vision["projection"]}
+  model = openclip.read_config(model_cfg, {"text_encoder": text, "vision_encoder": vision}, where)
   length = model["text_encoder"]["max_length"]
   # Of a file alone, what lies beside it may be of anything.
   length = _token_length(config.parent, length) if config.exists() else length
@@ -346,31 +336,30 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
 
 def _object(config: Mapping[str, Any], field: str, where: str) -> Mapping[str, Any]:
   """Return a section of a config file, empty where there is none. Raises UserError: something else."""
-  found = config.get(field) or {}
-  if not isinstance(found, Mapping):
-    raise sections.unsupported(where, field, found, "it should be an object")
-  return found
+  section = config.get(field) or {}
+  if not isinstance(section, Mapping):
+    raise sections.unsupported(where, field, section, "it should be an object")
+  return section
 
 
-def _check_pixels(config: Mapping[str, Any], where: str, *, mean: str, std: str) -> None:
-  """Raise UserError for images that are normalised by other numbers than OpenAI's."""
-  for name, expected in ((mean, PIXEL_MEAN), (std, PIXEL_STD)):
-    found = config.get(name, expected)
-    numbers = isinstance(found, (list, tuple)) and all(isinstance(each, (int, float)) for each in found)
-    if not numbers or len(found) != 3 or not np.allclose(found, expected, atol=1e-4):
-      raise sections.unsupported(where, name, found, f"only OpenAI's, {expected}, is supported")
-
-
-def _warn_of_resize(where: str, *, squashed: bool, bicubic: bool) -> None:
-  """Warn where images are brought to the network's size otherwise than here."""
-  if squashed or not bicubic:
-    what = "squashed to a square" if squashed else "not resized bicubically"
+def _check_pixels(where: str, mean: Any, std: Any, *, is_other: bool) -> None:
+  """Raise UserError for images that are normalised by other numbers than OpenAI's; warn where `is_other` resizing."""
+  for name, numbers, expected in (("mean", mean, PIXEL_MEAN), ("std", std, PIXEL_STD)):
+    if numbers is not None and not _is_near(numbers, expected):
+      raise sections.unsupported(where, name, numbers, f"only OpenAI's, {expected}, is supported")
+  if is_other:
     logging.warning(
-      "%s: images are %s there; here their short side is resized, bicubically, and the middle cut out, so that figures"
-      " differ a little from published ones",
+      "%s squashes images, or resizes them otherwise than bicubically; here their short side is resized, bicubically,"
+      " and the middle cut out, so that figures differ a little from published ones",
       where,
-      what,
     )
+
+
+def _is_near(numbers: Any, expected: Sequence[float]) -> bool:
+  try:
+    return np.shape(numbers) == (3,) and np.allclose(numbers, expected, atol=1e-4)
+  except (TypeError, ValueError):
+    return False
 
 
 def _clip(tensors: Tensors, text: dict[str, Any], vision: dict[str, Any], max_length: int) -> Source:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import pathlib
-from collections.abc import Mapping
 
 import numpy as np
 from absl import logging
@@ -81,11 +79,13 @@ def read(path: str) -> Weights:
   tensors = {name: x for name, x in tensor_files.open_file(file).items() if not name.endswith(UNUSED)}
   expected = shapes()
   paths = {name_of(path): path for path in expected}
-  _check_names(file, tensors, [*paths, *CLASSIFIER])
+  if others := tensors.keys() ^ {*paths, *CLASSIFIER}:
+    what = f"{len(others)} of its tensors are missing, or none of the network's, such as {min(others)}"
+    raise UserError(f"{file} is not FID's Inception network of 2015-12-05: {what}; take {SOURCE}")
   params, digest = {}, hashlib.sha256()
   for name in sorted(tensors):
     value = tensors[name].read().astype(np.float32, order="C")
-    # Of the tensors as the file has them, before they are transposed: the same from a pickle and from safetensors.
+    # The tensors as the file has them, before they are transposed: the same from a pickle and from safetensors.
     digest.update(name.encode() + value.tobytes())
     if value.ndim == 4:
       value = np.ascontiguousarray(value.transpose(2, 3, 1, 0))
@@ -94,30 +94,14 @@ def read(path: str) -> Weights:
       raise UserError(f"{file}: {name} has another shape in FID's Inception, or is not finite; take {SOURCE}")
     if name in paths:
       params[paths[name]] = value
-  return _with_hashes(file, params, digest.hexdigest())
-
-
-def _check_names(file: pathlib.Path, found: Mapping[str, object], expected: list[str]) -> None:
-  missing = [name for name in expected if name not in found]
-  others = [name for name in found if name not in set(expected)]
-  if not missing and not others:
-    return
-  what = f"it lacks {len(missing)} of the network's {len(expected)} tensors, such as {missing[0]}" if missing else ""
-  more = f"it has {len(others)} tensors that are none of the network's, such as {others[0]}" if others else ""
-  said = ", and ".join(filter(None, (what, more)))
-  raise UserError(f"{file} is not FID's Inception network of 2015-12-05: {said}; take {SOURCE}")
-
-
-def _with_hashes(file: pathlib.Path, params: Params, sha256: str) -> Weights:
   with file.open("rb") as opened:
-    of_file = hashlib.file_digest(opened, "sha256").hexdigest()
-  published = of_file.startswith(PUBLISHED)
-  logging.info("Inception weights %s, SHA-256 %s", file, of_file)
-  if not published:
+    file_sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+  logging.info("Inception weights %s, SHA-256 %s", file, file_sha256)
+  if not (published := file_sha256.startswith(PUBLISHED)):
     logging.warning(
-      "%s is not the published file, whose SHA-256 begins with %s: figures compare with others only if it is a copy of"
-      " its tensors",
+      "%s is not the published file, whose SHA-256 begins with %s: figures compare with others only if its tensors are"
+      " the same",
       file,
       PUBLISHED,
     )
-  return Weights(params, of_file, sha256, published)
+  return Weights(params, file_sha256, digest.hexdigest(), published)

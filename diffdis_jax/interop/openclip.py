@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from diffdis_jax.config.section import check_number
 from diffdis_jax.errors import UserError
-from diffdis_jax.interop import shapes
-from diffdis_jax.interop.sections import unsupported
+from diffdis_jax.interop.sections import CLIP_HEAD_WIDTH, unsupported
 from diffdis_jax.interop.tensor_files import Tensor, Tensors
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 
@@ -80,10 +78,9 @@ def convert(tensors: Tensors) -> Tensors:
       tensor = tensor.map(lambda x: x.T, tensor.shape[::-1])
     if (match := re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name)) and tensor.shape:
       # Unread, three views: each reads the fused tensor again, so that no more than one of them is in memory.
-      parts = {f"{match[1]}.{part}_proj.{match[2]}": _third(tensor, i) for i, part in enumerate("qkv")}
+      converted |= {f"{match[1]}.{part}_proj.{match[2]}": _third(tensor, i) for i, part in enumerate("qkv")}
     else:
-      parts = {name: tensor}
-    converted |= parts
+      converted[name] = tensor
   return converted
 
 
@@ -125,22 +122,11 @@ _TEXT = (
   ("num_heads", "heads"),
 )
 # What has no part in a trained network.
-_NO_MATTER = {
-  "tokenizer_mode",
-  "tokenizer_kwargs",
-  "patch_dropout",
-  "output_tokens",
-  "pad_id",
-  "eos_id",
-  "init_logit_scale",
-}
+_NO_MATTER = {"tokenizer_mode", "tokenizer_kwargs", "patch_dropout", "output_tokens"}
+_NO_MATTER |= {"pad_id", "eos_id", "init_logit_scale"}
 # Fields that may be there, with the one value that is supported.
-_FIXED: dict[str, tuple[Any, ...]] = {
-  "pool_type": ("tok", "argmax"),
-  "pos_embed_type": ("learnable",),
-  "proj_type": ("linear",),
-  "block_type": ("default",),
-}
+_FIXED: dict[str, tuple[Any, ...]] = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",)}
+_FIXED |= {"proj_type": ("linear",), "block_type": ("default",)}
 
 
 def check_config(config: Any, where: str) -> None:
@@ -167,11 +153,12 @@ def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str)
     tower, here = config.get(name, {}), f"{where}: {name}"
     section = found[part] | {ours: _number(tower, theirs, found[part][ours], here) for ours, theirs in fields}
     if "mlp_ratio" in tower:
-      check_number(f"{here}: mlp_ratio", tower["mlp_ratio"], gt=0.0)
-      section["mlp_width"] = int(section["width"] * tower["mlp_ratio"])
+      if not isinstance(ratio := tower["mlp_ratio"], int | float) or ratio <= 0:
+        raise unsupported(here, "mlp_ratio", ratio, "it should be a number such as 4.0")
+      section["mlp_width"] = int(section["width"] * ratio)
     # A config that says a vision tower's width says its heads too: of 64, unless of another.
     if "head_width" in tower or (part == "vision_encoder" and "width" in tower):
-      section["num_heads"] = section["width"] // _number(tower, "head_width", shapes.CLIP_HEAD_WIDTH, here)
+      section["num_heads"] = section["width"] // _number(tower, "head_width", CLIP_HEAD_WIDTH, here)
     # open_clip's default is the exact GELU; OpenAI's weights are published with the switch set.
     section["activation"] = "quick_gelu" if config.get("quick_gelu") else "gelu"
     model[part] = section | {"projection": _number(config, "embed_dim", section["projection"], where)}

@@ -1,12 +1,19 @@
-"""Reads and writes config.json of diffusers' and transformers' models by one table of fields."""
+"""Reads and writes config.json of diffusers' and transformers' models by one table of fields.
+
+Where a checkpoint has no config.json, the shapes of its tensors say the sizes. Head counts, groups and activations
+leave no trace there: they are Stable Diffusion v1's and published CLIPs'.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.errors import UserError
+from diffdis_jax.interop.tensor_files import Tensors
 
 Config = Mapping[str, Any]
 
@@ -82,6 +89,8 @@ FIXED_SCHEDULER = dict(
 )
 
 ACTIVATIONS = ("quick_gelu", "gelu")
+CLIP_HEAD_WIDTH = 64  # of every published text tower
+MOST_VISION_HEADS = 16  # beyond ViT-L the heads of published vision towers are wider: 80 in ViT-H, 104 in ViT-bigG
 # Our noise schedule -> theirs. The betas' range is fixed, and means nothing to the cosine schedule.
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 BETAS = dict(beta_start=0.00085, beta_end=0.012)
@@ -142,7 +151,7 @@ def write_vae(section: Config, *, scaling_factor: float, sample_size: int) -> di
 
 def read_text(config: Config, where: str) -> dict[str, Any]:
   """Return `model.text_encoder`, except its ids of start and end, which old config.json files have wrong."""
-  return _activation(_read(config, TEXT, FIXED_TEXT, where), where)
+  return _read(config, TEXT, FIXED_TEXT, where)
 
 
 def write_text(section: Config) -> dict[str, Any]:
@@ -158,7 +167,7 @@ def write_text(section: Config) -> dict[str, Any]:
 
 def read_vision(config: Config, where: str) -> dict[str, Any]:
   """Return `model.vision_encoder`, except its projection."""
-  return _activation(_read(config, VISION, FIXED_VISION, where), where)
+  return _read(config, VISION, FIXED_VISION, where)
 
 
 def write_clip(text: Config, vision: Config) -> dict[str, Any]:
@@ -208,6 +217,8 @@ def _read(config: Config, fields: Fields, fixed: Config, where: str) -> dict[str
     value = tuple(value) if isinstance(value, list) else value
     if type(value) is not type(default) and not (type(default) is float and type(value) is int):
       raise unsupported(where, theirs, value, f"it should be a value such as {default!r}")
+    if theirs == "hidden_act" and value not in ACTIVATIONS:
+      raise unsupported(where, theirs, value, f"it must be one of {', '.join(ACTIVATIONS)}")
     section[ours] = value
   return section
 
@@ -224,12 +235,6 @@ def _require(config: Config, expected: Config, where: str) -> None:
       raise unsupported(where, field, found, f"Stable Diffusion v1 and this package have {value!r}")
 
 
-def _activation(section: dict[str, Any], where: str) -> dict[str, Any]:
-  if section["activation"] not in ACTIVATIONS:
-    raise unsupported(where, "hidden_act", section["activation"], f"it must be one of {', '.join(ACTIVATIONS)}")
-  return section
-
-
 def _unet_blocks(attention: Sequence[bool], *, up: bool = False) -> Sequence[str]:
   names = tuple(f"{'CrossAttn' * has}{'Up' if up else 'Down'}Block2D" for has in attention)
   return names[::-1] if up else names  # the way up is listed from the middle on
@@ -242,3 +247,76 @@ def _vae_channels(patch: int) -> dict[str, int]:
 def _vae_blocks(section: Config) -> dict[str, Any]:
   levels = len(section["widths"])
   return dict(down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels)
+
+
+@contextlib.contextmanager
+def of_shapes(where: str) -> Iterator[None]:
+  """Raise UserError where the functions below miss a tensor, or find one of another shape."""
+  try:
+    yield
+  except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+    raise UserError(f"{where} is no whole checkpoint of such a network: {type(error).__name__}, {error}") from error
+
+
+def unet_of(tensors: Tensors) -> dict[str, Any]:
+  """Return `model.unet`, from diffusers' names."""
+  # Blocks are counted in the first level: all levels have the same number, in Stable Diffusion and here.
+  levels, depth = _count(tensors, "down_blocks.#."), _count(tensors, "down_blocks.0.resnets.#.")
+  return dict(
+    widths=tuple(tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)),
+    attention=tuple(f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in range(levels)),
+    depth=depth,
+    num_heads=8,
+    groups=32,
+  )
+
+
+def vae_of(tensors: Tensors) -> dict[str, Any]:
+  """Return `model.autoencoder` except its scale, from diffusers' names."""
+  levels = _count(tensors, "encoder.down_blocks.#.")
+  return dict(
+    widths=tuple(tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)),
+    depth=_count(tensors, "encoder.down_blocks.0.resnets.#."),
+    latent_channels=tensors["post_quant_conv.weight"].shape[0],
+    groups=32,
+    attention="encoder.mid_block.attentions.0.to_q.weight" in tensors,
+    patch=1,
+    shift=0.0,
+  )
+
+
+def text_of(tensors: Tensors) -> dict[str, Any]:
+  """Return `model.text_encoder` except its activation and projection, from transformers' names."""
+  # From the embeddings: layers have the width several times, in shapes that differ between towers.
+  vocab_size, width = tensors["text_model.embeddings.token_embedding.weight"].shape
+  length = tensors["text_model.embeddings.position_embedding.weight"].shape[0]
+  return dict(vocab_size=vocab_size, max_length=length, **_transformer(tensors, "text_model", width))
+
+
+def vision_of(tensors: Tensors) -> dict[str, Any]:
+  """Return `model.vision_encoder` except its activation, from transformers' names."""
+  width, _, patch, _ = tensors["vision_model.embeddings.patch_embedding.weight"].shape
+  # One for each patch of a square image, and the class token's.
+  positions = tensors["vision_model.embeddings.position_embedding.weight"].shape[0]
+  section = _transformer(tensors, "vision_model", width)
+  return section | dict(
+    image_size=patch * round((positions - 1) ** 0.5),
+    patch=patch,
+    projection=tensors["visual_projection.weight"].shape[0],
+    num_heads=min(section["num_heads"], MOST_VISION_HEADS),
+  )
+
+
+def _transformer(tensors: Tensors, tower: str, width: int) -> dict[str, Any]:
+  return dict(
+    width=width,
+    depth=_count(tensors, f"{tower}.encoder.layers.#."),
+    num_heads=max(width // CLIP_HEAD_WIDTH, 1),
+    mlp_width=tensors[f"{tower}.encoder.layers.0.mlp.fc1.weight"].shape[0],
+  )
+
+
+def _count(tensors: Tensors, pattern: str) -> int:
+  """Count the indices in the place of `#`."""
+  regex = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
+  return len({match[1] for match in map(regex.match, tensors) if match})

@@ -5,7 +5,6 @@ A pickle is never executed: .bin and .ckpt go through PyTorch's weights-only rea
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -26,11 +25,7 @@ from diffdis_jax.errors import UserError, full_disk
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor in a file. `read` loads it, in the file's dtype or in f32.
-
-  Attributes:
-    kind: what it has in the place of floats, one by one, such as whole numbers; empty where it has these.
-  """
+  """A tensor in a file, which `read` loads, in its dtype or in f32. `kind` says what it has in the place of floats."""
 
   shape: tuple[int, ...]
   read: Callable[[], Shaped[np.ndarray, "..."]]
@@ -48,24 +43,12 @@ _POINTER = b"version https://git-lfs."  # what a clone without git-lfs has in th
 
 HEAD = "head.safetensors"  # of a long-tailed run's second stage, beside what libraries read; none has a place for it
 
-
-def save(arrays: Mapping[str, Shaped[np.ndarray, "..."]], path: pathlib.Path) -> None:
-  """Write a safetensors file as PyTorch's libraries do. Raises OSError: it cannot be written."""
-  try:
-    save_file(dict(arrays), path, metadata={"format": "pt"})
-  except SafetensorError as error:
-    # By its number a full disk is known for what it is.
-    number = full_disk(error)
-    raise (OSError(str(error)) if number is None else OSError(number, os.strerror(number), str(path))) from error
-
-
 # A folder's file of weights, or the index of its shards: diffusion_pytorch_model.fp16.safetensors, model.safetensors,
 # pytorch_model.bin.index.json, open_clip_pytorch_model.bin.
 _ENTRY = re.compile(
   r"(?:diffusion_pytorch_model|open_clip_pytorch_model|open_clip_model|pytorch_model|model)"
   r"(?P<variant>\.\w+)?\.(?P<kind>safetensors|bin)(?P<index>\.index(?P<variant2>\.\w+)?\.json)?"
 )
-
 # What training frameworks leave in a checkpoint beside its tensors, Stable Diffusion's own included. The reader takes
 # these names for `_Discarded`: nothing of theirs is imported or called.
 _DISCARDED = (
@@ -86,6 +69,16 @@ class _Discarded:
 
   def __setstate__(self, state: Any) -> None:
     del state
+
+
+def save(arrays: Mapping[str, Shaped[np.ndarray, "..."]], path: pathlib.Path) -> None:
+  """Write a safetensors file as PyTorch's libraries do. Raises OSError: it cannot be written."""
+  try:
+    save_file(dict(arrays), path, metadata={"format": "pt"})
+  except SafetensorError as error:
+    # A full disk is known by its number.
+    number = full_disk(error)
+    raise (OSError(str(error)) if number is None else OSError(number, os.strerror(number), str(path))) from error
 
 
 def preferred(names: Iterable[str]) -> str | None:
@@ -109,14 +102,17 @@ def open_folder(folder: pathlib.Path) -> Tensors:
   Raises:
     UserError: no weights there, a shard missing, or a file that `open_file` refuses.
   """
-  found = preferred(path.name for path in folder.iterdir())
-  if not found:
+  name = preferred(path.name for path in folder.iterdir())
+  if name is None:
     raise UserError(f"no weights in {folder}; it should hold a file such as diffusion_pytorch_model.safetensors")
-  if not found.endswith(".json"):
-    return open_file(folder / found)
+  if not name.endswith(".json"):
+    return open_file(folder / name)
+  shards = read_json(folder / name).get("weight_map")
+  if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+    raise UserError(f"{folder / name} has no weight_map from tensors to files")
   tensors: Tensors = {}
-  for name in sorted(set(_read_index(folder / found).values())):
-    tensors |= open_file(folder / pathlib.Path(name).name)
+  for file in sorted(set(shards.values())):
+    tensors |= open_file(folder / pathlib.Path(file).name)
   return tensors
 
 
@@ -128,7 +124,7 @@ def open_file(path: pathlib.Path) -> Tensors:
   """
   if not path.is_file():
     raise UserError(f"no file {path}")
-  with contextlib.suppress(OSError), path.open("rb") as file:  # the readers below say what cannot be read
+  with path.open("rb") as file:
     if file.read(len(_POINTER)) == _POINTER:  # copied again, it would be one again
       raise UserError(f"{path} is a pointer of Git LFS, not the weights; type: git lfs pull in its repository")
   return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
@@ -146,32 +142,20 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def _read_index(path: pathlib.Path) -> dict[str, str]:
-  files = read_json(path).get("weight_map")
-  if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-    raise UserError(f"{path} has no weight_map from tensors to files")
-  return files
-
-
 def _open_safetensors(path: pathlib.Path) -> Tensors:
+  tensors: Tensors = {}
   try:
     file = safe_open(path, framework="numpy")
-    slices = {name: file.get_slice(name) for name in file.keys()}
-    # Now, by the header: at the first tensor that is read, the others may have taken minutes.
-    for name, each in slices.items():
-      if re.match(r"F[4-8](_|$)", dtype := each.get_dtype()):
+    for name in file.keys():
+      header = file.get_slice(name)
+      # Now, by the header: at the first tensor that is read, the others may have taken minutes.
+      if re.match(r"F[4-8](_|$)", dtype := header.get_dtype()):
         raise UserError(f"{path} holds {name} as {dtype}, which numpy cannot read; convert it to F16, BF16 or F32")
-    kinds = {name: each.get_dtype() for name, each in slices.items()}
-    return {
-      name: Tensor(
-        tuple(each.get_shape()),
-        functools.partial(file.get_tensor, name),
-        "" if kinds[name] in _FLOATS else f"numbers of type {kinds[name]}",
-      )
-      for name, each in slices.items()
-    }
+      read = functools.partial(file.get_tensor, name)
+      tensors[name] = Tensor(tuple(header.get_shape()), read, "" if dtype in _FLOATS else f"numbers of type {dtype}")
   except (SafetensorError, OSError) as error:
     raise UserError(f"{path} is no whole safetensors file: {error}; copy it again") from error
+  return tensors
 
 
 def _open_torch(path: pathlib.Path) -> Tensors:
@@ -189,31 +173,26 @@ def _open_torch(path: pathlib.Path) -> Tensors:
       except RuntimeError:  # a file from before PyTorch 1.6, which cannot be mapped, or a broken one
         content = load()
   except Exception as error:  # of a damaged file, whatever its instructions do
-    if type(error).__name__ == "UnpicklingError":
+    if "TorchScript" in str(error):
+      why = "is a TorchScript archive, a program; take open_clip's or transformers' files of the same model"
+    elif type(error).__name__ == "UnpicklingError":
       reason = re.search(r"GLOBAL ([\w.]+)", str(error))
       what = f"it would call {reason[1]}" if reason else "it is more than tensors, or no file of PyTorch's"
-      raise UserError(f"{path} needs code execution to be read: {what}; pickles are never executed here") from error
-    if "TorchScript" in str(error):
-      raise UserError(
-        f"{path} is a TorchScript archive, a program; take open_clip's or transformers' files of the same CLIP, or"
-        " torch-fidelity's or pytorch-fid's of FID's Inception"
-      ) from error
-    raise UserError(f"{path} cannot be read as a PyTorch file: {str(error)[:200]}; copy it again") from error
+      why = f"needs code execution to be read: {what}; pickles are never executed here"
+    else:
+      why = f"cannot be read as a PyTorch file: {' '.join(str(error).split())[:200]}; copy it again"
+    raise UserError(f"{path} {why}") from error
   state = content.get("state_dict", content) if isinstance(content, dict) else None
   if not isinstance(state, dict):
     raise UserError(f"{path} holds no state dict, but a {type(content).__name__}")
+
+  def kind(tensor: torch.Tensor) -> str:
+    is_plain = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+    return "" if is_plain else f"numbers of type {tensor.dtype} ({tensor.layout}, on {tensor.device})"
+
   # Mapped, not loaded: only what `read` asks for comes into memory. In f32, since numpy has no bf16 of its own.
   return {
-    name: Tensor(tuple(tensor.shape), lambda tensor=tensor: tensor.detach().float().numpy(), _kind(tensor))
+    name: Tensor(tuple(tensor.shape), lambda tensor=tensor: tensor.detach().float().numpy(), kind(tensor))
     for name, tensor in state.items()
     if isinstance(tensor, torch.Tensor) and isinstance(name, str)
   }
-
-
-def _kind(tensor: Any) -> str:
-  """Return `Tensor.kind` of a tensor of PyTorch."""
-  if tensor.is_meta:
-    return "no numbers"
-  if (layout := str(tensor.layout)) != "torch.strided":
-    return f"numbers in the layout {layout}"
-  return "" if tensor.is_floating_point() else f"numbers of type {tensor.dtype}"

@@ -1,7 +1,10 @@
-"""Writes our parameters to a folder that diffusers loads, without PyTorch: a StableDiffusionPipeline, and beside it the
-component `diffdis` with what DiffDis adds, and the code of both (torch_pipeline.py, torch_diffdis.py, torch_parts.py).
+"""Writes our parameters to folders that PyTorch's libraries load, without PyTorch.
 
-diffusers' custom components have their class in their own folder, in the file that model_index.json names.
+DiffDis: a StableDiffusionPipeline of diffusers, the component `diffdis` with what DiffDis adds, and the code of both
+(torch_pipeline.py, torch_diffdis.py, torch_parts.py). diffusers' custom components have their class in their own
+folder, in the file that model_index.json names.
+
+CLIP: the files of transformers' CLIPModel and of open_clip side by side, as in folders that are shared.
 """
 
 from __future__ import annotations
@@ -12,14 +15,15 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
 from diffdis_jax.common.one_file import check_written
 from diffdis_jax.common.params import Params
-from diffdis_jax.common.progress import Progress
-from diffdis_jax.interop import mapping, sections, tensor_files
+from diffdis_jax.interop import mapping, openclip, sections, tensor_files
+from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD, resize_positions
 from diffdis_jax.structs import AnyArray
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -35,10 +39,8 @@ PIPELINE = "pipeline.py"  # as diffusers calls it
 INDEX = dict(
   _class_name="StableDiffusionPipeline",
   **VERSION,
-  feature_extractor=(None, None),
-  image_encoder=(None, None),
+  **dict.fromkeys(("feature_extractor", "image_encoder", "safety_checker"), (None, None)),
   requires_safety_checker=False,
-  safety_checker=(None, None),
   scheduler=("diffusers", "DDIMScheduler"),
   text_encoder=("transformers", "CLIPTextModel"),
   tokenizer=("transformers", "CLIPTokenizer"),
@@ -47,27 +49,18 @@ INDEX = dict(
 )
 # What a run of an autoencoder alone has not.
 BEYOND_VAE = ("scheduler", "text_encoder", "tokenizer", "unet")
+TRANSFORMERS, OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
+POSITIONS, TEXT_POSITIONS = "vision_encoder.positions", "text_encoder.positions"
 
 
-def write(
-  folder: pathlib.Path,
-  params: Params,
-  *,
-  model: Mapping[str, Any],
-  image_size: int,
-  schedule: str,
-  diffdis: Mapping[str, Any],
-  dtype: str = "float32",
-) -> None:
+def write(folder: pathlib.Path, params: Params, own: Mapping[str, Any], *, dtype: str = "float32") -> None:
   """Write weights and configs of the pipeline, its tokenizer excepted; of an autoencoder alone one with `vae` alone.
 
   Args:
     folder: empty.
     params: all of a run's parameters; used up, so that they are in memory once.
-    model: the config's section.
-    image_size: of the run's images.
-    schedule: of the image process.
-    diffdis: content of diffdis/config.json, written if the run has the parameters that it is about.
+    own: the run's config, and `max_length` of its captions: the content of diffdis/config.json, which is written if the
+      run has the parameters that it is about.
     dtype: of the files, a key of DTYPES.
 
   Raises:
@@ -75,35 +68,28 @@ def write(
   """
   # First, since it changes two convolutions, and takes away the parameters that the table has no row for.
   scaling_factor = fold_statistics(params)
-  has_unet = "unet.conv_in.kernel" in params
-  configs = _configs(model, image_size=image_size, schedule=schedule, scaling_factor=scaling_factor)
-  index: dict[str, Any] = dict(INDEX)
-  if not has_unet:
-    index |= dict.fromkeys(BEYOND_VAE, (None, None))
-    configs = {file: content for file, content in configs.items() if file.split("/")[0] not in BEYOND_VAE}
-  configs["model_index.json"] = index
-  entries = [mapping.from_path(path) for path in params]
-  is_aligned = "logit_scale" in params
-  progress = Progress("converted", len(entries), "arrays")
+  has_unet, is_aligned = "unet.conv_in.kernel" in params, "logit_scale" in params
   own_classes = {}
-  if model["autoencoder"]["patch"] > 1:
+  if own["model"]["autoencoder"]["patch"] > 1:
     own_classes["vae"] = ("torch_parts", "PatchAutoencoderKL")
   if has_unet and "unet.conv_out.kernel" not in params:  # of discrimination alone
     own_classes["unet"] = ("torch_parts", "DownUNet2DConditionModel")
+  configs, index = _configs(own, scaling_factor=scaling_factor), dict(INDEX)
+  if not has_unet:
+    index |= dict.fromkeys(BEYOND_VAE, (None, None))
+    configs = {file: content for file, content in configs.items() if file.split("/")[0] not in BEYOND_VAE}
+  if is_aligned:
+    own_classes["diffdis"] = ("torch_diffdis", "DiffDis")
+    configs["diffdis/config.json"] = VERSION | dict(own)
+
+  entries = [mapping.from_path(path) for path in params]
   for component, file in (*FILES.items(), ("head", tensor_files.HEAD)):
-    own = [entry for entry in entries if entry.component == component]
+    # Popped, so that each array is in memory once: converted, or not yet.
+    arrays = {each.name: convert(each, params.pop(each.path), dtype) for each in entries if each.component == component}
     # Of generation alone a projection of the text query may be there, which nothing then uses.
-    if own and (component != "diffdis" or is_aligned):
+    if arrays and (component != "diffdis" or is_aligned):
       (folder / file).parent.mkdir(exist_ok=True)
-      arrays = {}
-      for entry in own:
-        # Popped, so that each array is in memory once: converted, or not yet.
-        arrays[entry.name] = convert(entry, params.pop(entry.path), dtype)
-        progress.add(1)
       tensor_files.save(arrays, folder / file)
-      if component == "diffdis":
-        own_classes[component] = ("torch_diffdis", "DiffDis")
-        configs["diffdis/config.json"] = VERSION | dict(diffdis)
 
   here = pathlib.Path(__file__)
   for component, (module, name) in own_classes.items():
@@ -111,36 +97,106 @@ def write(
     configs[f"{component}/config.json"] = {**configs[f"{component}/config.json"], "_class_name": name}
     shutil.copyfile(here.with_name(f"{module}.py"), folder / component / f"{module}.py")
   shutil.copyfile(here.with_name("torch_pipeline.py"), folder / PIPELINE)
-  write_configs(folder, configs)
+  _write_configs(folder, {**configs, "model_index.json": index})
 
 
-def _configs(
-  model: Mapping[str, Any], *, image_size: int, schedule: str, scaling_factor: float
-) -> dict[str, Mapping[str, Any]]:
+def _configs(own: Mapping[str, Any], *, scaling_factor: float) -> dict[str, Mapping[str, Any]]:
   """Return the configs of diffusers' and transformers' components by their files."""
-  folded_size = image_size // model["autoencoder"]["patch"]
+  model = own["model"]
+  folded_size = own["image_size"] // model["autoencoder"]["patch"]
   sample_size = folded_size // 2 ** (len(model["autoencoder"]["widths"]) - 1)
+  unet = sections.write_unet(
+    model["unet"],
+    latent_channels=model["autoencoder"]["latent_channels"],
+    context_width=model["text_encoder"]["width"],
+    sample_size=sample_size,
+  )
+  vae = sections.write_vae(model["autoencoder"], scaling_factor=scaling_factor, sample_size=folded_size)
   return {
-    "scheduler/scheduler_config.json": sections.write_scheduler(schedule) | VERSION,
-    "unet/config.json": VERSION
-    | sections.write_unet(
-      model["unet"],
-      latent_channels=model["autoencoder"]["latent_channels"],
-      context_width=model["text_encoder"]["width"],
-      sample_size=sample_size,
-    ),
-    "vae/config.json": VERSION
-    | sections.write_vae(model["autoencoder"], scaling_factor=scaling_factor, sample_size=folded_size),
+    "scheduler/scheduler_config.json": sections.write_scheduler(own["image_diffusion"]["schedule"]) | VERSION,
+    "unet/config.json": VERSION | unet,
+    "vae/config.json": VERSION | vae,
     # What it computes in where nobody asks for another: else transformers 5 takes that of its file, and diffusers f32.
     "text_encoder/config.json": sections.write_text(model["text_encoder"]) | {"torch_dtype": "float32"},
   }
 
 
-def write_configs(folder: pathlib.Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+def _write_configs(folder: pathlib.Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
   """Write JSON files, by their path in the folder."""
   for file, content in configs.items():
     (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_clip(model: Mapping[str, Any]) -> None:
+  """Raise UserError for a CLIP that transformers and open_clip cannot hold."""
+  text, vision = model["text_encoder"], model["vision_encoder"]
+  wanted = {
+    "vision_encoder.spatial_pool": (vision.get("spatial_pool", 0), 0),
+    "vision_encoder.convolutional": (vision.get("convolutional", False), False),
+    "text_encoder.token_embedding_weight": (text.get("token_embedding_weight", 0.0), 0.0),
+    # transformers has an activation for each tower; open_clip's `quick_gelu` is one switch.
+    "text_encoder.activation": (text["activation"], vision["activation"]),
+    # open_clip takes the largest token for the end of a text.
+    "text_encoder.eos_id": (text["eos_id"], text["vocab_size"] - 1),
+  }
+  for field, (value, supported) in wanted.items():
+    if value != supported:
+      why = f"transformers and open_clip hold such a CLIP only with {supported!r}"
+      raise sections.unsupported("the run's config", f"model.{field}", value, why)
+
+
+def write_clip(folder: pathlib.Path, params: Params, own: Mapping[str, Any], *, dtype: str = "float32") -> None:
+  """Write weights and configs of transformers' CLIPModel and of open_clip, the tokenizer excepted.
+
+  Args:
+    folder: empty.
+    params: all of a run's parameters.
+    own: the run's config, one that `check_clip` takes, and `max_length` of its captions. Positions for images of
+      another size are interpolated; those behind the longest caption, which were not trained, are left out.
+    dtype: of the files, a key of DTYPES.
+
+  Raises:
+    UserError: values beyond the dtype's range.
+  """
+  image_size, max_length = own["image_size"], own["max_length"]
+  side = image_size // own["model"]["vision_encoder"]["patch"]
+  vision = {**own["model"]["vision_encoder"], "image_size": image_size}
+  text = {**own["model"]["text_encoder"], "max_length": max_length}
+  params = {
+    **params,
+    POSITIONS: resize_positions(jnp.asarray(params[POSITIONS]), rows=side, columns=side),
+    TEXT_POSITIONS: params[TEXT_POSITIONS][:max_length],
+  }
+  arrays: dict[str, dict[str, Any]] = {"clip": {}, "head": {}}
+  for entry in (mapping.from_path(path, mapping.CLIP) for path in params):
+    arrays[entry.component][entry.name] = convert(entry, params[entry.path], dtype)
+  # A file of its own: transformers and open_clip have no place for a head, and warn of names that they do not know.
+  if arrays["head"]:
+    tensor_files.save(arrays["head"], folder / tensor_files.HEAD)
+  tensor_files.save(arrays["clip"], folder / TRANSFORMERS)
+  # f32, since bf16 moves its exponential by up to 1.6 %. Not for transformers, of which some versions take the first
+  # parameter's dtype for that of all.
+  arrays["clip"]["logit_scale"] = np.asarray(params["logit_scale"], np.float32)
+  tensor_files.save(openclip.restore(arrays["clip"]), folder / OPEN_CLIP)
+  # transformers' CLIPImageProcessor: short side to the size, bicubic, then the central square.
+  preprocessor = dict(
+    image_processor_type="CLIPImageProcessor",
+    **dict.fromkeys(("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
+    size=dict(shortest_edge=image_size),
+    resample=3,
+    crop_size=dict(height=image_size, width=image_size),
+    rescale_factor=1 / 255,
+    image_mean=PIXEL_MEAN,
+    image_std=PIXEL_STD,
+  )
+  # Last: a folder without configs is one whose export was cut off, which neither library loads.
+  configs = {
+    "config.json": sections.write_clip(text, vision),
+    "preprocessor_config.json": preprocessor,
+    "open_clip_config.json": openclip.write_config({"text_encoder": text, "vision_encoder": vision}),
+  }
+  _write_configs(folder, configs)
 
 
 def fold_statistics(params: Params) -> float:

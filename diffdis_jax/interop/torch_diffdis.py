@@ -1,10 +1,8 @@
 """DiffDis for PyTorch: the discriminative half of the method, around diffusers' own UNet2DConditionModel.
 
-It needs torch and diffusers, and nothing of JAX or of the rest of this package: export_weights puts this file beside
-its weights, as `diffdis/torch_diffdis.py`, and diffusers loads it from there as the component `diffdis` of
-DiffDisPipeline (pipeline.py), whose methods call it. The component holds what DiffDis adds to Stable Diffusion:
-text_stream, alignment, logit_scale, text_projection where the query goes through CLIP's, and query_tokens where token
-vectors are added to it. UNet and text encoder are arguments.
+It needs torch and diffusers alone. export_weights puts this file beside its weights, as `diffdis/torch_diffdis.py`, and
+diffusers loads it from there as the component `diffdis` of DiffDisPipeline (pipeline.py), whose methods call it. The
+component holds what DiffDis adds to Stable Diffusion; UNet and text encoder are arguments.
 
   diffdis = DiffDis.from_pretrained("FOLDER/diffdis")
   c_null = diffdis.null_condition(text_encoder)
@@ -159,14 +157,14 @@ class FusionBlock(nn.Module):
     """Run Stable Diffusion's self-attention with one more token."""
     if self.attn is None:
       return attn1(tokens)
+
+    def side_by_side(text: Part, image: Part, x: Tokens) -> Tokens:
+      return torch.cat([text(x[:, :1]), image(x[:, 1:])], dim=1)
+
     # Own projections, but one attention: the text token sees the image's keys, and the image the text token's.
     pairs = ((self.attn.q, attn1.to_q), (self.attn.k, attn1.to_k), (self.attn.v, attn1.to_v))
-    qkv = (self._side_by_side(text, image, tokens) for text, image in pairs)
-    return self._side_by_side(self.attn.out, attn1.to_out[0], attend(*qkv, num_heads=attn1.heads))
-
-  @staticmethod
-  def _side_by_side(text: Part, image: Part, x: Tokens) -> Tokens:
-    return torch.cat([text(x[:, :1]), image(x[:, 1:])], dim=1)
+    qkv = (side_by_side(text, image, tokens) for text, image in pairs)
+    return side_by_side(self.attn.out, attn1.to_out[0], attend(*qkv, num_heads=attn1.heads))
 
 
 class TextStream(nn.Module):
@@ -228,8 +226,7 @@ class DiffDis(ModelMixin, ConfigMixin):
 
   Args:
     model (`dict`): of the run's config: {fusion, share_attention, modality_ffn, alignment, unet.{widths, attention,
-      depth, num_heads}, text_encoder.{width, vocab_size, projection, bos_id, eos_id}}, and
-      text_encoder.token_embedding_weight, 0 where it is absent.
+      depth, num_heads}, text_encoder.{width, vocab_size, projection, bos_id, eos_id, token_embedding_weight}}.
     text_diffusion (`dict`): schedule, target and gamma of the text query's process.
     condition_timestep (`int`): the UNet's timestep for a clean image.
     max_length (`int`): tokens of a text.
@@ -275,22 +272,9 @@ class DiffDis(ModelMixin, ConfigMixin):
 
   @classmethod
   def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-    """Load as diffusers' models do, but weights that do not fit the config are an error.
-
-    Raises:
-      OSError: no file of weights or config, or one that cannot be read to its end.
-      ValueError: a parameter is missing or unknown.
-    """
+    """Load as diffusers' models do, but raise ValueError where a parameter is missing or unknown."""
     asked = kwargs.pop("output_loading_info", False)
-    try:
-      found: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-    except OSError as error:
-      said = " ".join(str(error).split())
-      raise OSError(
-        f"{pretrained_model_name_or_path}: the weights of DiffDis are missing or cannot be read, download or export"
-        f" them again ({said})"
-      ) from error
-    model, info = found
+    model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)  # pyright: ignore
     # diffusers warns of these, and goes on with random numbers in the missing ones' place.
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unknown:
@@ -304,8 +288,7 @@ class DiffDis(ModelMixin, ConfigMixin):
     """Return c of the empty prompt, [1, l, d].
 
     Args:
-      device: where the text encoder runs, if that is not where its weights are: of `enable_sequential_cpu_offload` they
-        are nowhere until then.
+      device: where the text encoder runs, if its weights are elsewhere, as with `enable_sequential_cpu_offload`.
     """
     null = [[self.bos_id] + [self.eos_id] * (self.max_length - 1)]
     return text_encoder(torch.tensor(null, device=device or text_encoder.device)).last_hidden_state
@@ -314,8 +297,7 @@ class DiffDis(ModelMixin, ConfigMixin):
   def embed_text(self, input_ids: jt.Int[Tensor, "b l"], *, text_encoder: Part) -> Query:
     """Return text queries e: the condition at the first end-of-text token, projected if need be, L2-normalised.
 
-    With `query_tokens` the mean of the caption's tokens' vectors there is added to that condition, times
-    `token_embedding_weight`.
+    With `query_tokens` the mean of the tokens' vectors, times `token_embedding_weight`, is added to that condition.
     """
     onload(self)
     # The first one: padding is the end-of-text token too.
@@ -388,16 +370,11 @@ class DiffDis(ModelMixin, ConfigMixin):
     """Return the denoised text query, L2-normalised: `steps` DDIM steps from e_T = noise (the paper's Algorithm 3).
 
     The paper uses one step, the prediction at T-1. To average several noise samples, average their results and
-    normalise again. Never start from a caption's own noised query.
-
-    With target `data` and `normalize_query`, each step's ê_0 is normalised before it is fed back, since the process is
-    defined on vectors of length 1. With target `noise` it follows from the predicted noise, and stays what it is.
+    normalise again. With target `data` and `normalize_query`, each step's ê_0 is normalised before it is fed back: the
+    process is defined on vectors of length 1.
 
     Args:
       guidance: s, whose null condition is the image z = 0; 1 is none.
-
-    Raises:
-      ValueError: not 1 to 1000 steps.
     """
     e_t, timesteps = noise, trailing(steps)
     for t, t_prev in zip(timesteps[:-1], timesteps[1:], strict=True):

@@ -28,7 +28,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import ExifTags, Image
-from torch import Tensor, nn
+from torch import Tensor
 
 # Shapes in annotations, which nothing evaluates without it. By this form of import: of others diffusers tells the user
 # that a package is missing.
@@ -58,37 +58,26 @@ TEMPLATES = (
 )
 _SLOT = re.compile(r"\{c?\}")
 WANTED = "give a PIL image, a tensor or an array"
-_TURNS = {  # what makes an image upright, by EXIF's orientation
-  2: Image.Transpose.FLIP_LEFT_RIGHT,
-  3: Image.Transpose.ROTATE_180,
-  4: Image.Transpose.FLIP_TOP_BOTTOM,
-  5: Image.Transpose.TRANSPOSE,
-  6: Image.Transpose.ROTATE_270,
-  7: Image.Transpose.TRANSVERSE,
-  8: Image.Transpose.ROTATE_90,
-}
+_TURN = Image.Transpose
+_TURNS = dict(  # what makes an image upright, by EXIF's orientation
+  enumerate(
+    (_TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE)
+    + (_TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90),
+    start=2,
+  )
+)
 _LIBRARIES = ("diffusers", "transformers")
 
 
 class Classification(NamedTuple):
-  """The result of `classify`.
-
-  Attributes:
-    labels: the likeliest name of each image.
-    scores: softmax over the names of τ ⟨ê_0, e⟩, f32[n, k].
-  """
+  """The likeliest name of each image, and the softmax over the names of τ ⟨ê_0, e⟩, f32[n, k]."""
 
   labels: list[str]
   scores: jt.Float[Tensor, "n k"]
 
 
 class Ranking(NamedTuple):
-  """The result of `rank`.
-
-  Attributes:
-    order: places of the images in what was given, the nearest to the text first.
-    scores: cosine of each image and the text, in that order, f32[n].
-  """
+  """Places of the images in what was given, the nearest to the text first, and their cosines in that order, f32[n]."""
 
   order: list[int]
   scores: jt.Float[Tensor, " n"]
@@ -99,19 +88,12 @@ class DiffDisPipeline(StableDiffusionPipeline):
   Text-to-image generation with Stable Diffusion, and zero-shot classification with the same UNet.
 
   It inherits from [`StableDiffusionPipeline`]: `pipe(prompt, ...)` takes what that takes and returns the same images.
-
-  Args:
-    vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
-      requires_safety_checker: as [`StableDiffusionPipeline`] has them.
-    diffdis (`DiffDis`, *optional*): what DiffDis adds to the UNet. Without it the pipeline only generates.
+  Its arguments are that class's, and `diffdis`, without which it only generates. A run of an autoencoder alone has none
+  but `vae`.
   """
 
-  # The first four may be missing where the run trained an autoencoder alone.
-  _optional_components = [
-    *("scheduler", "text_encoder", "tokenizer", "unet"),
-    *StableDiffusionPipeline._optional_components,
-    "diffdis",
-  ]
+  _optional_components = ["scheduler", "text_encoder", "tokenizer", "unet", "diffdis"]
+  _optional_components += StableDiffusionPipeline._optional_components
   # For `save_pretrained`. Read here: diffusers overwrites its copy when it loads another model's file.
   source = pathlib.Path(__file__).read_text(encoding="utf-8")
 
@@ -128,17 +110,8 @@ class DiffDisPipeline(StableDiffusionPipeline):
     diffdis: Any = None,
     requires_safety_checker=True,
   ):
-    super().__init__(
-      vae=vae,
-      text_encoder=text_encoder,
-      tokenizer=tokenizer,
-      unet=unet,
-      scheduler=scheduler,
-      safety_checker=safety_checker,
-      feature_extractor=feature_extractor,
-      image_encoder=image_encoder,
-      requires_safety_checker=requires_safety_checker,
-    )
+    parts = (vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder)
+    super().__init__(*parts, requires_safety_checker=requires_safety_checker)
     self.register_modules(diffdis=diffdis)
     if (patch := getattr(vae, "patch", 1)) > 1:
       self.vae_scale_factor *= patch
@@ -152,10 +125,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     self._check_unet()
     if not hasattr(self.unet, "up_blocks"):
-      raise ValueError(
-        "this model was trained for discrimination alone and generates no images; it has classify, rank, embed_images"
-        " and embed_texts"
-      )
+      raise ValueError("this model was trained for discrimination alone and generates no images; it has classify")
     return super().__call__(*args, **kwargs)
 
   def classify(
@@ -173,10 +143,6 @@ class DiffDisPipeline(StableDiffusionPipeline):
       names (`List[str]`): of the classes.
       templates (`List[str]`): prompts with `{}` where the name goes. The texts' embeddings are averaged over them.
       how: num_inference_steps, num_noise_samples, generator, noise, batch_size of `embed_images`.
-
-    Returns:
-      `Classification`: `labels`, one name an image, and `scores`, `torch.Tensor` of shape (images, names), whose rows
-      are probabilities.
     """
     _check_texts("names", names)
     _check_texts("templates", templates)
@@ -184,11 +150,11 @@ class DiffDisPipeline(StableDiffusionPipeline):
       # Without a slot every class has the same text.
       if not _SLOT.search(template):
         raise ValueError(f"template {template!r} has no place for the class name; write {{}} where it goes")
-    found = self.embed_images(images, **how)
+    queries = self.embed_images(images, **how)
     texts = [_SLOT.sub(lambda _, name=name: name, template) for template in templates for name in names]
     by_template = self.embed_texts(texts, batch_size=how.get("batch_size", 32)).unflatten(0, (len(templates), -1))
     # The mean of unit vectors, normalised again, as CLIP builds its classifier of several templates.
-    scores = self._diffdis().similarity(found, F.normalize(by_template.mean(dim=0), dim=-1)).softmax(dim=-1)
+    scores = self._diffdis().similarity(queries, F.normalize(by_template.mean(dim=0), dim=-1)).softmax(dim=-1)
     return Classification([names[int(i)] for i in scores.argmax(dim=-1)], scores)
 
   def rank(self, images: Images, text: str, **how: Any) -> Ranking:
@@ -199,9 +165,6 @@ class DiffDisPipeline(StableDiffusionPipeline):
       images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): as `embed_images` takes them.
       text (`str`): a caption or a query.
       how: num_inference_steps, num_noise_samples, generator, noise, batch_size of `embed_images`.
-
-    Returns:
-      `Ranking`: `order`, places in `images`, the nearest first, and `scores`, their cosines with the text.
     """
     if not isinstance(text, str):
       raise ValueError(f"text is of type {type(text).__name__}; it should be one string")
@@ -215,9 +178,8 @@ class DiffDisPipeline(StableDiffusionPipeline):
     Embed texts: queries e, which the cosine compares with images.
 
     Args:
-      texts (`str` or `List[str]`): cut where they are longer than the model's `max_length`. They are cleaned as in
-        training: broken encodings are repaired, HTML's entities unescaped, and quotation marks straightened. This needs
-        ftfy for texts beyond plain ASCII.
+      texts (`str` or `List[str]`): cut where they are longer than the model's `max_length`, and cleaned as in training,
+        which needs ftfy for texts beyond plain ASCII.
       batch_size (`int`): texts at a time.
 
     Returns:
@@ -225,8 +187,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
     """
     diffdis, texts = self._diffdis(), [texts] if isinstance(texts, str) else texts
     _check_texts("texts", texts)
-    _check_whole("batch_size", batch_size)
-    with self._evaluating():
+    with self._offloading():
       parts = [part.to(self._execution_device) for part in self._token_ids(texts).split(batch_size)]
       return torch.cat([diffdis.embed_text(part, text_encoder=self.text_encoder) for part in parts])
 
@@ -261,40 +222,33 @@ class DiffDisPipeline(StableDiffusionPipeline):
     steps = diffdis.sampling["steps"] if num_inference_steps is None else num_inference_steps
     samples = diffdis.sampling["num_noise_samples"] if num_noise_samples is None else num_noise_samples
     for name, value in (("num_inference_steps", steps), ("num_noise_samples", samples), ("batch_size", batch_size)):
-      _check_whole(name, value)
-    given = _to_list(images)
-    squares = [_square(image, diffdis.image_size) for image in given]
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it should be a whole number from 1 on")
+    squares = [_square(image, diffdis.image_size) for image in _to_list(images)]
     if noise is None:
       # All at once, so that the size of a batch changes nothing.
-      shape = (samples, len(given), diffdis.query_width)
-      seeds = generator if isinstance(generator, list) else None
-      if seeds is not None:
-        if len(seeds) != len(given):
-          raise ValueError(f"generator is a list of {len(seeds)}, and there are {len(given)} images; give one for each")
-        shape = (len(given), samples, diffdis.query_width)  # as a list's generators are along the first axis there
-      noise = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
-      noise = noise if seeds is None else noise.transpose(0, 1)
+      how = dict(generator=generator, device=torch.device(device), dtype=torch.float32)
+      if isinstance(generator, list):  # of which each is of one entry along the first axis
+        noise = randn_tensor((len(squares), samples, diffdis.query_width), **how).transpose(0, 1)
+      else:
+        noise = randn_tensor((samples, len(squares), diffdis.query_width), **how)
     noise = noise[None] if noise.ndim == 2 else noise
-    if noise.ndim != 3 or noise.shape[1:] != (len(given), diffdis.query_width):
-      raise ValueError(f"noise has shape {tuple(noise.shape)}; it should end in {(len(given), diffdis.query_width)}")
-    if num_noise_samples not in (None, len(noise)):
-      raise ValueError(
-        f"noise holds {len(noise)} samples, and num_noise_samples is {num_noise_samples}; leave that out"
-      )
+    if noise.ndim != 3 or noise.shape[1:] != (len(squares), diffdis.query_width):
+      raise ValueError(f"noise has shape {tuple(noise.shape)}; it should end in {(len(squares), diffdis.query_width)}")
 
     how = dict(unet=self.unet, steps=steps, guidance=diffdis.sampling["guidance"])
-    found = []
+    embedded = []
     progress_bar: Any = self.progress_bar  # which is decorated, so that type checkers do not know its arguments
-    with self._evaluating(), progress_bar(total=len(given)) as bar:
+    with self._offloading(), progress_bar(total=len(squares)) as bar:
       c_null = diffdis.null_condition(self.text_encoder, device)
-      for first in range(0, len(given), batch_size):
+      for first in range(0, len(squares), batch_size):
         pixels = torch.from_numpy(np.stack(squares[first : first + batch_size])).to(device)
         z = self._encode(pixels)
         e_T = noise[:, first : first + batch_size].to(device=device, dtype=torch.float32)
         queries = torch.stack([diffdis.embed_image(z, sample, c_null=c_null, **how) for sample in e_T])
-        found.append(F.normalize(queries.mean(dim=0), dim=-1))
+        embedded.append(F.normalize(queries.mean(dim=0), dim=-1))
         bar.update(len(pixels))
-    return torch.cat(found)
+    return torch.cat(embedded)
 
   def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
     """Write, for `save_pretrained`, model_index.json as export_weights writes it, and the files of code."""
@@ -334,16 +288,11 @@ class DiffDisPipeline(StableDiffusionPipeline):
     return self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
 
   @contextlib.contextmanager
-  def _evaluating(self) -> Iterator[None]:
-    """Switch to evaluation mode, and back afterwards; and accelerate's offloading, if any, ends as after a call."""
-    training = [part for part in self.components.values() if isinstance(part, nn.Module) and part.training]
-    for part in training:
-      part.eval()
+  def _offloading(self) -> Iterator[None]:
+    """Bring parts that accelerate offloads back to the CPU at the end, as after a call."""
     try:
       yield
     finally:
-      for part in training:
-        part.train()
       self.maybe_free_model_hooks()
 
 
@@ -364,11 +313,6 @@ def _cleaned(text: str) -> str:
   text = " ".join(text.split()).lower()
   # With spaces inside, a spelled-out start or end is read as text, not as the token at which a text ends.
   return text.replace("<|startoftext|>", "<| startoftext |>").replace("<|endoftext|>", "<| endoftext |>")
-
-
-def _check_whole(what: str, value: Any) -> None:
-  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-    raise ValueError(f"{what} is {value!r}; it should be a whole number from 1 on")
 
 
 def _to_list(images: Images) -> list[Any]:
@@ -394,18 +338,13 @@ def _square(image: Any, size: int) -> np.ndarray:
   return np.array(pil)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-  """By EXIF, where it can be read. Not by ImageOps.exif_transpose, which fails at whatever else is wrong in it."""
-  turn = None
-  with contextlib.suppress(Exception):  # Pillow's reader raises whatever damage leads it into
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-  return image if turn is None else image.transpose(turn)
-
-
 def _to_pil(image: Any) -> Image.Image:
   """Convert to RGB, upright by EXIF, transparency on white."""
   if isinstance(image, Image.Image):
-    image = _upright(image)
+    # Not by ImageOps.exif_transpose, which fails at whatever else is wrong in EXIF.
+    with contextlib.suppress(Exception):  # Pillow's reader raises whatever damage leads it into
+      turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+      image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits, or floats, which Pillow would cut off at 255
       if not np.isfinite(most := np.asarray(image).max()):  # one of which would make all of it black
         raise ValueError("an image holds numbers that are not finite")
@@ -426,9 +365,7 @@ def _to_pil(image: Any) -> Image.Image:
   if image.ndim != 3 or image.shape[-1] != 3:
     raise ValueError(f"an image has shape {tuple(image.shape)}; give a tensor [3, h, w] or an array [h, w, 3]")
   if image.dtype != np.uint8:
-    if image.dtype.kind in "iu":  # of which 0 and 1 alone would be black and white
+    if image.dtype.kind in "iu" or not (image.min() >= 0 and image.max() <= 1):  # NaN is neither
       raise ValueError(f"an image is of dtype {image.dtype}; give uint8, or float in [0, 1]")
-    if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
-      raise ValueError("a float image should be in [0, 1]; of [-1, 1] give (image + 1) / 2")
     image = np.rint(image * 255).astype(np.uint8)
   return Image.fromarray(np.ascontiguousarray(image))

@@ -12,31 +12,18 @@ KIB, MIB = 2**10, 2**20
 
 class Gpu(NamedTuple):
   """The figures of one kind of GPU that the compiler asks for beyond parallel/chips.py, by NVIDIA's data sheets and the
-  CUDA programming guide's table of compute capabilities.
+  CUDA programming guide's table of compute capabilities."""
 
-  Attributes:
-    capability: CUDA's compute capability.
-    cores: streaming multiprocessors.
-    lanes: of a core for f32.
-    clock: boost, GHz.
-    memory: bytes, as the driver gives them.
-    cache: second level, bytes.
-    shared_memory: of a core, bytes. A block may have all but one KiB of it.
-    links: NVLinks; 0 without.
-    threads: that a core holds.
-    corrects: whether its memory corrects errors.
-  """
-
-  capability: tuple[int, int]
-  cores: int
-  lanes: int
-  clock: float
-  memory: int
-  cache: int
-  shared_memory: int
-  links: int
-  threads: int = 2048
-  corrects: bool = True
+  capability: tuple[int, int]  # CUDA's compute capability
+  cores: int  # streaming multiprocessors
+  lanes: int  # of a core for f32
+  clock: float  # boost, GHz
+  memory: int  # bytes, as the driver gives them
+  cache: int  # second level, bytes
+  shared_memory: int  # of a core, bytes; a block may have all but one KiB of it
+  links: int  # NVLinks
+  threads: int = 2048  # of a core
+  corrects: bool = True  # errors of its memory
 
 
 # By their names in chips.CHIPS. What a variant shares with another card stands again, so that a row can be held against
@@ -77,7 +64,7 @@ def target_config(gpu: Gpu, chip: Chip, *, cuda: Sequence[int], cudnn: Sequence[
     chip: the same card; its `kind` is the driver's name of it.
     cuda, cudnn: versions that a program is to run with, as (major, minor, patch).
   """
-  major, minor = gpu.capability
+  (major, minor), parts = gpu.capability, "major: {} minor: {} patch: {}"
   runtime, dnn = (".".join(map(str, version)) for version in (cuda, cudnn))
   links = f"device_interconnect_info {{ active_links: {gpu.links} }}" if gpu.links else ""
   return f"""
@@ -103,11 +90,7 @@ gpu_device_info {{{_LIMITS}
   {links}
 }}
 platform_name: "CUDA"
-dnn_version_info {{ {_fields(cudnn)} }}
-runtime_version {{ {_fields(cuda)} }}
+dnn_version_info {{ {parts.format(*cudnn)} }}
+runtime_version {{ {parts.format(*cuda)} }}
 device_description_str: "{chip.kind}"
 """
-
-
-def _fields(version: Sequence[int]) -> str:
-  return " ".join(f"{name}: {part}" for name, part in zip(("major", "minor", "patch"), version))

@@ -1,14 +1,12 @@
-"""Read a compiled program's text for its collectives, its memory traffic and its kernels."""
+"""Read a compiled program's text for its collectives, its loops and its kernels."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from absl import logging
@@ -23,7 +21,6 @@ _COMPUTATION = re.compile(r"%?([\w.\-]+) \(.*\) -> (.*) \{$")
 _RUNS = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)")
 _SECOND_HALF = re.compile(r" async-(?:update|done)\(")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_LOOP = re.compile(r" while\(.*body=%([\w.\-]+)")
 _CONDITION = re.compile(r" while\(.*condition=%([\w.\-]+)")
 _BOUND = re.compile(r"%(\S+) = [su]32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"ROOT .* compare\(%\S+, %([\w.\-]+)\), direction=LT")
@@ -37,18 +34,10 @@ _OF_MESH = re.compile(
 )
 _PART_OF_AXIS = re.compile(r"(.+):\((\d+)\)(\d+)")  # the axis as [before, size, the rest], along its second axis
 _GROUPS = re.compile(r"replica_groups=(?!\{\}).{,80}")
-# `%name = SHAPE opcode(operands)` of the program's own computation.
-_OPERATION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:,|$)")
-# What reads and writes nothing of its own, or runs beside other operations, as all that comes in two halves does.
-_NO_TRAFFIC = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id"}
-_NO_TRAFFIC |= {"while", "conditional", "call"}
 _NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(calls|to_apply)=%([\w.\-]+)")
 _SAYS_NOTHING = re.compile(r", (?:metadata|frontend_attributes)=\{[^}]*\}")
 _KERNEL = re.compile(r"%(\S+) = .*custom_call_target=\"tpu_custom_call\"")
 _COST = re.compile(r'"(flops|transcendentals|bytes_accessed)":"?(\d+)')
-_LAID_OUT = re.compile(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
-_ON_CHIP = re.compile(r"S\([1-9]\)")
 _ESTIMATED_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
@@ -57,21 +46,13 @@ Numbers = tuple[int, ...]  # a shape, or devices
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective operation.
-
-  Attributes:
-    shapes: of its results on one device.
-    bytes: of them together.
-    group: numbers of the devices that take part, of one group of several that are alike; empty where the text does not
-      say.
-    times: how often the program runs it: the turns of the loops around it, multiplied.
-  """
+  """One collective operation. `group` holds the devices of one of its groups; empty where the text does not say."""
 
   kind: str
-  shapes: tuple[Numbers, ...]
-  bytes: int
+  shapes: tuple[Numbers, ...]  # of its results on one device
+  bytes: int  # of them together
   group: Numbers = ()
-  times: int = 1
+  times: int = 1  # that the program runs it: the turns of the loops around it, multiplied
 
   @property
   def received(self) -> float:
@@ -87,16 +68,13 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """One call of a kernel written in Pallas, by the cost that was declared with it.
-
-  Attributes:
-    times: how often the program makes this call: the turns of the loops around it, multiplied.
-  """
+  """One call of a kernel written in Pallas, by the cost that was declared with it."""
 
   flops: int
   transcendentals: int
   bytes: int
-  times: int = 1
+  code: str = ""  # the call without names: the compiler makes code for one of the calls that share it
+  times: int = 1  # that the program makes this call
 
 
 def collectives(text: str) -> list[Collective]:
@@ -191,115 +169,29 @@ def _numbers(text: str) -> Numbers:
 
 def kernels(text: str) -> dict[str, Kernel]:
   """Return, by operation, what a TPU's kernel declares; one that declares nothing is left out."""
-  found, runs = {}, _runs(text)
+  by_name, runs = {}, _runs(text)
   for inside, lines in _computations(text).items():
     for line in lines:
       if name := _KERNEL.search(line):
         cost = {field: int(value) for field, value in _COST.findall(line[line.find('"cost_estimate"') :])}
         if cost:
-          found[name[1]] = Kernel(cost["flops"], cost["transcendentals"], cost["bytes_accessed"], runs(inside))
-  return found
-
-
-def operations(text: str) -> dict[str, str]:
-  """Return name -> opcode for each operation of the program's own computation, not of those that it calls."""
-  return {name: opcode for name, _, opcode, *_ in _operations(_own(text))}
-
-
-def has_loops(text: str) -> bool:
-  return "while" in operations(text).values()
-
-
-def traffic(text: str) -> dict[str, int]:
-  """Return the bytes that each operation of the program reads from the device's memory and writes to it. Values that
-  stay in memory on the chip do not count. Asynchronous operations, and those that run computations of their own, are
-  left out."""
-  sizes, found = {}, {}
-  for name, shape, opcode, operands, _ in _operations(_own(text)):
-    sizes[name] = _in_memory(shape)
-    if opcode not in _NO_TRAFFIC and not opcode.endswith(("-start", "-done")) and not opcode.startswith("async"):
-      found[name] = sizes[name] + sum(sizes.get(each, 0) for each in set(_NAME.findall(operands)))
-  return found
-
-
-def alike(text: str) -> dict[str, int]:
-  """Map the name of each operation of the program and its loops to a number, which operations that differ in names
-  alone share.
-
-  The TPU compiler makes code for one of them, and has the others use it: a network's layers are compiled once.
-  """
-  bodies = _bodies(text)
-
-  @functools.cache
-  def numbered(name: str) -> str:
-    """Return a computation's text without its own names, and with those that it calls in place."""
-    numbers: dict[str, str] = {}
-    lines = (called(_SAYS_NOTHING.sub("", line)) for line in bodies[name])
-    return "\n".join(_NAME.sub(lambda m: numbers.setdefault(m[1], f"%{len(numbers)}"), line) for line in lines)
-
-  def called(line: str) -> str:
-    return _CALLED.sub(lambda m: f"{m[1]}={{{numbered(m[2])}}}" if m[2] in bodies else m[0], line)
-
-  shapes, kinds, found = {}, {}, {}
-  looped = (line for name in dict.fromkeys(_LOOP.findall(text)) for line in bodies.get(name, []))
-  for name, shape, opcode, operands, rest in _operations(itertools.chain(_own(text), looped)):
-    shapes[name] = shape
-    rest = _NAME.sub("%", called(_SAYS_NOTHING.sub("", rest)))
-    kind = shape, opcode, tuple(shapes.get(each) for each in _NAME.findall(operands)), rest
-    found[name] = kinds.setdefault(kind, len(kinds))
-  return found
+          code = _NAME.sub("%", _SAYS_NOTHING.sub("", line))
+          declared = (cost["flops"], cost["transcendentals"], cost["bytes_accessed"])
+          by_name[name[1]] = Kernel(*declared, code=code.replace("ROOT ", ""), times=runs(inside))
+  return by_name
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-  """Return the lines of each computation; the program's own has no name."""
-  return _bodies(text) | {"": _own(text)}
-
-
-def _bodies(text: str) -> dict[str, list[str]]:
-  """Return the lines of each computation that others call."""
-  found: dict[str, list[str]] = {}
+  """Return the lines of each computation; the program's own, which is the last, has no name."""
+  begin = max(text.find("ENTRY "), 0)
+  bodies: dict[str, list[str]] = {}
   lines: list[str] = []
-  for line in _COMMENT.sub("", text[: _begin(text)]).splitlines():
+  for line in _COMMENT.sub("", text[:begin]).splitlines():
     if header := _COMPUTATION.match(line):
-      lines = found[header[1]] = []
+      lines = bodies[header[1]] = []
     else:
       lines.append(line)
-  return found
-
-
-class _Operation(NamedTuple):
-  """A line of a computation, as it is written; `rest` is what follows the operands."""
-
-  name: str
-  shape: str
-  opcode: str
-  operands: str
-  rest: str
-
-
-def _own(text: str) -> list[str]:
-  """Return the lines of the program's own computation."""
-  return text[_begin(text) :].splitlines()
-
-
-def _begin(text: str) -> int:
-  """Return the offset at which the program's own computation begins, which is the last; 0 where there is no other."""
-  return max(text.find("ENTRY "), 0)
-
-
-def _operations(lines: Iterable[str]) -> Iterator[_Operation]:
-  for line in lines:
-    line = _COMMENT.sub("", line)
-    if match := _OPERATION.match(line):
-      yield _Operation(match[1], match[2], match[3], match[4], line[match.end(4) :])
-
-
-def _in_memory(shape: str) -> int:
-  return sum(
-    _BITS[kind] * math.prod(_numbers(sizes)) // 8
-    for kind, sizes, layout in _LAID_OUT.findall(shape)
-    if kind in _BITS and not _ON_CHIP.search(layout)
-  )
+  return bodies | {"": text[begin:].splitlines()}
 
 
 def _group(line: str) -> Numbers:
@@ -316,7 +208,8 @@ def _group(line: str) -> Numbers:
     parts |= {part[1]: (int(part[2]), int(part[3])) for part in map(_PART_OF_AXIS.fullmatch, along.split(",")) if part}
     in_order = ",".join(map(str, axes.values()))
     ordered = np.array(_numbers(listed)) if listed else _counted(order or in_order, transposed)
-    shape = [n for axis, size in axes.items() for n in _thirds(size, *parts.get(axis, (size, 1)))]
+    split = [(size, *parts.get(axis, (size, 1))) for axis, size in axes.items()]
+    shape = [n for size, before, part in split for n in (before, part, size // (before * part))]
     return tuple(ordered.reshape(shape)[(0, slice(None), 0) * len(axes)].reshape(-1).tolist())
   if unknown := _GROUPS.search(line):
     # Without it a collective's bytes are taken for what reaches a device, and its network is not seen.
@@ -328,8 +221,3 @@ def _counted(sizes: str, transposed: str | None) -> Int[np.ndarray, " devices"]:
   """Count devices through an array of these sizes, in the order of its axes when transposed."""
   devices = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
   return (devices.transpose(_numbers(transposed)) if transposed else devices).reshape(-1)
-
-
-def _thirds(size: int, before: int, part: int) -> tuple[int, int, int]:
-  """Split an axis into [before, part, the rest]."""
-  return before, part, size // (before * part)

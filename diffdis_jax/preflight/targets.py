@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,13 @@ from typing import Any
 import jax
 
 from diffdis_jax.errors import UserError, not_installed
-from diffdis_jax.parallel.chips import Chip, Topology, of_kind
-from diffdis_jax.preflight import gpus, hlo, schedules, times
+from diffdis_jax.parallel.chips import Chip, Topology
+from diffdis_jax.preflight import gpus, hlo, times
 
 PLATFORMS = ("tpu", "cpu", "cuda")
 # The TPU compiler loads without a TPU, beside another process that has loaded it, and asks no metadata server.
-_LIBTPU = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_WORKER_ID": "0",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+_LIBTPU = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost")
+_LIBTPU |= dict(TPU_WORKER_ID="0", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 # The part of a GPU's memory that JAX may take, as the launchers set it (launch/supervise.sh); JAX's default is 0.75.
 # The rest is the driver's, and of what NCCL and cuDNN allocate.
 GPU_MEMORY = 0.9
@@ -36,11 +31,8 @@ _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([BKMG]) of ([\d.]+)([BKMG]) hbm")
 
 # Options of XLA for GPUs, whose programs are only looked at: they use the same memory and collectives, and compile
 # sooner.
-_QUICKLY = {
-  "xla_backend_optimization_level": 0,
-  "xla_gpu_disable_gpuasm_optimizations": True,
-  "xla_gpu_enable_triton_gemm": False,
-}
+_QUICKLY = {"xla_backend_optimization_level": 0, "xla_gpu_disable_gpuasm_optimizations": True}
+_QUICKLY |= {"xla_gpu_enable_triton_gemm": False}
 # NVIDIA's packages that jax's extras bring: CUDA 12's name, CUDA 13's.
 CUDA = ("nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime")
 CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
@@ -51,7 +43,6 @@ class Target:
   """The devices and the compiler that a program is compiled with.
 
   Attributes:
-    devices: jax's, to which it gives no type.
     compiler: of PLATFORMS.
     exact: whether it compiles for the chip itself. Otherwise memory and collectives are those of another device's
       program, and there is no estimate of its time.
@@ -69,20 +60,14 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-  """The compiler's report of a program; bytes and operations are those of one device.
+  """The compiler's report of a program; bytes are those of one device. Times are None where it has none.
 
   Attributes:
     arguments, temporaries, outputs: bytes; outputs that reuse donated arguments are not counted again.
-    seconds: the compiler's own estimate, None where it has none. Kernels, for which it takes what they declare, count
-      by their schedules instead.
-    seconds_by_cycles: its estimates of the operations' cycles, added up, by the chip's clock; None where it has none.
-      It has none for kernels, which count by their schedules.
-    seconds_by_roof: of each operation the longer of its schedule and its memory traffic, added up; None where there are
-      no schedules, or loops.
-    seconds_between_chips: what they send each other, at all the links can carry. It may overlap with the rest or not.
-      None where part of it takes a way of unknown speed.
+    seconds: the compiler's own estimate, in which kernels count by their schedules.
+    seconds_by_cycles: its estimates of the operations' cycles, and its kernels' schedules, by the chip's clock.
+    seconds_between_chips: what they send each other, at all the links can carry; None where the way's speed is unknown.
     traffic: what reaches it from the others.
-    operations: as the compiler counts them, padding included, a loop's body once.
     collectives: bytes by kind.
     text: the program; empty where it does not fit.
   """
@@ -93,10 +78,8 @@ class Compiled:
   fits: bool
   seconds: float | None = None
   seconds_by_cycles: float | None = None
-  seconds_by_roof: float | None = None
   seconds_between_chips: float | None = None
   traffic: times.Traffic = times.Traffic()
-  operations: float | None = None
   collectives: dict[str, int] = dataclasses.field(default_factory=dict)
   text: str = dataclasses.field(repr=False, default="")
 
@@ -105,21 +88,17 @@ class Compiled:
     return self.arguments + self.temporaries + self.outputs
 
 
-def choose_platform(platform: str | None, topology: Topology | None) -> str:
-  """Return the compiler for a topology: the one asked for, or that of its chips where it is installed, or XLA's for
-  CPUs."""
+def choose_platform(platform: str | None, topology: Topology) -> str:
+  """Return the compiler asked for, or that of the topology's chips where it is installed, or XLA's for CPUs."""
   # A machine may have both compilers: which one is asked for is said by the chips, not by what is installed.
-  own = "tpu" if topology and topology.is_tpu else "cuda"
+  own = "tpu" if topology.is_tpu else "cuda"
   if platform is None:
-    platform = own if topology and is_installed(own) else "cpu"
+    return own if is_installed(own) else "cpu"
+  if platform not in ("cpu", own):
+    raise UserError(f"--platform={platform} cannot compile for {topology.name}; take --platform={own} or cpu")
   if platform != "cpu" and not is_installed(platform):
     package = {"tpu": "libtpu", "cuda": "jax's CUDA plugin"}[platform]
     raise not_installed(f"--platform={platform}", package, platform, otherwise="take --platform=cpu")
-  if topology is None:
-    if platform != "cuda":
-      raise UserError("give --topology, such as v5e:8x8; only --platform=cuda can do without")
-  elif platform not in ("cpu", own):
-    raise UserError(f"--platform={platform} cannot compile for {topology.name}; take --platform={own} or cpu")
   return platform
 
 
@@ -130,49 +109,31 @@ def is_installed(compiler: str) -> bool:
   return any(plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins"))
 
 
-def prepare(platform: str, topology: Topology | None, slices: int) -> None:
+def prepare(platform: str, topology: Topology, slices: int) -> None:
   """Apply the settings that JAX reads once, before it first looks for devices."""
-  if topology is None:
-    if not any(map(os.environ.get, MEMORY_VARIABLES)):
-      os.environ[MEMORY_VARIABLES[-1]] = str(GPU_MEMORY)
-    jax.config.update("jax_platforms", "cuda,cpu")
-    return
   jax.config.update("jax_platforms", "cpu")
   if platform == "cpu":
     jax.config.update("jax_num_cpu_devices", topology.size * slices)
 
 
 def gpu_memory() -> float:
-  """Return the part of a GPU's memory that JAX may take. Raises UserError: its variable is no number above 0."""
-  for name in MEMORY_VARIABLES:
-    if value := os.environ.get(name):
-      try:
-        fraction = float(value)
-      except ValueError:
-        fraction = 0.0
-      if not 0 < fraction < math.inf:
-        raise UserError(f"{name} is {value!r}; it is a part of a GPU's memory, such as {GPU_MEMORY}")
-      return fraction
-  return GPU_MEMORY
-
-
-def _usable(topology: Topology) -> Chip:
-  """Return the chip with the memory that a program may fill: of a TPU its compiler knows more, of a GPU
-  `gpu_memory`."""
-  if topology.is_tpu:
-    return topology.chip
-  return dataclasses.replace(topology.chip, memory=gpu_memory() * _gpu(topology).memory)
+  """Return the part of a GPU's memory that JAX may take. Raises UserError: its variable is no part."""
+  value = next(filter(None, map(os.environ.get, MEMORY_VARIABLES)), str(GPU_MEMORY))
+  with contextlib.suppress(ValueError):
+    if 0 < float(value) < 10:  # above 1 it spills into the host's
+      return float(value)
+  raise UserError(f"{MEMORY_VARIABLES[0]} or {MEMORY_VARIABLES[1]} is {value!r}; it is a part of a GPU's memory: 0.9")
 
 
 def _gpu(topology: Topology) -> gpus.Gpu:
   return gpus.GPUS[topology.name.partition(":")[0]]
 
 
-def find(platform: str, topology: Topology | None, slices: int) -> Target:
+def find(platform: str, topology: Topology, slices: int) -> Target:
   """Find the devices of a topology; call `prepare` before it. Raises UserError where there are no such devices."""
-  if topology is None:
-    return _present_gpus()
-  chip, near = _usable(topology), topology.size if slices > 1 else topology.a_host
+  chip, near = topology.chip, topology.size if slices > 1 else topology.a_host
+  if not topology.is_tpu:  # of a TPU's memory its compiler knows what a program may fill
+    chip = dataclasses.replace(chip, memory=gpu_memory() * _gpu(topology).memory)
   if platform == "cuda":
     if slices > 1:
       raise UserError(f"--slices={slices} is of TPUs; several hosts of GPUs are a topology, such as h100:8x{slices}")
@@ -189,21 +150,6 @@ def find(platform: str, topology: Topology | None, slices: int) -> Target:
   return Target(devices=devices[: topology.size * slices], chip=chip, compiler="cpu", exact=False, near=near)
 
 
-def _present_gpus() -> Target:
-  try:
-    devices = jax.devices("cuda")
-  except RuntimeError as error:
-    raise UserError(
-      "--platform=cuda without --topology finds no GPU that JAX can use; name GPUs that are not there, such as"
-      " --topology=h100:8"
-    ) from error
-  chip = of_kind(devices[0].device_kind)
-  # What JAX may use of this very card, by the same part (`prepare`), and a card of one kind may come with less memory.
-  limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-  chip = dataclasses.replace(chip, memory=limit) if limit else chip
-  return Target(devices=devices, chip=chip, compiler="cuda", exact=True)
-
-
 def gpu_devices(topology: Topology) -> list[Any]:
   """Return devices to compile for, none of which need be there; `h100:8x4` is four hosts of eight."""
   from jax.experimental import topologies
@@ -216,16 +162,10 @@ def gpu_devices(topology: Topology) -> list[Any]:
 
 
 def _version(names: Sequence[str]) -> list[int]:
-  """Return the version, as major, minor and patch, of the first of these packages that is installed.
-
-  Raises:
-    UserError: none is.
-  """
-  for name in names:
-    try:
-      return [int(part) for part in importlib.metadata.version(name).split(".")[:3]]
-    except importlib.metadata.PackageNotFoundError:
-      continue
+  """Return major, minor and patch of the first of these packages that is installed. Raises UserError: none is."""
+  installed = (found for name in names for found in importlib.metadata.distributions(name=name))
+  if (package := next(installed, None)) is not None:
+    return [int(part) for part in package.version.split(".")[:3]]
   raise not_installed("the compiler", f"one of {', '.join(names)}", "cuda")
 
 
@@ -239,7 +179,7 @@ def tpu_devices(topology: Topology, slices: int) -> list[Any]:
   options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
   if topology.size == 1:
     options["chips_per_host_bounds"] = (1, 1, 1)
-  schedules.ask_for_them()
+  times.ask_for_schedules()
   if topology.name.startswith("v4"):
     options["chip_config_name"] = "megacore"  # one device a chip, as on a v4 itself
   return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices)
@@ -249,7 +189,7 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
   """Compile, and read the result. A program too large for the TPU compiler is an answer, not an error."""
   chip = target.chip
   if target.compiler == "tpu":
-    schedules.clear()  # what lies there is taken for this program's
+    times.clear_schedules()  # what lies there is taken for this program's
   try:
     program = lowered.compile(compiler_options=dict(target.options or {}) or None)
   except jax.errors.JaxRuntimeError as error:
@@ -259,8 +199,7 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
     return Compiled(arguments=0, temporaries=needed, outputs=0, fits=False)
   memory: Any = program.memory_analysis()
   costs, text = program.cost_analysis() or {}, program.as_text() or ""
-  written = schedules.cycles_by_operation(schedules.folder()) if target.compiler == "tpu" else {}
-  cycles = times.cycles_of_all(text, written)
+  cycles = times.cycles_by_operation(times.schedules()) if target.compiler == "tpu" else {}
   in_kernels = times.seconds_in_kernels(text, cycles, chip)
   traffic = times.traffic(text, target.near)
   compiled = Compiled(
@@ -269,10 +208,8 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
     seconds=times.estimated_seconds(costs, text, chip, in_kernels),
     seconds_by_cycles=(hlo.estimated_cycles(text) / chip.clock + in_kernels or None) if chip.clock else None,
-    seconds_by_roof=times.seconds_by_roof(text, cycles, chip),
     seconds_between_chips=traffic.seconds(chip),
     traffic=traffic,
-    operations=costs.get("flops"),
     collectives=hlo.bytes_by_kind(text),
     fits=True,
     text=text,

@@ -1,18 +1,37 @@
-"""Estimate how long a compiled program takes, by its text, the compiler's costs and the schedules."""
+"""Estimate how long a compiled program takes, by its text, the compiler's costs and the schedules of its kernels.
+
+The TPU compiler has no estimate for a kernel, but writes down its schedule when asked: a list of bundles, of which one
+issues a cycle, with loops. Waits for memory are not in it.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from diffdis_jax.common import files
 from diffdis_jax.parallel.chips import Chip
 from diffdis_jax.preflight import hlo
 
-_USABLE = 0.85  # of a memory's bandwidth
-
 # What the TPU compiler has no estimate for, and puts into its sum of seconds with -1 each; they take next to nothing.
 _COUNTED_AS_MINUS_ONE = ("ZeroCrop", "ConcatBitcast")
+_FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*packed-bundles-post-ra.*"
+_FILE = re.compile(r"\d+-(?!TLP|<late)(.*)-\d+-packed-bundles-post-ra\.txt")
+_BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s[^{]*\{")
+_EXIT = re.compile(r"%(p\w+) = scmp\.\w+\.[su]32\.totalorder %\w+, (\d+) /\* loop exit test")
+_BACK = re.compile(r"sbr\.rel \(!?%(p\w+)\) target bundleno = (\d+) ")
+_DELAY = 3  # bundles that still issue after a branch
+# Turns in which an outermost loop only fills and drains the pipeline of its copies, and its body is not run.
+_PIPELINE = 2
+
+Loop = tuple[int, int, int]  # first bundle, the one after the last, turns
 
 
 def estimated_seconds(costs: Mapping[str, float], text: str, chip: Chip, in_kernels: float) -> float | None:
@@ -40,33 +59,16 @@ def estimated_seconds(costs: Mapping[str, float], text: str, chip: Chip, in_kern
 
 
 def seconds_in_kernels(text: str, cycles: Mapping[str, int], chip: Chip) -> float:
-  """Add up all calls of the program's kernels, by their schedules; 0 where there are none.
+  """Add up all calls of the program's kernels; 0 where there are none.
 
   Args:
-    cycles: of operations, by `cycles_of_all`.
+    cycles: of operations, by their schedules, of which one alone is written for calls that share their code.
   """
   if not chip.clock:
     return 0.0
-  return sum(each.times * cycles.get(name, 0) for name, each in hlo.kernels(text).items()) / chip.clock
-
-
-def cycles_of_all(text: str, written: Mapping[str, int]) -> dict[str, int]:
-  """Return operation -> cycles by its schedule, where one alone is written for operations that are alike."""
-  numbers = hlo.alike(text)
-  cycles = {numbers[name]: count for name, count in written.items() if name in numbers}
-  return {**written, **{name: cycles[number] for name, number in numbers.items() if number in cycles}}
-
-
-def seconds_by_roof(text: str, cycles: Mapping[str, int], chip: Chip) -> float | None:
-  """Add up, over the operations, the longer of the schedule and the memory traffic of each. Return None where there are
-  no schedules, or where there are loops whose turns the text does not give."""
-  if not cycles or not chip.clock or hlo.has_loops(text):
-    return None
-  moved = hlo.traffic(text)
-  # Both: a kernel has cycles and may have no traffic that the text shows, a copy has traffic alone.
-  names = moved.keys() | (cycles.keys() & hlo.operations(text))
-  usable = _USABLE * chip.bandwidth
-  return sum(max(cycles.get(name, 0) / chip.clock, moved.get(name, 0) / usable) for name in names)
+  kernels = hlo.kernels(text)
+  by_code = {kernels[name].code: count for name, count in cycles.items() if name in kernels}
+  return sum(each.times * by_code.get(each.code, 0) for each in kernels.values()) / chip.clock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,3 +109,58 @@ def traffic(text: str, near: int | None) -> Traffic:
     sums["network_hops"] += rounds * (hosts - 1)
     sums["links_hops"] += rounds * max(len(each.group) - hosts, 0)
   return Traffic(**sums)
+
+
+@functools.cache
+def schedules() -> pathlib.Path:
+  """Return the folder where libtpu writes the schedules of what this process compiles. It is removed when the process
+  ends or, where that was ended in the compiler, by the next one."""
+  stack = contextlib.ExitStack()
+  atexit.register(stack.close)
+  return stack.enter_context(files.temporary_folder("diffdis-schedules"))
+
+
+def ask_for_schedules() -> None:
+  """Ask libtpu for schedules; call it before libtpu is loaded, which reads once where to write them."""
+  flags, asked = os.environ.get("LIBTPU_INIT_ARGS", ""), _FLAGS.format(schedules())
+  if asked not in flags:
+    os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {asked}".strip()
+
+
+def clear_schedules() -> None:
+  """Remove the schedules of what was compiled before."""
+  for path in schedules().iterdir():
+    path.unlink()
+
+
+def cycles_by_operation(written: pathlib.Path) -> dict[str, int]:
+  """Return, by an operation's name in the program's text, the cycles of one device's core, by the schedules in this
+  folder."""
+  files = ((_FILE.fullmatch(path.name), path) for path in written.iterdir())
+  return {match[1]: cycles(path.read_text().splitlines()) for match, path in files if match}
+
+
+def cycles(lines: Iterable[str]) -> int:
+  """Count the cycles of one schedule: each bundle as often as the loops around it turn."""
+  last, turns, backwards = 0, {}, []
+  for line in lines:
+    if bundle := _BUNDLE.match(line):
+      last = int(bundle[1], 0)
+    turns.update({predicate: int(count) for predicate, count in _EXIT.findall(line)})
+    backwards += [(int(start), last, predicate) for predicate, start in _BACK.findall(line) if int(start) <= last]
+  loops = [(start, end + _DELAY, turns.get(predicate, 1)) for start, end, predicate in backwards]
+  return _within(0, last + 1, loops, outermost=True)
+
+
+def _within(start: int, end: int, loops: list[Loop], *, outermost: bool = False) -> int:
+  """Count the cycles of the bundles from start to end, in which `loops` lie."""
+  total, after = end - start, start
+  # The outer ones first: of those that begin together, the longest.
+  for first, last, count in sorted(loops, key=lambda loop: (loop[0], -loop[1])):
+    if first < after or last > end + _DELAY:
+      continue
+    inside = [loop for loop in loops if first <= loop[0] and loop[1] <= last and loop != (first, last, count)]
+    count -= _PIPELINE if outermost and count > _PIPELINE else 0
+    total += _within(first, last, inside) * count - (last - first)
+    after = last
+  return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ def write(folder: pathlib.Path, dtype: Any = np.float32, **changes: Any) -> path
   ],
 )
 def test_a_tensor_of_another_rank(tmp_path, name, shape):
-  with pytest.raises(UserError, match=r"has parameter \S+ of shape \(.*\), which no such network has"):
+  with pytest.raises(UserError, match="is no whole checkpoint of such a network"):
     from_torch.open_source(write(tmp_path, **{name: shape}))
 
 
@@ -96,17 +97,17 @@ def test_quantized_weights_are_no_weights(tmp_path, dtype):
 @pytest.mark.parametrize(
   ("tensor", "kind"),
   [
-    (lambda: torch.eye(3).to_sparse(), "numbers in the layout torch.sparse_coo"),
-    (lambda: torch.zeros(3, dtype=torch.complex64), "numbers of type torch.complex64"),
-    (lambda: torch.zeros(3, dtype=torch.int8), "numbers of type torch.int8"),
-    (lambda: torch.zeros(3, device="meta"), "no numbers"),
+    (lambda: torch.eye(3).to_sparse(), r"numbers of type torch.float32 \(torch.sparse_coo, on cpu\)"),
+    (lambda: torch.zeros(3, dtype=torch.complex64), "numbers of type torch.complex64 "),
+    (lambda: torch.zeros(3, dtype=torch.int8), "numbers of type torch.int8 "),
+    (lambda: torch.zeros(3, device="meta"), r"numbers of type torch.float32 \(torch.strided, on meta\)"),
     (lambda: torch.zeros(3, dtype=torch.bfloat16), ""),
   ],
 )
 def test_tensors_of_pytorch_that_are_no_floats(tmp_path, tensor, kind):
   torch.save({"a": tensor(), 0: torch.zeros(1)}, tmp_path / "x.bin")
   found = tensor_files.open_file(tmp_path / "x.bin")
-  assert [*found] == ["a"] and found["a"].kind == kind
+  assert [*found] == ["a"] and (re.match(kind, found["a"].kind) if kind else not found["a"].kind)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_tensors_of_pytorch_that_are_no_floats(tmp_path, tensor, kind):
   [
     ("config.json", {"text_config": "x"}, "config.json: text_config is 'x'; it should be an object"),
     ("config.json", {"projection_dim": "x"}, "config.json: projection_dim is 'x'; it should be a number"),
-    ("preprocessor_config.json", {"image_mean": ["a", "b", "c"]}, r"image_mean is \['a', 'b', 'c'\]; only OpenAI's"),
+    ("preprocessor_config.json", {"image_mean": ["a", "b", "c"]}, r"mean is \['a', 'b', 'c'\]; only OpenAI's"),
   ],
 )
 def test_a_config_of_transformers_with_other_values(tmp_path, file, content, message):

@@ -57,7 +57,10 @@ def test_from_a_folder(folder, tmp_path):
   # An evaluation whose --out lies elsewhere is not known here.
   card = (folder / "README.md").read_text()
   assert "## Figures\n\nNone are recorded with the run.\n" in card
-  assert 'pip install torch "diffusers>=0.35.2" transformers ftfy' in card and "diffusers>=0.35.2" in EXTRAS["torch"]
+  assert (
+    'pip install torch "diffusers>=0.35.2" transformers accelerate ftfy' in card
+    and "diffusers>=0.35.2" in EXTRAS["torch"]
+  )
   (tmp_path / "FOLDER").symlink_to(folder)
   # What a pipeline saved is whole in another process too.
   saved = 'pipe.save_pretrained("saved")\n' + "\n".join(lines[:2]).replace('"FOLDER"', '"saved"') + "\n"
@@ -77,8 +80,7 @@ def test_what_a_file_of_results_says_is_no_markup(tmp_path):
   hostile = "x |\n\n# Y <script>alert(1)</script> [a](javascript:b) ![c](//d) `e` *f* _g_ ~~h~~ $i$ \\"
   record = {"metrics": {hostile: 0.5}, "protocol": {"templates": hostile[:50], hostile[:20]: 1}, "pretrained": "a_b"}
   (tmp_path / "results.json").write_text(json.dumps({hostile: {hostile: record}}))
-  how = dict(fields={}, own={}, step=1, ema=True, dtype="float32")
-  *_, row = model_card.Card(run=epath.Path(tmp_path), **how)._results()
+  *_, row = model_card._results(epath.Path(tmp_path))
   assert "\n" not in row and "<" not in row and "checkpoint a_b" in row
   assert len(re.findall(r"(?<!\\)\|", row)) == 5, "four cells"
   assert not re.search(r"(?<!\\)(?:\\\\)*[`*\[\]~$]", row)

@@ -15,15 +15,17 @@ from tests.models import from_torch, networks
 SHIFT, SCALE = np.float32([0.5, -1.0, 0.0, 2.0]), np.float32([0.2, 1.0, 3.0, 0.7])
 
 
+def own_of(model, schedule="scaled_linear"):
+  return {"model": model, "image_size": 16, "image_diffusion": {"schedule": schedule}}
+
+
 def export(tmp_path, objectives=networks.BOTH, dtype="float32", shift=SHIFT, scale=SCALE):
   """Writes random parameters, and returns them."""
   model = networks.tiny_model()
   network = networks.Network.of(networks.builder(model, objectives))
   params = networks.random_params(network.shapes, seed=0)
   params |= {"autoencoder.shift": shift, "autoencoder.scale": scale}
-  to_torch.write(
-    tmp_path, dict(params), model=model, image_size=16, schedule="scaled_linear", diffdis={"a": 1}, dtype=dtype
-  )
+  to_torch.write(tmp_path, dict(params), own_of(model), dtype=dtype)
   return params
 
 
@@ -70,7 +72,7 @@ def test_equal_scales_without_a_shift_change_no_weight(tmp_path):
 def test_parameters_are_used_up_and_all_are_written(tmp_path):
   network = networks.diffdis()
   params = networks.random_params(network.shapes, seed=0) | {"autoencoder.scale": np.ones(4, np.float32)}
-  to_torch.write(tmp_path, params, model=networks.tiny_model(), image_size=16, schedule="cosine", diffdis={})
+  to_torch.write(tmp_path, params, own_of(networks.tiny_model(), "cosine"))
   assert not params
   written = {
     mapping.from_name(component, name).path

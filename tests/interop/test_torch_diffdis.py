@@ -51,7 +51,8 @@ def tiny_config(**changes: Any) -> ConfigDict:
 
 def twin_config(config: ConfigDict) -> dict[str, Any]:
   fields = config.to_dict()
-  own = {name: fields[name] for name in ("model", "text_diffusion", "condition_timestep", "inference")}
+  names = ("model", "image_size", "image_diffusion", "text_diffusion", "condition_timestep", "inference")
+  own = {name: fields[name] for name in names}
   return own | {"max_length": config.data.max_length}
 
 
@@ -92,14 +93,7 @@ class Twin:
 
 def make_twin(config: ConfigDict, params: Params, folder: pathlib.Path) -> Twin:
   """Through the files of an export; `params` is used up."""
-  to_torch.write(
-    folder,
-    params,
-    model=config.to_dict()["model"],
-    image_size=config.image_size,
-    schedule=config.image_diffusion.schedule,
-    diffdis=twin_config(config),
-  )
+  to_torch.write(folder, params, twin_config(config))
   return Twin.from_pretrained(folder)
 
 

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.interop import openclip, shapes
+from diffdis_jax.interop import openclip, sections
 from diffdis_jax.interop.tensor_files import Tensor, Tensors
 
 CONFIGS = {name: config for name in open_clip.list_models() if (config := open_clip.get_model_config(name))}
@@ -28,7 +28,7 @@ def unread(**shapes_by_name: tuple[int, ...]) -> Tensors:
 
 
 def towers(config: dict[str, Any]) -> dict[str, Any]:
-  """The `model` section that its checkpoint's tensors have, of which shapes.py reads these."""
+  """The `model` section that its checkpoint's tensors have, of which sections.py reads these."""
   image, text = config["vision_cfg"], config["text_cfg"]
   width, patch = image["width"], image["patch_size"]
   positions = (image["image_size"] // patch) ** 2 + 1
@@ -43,7 +43,7 @@ def towers(config: dict[str, Any]) -> dict[str, Any]:
       "text_model.encoder.layers.0.mlp.fc1.weight": (4 * text["width"], text["width"]),
     }
   )
-  return {"vision_encoder": shapes.vision(tensors, "here"), "text_encoder": shapes.text(tensors, "here")}
+  return {"vision_encoder": sections.vision_of(tensors), "text_encoder": sections.text_of(tensors)}
 
 
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if is_supported(config)])

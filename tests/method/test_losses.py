@@ -236,7 +236,7 @@ def test_only_embeddings_go_between_devices():
 
 def test_nothing_is_exchanged_in_the_loop_over_logits():
   text = compiled_contrastive(8192, 16, 8).as_text()
-  assert hlo.has_loops(text)
+  assert " while(" in text
   assert {each.times for each in hlo.collectives(text)} == {1}
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import tempfile
-
-from diffdis_jax.preflight import schedules
+from diffdis_jax.preflight import times
 
 
 def schedule(*loops: tuple[int, int, int], length: int) -> list[str]:
@@ -23,27 +20,27 @@ def schedule(*loops: tuple[int, int, int], length: int) -> list[str]:
 
 
 def test_straight_code_issues_a_bundle_a_cycle():
-  assert schedules.cycles(schedule(length=17)) == 17
+  assert times.cycles(schedule(length=17)) == 17
 
 
 def test_a_branch_forwards_is_no_loop():
   lines = schedule(length=9)
   lines[4] += "  %1 = sbr.rel (%p1_p1) target bundleno = 7 (0x7)"
-  assert schedules.cycles(lines) == 9
+  assert times.cycles(lines) == 9
 
 
 def test_a_loop_counts_as_often_as_it_turns():
   # Bundles 2 to 5, with the three after the branch: seven, of 20. Of twelve turns two only fill and drain the copies.
-  assert schedules.cycles(schedule((2, 5, 12), length=20)) == 20 - 6 + 10 * 6
-  assert schedules.cycles(schedule((2, 5, 2), length=20)) == 20 + 6
+  assert times.cycles(schedule((2, 5, 12), length=20)) == 20 - 6 + 10 * 6
+  assert times.cycles(schedule((2, 5, 2), length=20)) == 20 + 6
 
 
 def test_loops_in_loops_and_after_each_other():
   inner = 9 - 4 + 3
   body = 14 - 2 + 3 - inner + 7 * inner
-  assert schedules.cycles(schedule((4, 9, 7), (2, 14, 5), length=40)) == 40 - 15 + 3 * body
+  assert times.cycles(schedule((4, 9, 7), (2, 14, 5), length=40)) == 40 - 15 + 3 * body
   one, two = 6 - 2 + 3, 26 - 20 + 3
-  assert schedules.cycles(schedule((2, 6, 5), (20, 26, 6), length=40)) == 40 - one - two + 3 * one + 4 * two
+  assert times.cycles(schedule((2, 6, 5), (20, 26, 6), length=40)) == 40 - one - two + 3 * one + 4 * two
 
 
 def test_files_of_operations_alone_are_read(tmp_path):
@@ -51,20 +48,4 @@ def test_files_of_operations_alone_are_read(tmp_path):
   for name in ("fusion.12-01", "TLP-01", "<late-finalization>-01", "fusion.12-00-schedule-analysis_"):
     (tmp_path / f"1795-{name}-packed-bundles-post-ra.txt".replace("_-", "_")).write_text(text)
   (tmp_path / "1795-TLP-hlo.txt").write_text(text)
-  assert schedules.cycles_by_operation(tmp_path) == {"fusion.12": 5}
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
-  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-  ended = []
-  monkeypatch.setattr(atexit, "register", ended.append)
-  make = schedules.folder.__wrapped__
-  first = make()  # of a process that lives
-  dead = first.with_name(f"{first.name.partition('.')[0]}.deadbeef.tmp")
-  dead.mkdir()
-  (dead / "1-fusion-2-packed-bundles-post-ra.txt").touch()
-  second = make()
-  assert sorted(tmp_path.iterdir()) == sorted([first, second])
-  for end in ended:
-    end()
-  assert not [*tmp_path.iterdir()]
+  assert times.cycles_by_operation(tmp_path) == {"fusion.12": 5}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import re
 
 import jax
@@ -286,85 +285,12 @@ def test_what_reaches_a_device(kind, received):
 COST = (
   '{"custom_call_config":{"body":"A=","cost_estimate":{"flops":"7000","transcendentals":"50","bytes_accessed":"64"}}}'
 )
-PROGRAM = """
-%fused (a: f32[8]) -> f32[8] {
-  %inner = f32[1024] add(%a, %a)
-}
-
-ENTRY %main (p: f32[128,8]) -> f32[8] {
-  %p = bf16[128,8]{1,0:T(8,128)(2,1)} parameter(0)
-  %near = bf16[128,8]{1,0:T(8,128)(2,1)S(1)} copy(%p)
-  %wait-start = (f32[128,8], f32[128,8], u32[]) copy-start(%p)
-  %pair = (f32[8]{0}, /*index=1*/bf16[4]{0}) fusion(%near, %p, %p), kind=kLoop, calls=%fused
-  %one = f32[8]{0} get-tuple-element(%pair), index=0
-  %k.1 = f32[8]{0} custom-call(%one), custom_call_target="tpu_custom_call", backend_config={COST}
-  ROOT %k.2 = f32[8]{0} custom-call(%k.1), custom_call_target="tpu_custom_call"
-}
-"""
-
-
-def test_memory_traffic():
-  """What an operation reads and writes, each operand once, nothing of what lies in memory on the chip."""
-  size = 2 * 128 * 8
-  text = PROGRAM.replace("{COST}", COST)
-  assert hlo.traffic(text) == {"near": size, "pair": size + 4 * 8 + 2 * 4, "k.1": 64, "k.2": 64}
-  assert not hlo.has_loops(text)
-  assert hlo.has_loops(text.replace("ROOT", "%w = f32[8] while(%k.1), body=%fused\n  ROOT"))
 
 
 def test_what_kernels_declare():
-  assert hlo.kernels(PROGRAM.replace("{COST}", COST)) == {"k.1": hlo.Kernel(flops=7000, transcendentals=50, bytes=64)}
-
-
-ALIKE = """
-%adds.1 (a.1: f32[8]) -> f32[8] {
-  %a.1 = f32[8]{0} parameter(0)
-  ROOT %sum.1 = f32[8]{0} add(%a.1, %a.1), metadata={op_name="first/add"}
-}
-
-%fused.1 (a.2: f32[8]) -> f32[8] {
-  %a.2 = f32[8]{0} parameter(0)
-  ROOT %b.2 = f32[8]{0} fusion(%a.2), kind=kLoop, calls=%adds.1
-}
-
-%adds.2 (a.3: f32[8]) -> f32[8] {
-  %a.3 = f32[8]{0} parameter(0)
-  ROOT %sum.3 = f32[8]{0} add(%a.3, %a.3), metadata={op_name="second/add"}
-}
-
-%fused.2 (a.4: f32[8]) -> f32[8] {
-  %a.4 = f32[8]{0} parameter(0)
-  ROOT %b.4 = f32[8]{0} fusion(%a.4), kind=kLoop, calls=%adds.2
-}
-
-%fused.3 (a.5: f32[8]) -> f32[8] {
-  %a.5 = f32[8]{0} parameter(0)
-  ROOT %b.5 = f32[8]{0} multiply(%a.5, %a.5)
-}
-
-ENTRY %main (p: f32[8]) -> f32[8] {
-  %p = f32[8]{0} parameter(0)
-  %near = f32[8]{0:T(8)S(1)} copy(%p)
-  %one = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused.1, metadata={op_name="first"}
-  %two = f32[8]{0} fusion(%one), kind=kLoop, calls=%fused.2, metadata={op_name="second"}
-  %other = f32[8]{0} fusion(%one), kind=kLoop, calls=%fused.3
-  %of_near = f32[8]{0} fusion(%near), kind=kLoop, calls=%fused.1
-  %k.1 = f32[8]{0} custom-call(%two), custom_call_target="tpu_custom_call", backend_config={"body":"A="}
-  %k.2 = f32[8]{0} custom-call(%k.1), custom_call_target="tpu_custom_call", backend_config={"body":"A="}
-  ROOT %k.3 = f32[8]{0} custom-call(%k.2), custom_call_target="tpu_custom_call", backend_config={"body":"B="}
-}
-"""
-
-
-def test_operations_alike_but_for_names():
-  """The same computation of the same shapes in the same memory, or the same kernel."""
-  groups = collections.defaultdict(set)
-  for name, number in hlo.alike(ALIKE).items():
-    groups[number].add(name)
-  assert {"one", "two"} in groups.values() and {"k.1", "k.2"} in groups.values()
-  assert {frozenset(names) for names in groups.values() if len(names) == 1} == {
-    frozenset({name}) for name in ("p", "near", "other", "of_near", "k.3")
-  }
+  call = '  %k.1 = f32[8]{0} custom-call(%one), custom_call_target="tpu_custom_call", backend_config=COST\n'
+  (found,) = hlo.kernels(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n{call.replace('COST', COST)}}}").items()
+  assert found[0] == "k.1" and (found[1].flops, found[1].transcendentals, found[1].bytes) == (7000, 50, 64)
 
 
 def test_kernels_of_a_loop_are_alike_too_and_run_as_often_as_it_turns():
@@ -379,12 +305,5 @@ def test_kernels_of_a_loop_are_alike_too_and_run_as_often_as_it_turns():
   text = CALLS.replace("LOOP", "%less, body=%body").replace("  %r =", f"{body}  %r =")
   text = text.replace("  %a =", f"{call.format('k.7', 'w', COST)}  %a =")
   assert {name: kernel.times for name, kernel in hlo.kernels(text).items()} == {"k.4": 7, "k.5": 7, "k.6": 7, "k.7": 1}
-  cycles = times.cycles_of_all(text, {"k.5": 50, "k.7": 50})
-  assert cycles == {"k.4": 50, "k.5": 50, "k.6": 50, "k.7": 50}
   chip = chips.CHIPS["v5p"]
-  assert times.seconds_in_kernels(text, cycles, chip) == pytest.approx((3 * 7 + 1) * 50 / chip.clock)
-
-
-def test_a_schedule_is_written_once_for_operations_alike():
-  written = {"two": 5, "k.1": 7, "k.3": 9, "in_a_loop": 11}
-  assert times.cycles_of_all(ALIKE, written) == {"one": 5, "two": 5, "k.1": 7, "k.2": 7, "k.3": 9, "in_a_loop": 11}
+  assert times.seconds_in_kernels(text, {"k.5": 50}, chip) == pytest.approx((3 * 7 + 1) * 50 / chip.clock)

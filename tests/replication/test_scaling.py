@@ -173,8 +173,7 @@ def test_numbers_that_cannot_be(topology, sizes, fit_above, message):
       "batch_size is 18, for 4 chips; --scaling needs a",
     ),
     (["--topology=v5e", "--scaling=4,x"], "--scaling=4,x; give two numbers"),
-    (["--topology=v5e", "--scaling=4,16", "--search"], "weak scaling is of the train step on one slice; leave out"),
-    (["--topology=v5e", "--scaling=4,16", "--programs=generation"], "weak scaling is of the train step on one slice"),
+    (["--topology=v5e", "--scaling=4,16", "--search"], "weak scaling is of one slice"),
   ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(environment, tmp_path, flags, message):

@@ -10,7 +10,6 @@ from configs import clip_cc3m, diffdis_cc3m
 from diffdis_jax.config import Run
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
-from diffdis_jax.preflight import __main__ as preflight
 from diffdis_jax.training import flops
 from diffdis_jax.training.step import Trainer, abstract_batch
 from tests import steps, tiny_clip
@@ -78,7 +77,7 @@ def multiply_adds(*objectives: str) -> float:
   """Billions for one sample of the paper's network, from the training step: of the products that teach."""
   config = diffdis_cc3m.get_config("latents=none")
   config.objectives, config.batch_size, config.model.remat = objectives, 2, "none"
-  program = preflight.trace_program("train", Run.of(config), steps.make_mesh())
+  program = flops.trace_train(Trainer(Run.of(config), steps.make_mesh()))
   return program.operations / 2 / config.batch_size / 1e9
 
 
@@ -111,6 +110,6 @@ def test_what_one_contrastive_batch_in_four_microbatches_costs(name, config, exp
     step = build_trainer(config, mesh)
     batch = abstract_batch(step.run, step.network, mesh)
     counts.append(flops.count(step.train_step.trace(step.abstract_state, batch).jaxpr))
-    counted.add(preflight.trace_program("train", step.run, mesh).operations)
+    counted.add(flops.trace_train(Trainer(step.run, mesh)).operations)
   assert counts[1] / counts[0] - 1 == pytest.approx(expected, rel=0.1), name
   assert counted == {counts[0]}
