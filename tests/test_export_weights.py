@@ -170,8 +170,7 @@ def test_the_model_card(exported):
     "checkpoint of step 5, averaged weights, float32",
     "- 5 steps of 64 pairs, 320 pairs in all",
     "- data: shapes, split train",
-    "- training: step 5, loss 0.123457, loss_generation 0.1, loss_discrimination not finite\n",
-    "- evaluated while training: step 4, test/acc1 0.25\n",
+    "- step 4: test/acc1 0.25\n- step 5: loss 0.123457, loss_generation 0.1, loss_discrimination not finite\n",
     "| zero_shot | emoji | acc1 0.5, acc5 0.75 | checkpoint step 5, steps 1, templates 2 of them, folder emoji |\n",
     "![Samples, each with its prompt](samples.png)\n\n*Generated at step 4 of the training",
     'StableDiffusionPipeline.from_pretrained("FOLDER")',
@@ -221,7 +220,7 @@ def test_an_autoencoder_alone_is_diffusers_own(imported, tmp_path, caplog):
   export_weights.export_weights(run, str(tmp_path / "out"))
   assert "an autoencoder alone: the pipeline's vae encodes and decodes" in caplog.text
   assert type(AutoencoderKL.from_pretrained(tmp_path / "out", subfolder="vae")) is AutoencoderKL
-  with pytest.raises(UserError, match="has no folder unet; a Stable Diffusion of diffusers has unet, vae") as error:
+  with pytest.raises(UserError, match="has no folder unet; a Stable Diffusion v1 has unet, vae") as error:
     import_weights.import_weights(str(tmp_path / "out"), str(tmp_path / "again"))
   assert "\n" not in str(error.value) and not (tmp_path / "again").exists()
 

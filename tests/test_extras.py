@@ -50,7 +50,7 @@ def test_nobody_is_sent_to_an_index_for_the_project():
 
 def test_every_extra_that_is_named_exists():
   named = {(path.name, extra) for path, text in texts() for extra in re.findall(r"""['"]\.\[([\w,]+)\]""", text)}
-  assert {extra for _, extra in named} >= {"app", "torch", "tpu", "cuda", "hub", "tour", "wandb"}
+  assert {extra for _, extra in named} >= {"app", "torch", "tpu", "cuda", "tour", "wandb"}
   assert {(name, extra) for name, extra in named if not {*extra.split(",")} <= EXTRAS} == set()
 
 
@@ -66,7 +66,7 @@ def test_every_extra_that_a_message_is_given_exists():
         extras = {last.value} if isinstance(last, ast.Constant) else NAMED_LATER[path.name]
         assert extras <= EXTRAS, f"{path}, line {node.lineno}: {extras}"
         found |= extras
-  assert found >= {"app", "tpu", "cuda", "hub", "plot", "wandb", "trackio"}
+  assert found >= {"app", "tpu", "cuda", "plot", "wandb", "trackio"}
 
 
 @pytest.mark.parametrize("otherwise, end", [("", "folder"), ("give --noplot", "folder, or give --noplot")])

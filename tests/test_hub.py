@@ -99,8 +99,8 @@ def test_what_an_import_refuses(hub, sd, tmp_path):
   fetch = lambda address: lambda: hub_files.fetch(address)
   hub.add("org/sd", sd)
   hub.add("org/gated", sd, gated=True)
-  xl = json.dumps(json.loads((sd / "model_index.json").read_text()) | {"text_encoder_2": ["a", "b"]}).encode()
-  hub.add("org/xl", sd, {"model_index.json": xl})
+  unet = json.loads((sd / "unet" / "config.json").read_text()) | {"transformer_layers_per_block": [1, 2, 10]}
+  hub.add("org/xl", sd, {"unet/config.json": json.dumps(unet).encode()})
   pickles = {name.replace(".safetensors", ".bin"): b"" for name in WEIGHTS}
   hub.add("org/pickles", tmp_path, {"model_index.json": b"{}", **pickles})
   hub.add("org/empty", tmp_path, {"README.md": b""})
@@ -117,8 +117,8 @@ def test_what_an_import_refuses(hub, sd, tmp_path):
   refused("beside v1-4.ckpt, .* or download the files and name their folder, or the file", fetch("hf:org/single"))
   refused("neither a model_index.json of Stable Diffusion nor a config.json of CLIP", fetch("hf:org/siglip"))
   refused("org/two has a.safetensors, b.safetensors; download the one", fetch("hf:org/two"))
-  refused("is a Stable Diffusion XL checkpoint", fetch("hf:org/xl"))
-  refused("is a FluxPipeline, whose model_index.json names no unet", fetch("hf:org/flux"))
+  refused("transformer_layers_per_block is .1, 2, 10.; Stable Diffusion v1 and this package have 1", fetch("hf:org/xl"))
+  refused("a FluxPipeline, has no folder unet", fetch("hf:org/flux"))
   assert not [name for name in downloaded(hub) if "safetensors" in name]
 
 

@@ -348,9 +348,8 @@ def test_a_network_of_unknown_speed_is_not_passed_over_in_silence():
   compiled = targets.Compiled(arguments=1, temporaries=0, outputs=0, fits=True, traffic=moved)
   target = targets.Target(devices=jax.devices()[:2], chip=chips.CHIPS["v5p"], compiler="tpu", exact=True, near=1)
   program = flops.Program(lower=lambda: None, rows=8, operations=1e12, parameters=1)
-  lines = lambda compiled: preflight.lines(
-    "train", preflight.summarise(program, compiled, target, num_pairs=1, epochs=1)
-  )
+  summarise = lambda compiled: preflight.summarise(program, compiled, target, num_pairs=1, epochs=1)
+  lines = lambda compiled: preflight.lines(summarise(compiled))
   said = "between chips: unknown; 0.500 GiB a chip cross a network whose speed is not known"
   assert said in lines(compiled)
   none = dataclasses.replace(compiled, traffic=times.Traffic())

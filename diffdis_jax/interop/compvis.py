@@ -67,8 +67,8 @@ def split(tensors: Tensors) -> Split:
         break
     else:
       others.append(name)
-  # Depth and levels first, which the file's names alone tell: its blocks are numbered through.
-  depth, levels = unet_depth(components["unet"]), vae_levels(components["vae"])
+  depth = unet_depth(components["unet"])
+  levels = len({name.split(".")[2] for name in components["vae"] if name.startswith("decoder.up.")})
   components["unet"] = {unet_name(name, depth=depth): tensor for name, tensor in components["unet"].items()}
   components["vae"] = {vae_name(name, levels=levels): tensor for name, tensor in components["vae"].items()}
   return Split(components, others)
@@ -81,10 +81,6 @@ def unet_depth(names: Collection[str]) -> int:
   blocks = {name.split(".")[1] for name in names if name.startswith("input_blocks.")}
   levels = 1 + len({name.split(".")[1] for name in names if re.match(r"input_blocks\.\d+\.0\.op\.", name)})
   return max(len(blocks) // levels - 1, 1)
-
-
-def vae_levels(names: Collection[str]) -> int:
-  return len({name.split(".")[2] for name in names if name.startswith("decoder.up.")})
 
 
 def unet_name(name: str, *, depth: int) -> str:

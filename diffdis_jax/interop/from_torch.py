@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,6 @@ from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 
 WITH_WEIGHTS = ("unet", "vae", "text_encoder")
 PARTS = (*WITH_WEIGHTS, "tokenizer")
-V1 = "version 1 is supported, such as CompVis/stable-diffusion-v1-1"
 # Stable Diffusion's images and its autoencoder's scale, where a checkpoint has no config.json.
 IMAGE_SIZE, SCALE = 512, 0.18215
 BICUBIC = 3  # Pillow's number for it, which transformers writes
@@ -35,21 +34,13 @@ BICUBIC = 3  # Pillow's number for it, which transformers writes
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """The content of a path.
+  """The content of a path."""
 
-  Attributes:
-    components: unread tensors by component and name, as mapping.py has them.
-    model: our config's `model` section as far as the checkpoint decides it, by part.
-    fields: other fields of a run's config, by their dotted paths.
-    tokenizer: folder of its tokenizer, if it has one.
-    others: names of tensors that belong to no component.
-  """
-
-  components: dict[str, Tensors]
-  model: dict[str, Any]
-  fields: dict[str, Any]
-  tokenizer: pathlib.Path | None = None
-  others: list[str] = dataclasses.field(default_factory=list)
+  components: dict[str, Tensors]  # unread, by component and name, as mapping.py has them
+  model: dict[str, Any]  # our config's section, as far as the checkpoint decides it
+  fields: dict[str, Any]  # other fields of a run's config, by their dotted paths
+  tokenizer: pathlib.Path | None = None  # a folder
+  others: list[str] = dataclasses.field(default_factory=list)  # tensors that belong to no component
 
   @property
   def is_clip(self) -> bool:
@@ -68,19 +59,13 @@ class Matched:
 def open_source(path: pathlib.Path) -> Source:
   """Find out what there is; read no more than config files and headers.
 
-  Args:
-    path: a folder of diffusers, of transformers' CLIPModel or of open_clip, or a file of Stable Diffusion in CompVis'
-      names or of open_clip.
-
-  Raises:
-    UserError: nothing that this package can read, or not all of it.
+  The path is a folder of diffusers, of transformers' CLIPModel or of open_clip, or a file of Stable Diffusion in
+  CompVis' names or of open_clip. Raises UserError: nothing that this package can read, or not all of it.
   """
   if path.is_file():
     return _open_single_file(path)
   if not path.is_dir():
-    raise UserError(
-      f"no file or folder {path}; --source names a checkpoint, one on the Hugging Face hub as hf:ORG/NAME"
-    )
+    raise UserError(f"no file or folder {path}; --source names a checkpoint, on the Hugging Face hub hf:ORG/NAME")
   readers = {"diffusers": _open_diffusers, "transformers": _open_clip_model, "open_clip": _open_openclip_folder}
   source = readers[check_kind(path)](path)
   if (head := path / tensor_files.HEAD).exists():  # of other classes than those that a run would have
@@ -90,13 +75,14 @@ def open_source(path: pathlib.Path) -> Source:
 
 def check_kind(path: pathlib.Path) -> str:
   """Name the library that wrote a folder: diffusers, transformers or open_clip. It takes the config files alone.
-
-  Raises:
-    UserError: none of them, or a pipeline that is not Stable Diffusion v1.
-  """
+  Raises UserError: none of them, or a pipeline that is not Stable Diffusion v1."""
   # One part's folder is enough, so that the error of a pipeline without its index is about that.
   if (path / "model_index.json").exists() or any((path / part).is_dir() for part in PARTS):
-    _check_version(path)
+    name = read_json(path / "model_index.json").get("_class_name")
+    for part in PARTS:
+      if not (path / part).is_dir():
+        raise UserError(f"{path}, a {name}, has no folder {part}; a Stable Diffusion v1 has {', '.join(PARTS)}")
+    _read_configs(path)
     return "diffusers"
   # An exported folder has both libraries' configs. transformers' goes first, as it states every size.
   if (path / "config.json").exists() and read_json(path / "config.json").get("model_type") == "clip":
@@ -107,11 +93,7 @@ def check_kind(path: pathlib.Path) -> str:
 
 
 def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matched:
-  """Find the parameters of a network.
-
-  Args:
-    source: its components are emptied, so that whoever reads a tensor last closes its file.
-    network: shapes by path.
+  """Find the parameters of a network, given as shapes by path. The source's components are emptied.
 
   Raises:
     UserError: a parameter that is missing, of another shape, or not of floats.
@@ -161,22 +143,27 @@ def _in_our_layout(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...])
   return tensor.map(lambda x: entry.to_ours(x.reshape(expected)), shape)
 
 
-def _open_diffusers(folder: pathlib.Path) -> Source:
-  files = {part: folder / part / "config.json" for part in WITH_WEIGHTS}
-  unet, vae, text = (read_json(file) for file in files.values())
+def _read_configs(folder: pathlib.Path) -> dict[str, Any]:
+  """Return the `model` section of a diffusers folder, which says which version of Stable Diffusion it is."""
+  files = [folder / part / "config.json" for part in WITH_WEIGHTS]
+  unet, vae, text = map(read_json, files)
   model = {
-    "unet": sections.read_unet(unet, str(files["unet"])),
-    "autoencoder": sections.read_vae(vae, str(files["vae"])),
-    "text_encoder": sections.read_text(text, str(files["text_encoder"])),
+    "unet": sections.read_unet(unet, str(files[0])),
+    "autoencoder": sections.read_vae(vae, str(files[1])),
+    "text_encoder": sections.read_text(text, str(files[2])),
   }
   # After all three are read: their own fields may be right, and yet not fit each other.
-  sections.check_widths(unet, model, str(files["unet"]))
+  sections.check_widths(unet, model, str(files[0]))
+  return model
+
+
+def _open_diffusers(folder: pathlib.Path) -> Source:
+  model = _read_configs(folder)
   factor = model["autoencoder"]["patch"] * 2 ** (len(model["autoencoder"]["widths"]) - 1)
-  sample_size = unet.get("sample_size")
+  sample_size = read_json(folder / "unet" / "config.json").get("sample_size")
   fields = {"image_size": sample_size * factor if isinstance(sample_size, int) else IMAGE_SIZE}
   fields["data.max_length"] = _token_length(folder / "tokenizer", model["text_encoder"]["max_length"])
-  scheduler = folder / "scheduler" / "scheduler_config.json"
-  if scheduler.exists():
+  if (scheduler := folder / "scheduler" / "scheduler_config.json").exists():
     fields["image_diffusion.schedule"] = sections.read_scheduler(read_json(scheduler), str(scheduler))
 
   components = {part: _canonical(part, tensor_files.open_folder(folder / part)) for part in WITH_WEIGHTS}
@@ -199,23 +186,6 @@ def _add_diffdis(path: pathlib.Path, model: dict[str, Any], fields: dict[str, An
     fields |= {f"inference.{each.name}": own["inference"][each.name] for each in dataclasses.fields(Sampling)}
   except (KeyError, TypeError) as error:
     raise UserError(f"{path} lacks {error}; it should be what export_weights wrote") from error
-
-
-def _check_version(folder: pathlib.Path) -> None:
-  """Raise UserError unless a diffusers folder's config files are Stable Diffusion v1's, and all its parts there."""
-  index = read_json(folder / "model_index.json")
-  unet = read_json(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
-  context, name = unet.get("cross_attention_dim"), index.get("_class_name")
-  if "unet" not in index:  # first: Stable Diffusion 3 and Flux have a second text encoder too
-    raise UserError(f"{folder} is a {name}, whose model_index.json names no unet; {V1}")
-  # By config alone, before any name is matched: these have most of v1's names, and would fail on one that says nothing.
-  if context == 2048 or unet.get("addition_embed_type") or "text_encoder_2" in index:
-    raise UserError(f"{folder} is a Stable Diffusion XL checkpoint ({name}, text condition of width {context}); {V1}")
-  if context == 1024 or isinstance(unet.get("attention_head_dim"), list):
-    raise UserError(f"{folder} is a Stable Diffusion 2 checkpoint (text condition of width {context}); {V1}")
-  for part in PARTS:
-    if not (folder / part).is_dir():
-      raise UserError(f"{folder} has no folder {part}; a Stable Diffusion of diffusers has {', '.join(PARTS)}")
 
 
 def _token_length(tokenizer: pathlib.Path, positions: int) -> int:
@@ -247,21 +217,14 @@ def _open_single_file(path: pathlib.Path) -> Source:
   def has(prefix: str) -> bool:
     return any(name.startswith(prefix) for name in tensors)
 
-  if openclip.is_state_dict(tensors):
+  if has("visual."):
     return _open_openclip(tensors, path.parent / "open_clip_config.json")
-  # Both of these have model.diffusion_model.* too, so that they come before the test for v1.
-  if has("conditioner."):
-    raise UserError(f"{path} is a Stable Diffusion XL checkpoint (it has conditioner.*); {V1}")
-  if has("cond_stage_model.model."):
-    raise UserError(f"{path} is a Stable Diffusion 2 checkpoint (it has cond_stage_model.model.*); {V1}")
   if any(name.endswith(".kernel") for name in tensors):  # a name of ours
     raise UserError(f"{path} is a run in one file, which takes no import: give it as --workdir or --config.init_from")
-  if not has("model.diffusion_model.input_blocks."):
-    examples = ", ".join(list(tensors)[:3]) or "none"
-    raise UserError(f"{path} is neither a Stable Diffusion v1 nor an open_clip checkpoint; its tensors: {examples}")
-  if lacking := [prefix for prefix in compvis.PREFIXES.values() if not has(prefix)]:
-    prefixes = ", ".join(compvis.PREFIXES.values())
-    raise UserError(f"{path} has no {lacking[0]}*; a whole Stable Diffusion v1 has {prefixes}")
+  for prefix in compvis.PREFIXES.values():
+    if not has(prefix):
+      wanted = f"a Stable Diffusion v1 has {', '.join(compvis.PREFIXES.values())}, and open_clip's weights visual."
+      raise UserError(f"{path} has no {prefix}*: {wanted}; its tensors: {', '.join(list(tensors)[:3]) or 'none'}")
 
   components, others = compvis.split(tensors)
   components["text_encoder"] = _canonical("text_encoder", components["text_encoder"])
@@ -322,9 +285,8 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
       ' weights need one with {"model_cfg": {"quick_gelu": true}}',
       config,
     )
-  openclip.check_towers(tensors, where)
   tensors = openclip.convert(tensors)
-  with sections.of_shapes(where):
+  with sections.of_shapes(where, openclip.SUPPORTED):
     vision = sections.vision_of(tensors)
     text = sections.text_of(tensors) | {"projection": vision["projection"]}
   model = openclip.read_config(model_cfg, {"text_encoder": text, "vision_encoder": vision}, where)
@@ -345,21 +307,16 @@ def _object(config: Mapping[str, Any], field: str, where: str) -> Mapping[str, A
 def _check_pixels(where: str, mean: Any, std: Any, *, is_other: bool) -> None:
   """Raise UserError for images that are normalised by other numbers than OpenAI's; warn where `is_other` resizing."""
   for name, numbers, expected in (("mean", mean, PIXEL_MEAN), ("std", std, PIXEL_STD)):
-    if numbers is not None and not _is_near(numbers, expected):
+    given = numbers if isinstance(numbers, list) and len(numbers) == 3 else []
+    near = [isinstance(x, float | int) and abs(x - y) < 1e-4 for x, y in zip(given, expected, strict=False)]
+    if numbers is not None and near != [True] * 3:
       raise sections.unsupported(where, name, numbers, f"only OpenAI's, {expected}, is supported")
   if is_other:
     logging.warning(
-      "%s squashes images, or resizes them otherwise than bicubically; here their short side is resized, bicubically,"
-      " and the middle cut out, so that figures differ a little from published ones",
+      "%s squashes images, or resizes them otherwise than bicubically; here the short side is resized and the middle"
+      " cut out, so that figures differ a little from published ones",
       where,
     )
-
-
-def _is_near(numbers: Any, expected: Sequence[float]) -> bool:
-  try:
-    return np.shape(numbers) == (3,) and np.allclose(numbers, expected, atol=1e-4)
-  except (TypeError, ValueError):
-    return False
 
 
 def _clip(tensors: Tensors, text: dict[str, Any], vision: dict[str, Any], max_length: int) -> Source:

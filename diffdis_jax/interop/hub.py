@@ -7,6 +7,7 @@ of downloads. No file of weights is downloaded or uploaded but safetensors.
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import re
 import sys
@@ -48,10 +49,7 @@ class Wanted(NamedTuple):
 
 
 def fetch(address: str) -> Fetched:
-  """Download what an import reads, to where huggingface_hub keeps downloads.
-
-  Args:
-    address: `hf:ORG/NAME`, or `hf:ORG/NAME@REV` with a branch, tag or commit.
+  """Download what an import reads from `hf:ORG/NAME` or `hf:ORG/NAME@REV`, to where huggingface_hub keeps downloads.
 
   Raises:
     UserError: another form, no such repository or revision, one without safetensors or of a kind that is not read, no
@@ -64,23 +62,17 @@ def fetch(address: str) -> Fetched:
   with _in_one_line(repo, revision):
     info = huggingface_hub.HfApi().model_info(repo, revision=revision)
     # The commit, not the branch: config and weights are two downloads, between which a branch may move.
-    commit, wanted = str(info.sha), choose([file.rfilename for file in info.siblings or ()], repo)
+    wanted = choose([file.rfilename for file in info.siblings or ()], repo)
+    download = functools.partial(huggingface_hub.snapshot_download, repo, revision=info.sha)
     if wanted.config:  # before gigabytes that would be refused
-      from_torch.check_kind(_download(repo, commit, wanted.config))
-    folder = _download(repo, commit, [*wanted.config, *wanted.weights])
-  return Fetched(folder if wanted.config else folder / wanted.weights[0], f"{PREFIX}{repo}@{commit}")
-
-
-def _download(repo: str, commit: str, names: list[str]) -> pathlib.Path:
-  return pathlib.Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=names))
+      from_torch.check_kind(pathlib.Path(download(allow_patterns=wanted.config)))
+    folder = pathlib.Path(download(allow_patterns=[*wanted.config, *wanted.weights]))
+  return Fetched(folder if wanted.config else folder / wanted.weights[0], f"{PREFIX}{repo}@{info.sha}")
 
 
 def choose(names: Collection[str], repo: str) -> Wanted:
   """Choose the files of a repository that an import reads: those of a pipeline's parts, of CLIP, or a single file.
-
-  Raises:
-    UserError: no safetensors, or several single files.
-  """
+  Raises UserError: no safetensors, or several single files."""
 
   def inside(folder: str) -> list[str]:
     return [name for name in names if name.rpartition("/")[0] == folder]
@@ -96,10 +88,8 @@ def choose(names: Collection[str], repo: str) -> Wanted:
   texts = [name for folder in folders for name in inside(folder) if name.endswith((".json", ".txt"))]
   # Of a part that is not there the config files say more: the pipeline is another one.
   parts = [part for part in (*from_torch.WITH_WEIGHTS, "diffdis") if inside(part)] if is_pipeline else [""]
-  return Wanted(
-    [name for name in texts if ".index." not in name],
-    [name for part in parts for name in _weights(inside(part), repo)],
-  )
+  weights = [name for part in parts for name in _weights(inside(part), repo)]
+  return Wanted([name for name in texts if ".index." not in name], weights)
 
 
 def _weights(names: Collection[str], repo: str) -> list[str]:
@@ -116,11 +106,7 @@ def _weights(names: Collection[str], repo: str) -> list[str]:
 
 
 def check_token(repo: str) -> None:
-  """Check, before an export, that a token may write to the hub.
-
-  Raises:
-    UserError: `repo` is not ORG/NAME, there is no token, or one that the hub does not know or that may only read.
-  """
+  """Raise UserError, before an export, unless `repo` is ORG/NAME and there is a token that may write to the hub."""
   if not re.fullmatch(_NAME, repo):
     raise UserError(f"--push={repo} should be ORG/NAME, such as my-name/diffdis-cc3m")
   if huggingface_hub.get_token() is None:
@@ -135,9 +121,7 @@ def push(folder: pathlib.Path, repo: str, *, private: bool, message: str) -> str
   """Write a folder of an export as one commit, and return its address.
 
   The same commit removes files of an earlier export that this one does not have. Others, such as a licence, stay.
-
-  Raises:
-    UserError: the hub refuses it or cannot be reached.
+  Raises UserError: the hub refuses it or cannot be reached.
   """
   api = huggingface_hub.HfApi()
   with _in_one_line(repo):

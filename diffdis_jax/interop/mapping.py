@@ -32,17 +32,11 @@ STATISTICS = ("autoencoder.shift", "autoencoder.scale")
 
 
 class Row(NamedTuple):
-  """One parameter, or one pattern of them.
+  """One parameter, or one pattern of them."""
 
-  Attributes:
-    ours: dotted path.
-    theirs: name in the state dict.
-    axes: theirs = ours.transpose(axes); empty where both are laid out alike.
-  """
-
-  ours: str
-  theirs: str
-  axes: Axes = ()
+  ours: str  # dotted path
+  theirs: str  # name in the state dict
+  axes: Axes = ()  # theirs = ours.transpose(axes); empty where both are laid out alike
 
 
 Rows = tuple[Row, ...]
@@ -69,14 +63,9 @@ class Entry(NamedTuple):
 
 
 def from_path(path: str, components: Sequence[str] = DIFFDIS) -> Entry:
-  """Return where our parameter goes.
+  """Return where our parameter goes, which is none of STATISTICS. Raises KeyError: the table has no such path.
 
-  Args:
-    path: ours; none of STATISTICS.
-    components: DIFFDIS, or CLIP for the CLIP baseline's parameters, some of which have the same paths.
-
-  Raises:
-    KeyError: the table has no such path.
+  `components` is DIFFDIS, or CLIP for the CLIP baseline's parameters, some of which have the same paths.
   """
   for component in components:
     for row in TABLE[component]:
@@ -107,6 +96,11 @@ def _same(rows: Rows, *names: str) -> Rows:
   return tuple(row for name in names for row in under(name, name, rows))
 
 
+def _pairs(rows: Rows, **names: str) -> Rows:
+  """Put a sub-table below each of these pairs, ours=theirs."""
+  return tuple(row for ours, theirs in names.items() for row in under(ours, theirs, rows))
+
+
 # Each name is held against every row before the one that fits, so that patterns are compiled once.
 @functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
@@ -128,15 +122,10 @@ EMBEDDING = (Row("embedding", "weight"),)
 RESNET = (
   *_same(NORM, "norm1", "norm2"),
   *_same(CONV, "conv1", "conv2"),
-  *under("time", "time_emb_proj", LINEAR),
-  *under("shortcut", "conv_shortcut", CONV),
+  *_pairs(LINEAR, time="time_emb_proj"),
+  *_pairs(CONV, shortcut="conv_shortcut"),
 )
-ATTENTION = (
-  *under("q", "to_q", LINEAR),
-  *under("k", "to_k", LINEAR),
-  *under("v", "to_v", LINEAR),
-  *under("out", "to_out.0", LINEAR),
-)
+ATTENTION = _pairs(LINEAR, q="to_q", k="to_k", v="to_v", out="to_out.0")
 SPATIAL_TRANSFORMER = (
   *_same(NORM, "norm"),
   *_same(CONV, "proj_in", "proj_out"),
@@ -152,10 +141,7 @@ SPATIAL_TRANSFORMER = (
   ),
 )
 # One sub-table for both ways: a down block has no upsampling, but a row that no parameter has harms nothing.
-UNET_LEVEL = (
-  *_same(RESNET, "resnets.#"),
-  *_same(SPATIAL_TRANSFORMER, "attentions.#"),
-)
+UNET_LEVEL = (*_same(RESNET, "resnets.#"), *_same(SPATIAL_TRANSFORMER, "attentions.#"))
 UNET = (
   *_same(CONV, "conv_in", "conv_out"),
   *under("time.fc1", "time_embedding.linear_1", LINEAR),
@@ -168,27 +154,20 @@ UNET = (
   *under("norm_out", "conv_norm_out", NORM),
 )
 VAE_MIDDLE = (
-  *under("resnet1", "resnets.0", RESNET),
+  *_pairs(RESNET, resnet1="resnets.0", resnet2="resnets.1"),
   *under("attention.norm", "attentions.0.group_norm", NORM),
   *under("attention.attn", "attentions.0", ATTENTION),
-  *under("resnet2", "resnets.1", RESNET),
 )
 # Encoder and decoder are one module here, two there; what lies between them is on the autoencoder itself there.
 VAE = (
-  *under("conv_in", "encoder.conv_in", CONV),
+  *_pairs(CONV, conv_in="encoder.conv_in", encoder_out="encoder.conv_out", decoder_in="decoder.conv_in"),
+  *_pairs(CONV, quant="quant_conv", post_quant="post_quant_conv", conv_out="decoder.conv_out"),
+  *_pairs(NORM, encoder_norm="encoder.conv_norm_out", decoder_norm="decoder.conv_norm_out"),
+  *_pairs(VAE_MIDDLE, encoder_middle="encoder.mid_block", decoder_middle="decoder.mid_block"),
   *under("down.#.resnets.#", "encoder.down_blocks.#.resnets.#", RESNET),
   *under("down.#.resample.conv", "encoder.down_blocks.#.downsamplers.0.conv", CONV),
-  *under("encoder_middle", "encoder.mid_block", VAE_MIDDLE),
-  *under("encoder_norm", "encoder.conv_norm_out", NORM),
-  *under("encoder_out", "encoder.conv_out", CONV),
-  *under("quant", "quant_conv", CONV),
-  *under("post_quant", "post_quant_conv", CONV),
-  *under("decoder_in", "decoder.conv_in", CONV),
-  *under("decoder_middle", "decoder.mid_block", VAE_MIDDLE),
   *under("up.#.resnets.#", "decoder.up_blocks.#.resnets.#", RESNET),
   *under("up.#.resample.conv", "decoder.up_blocks.#.upsamplers.0.conv", CONV),
-  *under("decoder_norm", "decoder.conv_norm_out", NORM),
-  *under("conv_out", "decoder.conv_out", CONV),
 )
 
 # CLIP.
@@ -196,12 +175,8 @@ CLIP_LAYERS = under(
   "layers.#",
   "encoder.layers.#",
   (
-    *under("norm1", "layer_norm1", NORM),
-    *under("attn.q", "self_attn.q_proj", LINEAR),
-    *under("attn.k", "self_attn.k_proj", LINEAR),
-    *under("attn.v", "self_attn.v_proj", LINEAR),
-    *under("attn.out", "self_attn.out_proj", LINEAR),
-    *under("norm2", "layer_norm2", NORM),
+    *_pairs(NORM, norm1="layer_norm1", norm2="layer_norm2"),
+    *under("attn", "self_attn", _pairs(LINEAR, q="q_proj", k="k_proj", v="v_proj", out="out_proj")),
     *_same(LINEAR, "mlp.fc1", "mlp.fc2"),
   ),
 )
@@ -225,14 +200,12 @@ VISION_TOWER = (
 OWN_ATTENTION = _same(LINEAR, "q", "k", "v", "out")
 FUSION_BLOCK = (
   *_same(LINEAR, "fc_in", "fc_out", "ff.proj", "ff.out"),
-  *_same(OWN_ATTENTION, "attn"),
-  *_same(NORM, "norm"),
+  *(*_same(OWN_ATTENTION, "attn"), *_same(NORM, "norm")),
 )
+OWN_LAYER = (*_same(NORM, "norm1", "norm2"), *_same(OWN_ATTENTION, "attn"), *_same(LINEAR, "mlp.fc1", "mlp.fc2"))
 ALIGNMENT = (
   *_same(LINEAR, "text_in", "image_in", "predictor", "map_out"),
-  *_same(
-    (*_same(NORM, "norm1", "norm2"), *_same(OWN_ATTENTION, "attn"), *_same(LINEAR, "mlp.fc1", "mlp.fc2")), "layers.#"
-  ),
+  *_same(OWN_LAYER, "layers.#"),
   *_same(NORM, "norm", "map_norm"),
 )
 

@@ -20,7 +20,6 @@ from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 
 MARK = "visual.conv1.weight"
 """A tensor that every vision transformer of it has."""
-
 SUPPORTED = "open_clip's own vision transformer and text transformer are supported, such as ViT-B-32 and ViT-L-14"
 # (open_clip's name or its beginning, that of transformers), of which the first that fits counts.
 _TOWERS = (
@@ -45,27 +44,6 @@ _LAYERS = (
   (".mlp.c_proj.", ".mlp.fc2."),
 )
 _PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
-# Beginnings of tensors that other towers have, and what these are.
-_OTHER_TOWERS = {
-  "visual.trunk.": "a vision tower of timm",
-  "visual.layer1.": "a ResNet as its vision tower",
-  "visual.attn_pool.": "attentional pooling",
-  "text.": "a text tower of its own class (open_clip's CustomTextCLIP)",
-  "text_decoder.": "a text decoder (CoCa)",
-  "logit_bias": "a logit bias (SigLIP)",
-}
-
-
-def is_state_dict(names: Collection[str]) -> bool:
-  """Say whether tensors of these names are open_clip's, of whichever towers."""
-  return any(name.startswith("visual.") for name in names)
-
-
-def check_towers(names: Collection[str], where: str) -> None:
-  """Raise UserError for tensors of towers that are not supported."""
-  for beginning, what in _OTHER_TOWERS.items():
-    if any(name.startswith(beginning) for name in names):
-      raise UserError(f"{where} has {what} ({beginning}*); {SUPPORTED}")
 
 
 def convert(tensors: Tensors) -> Tensors:
@@ -138,15 +116,10 @@ def check_config(config: Any, where: str) -> None:
 
 
 def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-  """Return the `model` section, both towers, of a config's `model_cfg`.
+  """Return the `model` section, both towers, of a config's `model_cfg` that `check_config` takes.
 
-  Args:
-    config: one that `check_config` takes, which may lack fields.
-    found: the section as the shapes of the tensors have it, for those.
-    where: begins an error's message.
-
-  Raises:
-    UserError: settings that are no numbers.
+  What it lacks is taken from `found`, the section as the shapes of the tensors have it. Raises UserError: settings that
+  are no numbers.
   """
   model = {}
   for part, name, fields in (("vision_encoder", "vision_cfg", _VISION), ("text_encoder", "text_cfg", _TEXT)):
@@ -180,14 +153,10 @@ def write_config(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tower(section: Mapping[str, Any], fields: Collection[tuple[str, str]]) -> dict[str, Any]:
-  return {theirs: section[ours] for ours, theirs in fields} | {"mlp_ratio": _ratio(section)}
-
-
-def _ratio(section: Mapping[str, Any]) -> float:
-  """Return the ratio of the MLP's width, which is multiplied and rounded down there."""
   width, hidden = section["width"], section["mlp_width"]
-  # Half a unit more where the quotient is rounded down, so that int() there gives the same width.
-  return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+  # Half a unit more where the quotient is rounded down, so that int(width * ratio) there gives the same width.
+  ratio = hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+  return {theirs: section[ours] for ours, theirs in fields} | {"mlp_ratio": ratio}
 
 
 def _number(section: Mapping[str, Any], field: str, default: int, where: str) -> int:

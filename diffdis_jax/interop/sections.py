@@ -56,37 +56,26 @@ VISION: Fields = (
 # What has one value in Stable Diffusion v1 and here, in their names.
 FIXED_UNET = dict(
   act_fn="silu",
-  center_input_sample=False,
   flip_sin_to_cos=True,
-  freq_shift=0,
-  downsample_padding=1,
-  mid_block_scale_factor=1,
   mid_block_type="UNetMidBlock2DCrossAttn",
   norm_eps=1e-5,
-  only_cross_attention=False,
-  dual_cross_attention=False,
-  transformer_layers_per_block=1,
+  freq_shift=0,
   resnet_time_scale_shift="default",
-  class_embed_type=None,
-  num_class_embeds=None,
-  addition_embed_type=None,
-  encoder_hid_dim=None,
-  time_cond_proj_dim=None,
+  **dict.fromkeys(("downsample_padding", "mid_block_scale_factor", "transformer_layers_per_block"), 1),
+  **dict.fromkeys(("center_input_sample", "only_cross_attention", "dual_cross_attention"), False),
+  **dict.fromkeys(("class_embed_type", "num_class_embeds", "addition_embed_type"), None),
+  **dict.fromkeys(("encoder_hid_dim", "time_cond_proj_dim"), None),
 )
 FIXED_VAE = dict(
   act_fn="silu",
-  shift_factor=None,
-  latents_mean=None,
-  latents_std=None,
-  use_quant_conv=True,
-  use_post_quant_conv=True,
+  **dict.fromkeys(("shift_factor", "latents_mean", "latents_std"), None),
+  **dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), True),
 )
 FIXED_TEXT = dict(layer_norm_eps=1e-5)
 FIXED_VISION = dict(layer_norm_eps=1e-5, num_channels=3)
 PATCHES = "PatchAutoencoderKL"
-FIXED_SCHEDULER = dict(
-  num_train_timesteps=1000, prediction_type="epsilon", trained_betas=None, rescale_betas_zero_snr=False
-)
+FIXED_SCHEDULER = dict(num_train_timesteps=1000, prediction_type="epsilon", trained_betas=None)
+FIXED_SCHEDULER |= dict(rescale_betas_zero_snr=False)
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 CLIP_HEAD_WIDTH = 64  # of every published text tower
@@ -100,20 +89,17 @@ SAMPLER = dict(steps_offset=1, set_alpha_to_one=False, clip_sample=False, timest
 
 
 def unsupported(where: str, field: str, value: Any, wanted: str) -> UserError:
-  """Return the error for a field of a config with a value that is not supported; `wanted` says what is."""
+  """Return the error for a field of a config with a value that a format cannot hold; `wanted` says what it can."""
   return UserError(f"{where}: {field} is {value!r}; {wanted}")
 
 
 def read_unet(config: Config, where: str) -> dict[str, Any]:
   """Return `model.unet`. These functions raise a UserError that starts with `where` for what is not supported."""
-  # Which levels have attention is said by the names of the way down; those of the way up must then mirror it.
   section = _read(config, UNET, FIXED_UNET, where)
-  attention = tuple(
-    block == "CrossAttnDownBlock2D" for block in config.get("down_block_types", _unet_blocks((True, True, True, False)))
-  )
-  _require(
-    config, dict(down_block_types=_unet_blocks(attention), up_block_types=_unet_blocks(attention, up=True)), where
-  )
+  # The names of the way down say which levels have attention; those of the way up must mirror them.
+  names = config.get("down_block_types", _unet_blocks((True, True, True, False))["down_block_types"])
+  attention = tuple(name == "CrossAttnDownBlock2D" for name in names)
+  _require(config, _unet_blocks(attention), where)
   return dict(section, attention=attention)
 
 
@@ -125,8 +111,7 @@ def write_unet(section: Config, *, latent_channels: int, context_width: int, sam
     out_channels=latent_channels,
     cross_attention_dim=context_width,
     sample_size=sample_size,
-    down_block_types=_unet_blocks(section["attention"]),
-    up_block_types=_unet_blocks(section["attention"], up=True),
+    **_unet_blocks(section["attention"]),
   )
 
 
@@ -135,7 +120,7 @@ def read_vae(config: Config, where: str) -> dict[str, Any]:
   section = _read(config, VAE, FIXED_VAE, where)
   # Of patches, as export_weights writes it (torch_parts.py): their pixels are channels.
   patch = math.isqrt(max(config.get("in_channels", 3) // 3, 1)) if config.get("_class_name") == PATCHES else 1
-  _require(config, _vae_blocks(section) | _vae_channels(patch), where)
+  _require(config, _vae_blocks(section, patch), where)
   return dict(section, patch=patch, shift=0.0)
 
 
@@ -143,8 +128,7 @@ def write_vae(section: Config, *, scaling_factor: float, sample_size: int) -> di
   return dict(
     _class_name="AutoencoderKL",
     **_write(dict(section, scale=scaling_factor), VAE, FIXED_VAE),
-    **_vae_blocks(section),
-    **_vae_channels(section["patch"]),
+    **_vae_blocks(section, section["patch"]),
     sample_size=sample_size,
   )
 
@@ -185,9 +169,6 @@ def write_clip(text: Config, vision: Config) -> dict[str, Any]:
 def check_widths(unet: Config, model: Config, where: str) -> None:
   """Raise UserError unless the UNet takes the autoencoder's latents and the text tower's condition, and no more."""
   channels, width = model["autoencoder"]["latent_channels"], model["text_encoder"]["width"]
-  if isinstance(found := unet.get("in_channels", channels), int) and found > channels:
-    why = "an image goes in beside the noise, to be inpainted or edited; Stable Diffusion v1 and this package have"
-    raise unsupported(where, "in_channels", found, f"{why} {channels}")
   _require(unet, dict(in_channels=channels, out_channels=channels, cross_attention_dim=width), where)
 
 
@@ -235,27 +216,28 @@ def _require(config: Config, expected: Config, where: str) -> None:
       raise unsupported(where, field, found, f"Stable Diffusion v1 and this package have {value!r}")
 
 
-def _unet_blocks(attention: Sequence[bool], *, up: bool = False) -> Sequence[str]:
-  names = tuple(f"{'CrossAttn' * has}{'Up' if up else 'Down'}Block2D" for has in attention)
-  return names[::-1] if up else names  # the way up is listed from the middle on
+def _unet_blocks(attention: Sequence[bool]) -> dict[str, Any]:
+  down, up = (tuple(f"{'CrossAttn' * has}{way}Block2D" for has in attention) for way in ("Down", "Up"))
+  return dict(down_block_types=down, up_block_types=up[::-1])  # the way up is listed from the middle on
 
 
-def _vae_channels(patch: int) -> dict[str, int]:
-  return dict(in_channels=3 * patch**2, out_channels=3 * patch**2)
-
-
-def _vae_blocks(section: Config) -> dict[str, Any]:
-  levels = len(section["widths"])
-  return dict(down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels)
+def _vae_blocks(section: Config, patch: int) -> dict[str, Any]:
+  levels, channels = len(section["widths"]), 3 * patch**2
+  return dict(
+    down_block_types=("DownEncoderBlock2D",) * levels,
+    up_block_types=("UpDecoderBlock2D",) * levels,
+    in_channels=channels,
+    out_channels=channels,
+  )
 
 
 @contextlib.contextmanager
-def of_shapes(where: str) -> Iterator[None]:
+def of_shapes(where: str, hint: str = "copy it again") -> Iterator[None]:
   """Raise UserError where the functions below miss a tensor, or find one of another shape."""
   try:
     yield
   except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-    raise UserError(f"{where} is no whole checkpoint of such a network: {type(error).__name__}, {error}") from error
+    raise UserError(f"{where} is no whole checkpoint of such a network: {error!r}; {hint}") from error
 
 
 def unet_of(tensors: Tensors) -> dict[str, Any]:
@@ -265,9 +247,7 @@ def unet_of(tensors: Tensors) -> dict[str, Any]:
   return dict(
     widths=tuple(tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)),
     attention=tuple(f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in range(levels)),
-    depth=depth,
-    num_heads=8,
-    groups=32,
+    **dict(depth=depth, num_heads=8, groups=32),
   )
 
 
@@ -278,10 +258,8 @@ def vae_of(tensors: Tensors) -> dict[str, Any]:
     widths=tuple(tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)),
     depth=_count(tensors, "encoder.down_blocks.0.resnets.#."),
     latent_channels=tensors["post_quant_conv.weight"].shape[0],
-    groups=32,
     attention="encoder.mid_block.attentions.0.to_q.weight" in tensors,
-    patch=1,
-    shift=0.0,
+    **dict(groups=32, patch=1, shift=0.0),
   )
 
 

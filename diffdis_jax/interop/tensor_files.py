@@ -52,12 +52,11 @@ _ENTRY = re.compile(
 # What training frameworks leave in a checkpoint beside its tensors, Stable Diffusion's own included. The reader takes
 # these names for `_Discarded`: nothing of theirs is imported or called.
 _DISCARDED = (
-  "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-  "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-  "numpy.core.multiarray.scalar",
-  "numpy._core.multiarray.scalar",
-  "numpy.dtype",
-  "_codecs.encode",
+  *(
+    f"{lightning}.callbacks.model_checkpoint.ModelCheckpoint"
+    for lightning in ("pytorch_lightning", "lightning.pytorch")
+  ),
+  *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "_codecs.encode"),
 )
 
 
@@ -97,23 +96,17 @@ def preferred(names: Iterable[str]) -> str | None:
 
 
 def open_folder(folder: pathlib.Path) -> Tensors:
-  """Open the tensors of one model's folder, those of its `preferred` file.
-
-  Raises:
-    UserError: no weights there, a shard missing, or a file that `open_file` refuses.
-  """
+  """Open the tensors of one model's folder, of its `preferred` file. Raises UserError: none, or as `open_file`."""
   name = preferred(path.name for path in folder.iterdir())
   if name is None:
     raise UserError(f"no weights in {folder}; it should hold a file such as diffusion_pytorch_model.safetensors")
   if not name.endswith(".json"):
     return open_file(folder / name)
-  shards = read_json(folder / name).get("weight_map")
-  if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
-    raise UserError(f"{folder / name} has no weight_map from tensors to files")
-  tensors: Tensors = {}
-  for file in sorted(set(shards.values())):
-    tensors |= open_file(folder / pathlib.Path(file).name)
-  return tensors
+  try:
+    shards = {pathlib.Path(shard).name for shard in read_json(folder / name)["weight_map"].values()}
+  except (AttributeError, KeyError, TypeError) as error:
+    raise UserError(f"{folder / name} has no weight_map from tensors to files") from error
+  return {name: tensor for shard in sorted(shards) for name, tensor in open_file(folder / shard).items()}
 
 
 def open_file(path: pathlib.Path) -> Tensors:
@@ -131,11 +124,7 @@ def open_file(path: pathlib.Path) -> Tensors:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Read a JSON object.
-
-  Raises:
-    UserError: no such file, or another content.
-  """
+  """Read a JSON object. Raises UserError: no such file, or another content."""
   content = files.read_json(path)
   if not isinstance(content, dict):
     raise UserError(f"{path} should be a JSON object, and holds a {type(content).__name__}")

@@ -26,20 +26,11 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-# Shapes in annotations, which nothing evaluates without it. By this form of import: of others diffusers tells the user
-# that a package is missing.
-try:
-  import jaxtyping as jt
-except ImportError:
-  pass
-else:
-  Query = jt.Float[Tensor, "b e"]
-  Tokens = jt.Float[Tensor, "b n d"]
-  Null = jt.Float[Tensor, "1 n d"]
-  Features = jt.Float[Tensor, "b c h w"]
-  Timesteps = jt.Int[Tensor, "b"]
+Query = Tensor  # [b, e]
+Tokens = Tensor  # [b, n, d]
+Features = Tensor  # [b, c, h, w]
+Timesteps = Tensor  # [b]
 Part = Any  # a module of diffusers or transformers; by nn.Module's annotations, each attribute of it may be a Tensor
-
 NUM_TIMESTEPS = 1000
 
 
@@ -50,17 +41,9 @@ class Streams(NamedTuple):
   h_e: Query
 
 
-class Rates(NamedTuple):
-  """√ᾱ(t) and √(1 − ᾱ(t)), f32."""
-
-  signal: jt.Float[Tensor, "b 1"]
-  sigma: jt.Float[Tensor, "b 1"]
-
-
-def alpha_bar(schedule: str) -> jt.Float[Tensor, " n"]:
+def alpha_bar(schedule: str) -> Tensor:
   """Return ᾱ(t) of a noise schedule, float64. Its last entry, at t = -1, is the data's: 1."""
-  # float64, as method/schedules.py has it, so that a sampler's coefficients are exact; on the CPU, as not every device
-  # knows float64.
+  # float64, so that a sampler's coefficients are exact; on the CPU, as not every device knows it.
   linspace = functools.partial(torch.linspace, dtype=torch.float64, device="cpu")
   curve = torch.cos((linspace(0, 1, NUM_TIMESTEPS + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
   betas = {
@@ -76,15 +59,13 @@ def trailing(steps: int) -> list[int]:
   """Return the timesteps of `steps` DDIM steps, from T-1 down, and -1 for the data: 999, 666, 332, -1 for three."""
   if not 1 <= steps <= NUM_TIMESTEPS:
     raise ValueError(f"steps is {steps}; it must be 1 to {NUM_TIMESTEPS}")
-  # From T down, so that the first step is always at T-1, where e_T is noise. A fractional stride may give an entry too
-  # many. On the CPU, as alpha_bar.
+  # From T down, so that the first step is at T-1, where e_T is noise. A fractional stride may give an entry too many.
   t = torch.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / steps, dtype=torch.float64, device="cpu").round().long()
   return [*(t[:steps] - 1).tolist(), -1]
 
 
 def onload(*parts: Part) -> None:
-  """Have accelerate bring parts to the device, as before their `forward`: `enable_model_cpu_offload` keeps them on the
-  CPU until then, and what follows calls their layers."""
+  """Have accelerate bring parts to the device, as before their `forward`: what follows calls their layers."""
   for part in parts:
     if hasattr(part, "_hf_hook"):
       part._hf_hook.pre_forward(part)
@@ -225,14 +206,9 @@ class DiffDis(ModelMixin, ConfigMixin):
   """The parts that DiffDis adds to Stable Diffusion's UNet, so that it aligns images and texts.
 
   Args:
-    model (`dict`): of the run's config: {fusion, share_attention, modality_ffn, alignment, unet.{widths, attention,
-      depth, num_heads}, text_encoder.{width, vocab_size, projection, bos_id, eos_id, token_embedding_weight}}.
-    text_diffusion (`dict`): schedule, target and gamma of the text query's process.
-    condition_timestep (`int`): the UNet's timestep for a clean image.
+    model, text_diffusion, condition_timestep, image_size, inference: of the run's config.
     max_length (`int`): tokens of a text.
-    image_size (`int`): side of an image, pixels.
-    inference (`dict`, *optional*): of the run's config: {steps, num_noise_samples, guidance, normalize_query}.
-    image_diffusion (`dict`, *optional*), objectives (`list`, *optional*): of the run's config; nothing here reads them.
+    image_diffusion, objectives: of the run's config; nothing here reads them.
   """
 
   # For `save_pretrained` of the pipeline. Read here: diffusers overwrites its copy when it loads another model's file.
@@ -284,7 +260,7 @@ class DiffDis(ModelMixin, ConfigMixin):
     return (model, info) if asked else model
 
   @torch.no_grad()
-  def null_condition(self, text_encoder: Part, device: torch.device | str | None = None) -> Null:
+  def null_condition(self, text_encoder: Part, device: torch.device | str | None = None) -> Tensor:
     """Return c of the empty prompt, [1, l, d].
 
     Args:
@@ -294,7 +270,7 @@ class DiffDis(ModelMixin, ConfigMixin):
     return text_encoder(torch.tensor(null, device=device or text_encoder.device)).last_hidden_state
 
   @torch.no_grad()
-  def embed_text(self, input_ids: jt.Int[Tensor, "b l"], *, text_encoder: Part) -> Query:
+  def embed_text(self, input_ids: Tensor, *, text_encoder: Part) -> Query:
     """Return text queries e: the condition at the first end-of-text token, projected if need be, L2-normalised.
 
     With `query_tokens` the mean of the tokens' vectors, times `token_embedding_weight`, is added to that condition.
@@ -311,18 +287,11 @@ class DiffDis(ModelMixin, ConfigMixin):
       query = query + self.token_embedding_weight * total / inside.sum(dim=1, keepdim=True).clamp(min=1)
     return F.normalize((query if self.text_projection is None else self.text_projection(query)).float(), dim=-1)
 
-  def predict(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Null) -> Query:
+  def predict(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Tensor) -> Query:
     """Run Φ_θ(e_t, t_e, z): ê_0 or ε̂_e, as the run's target says. The UNet's up path does not run.
 
-    The image is clean, which its own timestep says: 1000, one past the generative range (Table 7). Its text condition
-    is the empty prompt's, so that no caption leaks.
-
-    Args:
-      z: clean latents.
-      e_t: noised text query, γ √ᾱ e + √(1−ᾱ) ε.
-      t_e: its timestep, 0 to 999.
-      unet: a UNet2DConditionModel.
-      c_null: of `null_condition`.
+    The latents z are clean, which the UNet's own timestep says: 1000, one past the generative range (Table 7). The text
+    condition is the empty prompt's, so that no caption leaks. `e_t` is the noised query, γ √ᾱ e + √(1−ᾱ) ε, at t_e.
     """
     onload(unet, self)
     dtype = unet.dtype
@@ -352,10 +321,6 @@ class DiffDis(ModelMixin, ConfigMixin):
     # Without fusion the query meets the image here alone.
     return self.alignment(h_e if self.text_stream.blocks else e_t, h).float()
 
-  def predict_query(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Null) -> Query:
-    """Predict ê_0, whatever the target: not normalised. Arguments are those of `predict`."""
-    return self.to_query(self.predict(z, e_t, t_e, unet=unet, c_null=c_null), e_t, t_e)
-
   def to_query(self, prediction: Query, e_t: Query, t_e: Timesteps) -> Query:
     """Return ê_0 of a prediction: from the noise, ê_0 = (e_t − √(1−ᾱ) ε̂_e) / (γ √ᾱ)."""
     if self.target == "data":
@@ -365,7 +330,7 @@ class DiffDis(ModelMixin, ConfigMixin):
 
   @torch.no_grad()
   def embed_image(
-    self, z: Features, noise: Query, *, unet: Part, c_null: Null, steps: int = 1, guidance: float = 1.0
+    self, z: Features, noise: Query, *, unet: Part, c_null: Tensor, steps: int = 1, guidance: float = 1.0
   ) -> Query:
     """Return the denoised text query, L2-normalised: `steps` DDIM steps from e_T = noise (the paper's Algorithm 3).
 
@@ -394,11 +359,12 @@ class DiffDis(ModelMixin, ConfigMixin):
     return F.normalize(e_t, dim=-1)
 
   @torch.no_grad()
-  def similarity(self, image: jt.Float[Tensor, "n d"], text: jt.Float[Tensor, "m d"]) -> jt.Float[Tensor, "n m"]:
-    """Return logits τ ⟨ê_0, e⟩ of image queries and text queries, τ = min(exp(logit_scale), 100)."""
+  def similarity(self, image: Tensor, text: Tensor) -> Tensor:
+    """Return logits τ ⟨ê_0, e⟩, [n, m], of n image and m text queries, τ = min(exp(logit_scale), 100)."""
     return self.logit_scale.float().exp().clamp(max=100) * image @ text.T
 
-  def _rates(self, t: Timesteps) -> Rates:
+  def _rates(self, t: Timesteps) -> list[Tensor]:
+    """Return √ᾱ(t) and √(1 − ᾱ(t)), f32 of shape [b, 1]."""
     a = self.alpha_bar[t.cpu()][:, None]
     # The roots in float64, and only then f32: 1 − ᾱ of a small t would lose its digits.
-    return Rates(a.sqrt().float().to(t.device), (1 - a).sqrt().float().to(t.device))
+    return [x.sqrt().float().to(t.device) for x in (a, 1 - a)]

@@ -30,12 +30,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import ExifTags, Image
 from torch import Tensor
 
-# Shapes in annotations, which nothing evaluates without it. By this form of import: of others diffusers tells the user
-# that a package is missing.
-try:
-  import jaxtyping as jt
-except ImportError:
-  pass
 # Only texts beyond plain ASCII need it.
 try:
   import ftfy
@@ -57,15 +51,8 @@ TEMPLATES = (
   "a photo of the small {}.",
 )
 _SLOT = re.compile(r"\{c?\}")
-WANTED = "give a PIL image, a tensor or an array"
-_TURN = Image.Transpose
-_TURNS = dict(  # what makes an image upright, by EXIF's orientation
-  enumerate(
-    (_TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE)
-    + (_TURN.ROTATE_270, _TURN.TRANSVERSE, _TURN.ROTATE_90),
-    start=2,
-  )
-)
+# What makes an image upright, by EXIF's orientation from 2 on: the numbers of Image.Transpose.
+_TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
 _LIBRARIES = ("diffusers", "transformers")
 
 
@@ -73,14 +60,14 @@ class Classification(NamedTuple):
   """The likeliest name of each image, and the softmax over the names of τ ⟨ê_0, e⟩, f32[n, k]."""
 
   labels: list[str]
-  scores: jt.Float[Tensor, "n k"]
+  scores: Tensor
 
 
 class Ranking(NamedTuple):
   """Places of the images in what was given, the nearest to the text first, and their cosines in that order, f32[n]."""
 
   order: list[int]
-  scores: jt.Float[Tensor, " n"]
+  scores: Tensor
 
 
 class DiffDisPipeline(StableDiffusionPipeline):
@@ -173,14 +160,13 @@ class DiffDisPipeline(StableDiffusionPipeline):
     return Ranking(order.tolist(), scores)
 
   @torch.no_grad()
-  def embed_texts(self, texts: str | Sequence[str], batch_size: int = 32) -> jt.Float[Tensor, "n d"]:
+  def embed_texts(self, texts: str | Sequence[str], batch_size: int = 32) -> Tensor:
     r"""
     Embed texts: queries e, which the cosine compares with images.
 
     Args:
       texts (`str` or `List[str]`): cut where they are longer than the model's `max_length`, and cleaned as in training,
         which needs ftfy for texts beyond plain ASCII.
-      batch_size (`int`): texts at a time.
 
     Returns:
       `torch.Tensor`: f32 of shape (texts, width), each of length 1.
@@ -198,9 +184,9 @@ class DiffDisPipeline(StableDiffusionPipeline):
     num_inference_steps: int | None = None,
     num_noise_samples: int | None = None,
     generator: Generator | list[Generator] | None = None,
-    noise: jt.Float[Tensor, "*k n d"] | None = None,
+    noise: Tensor | None = None,
     batch_size: int = 32,
-  ) -> jt.Float[Tensor, "n d"]:
+  ) -> Tensor:
     r"""
     Embed images: denoised queries ê_0 (the paper's Algorithm 3), which the cosine compares with texts.
 
@@ -208,10 +194,9 @@ class DiffDisPipeline(StableDiffusionPipeline):
       images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): of any size. Tensors are
         [3, h, w] or [n, 3, h, w], arrays [h, w, 3] or [n, h, w, 3], uint8, or float in [0, 1]. An image is resized so
         that its short side fits, and its central square is taken.
-      num_inference_steps (`int`, *optional*): denoising steps, 1 to 1000; by default the run's, 1 in the paper.
-      num_noise_samples (`int`, *optional*): samples of the noise to average; by default the run's, 1 in the paper.
-      generator (`torch.Generator` or `List[torch.Generator]`, *optional*): of the noise, for a result that can be
-        repeated; of a list one for each image.
+      num_inference_steps, num_noise_samples (`int`, *optional*): denoising steps, and samples of the noise to average;
+        by default the run's.
+      generator (`torch.Generator` or `List[torch.Generator]`, *optional*): of the noise; of a list one for each image.
       noise (`torch.Tensor`, *optional*): the noise itself, [n, d] or [samples, n, d], in place of a generator.
       batch_size (`int`): images at a time. Each has the same noise, whatever it is.
 
@@ -265,16 +250,14 @@ class DiffDisPipeline(StableDiffusionPipeline):
     (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "pipeline.py").write_text(self.source, encoding="utf-8")
 
-  def _token_ids(self, texts: Sequence[str]) -> jt.Int[Tensor, "n l"]:
+  def _token_ids(self, texts: Sequence[str]) -> Tensor:
     """Return the ids that texts have in training."""
     how = dict(padding="max_length", max_length=self._diffdis().max_length, truncation=True, return_tensors="pt")
     return self.tokenizer([_cleaned(text) for text in texts], **how).input_ids
 
   def _check_unet(self) -> None:
     if self.unet is None:
-      raise ValueError(
-        "this model is an autoencoder alone, which neither generates nor classifies; pipe.vae encodes and decodes"
-      )
+      raise ValueError("this model is an autoencoder alone, which neither generates nor classifies; take pipe.vae")
 
   def _diffdis(self) -> Any:
     self._check_unet()
@@ -282,7 +265,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
       raise ValueError("this model was not trained for discrimination and only generates; it has no component diffdis")
     return self.diffdis
 
-  def _encode(self, pixels: jt.UInt8[Tensor, "b H W 3"]) -> jt.Float[Tensor, "b c h w"]:
+  def _encode(self, pixels: Tensor) -> Tensor:
     """Return latents z: the posterior's mode, scaled."""
     x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     return self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
@@ -322,7 +305,7 @@ def _to_list(images: Images) -> list[Any]:
   elif isinstance(images, Image.Image):
     images = [images]
   if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
-    raise ValueError(f"images is of type {type(images).__name__}; {WANTED}, or a list of them")
+    raise ValueError(f"images is of type {type(images).__name__}; give PIL images, tensors or arrays, one or a list")
   if not images:
     raise ValueError("images is empty; give at least one")
   return list(images)
@@ -361,7 +344,7 @@ def _to_pil(image: Any) -> Image.Image:
     image = (image.float() if image.is_floating_point() else image).numpy()
     image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
   if not isinstance(image, np.ndarray):
-    raise ValueError(f"an image is of type {type(image).__name__}; {WANTED}")
+    raise ValueError(f"an image is of type {type(image).__name__}; give a PIL image, a tensor or an array")
   if image.ndim != 3 or image.shape[-1] != 3:
     raise ValueError(f"an image has shape {tuple(image.shape)}; give a tensor [3, h, w] or an array [h, w, 3]")
   if image.dtype != np.uint8:

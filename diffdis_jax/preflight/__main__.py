@@ -155,9 +155,7 @@ def summarise(
 def lines(result: dict[str, Any]) -> list[str]:
   """Return the lines of a report for reading."""
   memory, bound = result["memory_gib"], result["seconds_bound"]
-  text = [
-    f"{name}: {result['parameters']:,} parameters, {result['images']} images on {result['chips']} x {result['chip']}"
-  ]
+  text = [f"{result['parameters']:,} parameters, {result['images']} images on {result['chips']} x {result['chip']}"]
   if not result["for_this_chip"]:
     text.append(f"compiled by XLA for {result['compiler']}: memory and collectives are that program's, not the chip's")
   # The TPU compiler refuses what does not fit, so that there is no program of which more could be said.

@@ -148,7 +148,9 @@ def test_a_tokenizer_of_another_form(tmp_path, content):
     import_weights.check_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("channels", "message"), [(9, "in_channels is 9; an image goes in beside the noise"), (4, "")])
+@pytest.mark.parametrize(
+  ("channels", "message"), [(9, "in_channels is 9; Stable Diffusion v1 and this package have 4"), (4, "")]
+)
 def test_a_single_file_that_inpaints(tmp_path, channels, message):
   block, text = (32, 32, 3, 3), "cond_stage_model.transformer.text_model"
   shapes = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import re
@@ -10,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-from etils import epath
 from PIL import Image
 
 from diffdis_jax.export_weights import export_weights
@@ -75,15 +73,14 @@ def test_a_mixture_whose_sources_leave_out_what_has_a_default():
   assert model_card._data(mixture["a"] | {"mixture": {}}) == "pairs cc3m, split train"
 
 
-def test_what_a_file_of_results_says_is_no_markup(tmp_path):
+def test_what_a_file_of_results_says_is_no_markup():
   """It may come from anybody. Of what Markdown and HTML read, nothing is left."""
   hostile = "x |\n\n# Y <script>alert(1)</script> [a](javascript:b) ![c](//d) `e` *f* _g_ ~~h~~ $i$ \\"
-  record = {"metrics": {hostile: 0.5}, "protocol": {"templates": hostile[:50], hostile[:20]: 1}, "pretrained": "a_b"}
-  (tmp_path / "results.json").write_text(json.dumps({hostile: {hostile: record}}))
-  *_, row = model_card._results(epath.Path(tmp_path))
-  assert "\n" not in row and "<" not in row and "checkpoint a_b" in row
-  assert len(re.findall(r"(?<!\\)\|", row)) == 5, "four cells"
-  assert not re.search(r"(?<!\\)(?:\\\\)*[`*\[\]~$]", row)
+  record = {"protocol": {"templates": hostile[:50], hostile[:20]: 1}, "pretrained": "a_b"}
+  protocol, metrics = model_card._protocol(record), model_card._shown({hostile: 0.5})
+  assert "checkpoint a_b" in protocol
+  for text in (model_card._plain(hostile), protocol, metrics):
+    assert "\n" not in text and "<" not in text and not re.search(r"(?<!\\)(?:\\\\)*[`*\[\]~$|]", text)
   assert model_card._plain("mean_per_class_recall 0.5") == "mean_per_class_recall 0.5"
 
 

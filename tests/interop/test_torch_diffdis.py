@@ -82,7 +82,7 @@ class Twin:
     return self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
 
   def predict_query(self, z: torch.Tensor, e_t: torch.Tensor, t_e: torch.Tensor) -> torch.Tensor:
-    return self.diffdis.predict_query(z, e_t, t_e, **self._given)
+    return self.diffdis.to_query(self.diffdis.predict(z, e_t, t_e, **self._given), e_t, t_e)
 
   def embed_image(self, z: torch.Tensor, steps: int, noise: torch.Tensor) -> torch.Tensor:
     return self.diffdis.embed_image(z, noise, steps=steps, **self._given)

@@ -401,7 +401,9 @@ def test_an_autoencoder_alone_encodes_and_decodes(tmp_path):
     assert relative_error(from_torch.nhwc(found), z) < 1e-5
     assert relative_error(from_torch.nhwc(decoded), expected) < 1e-5
     for call, given in ((pipe, ("a red star",)), (pipe.classify, (BLACK, ["a"])), (pipe.embed_texts, (["a"],))):
-      with pytest.raises(ValueError, match="is an autoencoder alone, which neither generates nor classifies; pipe.vae"):
+      with pytest.raises(
+        ValueError, match="is an autoencoder alone, which neither generates nor classifies; take pipe.vae"
+      ):
         call(*given)
 
 
@@ -428,7 +430,7 @@ WRONG = {
   "no images": (dict(images=[]), "images is empty; give at least one"),
   "a path": (
     dict(images="cat.png"),
-    "images is of type str; give a PIL image, a tensor or an array, or a list of them",
+    "images is of type str; give PIL images, tensors or arrays, one or a list",
   ),
   "paths": (dict(images=["cat.png"]), "an image is of type str; give a PIL image, a tensor or an array"),
   "grey": (dict(images=torch.zeros(1, 8, 8)), r"an image has shape \(8, 8, 1\); give a tensor \[3, h, w\]"),
