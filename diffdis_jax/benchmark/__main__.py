@@ -2,10 +2,8 @@
 
   diffdis benchmark --config=benchmark --out=benchmark.json
 
-The steps are timed in turns, round by round, so that a machine whose speed drifts affects all of them alike. With
---preflight=F.json, written by `preflight --out` for the same config, the measured time is compared with the estimate.
-
-Times the rows of the paper's Table 6: CLIP, Stable Diffusion and DiffDis; table6.md gets the table:
+The steps take turns, round by round, so that a machine whose speed drifts affects all of them alike. `table6` times the
+rows of the paper's Table 6, CLIP, Stable Diffusion and DiffDis; table6.md gets the table:
 
   diffdis benchmark table6 --config=table6 --out=table6.json
 """
@@ -14,24 +12,37 @@ from __future__ import annotations
 
 import os
 import pathlib
+import statistics
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffdis_jax import inference
-from diffdis_jax.benchmark import steps, table6
+from diffdis_jax.benchmark import table6
 from diffdis_jax.common import cli, files
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
-from diffdis_jax.training.step import Trainer
+from diffdis_jax.structs import TrainingBatch
+from diffdis_jax.training.flops import turns
+from diffdis_jax.training.step import Trainer, abstract_batch
 
 FLAGS = flags.FLAGS
+OBJECTIVES = {
+  "joint": ("generation", "discrimination"),
+  "generation": ("generation",),
+  "discrimination": ("discrimination",),
+}
+OF_CLIP = {"contrastive": ("contrastive",)}
 
 
 def define_flags() -> None:
@@ -39,45 +50,35 @@ def define_flags() -> None:
   cli.config_flag()
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
   flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
-  flags.DEFINE_string("preflight", None, "the JSON file that preflight --out wrote for the same config; for steps only")
-  flags.DEFINE_integer("images", 200, "how many distinct 512 px JPEGs", lower_bound=1)
-  flags.DEFINE_string("scratch", None, "folder for temporary files, about 3 MB for each image")
+  flags.DEFINE_integer("images", 200, "of table6: how many distinct 512 px JPEGs", lower_bound=1)
+  flags.DEFINE_string("scratch", None, "of table6: folder for temporary files, about 3 MB for each image")
 
 
 def main(argv: Sequence[str]) -> None:
   if argv[1:] not in ([], ["table6"]):
     raise UserError(f"unexpected argument {argv[1]!r}; diffdis benchmark [table6] --config=... --out=...")
-  kind = argv[1] if argv[1:] else "steps"
-  if ("models" in FLAGS.config) != (kind == "table6"):
+  is_table = argv[1:] == ["table6"]
+  if ("models" in FLAGS.config) != is_table:
     raise UserError("table6 takes --config=table6, the other benchmark the config of one model")
-  if FLAGS.preflight and kind != "steps":
-    raise UserError(f"--preflight is of steps alone; leave it out of {kind}")
   cli.compilation_cache()
   cli.use_all_cores()
   # This and all below before anything is timed: a mistyped path should not cost the minutes.
   files.check_out(FLAGS.out)
-  if kind == "table6" and FLAGS.out.endswith(".md"):
+  if is_table and FLAGS.out.endswith(".md"):
     raise UserError(f"--out={FLAGS.out} should end in .json; the table is written beside it, as .md")
   if FLAGS.scratch is not None and not os.path.isdir(FLAGS.scratch):
     raise UserError(f"no folder --scratch={FLAGS.scratch}; create it first")
   # Before the measurement, during which the checkout may change.
   made = provenance.provenance(origin(FLAGS.config))
-  if kind == "table6":
+  if is_table:
     models = table6_models(FLAGS.config, sharding.make_mesh(**FLAGS.config.mesh))
+    counts = {name: FLAGS.config[name] for name in ("generated", "classified")}
     with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
-      results = table6.time_table6(
-        models,
-        pathlib.Path(folder),
-        images=FLAGS.images,
-        rounds=FLAGS.rounds,
-        generated=FLAGS.config.generated,
-        classified=FLAGS.config.classified,
-      )
-  else:
-    results = time_steps(Run.of(FLAGS.config))
-  files.write_out(FLAGS.out, files.as_json({**results, "provenance": made}))
-  if kind == "table6":
+      results = table6.time_table6(models, pathlib.Path(folder), images=FLAGS.images, rounds=FLAGS.rounds, **counts)
     files.write_out(f"{FLAGS.out.removesuffix('.json')}.md", table6.markdown(results))
+  else:
+    results = time_steps(trainers(Run.of(FLAGS.config)), rounds=FLAGS.rounds)
+  files.write_out(FLAGS.out, files.as_json({**results, "provenance": made}))
 
 
 def origin(config: ConfigDict) -> dict[str, Any]:
@@ -85,40 +86,6 @@ def origin(config: ConfigDict) -> dict[str, Any]:
   if "models" in config:
     return {name: provenance.of_config(each.to_dict()) for name, each in config.models.items()}
   return provenance.of_config(config.copy_and_resolve_references().to_dict())
-
-
-def time_steps(run: Run) -> dict[str, Any]:
-  """Time the joint step and its two single tasks, or CLIP's, the config's beside preflight's word where there is one.
-
-  Raises:
-    UserError: a config that trains neither DiffDis nor CLIP.
-  """
-  if run.task.is_autoencoder or run.task.labelled:
-    raise UserError(
-      f"benchmark times steps of generation, discrimination and CLIP, and this config's objective is"
-      f" {run.objectives[0]}; its own pace is in the metrics.jsonl of a run, as steps_per_sec"
-    )
-  mesh, trainers, planned = sharding.make_mesh(**vars(run.mesh)), {}, None
-  if FLAGS.preflight:
-    # Read and compared before anything is timed, too.
-    report, size = read_preflight(FLAGS.preflight), run.batch_size
-    kind = mesh.devices.flat[0].device_kind
-    planned = steps.preflighted(report, run.objectives, batch_size=size, chips=mesh.size, kind=kind)
-  for name, objectives in (steps.OF_CLIP if run.task.is_clip else steps.OBJECTIVES).items():
-    trainers[name] = Trainer(run.trained_for(*objectives), mesh)
-  results = steps.time_steps(trainers, rounds=FLAGS.rounds)
-  if planned:
-    name, train = planned
-    results["preflight"] = steps.beside_preflight(name, train, results["seconds"][name])
-  return results
-
-
-def read_preflight(path: str) -> dict[str, Any]:
-  """Read what `preflight --out` wrote."""
-  try:
-    return dict(files.read_json(path))
-  except (UserError, ValueError, TypeError) as error:
-    raise UserError(f"--preflight={path} is no file that preflight --out wrote: {error}") from error
 
 
 def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
@@ -130,6 +97,86 @@ def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
     model = inference.Inference(step.network, run.inference, mesh=mesh, batch_size=run.batch_size)
     models[name] = table6.Model(step=step, inference=model, trained=config.trained[name])
   return models
+
+
+def trainers(run: Run) -> dict[str, Trainer]:
+  """Return the joint step and its two single tasks, or CLIP's. Raises UserError: the config trains neither."""
+  if run.task.is_autoencoder or run.task.labelled:
+    raise UserError(
+      f"benchmark times steps of generation, discrimination and CLIP, and this config's objective is"
+      f" {run.objectives[0]}; its own pace is in the metrics.jsonl of a run, as steps_per_sec"
+    )
+  mesh = sharding.make_mesh(**vars(run.mesh))
+  kinds = OF_CLIP if run.task.is_clip else OBJECTIVES
+  return {name: Trainer(run.trained_for(*objectives), mesh) for name, objectives in kinds.items()}
+
+
+def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any]:
+  """Measure the seconds of each step (median and all rounds), floating-point operations by `operations_of`, and ratios.
+
+  Args:
+    trainers: the steps by their names, on one mesh, of one batch.
+    rounds: timed steps of each.
+  """
+  first = next(iter(trainers.values()))
+  mesh, run, batch = first.mesh, first.run, random_batch(first)
+  states, steps, operations = {}, {}, {}
+  for name, step in trainers.items():
+    states[name] = step.with_params(step.init_params(jax.random.key(0)))
+    # Ahead of time: the compiler's count is of the very program that is timed.
+    traced = step.train_step.trace(states[name], batch)
+    steps[name] = traced.lower().compile()
+    operations[name] = operations_of(traced, steps[name], devices=mesh.size)
+    logging.info("%s: compiled, %.1f GFLOP a step", name, operations[name] / 1e9)
+  seconds: dict[str, list[float]] = {name: [] for name in steps}
+  for index in range(rounds + 1):
+    for name, step in steps.items():
+      begin = time.perf_counter()
+      states[name], metrics = step(states[name], batch)
+      jax.block_until_ready(metrics)
+      if index:  # the first round warms up
+        seconds[name].append(time.perf_counter() - begin)
+    logging.info("round %d of %d", index, rounds)
+  median = {name: statistics.median(values) for name, values in seconds.items()}
+  ratios = {}
+  if "joint" in median:
+    ratios = dict(
+      joint_over_generation=median["joint"] / median["generation"],
+      joint_over_sum=median["joint"] / (median["generation"] + median["discrimination"]),
+      joint_over_generation_flop=operations["joint"] / operations["generation"],
+    )
+    logging.info("%s", ", ".join(f"{name} {value:.3f}" for name, value in ratios.items()))
+  return dict(
+    device=f"{mesh.size} x {jax.devices()[0].device_kind}",
+    batch_size=run.batch_size,
+    image_size=run.image_size,
+    seconds=median,
+    rounds=seconds,
+    gigaflop={name: value / 1e9 for name, value in operations.items()},
+    **ratios,
+  )
+
+
+def operations_of(traced: jax.stages.Traced, compiled: jax.stages.Compiled, *, devices: int) -> float:
+  """Count the operations of a call, as the compiler counts those of one device. It takes a loop's body once: that is
+  multiplied by the loops' turns."""
+  of_device = float((compiled.cost_analysis() or {}).get("flops", float("nan")))
+  return of_device * devices * turns(traced.jaxpr)
+
+
+def random_batch(trainer: Trainer) -> TrainingBatch:
+  """Return a random batch of a run: of images, with a view of its own for discrimination where that has one, or of
+  latents."""
+  rng = np.random.default_rng(0)
+  makers = {
+    "uint8": lambda shape: rng.integers(0, 256, shape, np.uint8),
+    "int32": lambda shape: rng.integers(0, 49406, shape, np.int32),  # tokens of words
+    "bfloat16": lambda shape: rng.standard_normal(shape, np.float32).astype(jnp.bfloat16),
+  }
+  shapes = abstract_batch(trainer.run, trainer.network, trainer.mesh)
+  rows = {name: each and makers[each.dtype.name](each.shape) for name, each in vars(shapes).items()}
+  # On the devices before the clock starts: the loader's part is measured elsewhere.
+  return type(shapes)(**sharding.to_global(rows, trainer.mesh))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ numbers of images that it does not state, so that ratios are what can be compare
 from __future__ import annotations
 
 import dataclasses
-import functools
+import io
 import math
 import pathlib
 import statistics
+import tarfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,9 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from PIL import Image
 
-from diffdis_jax.benchmark import synthetic
-from diffdis_jax.common.params import Params
 from diffdis_jax.data import loader, sources
 from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.prepare import builder, parts
@@ -31,12 +31,12 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import TrainingBatch
 from diffdis_jax.training import flops
-from diffdis_jax.training.metrics import Metrics
 from diffdis_jax.training.step import Trainer
 
 NAMES = {"clip": "CLIP", "stable_diffusion": "Stable Diffusion", "diffdis": "DiffDis"}
+SOURCE = 512  # pixels of a synthetic photograph
+REPEATS = 10  # of the images: fewer records than some thousands take longer to shuffle, for the way Grain does it
 LOADED_STEPS = 3  # of a round, with the loader, at least: as many as it has batches ahead
-PROMPTS = 64  # texts that are embedded in a round
 # Figures from the appendix: hours of training, seconds of generation and of discrimination, zero-shot ImageNet, FID.
 PAPER: dict[str, dict[str, float]] = {
   "clip": dict(training=31, discrimination=148, zero_shot=21.1),
@@ -49,30 +49,44 @@ BASES = {"training": "stable_diffusion", "generation": "stable_diffusion", "disc
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-  """One of the three models.
-
-  Attributes:
-    step: its training step.
-    inference: of the same network.
-    trained: images that a whole training takes.
-  """
+  """One of the three models: its training step, the inference of the same network, and how many images a whole training
+  takes."""
 
   step: Trainer
   inference: Inference
   trained: int
 
-  @property
-  def batch_size(self) -> int:
-    """Return the global batch size, of training and of inference."""
-    return self.step.run.batch_size
 
-  @property
-  def generates(self) -> bool:
-    return self.step.run.task.generates
+def photo(rng: np.random.Generator, side: int) -> bytes:
+  """Return a JPEG of about a photograph's entropy: soft shapes, texture, grain."""
+  noise = lambda n: Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8))
+  layer = lambda n: np.asarray(noise(n).resize((side, side), Image.Resampling.BICUBIC), np.float32)
+  # Size and time of decoding follow from entropy: plain colours would be decoded too fast, pure noise too slowly.
+  pixels = 0.75 * layer(12) + 0.2 * layer(side // 8) + rng.normal(0, 4, (side, side, 3))
+  file = io.BytesIO()
+  Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+  return file.getvalue()
 
-  @property
-  def discriminates(self) -> bool:
-    return self.step.run.task.aligned
+
+def write_tar(path: pathlib.Path, images: list[bytes], count: int, seed: int) -> None:
+  """Write `count` pairs of these images, as img2dataset packs them, each with a caption of its own."""
+  rng = np.random.default_rng(seed)
+  words = "a photo of the red old small house with two people near river and green trees in winter light".split()
+  with tarfile.open(path, "w") as tar:
+    for i in range(count):
+      caption = " ".join(rng.choice(words, rng.integers(6, 14)))
+      for ending, data in (("jpg", images[i % len(images)]), ("txt", caption.encode()), ("json", b"{}")):
+        member = tarfile.TarInfo(f"{i:06d}.{ending}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+
+def write_photos(folder: pathlib.Path, images: int) -> pathlib.Path:
+  """Write a new folder with one tar of photographs, each REPEATS times."""
+  raw, rng = folder / "raw", np.random.default_rng(0)
+  raw.mkdir()
+  write_tar(raw / "train-00000.tar", [photo(rng, SOURCE) for _ in range(images)], REPEATS * images, seed=0)
+  return raw
 
 
 def time_table6(
@@ -90,27 +104,25 @@ def time_table6(
   """
   prepared = _write_images(folder, images, max(model.step.run.image_size for model in models.values()))
   timed = {name: _Timed(model, prepared) for name, model in models.items()}
-  ways = {name: each.ways for name, each in timed.items()}
-  seconds: dict[str, dict[str, list[float]]] = {name: {way: [] for way in ways[name]} for name in ways}
+  seconds: dict[str, dict[str, list[float]]] = {name: {way: [] for way in each.ways} for name, each in timed.items()}
   for index in range(rounds + 1):
-    for name in ways:
-      for way, once in ways[name].items():
+    for name, each in timed.items():
+      for way, once in each.ways.items():
         if way == "training":
-          timed[name].use_up()
+          each.use_up()
         begin = time.perf_counter()
         count = once()
         if index:
           seconds[name][way].append((time.perf_counter() - begin) / count)
     logging.info("round %d of %d", index, rounds)
 
-  mesh = models["clip"].step.mesh
-  found = {}
+  mesh, found = models["clip"].step.mesh, {}
   for name, model in models.items():
     median = {way: statistics.median(values) for way, values in seconds[name].items()}
     found[name] = dict(
       image_size=model.step.run.image_size,
       parameters=sum(math.prod(leaf.shape) for leaf in model.step.shapes.values()),
-      batch_size=model.batch_size,
+      batch_size=model.step.run.batch_size,
       seconds=median,
       rounds=seconds[name],
       gigaflop=_operations(model),
@@ -131,59 +143,45 @@ def time_table6(
 def _write_images(folder: pathlib.Path, images: int, image_size: int) -> str:
   """Write JPEGs as prepare_data stores them for this image size, a little larger than they are seen. Return their
   folder."""
-  out = folder / "pairs"
-  raw = synthetic.write_photos(folder, images)
-  builder.prepare(parts.tars(raw), out, settings=builder.Settings(short_side=image_size * 9 // 8))
-  return str(out)
+  raw = write_photos(folder, images)
+  builder.prepare(parts.tars(raw), folder / "pairs", settings=builder.Settings(short_side=image_size * 9 // 8))
+  return str(folder / "pairs")
 
 
 class _Timed:
-  """A model with its state and data. `ways`: name -> a function that does something once and returns of how many.
-
-  Of images all but `text`, of texts that one.
-  """
+  """A model with its state and data. `ways`: name -> a function that does something once and returns for how many
+  images."""
 
   def __init__(self, model: Model, prepared: str):
-    self._model = model
-    step, batch_size = model.step, model.batch_size
-    run = step.run
+    self._model, run = model, model.step.run
     data = dataclasses.replace(run.data, source={"name": "pairs", "path": prepared}, mixture={})
     self._batches = open_loader(dataclasses.replace(run, data=data, seed=0))
     self._substitutions = loader.Substitutions()
-    # One batch for all steps without the loader, and its shapes for the compilation.
+    # One batch for all steps without the loader.
     self._batch = self._draw()
-    self._state = step.with_params(step.init_params(jax.random.key(0)))
+    self._state = model.step.with_params(model.step.init_params(jax.random.key(0)))
     self._source = sources.open_source(name="pairs", path=prepared, image_size=run.image_size)
     # A small --images has fewer images than a batch.
-    self._places = np.arange(batch_size) % len(self._source)
-    self._images = base.Images(self._source, self._places, run.image_size)[np.arange(batch_size)]
-    self._tokens = Tokenizer(data.max_length)([f"a photo of {i} houses" for i in range(max(batch_size, PROMPTS))])
+    self._places = np.arange(run.batch_size) % len(self._source)
+    self._tokens = Tokenizer(data.max_length)([f"a photo of {i} houses" for i in range(run.batch_size)])
     self.ways: dict[str, Callable[[], int]] = dict(training_step=self._train, training=self._train_with_loader)
-    if model.generates:
-      self._noise = model.inference.noise(batch_size, seed=0)
+    if run.task.generates:
+      self._noise = model.inference.noise(run.batch_size, seed=0)
       self.ways["generation"] = self._generate
-    if model.discriminates:
-      self.ways |= dict(
-        discrimination_decoded=self._discriminate, discrimination=self._decode_and_discriminate, text=self._embed_texts
-      )
+    if run.task.aligned:
+      self.ways["discrimination"] = self._discriminate
 
   def _draw(self) -> TrainingBatch:
     batch = self._substitutions.take(next(self._batches))
     return batch_type(self._model.step.run.data)(**sharding.to_global(batch, self._model.step.mesh))
 
-  def _step(self, batch: TrainingBatch) -> Metrics:
-    self._state, metrics = self._model.step.train_step(self._state, batch)
-    self.__dict__.pop("_params", None)
-    return metrics
-
-  @functools.cached_property
-  def _params(self) -> Params:
-    return self._state.params
+  def _step(self, batch: TrainingBatch) -> None:
+    self._state, _ = self._model.step.train_step(self._state, batch)
 
   def _train(self) -> int:
-    metrics = self._step(self._batch)
-    jax.block_until_ready(metrics)
-    return self._model.batch_size
+    self._step(self._batch)
+    jax.block_until_ready(self._state)
+    return self._model.step.run.batch_size
 
   def use_up(self) -> None:
     """Use up what the loader has read while others were timed, which would cost nothing; then take steps, from whose
@@ -194,31 +192,22 @@ class _Timed:
 
   def _train_with_loader(self) -> int:
     for _ in range(self._loaded_steps):  # as train does: a batch is loaded while the step before it runs
-      batch = self._draw()
-      self._step(batch)
+      self._step(self._draw())
     # Once at the end, since a wait after each step would keep the loader from running beside it.
     jax.block_until_ready(self._state)
-    return self._loaded_steps * self._model.batch_size
+    return self._loaded_steps * self._model.step.run.batch_size
 
   @property
   def _loaded_steps(self) -> int:
     return max(LOADED_STEPS, self._model.step.run.data.loader.prefetch)
 
   def _generate(self) -> int:
-    self._model.inference.generate(self._params, self._tokens[: self._model.batch_size], self._noise)
-    return self._model.batch_size
+    self._model.inference.generate(self._state.params, self._tokens, self._noise)
+    return len(self._tokens)
 
   def _discriminate(self) -> int:
-    self._model.inference.embed_images(self._params, self._images, seed=0)
-    return self._model.batch_size
-
-  def _decode_and_discriminate(self) -> int:
-    base.embed_images(self._model.inference, self._params, self._source, self._places, seed=0)
-    return self._model.batch_size
-
-  def _embed_texts(self) -> int:
-    self._model.inference.embed_texts(self._params, self._tokens)
-    return len(self._tokens)
+    base.embed_images(self._model.inference, self._state.params, self._source, self._places, seed=0)
+    return len(self._places)
 
 
 def _operations(model: Model) -> dict[str, float]:
@@ -226,7 +215,8 @@ def _operations(model: Model) -> dict[str, float]:
   twice."""
   traced = dict(training=flops.trace_train(model.step))
   # By tracing: what the compiler counts includes what rematerialisation computes again.
-  for way, is_done in (("generation", model.generates), ("discrimination", model.discriminates)):
+  task = model.step.run.task
+  for way, is_done in (("generation", task.generates), ("discrimination", task.aligned)):
     if is_done:
       traced[way] = flops.trace_inference(way, model.inference)
   return {way: program.operations / program.rows / 1e9 for way, program in traced.items()}

@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from configs import diffdis_cc3m
-from diffdis_jax.benchmark import synthetic
+from diffdis_jax.benchmark import table6
 from diffdis_jax.common import files
 from diffdis_jax.config.data import Loading
 from diffdis_jax.config.model import TextEncoderSize
@@ -64,9 +64,7 @@ def main(out: str, num_pairs: str = "200000", scratch: str | None = None) -> Non
   trainer = Trainer(run, sharding.make_mesh(**vars(run.mesh)))
   with tempfile.TemporaryDirectory(dir=scratch) as name:
     folder = pathlib.Path(name)
-    results: dict[str, Any] = data.prepare_speed(
-      synthetic.write_photos(folder, IMAGES), folder, synthetic.REPEATS * IMAGES
-    )
+    results: dict[str, Any] = data.prepare_speed(table6.write_photos(folder, IMAGES), folder, table6.REPEATS * IMAGES)
     write_latents(folder)
     results |= loader_speeds(folder, ROUNDS)
     results |= data.data_wait(trainer, folder / "reencoded")
@@ -171,9 +169,9 @@ def distant(loading: Loading, *, rows: int = 64, seconds: float = 20.0) -> dict[
 def first_batch(folder: pathlib.Path) -> dict[str, Any]:
   """Seconds to the first batch of 3 million records, at several positions: the same file is every shard."""
   long = folder / "long"
-  images = [synthetic.photo(np.random.default_rng(i), 64) for i in range(50)]
+  images = [table6.photo(np.random.default_rng(i), 64) for i in range(50)]
   (folder / "one").mkdir()
-  synthetic.write_tar(folder / "one" / "train-00000.tar", images, LONG // SHARDS, seed=0)
+  table6.write_tar(folder / "one" / "train-00000.tar", images, LONG // SHARDS, seed=0)
   builder.prepare(parts.tars(folder / "one"), folder / "short")
   short = tfds.builder_from_directory(folder / "short")
   (file,) = short.info.splits["train"].filepaths
@@ -202,8 +200,8 @@ def memory(folder: pathlib.Path, num_pairs: int) -> dict[str, Any]:
   raw, out = folder / "many", folder / "prepared"
   raw.mkdir()
   each = 5000
-  synthetic.write_tar(
-    raw / "train-00000.tar", [synthetic.photo(np.random.default_rng(i), 96) for i in range(500)], each, seed=1
+  table6.write_tar(
+    raw / "train-00000.tar", [table6.photo(np.random.default_rng(i), 96) for i in range(500)], each, seed=1
   )
   for i in range(1, max(1, num_pairs // each)):
     os.link(raw / "train-00000.tar", raw / f"train-{i:05d}.tar")

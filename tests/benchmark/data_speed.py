@@ -17,7 +17,6 @@ import grain
 import jax
 from absl import logging
 
-from diffdis_jax.benchmark.synthetic import SHORT_SIDE
 from diffdis_jax.config.data import Augmentation, Loading
 from diffdis_jax.config.model import TextEncoderSize
 from diffdis_jax.data import loader, sources
@@ -28,7 +27,7 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.training.metrics import Throughput, is_running
 from diffdis_jax.training.step import Trainer
 
-CROP = 256  # pixels
+SHORT_SIDE, CROP = 288, 256  # pixels of an image as it is stored, and of what is seen of it
 BATCH = 16
 BATCHES = {"source": 20, "short_side": 40}  # of a round: about as long for each
 KINDS = {"source": "kept", "short_side": "reencoded"}  # what the loader reads -> its folder

@@ -12,7 +12,7 @@ import pytest
 from clu.metrics import Average
 from PIL import Image
 
-from diffdis_jax.benchmark import synthetic
+from diffdis_jax.benchmark import table6
 from diffdis_jax.config.data import Loading
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import sources
@@ -27,7 +27,7 @@ from tests.steps import make_mesh
 
 @pytest.fixture
 def small(monkeypatch):
-  for module, changes in ((synthetic, dict(SOURCE=48, REPEATS=3)), (data, dict(CROP=16, SHORT_SIDE=24, BATCH=4))):
+  for module, changes in ((table6, dict(SOURCE=48, REPEATS=3)), (data, dict(CROP=16, SHORT_SIDE=24, BATCH=4))):
     for name, value in changes.items():
       monkeypatch.setattr(module, name, value)
   changes = dict(LATENT=(2, 2, 8), LONG=600, SHARDS=6, BATCHES=dict.fromkeys(data_bars.BATCHES, 2))
@@ -36,7 +36,7 @@ def small(monkeypatch):
 
 
 def test_every_way_is_timed(small, tmp_path):
-  speeds = data.prepare_speed(synthetic.write_photos(tmp_path, 4), tmp_path, 12)
+  speeds = data.prepare_speed(table6.write_photos(tmp_path, 4), tmp_path, 12)
   assert speeds.keys() == {"prepare_kept_per_core", "prepare_reencoded_per_core"}
   sizes = {}
   for name in ("kept", "reencoded"):
@@ -52,7 +52,7 @@ def test_every_way_is_timed(small, tmp_path):
 
 
 def test_a_small_models_steps_wait_for_what_was_prepared(small, tmp_path):
-  data.prepare_speed(synthetic.write_photos(tmp_path, 4), tmp_path, 12)
+  data.prepare_speed(table6.write_photos(tmp_path, 4), tmp_path, 12)
   # Of little to compile: the steps' time is what is measured, whatever they train.
   changes = {"batch_size": 4, "objectives": ("generation",), "model.unet.attention": (False,)}
   run = Run.of(tiny.get_config()).replace(changes)

@@ -47,7 +47,7 @@ def test_ratios_are_over_stable_diffusion_and_of_discrimination_over_clip():
 
 
 def test_columns_follow_from_seconds_an_image():
-  seconds = dict(training=0.5, training_step=9.0, generation=2.0, discrimination=0.01, discrimination_decoded=9.0)
+  seconds = dict(training=0.5, training_step=9.0, generation=2.0, discrimination=0.01)
   found = table6._extrapolated(seconds, trained=7200, generated=30, classified=500)
   assert found == dict(training=1.0, generation=60.0, discrimination=5.0)
 
@@ -135,7 +135,7 @@ def test_operations_at_full_size_are_those_counted_by_hand():
 def test_everything_is_timed(tmp_path: pathlib.Path):
   found = table6.time_table6(models_of("small=True,batch=4"), tmp_path, images=4, rounds=2, generated=10, classified=20)
   ways = {name: set(each["seconds"]) for name, each in found["models"].items()}
-  training, discrimination = {"training", "training_step"}, {"discrimination", "discrimination_decoded", "text"}
+  training, discrimination = {"training", "training_step"}, {"discrimination"}
   assert ways == {
     "clip": training | discrimination,
     "stable_diffusion": training | {"generation"},
