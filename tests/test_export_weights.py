@@ -229,8 +229,8 @@ def test_a_card_names_the_import_behind_a_run(sd, imported, tmp_path):
   run = make_run(tmp_path / "run", imported, init_from="second")
   behind = [{"steps": 4}, {"steps": 0, "imported": "hf:org/sd@abc"}]
   for chain, said in (
-    (behind, "another run, `second`, and that one at first from `hf:org/sd@abc`"),
-    (behind[1:], "`hf:org/sd@abc`"),
+    (behind, "`second`, which began from `hf:org/sd@abc`"),
+    (behind[1:], "`second`, which began from `hf:org/sd@abc`"),
   ):
     (tmp_path / "run" / "history.jsonl").write_text(
       json.dumps({"event": "start", "time": 0, "step": 0, "init_from": chain})

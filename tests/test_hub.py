@@ -91,8 +91,8 @@ def test_full_precision_rather_than_a_variant_and_what_diffdis_adds():
   fp16 = [name.replace(".safe", ".fp16.safe") for name in WEIGHTS if name.startswith("unet")]
   own = {"diffdis/config.json", "diffdis/diffusion_pytorch_model.safetensors"}
   names = ["model_index.json", *own, "diffdis/torch_diffdis.py", "tokenizer/vocab.json", *WEIGHTS, *fp16]
-  wanted = hub_files.choose([*names, "v1.safetensors"], "org/name")
-  assert {*wanted.weights, *wanted.config} == {"model_index.json", *own, "tokenizer/vocab.json", *WEIGHTS}
+  configs, weights = hub_files.choose([*names, "v1.safetensors"], "org/name")
+  assert {*configs, *weights} == {"model_index.json", *own, "tokenizer/vocab.json", *WEIGHTS}
 
 
 def test_what_an_import_refuses(hub, sd, tmp_path):

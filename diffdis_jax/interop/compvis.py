@@ -58,15 +58,11 @@ class Split(NamedTuple):
 
 def split(tensors: Tensors) -> Split:
   """Split a single file's tensors, as diffusers would have them in a folder for each component."""
-  components: dict[str, Tensors] = {component: {} for component in PREFIXES}
-  others = []
-  for name, tensor in tensors.items():
-    for component, prefix in PREFIXES.items():
-      if name.startswith(prefix):
-        components[component][name.removeprefix(prefix)] = tensor
-        break
-    else:
-      others.append(name)
+  components: dict[str, Tensors] = {
+    component: {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    for component, prefix in PREFIXES.items()
+  }
+  others = [name for name in tensors if not name.startswith(tuple(PREFIXES.values()))]
   depth = unet_depth(components["unet"])
   levels = len({name.split(".")[2] for name in components["vae"] if name.startswith("decoder.up.")})
   components["unet"] = {unet_name(name, depth=depth): tensor for name, tensor in components["unet"].items()}
@@ -104,9 +100,7 @@ def unet_name(name: str, *, depth: int) -> str:
 
 
 def vae_name(name: str, *, levels: int) -> str:
-  """Name the autoencoder's parameter as diffusers does. The decoder's levels are counted from the image there, from the
-  latent here.
-  """
+  """Name the autoencoder's parameter as diffusers does, whose decoder counts levels from the latent, not the image."""
   for pattern, replacement in _VAE_PARTS:
     name = re.sub(pattern, replacement, name)
   name = re.sub(r"^encoder\.down\.", "encoder.down_blocks.", name)

@@ -18,7 +18,6 @@ import numpy as np
 from absl import logging
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.common.progress import Progress
 from diffdis_jax.config.sections import Sampling
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import compvis, mapping, openclip, sections, tensor_files
@@ -66,8 +65,10 @@ def open_source(path: pathlib.Path) -> Source:
     return _open_single_file(path)
   if not path.is_dir():
     raise UserError(f"no file or folder {path}; --source names a checkpoint, on the Hugging Face hub hf:ORG/NAME")
-  readers = {"diffusers": _open_diffusers, "transformers": _open_clip_model, "open_clip": _open_openclip_folder}
-  source = readers[check_kind(path)](path)
+  if (kind := check_kind(path)) == "open_clip":
+    source = _open_openclip(_unwrapped(tensor_files.open_folder(path)), path / "open_clip_config.json")
+  else:
+    source = _open_diffusers(path) if kind == "diffusers" else _open_clip_model(path)
   if (head := path / tensor_files.HEAD).exists():  # of other classes than those that a run would have
     source.others.extend(f"head/{name}" for name in tensor_files.open_file(head))
   return source
@@ -116,8 +117,7 @@ def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matche
 
   known = mapping.CLIP if source.is_clip else mapping.DIFFDIS
   entries = [mapping.from_path(path, known) for path in network if path not in mapping.STATISTICS]
-  missing = [entry for entry in entries if entry.component in source.components and entry.path not in matched.names]
-  if missing:
+  if missing := [each for each in entries if each.component in source.components and each.path not in matched.names]:
     what = f"{missing[0].component} lacks {len(missing)} of its model's parameters, such as {missing[0].name}"
     raise UserError(f"{what}; its config and its weights should be of one model")
   return matched
@@ -125,12 +125,9 @@ def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matche
 
 def read(matched: Matched) -> Params:
   """Read the parameters in f32. Their tensors are used up, and the files closed."""
-  params, progress = {}, Progress("read", len(matched.tensors), "arrays")
-  for path in list(matched.tensors):
-    # A copy in C order: transposed views would keep the file's own array alive beside it.
-    params[path] = jnp.asarray(np.array(matched.tensors.pop(path).read(), np.float32, order="C"))
-    progress.add(1)
-  return params
+  # A copy in C order: transposed views would keep the file's own array alive beside it.
+  load = lambda path: jnp.asarray(np.array(matched.tensors.pop(path).read(), np.float32, order="C"))
+  return {path: load(path) for path in list(matched.tensors)}
 
 
 def _in_our_layout(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...]) -> Tensor:
@@ -214,9 +211,7 @@ def _canonical(part: str, tensors: Tensors) -> Tensors:
 def _open_single_file(path: pathlib.Path) -> Source:
   tensors = _unwrapped(tensor_files.open_file(path))
 
-  def has(prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in tensors)
-
+  has = lambda prefix: any(name.startswith(prefix) for name in tensors)
   if has("visual."):
     return _open_openclip(tensors, path.parent / "open_clip_config.json")
   if any(name.endswith(".kernel") for name in tensors):  # a name of ours
@@ -266,10 +261,6 @@ def _open_clip_model(folder: pathlib.Path) -> Source:
   return _clip(tensors, text | {"projection": projection}, vision | {"projection": projection}, length)
 
 
-def _open_openclip_folder(folder: pathlib.Path) -> Source:
-  return _open_openclip(_unwrapped(tensor_files.open_folder(folder)), folder / "open_clip_config.json")
-
-
 def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
   where, model_cfg = "open_clip checkpoint", {}
   if config.exists():
@@ -280,11 +271,8 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
     is_other = (how.get("resize_mode", "shortest"), how.get("interpolation", "bicubic")) != ("shortest", "bicubic")
     _check_pixels(where, how.get("mean"), how.get("std"), is_other=is_other)
   else:
-    logging.warning(
-      "no %s, so the activation is gelu, open_clip's default, and the heads are those of published towers; OpenAI's"
-      ' weights need one with {"model_cfg": {"quick_gelu": true}}',
-      config,
-    )
+    need = 'OpenAI\'s weights need one with {"model_cfg": {"quick_gelu": true}}'
+    logging.warning("no %s, so the activation is gelu, and the heads are those of published towers; %s", config, need)
   tensors = openclip.convert(tensors)
   with sections.of_shapes(where, openclip.SUPPORTED):
     vision = sections.vision_of(tensors)
@@ -312,11 +300,8 @@ def _check_pixels(where: str, mean: Any, std: Any, *, is_other: bool) -> None:
     if numbers is not None and near != [True] * 3:
       raise sections.unsupported(where, name, numbers, f"only OpenAI's, {expected}, is supported")
   if is_other:
-    logging.warning(
-      "%s squashes images, or resizes them otherwise than bicubically; here the short side is resized and the middle"
-      " cut out, so that figures differ a little from published ones",
-      where,
-    )
+    how = "here the short side is resized and the middle cut out, so that figures differ a little from published ones"
+    logging.warning("%s squashes images, or resizes them otherwise than bicubically; %s", where, how)
 
 
 def _clip(tensors: Tensors, text: dict[str, Any], vision: dict[str, Any], max_length: int) -> Source:

@@ -1,7 +1,6 @@
 """Fetches models from the Hugging Face hub before an import, and pushes them after an export, by huggingface_hub.
 
-Its own settings say where the hub is and who asks: HF_ENDPOINT, HF_TOKEN or `hf auth login`, HF_HOME for what is kept
-of downloads. No file of weights is downloaded or uploaded but safetensors.
+Its own settings say where the hub is and who asks: HF_ENDPOINT, HF_TOKEN, HF_HOME. Weights are safetensors alone.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ from diffdis_jax.interop import from_torch, tensor_files
 
 PREFIX = "hf:"
 _NAME = r"[\w.-]+/[\w.-]+"
-# What an export writes: a push removes those of an earlier one.
-_OF_AN_EXPORT = ["*.safetensors", "*.json", "*.txt", "*.py"]
 # What to do about an error of huggingface_hub, by the name of its class.
 _HINTS = {
   "GatedRepoError": "is gated; ask for access on its page, and set HF_TOKEN",
@@ -35,17 +32,10 @@ _HINTS = {
 
 
 class Fetched(NamedTuple):
-  """A download: a folder, or a single file of weights; and its address with the commit."""
+  """A download, and its address with the commit."""
 
-  path: pathlib.Path
+  path: pathlib.Path  # a folder, or a single file of weights
   address: str
-
-
-class Wanted(NamedTuple):
-  """Files of a repository that an import reads, by their paths there. A single file of weights has no config."""
-
-  config: list[str]
-  weights: list[str]
 
 
 def fetch(address: str) -> Fetched:
@@ -62,17 +52,17 @@ def fetch(address: str) -> Fetched:
   with _in_one_line(repo, revision):
     info = huggingface_hub.HfApi().model_info(repo, revision=revision)
     # The commit, not the branch: config and weights are two downloads, between which a branch may move.
-    wanted = choose([file.rfilename for file in info.siblings or ()], repo)
+    configs, weights = choose([file.rfilename for file in info.siblings or ()], repo)
     download = functools.partial(huggingface_hub.snapshot_download, repo, revision=info.sha)
-    if wanted.config:  # before gigabytes that would be refused
-      from_torch.check_kind(pathlib.Path(download(allow_patterns=wanted.config)))
-    folder = pathlib.Path(download(allow_patterns=[*wanted.config, *wanted.weights]))
-  return Fetched(folder if wanted.config else folder / wanted.weights[0], f"{PREFIX}{repo}@{info.sha}")
+    if configs:  # before gigabytes that would be refused
+      from_torch.check_kind(pathlib.Path(download(allow_patterns=configs)))
+    folder = pathlib.Path(download(allow_patterns=[*configs, *weights]))
+  return Fetched(folder if configs else folder / weights[0], f"{PREFIX}{repo}@{info.sha}")
 
 
-def choose(names: Collection[str], repo: str) -> Wanted:
-  """Choose the files of a repository that an import reads: those of a pipeline's parts, of CLIP, or a single file.
-  Raises UserError: no safetensors, or several single files."""
+def choose(names: Collection[str], repo: str) -> tuple[list[str], list[str]]:
+  """Choose a repository's files of configs and of weights that an import reads: a pipeline's, CLIP's, or a single file,
+  which has no config. Raises UserError: no safetensors, or several single files."""
 
   def inside(folder: str) -> list[str]:
     return [name for name in names if name.rpartition("/")[0] == folder]
@@ -83,13 +73,13 @@ def choose(names: Collection[str], repo: str) -> Wanted:
     single = [name for name in inside("") if name.endswith(".safetensors")]
     if len(single) > 1:
       raise UserError(f"{repo} has {', '.join(single)}; download the one that you mean, and name it: --source=FILE")
-    return Wanted([], single or _weights(inside(""), repo))
+    return [], single or _weights(inside(""), repo)
   folders = ("", *from_torch.PARTS, "diffdis", "scheduler") if is_pipeline else ("",)
   texts = [name for folder in folders for name in inside(folder) if name.endswith((".json", ".txt"))]
   # Of a part that is not there the config files say more: the pipeline is another one.
   parts = [part for part in (*from_torch.WITH_WEIGHTS, "diffdis") if inside(part)] if is_pipeline else [""]
   weights = [name for part in parts for name in _weights(inside(part), repo)]
-  return Wanted([name for name in texts if ".index." not in name], weights)
+  return [name for name in texts if ".index." not in name], weights
 
 
 def _weights(names: Collection[str], repo: str) -> list[str]:
@@ -126,7 +116,7 @@ def push(folder: pathlib.Path, repo: str, *, private: bool, message: str) -> str
   api = huggingface_hub.HfApi()
   with _in_one_line(repo):
     api.create_repo(repo, private=private, exist_ok=True)
-    how = dict(commit_message=message, delete_patterns=_OF_AN_EXPORT)
+    how = dict(commit_message=message, delete_patterns=["*.safetensors", "*.json", "*.txt", "*.py"])
     return api.upload_folder(repo_id=repo, folder_path=folder, **how).commit_url
 
 

@@ -24,13 +24,8 @@ SOURCE = (
   " a safetensors copy of either"
 )
 # The end of a parameter's path here -> of its tensor's name there.
-ENDINGS = {
-  "conv.kernel": "conv.weight",
-  "bn.scale": "bn.weight",
-  "bn.bias": "bn.bias",
-  "bn.mean": "bn.running_mean",
-  "bn.var": "bn.running_var",
-}
+ENDINGS = {"conv.kernel": "conv.weight", "bn.scale": "bn.weight", "bn.bias": "bn.bias"}
+ENDINGS |= {"bn.mean": "bn.running_mean", "bn.var": "bn.running_var"}
 UNUSED = "num_batches_tracked"  # of training
 # The classifier after the features: a file without it is another network's, but nothing here is computed by it.
 CLASSIFIER = {"fc.weight": (inception.CLASSES, inception.WIDTH), "fc.bias": (inception.CLASSES,)}
@@ -38,18 +33,12 @@ CLASSIFIER = {"fc.weight": (inception.CLASSES, inception.WIDTH), "fc.bias": (inc
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """Parameters by path, f32 on the host.
-
-  Attributes:
-    file_sha256: of the file.
-    sha256: of the tensors, whatever kind of file they came in.
-    published: whether the file is the one that figures in publications are measured with.
-  """
+  """Parameters by path, f32 on the host."""
 
   params: dict[str, Float[np.ndarray, "..."]]
   file_sha256: str
-  sha256: str
-  published: bool
+  sha256: str  # of the tensors, whatever kind of file they came in
+  published: bool  # whether the file is the one that figures in publications are measured with
 
 
 def name_of(path: str) -> str:
@@ -98,10 +87,6 @@ def read(path: str) -> Weights:
     file_sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
   logging.info("Inception weights %s, SHA-256 %s", file, file_sha256)
   if not (published := file_sha256.startswith(PUBLISHED)):
-    logging.warning(
-      "%s is not the published file, whose SHA-256 begins with %s: figures compare with others only if its tensors are"
-      " the same",
-      file,
-      PUBLISHED,
-    )
+    why = "figures compare with others only if its tensors are the same"
+    logging.warning("%s is not the published file, whose SHA-256 begins with %s: %s", file, PUBLISHED, why)
   return Weights(params, file_sha256, digest.hexdigest(), published)

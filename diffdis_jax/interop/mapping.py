@@ -26,8 +26,7 @@ Axes = tuple[int, ...]
 DIFFDIS = ("unet", "vae", "text_encoder", "diffdis", "head")
 CLIP = ("clip", "head")
 
-# The mean and deviation of latents. Diffusers has no parameters for them: one number, `scaling_factor`, is in the
-# autoencoder's config.
+# The mean and deviation of latents, for which diffusers has one number in the autoencoder's config, `scaling_factor`.
 STATISTICS = ("autoencoder.shift", "autoencoder.scale")
 
 
@@ -84,11 +83,8 @@ def from_name(component: str, name: str) -> Entry | None:
 
 def under(ours: str, theirs: str, rows: Sequence[Row]) -> Rows:
   """Put rows below a prefix on each side; an empty prefix adds nothing."""
-  return tuple(Row(_below(ours, row.ours), _below(theirs, row.theirs), row.axes) for row in rows)
-
-
-def _below(prefix: str, name: str) -> str:
-  return f"{prefix}.{name}" if prefix else name
+  below = lambda prefix, name: f"{prefix}.{name}" if prefix else name
+  return tuple(Row(below(ours, row.ours), below(theirs, row.theirs), row.axes) for row in rows)
 
 
 def _same(rows: Rows, *names: str) -> Rows:

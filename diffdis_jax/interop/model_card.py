@@ -1,8 +1,4 @@
-"""Writes README.md of an export, the model card, by model_card.md: what the model is, how and on what it was trained,
-figures with their protocols, samples, how to load it, and what is known to fail.
-
-It says what the run's workdir says, and no more.
-"""
+"""Writes README.md of an export, the model card, by model_card.md. It says what the run's workdir says, and no more."""
 
 from __future__ import annotations
 
@@ -46,9 +42,6 @@ def write(
     run: the workdir.
     fields: the run's config.
     own: the fields that say what the weights mean, which the card shows.
-    step: of the checkpoint.
-    ema: whether the weights are averaged.
-    dtype: of the files.
     repo: `ORG/NAME` on the hub; empty for a folder alone.
   """
   task, model = task_of(fields["objectives"]), fields["model"]
@@ -107,16 +100,12 @@ def _copy_samples(run: epath.Path, folder: pathlib.Path, step: int) -> int | Non
 
 
 def _start(start: str, past: Mapping[str, Any]) -> str:
-  """Say what the run began from, and what that began from."""
+  """Say what the run began from, and which import lies behind it, as the run recorded it when it began."""
   if not start:
     return "random parameters"
-  # The run recorded it when it began; the folder may be gone.
-  chain = [link.get("imported") for link in past["init_from"]]
-  source = files.read_object(f"{start.rstrip('/')}/import.json").get("source") or next(iter(chain), None)
-  if source:
-    return f"`{_public(source)}`"
-  first = next((f", and that one at first from `{_public(source)}`" for source in chain if source), "")
-  return f"another run, `{_public(start)}`{first}"
+  own = files.read_object(f"{start.rstrip('/')}/import.json").get("source")
+  source = next(filter(None, [own, *(link.get("imported") for link in past["init_from"])]), None)
+  return f"`{_public(start)}`" + (f", which began from `{_public(source)}`" if source else "")
 
 
 def _metrics(run: epath.Path, step: int) -> dict[int, dict[str, Any]]:
@@ -131,16 +120,13 @@ def _metrics(run: epath.Path, step: int) -> dict[int, dict[str, Any]]:
 
 
 def _data(section: Mapping[str, Any]) -> str:
-  """Say what the run was trained on."""
-  sources = (section.get("mixture") or {"": section}).values()
-  weights = [f", weight {source.get('weight', 1.0)}" if section.get("mixture") else "" for source in sources]
-  return "; ".join(_source(source) + weight for source, weight in zip(sources, weights, strict=True))
-
-
-def _source(section: Mapping[str, Any]) -> str:
-  # A source of a mixture may leave out what data/sources.py has a default for.
-  where = " ".join(filter(None, (section.get("name", "pairs"), _public(section.get("path") or ""))))
-  return _plain(f"{where}, split {section.get('split', 'train')}")
+  """Say what the run was trained on. A source of a mixture may leave out what has a default."""
+  texts = []
+  for source in (section.get("mixture") or {"": section}).values():
+    what = f"{source.get('name', 'pairs')} {_public(source.get('path') or '')}".strip()
+    weight = f", weight {source.get('weight', 1.0)}" if section.get("mixture") else ""
+    texts.append(_plain(f"{what}, split {source.get('split', 'train')}{weight}"))
+  return "; ".join(texts)
 
 
 def _public(name: Any) -> Any:

@@ -1,7 +1,6 @@
 """Converts open_clip's state dicts and config to the names of transformers' CLIPModel, and back.
 
-q, k and v are one tensor there, and the two projections are transposed. Of its towers the vision transformer and the
-text transformer of its class CLIP are supported.
+q, k and v are one tensor there, and the two projections are transposed. Its class CLIP is supported, of transformers.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from jaxtyping import Shaped
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop.sections import CLIP_HEAD_WIDTH, unsupported
-from diffdis_jax.interop.tensor_files import Tensor, Tensors
+from diffdis_jax.interop.tensor_files import Tensors
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 
-MARK = "visual.conv1.weight"
-"""A tensor that every vision transformer of it has."""
+MARK = "visual.conv1.weight"  # which every vision transformer of it has
 SUPPORTED = "open_clip's own vision transformer and text transformer are supported, such as ViT-B-32 and ViT-L-14"
 # (open_clip's name or its beginning, that of transformers), of which the first that fits counts.
 _TOWERS = (
@@ -56,7 +54,11 @@ def convert(tensors: Tensors) -> Tensors:
       tensor = tensor.map(lambda x: x.T, tensor.shape[::-1])
     if (match := re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name)) and tensor.shape:
       # Unread, three views: each reads the fused tensor again, so that no more than one of them is in memory.
-      converted |= {f"{match[1]}.{part}_proj.{match[2]}": _third(tensor, i) for i, part in enumerate("qkv")}
+      size = tensor.shape[0] // 3
+      for i, part in enumerate("qkv"):
+        third = slice(i * size, (i + 1) * size)
+        shape = (size, *tensor.shape[1:])
+        converted[f"{match[1]}.{part}_proj.{match[2]}"] = tensor.map(lambda x, third=third: x[third], shape)
     else:
       converted[name] = tensor
   return converted
@@ -83,11 +85,6 @@ def _renamed(name: str, source: int, target: int) -> str:
   for row in _LAYERS:
     name = name.replace(row[source], row[target])
   return name
-
-
-def _third(fused: Tensor, i: int) -> Tensor:
-  size = fused.shape[0] // 3
-  return fused.map(lambda x: x[i * size : (i + 1) * size], (size, *fused.shape[1:]))
 
 
 # Of its config: (our field, its field).

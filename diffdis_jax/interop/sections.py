@@ -104,15 +104,9 @@ def read_unet(config: Config, where: str) -> dict[str, Any]:
 
 
 def write_unet(section: Config, *, latent_channels: int, context_width: int, sample_size: int) -> dict[str, Any]:
-  return dict(
-    _class_name="UNet2DConditionModel",
-    **_write(section, UNET, FIXED_UNET),
-    in_channels=latent_channels,
-    out_channels=latent_channels,
-    cross_attention_dim=context_width,
-    sample_size=sample_size,
-    **_unet_blocks(section["attention"]),
-  )
+  own = _write(section, UNET, FIXED_UNET) | _unet_blocks(section["attention"])
+  own |= dict(in_channels=latent_channels, out_channels=latent_channels, cross_attention_dim=context_width)
+  return dict(_class_name="UNet2DConditionModel", **own, sample_size=sample_size)
 
 
 def read_vae(config: Config, where: str) -> dict[str, Any]:
@@ -125,12 +119,8 @@ def read_vae(config: Config, where: str) -> dict[str, Any]:
 
 
 def write_vae(section: Config, *, scaling_factor: float, sample_size: int) -> dict[str, Any]:
-  return dict(
-    _class_name="AutoencoderKL",
-    **_write(dict(section, scale=scaling_factor), VAE, FIXED_VAE),
-    **_vae_blocks(section, section["patch"]),
-    sample_size=sample_size,
-  )
+  own = _write(dict(section, scale=scaling_factor), VAE, FIXED_VAE) | _vae_blocks(section, section["patch"])
+  return dict(_class_name="AutoencoderKL", **own, sample_size=sample_size)
 
 
 def read_text(config: Config, where: str) -> dict[str, Any]:
@@ -139,14 +129,9 @@ def read_text(config: Config, where: str) -> dict[str, Any]:
 
 
 def write_text(section: Config) -> dict[str, Any]:
-  return dict(
-    architectures=["CLIPTextModel"],
-    model_type="clip_text_model",
-    **_write(section, TEXT, FIXED_TEXT),
-    bos_token_id=section["bos_id"],
-    eos_token_id=section["eos_id"],
-    pad_token_id=section["eos_id"],
-  )
+  tokens = dict(bos_token_id=section["bos_id"], eos_token_id=section["eos_id"], pad_token_id=section["eos_id"])
+  own = _write(section, TEXT, FIXED_TEXT) | tokens
+  return dict(architectures=["CLIPTextModel"], model_type="clip_text_model", **own)
 
 
 def read_vision(config: Config, where: str) -> dict[str, Any]:
@@ -176,13 +161,13 @@ def read_scheduler(config: Config, where: str) -> str:
   """Return `image_diffusion.schedule`."""
   _require(config, FIXED_SCHEDULER, where)
   theirs = config.get("beta_schedule", "linear")
-  names = {name: ours for ours, name in SCHEDULES.items()}
-  if theirs not in names:
-    raise unsupported(where, "beta_schedule", theirs, f"it must be one of {', '.join(names)}")
+  ours = next((ours for ours, name in SCHEDULES.items() if name == theirs), None)
+  if ours is None:
+    raise unsupported(where, "beta_schedule", theirs, f"it must be one of {', '.join(SCHEDULES.values())}")
   # Stable Diffusion's own range, which `method/schedules.py` has fixed. A cosine schedule does without.
-  if names[theirs] != "cosine":
+  if ours != "cosine":
     _require({**DIFFUSERS_BETAS, **config}, BETAS, where)
-  return names[theirs]
+  return ours
 
 
 def write_scheduler(schedule: str) -> dict[str, Any]:
@@ -223,12 +208,8 @@ def _unet_blocks(attention: Sequence[bool]) -> dict[str, Any]:
 
 def _vae_blocks(section: Config, patch: int) -> dict[str, Any]:
   levels, channels = len(section["widths"]), 3 * patch**2
-  return dict(
-    down_block_types=("DownEncoderBlock2D",) * levels,
-    up_block_types=("UpDecoderBlock2D",) * levels,
-    in_channels=channels,
-    out_channels=channels,
-  )
+  blocks = dict(down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels)
+  return dict(**blocks, in_channels=channels, out_channels=channels)
 
 
 @contextlib.contextmanager
@@ -277,12 +258,9 @@ def vision_of(tensors: Tensors) -> dict[str, Any]:
   # One for each patch of a square image, and the class token's.
   positions = tensors["vision_model.embeddings.position_embedding.weight"].shape[0]
   section = _transformer(tensors, "vision_model", width)
-  return section | dict(
-    image_size=patch * round((positions - 1) ** 0.5),
-    patch=patch,
-    projection=tensors["visual_projection.weight"].shape[0],
-    num_heads=min(section["num_heads"], MOST_VISION_HEADS),
-  )
+  section |= dict(image_size=patch * round((positions - 1) ** 0.5), patch=patch)
+  heads = min(section["num_heads"], MOST_VISION_HEADS)
+  return section | dict(num_heads=heads, projection=tensors["visual_projection.weight"].shape[0])
 
 
 def _transformer(tensors: Tensors, tower: str, width: int) -> dict[str, Any]:

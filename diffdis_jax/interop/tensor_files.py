@@ -75,8 +75,7 @@ def save(arrays: Mapping[str, Shaped[np.ndarray, "..."]], path: pathlib.Path) ->
   try:
     save_file(dict(arrays), path, metadata={"format": "pt"})
   except SafetensorError as error:
-    # A full disk is known by its number.
-    number = full_disk(error)
+    number = full_disk(error)  # by which a full disk is known
     raise (OSError(str(error)) if number is None else OSError(number, os.strerror(number), str(path))) from error
 
 
@@ -110,11 +109,8 @@ def open_folder(folder: pathlib.Path) -> Tensors:
 
 
 def open_file(path: pathlib.Path) -> Tensors:
-  """Open the tensors of a .safetensors, .bin or .ckpt file, unread.
-
-  Raises:
-    UserError: no such file, one that is cut short or otherwise broken, or a pickle that would need code execution.
-  """
+  """Open the tensors of a .safetensors, .bin or .ckpt file, unread. Raises UserError: no such file, a broken one, or a
+  pickle that would need code execution."""
   if not path.is_file():
     raise UserError(f"no file {path}")
   with path.open("rb") as file:

@@ -29,12 +29,8 @@ from diffdis_jax.structs import AnyArray
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # Of the library whose layout this is; every later version reads it.
 VERSION = {"_diffusers_version": "0.35.0"}
-FILES = {
-  "unet": "unet/diffusion_pytorch_model.safetensors",
-  "vae": "vae/diffusion_pytorch_model.safetensors",
-  "text_encoder": "text_encoder/model.safetensors",
-  "diffdis": "diffdis/diffusion_pytorch_model.safetensors",
-}
+FILES = {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae", "diffdis")}
+FILES |= {"text_encoder": "text_encoder/model.safetensors"}
 PIPELINE = "pipeline.py"  # as diffusers calls it
 INDEX = dict(
   _class_name="StableDiffusionPipeline",
@@ -47,8 +43,7 @@ INDEX = dict(
   unet=("diffusers", "UNet2DConditionModel"),
   vae=("diffusers", "AutoencoderKL"),
 )
-# What a run of an autoencoder alone has not.
-BEYOND_VAE = ("scheduler", "text_encoder", "tokenizer", "unet")
+BEYOND_VAE = ("scheduler", "text_encoder", "tokenizer", "unet")  # what a run of an autoencoder alone has not
 TRANSFORMERS, OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
 POSITIONS, TEXT_POSITIONS = "vision_encoder.positions", "text_encoder.positions"
 
@@ -59,14 +54,10 @@ def write(folder: pathlib.Path, params: Params, own: Mapping[str, Any], *, dtype
   Args:
     folder: empty.
     params: all of a run's parameters; used up, so that they are in memory once.
-    own: the run's config, and `max_length` of its captions: the content of diffdis/config.json, which is written if the
-      run has the parameters that it is about.
-    dtype: of the files, a key of DTYPES.
-
-  Raises:
-    UserError: values beyond the dtype's range.
+    own: the run's config, and `max_length` of its captions: the content of diffdis/config.json.
+    dtype: of the files, a key of DTYPES. Raises UserError: values beyond its range.
   """
-  # First, since it changes two convolutions, and takes away the parameters that the table has no row for.
+  # First: it changes two convolutions, and takes away the parameters that the table has no row for.
   scaling_factor = fold_statistics(params)
   has_unet, is_aligned = "unet.conv_in.kernel" in params, "logit_scale" in params
   own_classes = {}
@@ -154,20 +145,14 @@ def write_clip(folder: pathlib.Path, params: Params, own: Mapping[str, Any], *, 
     params: all of a run's parameters.
     own: the run's config, one that `check_clip` takes, and `max_length` of its captions. Positions for images of
       another size are interpolated; those behind the longest caption, which were not trained, are left out.
-    dtype: of the files, a key of DTYPES.
-
-  Raises:
-    UserError: values beyond the dtype's range.
+    dtype: of the files, a key of DTYPES. Raises UserError: values beyond its range.
   """
   image_size, max_length = own["image_size"], own["max_length"]
   side = image_size // own["model"]["vision_encoder"]["patch"]
   vision = {**own["model"]["vision_encoder"], "image_size": image_size}
   text = {**own["model"]["text_encoder"], "max_length": max_length}
-  params = {
-    **params,
-    POSITIONS: resize_positions(jnp.asarray(params[POSITIONS]), rows=side, columns=side),
-    TEXT_POSITIONS: params[TEXT_POSITIONS][:max_length],
-  }
+  positions = resize_positions(jnp.asarray(params[POSITIONS]), rows=side, columns=side)
+  params = {**params, POSITIONS: positions, TEXT_POSITIONS: params[TEXT_POSITIONS][:max_length]}
   arrays: dict[str, dict[str, Any]] = {"clip": {}, "head": {}}
   for entry in (mapping.from_path(path, mapping.CLIP) for path in params):
     arrays[entry.component][entry.name] = convert(entry, params[entry.path], dtype)

@@ -3,11 +3,6 @@
 It needs torch and diffusers alone. export_weights puts this file beside its weights, as `diffdis/torch_diffdis.py`, and
 diffusers loads it from there as the component `diffdis` of DiffDisPipeline (pipeline.py), whose methods call it. The
 component holds what DiffDis adds to Stable Diffusion; UNet and text encoder are arguments.
-
-  diffdis = DiffDis.from_pretrained("FOLDER/diffdis")
-  c_null = diffdis.null_condition(text_encoder)
-  e_0 = diffdis.embed_image(z, noise, unet=unet, c_null=c_null)
-  scores = diffdis.similarity(e_0, diffdis.embed_text(input_ids, text_encoder=text_encoder))
 """
 
 from __future__ import annotations
@@ -127,7 +122,7 @@ class FusionBlock(nn.Module):
 
     u, image = tokens[:, 0], tokens[:, 1:]
     # In Stable Diffusion's order. The text token skips cross-attention: it is the text.
-    image = image + block.attn2(block.norm2(image), encoder_hidden_states=c)  # the text token takes none
+    image = image + block.attn2(block.norm2(image), encoder_hidden_states=c)
     image = image + block.ff(block.norm3(image))
     norm = block.norm3 if self.norm is None else self.norm
     ff = block.ff if self.ff is None else self.ff
@@ -236,9 +231,8 @@ class DiffDis(ModelMixin, ConfigMixin):
     self.token_embedding_weight = text.get("token_embedding_weight", 0.0)
     self.query_tokens = nn.Embedding(text["vocab_size"], text["width"]) if self.token_embedding_weight else None
 
-    widths = [
-      width for width, has in zip(unet["widths"], unet["attention"], strict=True) if has for _ in range(unet["depth"])
-    ]
+    levels = zip(unet["widths"], unet["attention"], strict=True)
+    widths = [width for width, has in levels if has for _ in range(unet["depth"])]
     last = unet["widths"][-1]  # of the middle, which always has one
     how = {name: model[name] for name in ("share_attention", "modality_ffn")} | {"num_heads": unet["num_heads"]}
     self.text_stream = TextStream([*widths, last] if model["fusion"] else (), self.query_width, **how)
@@ -254,18 +248,13 @@ class DiffDis(ModelMixin, ConfigMixin):
     # diffusers warns of these, and goes on with random numbers in the missing ones' place.
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unknown:
-      raise ValueError(
-        f"the weights in {pretrained_model_name_or_path} lack {missing} and have unknown {unknown}; export again"
-      )
+      where = pretrained_model_name_or_path
+      raise ValueError(f"the weights in {where} lack {missing} and have unknown {unknown}; export again")
     return (model, info) if asked else model
 
   @torch.no_grad()
   def null_condition(self, text_encoder: Part, device: torch.device | str | None = None) -> Tensor:
-    """Return c of the empty prompt, [1, l, d].
-
-    Args:
-      device: where the text encoder runs, if its weights are elsewhere, as with `enable_sequential_cpu_offload`.
-    """
+    """Return c of the empty prompt, [1, l, d]. `device` is the text encoder's, if its weights are elsewhere."""
     null = [[self.bos_id] + [self.eos_id] * (self.max_length - 1)]
     return text_encoder(torch.tensor(null, device=device or text_encoder.device)).last_hidden_state
 
@@ -334,12 +323,9 @@ class DiffDis(ModelMixin, ConfigMixin):
   ) -> Query:
     """Return the denoised text query, L2-normalised: `steps` DDIM steps from e_T = noise (the paper's Algorithm 3).
 
-    The paper uses one step, the prediction at T-1. To average several noise samples, average their results and
-    normalise again. With target `data` and `normalize_query`, each step's ê_0 is normalised before it is fed back: the
-    process is defined on vectors of length 1.
-
-    Args:
-      guidance: s, whose null condition is the image z = 0; 1 is none.
+    The paper uses one step, the prediction at T-1. With target `data` and `normalize_query`, each step's ê_0 is
+    normalised before it is fed back: the process is defined on vectors of length 1. The null condition of guidance is
+    the image z = 0.
     """
     e_t, timesteps = noise, trailing(steps)
     for t, t_prev in zip(timesteps[:-1], timesteps[1:], strict=True):

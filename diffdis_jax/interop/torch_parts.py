@@ -53,6 +53,3 @@ class DownUNet2DConditionModel(UNet2DConditionModel):
   def __init__(self, *args: Any, **kwargs: Any):
     super().__init__(*args, **kwargs)
     del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
-
-  def forward(self, *args: Any, **kwargs: Any) -> Any:
-    raise ValueError("this UNet has no up path: its run was trained for discrimination alone, and generates no images")

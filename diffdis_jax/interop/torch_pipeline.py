@@ -18,7 +18,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,23 +37,12 @@ except ImportError:
   ftfy = None
 
 Images = Any  # PIL.Image, torch.Tensor or np.ndarray, or a sequence of them
-Generator = Any  # torch.Generator
-
 # The default of this project's evaluations: the seven that were selected for CLIP, and the plain one.
-TEMPLATES = (
-  "a photo of a {}.",
-  "itap of a {}.",
-  "a bad photo of the {}.",
-  "a origami {}.",
-  "a photo of the large {}.",
-  "a {} in a video game.",
-  "art of the {}.",
-  "a photo of the small {}.",
-)
+TEMPLATES = ("a photo of a {}.", "itap of a {}.", "a bad photo of the {}.", "a origami {}.")
+TEMPLATES += ("a photo of the large {}.", "a {} in a video game.", "art of the {}.", "a photo of the small {}.")
 _SLOT = re.compile(r"\{c?\}")
 # What makes an image upright, by EXIF's orientation from 2 on: the numbers of Image.Transpose.
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
-_LIBRARIES = ("diffusers", "transformers")
 
 
 class Classification(NamedTuple):
@@ -116,20 +105,15 @@ class DiffDisPipeline(StableDiffusionPipeline):
     return super().__call__(*args, **kwargs)
 
   def classify(
-    self,
-    images: Images,
-    names: Sequence[str],
-    templates: Sequence[str] = TEMPLATES,
-    **how: Any,
+    self, images: Images, names: Sequence[str], templates: Sequence[str] = TEMPLATES, **how: Any
   ) -> Classification:
     r"""
     Find the likeliest of these class names for each image.
 
     Args:
-      images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): as `embed_images` takes them.
+      images, how: as `embed_images` takes them.
       names (`List[str]`): of the classes.
       templates (`List[str]`): prompts with `{}` where the name goes. The texts' embeddings are averaged over them.
-      how: num_inference_steps, num_noise_samples, generator, noise, batch_size of `embed_images`.
     """
     _check_texts("names", names)
     _check_texts("templates", templates)
@@ -145,35 +129,22 @@ class DiffDisPipeline(StableDiffusionPipeline):
     return Classification([names[int(i)] for i in scores.argmax(dim=-1)], scores)
 
   def rank(self, images: Images, text: str, **how: Any) -> Ranking:
-    r"""
-    Order images by how near they are to a text.
-
-    Args:
-      images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): as `embed_images` takes them.
-      text (`str`): a caption or a query.
-      how: num_inference_steps, num_noise_samples, generator, noise, batch_size of `embed_images`.
-    """
-    if not isinstance(text, str):
-      raise ValueError(f"text is of type {type(text).__name__}; it should be one string")
+    """Order images by how near they are to a text, a caption or a query. `how` is as `embed_images` takes it."""
+    _check_texts("text", [text])
     cosines = self.embed_images(images, **how) @ self.embed_texts(text)[0]
     scores, order = cosines.sort(descending=True, stable=True)
     return Ranking(order.tolist(), scores)
 
   @torch.no_grad()
   def embed_texts(self, texts: str | Sequence[str], batch_size: int = 32) -> Tensor:
-    r"""
-    Embed texts: queries e, which the cosine compares with images.
+    """Embed texts: queries e, f32 [texts, width] of length 1, which the cosine compares with images.
 
-    Args:
-      texts (`str` or `List[str]`): cut where they are longer than the model's `max_length`, and cleaned as in training,
-        which needs ftfy for texts beyond plain ASCII.
-
-    Returns:
-      `torch.Tensor`: f32 of shape (texts, width), each of length 1.
+    They are cut at the model's `max_length`, and cleaned as in training, with ftfy where they are beyond plain ASCII.
     """
     diffdis, texts = self._diffdis(), [texts] if isinstance(texts, str) else texts
     _check_texts("texts", texts)
-    with self._offloading():
+    with contextlib.ExitStack() as end:
+      end.callback(self.maybe_free_model_hooks)  # what accelerate offloads goes back to the CPU, as after a call
       parts = [part.to(self._execution_device) for part in self._token_ids(texts).split(batch_size)]
       return torch.cat([diffdis.embed_text(part, text_encoder=self.text_encoder) for part in parts])
 
@@ -183,12 +154,12 @@ class DiffDisPipeline(StableDiffusionPipeline):
     images: Images,
     num_inference_steps: int | None = None,
     num_noise_samples: int | None = None,
-    generator: Generator | list[Generator] | None = None,
+    generator: torch.Generator | None = None,
     noise: Tensor | None = None,
     batch_size: int = 32,
   ) -> Tensor:
     r"""
-    Embed images: denoised queries ê_0 (the paper's Algorithm 3), which the cosine compares with texts.
+    Embed images: denoised queries ê_0 (the paper's Algorithm 3), f32 [images, width] of length 1.
 
     Args:
       images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): of any size. Tensors are
@@ -196,12 +167,9 @@ class DiffDisPipeline(StableDiffusionPipeline):
         that its short side fits, and its central square is taken.
       num_inference_steps, num_noise_samples (`int`, *optional*): denoising steps, and samples of the noise to average;
         by default the run's.
-      generator (`torch.Generator` or `List[torch.Generator]`, *optional*): of the noise; of a list one for each image.
+      generator (`torch.Generator`, *optional*): of the noise.
       noise (`torch.Tensor`, *optional*): the noise itself, [n, d] or [samples, n, d], in place of a generator.
       batch_size (`int`): images at a time. Each has the same noise, whatever it is.
-
-    Returns:
-      `torch.Tensor`: f32 of shape (images, width), each of length 1.
     """
     diffdis, device = self._diffdis(), self._execution_device
     steps = diffdis.sampling["steps"] if num_inference_steps is None else num_inference_steps
@@ -210,25 +178,23 @@ class DiffDisPipeline(StableDiffusionPipeline):
       if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; it should be a whole number from 1 on")
     squares = [_square(image, diffdis.image_size) for image in _to_list(images)]
-    if noise is None:
-      # All at once, so that the size of a batch changes nothing.
-      how = dict(generator=generator, device=torch.device(device), dtype=torch.float32)
-      if isinstance(generator, list):  # of which each is of one entry along the first axis
-        noise = randn_tensor((len(squares), samples, diffdis.query_width), **how).transpose(0, 1)
-      else:
-        noise = randn_tensor((samples, len(squares), diffdis.query_width), **how)
+    shape = (samples, len(squares), diffdis.query_width)
+    if noise is None:  # all at once, so that the size of a batch changes nothing
+      noise = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
     noise = noise[None] if noise.ndim == 2 else noise
-    if noise.ndim != 3 or noise.shape[1:] != (len(squares), diffdis.query_width):
-      raise ValueError(f"noise has shape {tuple(noise.shape)}; it should end in {(len(squares), diffdis.query_width)}")
+    if noise.ndim != 3 or noise.shape[1:] != shape[1:]:
+      raise ValueError(f"noise has shape {tuple(noise.shape)}; it should end in {shape[1:]}")
 
     how = dict(unet=self.unet, steps=steps, guidance=diffdis.sampling["guidance"])
     embedded = []
     progress_bar: Any = self.progress_bar  # which is decorated, so that type checkers do not know its arguments
-    with self._offloading(), progress_bar(total=len(squares)) as bar:
+    with contextlib.ExitStack() as end, progress_bar(total=len(squares)) as bar:
+      end.callback(self.maybe_free_model_hooks)
       c_null = diffdis.null_condition(self.text_encoder, device)
       for first in range(0, len(squares), batch_size):
         pixels = torch.from_numpy(np.stack(squares[first : first + batch_size])).to(device)
-        z = self._encode(pixels)
+        x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        z = self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
         e_T = noise[:, first : first + batch_size].to(device=device, dtype=torch.float32)
         queries = torch.stack([diffdis.embed_image(z, sample, c_null=c_null, **how) for sample in e_T])
         embedded.append(F.normalize(queries.mean(dim=0), dim=-1))
@@ -242,10 +208,10 @@ class DiffDisPipeline(StableDiffusionPipeline):
     # diffusers names a class by its module in this process, which no other has.
     index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
     for name, value in index.items():
-      library = value[0] if isinstance(value, list) and name != "_class_name" else None
-      if library and library.split(".")[0] not in _LIBRARIES and hasattr(getattr(self, name), "source"):
-        value[0] = library.split(".")[-1]
-        (folder / name / f"{value[0]}.py").write_text(getattr(self, name).source, encoding="utf-8")
+      part = getattr(self, name, None) if isinstance(value, list) else None
+      if hasattr(part, "source"):
+        value[0] = value[0].split(".")[-1]
+        (folder / name / f"{value[0]}.py").write_text(part.source, encoding="utf-8")
     index["_class_name"] = StableDiffusionPipeline.__name__  # so that it goes on to load without this file
     (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "pipeline.py").write_text(self.source, encoding="utf-8")
@@ -264,19 +230,6 @@ class DiffDisPipeline(StableDiffusionPipeline):
     if self.diffdis is None:
       raise ValueError("this model was not trained for discrimination and only generates; it has no component diffdis")
     return self.diffdis
-
-  def _encode(self, pixels: Tensor) -> Tensor:
-    """Return latents z: the posterior's mode, scaled."""
-    x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-    return self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
-
-  @contextlib.contextmanager
-  def _offloading(self) -> Iterator[None]:
-    """Bring parts that accelerate offloads back to the CPU at the end, as after a call."""
-    try:
-      yield
-    finally:
-      self.maybe_free_model_hooks()
 
 
 def _check_texts(what: str, texts: Any) -> None:
@@ -300,12 +253,8 @@ def _cleaned(text: str) -> str:
 
 def _to_list(images: Images) -> list[Any]:
   """List the single images of a batch or a list."""
-  if isinstance(images, (Tensor, np.ndarray)):
-    images = list(images) if images.ndim == 4 else [images]
-  elif isinstance(images, Image.Image):
-    images = [images]
-  if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
-    raise ValueError(f"images is of type {type(images).__name__}; give PIL images, tensors or arrays, one or a list")
+  if not isinstance(images, (list, tuple)):
+    images = list(images) if getattr(images, "ndim", 0) == 4 else [images]
   if not images:
     raise ValueError("images is empty; give at least one")
   return list(images)

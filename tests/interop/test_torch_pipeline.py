@@ -238,16 +238,6 @@ def test_images_of_every_kind_in_batches_of_any_size(pipe, photos):
   assert pipe.embed_texts("a red star").shape == (1, 16)
 
 
-@pytest.mark.parametrize("samples", [1, 2])
-def test_each_image_may_have_its_own_generator(pipe, photos, samples):
-  """As in diffusers' calls."""
-  generators = [torch.Generator().manual_seed(seed) for seed in (4, 5, 4, 5)]
-  found = pipe.embed_images(photos[:2], generator=generators[:2], num_noise_samples=samples)
-  for i, (photo, generator) in enumerate(zip(photos, generators[2:], strict=False)):
-    alone = pipe.embed_images(photo, generator=generator, num_noise_samples=samples)
-    torch.testing.assert_close(found[i : i + 1], alone)
-
-
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("odd", [b"", struct.pack("<HHLf", 0x0131, 11, 1, 1.5)], ids=["whole", "damaged"])
@@ -428,7 +418,7 @@ WRONG = {
   "no images": (dict(images=[]), "images is empty; give at least one"),
   "a path": (
     dict(images="cat.png"),
-    "images is of type str; give PIL images, tensors or arrays, one or a list",
+    "an image is of type str; give a PIL image, a tensor or an array",
   ),
   "paths": (dict(images=["cat.png"]), "an image is of type str; give a PIL image, a tensor or an array"),
   "grey": (dict(images=torch.zeros(1, 8, 8)), r"an image has shape \(8, 8, 1\); give a tensor \[3, h, w\]"),
