@@ -7,9 +7,6 @@ DiffDis: one line of PyTorch, with diffusers and transformers alone, loads the f
 
   pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
 
-It generates as StableDiffusionPipeline does, which reads the folder too unless its model card says otherwise, and has
-classify, rank, embed_images and embed_texts.
-
 CLIP: `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("local-dir:DIR")` read the folder.
 
 --out=F.safetensors writes a run in one file, which is read wherever a workdir is.
@@ -44,9 +41,8 @@ CONFIGS = {"config.json", "model_index.json", "open_clip_config.json"}  # withou
 def define_flags() -> None:
   """Define the command line. Defined on call, so that two verbs can be imported side by side."""
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
-  flags.DEFINE_string(
-    "out", None, "folder to write, absent or empty, or F.safetensors for a run in one file; required without --push"
-  )
+  out = "folder to write, absent or empty, or F.safetensors for a run in one file; required without --push"
+  flags.DEFINE_string("out", None, out)
   flags.DEFINE_string("push", None, "ORG/NAME on the Hugging Face hub to write to, as one commit; takes a token")
   flags.DEFINE_boolean("private", True, "with --push, whether a newly created repository is private")
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
@@ -74,11 +70,10 @@ def push_weights(run: str, repo: str, out: str | None = None, *, private: bool =
   """Write a run's weights to the Hugging Face hub, as one commit, and return its address.
 
   Args:
-    run: a workdir.
+    run, how: as `export_weights` takes them.
     repo: `ORG/NAME`; made if it is not there.
     out: folder, absent or empty, that keeps the files; None keeps none.
     private: whether a repository that has to be made is private.
-    how: step, ema, dtype of `export_weights`.
 
   Raises:
     UserError: as `export_weights`; or no token, no network, or the hub refuses it.
@@ -139,15 +134,7 @@ def export_weights(
 def write_one_file(run: str, out: str, *, step: int | None = None, ema: bool = True, dtype: str = "float32") -> None:
   """Write a run's config, weights and provenance to one file, which is read where a workdir is.
 
-  Args:
-    run: a workdir.
-    out: FILE.safetensors.
-    step: which checkpoint; None takes the newest.
-    ema: averaged weights, where the run keeps them.
-    dtype: of the weights in it, a key of to_torch.DTYPES; they are read as float32.
-
-  Raises:
-    UserError: no such checkpoint, or `out` cannot be written.
+  Arguments are those of `export_weights`, but for `out`, FILE.safetensors. Weights of any dtype are read as float32.
   """
   path = buckets.local(out, "--out")
   files.check_out(out)

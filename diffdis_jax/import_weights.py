@@ -1,8 +1,6 @@
-"""Imports a PyTorch checkpoint as a workdir, to generate and train from.
+"""Imports a PyTorch checkpoint as a workdir, to generate and train from (`--config.init_from=DIR`).
 
   diffdis import_weights --source=stable-diffusion-v1-4 --out=runs/imported
-
-`generate` samples from the workdir, and `train --config.init_from=DIR` starts from it.
 
 --source is one of
 
@@ -10,16 +8,13 @@
   FILE.safetensors, .ckpt   Stable Diffusion v1 with CompVis' names, or open_clip's weights
   hf:ORG/NAME[@REVISION]    the same on the Hugging Face hub, as safetensors
 
-Parameters that only DiffDis has are initialised at random; a run that starts from here initialises them again, from
-its own seed. import.json says where each parameter came from.
+Parameters that only DiffDis has are random; a run that starts from here draws them again, from its own seed.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-import re
-from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -32,7 +27,7 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.config import Run, base
 from diffdis_jax.data.tokenizer import VOCAB_SIZE, load_merges, make_vocab
 from diffdis_jax.errors import UserError
-from diffdis_jax.interop import from_torch, hub, mapping
+from diffdis_jax.interop import from_torch, hub
 from diffdis_jax.interop.from_torch import Source
 from diffdis_jax.interop.tensor_files import read_json
 from diffdis_jax.method.network import Network
@@ -48,28 +43,18 @@ def define_flags() -> None:
   source = "checkpoint to read: a folder, a file, or hf:ORG/NAME[@REVISION] on the Hugging Face hub"
   flags.DEFINE_string("source", None, source, required=True)
   flags.DEFINE_string("out", None, "workdir to write; absent or empty", required=True)
-  seed = "seed of the parameters that the source does not have; training initialises its own"
-  flags.DEFINE_integer("seed", 0, seed, lower_bound=0, upper_bound=2**32 - 1)
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
   jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator
   cli.compilation_cache()
-  import_weights(FLAGS.source, FLAGS.out, seed=FLAGS.seed)
+  import_weights(FLAGS.source, FLAGS.out)
 
 
-def import_weights(source: str, out: str, *, seed: int = 0) -> None:
-  """Read a checkpoint and write a workdir.
-
-  Args:
-    source: folder, file, or `hf:ORG/NAME` with or without `@REVISION`.
-    out: folder, absent or empty.
-    seed: of the parameters that are initialised.
-
-  Raises:
-    UserError: a source that cannot be read or is of another kind, or `out` cannot be written.
-  """
+def import_weights(source: str, out: str) -> None:
+  """Read a checkpoint, a folder, a file, or `hf:ORG/NAME[@REVISION]`, and write a workdir, absent or empty. Raises
+  UserError: a source that cannot be read or is of another kind, or `out` cannot be written."""
   folder = files.empty_folder(out)  # first: what is in the way shows before anything is read
   if source.startswith(hub.PREFIX):
     path, source = hub.fetch(source)
@@ -77,10 +62,8 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
     path = buckets.local(source, "--source")
   # The digests are of what export_weights wrote. Its card may have been edited, and is not read.
   if path.is_dir() and (damage := digests.damage(path, ending=".safetensors")):
-    raise UserError(
-      f"--source={source} is damaged: {damage.file} {damage.what}; copy it again, or remove"
-      f" {digests.NAME} if that was meant"
-    )
+    mend = f"copy it again, or remove {digests.NAME} if that was meant"
+    raise UserError(f"--source={source} is damaged: {damage.file} {damage.what}; {mend}")
   opened = from_torch.open_source(path)
   config = make_config(opened)
   if opened.tokenizer:
@@ -89,12 +72,9 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
   network = Network.of(run)
   matched = from_torch.match(opened, network.shapes)  # by shapes: what does not fit shows before tensors are read
   new = sorted(network.shapes.keys() - matched.names.keys())
-  # The latents' shift and scale come from the source's config, and from no tensor.
-  drawn = [path for path in new if path not in mapping.STATISTICS]
-  for what, names in (("loaded", matched.names.values()), ("initialised", drawn), ("ignored", matched.ignored)):
-    parts = Counter(re.split(r"[/.]", name)[0] for name in names)
-    logging.info("%s %d: %s", what, len(names), ", ".join(f"{part} {n}" for part, n in parts.items()) or "nothing")
-  params = initialise(network, new, seed=seed) | from_torch.read(matched)
+  counts = (len(matched.names), len(new), len(matched.ignored))
+  logging.info("%d parameters loaded, %d initialised, %d ignored; import.json names each", *counts)
+  params = initialise(network, new) | from_torch.read(matched)
 
   with files.whole_folder(folder, last={digests.COMMIT_MARK}) as temporary:
     # A run's workdir, which generate, evaluate and init_from read as any other's.
@@ -109,11 +89,8 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
 
 
 def make_config(source: Source) -> ConfigDict:
-  """Make a config around the source's network, computing in f32 as PyTorch does. CLIP has its two towers alone.
-
-  Raises:
-    UserError: a network that cannot be built, or whose token ids are not CLIP's.
-  """
+  """Make a config around the source's network, computing in f32 as PyTorch does. CLIP has its two towers alone. Raises
+  UserError: a network that cannot be built, or whose token ids are not CLIP's."""
   if source.is_clip:
     config = base(sizes.clip_vit_l14(), image_size=source.fields["image_size"])
     config.objectives = ("contrastive",)
@@ -147,17 +124,15 @@ def check_tokenizer(folder: pathlib.Path) -> None:
     raise UserError(f"{path} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
 
 
-def initialise(network: Network, paths: Collection[str], *, seed: int) -> Params:
+def initialise(network: Network, paths: Collection[str]) -> Params:
   """Return fresh parameters of these paths; the others are never computed."""
-  if not paths:
-    return {}
 
   def some(key: jax.Array) -> Params:
     params = network.initialise(key)
     return {path: params[path] for path in paths}
 
   # It runs once, so the compiler need not try hard.
-  return jax.jit(some, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(seed))
+  return jax.jit(some, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(0)) if paths else {}
 
 
 if __name__ == "__main__":

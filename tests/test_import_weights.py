@@ -518,10 +518,9 @@ def test_captions_are_as_long_as_the_tokenizer_and_the_encoder_allow(sd, tmp_pat
 
 def test_command_line(sd, environment, tmp_path):
   flags = [f"--source={sd}", f"--out={tmp_path / 'run'}"]
-  done = call("import_weights", environment, *flags, "--seed=1")
+  done = call("import_weights", environment, *flags)
   assert done.returncode == 0, done.stderr
-  for line in ("loaded 352: unet 208, vae 124, text_encoder 20", "initialised 129: ", "ignored 0: nothing"):
-    assert line in done.stderr
+  assert "352 parameters loaded, 131 initialised, 0 ignored; import.json names each" in done.stderr
   done = call("import_weights", environment, *flags)
   assert done.returncode == 2
   assert [line for line in done.stderr.splitlines() if "error" in line] == [
