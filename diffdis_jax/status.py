@@ -17,8 +17,7 @@ from absl import flags
 
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
-from diffdis_jax.report import summary
-from diffdis_jax.report.read import Run, read
+from diffdis_jax.report import read
 
 FLAGS = flags.FLAGS
 
@@ -32,36 +31,36 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) != 2:
     raise UserError(f"status {' '.join(argv[1:])}: write status RUN, the workdir of one run")
   path = argv[1].rstrip("/")
-  found = facts(read(path, path), now=time.time())
+  found = facts(read.read(path, path), now=time.time())
   text = json.dumps(found) if FLAGS.json else "\n".join(lines(found))
   cli.write(f"{text}\n")
 
 
-def facts(run: Run, *, now: float) -> dict[str, Any]:
+def facts(run: read.Run, *, now: float) -> dict[str, Any]:
   """Say how a run stands in JSON values; None for what is not known.
 
   Args:
     now: seconds since 1970.
 
   Returns:
-    `state` and `message` as `summary.status` has them; `step` and `num_steps`; `steps_per_sec`, the last that is
+    `state` and `message` as `read.status` has them; `step` and `num_steps`; `steps_per_sec`, the last that is
     known; `seconds_left` at that pace; `age`, seconds since the last line of metrics.jsonl; `checkpoint`, the last
     step that was saved; `device_hours` by kind; `starts`, how often it was started.
   """
-  made, num_steps = summary.starts(run, now=now), run.config["num_steps"]
+  made, num_steps = read.starts(run, now=now), run.config["num_steps"]
   pace = run.curves.get("steps_per_sec")
   # NaN where a report is of the first step after a start alone, whose time is that of starting.
   known = [] if pace is None else pace.values[pace.values > 0]
   rate = float(known[-1]) if len(known) else None
   return {
-    **summary.status(run),
+    **read.status(run),
     "step": run.step,
     "num_steps": num_steps,
     "steps_per_sec": rate,
     "seconds_left": None if rate is None else max(num_steps - run.step, 0) / rate,
     "age": None if run.written is None else max(0.0, now - run.written),
     "checkpoint": max(run.checkpoints, default=None),
-    "device_hours": summary.cost(run, made, hour_price=None)["device_hours"],
+    "device_hours": read.cost(run, made, hour_price=None)["device_hours"],
     "starts": len(made),
   }
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
+import dataclasses
+import functools
 import html
 import importlib.resources
+import io
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
+from PIL import Image
 
 import diffdis_jax
-from diffdis_jax.report import charts, curves, pictures, summary
+from diffdis_jax.data import image_files
+from diffdis_jax.report import curves, read
 from diffdis_jax.report.read import Run
 
 DIGITS = 5  # of a number on a curve
@@ -50,13 +58,13 @@ def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dic
   """Collect all that the page shows except its pictures."""
   facts = [facts_of(run, hour_price=hour_price, now=now) for run in runs]
   rates = [name for each in facts for name in each["curves"] if name.startswith("rate/")]
-  metrics = dict.fromkeys([*(name for run in runs for name in charts.distinct(run.curves)), *rates])
+  metrics = dict.fromkeys([*(name for run in runs for name in curves.distinct(run.curves)), *rates])
   # Nearly always 0, and then a chart of nothing.
   if not any(np.nansum(run.curves["substituted"].values) for run in runs if "substituted" in run.curves):
     metrics.pop("substituted", None)
   return {
     "runs": facts,
-    "charts": charts.group(metrics),
+    "charts": curves.group(metrics),
     "differences": differences(runs),
     "written": now,
     "version": diffdis_jax.__version__,
@@ -65,11 +73,11 @@ def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dic
 
 def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any]:
   """Collect what the page shows of one run, except its pictures."""
-  made = summary.starts(run, now=now)
-  every = {**run.curves, **summary.learning_rates(run)}
+  made = read.starts(run, now=now)
+  every = {**run.curves, **read.learning_rates(run)}
   return {
     "name": run.name,
-    "status": summary.status(run),
+    "status": read.status(run),
     "step": run.step,
     "num_steps": run.config["num_steps"],
     "batch_size": run.config["batch_size"],
@@ -78,8 +86,8 @@ def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any
     "curves": {name: thinned(curve) for name, curve in every.items()},
     "substituted": int(np.nansum(run.curves["substituted"].values)) if "substituted" in run.curves else 0,
     "starts": made,
-    "cost": summary.cost(run, made, hour_price=hour_price),
-    "parameters": summary.parameters(run),
+    "cost": read.cost(run, made, hour_price=hour_price),
+    "parameters": read.parameters(run),
     "rates": run.config["optim"]["rates"],
     "checkpoints": [{"step": step, "metrics": metrics} for step, metrics in sorted(run.checkpoints.items())],
     "results": [
@@ -88,8 +96,8 @@ def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any
     ],
     "data": next((event["data"] for event in reversed(run.events) if "data" in event), []),
     "cards": [{"name": name, "facts": card["facts"]} for name, card in run.cards.items()],
-    "config": summary.fields(run),
-    "differing": summary.differing(run),
+    "config": read.fields(run),
+    "differing": read.differing(run),
   }
 
 
@@ -114,7 +122,7 @@ def numbers(values: np.ndarray) -> list[float | None]:
 
 def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
   """List the fields in which the runs differ, with their `values` as JSON; None where a run has no such field."""
-  every = [summary.fields(run) for run in runs]
+  every = [read.fields(run) for run in runs]
   names = sorted({name for fields in every for name in fields})
   # As JSON, by which a tuple of one config and a list of another are equal.
   rows = [{"field": name, "values": [fields.get(name) for fields in every]} for name in names]
@@ -126,9 +134,9 @@ def embed(runs: Sequence[Run]) -> list[dict[str, Any]]:
   most = max(2, MOST_GRIDS // max(1, sum(len(run.grids) for run in runs)))
   kept = [{name: spread(files, most) for name, files in run.grids.items()} for run in runs]
   paths = [path for grids in kept for files in grids.values() for _, path in files]
-  drawn = iter(pictures.embed(paths, most_bytes=GRID_BYTES))
+  drawn = iter(embed_pictures(paths, most_bytes=GRID_BYTES))
   sheets = [card["picture"] for run in runs for card in run.cards.values()]
-  cards = iter(pictures.embed(sheets, most_bytes=CARD_BYTES))
+  cards = iter(embed_pictures(sheets, most_bytes=CARD_BYTES))
 
   def shown(files: Sequence[tuple[int, Any]]) -> list[dict[str, Any]]:
     return [{"step": step, **vars(picture)} for step, _ in files if (picture := next(drawn))]
@@ -171,3 +179,63 @@ def names_of(paths: Sequence[str]) -> list[str]:
     depth += 1
     names = ["/".join(path.rstrip("/").split("/")[-depth:]) for path in paths]
   return [*names]
+
+
+# Longest side, and quality of WebP, from the finest on.
+SIZES = ((1600, 85), (1280, 80), (1024, 72), (832, 62), (704, 52), (576, 44), (448, 38), (352, 34), (256, 30))
+TRIED = 5  # pictures by whose bytes the finest is chosen that should fit
+MARGIN = 0.85  # of the bytes that there are, since the others differ
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """WebP as a data URI, and its size in pixels."""
+
+  uri: str
+  width: int
+  height: int
+
+
+def embed_pictures(paths: Sequence[epath.Path], *, most_bytes: int) -> list[Picture | None]:
+  """Return each file as a picture, all at one longest side and quality; None for a file that is no picture, or not yet.
+
+  Args:
+    most_bytes: of all data URIs together. At the coarsest of SIZES it may be more.
+  """
+  if not paths:
+    return []
+  tried = {*np.linspace(0, len(paths) - 1, TRIED).astype(int)}
+  few = [image for i in tried if (image := _open(paths[i]))]
+  share = MARGIN * most_bytes * max(1, len(few)) / len(paths)
+  total = lambda size: sum(len(_shrink(image, *size).uri) for image in few)
+  finest = next((i for i, size in enumerate(SIZES) if total(size) < share), len(SIZES) - 1)
+  found: list[Picture | None] = []
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for side, quality in SIZES[finest:]:
+      found = list(pool.map(functools.partial(_embed, side=side, quality=quality), paths))
+      if sum(len(picture.uri) for picture in found if picture) <= most_bytes:
+        break
+  return found
+
+
+def _embed(path: epath.Path, *, side: int, quality: int) -> Picture | None:
+  image = _open(path)
+  return _shrink(image, side, quality) if image else None
+
+
+def _open(path: epath.Path) -> Image.Image | None:
+  try:
+    with image_files.open_image(path.read_bytes()) as image:
+      image.load()
+      return image if image.mode == "RGB" else image.convert("RGB")
+  except Exception:  # Pillow raises whatever it likes for a damaged file
+    return None
+
+
+def _shrink(image: Image.Image, side: int, quality: int) -> Picture:
+  factor = min(1.0, side / max(image.size))
+  width, height = (max(1, round(length * factor)) for length in image.size)
+  image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=1.0)
+  buffer = io.BytesIO()
+  image.save(buffer, format="webp", quality=quality, method=1)
+  return Picture(f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", *image.size)

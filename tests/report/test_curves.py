@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from diffdis_jax.report import charts, curves
+from diffdis_jax.report import curves
 
 
 def lines_of(*objects):
@@ -94,7 +94,7 @@ def test_a_bucket_has_mean_least_and_most_of_its_finite_values():
 def test_charts_keep_losses_quarters_evaluations_and_rates_together():
   names = ["loss", "loss_generation", *(f"loss_generation_q{i}" for i in (1, 2, 3, 4)), "grad_norm", "temperature"]
   names += ["steps_per_sec", "hfu", "coco/recall", "flickr/recall", "coco/acc", "rate/new", "rate/unet", "substituted"]
-  found = charts.group(names)
+  found = curves.group(names)
   assert sorted(metric for chart in found for metric, _ in chart["series"]) == sorted(names), "each in one chart"
   by_title = {chart["title"]: chart for chart in found}
   quarters = by_title["Loss, generation, by quarter of the timestep"]
@@ -107,7 +107,7 @@ def test_charts_keep_losses_quarters_evaluations_and_rates_together():
 
 
 def test_what_is_no_loss_stands_under_none():
-  found = charts.group(["loss", "grad_norm", "slowest_host", "slowest_host_data_wait"])
+  found = curves.group(["loss", "grad_norm", "slowest_host", "slowest_host_data_wait"])
   assert [chart["title"] for chart in found if chart["section"] == "losses"] == ["Loss"]
   speeds = {chart["series"][0][0]: chart["format"] for chart in found if chart["section"] == "speed"}
   assert speeds == {"slowest_host": "number", "slowest_host_data_wait": "share"}
@@ -116,4 +116,4 @@ def test_what_is_no_loss_stands_under_none():
 def test_an_evaluation_that_repeats_another_is_left_out():
   curve = lambda *values: curves.Curve(np.arange(len(values)), np.array(values))
   every = {"a/acc": curve(1.0, 2.0), "a/same": curve(1.0, 2.0), "b/acc": curve(1.0, 2.0), "loss": curve(1.0, 2.0)}
-  assert charts.distinct(every) == ["a/acc", "b/acc", "loss"]
+  assert curves.distinct(every) == ["a/acc", "b/acc", "loss"]

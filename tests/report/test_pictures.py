@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from diffdis_jax.report import pictures
+from diffdis_jax.report import page
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def decoded(picture):
 
 
 def test_pictures_that_fit_keep_their_size_and_look_the_same(files):
-  found = pictures.embed(files, most_bytes=1_000_000)
+  found = page.embed_pictures(files, most_bytes=1_000_000)
   for picture, path in zip(found, files, strict=True):
     image = decoded(picture)
     assert image.size == (picture.width, picture.height) == (400, 200)
@@ -37,14 +37,16 @@ def test_pictures_that_fit_keep_their_size_and_look_the_same(files):
 
 
 def test_pictures_become_smaller_until_all_of_them_fit(files):
-  whole = sum(len(picture.uri) for picture in pictures.embed(files, most_bytes=1_000_000))
-  found = pictures.embed(files, most_bytes=whole // 3)
+  whole = sum(len(picture.uri) for picture in page.embed_pictures(files, most_bytes=1_000_000))
+  found = page.embed_pictures(files, most_bytes=whole // 3)
   assert sum(len(picture.uri) for picture in found) <= whole // 3
   assert len({(picture.width, picture.height) for picture in found}) == 1 and found[0].width == 2 * found[0].height
 
 
 def test_a_file_that_is_no_picture_is_left_out(files, tmp_path):
   (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:500])
-  found = pictures.embed([files[0], epath.Path(tmp_path / "cut.png"), epath.Path(tmp_path / "none")], most_bytes=10**6)
+  found = page.embed_pictures(
+    [files[0], epath.Path(tmp_path / "cut.png"), epath.Path(tmp_path / "none")], most_bytes=10**6
+  )
   assert [picture is None for picture in found] == [False, True, True]
-  assert pictures.embed([], most_bytes=0) == []
+  assert page.embed_pictures([], most_bytes=0) == []

@@ -13,7 +13,7 @@ from etils import epath
 
 from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError
-from diffdis_jax.report import read, summary
+from diffdis_jax.report import read
 from tests.report import written_run
 from tests.report.written_run import DAY
 
@@ -50,7 +50,7 @@ def test_how_a_run_stands(run, events, alive, step, expected):
   curve = run.curves["loss"]
   curves = {"loss": dataclasses.replace(curve, steps=np.array([step]), values=np.array([1.0]))}
   run = dataclasses.replace(run, events=events, alive=alive, curves=curves)
-  found = summary.status(run)
+  found = read.status(run)
   assert found["state"] == expected and found["message"] == ("too hot" if expected == "failed" else "")
 
 
@@ -58,7 +58,7 @@ def test_a_run_that_was_started_again_runs_before_its_first_step(tmp_path):
   """As the lock says."""
   path = tmp_path / "run"
   written_run.write(path)
-  state = lambda: summary.status(read.read(str(path), "run"))["state"]
+  state = lambda: read.status(read.read(str(path), "run"))["state"]
   (path / "lock.json").write_text(json.dumps({"time": time.time() - 10}))
   assert state() == "running"
   event = {"event": "end", "time": time.time() - 5.0, "why": "stopped"}
@@ -67,28 +67,28 @@ def test_a_run_that_was_started_again_runs_before_its_first_step(tmp_path):
 
 
 def test_starts_and_what_they_cost(run):
-  made = summary.starts(run, now=DAY + 1000)
+  made = read.starts(run, now=DAY + 1000)
   assert [start["seconds"] for start in made] == [100.0, 200.0]
   assert [start["how"] for start in made] == ["killed", "stopped"]
   assert [start["repeated"] for start in made] == [10, 0]  # from step 50 back to step 40
-  cost = summary.cost(run, made, hour_price=1.5)
+  cost = read.cost(run, made, hour_price=1.5)
   assert cost["device_hours"] == {"TPU v4": pytest.approx(2 * 300 / 3600)}
   assert cost["price"] == pytest.approx(1.5 * 2 * 300 / 3600) and cost["seconds"] == 300
   assert cost["seconds_in_steps"] == pytest.approx(290 / 5)  # all but the first ten, at five a second
   assert cost["images"] == 300 * 16
-  assert summary.cost(run, made, hour_price=None)["price"] is None
+  assert read.cost(run, made, hour_price=None)["price"] is None
 
 
 def test_a_run_that_goes_on_costs_until_now(run):
   run = dataclasses.replace(run, events=run.events[:2], alive=True)
-  made = summary.starts(run, now=DAY + 1000)
+  made = read.starts(run, now=DAY + 1000)
   assert (made[-1]["seconds"], made[-1]["how"]) == (500.0, "running")
-  killed = summary.starts(dataclasses.replace(run, alive=False, written=DAY + 600), now=DAY + 1000)
+  killed = read.starts(dataclasses.replace(run, alive=False, written=DAY + 600), now=DAY + 1000)
   assert (killed[-1]["seconds"], killed[-1]["how"]) == (100.0, "killed")
 
 
 def test_learning_rates_are_those_of_the_schedule(run):
-  found = summary.learning_rates(run)
+  found = read.learning_rates(run)
   assert found.keys() == {"rate/new"}, "of the groups that are trained"
   peak, warmup = run.config["optim"]["rates"]["new"], run.config["optim"]["warmup_steps"]
   assert run.config["optim"]["schedule_kind"] == "cosine" and warmup == 50
@@ -101,7 +101,7 @@ def test_learning_rates_are_those_of_the_schedule(run):
 
 def test_learning_rates_of_a_run_that_was_made_longer_are_those_of_its_length_at_the_time(run):
   longer = [{**run.events[0], "step": 0, "num_steps": 200}, {**run.events[0], "step": 200, "num_steps": 400}]
-  found = summary.learning_rates(dataclasses.replace(run, events=longer))["rate/new"]
+  found = read.learning_rates(dataclasses.replace(run, events=longer))["rate/new"]
   peak, warmup = run.config["optim"]["rates"]["new"], run.config["optim"]["warmup_steps"]
   length = np.where(found.steps > 200, 400, 200)
   k = found.steps - 1
@@ -112,7 +112,7 @@ def test_learning_rates_of_a_run_that_was_made_longer_are_those_of_its_length_at
 def test_learning_rates_of_a_long_tailed_run_change_once_an_epoch(tmp_path):
   changes = {"optim.schedule_kind": "epoch_cosine", "optim.epoch_steps": 50, "optim.warmup_rate": 1e-6}
   run = read.read(written_run.write(tmp_path / "run", **changes), "run")
-  found = summary.learning_rates(run)["rate/new"]
+  found = read.learning_rates(run)["rate/new"]
   peak = run.config["optim"]["rates"]["new"]
   assert run.config["optim"]["warmup_steps"] == 50 and run.config["num_steps"] == 400
   late = np.maximum((found.steps - 1) // 50 - 1, 0)  # epochs, one late
@@ -121,9 +121,9 @@ def test_learning_rates_of_a_long_tailed_run_change_once_an_epoch(tmp_path):
 
 
 def test_fields_that_differ_from_the_defaults(run):
-  differing = summary.differing(run)
+  differing = read.differing(run)
   assert {"num_steps", "batch_size", "data.path"} <= {*differing} and "seed" not in differing
-  fields = summary.fields(run)
+  fields = read.fields(run)
   assert json.loads(fields["num_steps"]) == 400 and json.loads(fields["optim.groups"])[0][1] == "frozen"
 
 
