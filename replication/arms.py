@@ -10,12 +10,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.ablate import columns, plan, tables
-from diffdis_jax.ablate.tables import Claim, Row, Table
+from diffdis_jax.ablate import plan, tables
+from diffdis_jax.ablate.tables import Row, Table
 from diffdis_jax.common import cli
 from diffdis_jax.config.section import check_number, check_type, read_section
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import workdir
+from replication.claims import Claim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Experiment:
     title: the question.
     arms: each with the fields of `Arm`.
     step_seconds: of a training step on one core, by the arms' `speed`; needed where an arm has `minutes`.
-    claims: comparisons, each with the fields of `tables.Claim`.
+    claims: comparisons, each with the fields of `claims.Claim`.
     only_some_have: fields of an evaluation's protocol that some arms lack, as CLIP lacks those of denoising. Arms that
       have them must agree on them, and all arms on all else.
   """
@@ -149,6 +150,6 @@ def _check(claims: Sequence[Claim], rows: Sequence[Row]) -> None:
         raise UserError(f"a claim names arm {label!r}; measured are {', '.join(by_label)}")
       # Only what its runs measure: an evaluation of what an arm does not train is left out of them.
       config = tables.changed(by_label[label].own_base or {}, by_label[label].changes)
-      known = [column.name for column in columns.columns_of(plan.measured(config))]
+      known = [column.name for column in tables.columns_of(plan.measured(config))]
       if claim.column not in known:
         raise UserError(f"a claim names column {claim.column!r}, which arm {label} lacks; it has {', '.join(known)}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffdis_jax.ablate import columns
-from diffdis_jax.ablate.columns import Column, percent
+from diffdis_jax.ablate import tables
+from diffdis_jax.ablate.tables import Column, percent
 from diffdis_jax.config.objectives import ALIGNED, GENERATIVE
 from diffdis_jax.data import sources
 from diffdis_jax.evals.tasks import TASKS, Task
@@ -24,7 +24,7 @@ def of_choice(name: str, section: Mapping[str, Any]) -> list[Column]:
 
 def of_generated_images(name: str, section: Mapping[str, Any]) -> list[Column]:
   """Return the columns of generated images; for scenes also the share of the five attributes that are right."""
-  found = columns.of_generated_images(name, section)
+  found = tables.of_generated_images(name, section)
   if section.get("data", {}).get("name") == "scenes":
     title = f"generated images, {name}, of five attributes"
     found.append(percent("generation_accuracy", name, "acc1_attributes", title))
@@ -37,4 +37,4 @@ def add() -> None:
   TASKS["choice"] = Task(Choice, ALIGNED)
   TASKS["hog"] = Task(Hog, (), compares=False)
   TASKS["generation_accuracy"] = Task(GenerationAccuracy, GENERATIVE, generates=True)
-  columns.COLUMNS_OF.update(generation_accuracy=of_generated_images, choice=of_choice)
+  tables.COLUMNS_OF.update(generation_accuracy=of_generated_images, choice=of_choice)

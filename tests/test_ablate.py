@@ -45,7 +45,7 @@ def tables_of(environment: dict[str, str], out: pathlib.Path, *flags: str) -> by
   """Without the minutes that each run took."""
   done = call("ablate", environment, "table", BASE, *flags, f"--out={out}")
   assert done.returncode == 0, done.stderr
-  assert (out / "tables.md").read_text() == done.stdout and (out / "tables.png").read_bytes()[:4] == b"\x89PNG"
+  assert (out / "tables.md").read_text() == done.stdout
   return re.sub(rb'"minutes": [^,\n]*', b'"minutes": 0', (out / "tables.json").read_bytes())
 
 
@@ -85,13 +85,12 @@ def test_killed_once_it_ends_in_the_same_table(tmp_path, environment, joint_run,
 
 @pytest.mark.slow
 def test_killed_five_times_with_its_autoencoder_it_ends_in_the_same_table(tmp_path, environment):
-  """Two runs at a time, each on half of the cores."""
   chance = random.Random(time.time())
   whole, killed, flags = tmp_path / "whole", tmp_path / "killed", [BASE, GRID, "--seeds=0,1", "--config.log_every=1"]
-  assert call("ablate", environment, "run", *flags, f"--out={whole}", "--jobs=2").returncode == 0
+  assert call("ablate", environment, "run", *flags, f"--out={whole}").returncode == 0
   kills = 0
   while True:
-    process = start(environment, "run", *flags, f"--out={killed}", "--jobs=2")
+    process = start(environment, "run", *flags, f"--out={killed}")
     try:
       process.wait(timeout=chance.uniform(2, 40) if kills < 5 else None)
     except subprocess.TimeoutExpired:

@@ -333,10 +333,9 @@ def test_a_source_that_stays_silent_is_named(caplog):
 
 def test_what_an_ablations_process_says_is_in_the_bucket(url):
   log = buckets.path(url) / "logs" / "run.log"
-  children = ablation_run._Children()
   for text in ("one", "two"):
-    assert children.run([sys.executable, "-c", f"print('{text}')"], log, None) == 0
-  assert log.read_text() == "one\ntwo\n" and ablation_run._last_words(log) == "two"
+    assert ablation_run.call([sys.executable, "-c", f"print('{text}')"], log) == 0
+  assert log.read_text() == "one\ntwo\n" and ablation_run.last_words(log) == "two"
 
 
 def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_any(url, monkeypatch, tmp_path):

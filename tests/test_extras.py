@@ -8,8 +8,6 @@ import re
 import subprocess
 import tomllib
 
-import pytest
-
 from diffdis_jax import errors
 from diffdis_jax.preflight import targets
 from diffdis_jax.run import writers
@@ -66,11 +64,10 @@ def test_every_extra_that_a_message_is_given_exists():
         extras = {last.value} if isinstance(last, ast.Constant) else NAMED_LATER[path.name]
         assert extras <= EXTRAS, f"{path}, line {node.lineno}: {extras}"
         found |= extras
-  assert found >= {"app", "tpu", "cuda", "plot", "wandb", "trackio"}
+  assert found >= {"app", "tpu", "cuda", "wandb", "trackio"}
 
 
-@pytest.mark.parametrize("otherwise, end", [("", "folder"), ("give --noplot", "folder, or give --noplot")])
-def test_the_message_names_the_package_and_what_to_type(otherwise, end):
-  error = errors.not_installed("the figure", "matplotlib", "plot", otherwise=otherwise)
-  said = "the figure needs matplotlib, which is not installed; pip install -e '.[plot]' in the repository's "
-  assert str(error) == said + end
+def test_the_message_names_the_package_and_what_to_type():
+  error = errors.not_installed("the page", "gradio", "app", otherwise="do without")
+  end = "pip install -e '.[app]' in the repository's folder, or do without"
+  assert str(error) == f"the page needs gradio, which is not installed; {end}"

@@ -39,9 +39,8 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.status RUN": ("", ()),
   "python -m diffdis_jax.config diff": ("", ()),
   "python -m diffdis_jax.ablate plan --base=shapes": ("", ()),
-  # The page says that the figure needs an extra.
   "python -m diffdis_jax.ablate table --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2": (
-    "--noplot",
+    "",
     ("runs/ablations/tables.json", "runs/ablations/tables.md"),
   ),
   "python -m diffdis_jax.export_weights --workdir=RUN --out=DIR": ("", ("DIR/unet/config.json", "DIR/README.md")),

@@ -6,7 +6,7 @@ The same flags then go to `ablate run` and `ablate table`:
 
   plan    lists the runs: number, progress, hours
   run     trains those that are not finished, one after another; --only=K just run K, for job arrays
-  table   writes tables.json, tables.md and tables.png into --out
+  table   writes tables.json and tables.md into --out
 
 --grid="loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0" replaces --tables, or is added to them.
 --config.a.b=value sets a field of the base; the autoencoder takes those of image size, mesh, data and its own model.
@@ -15,7 +15,6 @@ Runs can be stopped at any time and resume: SIGTERM saves and exits with code 75
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,11 +24,11 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import evaluate
-from diffdis_jax.ablate import columns, render, status, summary, tables
 from diffdis_jax.ablate import plan as planning
+from diffdis_jax.ablate import render, summary, tables
 from diffdis_jax.ablate import run as running
-from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
+from diffdis_jax.ablate.run import Folder
 from diffdis_jax.common import cli, files
 from diffdis_jax.config.section import check_number
 from diffdis_jax.errors import UserError
@@ -55,10 +54,9 @@ def define_flags() -> None:
   flags.DEFINE_string("schedule", "", "text schedule of Tables 2 and 7, not stated by the paper; by default the base's")
   flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
   flags.DEFINE_float("step_seconds", None, "seconds of a training step, while no run has measured it", lower_bound=0)
-  flags.DEFINE_string("only", "", "K, the number of a run, or K/N, every N-th run from the K-th on")
-  flags.DEFINE_integer("jobs", 1, "how many runs at a time, each on its share of a CPU's cores", lower_bound=1)
-  flags.DEFINE_list("columns", [], "which columns, by their names in tables.json; by default all")
-  flags.DEFINE_boolean("plot", True, "write tables.png, which needs the extra `plot`")
+  flags.DEFINE_integer(
+    "only", None, "number of a run, as plan lists it, which `run` does in this process", lower_bound=0
+  )
   cli.process_flags()
 
 
@@ -66,8 +64,17 @@ def main(argv: Sequence[str]) -> None:
   perform(argv, plan_of_flags)
 
 
-def perform(argv: Sequence[str], make_plan: Callable[[], Plan], *, module: str = "diffdis_jax.ablate") -> None:
-  """Do what the first argument says with a plan; `module` is the command that each run of several is started by."""
+def perform(
+  argv: Sequence[str],
+  make_plan: Callable[[], Plan],
+  *,
+  module: str = "diffdis_jax.ablate",
+  tabulate: Callable[[Plan, Folder], None] | None = None,
+) -> None:
+  """Do what the first argument names with a plan.
+
+  `module` is the command that each run of several is started by, and `tabulate` does the verb `table`.
+  """
   verb = argv[1] if argv[1:] else ""
   if verb not in VERBS:
     raise UserError(f"diffdis ablate {verb or '...'}: the first argument is one of {', '.join(VERBS)}")
@@ -77,11 +84,11 @@ def perform(argv: Sequence[str], make_plan: Callable[[], Plan], *, module: str =
   if verb == "plan":
     if FLAGS.step_seconds is not None:
       check_number("--step_seconds", FLAGS.step_seconds, ge=0)
-    cli.write("\n".join(status.lines(plan, folder, FLAGS.step_seconds)) + "\n")
+    cli.write("\n".join(running.lines(plan, folder, FLAGS.step_seconds)) + "\n")
   elif verb == "run":
     run_selected(plan, folder, module)
   else:
-    write_tables(plan, folder)
+    (tabulate or write_tables)(plan, folder)
 
 
 def plan_of_flags() -> Plan:
@@ -93,7 +100,7 @@ def plan_of_flags() -> Plan:
       raise UserError(f"--{name} is of the paper's tables; give --tables, or leave it out")
   if FLAGS.tables:
     schedule = FLAGS.schedule or base["text_diffusion"]["schedule"]
-    asked += tables.choose(FLAGS.tables, tables.Unstated(schedule=schedule, gamma=FLAGS.table7_gamma))
+    asked += tables.choose(FLAGS.tables, schedule=schedule, gamma=FLAGS.table7_gamma)
   if FLAGS.grid is not None:
     asked.append(tables.grid(FLAGS.grid, base))
   if not asked:
@@ -101,7 +108,7 @@ def plan_of_flags() -> Plan:
   return make_plan(asked)
 
 
-def make_plan(asked: Sequence[tables.Table], *, own_starts: bool = False, claims: Sequence[tables.Claim] = ()) -> Plan:
+def make_plan(asked: Sequence[tables.Table], *, own_starts: bool = False) -> Plan:
   """Return the plan of these tables by --base and --seeds. Raises UserError: flags, or a base, that make none."""
   path, overrides = cli.config_given()
   if "seed" in overrides:
@@ -114,7 +121,7 @@ def make_plan(asked: Sequence[tables.Table], *, own_starts: bool = False, claims
   except ValueError:
     raise UserError(f"--seeds={','.join(FLAGS.seeds)} should be whole numbers, such as 0,1,2") from None
   autoencoder = planning.find_autoencoder(path, overrides, base)
-  plan = planning.make(base, autoencoder, asked, seeds, own_starts=own_starts, claims=claims)
+  plan = planning.make(base, autoencoder, asked, seeds, own_starts=own_starts)
   _check_overrides(plan, overrides)
   # All of them before any is started: a row that no run can have should not fail after hours.
   for each in plan.runs:
@@ -141,8 +148,7 @@ def _check_overrides(plan: Plan, overrides: Mapping[str, Any]) -> None:
 
 
 def check_evaluations(config: Mapping[str, Any]) -> None:
-  """Refuse an evaluation that could not be run, which would otherwise show only after the training. Raises UserError
-  for it."""
+  """Refuse an evaluation that could not be run, before hours of training. Raises UserError for it."""
   for name, section in config["evals"].items():
     try:
       tasks.check(**section)
@@ -151,19 +157,17 @@ def check_evaluations(config: Mapping[str, Any]) -> None:
 
 
 def run_selected(plan: Plan, folder: Folder, module: str) -> None:
-  """Do the run that --only names in this process, or several runs, each in a process of its own."""
-  numbers = running.select(plan, FLAGS.only)
+  """Do the run that --only names in this process, or all runs, each in a process of its own."""
   # In this process: a job of an array gets its own signals, and only so can it be one of several processes that train
   # together.
-  if FLAGS.only.isdecimal():
-    if FLAGS.jobs > 1:
-      raise UserError(f"--jobs={FLAGS.jobs} does several runs, and --only={FLAGS.only} is one; leave out one of them")
-    run_one(plan.runs[numbers[0]], plan, folder)
+  if FLAGS.only is not None:
+    if FLAGS.only >= len(plan.runs):
+      raise UserError(f"--only={FLAGS.only}: the plan has runs 0 to {len(plan.runs) - 1}")
+    run_one(plan.runs[FLAGS.only], plan, folder)
     return
   folder.open(plan)
-  # The same command; of a flag that is given twice the last value holds.
-  command = lambda number: [sys.executable, "-m", module, *sys.argv[1:], f"--only={number}", "--jobs=1"]
-  if code := running.run_all(plan, numbers, folder, command, jobs=FLAGS.jobs):
+  command = lambda number: [sys.executable, "-m", module, *sys.argv[1:], f"--only={number}"]
+  if code := running.run_all(plan, folder, command):
     sys.exit(code)
 
 
@@ -178,7 +182,9 @@ def run_one(one: Run, plan: Plan, folder: Folder) -> None:
   processes.on_first(lambda: folder.open(plan))
   # While it trains, train hears SIGTERM and Ctrl-C and saves. Else what is there is on the disk: it ends at once.
   with processes.PreemptionHandler(sharding.batch_sharding(sharding.make_mesh(**one.config["mesh"]))).listening():
-    if running.is_needed(one, plan, folder):
+    # A start that no row needs any more is left alone; `run` does so with rows that are finished.
+    is_needed = lambda: one in running.to_do(plan, {each: folder.state(each) for each in plan.runs})
+    if one.evals or running.as_first_sees(is_needed):
       running.run(one, folder, train=loop.train_and_evaluate, measure=measure)
     else:
       logging.info("%s: all runs that start from it are finished; nothing to do", one.name)
@@ -193,19 +199,13 @@ def measure(one: Run, path: str, out: str) -> None:
   evaluate.evaluate(path, asked, kept=ResultFile(out), **protocol)
 
 
-def write_tables(plan: Plan, folder: Folder) -> None:
-  """Write tables.json, tables.md and tables.png for the runs that are finished."""
-  of_runs = (run.evals for runs in plan.rows.values() for run in runs)
-  chosen = columns.choose(columns.measured(columns.columns_of(plan.base["evals"]), of_runs), FLAGS.columns)
+def write_tables(plan: Plan, folder: Folder, *, more: Mapping[str, Any] | None = None, text: str = "") -> None:
+  """Write tables.json and tables.md for the runs that are finished, with `more` and `text` at their ends."""
   base, _ = cli.config_given()
-  found = summary.summarise(plan, folder, chosen, base=base)
-  text = render.markdown(found)
-  # Before any file is written: where matplotlib is missing nothing is half done.
-  picture = render.plot(found) if FLAGS.plot else None
-  result_files.write_text(str(folder.path / "tables.json"), json.dumps(found, indent=2) + "\n")
+  content = summary.summarise(plan, folder, base=base)
+  text = render.markdown(content) + text
+  result_files.write_text(str(folder.path / "tables.json"), files.as_json(content | (more or {})))
   result_files.write_text(str(folder.path / "tables.md"), text)
-  if picture is not None:
-    files.write_whole(folder.path / "tables.png", picture)
   cli.write(text)
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.ablate import columns, tables
+from diffdis_jax.ablate import tables
 from diffdis_jax.common import cli
 from diffdis_jax.config.objectives import task_of
 from diffdis_jax.config.section import check_number
@@ -60,7 +60,6 @@ class Plan:
     seeds: of every row.
     rows: (name of a table, number of a row) -> its runs, in the order of the seeds.
     runs: each once, in the order in which they are to be done: starts first, and all rows of one seed after another.
-    claims: which rows are compared; none for all with the base row of their table.
   """
 
   base: dict[str, Any]
@@ -68,7 +67,6 @@ class Plan:
   seeds: tuple[int, ...]
   rows: Mapping[tuple[str, int], tuple[Run, ...]]
   runs: tuple[Run, ...]
-  claims: tuple[tables.Claim, ...] = ()
 
 
 def make(
@@ -78,7 +76,6 @@ def make(
   seeds: Sequence[int],
   *,
   own_starts: bool = False,
-  claims: Sequence[tables.Claim] = (),
 ) -> Plan:
   """Make the plan of some tables.
 
@@ -88,15 +85,12 @@ def make(
       what they start from, or they start from nothing.
     asked: tables.
     seeds: of every row.
-    own_starts: whether each seed has an autoencoder of its own; else one serves all.
-    claims: which rows are compared.
+    own_starts: each seed has an autoencoder of its own; else one serves all.
 
   Raises:
-    UserError: the base has no evaluations, or none of those that rows measure has a column; it lacks a field that a row
-      changes; a seed is given twice; or two runs would have one name.
+    UserError: the base has none of the evaluations that the rows' objectives need for a column; it lacks a field that a
+      row changes; a seed is given twice; or two runs would have one name.
   """
-  if not base["evals"]:
-    raise UserError("the base config has no evaluations (evals), so that there is nothing to put into a table")
   if not seeds or len(set(seeds)) < len(seeds):
     raise UserError(f"--seeds={','.join(map(str, seeds))} should be different numbers, such as 0,1,2")
   for seed in seeds:
@@ -109,21 +103,19 @@ def make(
       for number, row in enumerate(table.rows):
         run = _make_run(base, autoencoder, row, seed, known, own_starts=own_starts)
         rows.setdefault((table.name, number), []).append(run)
-  if not columns.measured(columns.columns_of(base["evals"]), (run.evals for run in known.values())):
+  if not tables.measured(tables.columns_of(base["evals"]), (run.evals for run in known.values())):
     raise UserError(
-      f"of the base's evaluations, {', '.join(base['evals'])}, these rows measure none that has a column in a table;"
-      f" columns are of {', '.join((*columns.COLUMNS_OF, 'retrieval'))}"
+      f"of the base's evaluations, {', '.join(base['evals']) or 'none'}, these rows measure none that has a column in a"
+      f" table; columns are of {', '.join((*tables.COLUMNS_OF, 'retrieval'))}"
     )
+  # `sorted` is stable: starts first, and all others in the order above.
+  order = lambda run: (seeds.index(run.config["seed"]) if own_starts else 0, run.depth)
   return Plan(
     base=dict(base),
     tables=tuple(asked),
     seeds=tuple(seeds),
     rows={key: tuple(found) for key, found in rows.items()},
-    # `sorted` is stable: starts first, and all others in the order above.
-    runs=tuple(
-      sorted(known.values(), key=lambda run: (seeds.index(run.config["seed"]) if own_starts else 0, run.depth))
-    ),
-    claims=tuple(claims),
+    runs=tuple(sorted(known.values(), key=order)),
   )
 
 
@@ -148,13 +140,14 @@ def find_autoencoder(path: str, overrides: Mapping[str, Any], base: Config) -> d
     return None
   if not task_of(config["objectives"]).is_autoencoder:
     return None
-  return tables.changed(
-    config, {field: value for field, value in overrides.items() if re.search(OF_AUTOENCODER, field)}
-  )
+  return tables.changed(config, _of_autoencoder(overrides))
+
+
+def _of_autoencoder(changes: Mapping[str, Any]) -> dict[str, Any]:
+  return {field: value for field, value in changes.items() if re.search(OF_AUTOENCODER, field)}
 
 
 def _needs_autoencoder(objectives: Sequence[str]) -> bool:
-  """Return whether such a run starts from a trained autoencoder."""
   return task_of(objectives).network in ("diffdis", "either")
 
 
@@ -178,8 +171,7 @@ def _make_run(
   if row.start is not None:
     first = _make_run(base, autoencoder, row.start, seed, known, own_starts=own_starts)
   elif autoencoder is not None and _needs_autoencoder(objectives) and not config["init_from"]:
-    own = {field: value for field, value in row.changes.items() if re.search(OF_AUTOENCODER, field)}
-    plain = tables.changed(autoencoder, own | ({"seed": seed} if own_starts else {}))
+    plain = tables.changed(autoencoder, _of_autoencoder(row.changes) | ({"seed": seed} if own_starts else {}))
     of_seed = f"-seed_{seed}" if own_starts else ""
     first = _add(known, Run(f"autoencoder{of_seed}-{digest(identity(plain))}", plain, None, {}))
   # The start's name, which ends in its hash, and not its path: wherever the folder lies, the run has one name.
@@ -199,10 +191,9 @@ def measured(config: Config) -> dict[str, Any]:
 def _add(known: dict[tuple[str, str], Run], run: Run) -> Run:
   """Return the run of this name and measurement that is known, or else this one. Raises UserError: another has its
   name."""
-  for other in known.values():
-    if other.name == run.name and identity(other.config) != identity(run.config):
-      raise UserError(f"two runs have the name {run.name}: their hashes agree by chance; change a field of one of them")
   # Rows that train the same and are measured differently are two runs in one workdir.
+  if any(each.name == run.name and identity(each.config) != identity(run.config) for each in known.values()):
+    raise UserError(f"two runs have the name {run.name}: their hashes agree by chance; change a field of one of them")
   return known.setdefault((run.name, run.measurement), run)
 
 

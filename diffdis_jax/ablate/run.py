@@ -1,15 +1,16 @@
-"""Do the runs of a plan: one in this process, or several in processes of their own."""
+"""Lay out the folder of an ablation, list the progress of its runs, and do them.
+
+The folder holds base.json, runs/NAME/, results/NAME.HASH.json, logs/NAME.log, and the tables.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import queue
-import signal
+import dataclasses
+import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,64 +19,203 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax import config as run_config
-from diffdis_jax.ablate.folder import Folder, to_do
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.common import buckets, files, signals
+from diffdis_jax.config.objectives import task_of
 from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
+from diffdis_jax.evals import results as result_files
+from diffdis_jax.evals.results import Results
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import lock
+from diffdis_jax.run import lock, provenance, workdir
+from diffdis_jax.run.workdir import identity
 
 PATIENCE = 10.0  # seconds between two looks at a run that another process has
 BAD_INPUT = 2  # the exit code of a UserError
 
 
-def select(plan: Plan, only: str) -> list[int]:
-  """Return the numbers of the runs that `only` means: `K` that run, `K/N` every N-th one from the K-th on, "" all.
+@dataclasses.dataclass(frozen=True)
+class State:
+  """The progress of a run.
 
-  Raises:
-    UserError: it is something else, or no run.
+  Attributes:
+    step: of its newest checkpoint.
+    num_steps: at which it is trained.
+    measured: True where every evaluation has its result.
+    seconds: of a step, where metrics.jsonl tells; without evaluations and saves.
   """
-  number, slash, count = only.partition("/")
-  if not only:
-    return list(range(len(plan.runs)))
-  if not number.isdecimal() or (slash and not count.isdecimal()):
-    raise UserError(f"--only={only} should be K, the number of a run, or K/N, every N-th run from the K-th on")
-  if slash and int(number) >= int(count):
-    raise UserError(f"--only={only} should have a K from 0 to {max(int(count) - 1, 0)}, below its N")
-  if not slash and int(number) >= len(plan.runs):
-    raise UserError(f"--only={only}: the plan has runs 0 to {len(plan.runs) - 1}")
-  # Nothing for a K beyond the last run: a job of an array that is larger than the plan.
-  return list(range(int(number), len(plan.runs), int(count))) if slash else [int(number)]
+
+  step: int
+  num_steps: int
+  measured: bool
+  seconds: float | None
+
+  @property
+  def is_trained(self) -> bool:
+    """Return whether its last step is saved."""
+    return self.step >= self.num_steps
+
+  @property
+  def is_finished(self) -> bool:
+    """Return whether there is nothing left to do."""
+    return self.is_trained and self.measured
+
+  @property
+  def words(self) -> str:
+    """Describe the progress for people."""
+    if self.is_trained:
+      return "finished" if self.measured else "to measure"
+    return f"step {self.step} of {self.num_steps}" if self.step else "missing"
 
 
-def is_needed(one: Run, plan: Plan, folder: Folder) -> bool:
-  """Return, for a run that is a start alone, whether a row that starts from it is left to do. Return true for others,
-  since `run` leaves them alone where they are finished. The answer is the same on every process."""
-  return bool(one.evals) or _as_first_sees(lambda: one in to_do(plan, {run: folder.state(run) for run in plan.runs}))
+class Folder:
+  """Names the files under --out, which may be a bucket's address, and reads them."""
+
+  def __init__(self, out: epath.PathLike):
+    self.path = buckets.path(out)
+
+  def workdir(self, run: Run) -> str:
+    """Return the workdir of a run's training, absolute, so that `init_from` is the same wherever a command starts."""
+    return str(buckets.absolute(self.path) / "runs" / run.name)
+
+  def results(self, run: Run) -> str:
+    """Return the file of its evaluations, as evaluate writes it."""
+    # With a hash of how it was measured: another protocol writes another file, and costs no training.
+    return str(self.path / "results" / f"{run.name}.{run.measurement}.json")
+
+  def log(self, run: Run) -> epath.Path:
+    """Return the log of a run's process."""
+    return self.path / "logs" / f"{run.name}.log"
+
+  def config(self, run: Run) -> dict[str, Any]:
+    """Return the config of a run's training. Its `init_from` is the workdir of what it starts from, if there is one; in
+    a run that has a checkpoint it is the one from which the run began, since the folder may have moved."""
+    if run.start is None:
+      return run.config
+    # Not in the plan's config: a path would make the run's hash, and so its name, depend on the folder.
+    path = buckets.path(self.workdir(run))
+    began = files.read_object(path / "config.json").get("init_from") if workdir.latest_step(path) else None
+    return run.config | {"init_from": began or self.workdir(run.start)}
+
+  def read(self, run: Run) -> Results | None:
+    """Return its results, if every evaluation has one. Raises UserError: the file holds something else."""
+    path = self.results(run)
+    found = result_files.read(path) if buckets.path(path).exists() else {}
+    # They are written one by one: a file with some of them is of a run that was stopped.
+    whole = all(name in found.get(section["task"], {}) for name, section in run.evals.items())
+    return found if whole else None
+
+  def state(self, run: Run) -> State:
+    """Return the progress of a run. A run that has its results was trained to its end, also where its workdir was
+    removed since."""
+    measured, num_steps, path = self.read(run) is not None, run.config["num_steps"], self.workdir(run)
+    step = num_steps if run.evals and measured else workdir.latest_step(path) or 0
+    return State(step, num_steps, measured, seconds_per_step(buckets.path(path)))
+
+  def minutes(self, run: Run) -> float | None:
+    """Return the minutes of its training steps, without starts, evaluations and saves; None where metrics.jsonl does
+    not tell."""
+    seconds = seconds_per_step(buckets.path(self.workdir(run)))
+    return None if seconds is None else seconds * run.config["num_steps"] / 60
+
+  def check(self, plan: Plan) -> None:
+    """Check that the folder's runs are of the same base. Raises UserError where they are of another."""
+    file = self.path / "base.json"
+    if not file.exists():
+      names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+      # Tasks of an array begin at one moment: another one may be writing the file, or have written it just now.
+      if any(name != file.name and not name.startswith(f".{file.name}.") for name in names):
+        raise UserError(f"--out={self.path} is not empty and holds no ablations (no base.json); take a new folder")
+      return
+    there = files.read_object(file)
+    if workdir.SECTIONS - there.keys():
+      raise UserError(f"{file} is no base of ablations; take a new --out")
+    # By what the numbers depend on: how often a run logs or saves may change between two calls.
+    if differing := workdir.differences(identity(there), identity(_without_seed(plan.base))):
+      raise UserError(
+        f"--out={self.path} holds ablations of another base: {', '.join(differing)}; take its base or a new --out"
+      )
+
+  def open(self, plan: Plan) -> None:
+    """Create it with its base, or check that it has the same. Raises UserError: it has another, or is no folder."""
+    self.check(plan)
+    with files.writing(f"to --out={self.path}"):
+      self.path.mkdir(parents=True, exist_ok=True)
+      files.write_json(self.path / "base.json", _without_seed(plan.base))
+
+
+def to_do(plan: Plan, states: Mapping[Run, State]) -> set[Run]:
+  """Return the runs of a plan that are left: rows that are not finished, and what these start from. A start has no
+  results of its own, so that it is not missed where those of all its rows are there."""
+  wanted: set[Run] = set()
+  for run in {run for runs in plan.rows.values() for run in runs}:
+    each: Run | None = run
+    while each is not None and not states[each].is_finished:
+      wanted.add(each)
+      each = each.start
+  return wanted
+
+
+def seconds_per_step(path: epath.Path) -> float | None:
+  """Return the mean over the lines of a workdir's metrics.jsonl, which stand for equally many steps; None without a
+  speed."""
+  speeds = [line.get("steps_per_sec") for line in provenance.metrics_of(files.lines(path / "metrics.jsonl"))]
+  # Times of equally many steps have a mean; the mean of speeds would favour the fast ones.
+  seconds = [1 / speed for speed in speeds if speed]
+  return sum(seconds) / len(seconds) if seconds else None
+
+
+def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
+  # --seeds may grow later: rows of more seeds belong to the same ablation.
+  return {field: value for field, value in config.items() if field != "seed"}
+
+
+def lines(plan: Plan, folder: Folder, step_seconds: float | None) -> list[str]:
+  """Return a line for each run, by the number that --only takes; then which runs a row has, and the hours in all.
+
+  `step_seconds` are those of a training step, where no run with the same objectives tells.
+  """
+  states = {run: folder.state(run) for run in plan.runs}
+  left = to_do(plan, states)
+  hours = {run: _hours(run, states, step_seconds) for run in plan.runs}
+  width = max(len(run.name) for run in plan.runs)
+  numbers = {run: number for number, run in enumerate(plan.runs)}
+  shown = lambda run: "" if states[run].is_trained else "? h" if hours[run] is None else f"{hours[run]:.2f} h"
+  found = [
+    f"{numbers[run]:4d}  {run.name:{width}}  {state.words:>20}  {shown(run):>8}" for run, state in states.items()
+  ]
+  of_row = lambda name, place: ", ".join(str(numbers[run]) for run in plan.rows[name, place])
+  rows = [(table.name, place, row.label) for table in plan.tables for place, row in enumerate(table.rows)]
+  found += ["", *(f"table {name}, {label}: runs {of_row(name, place)}" for name, place, label in rows), ""]
+  known = [each for run in plan.runs if run in left and (each := hours[run]) is not None]
+  text = f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} finished"
+  if left:
+    text += f"; {sum(known):.2f} hours of steps left, without starts and evaluations"
+  if unknown := len(left) - len(known):
+    text += f", and {unknown} runs whose speed is known when they have steps, or by --step_seconds"
+  return [*found, text]
+
+
+def _hours(run: Run, states: Mapping[Run, State], step_seconds: float | None) -> float | None:
+  """Return the hours of steps that a run has left, by its own speed, or the median of those with the same objectives,
+  or `step_seconds`, which is not an autoencoder's."""
+  alike = [state.seconds for other, state in states.items() if other.config["objectives"] == run.config["objectives"]]
+  measured = [seconds for seconds in alike if seconds is not None]
+  state, seconds = states[run], None if task_of(run.config["objectives"]).is_autoencoder else step_seconds
+  if state.seconds is not None or measured:
+    seconds = state.seconds or statistics.median(measured)
+  return None if seconds is None else max(state.num_steps - state.step, 0) * seconds / 3600
 
 
 def run(
-  one: Run,
-  folder: Folder,
-  *,
-  train: Callable[[run_config.Run, str], Any],
-  measure: Callable[[Run, str, str], Any],
+  one: Run, folder: Folder, *, train: Callable[[run_config.Run, str], Any], measure: Callable[[Run, str, str], Any]
 ) -> None:
   """Train a run, what it starts from first, and measure it, each from where it was stopped.
 
-  What another process is at is waited for.
-
-  Args:
-    one: of a plan.
-    folder: of the ablation.
-    train: (its record, workdir) trains it to its end.
-    measure: (run, workdir, file of results) measures it and writes the file.
-
-  Raises:
-    UserError, Preempted: as `train` and `measure` do.
+  What another process is at is waited for. `train` takes a record and a workdir; `measure` a run, its workdir, and the
+  file of results that it writes.
   """
   # Before its start: where the results are, no workdir has to be.
-  if _as_first_sees(lambda: folder.state(one).is_finished):
+  if as_first_sees(lambda: folder.state(one).is_finished):
     return
   # The start first: a run begins from its last checkpoint.
   if one.start:
@@ -94,10 +234,9 @@ def run(
 
 def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
   """Do it, unless it is done; while another process has the workdir, wait for it."""
-  while not _as_first_sees(is_done):
+  while not as_first_sees(is_done):
     try:
-      action()
-      return
+      return action()
     except lock.InUse as error:
       # One of several processes cannot wait alone: the others are on their way to what all of them do together.
       if jax.process_count() > 1:
@@ -106,179 +245,68 @@ def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
       time.sleep(PATIENCE)
 
 
-def _as_first_sees(look: Callable[[], bool]) -> bool:
+def as_first_sees(look: Callable[[], bool]) -> bool:
   """Return on every process what process 0 sees. A shared file system may show a new file to some processes later, and
   all of them do together what follows."""
   return bool(processes.from_first(np.uint8(look() if processes.is_first() else False)))
 
 
-def run_all(
-  plan: Plan, numbers: Sequence[int], folder: Folder, command: Callable[[int], list[str]], *, jobs: int = 1
-) -> int:
-  """Do the runs of these numbers that are not finished, each in a process of its own; starts first.
+def run_all(plan: Plan, folder: Folder, command: Callable[[int], list[str]]) -> int:
+  """Do the runs that are not finished, starts first, each in a process of its own whose output goes to its log.
 
-  One that fails is reported, and the others continue. What a process says goes to its log, in a bucket at its end.
-
-  Args:
-    plan: of the runs.
-    numbers: of some of them.
-    folder: of the ablation.
-    command: of the process of a run, by its number.
-    jobs: how many at a time. Each has its share of this process's cores, however few are left: on other cores its sums
-      would have another order.
-
-  Returns:
-    0, or the exit code for runs that failed: 2 if each of them had bad input, else 1.
+  One that fails is reported, and the others continue. `command` is that of a run's process, by its number. Return 0, or
+  the exit code for runs that failed: 2 if each of them had bad input, else 1.
 
   Raises:
-    Preempted: SIGTERM or, as Interrupted, Ctrl-C came, to this process or to one of the runs', and all of them have
-      saved and ended.
+    Preempted: SIGTERM or, as Interrupted, Ctrl-C came, to this process or to a run's, which has saved and ended.
   """
   failed: dict[str, int] = {}
-
-  def one(number: int, cores: set[int] | None) -> None:
-    if children.asked:  # before it is announced as one that begins
-      raise Preempted
-    run, log = plan.runs[number], folder.log(plan.runs[number])
-    words, last = folder.state(run).words, len(plan.runs) - 1
-    logging.info("run %d of 0 to %d: %s; %s; log in %s", number, last, run.name, words, log)
-    code = children.run(command(number), log, cores)
-    if code == INTERRUPTED:
-      raise Interrupted
-    # Also of a run that ended well after the signal: no other one is to begin.
-    if code == PREEMPTED or children.asked:
-      raise Preempted
-    if code:
-      failed[run.name] = code
-      logging.error("run %d, %s: failed with code %d: %s; log in %s", number, run.name, code, _last_words(log), log)
-
-  with _Children().listening() as children:
-    # Look at all runs, whichever are asked for: a start is done where any row still needs it.
-    wanted = to_do(plan, {run: folder.state(run) for run in plan.runs})
-    left = [number for number in numbers if plan.runs[number] in wanted]
-    # All of a wave before any of the next one: a run starts from the last checkpoint of one before it.
-    for wave in _waves(plan, left):
-      ready = []
-      for number in wave:
-        run = plan.runs[number]
-        if run.start and run.start.name in failed:
-          logging.error("run %d, %s: left out, since its start %s failed", number, run.name, run.start.name)
-          # With its code: where the start's input was bad, this run needs no other cause.
-          failed[run.name] = failed[run.start.name]
-        else:
-          ready.append(number)
-      _side_by_side(one, ready, jobs, children)
+  states = {run: folder.state(run) for run in plan.runs}
+  wanted = to_do(plan, states)
+  for number, one in enumerate(plan.runs):
+    if one not in wanted:
+      continue
+    log = folder.log(one)
+    if one.start and one.start.name in failed:
+      logging.error("run %d, %s: left out, since its start %s failed", number, one.name, one.start.name)
+      # With its code: where the start's input was bad, this run needs no other cause.
+      failed[one.name] = failed[one.start.name]
+      continue
+    logging.info("run %d of 0 to %d: %s; %s; log in %s", number, len(plan.runs) - 1, one.name, states[one].words, log)
+    if code := call(command(number), log):
+      failed[one.name] = code
+      logging.error("run %d, %s: failed with code %d: %s; log in %s", number, one.name, code, last_words(log), log)
   if failed:
-    logging.error("%d of %d runs failed; the same command tries them again", len(failed), len(numbers))
-  else:
-    logging.info("all %d runs are finished", len(numbers))
-  return 0 if not failed else BAD_INPUT if {*failed.values()} == {BAD_INPUT} else 1
+    logging.error("%d of %d runs failed; the same command tries them again", len(failed), len(plan.runs))
+    return BAD_INPUT if {*failed.values()} == {BAD_INPUT} else 1
+  logging.info("all %d runs are finished", len(plan.runs))
+  return 0
 
 
-def _waves(plan: Plan, numbers: Sequence[int]) -> list[list[int]]:
-  """Cut the runs, in their order, wherever one starts from another of the same wave."""
-  waves: list[list[int]] = [[]]
-  for number in numbers:
-    start = plan.runs[number].start
-    if start and start.name in {plan.runs[other].name for other in waves[-1]}:
-      waves.append([])
-    waves[-1].append(number)
-  return waves
+def call(command: Sequence[str], log: epath.Path) -> int:
+  """Return the exit code of a process, whose output is appended to the file `log`.
 
-
-def _side_by_side(
-  one: Callable[[int, set[int] | None], None], numbers: Sequence[int], jobs: int, children: _Children
-) -> None:
-  """Call `one` for each number, `jobs` of them at a time, with cores of its own. Raises what it raises."""
-  # As many shares as threads, so that a thread always finds one.
-  free: queue.SimpleQueue[set[int] | None] = queue.SimpleQueue()
-  for share in _shares(jobs):
-    free.put(share)
-
-  def with_share(number: int) -> None:
-    share = free.get()
+  Raises:
+    Preempted: it was stopped, or this process was, and it has saved; Interrupted, if by Ctrl-C.
+  """
+  with buckets.appended(log) as out:
+    # Without a standard input: a run does not read a terminal.
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
     try:
-      one(number, share)
-    finally:
-      free.put(share)
-
-  with futures.ThreadPoolExecutor(jobs) as pool:
-    submitted = [pool.submit(with_share, number) for number in numbers]
-    try:
-      for done in futures.as_completed(submitted):
-        done.result()
-    except BaseException:  # else the pool would start the next run
-      children.stop()
-      raise
+      code = process.wait()
+    except KeyboardInterrupt as stopped:
+      process.terminate()  # on which it saves
+      if not isinstance(stopped, signals.Terminated):
+        signals.say("interrupted: what runs saves and ends; a second Ctrl-C ends it at once, without a save")
+      process.wait()
+      raise (Preempted if isinstance(stopped, signals.Terminated) else Interrupted) from None
+  if code in (INTERRUPTED, PREEMPTED):
+    raise Interrupted if code == INTERRUPTED else Preempted
+  return code
 
 
-def _shares(count: int) -> list[set[int] | None]:
-  """Divide this process's cores into shares; None, all of them, for one, or where a process cannot be kept to some."""
-  if count == 1 or not hasattr(os, "sched_getaffinity"):
-    return [None] * count
-  cores = sorted(os.sched_getaffinity(0))
-  # With more jobs than cores some share one.
-  return [{*cores[share::count]} or {cores[share % len(cores)]} for share in range(count)]
-
-
-class _Children:
-  """Processes that get SIGTERM, and save, when this one gets a signal; at a second Ctrl-C they are killed."""
-
-  def __init__(self) -> None:
-    self.asked = self._interrupted = False
-    self._running: set[subprocess.Popen[bytes]] = set()
-
-  @contextlib.contextmanager
-  def listening(self) -> Iterator[_Children]:
-    """Take the signals, if this is the main thread; leave no process behind."""
-    with signals.handled(self._hear):
-      try:
-        yield self
-      except Preempted:
-        if self._interrupted:
-          raise Interrupted from None
-        raise
-      finally:
-        self.stop()
-
-  def _hear(self, number: int) -> None:
-    if number == signal.SIGINT and self._interrupted:
-      for process in tuple(self._running):
-        process.kill()
-      signals.end_interrupted()
-    if number == signal.SIGINT:
-      self._interrupted = True
-      signals.say("interrupted: what runs saves and ends; a second Ctrl-C ends it at once, without a save")
-    self.stop()
-
-  def run(self, command: Sequence[str], log: epath.Path, cores: set[int] | None) -> int:
-    """Return the exit code of a process on these cores, whose output is appended to the file `log`."""
-    if self.asked:
-      return PREEMPTED
-    with buckets.appended(log) as out:
-      # Without a standard input: several processes would read one terminal.
-      process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-      # Before the second look at `asked`: a signal since the first one has stopped only the processes that were in the
-      # set.
-      self._running.add(process)
-      if cores is not None:
-        os.sched_setaffinity(process.pid, cores)  # before it has a second thread
-      if self.asked:
-        process.terminate()
-      try:
-        return process.wait()
-      finally:
-        self._running.discard(process)
-
-  def stop(self) -> None:
-    """Send SIGTERM to those that run, and start no other."""
-    self.asked = True
-    for process in tuple(self._running):
-      process.terminate()
-
-
-def _last_words(log: Any) -> str:
+def last_words(log: epath.Path) -> str:
   """Return the last line of a log that says what was wrong."""
-  lines = [line for line in files.lines(log) if line.strip()]
-  errors = [line for line in lines if line.startswith("error: ")]
-  return (errors or lines or ["nothing was said"])[-1].removeprefix("error: ")
+  found = [line for line in files.lines(log) if line.strip()]
+  errors = [line for line in found if line.startswith("error: ")]
+  return (errors or found or ["it wrote nothing"])[-1].removeprefix("error: ")

@@ -45,26 +45,6 @@ class Difference:
   is_significant: bool = False
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Verdict:
-  """The verdict on a comparison that was named before the runs.
-
-  Attributes:
-    difference: corrected over all comparisons of the experiment.
-    bound: the largest difference that counts as none.
-    p_equivalent: of a true difference of `bound` or more; None where the difference has no p.
-    p_equivalent_holm: after Holm's correction over the experiment's.
-    words: "higher" or "lower" where the difference is significant, "no effect larger than BOUND" where that is, both
-      where both are, "undecided" where neither.
-  """
-
-  difference: Difference
-  bound: float
-  p_equivalent: float | None
-  p_equivalent_holm: float | None
-  words: str
-
-
 def paired(pairs: Sequence[float]) -> Difference:
   """Return the mean of at least one difference, with its interval and p, without a correction."""
   from scipy import stats  # here and below, since it takes a second and `ablate run` does not need it
@@ -91,16 +71,6 @@ def detectable(sd: float, n: int) -> float:
   return float(shift) * sd / n**0.5
 
 
-def equivalent(pairs: Sequence[float], bound: float) -> float | None:
-  """Return p of a true difference outside of ± bound: the larger of two one-sided tests' (Schuirmann, 1987)."""
-  from scipy import stats
-
-  if paired(pairs).p is None:
-    return None
-  sides = stats.ttest_1samp(pairs, -bound, alternative="greater"), stats.ttest_1samp(pairs, bound, alternative="less")
-  return max(float(side.pvalue) for side in sides)
-
-
 def holm(p_values: Sequence[float | None], *, named: int | None = None) -> list[float | None]:
   """Return adjusted p (Holm, 1979), in the order of `p_values`; None stays None.
 
@@ -123,19 +93,3 @@ def correct(differences: Sequence[Difference], *, named: int | None = None) -> l
     dataclasses.replace(each, p_holm=p, is_significant=p is not None and p < ALPHA)
     for each, p in zip(differences, holm([each.p for each in differences], named=named), strict=True)
   ]
-
-
-def verdicts(pairs: Sequence[Sequence[float]], bounds: Sequence[float], *, named: int | None = None) -> list[Verdict]:
-  """Return the verdict on each comparison of an experiment, from its paired differences and its bound.
-
-  `named` is how many comparisons the experiment has, by which all are corrected, as `holm` has it.
-  """
-  differences = correct([paired(each) for each in pairs], named=named)
-  p_values = [equivalent(each, bound) for each, bound in zip(pairs, bounds, strict=True)]
-  found = []
-  for difference, bound, p, p_holm in zip(differences, bounds, p_values, holm(p_values, named=named), strict=True):
-    words = [("higher" if difference.mean > 0 else "lower")] if difference.is_significant else []
-    words += [f"no effect larger than {bound:g}"] if p_holm is not None and p_holm < ALPHA else []
-    judged = ", ".join(words) or "undecided"
-    found.append(Verdict(difference=difference, bound=bound, p_equivalent=p, p_equivalent_holm=p_holm, words=judged))
-  return found

@@ -12,10 +12,9 @@ from typing import Any
 from absl import logging
 
 from diffdis_jax.ablate import significance
-from diffdis_jax.ablate.columns import Column, columns_of
-from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
-from diffdis_jax.ablate.tables import PAPER_METRICS, Row, Table
+from diffdis_jax.ablate.run import Folder
+from diffdis_jax.ablate.tables import PAPER_METRICS, Column, Table, columns_of, measured
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import Results, differences
@@ -41,21 +40,21 @@ FOLLOWS = {
 }
 
 
-def summarise(plan: Plan, folder: Folder, columns: Sequence[Column], *, base: str) -> dict[str, Any]:
+def summarise(plan: Plan, folder: Folder, *, base: str) -> dict[str, Any]:
   """Return the content of tables.json for the runs that are finished; the same for the same results.
 
-  Args:
-    plan: tables and their runs.
-    folder: of the ablation.
-    columns: of every table.
-    base: how the base config was named.
-
-  Raises:
-    UserError: results that are none, or two of one table by different protocols.
+  `base` is how the base config was named. Raises UserError: results that are none, or two of one table by different
+  protocols.
   """
-  results, names = {run: folder.read(run) for run in plan.runs if run.evals}, names_of(plan)
+  of_rows = (run.evals for runs in plan.rows.values() for run in runs)
+  columns = measured(columns_of(plan.base["evals"]), of_rows)
+  results = read_results(plan, folder)
+  count = collections.Counter(run.name for run in plan.runs)
+  # One training that is measured in several ways has a file of results for each.
+  names = {run: run.name if count[run.name] == 1 else f"{run.name}.{run.measurement}" for run in plan.runs}
   for table in plan.tables:
-    check_protocols(table, {run: results[run] for run in runs_of(plan, table)}, folder)
+    of_table = (run for place in range(len(table.rows)) for run in plan.rows[table.name, place])
+    check_protocols(table, {run: results[run] for run in of_table}, folder)
   return {
     "base": provenance.public(base),
     "provenance": provenance.together(
@@ -65,21 +64,13 @@ def summarise(plan: Plan, folder: Folder, columns: Sequence[Column], *, base: st
     "columns": {column.name: column.title for column in columns},
     "paper_columns": PAPER_METRICS,
     "tables": {table.name: _table(plan, table, results, columns, names) for table in plan.tables},
-    "claims": claims_of(plan, results),
     "runs": {name: _run(run, results.get(run), folder, names) for run, name in names.items()},
   }
 
 
-def names_of(plan: Plan) -> dict[Run, str]:
-  """Return the name of each run in tables.json: its own or, where several are one training that is measured
-  differently, that of its file of results."""
-  count = collections.Counter(run.name for run in plan.runs)
-  return {run: run.name if count[run.name] == 1 else f"{run.name}.{run.measurement}" for run in plan.runs}
-
-
-def runs_of(plan: Plan, table: Table) -> list[Run]:
-  """Return the runs of a table, each once."""
-  return [*dict.fromkeys(run for place in range(len(table.rows)) for run in plan.rows[table.name, place])]
+def read_results(plan: Plan, folder: Folder) -> dict[Run, Results | None]:
+  """Return the results of each run that is measured; None where it is not finished."""
+  return {run: folder.read(run) for run in plan.runs if run.evals}
 
 
 def check_protocols(table: Table, results: Mapping[Run, Results | None], folder: Folder) -> None:
@@ -89,7 +80,10 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
   A field of `only_some_have` may be missing in some of them; those that have it are compared with each other. So are,
   of an evaluation that rows change, those runs that have the same settings of it.
   """
-  changed = {field for row in table.rows for field in row.changes} | _changed_by_args(table)
+  changed = {field for row in table.rows for field in row.changes}
+  # Arms with arguments differ in the configs that their rows change.
+  bases = [workdir.flatten(row.own_base) for row in table.rows if row.own_base is not None]
+  changed |= {field for field in FOLLOWS if len({repr(base.get(field)) for base in bases}) > 1}
   # `weights` says which model was measured, and is another one in each run.
   ignored = {"weights", *(name for field in changed for name in FOLLOWS.get(field, (field.split(".")[-1],)))}
   first: dict[tuple[str, ...], tuple[Run, Mapping[str, Any]]] = {}
@@ -104,8 +98,8 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
         other, theirs = first.setdefault((section["task"], name, settings, *key), (run, protocol))
         if different := differences([theirs, protocol], ignored={*ignored, *left_out}):
           field, (there, here) = next(iter(different.items()))
-          remedy = ""
           # Measured again, another network would lack it again, and other devices round a reference otherwise.
+          remedy = ""
           if table.base is None and (field in theirs) != (field in protocol):
             remedy = f", or name {field} in only_some_have of --arms, if one of the arms has none"
           elif field == "reference":
@@ -117,13 +111,6 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
           )
 
 
-def _changed_by_args(table: Table) -> set[str]:
-  """Return the fields of FOLLOWS in which the configs that the rows change differ, as those of arms with arguments
-  do."""
-  bases = [workdir.flatten(row.own_base) for row in table.rows if row.own_base is not None]
-  return {field for field in FOLLOWS if len({repr(base.get(field)) for base in bases}) > 1}
-
-
 def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[str]]) -> dict[str, Any]:
   """Return the entry of a table in tables.json.
 
@@ -133,45 +120,30 @@ def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[s
     runs: names of each row's runs, all of them, finished or not.
 
   Returns:
-    title; rows, of which each cell is as `cells_of` gives it; and `count`, that of `significance.count`.
+    title; rows, of which each cell is as `cells_of` gives it; and `count`, how many differences have a p, how many of
+    them are significant, and how many would be without Holm's correction, truly and by chance.
   """
   cells = cells_of(figures, base=table.base)
   rows = [
-    _row(row, cells[place], is_base=place == table.base, runs=runs[place]) for place, row in enumerate(table.rows)
+    {
+      "label": row.label,
+      "changes": provenance.public(row.changes),
+      "is_base": place == table.base,
+      "runs": list(runs[place]),
+      "cells": cells[place],
+      "paper": dict(zip(PAPER_METRICS, row.paper, strict=True)) if row.paper else {},
+    }
+    for place, row in enumerate(table.rows)
   ]
-  differences = [
-    significance.Difference(**cell["difference"]) for row in cells for cell in row.values() if cell["difference"]
-  ]
-  return {"title": table.title, "rows": rows, "count": dataclasses.asdict(significance.count(differences))}
-
-
-def claims_of(plan: Plan, results: Mapping[Run, Results | None]) -> list[dict[str, Any]]:
-  """Return, for each claim, its fields, `values`, the figures of both rows by seed, and its `significance.Verdict`.
-
-  A claim without a seed that both rows have finished has no verdict. The others are corrected for it all the same: how
-  many comparisons there are was said before the runs, and does not depend on which of them are done or diverged.
-  """
-  rows = {row.label: (table.name, place) for table in plan.tables for place, row in enumerate(table.rows)}
-  found, pairs = [], []
-  for claim in plan.claims:
-    values = {}
-    for label in (claim.row, claim.base):
-      known = {each.name: each for run in plan.rows[rows[label]] for each in columns_of(run.evals)}
-      values[label] = _by_seed(plan, rows[label], results, known[claim.column])
-    ours, theirs = values.values()
-    pairs.append([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
-    found.append({**dataclasses.asdict(claim), "values": {k: _by_text(v) for k, v in values.items()}, "verdict": None})
-  whole = [place for place, each in enumerate(pairs) if each]
-  verdicts = significance.verdicts(
-    [pairs[i] for i in whole], [plan.claims[i].bound for i in whole], named=len(plan.claims)
-  )
-  for place, verdict in zip(whole, verdicts, strict=True):
-    found[place]["verdict"] = dataclasses.asdict(verdict)
-  return found
-
-
-def _by_text(values: Mapping[int, float]) -> dict[str, float]:
-  return {str(seed): value for seed, value in values.items()}
+  tested = [cell["difference"] for row in cells for cell in row.values() if cell["difference"]]
+  tested = [each for each in tested if each["p"] is not None]
+  count = {
+    "differences": len(tested),
+    "significant": sum(each["is_significant"] for each in tested),
+    "uncorrected": sum(each["p"] < significance.ALPHA for each in tested),
+    "uncorrected_by_chance": significance.ALPHA * len(tested),
+  }
+  return {"title": table.title, "rows": rows, "count": count}
 
 
 def cells_of(figures: Sequence[Figures], *, base: int | None) -> list[dict[str, dict[str, Any]]]:
@@ -210,7 +182,7 @@ def _moments(values: Mapping[int, float]) -> dict[str, Any]:
   numbers = [*values.values()]
   mean = statistics.fmean(numbers) if numbers else None
   sd = statistics.stdev(numbers) if len(numbers) > 1 else None
-  return {"values": _by_text(values), "mean": mean, "sd": sd, "n": len(numbers)}
+  return {"values": {str(seed): value for seed, value in values.items()}, "mean": mean, "sd": sd, "n": len(numbers)}
 
 
 def _table(
@@ -221,11 +193,11 @@ def _table(
   names: Mapping[Run, str],
 ) -> dict[str, Any]:
   rows = [(table.name, place) for place in range(len(table.rows))]
-  figures = [{column.name: _by_seed(plan, row, results, column) for column in columns} for row in rows]
+  figures = [{column.name: by_seed(plan, row, results, column) for column in columns} for row in rows]
   return table_of(table, figures, [[names[run] for run in plan.rows[row]] for row in rows])
 
 
-def _by_seed(
+def by_seed(
   plan: Plan, row: tuple[str, int], results: Mapping[Run, Results | None], column: Column
 ) -> dict[int, float]:
   """Return seed -> figure, for the runs of a row that are finished and measure it. No mean has one that is not
@@ -240,18 +212,6 @@ def _by_seed(
   return found
 
 
-def _row(row: Row, cells: Mapping[str, Any], *, is_base: bool, runs: Sequence[str]) -> dict[str, Any]:
-  paper = dict(zip(PAPER_METRICS, row.paper, strict=True)) if row.paper else {}
-  return {
-    "label": row.label,
-    "changes": provenance.public(row.changes),
-    "is_base": is_base,
-    "runs": list(runs),
-    "cells": dict(cells),
-    "paper": paper,
-  }
-
-
 def _run(run: Run, results: Results | None, folder: Folder, names: Mapping[Run, str]) -> dict[str, Any]:
   """Return the entry of a run: its config, and the metrics and protocols of its evaluations, None where it is not
   finished. A metric that is not finite is None.
@@ -259,18 +219,17 @@ def _run(run: Run, results: Results | None, folder: Folder, names: Mapping[Run, 
   `minutes` are those of its own training steps, None where its workdir is gone.
   `provenance` is the run's own, with what it began from; None in results that have none.
   """
-  measured: dict[str, Any] | None = None
-  origin: dict[str, Any] | None = None
+  evaluations = origin = None
   if results is not None:
     records = _records(run, results)
     finite = result_files.as_written({run.name: records})[run.name]
-    measured = {name: {key: record[key] for key in ("metrics", "protocol")} for name, record in finite.items()}
+    evaluations = {name: {key: record[key] for key in ("metrics", "protocol")} for name, record in finite.items()}
     origin = next((record["provenance"]["run"] for record in records.values() if "provenance" in record), None)
   return {
     "config": provenance.public(run.config),
     "start": names[run.start] if run.start else None,
     "minutes": folder.minutes(run),
-    "evaluations": measured,
+    "evaluations": evaluations,
     "provenance": origin,
   }
 

@@ -36,7 +36,7 @@ class Row:
     paper: the figures of PAPER_METRICS in its order, or none.
     own_base: the config that `changes` are of, as nested dicts, where it is not that of all rows.
     start: whose run of the same seed its runs start from; None for what the base starts from.
-    measured: whether its runs are; else they are starts alone.
+    measured: False where its runs are starts alone.
   """
 
   label: str
@@ -54,7 +54,7 @@ class Table:
   Attributes:
     name, title: of it.
     rows: in their order.
-    base: the number of the row that the others are compared with; None where `Claim` says what is compared.
+    base: the number of the row that the others are compared with; None for no comparison.
     only_some_have: fields of an evaluation's protocol that some rows lack by purpose.
   """
 
@@ -65,115 +65,67 @@ class Table:
   only_some_have: frozenset[str] = frozenset()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Claim:
-  """A comparison that was named before the runs.
+def paper_tables(*, schedule: str, gamma: float) -> dict[str, Table]:
+  """Return Tables 2, 3, 4, 5 and 7 of the appendix, by number; their base rows are those of the final model.
 
-  Attributes:
-    row, base: labels of the two rows.
-    column: the name of the figure.
-    bound: the largest difference that counts as none, in the figure's unit.
-  """
+  "linear" is Stable Diffusion's schedule of that name, here `scaled_linear`.
 
-  row: str
-  base: str
-  column: str
-  bound: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Unstated:
-  """The settings of the paper's ablations that it does not state.
-
-  Attributes:
-    schedule: the text schedule of Tables 2 and 7.
-    gamma: γ of Table 7. That of Tables 2 and 3 is 1. Table 7's row of t_z = 1000 differs from the final model's, so
-      that its base is another configuration, probably one with γ = 1 too.
+  Args:
+    schedule: the text schedule of Tables 2 and 7, which the paper does not state.
+    gamma: γ of Table 7, not stated either. That of Tables 2 and 3 is 1. Table 7's row of t_z = 1000 differs from the
+      final model's, so that its base is another configuration, probably one with γ = 1 too.
 
   Raises:
     UserError: γ is outside of (0, 1].
   """
+  check_number("table7_gamma", gamma, gt=0, le=1)
 
-  schedule: str
-  gamma: float = 1.0
+  def table(name: str, title: str, base: int, *rows: tuple[str, Mapping[str, Any], tuple[float, ...]]) -> Table:
+    made = tuple(Row(label=label, changes=changes, paper=paper) for label, changes, paper in rows)
+    return Table(name=name, title=title, rows=made, base=base)
 
-  def __post_init__(self) -> None:
-    check_number("table7_gamma", self.gamma, gt=0, le=1)
-
-
-def paper_tables(unstated: Unstated) -> dict[str, Table]:
-  """Return Tables 2, 3, 4, 5 and 7 of the appendix, by number; their base rows are those of the final model.
-
-  "linear" is Stable Diffusion's schedule of that name, here `scaled_linear`.
-  """
-  query = lambda gamma, **fields: {GAMMA: gamma, SCHEDULE: unstated.schedule, **fields}
+  query = lambda gamma, field, value: {GAMMA: gamma, SCHEDULE: schedule, field: value}
   block = lambda share, own: {"model.fusion": True, "model.share_attention": share, "model.modality_ffn": own}
-  timestep = lambda t_z: query(unstated.gamma, **{"condition_timestep": t_z})
-  tables = (
-    Table(
-      name="2",
-      title="Target of the text diffusion, γ = 1",
-      rows=(
-        Row(label="noise", changes=query(1.0, **{TARGET: "noise"}), paper=(10.78, 22.62, 29.38)),
-        Row(label="data", changes=query(1.0, **{TARGET: "data"}), paper=(11.52, 23.44, 28.64)),
-      ),
-      base=1,
+  found = (
+    table(
+      *("2", "Target of the text diffusion, γ = 1", 1),
+      ("noise", query(1.0, TARGET, "noise"), (10.78, 22.62, 29.38)),
+      ("data", query(1.0, TARGET, "data"), (11.52, 23.44, 28.64)),
     ),
-    Table(
-      name="3",
-      title="Schedule of the text diffusion, γ = 1",
-      rows=(
-        Row(label="cosine", changes={GAMMA: 1.0, SCHEDULE: "cosine"}, paper=(11.90, 22.35, 28.59)),
-        Row(label="linear", changes={GAMMA: 1.0, SCHEDULE: "scaled_linear"}, paper=(11.52, 22.70, 31.07)),
-      ),
-      # The row that has the schedule of the other tables.
-      base=0 if unstated.schedule == "cosine" else 1,
+    table(
+      # The base row has the schedule of the other tables.
+      *("3", "Schedule of the text diffusion, γ = 1", 0 if schedule == "cosine" else 1),
+      ("cosine", {GAMMA: 1.0, SCHEDULE: "cosine"}, (11.90, 22.35, 28.59)),
+      ("linear", {GAMMA: 1.0, SCHEDULE: "scaled_linear"}, (11.52, 22.70, 31.07)),
     ),
-    Table(
-      name="4",
-      title="Dual-stream deep fusion",
-      rows=(
-        Row(label="disabled", changes={"model.fusion": False}, paper=(10.05, 24.53, 32.97)),
-        Row(label="enabled", changes={"model.fusion": True}, paper=(9.80, 25.92, 33.60)),
-      ),
-      base=1,
+    table(
+      *("4", "Dual-stream deep fusion", 1),
+      ("disabled", {"model.fusion": False}, (10.05, 24.53, 32.97)),
+      ("enabled", {"model.fusion": True}, (9.80, 25.92, 33.60)),
     ),
-    Table(
-      name="5",
-      title="Attention and feed-forward of the fusion block",
-      rows=(
-        Row(label="shared attention, shared FFN", changes=block(True, False), paper=(10.26, 25.92, 33.75)),
-        Row(label="own attention, own FFN", changes=block(False, True), paper=(10.19, 26.25, 33.07)),
-        Row(label="shared attention, own FFN", changes=block(True, True), paper=(9.80, 25.92, 33.60)),
-      ),
-      base=2,
+    table(
+      *("5", "Attention and feed-forward of the fusion block", 2),
+      ("shared attention, shared FFN", block(True, False), (10.26, 25.92, 33.75)),
+      ("own attention, own FFN", block(False, True), (10.19, 26.25, 33.07)),
+      ("shared attention, own FFN", block(True, True), (9.80, 25.92, 33.60)),
     ),
-    Table(
-      name="7",
-      title=f"Timestep t_z of the clean image, γ = {unstated.gamma:g}",
-      rows=(
-        Row(label="0", changes=timestep(0), paper=(12.35, 21.97, 27.20)),
-        Row(label="999", changes=timestep(999), paper=(12.02, 21.73, 27.56)),
-        Row(label="1000", changes=timestep(1000), paper=(11.35, 22.13, 27.56)),
-      ),
-      base=2,
+    table(
+      *("7", f"Timestep t_z of the clean image, γ = {gamma:g}", 2),
+      ("0", query(gamma, "condition_timestep", 0), (12.35, 21.97, 27.20)),
+      ("999", query(gamma, "condition_timestep", 999), (12.02, 21.73, 27.56)),
+      ("1000", query(gamma, "condition_timestep", 1000), (11.35, 22.13, 27.56)),
     ),
   )
-  return {table.name: table for table in tables}
+  return {each.name: each for each in found}
 
 
-def choose(names: Sequence[str], unstated: Unstated) -> list[Table]:
-  """Return the paper's tables of these numbers.
-
-  Raises:
-    UserError: one is unknown or named twice.
-  """
-  known = paper_tables(unstated)
+def choose(names: Sequence[str], *, schedule: str, gamma: float = 1.0) -> list[Table]:
+  """Return the paper's tables of these numbers, as `paper_tables` has them. Raises UserError: one is unknown or named
+  twice."""
+  known = paper_tables(schedule=schedule, gamma=gamma)
   for i, name in enumerate(names):
-    if name not in known:
-      raise UserError(f"--tables has {name!r}; there are {','.join(known)}, the ablation tables of the appendix")
-    if name in names[:i]:
-      raise UserError(f"--tables names {name} twice; name each table once")
+    if name not in known or name in names[:i]:
+      raise UserError(f"--tables has {name!r}; it takes each of {','.join(known)} once, the tables of the appendix")
   return [known[name] for name in names]
 
 
@@ -259,18 +211,16 @@ def _read_values(field: str, text: str, base: Mapping[str, Any]) -> list[Any]:
 
 
 def _of_type(field: str, value: Any, present: Any) -> Any:
-  # Python writes True; many write true.
   if isinstance(present, bool) and str(value).lower() in ("true", "false"):
     return str(value).lower() == "true"
   # 1 and 1.0 train the same, but would be two hashes and so two runs. True is an int to Python, and no number here.
-  if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
+  if isinstance(present, float) and type(value) is int:
     return float(value)
   if isinstance(present, tuple) and isinstance(value, list):
     return tuple(value)
   if type(value) is not type(present):
-    raise UserError(
-      f"--grid: {field} has {value!r}; it should be of type {type(present).__name__}, like the base's {present!r}"
-    )
+    kind = type(present).__name__
+    raise UserError(f"--grid: {field} has {value!r}; it should be of type {kind}, like the base's {present!r}")
   return value
 
 
@@ -279,13 +229,12 @@ RECALL = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
-  """A figure of each run: the mean of one metric or of several.
+  """A figure of each run: the mean of one metric or of several, times `scale`.
 
   Attributes:
     name: data set and metric, as in metrics.jsonl; `recall@1` is the mean over MSCOCO and Flickr30k.
     title: with an arrow to the better side.
     cells: (task, data set, metric).
-    scale: by which the metric is multiplied; 100 for per cent.
   """
 
   name: str
@@ -328,8 +277,7 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
 
 
 def of_generated_images(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Return the columns of generated images. Rendered shapes have pairs that training never saw, which are a figure of
-  their own; labelled images have none."""
+  """Return the columns of generated images. Rendered shapes have a figure for pairs that training never saw."""
   titles = {"acc1": name} if "data" in section else {"acc1_seen": "seen pairs", "acc1_unseen": "unseen pairs"}
   return [
     percent("generation_accuracy", name, metric, f"generated images, {title}") for metric, title in titles.items()
@@ -379,12 +327,3 @@ def measured(columns: Sequence[Column], evaluations: Iterable[Mapping[str, Mappi
   # By what they are of: a row that changes how many images it generates may name its column otherwise.
   cells = {column.cells for each in evaluations for column in columns_of(each)}
   return tuple(column for column in columns if column.cells in cells)
-
-
-def choose_columns(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...]:
-  """Return the columns of these names, in their order; all for none. Raises UserError: one is unknown."""
-  known = {column.name: column for column in columns}
-  for name in names:
-    if name not in known:
-      raise UserError(f"--columns has {name!r}; {guesses.did_you_mean(name, known)}")
-  return tuple(known[name] for name in names or known)

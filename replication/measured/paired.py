@@ -10,10 +10,9 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from diffdis_jax.ablate import columns, render, summary
+from diffdis_jax.ablate import render, summary
 from diffdis_jax.ablate import tables as ablation_tables
-from diffdis_jax.ablate.columns import Column
-from diffdis_jax.ablate.tables import Row
+from diffdis_jax.ablate.tables import Column, Row
 from diffdis_jax.errors import UserError
 from replication.measured import records
 
@@ -48,16 +47,16 @@ class Measured:
 
 def shapes(rows: dict[str, str], *, base: str) -> Measured:
   """Return a table of rendered shapes: accuracy of generated images, zero-shot top-1 and the mean of both R@1."""
-  percent = lambda task, dataset, metric: columns.Column(
+  percent = lambda task, dataset, metric: ablation_tables.Column(
     name=f"{dataset}/{metric}", title="", cells=((task, dataset, metric),), scale=100.0
   )
-  recall = tuple(("retrieval", "test_retrieval", metric) for metric in columns.RECALL)
+  recall = tuple(("retrieval", "test_retrieval", metric) for metric in ablation_tables.RECALL)
   found = (
     percent("generation_accuracy", "generated", "acc1_seen"),
     percent("generation_accuracy", "generated", "acc1_unseen"),
     percent("zero_shot", "test", "acc1"),
     percent("zero_shot", "unseen", "acc1"),
-    columns.Column(name="recall@1", title="", cells=recall, scale=100.0),
+    ablation_tables.Column(name="recall@1", title="", cells=recall, scale=100.0),
   )
   titled = [dataclasses.replace(each, title=title) for each, title in zip(found, SHAPES_TITLES, strict=True)]
   return Measured(page=SHAPES_LOG, topic="shapes", rows=rows, base=base, columns=titled)
@@ -65,15 +64,15 @@ def shapes(rows: dict[str, str], *, base: str) -> Measured:
 
 def emoji(rows: dict[str, str], *, base: str, most: int = 5) -> Measured:
   """Return a table of the emoji: zero-shot top-1, and the mean of both R@1; the first `most` columns."""
-  top1 = lambda split, metric, title: columns.Column(
+  top1 = lambda split, metric, title: ablation_tables.Column(
     name=f"{split}/{metric}", title=f"{title} ↑", cells=(("zero_shot", split, metric),), scale=100.0
   )
-  recall = tuple(("retrieval", "test_vendor_retrieval", metric) for metric in columns.RECALL)
+  recall = tuple(("retrieval", "test_vendor_retrieval", metric) for metric in ablation_tables.RECALL)
   found = (
     top1("val_vendor", "acc1", "`val_vendor`, 895 concepts"),
     top1("test_vendor", "acc1", "`test_vendor`, 1,364 concepts"),
     top1("test_vendor", "acc1_seen", "its 1,206 seen concepts"),
-    columns.Column(name="recall@1", title="its R@1 ↑", cells=recall, scale=100.0),
+    ablation_tables.Column(name="recall@1", title="its R@1 ↑", cells=recall, scale=100.0),
     top1("val_concepts", "acc1", "`val_concepts`, 158 unseen concepts"),
   )
   return Measured(page=EMOJI_LOG, topic="emoji", rows=rows, base=base, columns=found[:most])

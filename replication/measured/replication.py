@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from diffdis_jax.ablate import render, significance
+from diffdis_jax.ablate import significance
 from diffdis_jax.common import files
+from replication import claims as judging
 from replication.measured import records
 
 FLAGS = flags.FLAGS
@@ -138,11 +139,11 @@ def claims(found: Mapping[str, Any]) -> str:
   rows = []
   for name, question in QUESTIONS.items():
     if name not in found["claims"]:
-      rows.append((name.upper(), question, NOT_RUN, *[""] * (len(render.CLAIM_HEADS) - 2)))
+      rows.append((name.upper(), question, NOT_RUN, *[""] * (len(judging.HEADS) - 2)))
     for claim in found["claims"].get(name, ()):
-      comparison, _, *others = render.claim_cells(claim)
+      comparison, _, *others = judging.cells(claim)
       rows.append((name.upper(), comparison, title(found, name, claim["row"], claim["column"]), *others))
-  return records.table(("", *render.CLAIM_HEADS), rows)
+  return records.table(("", *judging.HEADS), rows)
 
 
 def paper(found: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from configs import diffdis_cc3m, emoji
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import tables
-from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
+from diffdis_jax.ablate.run import Folder
 from tests import tiny
 
 PAPER = ("2", "3", "4", "5", "7")
@@ -35,9 +35,8 @@ def base(name: str = "tiny") -> ConfigDict:
 def make_plan(config: ConfigDict | None = None, *, names: Sequence[str] = PAPER, seeds=(0, 1, 2), grid="") -> Plan:
   """Of the tiny config and its autoencoder."""
   config = config or base()
-  unstated = tables.Unstated(schedule=config.text_diffusion.schedule)
   fields = config.to_dict()
-  asked = [tables.grid(grid, fields)] if grid else tables.choose(names, unstated)
+  asked = [tables.grid(grid, fields)] if grid else tables.choose(names, schedule=config.text_diffusion.schedule)
   return planning.make(fields, tiny.get_config("autoencoder").to_dict(), asked, seeds)
 
 

@@ -10,7 +10,7 @@ import pytest
 from diffdis_jax import config as run_config
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import tables
-from diffdis_jax.ablate.folder import Folder
+from diffdis_jax.ablate.run import Folder
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import workdir
@@ -23,7 +23,7 @@ def test_the_papers_tables_are_nine_runs_a_seed(name):
   """EXPERIMENTS: Table 2's data row, Table 3's of the base's schedule and Table 7's t_z = 1000 are one run; so are the
   base rows of Tables 4 and 5."""
   config = base(name)
-  asked = tables.choose(["2", "3", "4", "5", "7"], tables.Unstated(schedule=config.text_diffusion.schedule))
+  asked = tables.choose(["2", "3", "4", "5", "7"], schedule=config.text_diffusion.schedule)
   plan = planning.make(config.to_dict(), None, asked, (0, 1, 2))
   assert len(plan.runs) == 27 and len({run.name for run in plan.runs}) == 27
   number = {"cosine": 0, "scaled_linear": 1}[config.text_diffusion.schedule]
@@ -59,12 +59,12 @@ def test_rows_change_what_the_paper_says():
 
 
 def test_what_the_paper_does_not_state_is_a_choice():
-  chosen = tables.paper_tables(tables.Unstated(schedule="cosine", gamma=0.3))
+  chosen = tables.paper_tables(schedule="cosine", gamma=0.3)
   assert {row.changes["text_diffusion.gamma"] for row in chosen["7"].rows} == {0.3}
   assert {row.changes["text_diffusion.gamma"] for row in (*chosen["2"].rows, *chosen["3"].rows)} == {1.0}
   assert {row.changes["text_diffusion.schedule"] for row in (*chosen["2"].rows, *chosen["7"].rows)} == {"cosine"}
   with pytest.raises(UserError, match="table7_gamma is 1.5; it must be above 0 and at most 1$"):
-    tables.Unstated(schedule="cosine", gamma=1.5)
+    tables.paper_tables(schedule="cosine", gamma=1.5)
 
 
 def test_rows_of_the_fusion_block_have_one_whatever_the_base_has():
@@ -181,11 +181,11 @@ def test_wrong_grids(grid, message):
 
 
 def test_wrong_tables_seeds_and_bases():
-  unstated = tables.Unstated(schedule="cosine")
-  with pytest.raises(UserError, match="--tables has '6'; there are 2,3,4,5,7"):
-    tables.choose(["2", "6"], unstated)
-  with pytest.raises(UserError, match="--tables names 2 twice"):
-    tables.choose(["2", "2"], unstated)
+  choose = lambda *names: tables.choose(names, schedule="cosine")
+  with pytest.raises(UserError, match="--tables has '6'; it takes each of 2,3,4,5,7 once"):
+    choose("2", "6")
+  with pytest.raises(UserError, match="--tables has '2'; it takes each of 2,3,4,5,7 once"):
+    choose("2", "2")
   with pytest.raises(UserError, match="--seeds=0,0 should be different numbers"):
     make_plan(seeds=(0, 0))
   for seed in (-1, 2**32):
@@ -194,14 +194,14 @@ def test_wrong_tables_seeds_and_bases():
   clip = base("emoji")
   del clip.model.fusion
   with pytest.raises(UserError, match="unknown config key model.fusion"):
-    planning.make(clip.to_dict(), None, tables.choose(["4"], unstated), (0,))
+    planning.make(clip.to_dict(), None, choose("4"), (0,))
   config = base()
   config.evals = {}
-  with pytest.raises(UserError, match="no evaluations"):
-    planning.make(config.to_dict(), None, tables.choose(["4"], unstated), (0,))
+  with pytest.raises(UserError, match="base's evaluations, none, these rows measure none"):
+    planning.make(config.to_dict(), None, choose("4"), (0,))
   config.evals = {"held_out": base().evals.held_out}
   with pytest.raises(UserError, match="base's evaluations, held_out, these rows measure none that has a column"):
-    planning.make(config.to_dict(), None, tables.choose(["4"], unstated), (0,))
+    planning.make(config.to_dict(), None, choose("4"), (0,))
   with pytest.raises(UserError, match="no evaluation of the base measures objectives reconstruction"):
     make_plan(tiny_with_one_evaluation(), grid="objectives=('reconstruction',)")
 
@@ -224,10 +224,7 @@ def test_a_folder_is_of_one_base(tmp_path):
   with pytest.raises(UserError, match="ablations of another base: loss.ita_weight is 0.01 there and 0.5 here"):
     folder.open(make_plan(other))
   assert (tmp_path / "out" / "base.json").read_bytes() == before
-  (tmp_path / "out" / "base.json").write_text("{")
-  with pytest.raises(UserError, match="is not JSON"):
-    folder.check(plan)
-  for content in ("{}", "[]"):
+  for content in ("{", "{}", "[]"):
     (tmp_path / "out" / "base.json").write_text(content)
     with pytest.raises(UserError, match="base.json is no base of ablations; take a new --out"):
       folder.check(plan)
@@ -240,7 +237,6 @@ def test_tasks_that_begin_at_one_moment_take_one_folder(tmp_path, monkeypatch):
   folder, being_written = Folder(tmp_path), tmp_path / ".base.json.0123abcd.tmp"
   being_written.touch()
   folder.open(make_plan())
-  assert not being_written.exists()  # nobody is: its process was killed
   (tmp_path / "runs").mkdir()
   exists = type(folder.path).exists
   monkeypatch.setattr(type(folder.path), "exists", lambda path: path.name != "base.json" and exists(path))

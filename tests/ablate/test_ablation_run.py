@@ -17,9 +17,10 @@ from etils import epath
 from diffdis_jax import config as run_config
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import run as running
-from diffdis_jax.ablate import status, tables
-from diffdis_jax.ablate.folder import Folder, State, seconds_per_step
-from diffdis_jax.errors import Interrupted, Preempted, UserError
+from diffdis_jax.ablate import tables
+from diffdis_jax.ablate.run import Folder, State, seconds_per_step
+from diffdis_jax.common import signals
+from diffdis_jax.errors import Interrupted, Preempted
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import lock
 from tests import tiny
@@ -100,28 +101,6 @@ def test_what_another_process_has_is_waited_for(plan, done, monkeypatch):
   assert waits == [path] * 3 and not done.measured
 
 
-def test_which_runs_only_means(plan):
-  assert running.select(plan, "") == [0, 1, 2]
-  assert running.select(plan, "1") == [1]
-  assert running.select(plan, "0/2") == [0, 2] and running.select(plan, "1/2") == [1]
-  assert running.select(plan, "3/4") == []  # a task of an array that is larger than the plan
-
-
-@pytest.mark.parametrize(
-  "only, message",
-  [
-    ("3", "the plan has runs 0 to 2"),
-    ("a", "should be K"),
-    ("1/b", "should be K"),
-    ("2/2", "below its N"),
-    ("0/0", "below its N"),
-  ],
-)
-def test_no_such_run(plan, only, message):
-  with pytest.raises(UserError, match=message):
-    running.select(plan, only)
-
-
 def script(lines: dict[int, str]):
   return lambda number: [sys.executable, "-IS", "-c", lines.get(number, "pass")]
 
@@ -129,19 +108,19 @@ def script(lines: dict[int, str]):
 def test_one_that_fails_is_told_and_the_others_go_on(plan, tmp_path, caplog):
   folder = Folder(tmp_path)
   said = "import sys; sys.stderr.write('step 1\\nerror: no such data\\nbye\\n'); sys.exit(2)"
-  code = running.run_all(plan, [1, 2], folder, script({1: said, 2: f"open({str(tmp_path / 'other')!r}, 'w')"}))
+  code = running.run_all(plan, folder, script({1: said, 2: f"open({str(tmp_path / 'other')!r}, 'w')"}))
   assert code == 2 and (tmp_path / "other").exists()
   assert folder.log(plan.runs[1]).read_text() == "step 1\nerror: no such data\nbye\n"
   assert (
     f"run 1, {plan.runs[1].name}: failed with code 2: no such data; log in {folder.log(plan.runs[1])}" in caplog.text
   )
-  assert "1 of 2 runs failed" in caplog.text
-  assert running.run_all(plan, [1, 2], folder, script({1: said, 2: "raise SystemExit(1)"})) == 1
+  assert "1 of 3 runs failed" in caplog.text
+  assert running.run_all(plan, folder, script({1: said, 2: "raise SystemExit(1)"})) == 1
   assert folder.log(plan.runs[1]).read_text().count("no such data") == 2
 
 
 def test_a_failed_autoencoder_fails_what_starts_from_it(plan, tmp_path, caplog):
-  code = running.run_all(plan, [0, 1, 2], Folder(tmp_path), script({0: "raise SystemExit(3)", 1: "assert False"}))
+  code = running.run_all(plan, Folder(tmp_path), script({0: "raise SystemExit(3)", 1: "assert False"}))
   assert code == 1 and caplog.text.count(f"left out, since its start {plan.runs[0].name} failed") == 2
   assert [path.name for path in (tmp_path / "logs").iterdir()] == [f"{plan.runs[0].name}.log"]
 
@@ -150,7 +129,7 @@ def test_what_is_finished_is_left_alone(plan, done):
   for run in plan.runs:
     done.trained.append(done.folder.workdir(run))
     done.measured.append(run.name)
-  assert running.run_all(plan, [0, 1, 2], done.folder, script({n: "raise SystemExit(9)" for n in range(3)})) == 0
+  assert running.run_all(plan, done.folder, script({n: "raise SystemExit(9)" for n in range(3)})) == 0
 
 
 def test_results_alone_are_a_finished_run(plan, tmp_path):
@@ -171,13 +150,11 @@ def test_a_start_that_no_row_needs_any_more_is_not_trained_again(plan, tmp_path)
   folder, begun = Folder(tmp_path), tmp_path / "begun"
   synthetic.write(folder, plan.runs[1], {})
   lines = {number: f"open({str(begun)!r}, 'a').write('{number} ')" for number in range(3)}
-  assert running.run_all(plan, [0, 1, 2], folder, script(lines)) == 0 and begun.read_text() == "0 2 "
-  assert status.lines(plan, folder, None)[-1].startswith("3 runs, 1 finished")
-  assert running.is_needed(plan.runs[0], plan, folder)
+  assert running.run_all(plan, folder, script(lines)) == 0 and begun.read_text() == "0 2 "
+  assert running.lines(plan, folder, None)[-1].startswith("3 runs, 1 finished")
   synthetic.write(folder, plan.runs[2], {})
-  assert running.run_all(plan, [0, 1, 2], folder, script(lines)) == 0 and begun.read_text() == "0 2 "
-  assert status.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
-  assert not running.is_needed(plan.runs[0], plan, folder)  # by --only=0
+  assert running.run_all(plan, folder, script(lines)) == 0 and begun.read_text() == "0 2 "
+  assert running.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
 
 
 def test_of_several_processes_the_first_says_what_is_done(plan, tmp_path, monkeypatch):
@@ -205,39 +182,14 @@ def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
       threading.Event().wait(0.01)
     os.kill(os.getpid(), signal.SIGTERM)
 
-  before = signal.getsignal(signal.SIGTERM)
+  def end(number):
+    raise signals.Terminated
+
   threading.Thread(target=stop).start()
-  with pytest.raises(Preempted):
-    running.run_all(plan, [0, 1], Folder(tmp_path / "out"), script({0: waits, 1: "assert False"}))
-  assert saved.exists() and signal.getsignal(signal.SIGTERM) == before
+  with signals.handled(end), pytest.raises(Preempted):
+    running.run_all(plan, Folder(tmp_path / "out"), script({0: waits, 1: "assert False"}))
+  assert saved.exists()
   assert not Folder(tmp_path / "out").log(plan.runs[1]).exists()
-
-
-def test_jobs_run_side_by_side_on_cores_of_their_own(plan, tmp_path, caplog):
-  """Each writes its cores, and ends when the other one is there; the autoencoder is before them."""
-  note = lambda n: (
-    f"import os, pathlib, time; d = pathlib.Path({str(tmp_path)!r}); c = os.sched_getaffinity(0)\n"
-    + (f"(d / 'new{n}').write_text(' '.join(map(str, c))); (d / 'new{n}').rename(d / 'cores{n}')\n")
-  )
-  waits = lambda n, other: note(n) + f"while not (d / 'cores{other}').exists(): time.sleep(0.01)"
-  lines = {0: note(0) + "assert len([*d.glob('cores*')]) == 1", 1: waits(1, 2), 2: waits(2, 1)}
-  assert running.run_all(plan, [0, 1, 2], Folder(tmp_path / "out"), script(lines), jobs=2) == 0
-  first, one, other = ({*map(int, (tmp_path / f"cores{n}").read_text().split())} for n in range(3))
-  cores = os.sched_getaffinity(0)
-  assert first in (one, other) and one | other == cores
-  assert len(cores) == 1 or not one & other
-
-
-def test_jobs_go_on_when_one_fails_and_end_when_one_is_preempted(plan, tmp_path):
-  folder = Folder(tmp_path)
-  other = f"open({str(tmp_path / 'other')!r}, 'w')"
-  assert running.run_all(plan, [1, 2], folder, script({1: "raise SystemExit(3)", 2: other}), jobs=2) == 1
-  assert (tmp_path / "other").exists()
-  waits = "import time; time.sleep(60)"
-  begin = time.monotonic()
-  with pytest.raises(Preempted):
-    running.run_all(plan, [1, 2], folder, script({1: "raise SystemExit(75)", 2: waits}), jobs=2)
-  assert time.monotonic() - begin < 30
 
 
 def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path, caplog):
@@ -254,34 +206,16 @@ def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path, caplog):
   threading.Thread(target=interrupt).start()
   begin = time.monotonic()
   with not_ignored(), pytest.raises(Interrupted):
-    running.run_all(plan, [1, 2], Folder(tmp_path / "out"), script(lines))
+    running.run_all(plan, Folder(tmp_path / "out"), script(lines))
   assert time.monotonic() - begin < 30 and not next_one.exists()
   assert "run 1 of 0 to 2: " in caplog.text and "run 2 of 0 to 2: " not in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_counts_where_python_drops_its_exception():
-  class Dropping:
-    def __del__(self):
-      os.kill(os.getpid(), signal.SIGINT)
-      time.sleep(0.1)
-
-  with not_ignored():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted), running._Children().listening() as children:
-      Dropping()
-      assert children.asked and children.run(["false"], epath.Path("unwritten"), None) == running.PREEMPTED
-      raise Preempted  # as a run does that was ended
-    assert signal.getsignal(signal.SIGINT) == before
-
-
-# A run's process, which a terminal's Ctrl-C and the SIGTERM of its parent both reach. It saves once, or never ends.
+# A run's process, which a terminal's Ctrl-C and the SIGTERM of its parent both reach. It saves once.
 SAVING = """
 import os, pathlib, signal, sys, time
-folder, slow = pathlib.Path(sys.argv[1]), sys.argv[2] == "slow"
+folder = pathlib.Path(sys.argv[1])
 def save(*_):
-  if slow:
-    return
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
   time.sleep(0.5)
@@ -298,47 +232,39 @@ import pathlib, sys
 from absl import flags
 from diffdis_jax.common import cli
 from diffdis_jax.ablate import run
-from diffdis_jax.ablate.folder import Folder
 from tests.ablate.synthetic import make_plan
 
 FOLDER = flags.DEFINE_string("folder", "", "")
-HOW = flags.DEFINE_string("how", "", "")
 
 def main(_):
   folder, plan = pathlib.Path(FOLDER.value), make_plan(names=["4"], seeds=(0,))
-  command = lambda number: [sys.executable, "-IS", str(folder / "saving.py"), str(folder), HOW.value]
-  sys.exit(run.run_all(plan, [1, 2], Folder(folder / "out"), command, jobs=2))
+  command = lambda number: [sys.executable, "-IS", str(folder / "saving.py"), str(folder)]
+  sys.exit(run.run_all(plan, run.Folder(folder / "out"), command))
 
 if __name__ == "__main__":
   cli.run(main)
 """
 
 
-@pytest.mark.parametrize("how", ["saves", "slow"])
-def test_ctrl_c_in_a_terminal_lets_the_runs_save_and_a_second_one_kills_them(tmp_path, how):
+def test_ctrl_c_in_a_terminal_lets_the_run_save(tmp_path):
   (tmp_path / "saving.py").write_text(SAVING)
   (tmp_path / "all.py").write_text(ALL)
-  command = [sys.executable, str(tmp_path / "all.py"), f"--folder={tmp_path}", f"--how={how}", "--quiet"]
+  command = [sys.executable, str(tmp_path / "all.py"), f"--folder={tmp_path}", "--quiet"]
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   with Terminal(command, environment, tmp_path / "stderr") as terminal:
-    terminal.wait_until(lambda: len([*tmp_path.glob("begun.*")]) == 2)
+    terminal.wait_until(lambda: len([*tmp_path.glob("begun.*")]) == 1)
     terminal.ctrl_c()
-    if how == "slow":
-      terminal.wait_until(lambda: terminal.said)
-      time.sleep(0.5)
-      assert terminal.process.poll() is None
-      terminal.ctrl_c()
     assert terminal.end(seconds=20) == 130
-    line, *others = terminal.said.splitlines()
-    assert "a second Ctrl-C ends it at once" in line and others == ["interrupted"] * (how == "slow")
-  assert len([*tmp_path.glob("saved.*")]) == (2 if how == "saves" else 0)
+    (line,) = terminal.said.splitlines()
+    assert "a second Ctrl-C ends it at once" in line
+  assert len([*tmp_path.glob("saved.*")]) == 1
   assert not any(is_alive(path.suffix[1:]) for path in tmp_path.glob("begun.*"))
 
 
 @pytest.mark.parametrize("code, cause", [(75, Preempted), (130, Interrupted)])
 def test_a_run_that_was_stopped_ends_all(plan, tmp_path, code, cause):
   with pytest.raises(Preempted) as error:
-    running.run_all(plan, [0, 1], Folder(tmp_path), script({0: f"raise SystemExit({code})", 1: "assert False"}))
+    running.run_all(plan, Folder(tmp_path), script({0: f"raise SystemExit({code})", 1: "assert False"}))
   assert error.type is cause
 
 

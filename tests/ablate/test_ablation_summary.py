@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 
 import numpy as np
 import pytest
-from PIL import Image
 from scipy import stats
 
-from diffdis_jax.ablate import columns, render, status, summary, tables
-from diffdis_jax.ablate.folder import Folder, State
+from diffdis_jax.ablate import render, summary, tables
+from diffdis_jax.ablate import run as running
+from diffdis_jax.ablate.run import Folder, State
 from diffdis_jax.errors import UserError
 from tests.ablate.synthetic import base, make_plan, write
 
@@ -80,7 +79,12 @@ def test_holm_is_over_all_cells_of_a_table():
 
 
 def summarised(plan, folder):
-  return summary.summarise(plan, folder, columns.columns_of(plan.base["evals"]), base="tests/tiny.py")
+  return summary.summarise(plan, folder, base="tests/tiny.py")
+
+
+def runs_of(plan):
+  """Those of its one table, each once."""
+  return [*dict.fromkeys(run for runs in plan.rows.values() for run in runs)]
 
 
 @pytest.fixture
@@ -168,9 +172,9 @@ def test_fid_of_few_images_is_not_what_the_paper_reports(tmp_path):
 
 def test_rows_that_measure_fid_by_other_numbers_of_images_have_one_column():
   evaluations = [{"fid": {"task": "fid", "num_images": count}} for count in (1000, 10_000, None)]
-  assert [columns.columns_of(each)[0].name for each in evaluations] == ["fid/fid", "fid", "fid"]
-  (column,) = columns.columns_of(evaluations[0])
-  assert columns.measured((column,), evaluations[1:]) == (column,)
+  assert [tables.columns_of(each)[0].name for each in evaluations] == ["fid/fid", "fid", "fid"]
+  (column,) = tables.columns_of(evaluations[0])
+  assert tables.measured((column,), evaluations[1:]) == (column,)
 
 
 def test_less_than_is_written_of_has_no_sign_of_its_own(tmp_path):
@@ -206,26 +210,23 @@ def test_only_what_survives_is_bold(tmp_path):
   }
 
 
-def test_columns_of_the_emoji_and_a_choice_of_them():
-  found = columns.columns_of(base("emoji").evals.to_dict())
+def test_columns_of_the_emoji():
+  found = tables.columns_of(base("emoji").evals.to_dict())
   names = [column.name for column in found]
   assert {"val_vendor/acc1", "test_vendor/acc1_seen", "val_vendor_retrieval/recall@1"} <= {*names}
-  assert [column.name for column in columns.choose(found, names[2:0:-1])] == names[2:0:-1]
-  with pytest.raises(UserError, match=r"--columns has 'val_vendor/acc'; did you mean val_vendor/acc1\?"):
-    columns.choose(found, ["val_vendor/acc"])
 
 
 def test_what_no_run_is_trained_for_has_no_column():
   evaluations = base("emoji").evals.to_dict()
-  known = columns.columns_of(evaluations)
+  known = tables.columns_of(evaluations)
   classified = {name: section for name, section in evaluations.items() if section["task"] != "generation_accuracy"}
   assert "drawn/acc1" in [column.name for column in known]
-  assert columns.measured(known, [classified]) == tuple(each for each in known if each.name != "drawn/acc1")
-  assert columns.measured(known, [classified, evaluations]) == known
+  assert tables.measured(known, [classified]) == tuple(each for each in known if each.name != "drawn/acc1")
+  assert tables.measured(known, [classified, evaluations]) == known
 
 
 def test_the_column_of_labelled_images_that_are_generated():
-  (column,) = columns.columns_of({"drawn": {"task": "generation_accuracy", "data": {}}})
+  (column,) = tables.columns_of({"drawn": {"task": "generation_accuracy", "data": {}}})
   results = {"generation_accuracy": {"drawn": {"metrics": {"acc1": 0.25, "judge_acc1": 0.5}}}}
   assert (column.name, column.title, column.read(results)) == ("drawn/acc1", "generated images, drawn ↑", 25.0)
 
@@ -250,7 +251,7 @@ def test_protocols_are_not_mixed(tmp_path):
 def test_references_of_two_devices_are_not_mixed(tmp_path):
   """Rounded otherwise, they would differ again."""
   plan, folder = make_plan(base("paper"), names=["4"], seeds=(0,)), Folder(tmp_path)
-  for run, digest in zip(summary.runs_of(plan, plan.tables[0]), "ab", strict=True):
+  for run, digest in zip(runs_of(plan), "ab", strict=True):
     write(folder, run, {}, reference={"name": "all of C", "sha256": digest})
   with pytest.raises(UserError, match=r"or give --config.evals.\w+.reference=F.npz, one file for all runs"):
     summarised(plan, folder)
@@ -270,7 +271,7 @@ def test_references_of_two_devices_are_not_mixed(tmp_path):
 )
 def test_what_the_rows_change_themselves_may_differ(tmp_path, grid, names, protocols):
   plan, folder = make_plan(names=names, grid=grid, seeds=(0,)), Folder(tmp_path)
-  for run, protocol in zip(summary.runs_of(plan, plan.tables[0]), protocols, strict=True):
+  for run, protocol in zip(runs_of(plan), protocols, strict=True):
     write(folder, run, {}, **protocol)
   assert len(summarised(plan, folder)["tables"]) == 1
 
@@ -279,7 +280,7 @@ def test_rows_that_change_an_evaluation_are_compared_where_they_measure_alike(tm
   config = base()
   config.evals = {"test_retrieval": config.evals.test_retrieval}
   plan = make_plan(config, grid="evals.test_retrieval.data.num_images=8,16;model.fusion=True,False", seeds=(0,))
-  runs, folder = summary.runs_of(plan, plan.tables[0]), Folder(tmp_path)
+  runs, folder = runs_of(plan), Folder(tmp_path)
   for run in runs:
     count = run.evals["test_retrieval"]["data"]["num_images"]
     write(folder, run, {}, num_images=count, num_texts=5 * count)
@@ -328,14 +329,6 @@ def test_a_file_that_holds_no_results_is_told(measured):
     summarised(plan, folder)
 
 
-def test_the_figure_shows_every_row(measured):
-  """A panel for each column, and more of it where there is a second table."""
-  image = Image.open(io.BytesIO(render.plot(summarised(*measured))))
-  assert image.format == "PNG" and image.width > 2000
-  plan, folder = make_plan(names=["4", "5"]), measured[1]
-  assert Image.open(io.BytesIO(render.plot(summarised(plan, folder)))).height > image.height
-
-
 def test_status(tmp_path, monkeypatch):
   """9 steps of 2 s are left of one run, 36 s of steps of another at the speed of the first, and 8 of an autoencoder."""
   plan, folder = make_plan(names=["4"], seeds=(0,)), Folder(tmp_path)
@@ -346,12 +339,12 @@ def test_status(tmp_path, monkeypatch):
     third: State(step=0, num_steps=18, measured=False, seconds=None),
   }
   monkeypatch.setattr(folder, "state", states.get)
-  lines = status.lines(plan, folder, None)
+  lines = running.lines(plan, folder, None)
   assert lines[0].split() == ["0", first.name, "missing", "?", "h"]
   assert lines[1].split() == ["1", second.name, *"step 9 of 18".split(), "0.01", "h"]
   assert "table 4, enabled: runs 2" in lines
   assert lines[-1].startswith("3 runs, 0 finished; 0.01 hours of steps left") and "and 1 runs whose speed" in lines[-1]
   for run in plan.runs:
     states[run] = State(step=18, num_steps=18, measured=True, seconds=2.0)
-  assert status.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
+  assert running.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
   assert tables.PAPER_METRICS.keys() == {"fid", "imagenet/acc1", "recall@1"}

@@ -13,9 +13,9 @@ import time
 
 import pytest
 
-from diffdis_jax.ablate import status
-from diffdis_jax.ablate.folder import Folder
+from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate.plan import Plan, Run
+from diffdis_jax.ablate.run import Folder
 from tests.launch.programs import ROOT, Answer, Programs, wait_for
 
 TRAIN = ["python", "-m", "diffdis_jax.train", "--workdir=/runs/a", "--config.a=x 'y'"]
@@ -209,7 +209,7 @@ def test_a_task_of_an_array_gives_up_whatever_other_tasks_save(tmp_path):
     Run(f"run-{i}", {"objectives": ("contrastive",), "num_steps": 9, "inference": {}}, None, {}) for i in range(16)
   )
   plan = Plan(base={}, tables=(), seeds=(0,), rows={}, runs=listed)
-  (tmp_path / "plan").write_text("\n".join(status.lines(plan, Folder(runs.parent), None)))
+  (tmp_path / "plan").write_text("\n".join(running.lines(plan, Folder(runs.parent), None)))
   for name, code in {
     "diffdis": f"[[ $* == 'ablate plan --out={runs.parent}' ]] && cat {tmp_path}/plan",
     "srun": f"""echo . >>{tmp_path}/calls; n=$(wc -l <{tmp_path}/calls); ((n < 7)) || exit 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from diffdis_jax.ablate import columns
+from diffdis_jax.ablate import tables
 from diffdis_jax.data import sources
 from diffdis_jax.evals.tasks import TASKS
 from replication import extensions
@@ -14,10 +14,10 @@ from replication import extensions
 
 @pytest.fixture(scope="module", autouse=True)
 def extended() -> Iterator[None]:
-  tables = (sources.KINDS, TASKS, columns.COLUMNS_OF)
-  before = [{**table} for table in tables]
+  changed = (sources.KINDS, TASKS, tables.COLUMNS_OF)
+  before = [{**table} for table in changed]
   extensions.add()
   yield
-  for table, entries in zip(tables, before, strict=True):
+  for table, entries in zip(changed, before, strict=True):
     table.clear()
     table.update(entries)

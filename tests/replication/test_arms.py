@@ -9,13 +9,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffdis_jax.ablate import plan as planning
-from diffdis_jax.ablate import render, status, summary, tables
+from diffdis_jax.ablate import render, summary, tables
 from diffdis_jax.ablate import run as running
-from diffdis_jax.ablate.columns import columns_of
-from diffdis_jax.ablate.folder import Folder
+from diffdis_jax.ablate.run import Folder
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
-from replication import arms
+from replication import arms, claims
 from replication.configs.experiments import EXPERIMENTS
 from replication.measured import records, replication
 from tests import pages, tiny
@@ -53,7 +52,7 @@ def read(monkeypatch):
 def plan_of(experiment, seeds=(3, 5)):
   config = tables.changed(tiny.get_config().to_dict(), {"batch_size": 4})
   autoencoder = tiny.get_config("autoencoder").to_dict()
-  return planning.make(config, autoencoder, [experiment.table], seeds, own_starts=True, claims=experiment.claims)
+  return planning.make(config, autoencoder, [experiment.table], seeds, own_starts=True)
 
 
 def test_the_experiments_of_the_pages_have_what_they_compare():
@@ -99,7 +98,7 @@ def test_a_table_has_no_path_of_a_machine(read, monkeypatch, tmp_path, path, nam
   monkeypatch.setitem(FIELDS, "arms", arms_of)
   monkeypatch.setitem(FIELDS, "claims", ())
   experiment = arms.read(path, base=BASE, overrides={})
-  found = summary.summarise(plan_of(experiment), Folder(tmp_path), (), base="tiny")
+  found = summary.summarise(plan_of(experiment), Folder(tmp_path), base="tiny")
   assert [*found["tables"]] == [name] and "/home/me" not in json.dumps(found)
 
 
@@ -112,7 +111,7 @@ def test_an_arm_may_have_a_speed_of_its_own(read):
 
 def test_the_hours_of_a_start_are_counted_by_the_seconds_that_are_given(read, tmp_path):
   """Of 2 s a step: 15 steps of `first`, 6, 12 and 8 of the others; none of the autoencoder, whose steps are others."""
-  last = status.lines(plan_of(read(), (0,)), Folder(tmp_path), 2.0)[-1]
+  last = running.lines(plan_of(read(), (0,)), Folder(tmp_path), 2.0)[-1]
   assert f"; {2 * (15 + 6 + 12 + 8) / 3600:.2f} hours of steps left" in last and "and 1 runs whose speed" in last
 
 
@@ -124,35 +123,33 @@ def test_a_longer_start_makes_another_run(read):
   assert name(read(arms=longer)) != first
 
 
-def test_waves_keep_seeds_together(read):
-  plan = plan_of(read())
-  names = [[plan.runs[n].name.partition("-seed")[0] for n in wave] for wave in running._waves(plan, range(10))]
-  first = ["autoencoder", "clip"], ["first", "alone"], ["after", "autoencoder", "clip"]
-  assert names == [*map(list, first), ["first", "alone"], ["after"]]
-
-
 def test_claims_have_verdicts(read, tmp_path):
   """Differences of 10, 11 and 12 points in three seeds; 95 % interval 11 ± 4.30 / √3, by hand."""
-  plan, folder = plan_of(read(), (0, 1, 2)), Folder(tmp_path)
+  experiment = read()
+  plan, folder = plan_of(experiment, (0, 1, 2)), Folder(tmp_path)
   write_claim(plan, folder, [(0.50, 0.40), (0.51, 0.40), (0.52, 0.40)])
-  found = summary.summarise(plan, folder, columns_of(plan.base["evals"]), base="tiny")
-  (claim,) = found["claims"]
+  judged = claims.judge(experiment.claims, plan, summary.read_results(plan, folder))
+  (claim,) = judged
   assert claim["values"] == {"after": {"0": 50.0, "1": 51.0, "2": 52.0}, "alone": {"0": 40.0, "1": 40.0, "2": 40.0}}
   difference, verdict = claim["verdict"]["difference"], claim["verdict"]
   assert (difference["mean"], difference["n"]) == (pytest.approx(11.0), 3)
   assert difference["low"] == pytest.approx(11 - 4.3027 / 3**0.5, abs=1e-3)
   assert verdict["words"] == "higher" and verdict["p_equivalent"] > 0.9
-  text = render.markdown(found)
+  text = claims.markdown(judged)
   assert "| after − alone | test/acc1 | +11.00 [+8.52, +13.48] | 3 | 0.003, 0.003 | 3.3 | 3 |" in text
+  found = summary.summarise(plan, folder, base="tiny")
+  text = render.markdown(found)
   assert "− base" not in text  # only what was named is compared
   assert {*found["runs"]} == {run.name for run in plan.runs}
 
 
 def test_what_is_kept_of_an_experiment(read, tmp_path):
   """Records by seed, as replication/measured reads them; those of another experiment stay."""
-  plan, folder = plan_of(read(), (0, 1, 2)), Folder(tmp_path)
+  experiment = read()
+  plan, folder = plan_of(experiment, (0, 1, 2)), Folder(tmp_path)
   write_claim(plan, folder, [(0.50, 0.40), (0.51, 0.40), (0.52, 0.40)])
-  found = json.loads(json.dumps(summary.summarise(plan, folder, columns_of(plan.base["evals"]), base="tiny")))
+  judged = claims.judge(experiment.claims, plan, summary.read_results(plan, folder))
+  found = json.loads(json.dumps(summary.summarise(plan, folder, base="tiny") | {"claims": judged}))
   kept = replication.merged({"records": {"e9/a/b": {}, "x/old/b": {}}}, replication.records_of(found))
   record = records.Record(**kept["records"]["x/after/test/acc1"])
   assert record.values == {"0": 50.0, "1": 51.0, "2": 52.0} and record.what == "after: top-1 test ↑"
@@ -162,18 +159,21 @@ def test_what_is_kept_of_an_experiment(read, tmp_path):
 
 
 def test_a_claim_without_runs_has_no_verdict(read, tmp_path):
-  found = summary.summarise(plan_of(read()), Folder(tmp_path), (), base="tiny")
-  assert found["claims"][0]["verdict"] is None
-  assert "| after − alone | test/acc1 |  |  |  |  | 3 |  |  |" in render.markdown(found)
+  experiment = read()
+  plan = plan_of(experiment)
+  judged = claims.judge(experiment.claims, plan, summary.read_results(plan, Folder(tmp_path)))
+  assert judged[0]["verdict"] is None
+  assert "| after − alone | test/acc1 |  |  |  |  | 3 |  |  |" in claims.markdown(judged)
 
 
 def test_claims_are_corrected_for_those_that_are_not_done(read, tmp_path):
   """p by hand, of t = 11 √3 and two degrees: 1 - √(363 / 365). The other comparison counts, though it diverged."""
-  plan, folder = plan_of(read(claims=(CLAIM, CLAIM | dict(column="unseen/acc1"))), (0, 1, 2)), Folder(tmp_path)
+  experiment = read(claims=(CLAIM, CLAIM | dict(column="unseen/acc1")))
+  plan, folder = plan_of(experiment, (0, 1, 2)), Folder(tmp_path)
   for seed, of_seed in enumerate(zip(*(plan.rows[plan.tables[0].name, place] for place in (0, 1)), strict=True)):
     for run, value in zip(of_seed, (0.5 + seed / 100, 0.4), strict=True):
       write(folder, run, {"test": value, "unseen": float("nan")})
-  done, other = summary.summarise(plan, folder, columns_of(plan.base["evals"]), base="tiny")["claims"]
+  done, other = claims.judge(experiment.claims, plan, summary.read_results(plan, folder))
   found = done["verdict"]["difference"]
   assert found["p"] == pytest.approx(0.002744, abs=1e-6) and found["p_holm"] == 2 * found["p"]
   assert done["verdict"]["p_equivalent_holm"] == 1.0 and other["verdict"] is None
@@ -265,4 +265,4 @@ def test_without_a_word_all_arms_have_one_protocol(read, tmp_path):
   mixed = "mix protocols: test was measured with num_noise_samples 4 in .* and None in .*; remove one of them, and "
   remedy = "measure it again, or name num_noise_samples in only_some_have of --arms, if one of the arms has none"
   with pytest.raises(UserError, match=mixed + remedy):
-    summary.summarise(plan, folder, (), base="tiny")
+    summary.summarise(plan, folder, base="tiny")

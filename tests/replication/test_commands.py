@@ -61,7 +61,7 @@ def test_arms_start_from_each_other(tmp_path, environment):
   assert done.returncode == 0, done.stderr
   assert ablate(environment, "run", *flags).returncode == 0
   assert ablate(environment, "plan", *flags).stdout.splitlines()[-1] == "8 runs, 8 finished"
-  assert ablate(environment, "table", *flags, "--noplot").returncode == 0
+  assert ablate(environment, "table", *flags).returncode == 0
   table = json.loads((tmp_path / "out" / "tables.json").read_text())
   (claim,) = table["claims"]
   assert (claim["row"], claim["verdict"]["difference"]["n"]) == ("generation first", 2)
@@ -82,7 +82,7 @@ def test_arms_of_two_networks_in_three_stages(tmp_path, environment):
   ]
   done = ablate(environment, "run", *flags)
   assert done.returncode == 0, done.stderr
-  done = ablate(environment, "table", *flags, "--noplot")
+  done = ablate(environment, "table", *flags)
   assert done.returncode == 0, done.stderr
   table = json.loads((tmp_path / "out" / "tables.json").read_text())
   assert len(table["runs"]) == 14 and [claim["verdict"]["difference"]["n"] for claim in table["claims"]] == [1, 1]

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from scipy import stats
 
-from diffdis_jax.ablate import significance
+from replication import claims as judging
 from replication.figures import replication as figures
 from replication.figures import style
 from replication.measured import replication
@@ -30,7 +30,7 @@ def found() -> dict[str, Any]:
   """As replication.json would hold two comparisons of e1. Each arm started from 2 min of generation."""
   bases = [name for name in FIGURES if name != "both"]
   pairs = [[a - b for a, b in zip(FIGURES["both"], FIGURES[base], strict=True)] for base in bases]
-  verdicts = significance.verdicts(pairs, [3.0, 3.0])
+  verdicts = judging.verdicts(pairs, [3.0, 3.0])
   claims = [
     {"row": "both", "base": base, "column": COLUMN, "bound": 3.0, "values": {}, "verdict": dataclasses.asdict(verdict)}
     for base, verdict in zip(bases, verdicts, strict=True)

@@ -1,0 +1,129 @@
+"""Judge comparisons that were named before the runs: by paired differences, and by a bound below which none counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffdis_jax.ablate import render, significance, summary
+from diffdis_jax.ablate.plan import Plan, Run
+from diffdis_jax.ablate.significance import ALPHA, Difference
+from diffdis_jax.ablate.tables import columns_of
+from diffdis_jax.evals.results import Results
+
+HEADS = ("comparison", "figure", "difference, 95 % interval", "n", "p, Holm", "MDE", "bound", "p, Holm", "verdict")
+NOTE = (
+  "Paired by seed. The first p is of no difference, by the t-test; the second of a true difference of the bound or"
+  " more, by two one-sided tests. Each stands beside its value after Holm's correction over this table, by which the"
+  " verdict is made at 5 %. MDE is the true difference that the uncorrected t-test finds with 80 % power."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+  """A comparison that was named before the runs: labels of two rows, the name of a figure, and the largest difference
+  in its unit that counts as none."""
+
+  row: str
+  base: str
+  column: str
+  bound: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+  """The verdict on a comparison.
+
+  Attributes:
+    difference: corrected over all comparisons of the experiment.
+    bound: the largest difference that counts as none.
+    p_equivalent: of a true difference of `bound` or more; None where the difference has no p.
+    p_equivalent_holm: after Holm's correction over the experiment's.
+    words: "higher" or "lower" where the difference is significant, "no effect larger than BOUND" where that is, both
+      where both are, "undecided" where neither.
+  """
+
+  difference: Difference
+  bound: float
+  p_equivalent: float | None
+  p_equivalent_holm: float | None
+  words: str
+
+
+def equivalent(pairs: Sequence[float], bound: float) -> float | None:
+  """Return p of a true difference outside of ± bound: the larger of two one-sided tests' (Schuirmann, 1987)."""
+  from scipy import stats
+
+  if significance.paired(pairs).p is None:
+    return None
+  sides = stats.ttest_1samp(pairs, -bound, alternative="greater"), stats.ttest_1samp(pairs, bound, alternative="less")
+  return max(float(side.pvalue) for side in sides)
+
+
+def verdicts(pairs: Sequence[Sequence[float]], bounds: Sequence[float], *, named: int | None = None) -> list[Verdict]:
+  """Return the verdict on each comparison of an experiment, from its paired differences and its bound.
+
+  `named` is how many comparisons the experiment has, by which all are corrected, as `significance.holm` has it.
+  """
+  differences = significance.correct([significance.paired(each) for each in pairs], named=named)
+  p_values = [equivalent(each, bound) for each, bound in zip(pairs, bounds, strict=True)]
+  adjusted = significance.holm(p_values, named=named)
+  found = []
+  for difference, bound, p, p_holm in zip(differences, bounds, p_values, adjusted, strict=True):
+    words = [("higher" if difference.mean > 0 else "lower")] if difference.is_significant else []
+    words += [f"no effect larger than {bound:g}"] if p_holm is not None and p_holm < ALPHA else []
+    judged = ", ".join(words) or "undecided"
+    found.append(Verdict(difference=difference, bound=bound, p_equivalent=p, p_equivalent_holm=p_holm, words=judged))
+  return found
+
+
+def judge(claims: Sequence[Claim], plan: Plan, results: Mapping[Run, Results | None]) -> list[dict[str, Any]]:
+  """Return, for each claim, its fields, `values`, the figures of both rows by seed, and its `Verdict`.
+
+  A claim without a seed that both rows have finished has no verdict. The others are corrected for it all the same: how
+  many comparisons there are was named before the runs, and does not depend on which of them are done or diverged.
+  """
+  rows = {row.label: (table.name, place) for table in plan.tables for place, row in enumerate(table.rows)}
+  found, pairs = [], []
+  for claim in claims:
+    values = {}
+    for label in (claim.row, claim.base):
+      known = {each.name: each for run in plan.rows[rows[label]] for each in columns_of(run.evals)}
+      values[label] = summary.by_seed(plan, rows[label], results, known[claim.column])
+    ours, theirs = values.values()
+    pairs.append([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+    by_text = {label: {str(seed): value for seed, value in each.items()} for label, each in values.items()}
+    found.append({**dataclasses.asdict(claim), "values": by_text, "verdict": None})
+  whole = [place for place, each in enumerate(pairs) if each]
+  judged = verdicts([pairs[i] for i in whole], [claims[i].bound for i in whole], named=len(claims))
+  for place, verdict in zip(whole, judged, strict=True):
+    found[place]["verdict"] = dataclasses.asdict(verdict)
+  return found
+
+
+def markdown(judged: Sequence[Mapping[str, Any]]) -> str:
+  """Return a table of what `judge` gives."""
+  lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+  lines += ["| " + " | ".join(cells(claim)) + " |" for claim in judged]
+  return "\n".join(["## Comparisons named before the runs", "", *lines]) + f"\n\n{NOTE}\n"
+
+
+def cells(claim: Mapping[str, Any]) -> list[str]:
+  """Return a row of that table."""
+  return [f"{claim['row']} − {claim['base']}", claim["column"], *_verdict(claim["verdict"], claim["bound"])]
+
+
+def _verdict(verdict: Mapping[str, Any] | None, bound: float) -> list[str]:
+  if verdict is None:
+    return [""] * 4 + [f"{bound:g}", "", ""]
+  difference, n = verdict["difference"], str(verdict["difference"]["n"])
+  if difference["p"] is None:
+    return [f"{difference['mean']:+z.2f}", n, "", "", f"{bound:g}", "", verdict["words"]]
+  interval = f"{difference['mean']:+z.2f} [{difference['low']:+z.2f}, {difference['high']:+z.2f}]"
+  p, q = render.shown_p, verdict
+  of_none, of_bound = (
+    f"{p(difference['p'])}, {p(difference['p_holm'])}",
+    f"{p(q['p_equivalent'])}, {p(q['p_equivalent_holm'])}",
+  )
+  return [interval, n, of_none, f"{difference['detectable']:.1f}", f"{bound:g}", of_bound, verdict["words"]]
