@@ -123,9 +123,10 @@ class Folder:
     if not file.exists():
       names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
       # Tasks of an array begin at one moment: another one may be writing the file, or have written it just now.
-      if any(name != file.name and not name.startswith(f".{file.name}.") for name in names):
-        raise UserError(f"--out={self.path} is not empty and holds no ablations (no base.json); take a new folder")
-      return
+      if file.name not in names:
+        if any(not name.startswith(f".{file.name}.") for name in names):
+          raise UserError(f"--out={self.path} is not empty and holds no ablations (no base.json); take a new folder")
+        return
     there = files.read_object(file)
     if workdir.SECTIONS - there.keys():
       raise UserError(f"{file} is no base of ablations; take a new --out")

@@ -197,7 +197,9 @@ def test_wrong_tables_seeds_and_bases():
     planning.make(clip.to_dict(), None, choose("4"), (0,))
   config = base()
   config.evals = {}
-  with pytest.raises(UserError, match="base's evaluations, none, these rows measure none"):
+  with pytest.raises(
+    UserError, match="row disabled: no evaluation of the base measures objectives generation, discrimination"
+  ):
     planning.make(config.to_dict(), None, choose("4"), (0,))
   config.evals = {"held_out": base().evals.held_out}
   with pytest.raises(UserError, match="base's evaluations, held_out, these rows measure none that has a column"):
