@@ -119,5 +119,5 @@ class Lock:
         logging.warning("cannot renew %s: %s", self._path, error)
 
   def _there(self) -> dict[str, Any]:
-    """Read the file; a damaged one gives an empty object."""
-    return provenance.parse(self._path.read_bytes())
+    """Read the file; one that is damaged, or was removed just now, gives an empty object."""
+    return provenance.parse(self._path.read_bytes()) if self._path.exists() else {}
