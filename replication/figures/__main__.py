@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator
 
 from replication.figures import method, plots, replication
-from replication.figures.style import THEMES
+from replication.figures.style import PALETTE
 from replication.measured import replication as records
 
 FOLDER = pathlib.Path(__file__).parents[2] / "docs/figures"
@@ -16,8 +16,7 @@ FIGURES = {"method": method.picture, **plots.PLOTS, **replication.figures(record
 def drawn() -> Iterator[tuple[str, str]]:
   """Yield name and text of each file."""
   for name, draw in FIGURES.items():
-    for suffix, palette in THEMES.items():
-      yield f"{name}{suffix}.svg", draw(palette)
+    yield f"{name}.svg", draw(PALETTE)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The figure of the method. `make figures` writes it as method.svg and method_dark.svg.
+"""The figure of the method. `make figures` writes it as method.svg.
 
 One UNet, four uses of it, one a strip. Sizes are for a phone: at 360 px wide the smallest letter is 10 px high.
 """

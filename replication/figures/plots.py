@@ -1,6 +1,6 @@
 """The plots of the book, each from measured records (replication/measured) alone. `make figures` draws them.
 
-A plot is a function from a palette to an SVG. PLOTS names them all: docs/figures/NAME.svg and NAME_dark.svg.
+A plot is a function from a palette to an SVG. PLOTS names them all: docs/figures/NAME.svg.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.data.shapes import COLOURS, OUTLINES, SHAPES, UNSEEN
-from replication.figures.style import LARGE, SMALL, Axes, Canvas, Palette, Scale, mixed
+from replication.figures.style import LARGE, SMALL, Axes, Canvas, Palette, Scale
 from replication.measured import paired, records
 
 LEFT, RIGHT = 70, 700  # of most plots' frames
@@ -470,7 +470,7 @@ def demo_by_class(palette: Palette) -> str:
     for j, shape in enumerate(SHAPES):
       value, x, y = found[f"{colour} {shape}"], left + side * j, top + side * i
       share = max(0.0, (value - 50) / 50)
-      canvas.fill(x + 2, y + 2, side - 4, side - 4, mixed(palette.ground, palette.text, 0.05 + 0.35 * share))
+      canvas.fill(x + 2, y + 2, side - 4, side - 4, palette.text, opacity=0.05 + 0.35 * share)
       if (colour, shape) in UNSEEN:
         canvas.box(x + 3, y + 3, side - 6, side - 6, stroke=palette.image, fill="none", round=3, width=5)
       canvas.text(x + side / 2, y + side / 2 + 7, f"{value:.0f}", size=SMALL)
@@ -487,10 +487,9 @@ def demo_by_class(palette: Palette) -> str:
 
 def _outline(canvas: Canvas, shape: str, x: float, y: float, radius: float) -> None:
   """Draw a shape as the data set has it, in one colour."""
-  outer, *holes = ([(x + radius * px, y + radius * py) for px, py in part] for part in OUTLINES[shape])
-  canvas.polygon(outer, stroke=canvas.palette.soft, fill=canvas.palette.soft)
-  for hole in holes:
-    canvas.polygon(hole, stroke=canvas.palette.ground, fill=canvas.palette.ground)
+  for part in OUTLINES[shape]:
+    points = [(x + radius * px, y + radius * py) for px, py in part]
+    canvas.polygon(points, stroke=canvas.palette.soft, fill="none")
 
 
 def best_of_n(palette: Palette) -> str:

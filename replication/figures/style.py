@@ -1,4 +1,4 @@
-"""Share what all figures need: two themes, letters that a phone can read, and an SVG written by hand.
+"""Share what all figures need: colours for light and dark pages, letters for phones, and an SVG written by hand.
 
 No plotting library draws them: the same records give the same bytes on every machine and with every version. A figure
 is WIDTH units wide. On a phone of 390 px a unit is half a pixel, so no letter is below SMALL; on a wide page the figure
@@ -20,7 +20,7 @@ FONT = "system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"
 
 @dataclasses.dataclass(frozen=True)
 class Palette:
-  """Colours of one theme: ground, text, soft text, the image stream, the text stream, and what is not run.
+  """Colours: ground, text, soft text, the image stream, the text stream, and what is not run.
 
   The image stream's colour is also that of generation, the text stream's that of classification.
   """
@@ -35,9 +35,8 @@ class Palette:
   off: str
 
 
-LIGHT = Palette("#ffffff", "#1b1f24", "#57606a", "#b35900", "#fff1e0", "#0a58b0", "#e3f0ff", "#c4cad1")
-DARK = Palette("#0d1117", "#e6edf3", "#9da7b3", "#ffab57", "#33210d", "#6cb6ff", "#0d2440", "#3d444d")
-THEMES = {"": LIGHT, "_dark": DARK}  # what stands behind a figure's name
+# Without a ground, in tones that have a contrast of about four to one on white and on black.
+PALETTE = Palette("none", "#757d87", "#7d8590", "#c26a12", "#c26a1226", "#3a82d2", "#3a82d226", "#8b949e73")
 
 
 def number(value: float) -> str:
@@ -53,8 +52,7 @@ class Canvas:
     self.parts: list[str] = []
 
   def label(self, x: float, y: float, words: str, *, colour: str = "") -> None:
-    """Write small words from x on, before whatever lies behind them."""
-    self.fill(x - 4, y - 20, 8 + 11.3 * len(words), 26, self.palette.ground)
+    """Write small words from x on."""
     self.text(x, y, words, size=SMALL, colour=colour, anchor="start")
 
   def text(
@@ -149,7 +147,7 @@ class Canvas:
     return (
       f'<svg xmlns="http://www.w3.org/2000/svg" {shown} viewBox="0 0 {self.width} {number(height)}" role="img"'
       f' aria-label="{escape(title)}" font-family="{FONT}"><title>{escape(title)}</title>{defs}'
-      f'<rect width="{self.width}" height="{number(height)}" fill="{palette.ground}"/>{body}</svg>\n'
+      f"{body}</svg>\n"
     )
 
 
@@ -198,16 +196,6 @@ class Axes:
 
   def dot(self, x: float, y: float, colour: str, *, radius: float = 6, hollow: bool = False) -> None:
     self.canvas.dot(self.x(x), self.y(y), colour, radius=radius, hollow=hollow)
-
-
-def mixed(low: str, high: str, share: float) -> str:
-  """Return a colour between two, `share` of the way from `low` to `high`."""
-  pairs = zip(_channels(low), _channels(high), strict=True)
-  return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
-
-
-def _channels(colour: str) -> list[int]:
-  return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def _opacity(opacity: float) -> str:

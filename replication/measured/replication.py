@@ -243,11 +243,7 @@ def pictures(found: Mapping[str, Any]) -> str:
   if not has_verdicts(found):
     return NOT_RUN.capitalize() + "."
   names = {"replication_forest": "Primary comparisons", "replication_minutes": "Accuracy over minutes of training"}
-  themes = {"": "light", "_dark": "dark"}
-  return "\n\n".join(
-    "\n".join(f"![{words}](../docs/figures/{name}{end}.svg#gh-{mode}-mode-only)" for end, mode in themes.items())
-    for name, words in names.items()
-  )
+  return "\n\n".join(f"![{words}](../docs/figures/{name}.svg)" for name, words in names.items())
 
 
 def _arms(found: Mapping[str, Any], experiment: str) -> list[Mapping[str, Any]]:
