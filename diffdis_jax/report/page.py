@@ -28,8 +28,7 @@ from diffdis_jax.report.read import Run
 
 DIGITS = 5  # of a number on a curve
 MOST_GRIDS = 240  # of all runs
-GRID_BYTES = 7_000_000  # of all of them, as text; the rest of a page's 10 MB is for curves and cards
-CARD_BYTES = 400_000
+GRID_BYTES = 7_000_000  # of all of them, as text; the rest of a page's 10 MB is for curves
 PLACE = re.compile(r"\{\{(\w+)\}\}")  # of the template
 
 
@@ -95,7 +94,6 @@ def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any
       for each in run.results
     ],
     "data": next((event["data"] for event in reversed(run.events) if "data" in event), []),
-    "cards": [{"name": name, "facts": card["facts"]} for name, card in run.cards.items()],
     "config": read.fields(run),
     "differing": read.differing(run),
   }
@@ -130,13 +128,11 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def embed(runs: Sequence[Run]) -> list[dict[str, Any]]:
-  """Return each run's pictures of its samples and of its data cards."""
+  """Return each run's pictures of its samples."""
   most = max(2, MOST_GRIDS // max(1, sum(len(run.grids) for run in runs)))
   kept = [{name: spread(files, most) for name, files in run.grids.items()} for run in runs]
   paths = [path for grids in kept for files in grids.values() for _, path in files]
   drawn = iter(embed_pictures(paths, most_bytes=GRID_BYTES))
-  sheets = [card["picture"] for run in runs for card in run.cards.values()]
-  cards = iter(embed_pictures(sheets, most_bytes=CARD_BYTES))
 
   def shown(files: Sequence[tuple[int, Any]]) -> list[dict[str, Any]]:
     return [{"step": step, **vars(picture)} for step, _ in files if (picture := next(drawn))]
@@ -144,7 +140,6 @@ def embed(runs: Sequence[Run]) -> list[dict[str, Any]]:
   return [
     {
       "grids": [{"name": name, "all": len(run.grids[name]), "grids": shown(files)} for name, files in grids.items()],
-      "cards": [vars(picture) if (picture := next(cards)) else None for _ in run.cards],
     }
     for run, grids in zip(runs, kept, strict=True)
   ]

@@ -38,7 +38,6 @@ class Run:
     events: of history.jsonl.
     checkpoints: step -> what was measured when it was saved.
     results: what evaluate has left in the folder.
-    cards: data source -> what prepare_data wrote of it: `facts` of card.json and the `picture` beside it.
     written: when metrics.jsonl was last written, seconds since 1970, as far as `provenance.reported` knows.
     alive: whether a process has the workdir now.
     restarted: whether that one has taken it after the last of `events`.
@@ -51,7 +50,6 @@ class Run:
   events: list[dict[str, Any]]
   checkpoints: Mapping[int, Mapping[str, float]]
   results: list[provenance.Result]
-  cards: Mapping[str, dict[str, Any]]
   written: float | None
   alive: bool
   restarted: bool
@@ -80,7 +78,6 @@ def read(path: str, name: str) -> Run:
     events=events,
     checkpoints=_checkpoints(path),
     results=provenance.results(path),
-    cards=_cards(config["data"]),
     written=written,
     alive=taken is not None,
     restarted=taken is not None and bool(events) and taken > events[-1]["time"],
@@ -109,19 +106,6 @@ def _checkpoints(path: str) -> dict[int, dict[str, float]]:
   steps = workdir.committed_steps(folder)
   found = zip(steps, workdir.of_each(measured, steps), strict=True)
   return {step: metrics for step, metrics in found if metrics is not None}
-
-
-def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """Read the cards of the run's sources that prepare_data wrote, as far as they can be reached from here."""
-  sections = data["mixture"] or {"data": data}
-  found = {}
-  for name, section in sections.items():
-    path = str(section.get("path") or "").rstrip("/")
-    facts = files.read_object(f"{path}/card.json") if path else {}
-    if isinstance(facts.get("splits"), dict):  # else it is no card of ours
-      picture = buckets.path(path) / "card.png"
-      found[str(section["path"]) if name == "data" else name] = {"facts": facts, "picture": picture}
-  return found
 
 
 def _taken(lock: epath.Path) -> float | None:

@@ -66,11 +66,10 @@ def test_the_page_holds_what_the_run_left(pages):
   assert run["curves"]["test/acc1"]["mean"] == [0.1, 0.2, 0.3]
   assert run["substituted"] == 1 and run["cost"]["price"] == pytest.approx(2 * 600 / 3600)
   assert run["checkpoints"] == [{"step": 200, "metrics": {"test/acc1": 0.25}}, {"step": 300, "metrics": {}}]
-  assert run["cards"][0]["facts"]["splits"]["train"]["pairs"] == 1200
   assert run["parameters"]["new"] == {"unet": 60, "alignment": 10}
   assert {chart["section"] for chart in found["charts"]} == {"losses", "evaluations", "speed", "optimisation", "data"}
   (pictures,) = Scripts(pages[0]).json("pictures")
-  assert [grid["step"] for grid in pictures["grids"][0]["grids"]] == [100, 200, 300] and pictures["cards"][0]
+  assert [grid["step"] for grid in pictures["grids"][0]["grids"]] == [100, 200, 300]
 
 
 def test_runs_are_compared_where_their_configs_differ(pages):
@@ -98,7 +97,7 @@ def test_texts_of_a_run_that_look_like_places_of_the_template_are_texts(tmp_path
   parsed = Scripts(text)
   (run,), (pictures,) = parsed.json("data")["runs"], parsed.json("pictures")
   assert run["name"] == "{{pictures}} {{data}}" and json.loads(run["config"]["sample_prompts"]) == list(names)
-  assert len(pictures["grids"][0]["grids"]) == 3 and pictures["cards"][0]
+  assert len(pictures["grids"][0]["grids"]) == 3
   assert "<title>{{pictures}} {{data}}</title>" in text and len(parsed.scripts) == 3
 
 

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import time
 
-import gcsfs
 import numpy as np
 import pytest
-from etils import epath
 
-from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import read
 from tests.report import written_run
@@ -29,8 +25,6 @@ def test_what_a_run_left_is_found(run):
   assert run.checkpoints == {200: {"test/acc1": 0.25}, 300: {}}, "not the one that was never committed"
   (result,) = run.results
   assert result[:3] == ("results.json", "zero_shot", "birds/val") and result.record["metrics"] == {"acc1": 0.75}
-  (card,) = run.cards.values()
-  assert card["facts"] == written_run.CARD and card["picture"].exists()
   assert not run.alive
 
 
@@ -125,32 +119,6 @@ def test_fields_that_differ_from_the_defaults(run):
   assert {"num_steps", "batch_size", "data.path"} <= {*differing} and "seed" not in differing
   fields = read.fields(run)
   assert json.loads(fields["num_steps"]) == 400 and json.loads(fields["optim.groups"])[0][1] == "frozen"
-
-
-def test_a_file_of_that_name_that_is_no_card_is_left_out(tmp_path):
-  folder = written_run.write(tmp_path / "run")
-  (tmp_path / "birds" / "card.json").write_text('{"name": "birds"}')
-  assert read.read(folder, "run").cards == {}
-
-
-class Private(type(epath.Path())):
-  """In a bucket that nobody has logged in for."""
-
-  def read_bytes(self):
-    raise gcsfs.retry.HttpError({"code": 401, "message": "Anonymous caller does not have storage.objects.get access"})
-
-
-@pytest.mark.parametrize("without", ["gcsfs", "a login"])
-def test_a_card_in_a_bucket_that_cannot_be_read_from_here_is_left_out(tmp_path, monkeypatch, without):
-  """As of a run whose folder was copied from the machines that trained it."""
-  folder = written_run.write(tmp_path / "run", **{"data.path": "gs://bucket/birds"})
-  path, find_spec = buckets.path, importlib.util.find_spec
-  if without == "gcsfs":
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find_spec(name))
-  else:
-    monkeypatch.setattr(buckets, "path", lambda where: Private(where) if str(where).startswith("gs:/") else path(where))
-  run = read.read(folder, "run")
-  assert run.cards == {} and run.step == 300
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

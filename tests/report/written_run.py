@@ -13,20 +13,6 @@ from PIL import Image
 from tests import tiny
 
 DAY = 1_790_000_000.0  # a time, in seconds since 1970
-CARD = {
-  "name": "birds",
-  "version": "1.0.0",
-  "splits": {
-    "train": {
-      "pairs": 1200,
-      "bytes": 3_000_000,
-      "short_side": {"least": 64, "median": 128, "most": 512},
-      "caption_characters": {"least": 3, "median": 20, "most": 90},
-      "distinct_captions": 0.5,
-      "report": {"skipped": {"corrupt image": 3}},
-    }
-  },
-}
 
 
 def write(folder: pathlib.Path, **changes: Any) -> str:
@@ -37,9 +23,6 @@ def write(folder: pathlib.Path, **changes: Any) -> str:
   """
   folder.mkdir(parents=True)
   data = folder.parent / "birds"
-  data.mkdir(exist_ok=True)
-  (data / "card.json").write_text(json.dumps(CARD))
-  picture(1).save(data / "card.png")
   config = tiny.get_config()
   config.update_from_flattened_dict({"num_steps": 400, "data.name": "pairs", "data.path": str(data), **changes})
   (folder / "config.json").write_text(json.dumps(config.to_dict()))
