@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pathlib
-import re
 
 import pytest
 
-from tests.launch.programs import ROOT, Answer, Programs
+from tests.launch.programs import Programs
 
 yaml = pytest.importorskip("yaml")
 TPU_NODES = "{cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 8x8}"
@@ -52,11 +51,6 @@ def test_one_pod_a_host_runs_the_command_as_it_is(programs):
   assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "8x8"
 
 
-@pytest.mark.parametrize("settings", [{"RESOURCE": "nvidia.com/gpu"}, {"HOSTS": "1"}])
-def test_what_is_no_slice_of_several_hosts_may_share_a_node_pool(programs, settings):
-  assert applied(programs, **settings)["metadata"]["annotations"] == {}
-
-
 def test_variables_are_handed_over_as_a_secret(programs):
   """By standard input, so that they show in no list of processes; the run's manifest has its name alone."""
   value = 'a "b" $(c)'
@@ -88,35 +82,6 @@ def test_pods_find_each_other(programs):
   assert jobset["spec"]["network"] == {"enableDNSHostnames": True}
 
 
-def test_shared_memory_is_not_a_containers_64_mb(programs):
-  """Too little for NCCL among eight GPUs, and for loader.num_workers."""
-  pod = job_of(applied(programs))["template"]["spec"]
-  (volume,), (mount,) = pod["volumes"], pod["containers"][0]["volumeMounts"]
-  assert volume == {"name": mount["name"], "emptyDir": {"medium": "Memory"}} and mount["mountPath"] == "/dev/shm"
-  for page in ("Dockerfile", "docs/clusters.md"):
-    assert re.findall(r"docker run (.*?) ?REGISTRY", (ROOT / page).read_text())[0].startswith("--gpus=all --shm-size=")
-
-
-def test_each_of_several_slices_has_a_node_pool_and_finds_the_others_by_gke(programs):
-  jobset = applied(programs, SLICES="4")
-  assert jobset["metadata"]["annotations"] == IN_ONE_POOL
-  (replicated,) = jobset["spec"]["replicatedJobs"]
-  job = replicated["template"]["spec"]
-  assert (replicated["replicas"], job["parallelism"], job["completions"]) == (4, 16, 16)
-  (container,) = job["template"]["spec"]["containers"]
-  assert {entry["name"] for entry in container["env"]} == {
-    "XLA_PYTHON_CLIENT_MEM_FRACTION",
-    "DIFFDIS_LAUNCHED",
-    "GLIBC_TUNABLES",
-  }
-
-
-def test_gpus_have_no_slices(programs):
-  asked = SETTINGS | {"SLICES": "2", "RESOURCE": "nvidia.com/gpu"}
-  done = programs.run("gke/gke.sh", "run", "--", *TRAIN, **asked)
-  assert done.returncode == 2 and "SLICES is 2, but nvidia.com/gpu has no slices" in done.stderr
-
-
 @pytest.mark.parametrize("given, restarts", [("", 100), ("7", 7)])
 def test_exit_codes_fail_restart_or_count(programs, given, restarts):
   jobset = applied(programs, MAX_RESTARTS=given)
@@ -133,53 +98,6 @@ def test_exit_codes_fail_restart_or_count(programs, given, restarts):
   assert (job["backoffLimit"], job["podReplacementPolicy"]) == (0, "Failed")
   assert job["template"]["spec"]["restartPolicy"] == "Never"  # which podFailurePolicy asks for
   assert job["template"]["spec"]["terminationGracePeriodSeconds"] >= 30
-
-
-@pytest.mark.parametrize(
-  "subcommand, calls",
-  [
-    ("stop", [["kubectl", "delete", "secret", "run-env", "--ignore-not-found"],
-              ["kubectl", "delete", "jobset", "run"]]),
-    ("logs", [["kubectl", "logs", "--follow", "--prefix", "--ignore-errors", "--max-log-requests=1000",
-               "--selector=jobset.sigs.k8s.io/jobset-name=run"]]),
-  ],
-)  # fmt: skip
-def test_other_subcommands_need_only_a_name(programs, subcommand, calls):
-  assert programs.run("gke/gke.sh", subcommand, NAME="run").returncode == 0
-  assert programs.calls == calls
-
-
-@pytest.mark.parametrize("refused", ["secret", "jobset"])
-def test_stop_deletes_what_it_may(programs, refused):
-  """Who may not touch secrets, and has handed none over, stops the run all the same."""
-  programs.answer({f"delete {refused}": [Answer(stderr="Error: forbidden\n", code=3)]})
-  done = programs.run("gke/gke.sh", "stop", NAME="run")
-  assert (done.returncode, [call[2] for call in programs.calls]) == (3, ["secret", "jobset"])
-
-
-def test_kubernetes_expands_nothing_in_the_command(programs):
-  """It takes $(NAME) for a variable, and $$ for one $."""
-  words = ["--prompt=$$5 for $(DIFFDIS_LAUNCHED)", "--config.optim.no_decay=(bias$|norm)$"]
-  done = programs.run("gke/gke.sh", "run", "--", *words, **SETTINGS)
-  assert done.returncode == 0, done.stderr
-  (container,) = job_of(yaml.safe_load(programs.records[-1]["stdin"]))["template"]["spec"]["containers"]
-  values = {"DIFFDIS_LAUNCHED": "1"}
-  expand = lambda found: "$" if found[1] is None else values.get(found[1], found[0])
-  assert [re.sub(r"\$(?:\$|\(([^)]*)\))", expand, word) for word in container["command"]] == words
-
-
-def test_a_failing_kubectl_fails(programs):
-  (programs.folder / "kubectl").write_text("#!/bin/sh\nexit 1\n")
-  done = programs.run("gke/gke.sh", "run", "--", *TRAIN, **SETTINGS)
-  assert done.returncode == 1 and "an earlier JobSet run goes with 'stop'" in done.stderr
-
-
-def test_dry_run_prints_the_manifest_and_calls_nothing(programs):
-  done = programs.run("gke/gke.sh", "--dry-run", "run", "--", *TRAIN, **SETTINGS)
-  assert (done.returncode, programs.calls) == (0, [])
-  manifest, command = done.stdout.rstrip().rsplit("\n", 1)
-  assert command.split() == ["kubectl", "create", "-f", "-"]
-  assert job_of(yaml.safe_load(manifest))["template"]["spec"]["containers"][0]["command"] == TRAIN
 
 
 @pytest.mark.parametrize(
