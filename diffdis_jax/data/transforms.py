@@ -13,8 +13,7 @@ from PIL import ExifTags, Image, ImageEnhance, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 from diffdis_jax.config.data import Augmentation
-from diffdis_jax.data import image_files, randaugment_timm
-from diffdis_jax.data.randaugment import randaugment
+from diffdis_jax.data import image_files, randaugment
 
 WHITE = (255, 255, 255)
 FACTORS = (8, 4, 2)  # by which libjpeg can decode fewer pixels
@@ -212,12 +211,12 @@ def augment(
     image = ImageOps.mirror(image)
   common = dict(operations=how.randaugment_operations, magnitude=how.randaugment_magnitude)
   if how.randaugment_operations and how.randaugment_kind == "timm":
-    image = randaugment_timm.randaugment(image, rng, **common, deviation=how.randaugment_deviation)
+    image = randaugment.timm_randaugment(image, rng, **common, deviation=how.randaugment_deviation)
   elif how.randaugment_operations:
-    image = randaugment(image, rng, **common)
+    image = randaugment.torchvision_randaugment(image, rng, **common)
   pixels = np.asarray(jitter_colour(image, rng, how=how))
   # Last, as in timm: nothing changes the noise afterwards.
-  return randaugment_timm.erase(pixels, rng, probability=how.erase) if how.erase else pixels
+  return randaugment.erase(pixels, rng, probability=how.erase) if how.erase else pixels
 
 
 def random_square(image: Image.Image | Decoded, rng: np.random.Generator, *, size: int) -> Image.Image:
