@@ -197,15 +197,6 @@ def test_averaged_or_raw_weights_in_any_dtype(run, tmp_path, ema, dtype):
   assert f"{'averaged' if ema else 'raw'} weights, {dtype}" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_generation_alone_is_a_pipeline_that_does_not_classify(imported, tmp_path):
-  run = make_run(tmp_path / "run", imported, objectives=("generation",))
-  export_weights.export_weights(run, str(tmp_path / "out"))
-  assert not list((tmp_path / "out").glob("diffdis*"))
-  card = (tmp_path / "out" / "README.md").read_text()
-  assert "it generates, and does not classify" in card and "pipe.classify" not in card
-  StableDiffusionPipeline.from_pretrained(tmp_path / "out")
-
-
 def refused(run: str, out: pathlib.Path, message: str, **settings: object) -> None:
   before = sorted(out.parent.iterdir())
   with pytest.raises(UserError, match=message) as error:
