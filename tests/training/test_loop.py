@@ -83,22 +83,6 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   assert [line["why"] for line in provenance.read(tmp_path) if line["event"] == "end"][-2:] == ["finished", "failed"]
 
 
-def test_an_evaluation_that_is_done_again_decides_on_the_best_checkpoint(tmp_path, monkeypatch):
-  config = tiny.get_config("autoencoder")
-  config.update(num_steps=8, save_every=4, log_every=4, train_evals=("test",))
-  config.evals = {"test": {"task": "zero_shot"}}
-  config.checkpoint.update(keep_last=1, keep_best=1, best_metric="test/acc1")
-  failing, passing = FakeEvaluator(failing=UserError), FakeEvaluator(failing=None)
-  monkeypatch.setattr(passing, "after_step", lambda step, *_, last: {"test/acc1": 1.0 / step})
-  monkeypatch.setattr(evaluator, "Evaluator", lambda *_: failing)
-  trainer = prepare(config)
-  with pytest.raises(UserError):
-    loop.train_and_evaluate(Run.of(config), str(tmp_path), trainer=trainer)
-  monkeypatch.setattr(evaluator, "Evaluator", lambda *_: passing)
-  loop.train_and_evaluate(Run.of(config), str(tmp_path), trainer=trainer)
-  assert checkpoint.best(tmp_path, Run.of(config).checkpoint) == checkpoint.Best(4, 0.25)
-
-
 class TwoProcesses:
   """jax, of so many processes."""
 
