@@ -25,7 +25,7 @@ WORKDIR /diffdis
 # installed where it lies, editable, and its sources come after. requirements.lock says which versions.
 COPY pyproject.toml requirements.txt requirements.lock README.md LICENSE NOTICE ./
 COPY diffdis_jax/__init__.py diffdis_jax/
-COPY diffdis_jax/data/clip_merges.LICENSE diffdis_jax/data/
+COPY diffdis_jax/data/clip_tokenizer.LICENSE diffdis_jax/data/
 COPY diffdis_jax/data/layouts/zero_shot_sets.LICENSE diffdis_jax/data/layouts/
 RUN case ",$EXTRAS," in *,cuda,* | *,tpu,*) ;; *) echo "EXTRAS is '$EXTRAS'; it should have cuda or tpu" >&2; exit 2 ;; esac \
     && python -m pip install --no-cache-dir --constraint=requirements.lock --editable ".[$EXTRAS]"

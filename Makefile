@@ -53,7 +53,7 @@ EQUATIONS := method/test_schedules.py method/test_samplers.py method/test_losses
   training/test_contrastive.py::test_loss_and_gradients_equal_open_clips training/test_optim.py \
   training/test_long_tail.py::test_class_wise_contrast_equals_torchs_cross_entropy \
   training/test_long_tail.py::test_distillation_equals_torchs_cross_entropy_with_the_teachers_softmax \
-  data/test_transforms.py data/test_randaugment_timm.py evals/test_distances.py evals/test_retrieval.py
+  data/test_transforms.py data/test_randaugment.py evals/test_distances.py evals/test_retrieval.py
 check: lint
 	$(PYTEST) $(addprefix tests/,$(EQUATIONS))
 

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from diffdis_jax.common import buckets, cli, files
 from diffdis_jax.common.params import Params
 from diffdis_jax.config import Run, base
-from diffdis_jax.data.tokenizer import VOCAB_SIZE, load_merges, make_vocab
+from diffdis_jax.data.tokenizer import VOCAB_SIZE, load_vocab
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, hub
 from diffdis_jax.interop.from_torch import Source
@@ -120,7 +120,7 @@ def check_tokenizer(folder: pathlib.Path) -> None:
       vocab = vocab["model"]["vocab"] | {token["content"]: token["id"] for token in vocab.get("added_tokens", ())}
     except (AttributeError, KeyError, TypeError):  # of another form, or of a vocabulary that is a list
       vocab = {}
-  if vocab != make_vocab(load_merges()):
+  if vocab != load_vocab():
     raise UserError(f"{path} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
 
 

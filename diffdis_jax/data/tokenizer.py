@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, built from the merges shipped with the package."""
+"""CLIP's byte-pair tokenizer, read from the tokenizer.json shipped with the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import ftfy
 import numpy as np
 import tokenizers
 from jaxtyping import Int
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from diffdis_jax.errors import UserError
 
@@ -25,8 +24,6 @@ END = "<|endoftext|>"
 START_ID = 49406
 END_ID = 49407
 VOCAB_SIZE = 49408
-# What a text is cut into before pairs are merged: CLIP's own pattern.
-PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clean(caption: str) -> str:
@@ -40,24 +37,15 @@ def clean(caption: str) -> str:
 
 
 @functools.cache
-def load_merges() -> tuple[tuple[str, str], ...]:
-  """The 48,894 merges that CLIP uses, in order of rank."""
-  data = importlib.resources.files("diffdis_jax.data").joinpath("clip_merges.txt.gz").read_bytes()
-  pairs = (line.split(" ") for line in gzip.decompress(data).decode().splitlines())
-  return tuple((first, second) for first, second in pairs)
+def load() -> dict[str, Any]:
+  """Read tokenizer.json, the parts of transformers' CLIPTokenizer, which takes seconds to import."""
+  data = importlib.resources.files("diffdis_jax.data").joinpath("clip_tokenizer.json.gz").read_bytes()
+  return json.loads(gzip.decompress(data))
 
 
-def byte_alphabet() -> list[str]:
-  """One printable character for each of the 256 bytes, printable bytes first, as GPT-2 and CLIP order them."""
-  printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-  return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-
-
-def make_vocab(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-  """Token -> id: the bytes, the bytes that end a word, the merges, start and end of text."""
-  alphabet = byte_alphabet()
-  tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges), START, END]
-  return {token: i for i, token in enumerate(tokens)}
+def load_vocab() -> dict[str, int]:
+  """Return the id of each token."""
+  return load()["model"]["vocab"]
 
 
 def spell_out(text: str) -> str:
@@ -81,24 +69,8 @@ class Tokenizer:
 
   def __init__(self, max_length: int):
     self.max_length = max_length
-    self.merges = load_merges()
-    self.vocab = make_vocab(self.merges)
-    # The parts of transformers' CLIPTokenizer, which takes seconds to import.
-    clip = tokenizers.Tokenizer(
-      models.BPE(vocab=self.vocab, merges=list(self.merges), end_of_word_suffix="</w>", unk_token=END)
-    )
-    clip.normalizer = normalizers.Sequence(
-      [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    clip.pre_tokenizer = pre_tokenizers.Sequence(
-      [
-        pre_tokenizers.Split(tokenizers.Regex(PIECES), behavior="removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-      ]
-    )
-    clip.decoder = decoders.ByteLevel()
-    clip.add_special_tokens([START, END])  # which are in the vocabulary already
-    clip.post_processor = processors.RobertaProcessing((END, END_ID), (START, START_ID), False, False)
+    self.vocab = load_vocab()
+    clip = tokenizers.Tokenizer.from_str(json.dumps(load()))
     # Start and end are counted, and a caption that is too long keeps both.
     clip.enable_truncation(max_length)
     clip.enable_padding(length=max_length, pad_id=END_ID, pad_token=END)
@@ -130,8 +102,9 @@ class Tokenizer:
     from transformers import CLIPTokenizer  # only here: it takes seconds
 
     folder = pathlib.Path(folder)
-    merges: Any = list(self.merges)  # its annotation has lines of text alone
+    pairs = load()["model"]["merges"]
+    merges: Any = [tuple(pair) for pair in pairs]  # its annotation has lines of text alone
     CLIPTokenizer(vocab=self.vocab, merges=merges, model_max_length=self.max_length).save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

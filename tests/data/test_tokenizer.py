@@ -9,7 +9,7 @@ import ftfy
 import numpy as np
 import pytest
 
-from diffdis_jax.data.tokenizer import END_ID, START_ID, VOCAB_SIZE, Tokenizer, clean, load_merges
+from diffdis_jax.data.tokenizer import END_ID, START_ID, VOCAB_SIZE, Tokenizer, clean, load
 from diffdis_jax.errors import UserError
 
 SENTENCES = (
@@ -108,7 +108,7 @@ def test_what_is_left_of_a_caption_that_is_too_long(length):
 
 
 def test_vocabulary(tokenizer):
-  assert len(load_merges()) == 48894
+  assert len(load()["model"]["merges"]) == 48894
   assert sorted(tokenizer.vocab.values()) == list(range(VOCAB_SIZE))
   assert tokenizer.vocab["<|startoftext|>"] == 49406 and tokenizer.vocab["<|endoftext|>"] == END_ID
   assert tokenizer([]).shape == (0, 77)
