@@ -29,10 +29,8 @@ Several results side by side, with the differences between their protocols:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +39,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.common import cli, one_file
+from diffdis_jax.common import cli
 from diffdis_jax.config.model import ClipModel
 from diffdis_jax.config.objectives import ALIGNED
 from diffdis_jax.config.sections import CheckpointPolicy, Sampling
@@ -52,7 +50,7 @@ from diffdis_jax.evals.base import Evaluation
 from diffdis_jax.evals.results import ResultFile, Results
 from diffdis_jax.evals.tasks import Section
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import checkpoint, digests, provenance, restore, writers
+from diffdis_jax.run import checkpoint, digests, provenance, restore
 
 FLAGS = flags.FLAGS
 LOADING = ("step", "ema", "image_size", "batch_size")  # arguments of inference.load
@@ -69,7 +67,6 @@ def define_flags() -> None:
   flags.DEFINE_list("tasks", None, f"any of {', '.join(tasks.TASKS)}; {by_default}")
   flags.DEFINE_string("data", None, "folder written by prepare_data; by default the data sets of the run's config")
   flags.DEFINE_string("split", None, "split of --data")
-  flags.DEFINE_enum("tracker", None, list(writers.TRACKERS), "the run's tracker, which gets the figures too")
   flags.DEFINE_integer("step", None, "the checkpoint's step; by default the newest")
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
   flags.DEFINE_boolean("ema", None, "averaged weights, where the run keeps them")
@@ -88,7 +85,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   if FLAGS.compare:
-    for name in ("workdir", "tasks", "data", "suite", "tracker"):
+    for name in ("workdir", "tasks", "data", "suite"):
       if FLAGS[name].present:
         raise UserError(f"--{name} has no effect beside --compare, which reads results alone; leave it out")
     tables.compare(FLAGS.compare, FLAGS.out)
@@ -96,16 +93,12 @@ def main(argv: Sequence[str]) -> None:
   # Not required of the flag itself, since --compare reads no run.
   if not FLAGS.workdir:
     raise UserError("--workdir=DIR is missing, the folder of the run to measure")
-  if FLAGS.tracker and one_file.at(FLAGS.workdir) is not None:  # which keeps no id of the run there
-    raise UserError(f"--tracker={FLAGS.tracker} takes a run's workdir, and {FLAGS.workdir} is one file; leave it out")
-  writers.check_tracker(FLAGS.tracker or "")
   cli.compilation_cache()
   cli.use_all_cores()
   processes.start()
   # Hours of work are not to end in an --out that cannot be written.
   if processes.is_first():
     result_files.check_out(FLAGS.out)
-    writers.sign_in(FLAGS.tracker or "")
   run = run_config.load(FLAGS.workdir)
   sections = tasks.override(_sections(run), _given(tasks.all_settings()))
   sampling = _sampling()
@@ -121,22 +114,6 @@ def main(argv: Sequence[str]) -> None:
     results = evaluate(FLAGS.workdir, sections, measured=functools.partial(result_files.write, FLAGS.out), **protocol)
     if "long_tail" in results:
       tables.write(FLAGS.workdir, results, FLAGS.out)
-  if processes.is_first():
-    track(FLAGS.tracker or "", FLAGS.workdir, run.to_dict(), results)
-
-
-def track(kind: str, run: str, config: Mapping[str, Any], results: Results) -> None:
-  """Report figures to the run's tracker, as TASK/DATASET/METRIC at the step of their checkpoint; `kind` empty: to
-  none."""
-  if not kind:
-    return
-  with contextlib.closing(writers.Tracker(kind, run, config)) as tracker:
-    for task, records in results.items():
-      # The means of a suite have no protocol of their own; all its sets are of one checkpoint.
-      step = next(each["protocol"]["checkpoint"] for each in records.values() if "checkpoint" in each["protocol"])
-      for dataset, record in records.items():
-        finite = {name: value for name, value in record["metrics"].items() if math.isfinite(value)}
-        tracker.log(step, {f"{task}/{dataset}/{name}": value for name, value in finite.items()})
 
 
 def evaluate(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -36,7 +37,6 @@ GRID = 64  # images of grid.png
 COLUMNS = 8
 MOST_COLUMNS = 16
 MOST_IMAGES = 100_000  # of a call, whose noise is in memory and whose files have numbers of five digits
-MOST_BYTES = 2**26  # of a file of prompts
 
 
 def define_flags() -> None:
@@ -109,7 +109,8 @@ def generate(
   Raises:
     UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
-  check_count(len(prompts), num_images)
+  if (count := len(prompts) * num_images) > MOST_IMAGES:
+    raise UserError(f"{count} images; one call makes at most {MOST_IMAGES}: make several calls, with other --seed")
   folder = files.empty_folder(out)  # here: what is in the way shows before anything is loaded
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
   z_T = read_noise(noise) if noise else None
@@ -118,7 +119,9 @@ def generate(
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
   # The noise of all of them, so that no image depends on how they are parted.
   z_T = model.noise(len(prompts), seed) if z_T is None else z_T
-  z_T = check_noise(z_T, expected=(len(prompts), *model.network.latent_shape))
+  expected = (len(prompts), *model.network.latent_shape)
+  if z_T.shape != expected:
+    raise UserError(f"--noise has shape {z_T.shape}; this run and these prompts need {expected}, [n, h, w, c]")
   warn_of_long(tuple(prompts), model.max_length)
   images = sample(model, params, prompts, z_T)
   if not processes.is_first():
@@ -129,15 +132,6 @@ def generate(
   columns = num_images if 1 < num_images <= MOST_COLUMNS else COLUMNS  # a prompt a row, where a row can hold it
   write(folder, images, prompts, protocol=how, columns=columns)
   logging.info("%d images in %s", len(prompts), out)
-
-
-def check_count(prompts: int, num_images: int) -> None:
-  """Raise UserError: more images than a call makes."""
-  if (count := prompts * num_images) > MOST_IMAGES:
-    raise UserError(
-      f"{prompts} prompts with --num_images={num_images} are {count} images; one call makes at most {MOST_IMAGES},"
-      " so give fewer, and several calls with other --seed"
-    )
 
 
 def sample(
@@ -164,54 +158,27 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
   if not file:
     if not prompts:
       raise UserError('no prompt; give --prompt="a red star" (may be repeated) or --prompts_file')
-    if not_utf8 := [prompt for prompt in prompts if not _is_utf8(prompt)]:
-      raise UserError(f"--prompt={not_utf8[0]!r:.100} is not in UTF-8; give it so, or in --prompts_file")
     return list(prompts)
   try:
-    with open(file, "rb") as opened:  # which may be a pipe, or a device without end
-      content = opened.read(MOST_BYTES + 1)
-    lines = content.decode("utf-8-sig").splitlines()  # without the mark that some editors put first
+    content = pathlib.Path(file).read_bytes().decode("utf-8-sig")  # without the mark that some editors put first
   except (OSError, ValueError) as error:
     raise UserError(f"cannot read --prompts_file={file}: {error}; it should be text with one prompt a line") from error
-  if len(content) > MOST_BYTES:
-    raise UserError(f"--prompts_file={file} is larger than {MOST_BYTES >> 20} MiB; it should hold one prompt a line")
-  found = [line.strip() for line in lines if line.strip()]
-  if not found:
+  lines = [line.strip() for line in content.splitlines() if line.strip()]
+  if not lines:
     raise UserError(f"no prompt in --prompts_file={file}; it should hold one a line")
-  return found
+  return lines
 
 
-def _is_utf8(text: str) -> bool:
-  """Tell whether a text of the command line can be written: its bytes may have been of another encoding."""
+def read_noise(file: str) -> Float32[np.ndarray, "..."]:
+  """Return the array of an .npy file. Raises UserError: unreadable, or not of finite real numbers."""
   try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
-
-
-def read_noise(file: str) -> np.ndarray:
-  """Return the array of an .npy file, as it lies on the disk: its header may claim any size.
-
-  Raises:
-    UserError: unreadable, shorter than its header says, or not of real numbers.
-  """
-  try:
-    noise = np.lib.format.open_memmap(file, mode="r")
-    if not np.can_cast(noise.dtype, np.float32, "same_kind"):
-      raise TypeError(f"it holds {noise.dtype}, no real numbers")
-    return noise
-  except (OSError, ValueError, TypeError, OverflowError) as error:
+    # As it lies on the disk: its header may claim any size.
+    noise = np.load(file, mmap_mode="r")
+    if not np.can_cast(noise.dtype, np.float32, "same_kind") or not np.isfinite(noise).all():
+      raise ValueError("it holds something else than finite numbers")
+    return np.asarray(noise, np.float32)
+  except (OSError, ValueError, TypeError, AttributeError, EOFError, OverflowError) as error:
     raise UserError(f"cannot read --noise={file}: {error}; it should be an .npy file, [n, h, w, c]") from error
-
-
-def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> Float32[np.ndarray, "n h w c"]:
-  """Return the noise as f32. Raise UserError unless it is finite and has the expected shape."""
-  if noise.shape != expected:
-    raise UserError(f"--noise has shape {noise.shape}; this run and these prompts need {expected}, [n, h, w, c]")
-  if not np.isfinite(noise).all():
-    raise UserError("--noise holds values that are not finite; it should be sampled from a standard normal")
-  return np.asarray(noise, np.float32)
 
 
 def write(

@@ -271,31 +271,3 @@ def test_an_out_that_cannot_be_is_refused_before_anything_is_measured(tmp_path, 
   if not os.access(tmp_path / "closed", os.W_OK):
     with pytest.raises(UserError, match="cannot write --out=.*: Permission denied"):
       results.check_out(str(tmp_path / "closed" / "new" / "out.json"))
-
-
-def test_figures_go_to_the_runs_tracker_at_the_step_of_their_checkpoint(monkeypatch):
-  said = []
-
-  class Recorder:
-    log = staticmethod(lambda step, values: said.append((step, values)))
-    close = staticmethod(lambda: said.append("closed"))
-
-  asked = []
-  monkeypatch.setattr(evaluate.writers, "Tracker", lambda *args: asked.append(args) or Recorder())
-  of_a_set = {"metrics": {"acc1": 0.5, "acc5": float("nan")}, "protocol": {"checkpoint": 16}}
-  results = {"zero_shot": {"pets": of_a_set, "mean_of_1": {"metrics": {"mean": 0.5}, "protocol": {"whole": False}}}}
-  evaluate.track("wandb", "run", {"seed": 0}, results)
-  assert asked == [("wandb", "run", {"seed": 0})]
-  assert said == [(16, {"zero_shot/pets/acc1": 0.5}), (16, {"zero_shot/mean_of_1/mean": 0.5}), "closed"]
-
-
-def test_a_run_in_one_file_has_no_tracker(environment, tmp_path):
-  flags = ["--workdir=emoji-small", f"--out={tmp_path / 'F.json'}", "--tracker=wandb"]
-  bad = call("evaluate", environment, *flags)
-  said = "error: --tracker=wandb takes a run's workdir, and emoji-small is one file; leave it out\n"
-  assert (bad.returncode, bad.stderr) == (2, said)
-
-
-def test_without_a_tracker_figures_go_to_none(tmp_path):
-  evaluate.track("", str(tmp_path), {}, {"zero_shot": {}})
-  assert [*tmp_path.iterdir()] == []

@@ -143,7 +143,7 @@ def test_noise_whose_header_claims_more_than_the_file_is_not_allocated(tmp_path)
 
 
 def test_more_images_than_a_call_draws(model, tmp_path):
-  with pytest.raises(UserError, match="2 prompts with --num_images=50001 are 100002 images; one call makes at most"):
+  with pytest.raises(UserError, match="100002 images; one call makes at most 100000"):
     generate.generate("run", ["a", "b"], str(tmp_path / "out"), num_images=50_001)
   assert not (tmp_path / "out").exists()
 
@@ -152,8 +152,9 @@ def test_noise_must_be_finite_numbers(tmp_path):
   np.save(tmp_path / "noise.npy", np.array(["a"]))
   with pytest.raises(UserError, match="cannot read --noise="):
     generate.read_noise(str(tmp_path / "noise.npy"))
-  with pytest.raises(UserError, match="not finite"):
-    generate.check_noise(np.full((1, 2, 2, 4), np.nan, np.float32), expected=(1, 2, 2, 4))
+  np.save(tmp_path / "noise.npy", np.full((1, 2, 2, 4), np.nan, np.float32))
+  with pytest.raises(UserError, match="something else than finite numbers"):
+    generate.read_noise(str(tmp_path / "noise.npy"))
 
 
 def test_prompts(tmp_path):
@@ -163,13 +164,10 @@ def test_prompts(tmp_path):
   assert generate.read_prompts(["", "a star"], None) == ["", "a star"]
   (tmp_path / "empty.txt").write_text("\n \n")
   (tmp_path / "latin.txt").write_bytes(b"W\xfcrfel")
-  (tmp_path / "endless.txt").symlink_to("/dev/zero")
   for prompts, name, message in (
-    ([], "endless.txt", "is larger than 64 MiB"),
     ([], "a\0b", "cannot read --prompts_file"),
     ([], None, "no prompt; give"),
     (["a star"], "prompts.txt", "give one of them"),
-    (["a star", "W\udcfcrfel"], None, "--prompt='W.udcfcrfel' is not in UTF-8; give it so, or in --prompts_file"),
     ([], "empty.txt", "no prompt in"),
     ([], "absent.txt", "cannot read --prompts_file"),
     ([], "latin.txt", "cannot read --prompts_file"),

@@ -102,7 +102,6 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.app --workdir=RUN",
     "python -m diffdis_jax.app --workdir=emoji-small",
     "python -m diffdis_jax.train ... --tracker=wandb",
-    "python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot --out=F.json --tracker=wandb",
   ),
   "needs data or weights": (
     "make data/emoji/dataset_info.json",

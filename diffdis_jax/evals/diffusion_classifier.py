@@ -102,28 +102,23 @@ class DiffusionClassifier(ZeroShot):
 
 
 def read_stages(stages: Sequence[str]) -> tuple[Stage, ...]:
-  """Read the stages, EVALUATIONS:KEPT each.
-
-  Raises:
-    UserError: no stage, another form, counts that do not increase or of which the last is no multiple, or a last stage
-      that keeps more than one class.
-  """
+  """Read the stages, EVALUATIONS:KEPT each. Raises UserError: other ones."""
   try:
-    found = tuple(Stage(*(int(number) for number in text.split(":"))) for text in stages)
+    parsed = tuple(Stage(*(int(number) for number in text.split(":"))) for text in stages)
   except (ValueError, TypeError, AttributeError):  # the last of what is no text
-    found = ()
-  form = f"stages is {','.join(map(str, stages))}; it should be EVALUATIONS:KEPT of each stage, such as 10:5,50:1"
-  if not found:
-    raise UserError(form)
-  counts, kept = [stage.evaluations for stage in found], [stage.kept for stage in found]
-  # Else two stages would be one, and the timesteps of a stage none of the last one's evenly spaced ones.
-  if counts != sorted({*counts}) or counts[0] < 1 or any(counts[-1] % count for count in counts):
-    raise UserError(f"{form}: evaluations increase, and each number of them divides the last")
-  if kept != sorted({*kept}, reverse=True) or kept[-1] != 1:
-    raise UserError(f"{form}: fewer classes are kept after each stage, and one after the last")
-  if counts[-1] > NUM_TIMESTEPS:
-    raise UserError(f"{form}, with at most {NUM_TIMESTEPS} evaluations, one a timestep")
-  return found
+    parsed = ()
+  counts, kept = [stage.evaluations for stage in parsed], [stage.kept for stage in parsed]
+  # Else two stages would be one, or the timesteps of a stage none of the last one's evenly spaced ones.
+  increase = counts == sorted({*counts}) and all(0 < n and counts[-1] % n == 0 for n in counts)
+  if not (
+    parsed and increase and counts[-1] <= NUM_TIMESTEPS and kept == sorted({*kept}, reverse=True) and kept[-1] == 1
+  ):
+    raise UserError(
+      f"stages is {','.join(map(str, stages))}; it should be EVALUATIONS:KEPT of each stage, such as 10:5,50:1."
+      f" Evaluations increase, up to {NUM_TIMESTEPS}, and each number of them divides the last; fewer classes are kept"
+      " after each stage, and one after the last"
+    )
+  return parsed
 
 
 def timesteps(count: int) -> Int[np.ndarray, " s"]:

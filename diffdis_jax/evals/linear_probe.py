@@ -102,20 +102,11 @@ class LinearProbe(base.Evaluation):
     self.examples = {
       name: Examples(rows[name][known[name]], np.searchsorted(self.classes, names[name][known[name]])) for name in rows
     }
-    self._warn(names["test"][~known["test"]])
-    self.middle_maps = functools.lru_cache(1)(self._compile)  # in a run the inference is one, and compiled once
-
-  def _warn(self, left_out: np.ndarray) -> None:
-    """Warn of numbers of shots that some classes have fewer images than, and of test images that are left out."""
-    images = np.bincount(self.examples["train"].labels)
-    fewer = {k: int((images < k).sum()) for k in self.counts if k is not None and (images < k).any()}
-    if fewer:
-      text = ", ".join(f"{count} of {len(images)} classes fewer than {k}" for k, count in fewer.items())
-      logging.warning("linear_probe: of shots, %s training images; all of theirs count", text)
-    if left_out.size:
+    if (left_out := names["test"][~known["test"]]).size:
       others = ", ".join(map(repr, np.unique(left_out).tolist()[:5]))
-      what = f"{left_out.size} of {left_out.size + len(self.examples['test'].labels)} images to test on"
+      what = f"{left_out.size} of {len(names['test'])} images to test on"
       logging.warning("linear_probe: %s are left out, of classes that are not trained on, such as %s", what, others)
+    self.middle_maps = functools.lru_cache(1)(self._compile)  # in a run the inference is one, and compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     return {

@@ -8,7 +8,8 @@ import pytest
 import configs.emoji
 from diffdis_jax.data.prepare import builder
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import tables
+from diffdis_jax.evals import base, tables
+from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.tasks import override
 from replication import emoji as prepared
 from replication import measure_emoji as emoji
@@ -67,7 +68,7 @@ def test_every_split_both_ways(tmp_path, monkeypatch):
     name, evaluation = section.dataset, section.create()
     metrics = evaluation.run(Inference(), {})
     protocol = evaluation.protocol(Inference())
-    results[section.task][name] = results.make_record(
+    results[section.task][name] = result_files.make_record(
       dataset=name, model="m", pretrained="run", task=evaluation.task, metrics=metrics, protocol=protocol, provenance={}
     )
   zero_shot = {name: record["metrics"] for name, record in results["zero_shot"].items()}

@@ -12,7 +12,6 @@ from jaxtyping import Float
 
 from diffdis_jax.errors import UserError
 
-BLOCK = 1000  # rows in f64 at a time
 SUBSETS, SUBSET_SIZE, KERNEL_SEED = 100, 1000, 2020  # of KID, as torch-fidelity's defaults
 
 
@@ -35,25 +34,16 @@ class Kernel:
 
 
 def gaussian(features: Float[np.ndarray, "n d"]) -> Gaussian:
-  """Return mean and covariance, a block of rows in f64 at a time.
-
-  Raises:
-    UserError: fewer than two rows, or values that are not finite.
-  """
-  count, width = features.shape
+  """Return mean and covariance. Raises UserError: fewer than two rows, or values that are not finite."""
+  count = len(features)
   if count < 2:
     raise UserError(f"{count} image{'s' * (count != 1)}: a covariance takes at least 2 images, and FID thousands")
-  # In blocks: features are f32, and a copy of 30,000 of them in f64 is half a gigabyte.
-  blocks = [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
-  mean = np.sum([features[rows].sum(axis=0, dtype=np.float64) for rows in blocks], axis=0) / count
+  mean = features.mean(axis=0, dtype=np.float64)
   if not np.isfinite(mean).all():
     raise UserError("features that are not finite: the images or the weights are broken")
   # The mean first and the covariance of what is centred: E[xx] - E[x]E[x] loses digits, which FID needs.
-  covariance = np.zeros((width, width))
-  for rows in blocks:
-    centred = features[rows].astype(np.float64) - mean
-    covariance += centred.T @ centred
-  return Gaussian(mean, covariance / (count - 1), count)
+  centred = features - mean
+  return Gaussian(mean, centred.T @ centred / (count - 1), count)
 
 
 def frechet(a: Gaussian, b: Gaussian) -> float:
