@@ -17,7 +17,7 @@ FID and KID:
       --inception=WEIGHTS.pth --out=F.json
 
 The paper's benchmarks, each found under ROOT in a published layout. F.json is written after each data set, and the
-same command resumes there; F.md has the means in the paper's layout. A suite also takes --num_images, --seed,
+same command resumes there; F.md has the means beside the paper's. A suite also takes --num_images, --seed,
 --shuffle_labels and the flags of fid:
 
   diffdis evaluate --workdir=RUN --suite=paper --data_root=ROOT --out=F.json

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
-from diffdis_jax.data import transforms
+from diffdis_jax.data import records, transforms
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, classifiers
 from diffdis_jax.evals.classifiers import SIZE, Examples, Trained
@@ -77,7 +77,9 @@ class LabelJudge:
     del image_size
     if self._trained is None:
       # Read once and kept as they are: every epoch takes other views of them.
-      images = [base.read_image(source, i) for source in self.sources for i in range(len(source))]
+      images = [
+        records.read_image(base.read(source, i)["image"]) for source in self.sources for i in range(len(source))
+      ]
       of_training, labels = [images[i] for i in self._trained_on], self.labels[self._trained_on]
       how = dict(num_classes=len(self.classnames), epochs=self._epochs, seed=self._seed)
       model = train_on_labels(of_training, labels, **how)

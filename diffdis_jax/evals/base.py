@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, SupportsIndex
@@ -18,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped, UInt8
-from PIL import Image
 
 from diffdis_jax.config.section import field, number
 from diffdis_jax.data import records, sources, transforms
@@ -158,13 +158,13 @@ def captions(record: Mapping[str, Any], name: str = "") -> Sequence[str]:
 
 def read(source: Any, index: SupportsIndex) -> dict[str, Any]:
   """Read a record of a source. Raises UserError where it is damaged: a figure is of all records or of none."""
-  with _usable(index):
+  with _usable(source, index):
     return source[int(index)]
 
 
 def fields(source: Any, index: SupportsIndex) -> dict[str, Any]:
   """Read a record of a source, without its image where the source can spare reading it. Raises as `read` does."""
-  with _usable(index):
+  with _usable(source, index):
     return source.fields(int(index)) if isinstance(source, sources.Described) else source[int(index)]
 
 
@@ -200,19 +200,15 @@ def open_split(data: Mapping[str, Any], split: str) -> sources.Source:
 
 
 @contextlib.contextmanager
-def _usable(index: SupportsIndex, what: str = "the data set") -> Iterator[None]:
+def _usable(source: Any, index: SupportsIndex) -> Iterator[None]:
   try:
     yield
   except records.Unusable as error:
-    raise UserError(
-      f"record {index} of {what} cannot be used: {error}; download or prepare the data set again"
-    ) from error
-
-
-def read_image(source: Any, index: SupportsIndex) -> Image.Image:
-  """Return the image of a record of a source. Raises as `read` does."""
-  with _usable(index):
-    return records.read_image(source[int(index)]["image"])
+    # Of a set whose files are read in place a number would not say which.
+    items = getattr(getattr(source, "images", None), "items", None)
+    is_file = isinstance(items, Sequence) and isinstance(items[int(index)], pathlib.Path)
+    what = items[int(index)] if is_file else f"record {index} of the data set"
+    raise UserError(f"{what} cannot be used: {error}; download or prepare it again") from error
 
 
 def to_square(
@@ -249,7 +245,6 @@ class Images:
     image_size: side of the squares, pixels.
     crop_pct, reduced_decoding: as `to_square` takes them.
     square: (PIL image, image_size) -> square, in the place of `to_square`.
-    what: the source's name in messages.
   """
 
   source: Any
@@ -258,7 +253,6 @@ class Images:
   crop_pct: float = 1.0
   reduced_decoding: bool = False
   square: Any = None
-  what: str = "the data set"
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -267,7 +261,7 @@ class Images:
     return np.stack(list(decoders().map(self._read, self.indices[places].tolist())))
 
   def _read(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
-    with _usable(index, self.what):
+    with _usable(self.source, index):
       image = self.source[index]["image"]
       if self.square:
         return self.square(records.read_image(image), self.image_size)

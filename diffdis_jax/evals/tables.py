@@ -1,11 +1,11 @@
-"""Write results as Markdown in the paper's layout, of one file or of several side by side."""
+"""Write results as a Markdown table: a row a figure, a column a file, and the paper's figures beside them."""
 
 from __future__ import annotations
 
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
@@ -14,50 +14,36 @@ from diffdis_jax.evals.results import OF_A_MODEL, Results, differences, is_mean
 from diffdis_jax.parallel import processes
 
 NONE = "–"
-# From the paper's appendix, Tables 1, 4 and 6; of no other cell is its figure known. Its models are trained on CC3M.
-PAPER: dict[str, dict[str, str]] = {
-  "the paper's DiffDis": {"imagenet1k": "25.92", "mean R@1": "33.60", "fid": "9.80"},
-  "the paper's Stable Diffusion": {"fid": "10.8"},
-  "the paper's CLIP ViT-B/32": {"imagenet1k": "16.7"},
-  "the paper's CLIP ViT-L/14": {"imagenet1k": "21.1"},
+MEAN = "mean"  # the data set of a row of means
+# From the paper's appendix, Tables 1, 4, 6 and 8 (VL-LTR on Places-LT), by set and metric. No other figure is known.
+LONG_TAIL = ("image_acc", "text_acc", "knn_acc", "acc")
+PAPER: dict[str, dict[tuple[str, str], str]] = {
+  "the paper's DiffDis": {
+    ("imagenet1k", "acc1"): "25.92",
+    (MEAN, "mean_recall@1"): "33.60",
+    ("mscoco_val2014", "fid"): "9.80",
+    **{("long_tail", name): figure for name, figure in zip(LONG_TAIL, ("37.0", "52.5", "40.5", "44.4"), strict=True)},
+  },
+  "the paper's CLIP ViT-L/14": {
+    ("imagenet1k", "acc1"): "21.1",
+    **{("long_tail", name): figure for name, figure in zip(LONG_TAIL, ("31.4", "38.1", "35.5", "40.5"), strict=True)},
+  },
+  "the paper's CLIP ViT-B/32": {("imagenet1k", "acc1"): "16.7"},
+  "the paper's Stable Diffusion": {("mscoco_val2014", "fid"): "10.8"},
 }
-# Table 8: VL-LTR on Places-LT, in per cent.
-LONG_TAIL = {
-  "the paper's CLIP ViT-L/14": ("31.4", "38.1", "35.5", "40.5"),
-  "the paper's DiffDis": ("37.0", "52.5", "40.5", "44.4"),
-}
-LONG_TAIL_COLUMNS = {
-  **{"Image-Acc": "image_acc", "Text-Acc": "text_acc", "KNN-Acc": "knn_acc", "Acc": "acc"},
-  **{"Acc, many": "acc_many", "median": "acc_median", "low": "acc_low"},
-}
-PAPER_NOTE = (
-  "The paper's models are trained on CC3M. Of its means over twelve sets only differences are known: DiffDis is 1.65"
-  " points above single-task models, and 4.7 above CLIP. It does not say which twelve sets, splits and prompts."
+NOTE = (
+  "Accuracy and recall in per cent, KID times 1000. The paper's models are trained on CC3M, its long-tailed figures are"
+  " of Places-LT. It does not say which sets, splits and prompts its means are over, nor how many images its FID is of."
 )
-LONG_TAIL_NOTE = (
-  "Accuracy on test images in per cent. The first three columns are of the backbone, after stage 1 where there was"
-  " one; Acc is the head's, after stage 2. Many, median and low: classes with more than 99, 21 to 99, and at most 20"
-  " training images. The paper's rows are of Places-LT."
-)
-FID_NOTE = "The paper says of its FID that it is of images generated from MSCOCO's captions, and not how many."
+# The metrics of a task that stand in the table; of other tasks all do.
+METRICS = {
+  "retrieval": ("image_retrieval_recall@1", "text_retrieval_recall@1"),
+  "fid": ("fid", "kid", "num_images"),
+  "long_tail": (*LONG_TAIL, "acc_many", "acc_median", "acc_low"),
+}
+AS_THEY_ARE = ("loss", "l2_", "evaluations", "head_evaluations", "head_similarity", "fid", "num_images")
 # The fields of a protocol that say how an image's text query is denoised: those of config.sections.Sampling.
 OF_DENOISING = ("steps", "num_noise_samples", "guidance", "normalize_query")
-Row = tuple[str, list[str]]
-
-
-class Column(NamedTuple):
-  """A column of a table: a metric of a task on a set, written as `shown` times `factor`."""
-
-  head: str
-  task: str
-  dataset: str
-  metric: str
-  factor: float = 100
-  shown: str = "{:.2f}"
-
-  def cell(self, results: Results) -> str:
-    value = results.get(self.task, {}).get(self.dataset, {}).get("metrics", {}).get(self.metric)
-    return NONE if value is None else self.shown.format(self.factor * value)
 
 
 def compare(paths: Sequence[str], out: str) -> None:
@@ -85,133 +71,62 @@ def write(run: str, results: Results, out: str) -> None:
 
 
 def table(by_name: Mapping[str, Results]) -> str:
-  """Return one row a file of results, with the paper's row under them; what is measured by different protocols is
-  marked.
+  """Return a row a figure and a column a file; what is measured by different protocols is marked.
 
   Args:
-    by_name: a row's title -> its results.
+    by_name: a column's title -> its results.
   """
+  rows: list[list[str]] = []
+  known: set[str] = set()
   notes: list[str] = []
-  parts = [make(by_name, notes) for make in (_zero_shot, _retrieval, _fid, _long_tail, _others)]
-  text = "\n\n".join(part for part in parts if part)
+  for task in dict.fromkeys(task for results in by_name.values() for task in results):
+    names = dict.fromkeys(name for results in by_name.values() for name in results.get(task, {}))
+    marks = {name: _mark(task, name, by_name, notes) for name in names if not is_mean(name)}
+    # Means stand in one row, whatever they are over: they are marked if one of their sets is.
+    for name in [*marks, *([MEAN] if len(marks) < len(names) else ())]:
+      records = {title: _record(results.get(task, {}), name) for title, results in by_name.items()}
+      for metric in _metrics(task, name, records.values()):
+        cells = [_cell(record, metric) for record in records.values()]
+        key = (task if task == "long_tail" else name, metric)
+        of_paper = {title: figures[key] for title, figures in PAPER.items() if key in figures}
+        known |= of_paper.keys()
+        shown = suites.SETS[name].title if name in suites.SETS else name
+        mark = max(marks.values(), default="") if name == MEAN else marks[name]
+        rows.append([f"{task}, {shown}, {metric}{mark}", *cells, *(of_paper.get(title, NONE) for title in PAPER)])
+  columns = [i for i, title in enumerate(PAPER) if title in known]
+  keep = lambda row: [*row[: 1 + len(by_name)], *(row[1 + len(by_name) + i] for i in columns)]
+  lines = [["", *by_name, *PAPER], ["---"] * (1 + len(by_name) + len(PAPER)), *rows]
+  parts = ["\n".join("| " + " | ".join(keep(line)) + " |" for line in lines), NOTE]
   if notes:
-    notes = ["† Measured by different protocols, and so not to be compared as they stand:", "", *notes]
-    text += "\n\n" + "\n".join(notes)
-  return text + "\n"
+    parts.append("† Measured by different protocols, and so not to be compared as they stand:")
+    parts.append("\n".join(notes))
+  return "\n\n".join(parts) + "\n"
 
 
-def _measured(task: str, by_name: Mapping[str, Results]) -> list[str]:
-  """Return the sets on which a task is measured, in any of the files, without means."""
-  names = dict.fromkeys(name for results in by_name.values() for name in results.get(task, {}))
-  return [name for name in names if not is_mean(name)]
+def _record(records: Mapping[str, Any], name: str) -> Any:
+  """Return the record of a set, or of the mean over sets; None where there is none."""
+  return next((each for key, each in records.items() if is_mean(key)), None) if name == MEAN else records.get(name)
 
 
-def _zero_shot(by_name: Mapping[str, Results], notes: list[str]) -> str:
-  names = [*suites.ZERO_SHOT12]
-  if not {*names} & {*_measured("zero_shot", by_name)}:
-    return ""
-  marks = {name: _mark("zero_shot", name, by_name, notes) for name in names}
-  rows: list[Row] = []
-  for title, results in by_name.items():
-    for suffix, metric in (("", ""), (", single template", "_single_template")):
-      columns = [Column("", "zero_shot", name, f"{suites.SETS[name].metric}{metric}") for name in names]
-      cells = [column.cell(results) for column in columns]
-      rows.append((f"{title}{suffix}", [*cells, _mean(results.get("zero_shot", {}), f"mean{metric}")]))
-  for title, known in PAPER.items():
-    if "imagenet1k" in known:
-      rows.append((title, [*(known.get(name, NONE) for name in names), NONE]))
-  # The mean is marked if one of its columns is.
-  heads = [*(suites.SETS[name].title + marks[name] for name in names), f"mean over 12{max(marks.values())}"]
-  per_class = ", ".join(suites.SETS[name].title for name in names if suites.SETS[name].metric == suites.PER_CLASS)
-  note = f"Top-1 accuracy in per cent, the mean over classes for {per_class}. {PAPER_NOTE}"
-  return f"## Zero-shot classification\n\n{_markdown(heads, rows)}\n\n{note}"
+def _metrics(task: str, name: str, records: Any) -> Sequence[str]:
+  if task == "zero_shot" and name in suites.SETS:
+    return suites.SETS[name].metric, f"{suites.SETS[name].metric}_single_template"
+  if task in METRICS and name != MEAN:
+    return METRICS[task]
+  return [*dict.fromkeys(metric for record in records if record for metric in record["metrics"])]
 
 
-def _mean(records: Mapping[str, Any], metric: str) -> str:
-  """Return the mean over 12 or, where fewer sets are there, the mean over these, marked with their number."""
-  name, record = next(((name, record) for name, record in records.items() if is_mean(name)), ("", None))
-  if record is None:
+def _cell(record: Mapping[str, Any] | None, metric: str) -> str:
+  value = record and record["metrics"].get(metric)
+  if record is None or value is None:
     return NONE
-  value = f"{100 * record['metrics'][metric]:.2f}"
-  if record["protocol"]["whole"]:
-    return value
-  sets = record["protocol"]["sets"]
-  whole = all(each in suites.SETS and each in records and suites.is_whole(each, records[each]) for each in sets)
-  return f"{name.replace('_', ' ')}{'' if whole else ', not whole'}: {value}"
-
-
-def _retrieval(by_name: Mapping[str, Results], notes: list[str]) -> str:
-  names = [*suites.RETRIEVAL]
-  if not {*names} & {*_measured("retrieval", by_name)}:
-    return ""
-  ways = {"text → image": "image_retrieval_recall@1", "image → text": "text_retrieval_recall@1"}
-  marks = {name: _mark("retrieval", name, by_name, notes) for name in names}
-  columns = [
-    Column(f"{suites.SETS[name].title} {way}{marks[name]}", "retrieval", name, metric)
-    for name in names
-    for way, metric in ways.items()
-  ]
-  rows: list[Row] = [
-    (title, [*(column.cell(results) for column in columns), _mean(results.get("retrieval", {}), "mean_recall@1")])
-    for title, results in by_name.items()
-  ]
-  rows += [
-    (title, [NONE] * len(columns) + [known["mean R@1"]]) for title, known in PAPER.items() if "mean R@1" in known
-  ]
-  heads = [*(column.head for column in columns), f"mean R@1{max(marks.values())}"]
-  return f"## Retrieval\n\n{_markdown(heads, rows)}\n\nRecall at 1 in per cent."
-
-
-def _fid(by_name: Mapping[str, Results], notes: list[str]) -> str:
-  names = _measured("fid", by_name)
-  if not names:
-    return ""
-  columns = []
-  for name in names:
-    mark, title = _mark("fid", name, by_name, notes), suites.SETS[name].title if name in suites.SETS else name
-    columns += [
-      Column(f"{title} FID{mark}", "fid", name, "fid", 1),
-      Column(f"{title} KID × 1000{mark}", "fid", name, "kid", 1000, "{:.3f}"),
-      Column(f"{title} images{mark}", "fid", name, "num_images", 1, "{:.0f}"),
-    ]
-  rows: list[Row] = [(title, [column.cell(results) for column in columns]) for title, results in by_name.items()]
-  text = f"## FID\n\n{_markdown([column.head for column in columns], rows)}"
-  # The paper's figures are of MSCOCO; under another set they would ask to be compared.
-  if not suites.FID.keys() & {*names}:
+  if metric.startswith(AS_THEY_ARE):
+    return format(value, {"fid": ".2f", "num_images": ".0f"}.get(metric, ".4f"))
+  text = f"{1000 * value:.3f}" if metric.startswith("kid") else f"{100 * value:.2f}"
+  if "whole" not in record["protocol"] or record["protocol"]["whole"]:
     return text
-  for title, known in PAPER.items():
-    if "fid" in known:
-      is_known = lambda column: column.dataset in suites.FID and column.metric == "fid"
-      rows.append((title, [known["fid"] if is_known(column) else NONE for column in columns]))
-  return f"## FID\n\n{_markdown([column.head for column in columns], rows)}\n\n{FID_NOTE}"
-
-
-def _long_tail(by_name: Mapping[str, Results], notes: list[str]) -> str:
-  """Return Table 8's columns of each set, and the groups of the last."""
-  parts = []
-  for name in _measured("long_tail", by_name):
-    columns = [Column(head, "long_tail", name, metric) for head, metric in LONG_TAIL_COLUMNS.items()]
-    rows: list[Row] = [(title, [column.cell(results) for column in columns]) for title, results in by_name.items()]
-    rows += [(title, [*known, *[NONE] * (len(columns) - len(known))]) for title, known in LONG_TAIL.items()]
-    mark = _mark("long_tail", name, by_name, notes)
-    parts.append(f"## Long-tailed recognition, {name}{mark}\n\n{_markdown([*LONG_TAIL_COLUMNS], rows)}")
-  return "\n\n".join([*parts, LONG_TAIL_NOTE]) if parts else ""
-
-
-def _others(by_name: Mapping[str, Results], notes: list[str]) -> str:
-  """Return the sets that are no part of a suite: every metric a line."""
-  tasks = dict.fromkeys(task for results in by_name.values() for task in results)
-  columns = []
-  for task in tasks:
-    for name in _measured(task, by_name):
-      if task in ("fid", "long_tail") or (name in suites.SETS and suites.SETS[name].task == task):
-        continue  # which have a table of their own
-      records = [results[task][name] for results in by_name.values() if name in results.get(task, {})]
-      mark = _mark(task, name, by_name, notes)
-      for metric in dict.fromkeys(metric for record in records for metric in record["metrics"]):
-        columns.append(Column(f"{task}, {name}, {metric}{mark}", task, name, metric, 1, "{:.4f}"))
-  rows: list[Row] = [(column.head, [column.cell(results) for results in by_name.values()]) for column in columns]
-  return f"## Other sets\n\n{_markdown([*by_name], rows)}" if rows else ""
+  # A mean over fewer sets, or over parts of them, has another name.
+  return f"{record['dataset'].replace('_', ' ')}: {text}"
 
 
 def _mark(task: str, name: str, by_name: Mapping[str, Results], notes: list[str]) -> str:
@@ -225,16 +140,6 @@ def _mark(task: str, name: str, by_name: Mapping[str, Results], notes: list[str]
   denoising = differences(each for each in protocols.values() if not {*OF_DENOISING}.isdisjoint(each))
   different = {field: values for field, values in different.items() if field not in OF_DENOISING or field in denoising}
   for field, values in different.items():
-    text = "; ".join(f"{title}: {_short(value)}" for title, value in zip(protocols, values, strict=True))
+    text = "; ".join(f"{title}: {json.dumps(value)[:80]}" for title, value in zip(protocols, values, strict=True))
     notes.append(f"- {task}, {name}, {field}: {text}")
   return " †" if different else ""
-
-
-def _short(value: Any) -> str:
-  text = "none" if value is None else json.dumps(value, ensure_ascii=False)
-  return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Row]) -> str:
-  lines = [["", *heads], ["---"] * (len(heads) + 1), *([title, *cells] for title, cells in rows)]
-  return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -253,38 +253,40 @@ def test_a_mean_over_less_has_another_name(found, names):
   assert [*suites.means(found)["zero_shot"]] == names[:1]
 
 
+def rows_of(text):
+  return {cells[1]: cells[2:-1] for line in text.splitlines() if (cells := [*map(str.strip, line.split("|"))])[1:]}
+
+
 def test_table():
-  text = tables.table({"mine": with_means(fabricated(12))})
-  lines = text.splitlines()
-  head = next(line for line in lines if "CIFAR-10 " in line).split(" | ")
-  assert len(head) == 14 and head[-1] == "mean over 12 |" and "†" not in text
-  paper = next(line for line in lines if line.startswith("| the paper's DiffDis")).split(" | ")
-  assert paper[1:] == ["–"] * 11 + ["25.92", "– |"] and "33.60 |" in text
-  assert "1.65 points" in text and "## FID" not in text
-  few = tables.table({"mine": with_means(fabricated(3))})
-  assert "mean of 3: " in few and "not whole" not in few
+  found = with_means(fabricated(12))
+  text = tables.table({"mine": found})
+  rows = rows_of(text)
+  assert rows[""] == ["mine", "the paper's DiffDis", "the paper's CLIP ViT-L/14", "the paper's CLIP ViT-B/32"]
+  imagenet = found["zero_shot"]["imagenet1k"]["metrics"]
+  assert rows["zero_shot, ImageNet, acc1"] == [f"{100 * imagenet['acc1']:.2f}", "25.92", "21.1", "16.7"]
+  assert rows["zero_shot, Pets, mean_per_class_recall_single_template"][1:] == ["–"] * 3
+  assert rows["retrieval, mean, mean_recall@1"][1:] == ["33.60", "–", "–"] and "†" not in text
+  few = rows_of(tables.table({"mine": with_means(fabricated(3))}))
+  assert few["zero_shot, mean, mean"][0].startswith("mean of 3: ")
   for other in (fabricated(12, images=40), fabricated(12, shuffle_labels=True)):
-    assert "mean of 12, not whole: " in tables.table({"mine": with_means(other)})
+    assert "| mean of 12: " in tables.table({"mine": with_means(other)})
   val2017 = fabricated(12, data={"layout": "prepared", "split": "val"})
-  assert "mean of 2, not whole: " in tables.table({"mine": with_means(val2017)})
+  assert "| mean of 2: " in tables.table({"mine": with_means(val2017)})
 
 
-def test_the_papers_fid_stands_under_mscoco_alone():
-  record = lambda fid: {"protocol": {}, "metrics": {"fid": fid, "kid": 0.002, "num_images": 100}}
-  text = tables.table({"mine": {"fid": {"test": record(50.0), "mscoco_val2014": record(12.5)}}})
-  lines = text.splitlines()
-  assert "| mine | 50.00 | 2.000 | 100 | 12.50 | 2.000 | 100 |" in lines
-  assert "| the paper's DiffDis | – | – | – | 9.80 | – | – |" in lines
-  assert "| the paper's Stable Diffusion | – | – | – | 10.8 | – | – |" in lines
-  assert "9.80" not in tables.table({"mine": {"fid": {"test": record(50.0)}}})
+def test_the_papers_fid_stands_beside_mscoco_alone():
+  record = lambda fid: {"protocol": {}, "metrics": {"fid": fid, "kid": 0.002, "kid_std": 0.1, "num_images": 100}}
+  rows = rows_of(tables.table({"mine": {"fid": {"test": record(50.0), "mscoco_val2014": record(12.5)}}}))
+  assert rows["fid, test, fid"] == ["50.00", "–", "–"] and rows["fid, test, kid"][0] == "2.000"
+  assert rows["fid, MSCOCO val2014, fid"] == ["12.50", "9.80", "10.8"]
+  assert rows["fid, MSCOCO val2014, num_images"] == ["100", "–", "–"]
+  assert "the paper's DiffDis" not in tables.table({"mine": {"fid": {"test": record(50.0)}}})
 
 
 def test_another_task_on_a_set_of_a_suite_is_shown_too():
   record = {"protocol": {}, "metrics": {"acc1": 0.125}}
-  text = tables.table({"mine": {"diffusion_classifier": {"imagenet1k": record}, "linear_probe": {"dtd": record}}})
-  assert (
-    "| diffusion_classifier, imagenet1k, acc1 | 0.1250 |" in text and "| linear_probe, dtd, acc1 | 0.1250 |" in text
-  )
+  rows = rows_of(tables.table({"mine": {"diffusion_classifier": {"dtd": record}, "held_out_loss": {"val": record}}}))
+  assert rows["diffusion_classifier, DTD, acc1"] == rows["held_out_loss, val, acc1"] == ["12.50"]
 
 
 def test_side_by_side(tmp_path):
@@ -299,11 +301,14 @@ def test_side_by_side(tmp_path):
     tables.compare(paths, out)
     return (tmp_path / "new/F.md").read_text()
 
-  assert "†" not in text() and all(f"\n| {name} | " in text() for name in ("a", "b"))
+  assert "†" not in text() and rows_of(text())[""][:2] == ["a", "b"]
   b["zero_shot"]["dtd"]["protocol"].update(steps=4, seed=1)
   marked = text()
-  assert "| DTD † |" in marked and "| mean over 12 † |" in marked and marked.count(" † |") == 2
-  assert "- zero_shot, dtd, steps: a: 1; b: 4\n- zero_shot, dtd, seed: a: none; b: 1\n" in marked
+  assert [row for row in rows_of(marked) if "†" in row] == [
+    *("zero_shot, DTD, acc1 †", "zero_shot, DTD, acc1_single_template †"),
+    *("zero_shot, mean, mean †", "zero_shot, mean, mean_single_template †"),
+  ]
+  assert "- zero_shot, dtd, steps: a: 1; b: 4\n- zero_shot, dtd, seed: a: null; b: 1\n" in marked
   for wrong, message in (
     ([paths[0], paths[0]], "names a file twice"),
     ([paths[0], str(tmp_path / "c.json")], "cannot read results from"),
@@ -329,7 +334,7 @@ def test_clip_which_denoises_nothing_stands_beside_diffdis():
   of = {"diffdis": with_means(fabricated(12, seed=0, **how)), "clip": with_means(fabricated(12, seed=0))}
   assert "†" not in tables.table(of)
   marked = tables.table(of | {"four": with_means(fabricated(12, seed=0, **(how | {"num_noise_samples": 4})))})
-  assert "- zero_shot, dtd, num_noise_samples: diffdis: 1; clip: none; four: 4\n" in marked
+  assert "- zero_shot, dtd, num_noise_samples: diffdis: 1; clip: null; four: 4\n" in marked
   assert "steps" not in marked
 
 

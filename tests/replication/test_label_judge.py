@@ -148,13 +148,6 @@ def test_images_held_out_are_not_trained_on(evaluation, monkeypatch):
   assert [evaluation.named_by.classnames[k] for k in seen["labels"]] == [own[image] for image in seen["images"]]
 
 
-def test_an_image_that_is_none_is_named(monkeypatch):
-  broken = [*records("red", "blue", each=9), {"image": b"no image", "label": "red"}]
-  monkeypatch.setattr(sources, "open_source", lambda **section: broken)
-  with pytest.raises(UserError, match="record 18 of the data set cannot be used: corrupt image"):
-    evals.create("generation_accuracy", data={"split": "train"}).named_by.train()
-
-
 def test_ties_and_nans_are_wrong():
   logits = np.array([[3.0, 1.0, 2.0], [3.0, 3.0, 1.0], [np.nan, 1.0, 2.0], [0.0, 1.0, 2.0]], np.float32)
   np.testing.assert_array_equal(label_judge.ranks(logits, np.array([0, 0, 0, 0])), [0, 1, 2, 2])

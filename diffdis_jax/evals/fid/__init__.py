@@ -49,9 +49,8 @@ class Fid(base.Evaluation):
   num_images: int | None = field(None, help="images to generate; by default 30,000, or as many as there are captions")
   captions: str = choice("per_image", ("per_image", "all"), help="one caption of each record, or all captions alike")
   reference: str = field("", help=".npz of the real images' statistics, which is made where there is none yet")
-  reference_images: str = field(
-    "", help="real images: all of the data, those prompted, which belong to the captions, or a folder of images"
-  )
+  # Empty is all; but only what was asked for is a reason to refuse a file: others do not say what theirs is of.
+  reference_images: str = choice("", ("", "all", "prompted"), help="real images: all, or those of the captions alone")
   resize: str = choice("tensorflow", inception_features.KINDS, help="resizing to Inception's input")
   resampling: str = choice("lanczos", (*inception_features.RESAMPLING,), help="resizing of real images to the model's")
   prompts_seed: int = number(0, ge=0, help="seed of the choice of captions")
@@ -63,7 +62,7 @@ class Fid(base.Evaluation):
     if self.num_images is not None:
       _check_count(self.num_images)
     if self.reference and not self.reference.endswith(".npz"):
-      raise UserError(f"--reference={self.reference} should be an .npz of statistics; images go in reference_images")
+      raise UserError(f"--reference={self.reference} should be an .npz of statistics")
     self.weights = inception_file.read(self.inception)
     self.source = sources.open_source(**self.data)
     self.prompts = sample_prompts(
@@ -173,17 +172,12 @@ class Fid(base.Evaluation):
 
   def _open_reference(self) -> None:
     """Read the file, if there is one, or else find the images of which it will be made."""
-    # "all" by default, but only what was asked for is a reason to refuse a file: others do not say what theirs is of.
-    which = self.reference_images or "all"
     self.real: reference.Reference | None = None
-    self.real_source, self.real_indices = self.source, np.arange(len(self.source))
-    self.images: dict[str, Any] = {"which": which, "data": dict(self.data)}
-    if which == "prompted":
+    self.real_indices = np.arange(len(self.source))
+    self.images: dict[str, Any] = {"which": self.reference_images or "all", "data": dict(self.data)}
+    if self.reference_images == "prompted":
       self.real_indices = np.unique(self.prompts.records)
       self.images |= self.of_prompts
-    elif which != "all":
-      self.real_source = reference.open_folder(which)
-      self.real_indices, self.images = np.arange(len(self.real_source)), {"which": which}
     if self.reference and buckets.path(self.reference).exists():
       self.real = reference.read(self.reference)
       expected = self._reference_protocol(self.data.get("image_size"))
@@ -202,8 +196,7 @@ class Fid(base.Evaluation):
     parts, progress = [], Progress("FID: looked at", len(self.real_indices), "images", every=0)
     for start in range(0, len(self.real_indices), PART):
       rows = self.real_indices[start : start + PART]
-      of_reference = dict(square=square, what="the reference's images")
-      parts.append(extract(base.Images(self.real_source, rows, image_size, **of_reference)))
+      parts.append(extract(base.Images(self.source, rows, image_size, square=square)))
       progress.add(len(rows))
 
     def keep() -> None:

@@ -10,10 +10,9 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,6 @@ SHOULD = ("image_size", "resampling")
 # What numpy raises for a file that is damaged, or whose header claims what no such file has.
 UNREADABLE = (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, RuntimeError, MemoryError)
 UNREADABLE += (zipfile.BadZipFile, zlib.error)
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,30 +51,6 @@ class Reference:
   def sha256(self) -> str:
     """Return the hash of mean and covariance."""
     return hashlib.sha256(self.gaussian.mean.tobytes() + self.gaussian.covariance.tobytes()).hexdigest()
-
-
-@dataclasses.dataclass(frozen=True)
-class Folder:
-  """A source of the images in a folder, in the order of their names; of the folders in it, none."""
-
-  files: Sequence[pathlib.Path]
-
-  def __len__(self) -> int:
-    return len(self.files)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return {"image": self.files[index].read_bytes()}
-
-
-def open_folder(path: str | os.PathLike[str]) -> Folder:
-  """Open a folder of images. Raises UserError: no folder there, or fewer than two images in it."""
-  folder = buckets.local(path, "reference_images")
-  if not folder.is_dir():
-    raise UserError(f"no folder {folder}; it should hold the reference's images, {', '.join(ENDINGS)}")
-  images = sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in ENDINGS)
-  if len(images) < 2:
-    raise UserError(f"{folder} holds {len(images)} images ({', '.join(ENDINGS)}); a reference takes at least 2")
-  return Folder(images)
 
 
 def write(path: str | os.PathLike[str], reference: Reference) -> None:

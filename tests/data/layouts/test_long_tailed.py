@@ -102,8 +102,8 @@ def test_an_evaluation_names_the_file_that_cannot_be_used(places):
   """Of a set that no one prepared."""
   source = sources.open_source(name="places_lt", path=places, split="test", image_size=4)
   (file := places / "test" / "c2" / "test3.png").write_bytes(b"no image")
-  with pytest.raises(UserError, match=f"^{file} cannot be used: corrupt image; download it again$"):
+  with pytest.raises(UserError, match=f"^{file} cannot be used: corrupt image; download or prepare it again$"):
     base.Images(source, np.arange(4), 4)[np.arange(4)]
   file.unlink()
-  with pytest.raises(UserError, match=f"^{file} cannot be used: missing image; download it again$"):
-    base.read_image(source, 3)
+  with pytest.raises(UserError, match=f"^{file} cannot be used: missing image; download or prepare it again$"):
+    base.Images(source, np.arange(4), 4)[np.array([3])]
