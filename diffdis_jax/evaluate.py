@@ -139,8 +139,7 @@ def evaluate(
     check: of each data set and its evaluation, before anything is measured.
     protocol: as `inference.load` takes it.
 
-  Raises:
-    UserError: bad settings, data or checkpoint, or kept records of other weights; before anything is measured.
+  Raises UserError: bad settings, data or checkpoint, or kept records of other weights; before anything is measured.
   """
   provenance.code()  # now: the checkout may change while data and weights are read
   # Everything is opened and checked before the model is loaded: the last of many sets must not fail after hours.
@@ -180,8 +179,7 @@ def evaluate(
 def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete: bool, **protocol: Any) -> Results:
   """Measure what of a suite is not in `out` yet, and write the whole with its means, and a table beside it.
 
-  Raises:
-    UserError: as `evaluate`, or a data set that is not the published one.
+  Raises UserError: as `evaluate`, or a data set that is not the published one.
   """
   kept, check = ResultFile(out), functools.partial(suites.check, incomplete=incomplete)
   results = evaluate(run, sections, kept=kept, check=check, **protocol)

@@ -106,8 +106,7 @@ def generate(
     batch_size: images a compiled call, at most.
     protocol: as `inference.load` takes it.
 
-  Raises:
-    UserError: bad settings, noise or checkpoint, or `out` cannot be written.
+  Raises UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
   if (count := len(prompts) * num_images) > MOST_IMAGES:
     raise UserError(f"{count} images; one call makes at most {MOST_IMAGES}: make several calls, with other --seed")
@@ -150,8 +149,7 @@ def sample(
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
   """Return the prompts of the command line, or of a file, where blank lines do not count.
 
-  Raises:
-    UserError: no prompt, both kinds at once, or an unreadable file.
+  Raises UserError: no prompt, both kinds at once, or an unreadable file.
   """
   if prompts and file:
     raise UserError("--prompt and --prompts_file are both given; give one of them")
@@ -189,11 +187,7 @@ def write(
   protocol: dict[str, Any],
   columns: int = COLUMNS,
 ) -> None:
-  """Write the folder, whole or not at all, each image as it comes.
-
-  Raises:
-    UserError: it cannot be written.
-  """
+  """Write the folder, whole or not at all, each image as it comes. Raises UserError: it cannot be written."""
   names = [f"{i:05d}.png" for i in range(len(prompts))]
   manifest = {
     "protocol": protocol,

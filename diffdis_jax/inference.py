@@ -158,8 +158,7 @@ class Inference:
     Args:
       images: u8[n H W 3], squares of `image_size`, or what gives such rows by index.
 
-    Raises:
-      UserError: a run that was not trained to compare images with texts, or other images.
+    Raises UserError: a run that was not trained to compare images with texts, or other images.
     """
     self._require(*ALIGNED)
     images = self._images(images)
@@ -194,8 +193,7 @@ class Inference:
 
     `done` is called with the number of new images after each call of it; None shows how far it is.
 
-    Raises:
-      UserError: a run that was not trained for generation, or tokens or noise of another shape.
+    Raises UserError: a run that was not trained for generation, or tokens or noise of another shape.
     """
     self._require(*GENERATIVE)
     shape, expected = tuple(np.shape(noise)), (len(self._tokens(tokens)), *self.network.latent_shape)

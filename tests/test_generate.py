@@ -5,7 +5,6 @@ import types
 
 import numpy as np
 import pytest
-from etils import epath
 from PIL import Image
 
 from diffdis_jax import generate
@@ -33,17 +32,16 @@ class Inference:
 
 
 @pytest.fixture
-def model(tmp_path_factory, monkeypatch):
+def model(monkeypatch):
   """An Inference for every workdir, at step 7, with averaged weights."""
-  model, saved = Inference(), tmp_path_factory.mktemp("saved") / "7"
-  (saved / "ema").mkdir(parents=True)
+  model = Inference()
 
   def load(path, **settings):
     model.settings = settings
     return model, {}
 
   monkeypatch.setattr(generate.inference, "load", load)
-  monkeypatch.setattr(generate.restore, "find", lambda workdir, step: epath.Path(saved))
+  monkeypatch.setattr(generate.restore, "choose", lambda run, step, ema: (7, ema))
   return model
 
 

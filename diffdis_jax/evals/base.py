@@ -39,8 +39,7 @@ settings = functools.partial(dataclasses.dataclass, kw_only=True, eq=False, repr
 class Evaluation:
   """A measurement of a trained run. Its fields are its settings, in a config and as flags of evaluate.
 
-  Raises:
-    UserError: a setting out of its range, or data that it cannot take.
+  Raises UserError: a setting out of its range, or data that it cannot take.
   """
 
   task: ClassVar[str]  # the kind of measurement, in CLIP_benchmark's words where it has one
@@ -110,8 +109,7 @@ def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
 
   A random subset, since sources often list their classes in turn, but always the same one.
 
-  Raises:
-    UserError: the source is empty, or fewer than one image is asked for.
+  Raises UserError: the source is empty, or fewer than one image is asked for.
   """
   if length < 1:
     raise UserError("the data set has no records; an evaluation needs at least one")
@@ -142,8 +140,7 @@ def get_field(record: Mapping[str, Any], name: str) -> Any:
 def captions(record: Mapping[str, Any], name: str = "") -> Sequence[str]:
   """Return the captions in this field of a record; without one, all of its captions, of which training samples one.
 
-  Raises:
-    UserError: no such field, or no caption in it.
+  Raises UserError: no such field, or no caption in it.
   """
   # A field that was asked for by name counts alone, also where the record lists its captions.
   if not name and (several := records.captions_of(record)):
@@ -186,8 +183,7 @@ def origin(source: Any) -> dict[str, Any]:
 def open_split(data: Mapping[str, Any], split: str) -> sources.Source:
   """Open another split of the same data.
 
-  Raises:
-    UserError: there is none; of a published set there is only the one that it is measured on.
+  Raises UserError: there is none; of a published set there is only the one that it is measured on.
   """
   source = sources.open_source(**{**data, "split": split})
   # It is opened as one split whatever is asked for, and what is measured would be trained on.

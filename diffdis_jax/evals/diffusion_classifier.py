@@ -72,8 +72,7 @@ class DiffusionClassifier(ZeroShot):
     """Return acc1, acc5 and recalls as zero_shot has them, and evaluations_per_image, of the UNet; then head_acc1 and
     so on, and head_evaluations_per_image, where there is a trained head.
 
-    Raises:
-      UserError: a run that was not trained for generation.
+    Raises UserError: a run that was not trained for generation.
     """
     if not inference.network.task.generates:
       raise UserError(f"diffusion_classifier measures {' or '.join(GENERATIVE)}, for which this run was not trained")

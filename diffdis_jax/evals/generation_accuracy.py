@@ -169,8 +169,7 @@ def require(trained: Trained, least: float, steps: int) -> None:
 class ClipJudge:
   """Names the classes of labelled images by another run that compares images with texts, such as CLIP.
 
-  Raises:
-    UserError: a label that is no text, or fewer than two classes.
+  Raises UserError: a label that is no text, or fewer than two classes.
   """
 
   template, per_class = "{}", 1

@@ -72,8 +72,7 @@ def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> C
   """Return class names given as such or as a JSON file's path: a list, or an object {name in the data: name in the
   prompts}.
 
-  Raises:
-    UserError: the file is unreadable, or it is neither.
+  Raises UserError: the file is unreadable, or it is neither.
   """
   names = _read(classnames, what="class names") if isinstance(classnames, str) else classnames
   # An object is keyed by the data's own names, so that the order of the classes does not matter; a list is by number.
@@ -109,8 +108,7 @@ def repeated(names: Sequence[str]) -> str:
 def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
   """Return templates given as such or as a JSON file's path; empty means `TEMPLATES`.
 
-  Raises:
-    UserError: the file is unreadable, or a template has no place for the class name.
+  Raises UserError: the file is unreadable, or a template has no place for the class name.
   """
   if templates and isinstance(templates, str):
     path, templates = templates, _read(templates, what="templates")

@@ -26,28 +26,11 @@ AFTERWARDS = ("reference", "kid_subset_size")  # of a protocol: known when the s
 MEAN = ("mean_over_", "mean_of_")
 
 
-def make_record(
-  *,
-  dataset: str,
-  model: str,
-  pretrained: str,
-  task: str,
-  metrics: Mapping[str, float],
-  protocol: Mapping[str, Any],
-  provenance: Mapping[str, Any],
-) -> dict[str, Any]:
+def make_record(*, metrics: Any, protocol: Any, provenance: Any, **names: str) -> dict[str, Any]:
   """Return one result in CLIP_benchmark's schema, which users' tools read, and our `protocol` and `provenance` beside
-  it."""
-  return {
-    "dataset": dataset,
-    "model": model,
-    "pretrained": pretrained,
-    "task": task,
-    "metrics": dict(metrics),
-    "language": "en",
-    "protocol": dict(protocol),
-    "provenance": dict(provenance),
-  }
+  it; `names` are its dataset, model, pretrained and task."""
+  of_run = {"language": "en", "protocol": dict(protocol), "provenance": dict(provenance)}
+  return {**names, "metrics": dict(metrics), **of_run}
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
@@ -95,8 +78,7 @@ class ResultFile:
   Args:
     path: of the file; what it already has is kept.
 
-  Raises:
-    UserError: the file is there and holds no results.
+  Raises UserError: the file is there and holds no results.
   """
 
   def __init__(self, path: str):
@@ -109,8 +91,7 @@ class ResultFile:
   def has(self, task: str, dataset: str, protocol: Mapping[str, Any]) -> bool:
     """Return whether the set is measured; the same on every process.
 
-    Raises:
-      UserError: it is, by another protocol; or another set is, with other weights.
+    Raises UserError: it is, by another protocol; or another set is, with other weights.
     """
     record = self.results.get(task, {}).get(dataset)
     # Two sets by different protocols in one table would be compared by its readers.

@@ -87,8 +87,7 @@ def sections(suite: str, root: str | None, *, objectives: Collection[str], image
     objectives: that the run was trained for. Of the suite `paper`, what it was not trained for is left out.
     image_size: of the run.
 
-  Raises:
-    UserError: no such suite or folder, or none of the sets in it.
+  Raises UserError: no such suite or folder, or none of the sets in it.
   """
   if suite not in SUITES:
     raise UserError(f"unknown suite {suite!r}; {did_you_mean(suite, SUITES)}")
@@ -130,8 +129,7 @@ def check(name: str, evaluation: Evaluation, *, incomplete: bool) -> None:
     evaluation: made of its section.
     incomplete: let pass another number of images, and classes without any.
 
-  Raises:
-    UserError: another number of images than the published one, another split, or a class without images.
+  Raises UserError: another number of images than the published one, another split, or a class without images.
   """
   source = getattr(evaluation, "source", None)
   if not isinstance(source, Labelled | Captioned) or incomplete:

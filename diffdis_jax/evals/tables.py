@@ -49,8 +49,7 @@ OF_DENOISING = ("steps", "num_noise_samples", "guidance", "normalize_query")
 def compare(paths: Sequence[str], out: str) -> None:
   """Write the results of several files as one table.
 
-  Raises:
-    UserError: a file that holds no results, one that is named twice, or a table that is not named .md.
+  Raises UserError: a file that holds no results, one that is named twice, or a table that is not named .md.
   """
   if not out.endswith(".md"):
     raise UserError(f"--out={out} should name the Markdown table to write, such as F.md")

@@ -174,8 +174,7 @@ class Section:
 def of_config(sets: Mapping[str, Any], *, tasks: Sequence[str] | None) -> list[Section]:
   """Return those sets of a run's config, its `evals`, that are of `tasks`, or all.
 
-  Raises:
-    UserError: there is none, or none for one of the tasks.
+  Raises UserError: there is none, or none for one of the tasks.
   """
   sections = [
     Section(dataset, section["task"], {name: value for name, value in section.items() if name != "task"})

@@ -245,8 +245,7 @@ def sample_prompts(source: Any, *, num_images: int | None, captions: str, seed: 
     captions: "per_image", one caption each of different records; or "all", of all captions alike, so that two images
       may have a record in common.
 
-  Raises:
-    UserError: fewer than two images, or more than there are.
+  Raises UserError: fewer than two images, or more than there are.
   """
   rng = np.random.default_rng(seed)
   texts_of = lambda i: base.captions(base.fields(source, i))

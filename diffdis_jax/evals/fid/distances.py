@@ -74,8 +74,7 @@ def kernel(
   before y's in each turn. Where there are fewer rows than `subset_size`, a subset is as large as the smaller set,
   all of which is in each of them: their deviation then says little.
 
-  Raises:
-    UserError: fewer than two rows.
+  Raises UserError: fewer than two rows.
   """
   subset_size = min(subset_size, len(x), len(y))
   if subset_size < 2:

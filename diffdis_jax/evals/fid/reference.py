@@ -73,8 +73,7 @@ def write(path: str | os.PathLike[str], reference: Reference) -> None:
 def read(path: str | os.PathLike[str]) -> Reference:
   """Read a file of ours, or of another tool, whose protocol is then unknown.
 
-  Raises:
-    UserError: unreadable, or statistics of something else than Inception's 2048 features of two images or more.
+  Raises UserError: unreadable, or statistics of something else than Inception's 2048 features of two images or more.
   """
   try:
     with buckets.path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
@@ -111,8 +110,7 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str, *, image
     path: of the file, for messages.
     images_asked_for: the user has said of which images the reference should be; other ones are then refused.
 
-  Raises:
-    UserError: they were made by another resize, with other weights, or of other images than those asked for.
+  Raises UserError: they were made by another resize, with other weights, or of other images than those asked for.
   """
   # Other tools write no protocol. They are what users have, so the doubt is said and the file taken.
   protocol = reference.protocol
