@@ -147,13 +147,11 @@ class Inference:
     """Return text embeddings e, L2-normalised. Raises UserError: no text encoder, or tokens of another length."""
     return self._run("text embeddings", params, self._tokens(tokens))
 
-  def embed_images(
-    self, params: Params, images: Any, *, seed: int, places: Int[np.ndarray, " n"] | None = None
-  ) -> Float[np.ndarray, "n d"]:
+  def embed_images(self, params: Params, images: Any, *, seed: int) -> Float[np.ndarray, "n d"]:
     """Return denoised text queries ê_0 from e_T ~ N(0, I), averaged over noise samples, L2-normalised (Algorithm 3).
 
-    No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size or the mesh;
-    places are 0, 1, ... by default. For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
+    No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size or the mesh.
+    For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
 
     Args:
       images: u8[n H W 3], squares of `image_size`, or what gives such rows by index.
@@ -164,8 +162,7 @@ class Inference:
     images = self._images(images)
     if not self.aligned:
       logging.warning("this run's head was initialised at random and never trained: whatever it compares is at chance")
-    noise = _noise_rows(np.arange(len(images)) if places is None else places, seed)
-    return self._run("image queries", params, images, *noise, progress="embedded")
+    return self._run("image queries", params, images, *_noise_rows(len(images), seed), progress="embedded")
 
   def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Return sentences as the language-guided head takes them (method/features.py). Raises as `embed_texts`."""
@@ -179,7 +176,7 @@ class Inference:
     """
     self._require(*WITH_HEAD)
     images = self._images(images)
-    return self._run("class logits", params, images, *_noise_rows(np.arange(len(images)), seed), progress="classified")
+    return self._run("class logits", params, images, *_noise_rows(len(images), seed), progress="classified")
 
   def generate(
     self,
@@ -278,13 +275,13 @@ class Inference:
     return images
 
 
-def _noise_rows(places: Int[np.ndarray, " n"], seed: int) -> tuple[UInt32[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+def _noise_rows(n: int, seed: int) -> tuple[UInt32[np.ndarray, " n"], Int[np.ndarray, " n"]]:
   """Return for each image the seed of its key, and its place among the images of that key.
 
   They go in as rows, so that padding and the split over devices leave each image its own noise.
   """
-  first = places - places % ONE_SEED
-  return (seed + first).astype(np.uint32), (places - first).astype(np.int32)
+  places = np.arange(n)
+  return (seed + places - places % ONE_SEED).astype(np.uint32), (places % ONE_SEED).astype(np.int32)
 
 
 def load(

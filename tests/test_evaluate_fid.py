@@ -51,7 +51,7 @@ def test_its_features_are_torch_fidelitys(run, inception_file, monkeypatch):
   made, images = evals.create(**section(6), inception=str(inception_file)), []
   generate, measure = inference.generate, made._measure
   monkeypatch.setattr(inference, "generate", lambda *given: images.append(generate(*given)) or images[-1])
-  monkeypatch.setattr(made, "_measure", lambda features, own: images.append(features) or measure(features, own))
+  monkeypatch.setattr(made, "_measure", lambda features: images.append(features) or measure(features))
   metrics = made.run(inference, params)
   drawn = theirs(inception_file, images[0])
   assert len(images[0]) == 6

@@ -29,9 +29,6 @@ from diffdis_jax.errors import UserError
 BLOCK = 1024  # rows of a score matrix in memory at a time
 TIES = "count as wrong"  # of equal scores; an argmax would take the first
 MOST_SEED = 2**32 - 1  # of jax's random keys
-REDUCED_DECODING: bool = field(
-  False, help="decode JPEGs of at least twice the side at a fraction of their size: faster, figures slightly differ"
-)
 settings = functools.partial(dataclasses.dataclass, kw_only=True, eq=False, repr=False)
 
 
@@ -76,7 +73,6 @@ class OfImages(Evaluation):
 
   data: Mapping[str, Any] = field(help="section of a data source")
   num_images: int | None = field(None, help="images to measure, the same ones each time; by default all")
-  reduced_decoding: bool = REDUCED_DECODING
   shuffle_labels: bool = field(
     False, help="test for leaks: each record shows the image of another one, so that accuracy must fall to chance"
   )
@@ -94,14 +90,12 @@ class OfImages(Evaluation):
       "num_images": len(self.indices),
       "ties": TIES,
       **origin(self.source),
-      "reduced_decoding": self.reduced_decoding,
       "shuffle_labels": self.shuffle_labels,
     }
 
   def embed_images(self, inference: Any, params: Mapping[str, Any]) -> Float[np.ndarray, "n d"]:
     """Return ê_0 of the image that is shown for each record, L2-normalised."""
-    how = dict(seed=self.seed, reduced_decoding=self.reduced_decoding)
-    return embed_images(inference, params, self.source, self.order, **how)
+    return embed_images(inference, params, self.source, self.order, seed=self.seed)
 
 
 def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
@@ -208,18 +202,17 @@ def _usable(source: Any, index: SupportsIndex) -> Iterator[None]:
 
 
 def to_square(
-  image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int, crop_pct: float = 1.0, *, reduced_decoding: bool = False
+  image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int, crop_pct: float = 1.0
 ) -> UInt8[np.ndarray, "s s 3"]:
   """Return the image's central square, resized. Raises records.Unusable: bytes that show no image.
 
   Args:
     crop_pct: share of the square's side that is kept, its middle; 0.875 is 224 px of 256.
-    reduced_decoding: decode a JPEG of twice that side or more at 1/2, 1/4 or 1/8 of its size.
   """
   # Resized first and cut then, as torchvision and timm do it.
   side = int(image_size / crop_pct)
   start = (side - image_size) // 2
-  decoded = records.read_decoded(image, at_least=side if reduced_decoding else None)
+  decoded = records.read_decoded(image, at_least=None)
   return np.asarray(transforms.resize(decoded, side))[start : start + image_size, start : start + image_size]
 
 
@@ -239,7 +232,7 @@ class Images:
     source: its records have `image`, encoded or as u8[h w 3].
     indices: which of them, in which order.
     image_size: side of the squares, pixels.
-    crop_pct, reduced_decoding: as `to_square` takes them.
+    crop_pct: as `to_square` takes it.
     square: (PIL image, image_size) -> square, in the place of `to_square`.
   """
 
@@ -247,7 +240,6 @@ class Images:
   indices: Int[np.ndarray, " n"]
   image_size: int
   crop_pct: float = 1.0
-  reduced_decoding: bool = False
   square: Any = None
 
   def __len__(self) -> int:
@@ -261,7 +253,7 @@ class Images:
       image = self.source[index]["image"]
       if self.square:
         return self.square(records.read_image(image), self.image_size)
-      return to_square(image, self.image_size, self.crop_pct, reduced_decoding=self.reduced_decoding)
+      return to_square(image, self.image_size, self.crop_pct)
 
 
 def embed_images(
@@ -272,10 +264,9 @@ def embed_images(
   *,
   seed: int,
   crop_pct: float = 1.0,
-  reduced_decoding: bool = False,
 ) -> Float[np.ndarray, "n d"]:
   """Return ê_0 of each image, L2-normalised, in the order of `indices`; settings as `to_square` has them."""
-  images = Images(source, indices, inference.image_size, crop_pct, reduced_decoding)
+  images = Images(source, indices, inference.image_size, crop_pct)
   return inference.embed_images(params, images, seed=seed)
 
 

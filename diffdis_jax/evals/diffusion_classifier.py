@@ -86,8 +86,7 @@ class DiffusionClassifier(ZeroShot):
     progress, found = Progress("compared", len(self.labels) * sum(left), "images and classes"), []
     for start in range(0, len(self.labels), IMAGES):
       rows = np.arange(start, min(start + IMAGES, len(self.labels)))
-      how = dict(reduced_decoding=self.reduced_decoding)
-      z = noise_errors.latents(params, base.Images(self.source, self.order[rows], inference.image_size, **how))
+      z = noise_errors.latents(params, base.Images(self.source, self.order[rows], inference.image_size))
       errors = functools.partial(noise_errors, params, c, z, seed=self.seed, places=rows, done=progress.add)
       outcome = classify(errors, self.parsed_stages, num_images=len(z), num_classes=len(texts))
       found.append(ranks(outcome, self.labels[rows]))

@@ -50,7 +50,6 @@ class LongTail(base.Evaluation):
   crop_pct: float = number(
     sections.LongTail.crop_pct, gt=0.0, le=1.0, help="share of the side of an image's central square that is cropped"
   )
-  reduced_decoding: bool = base.REDUCED_DECODING
 
   def open(self) -> None:
     data = self.data
@@ -63,7 +62,6 @@ class LongTail(base.Evaluation):
     where = {name: value for name, value in data.items() if name not in ("split", "image_size")}
     self.corpus = long_tail.open_corpus(**where)
     self.train_counts = long_tail.train_counts(**where)
-    self.squares: dict[str, Any] = dict(crop_pct=self.crop_pct, reduced_decoding=self.reduced_decoding)
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     return {
@@ -77,7 +75,7 @@ class LongTail(base.Evaluation):
       "classes_of_groups": {name: int(in_group(self.train_counts, name).sum()) for name in GROUPS},
       "neighbours": self.neighbours,
       "visual_share": self.visual_share,
-      **self.squares,
+      "crop_pct": self.crop_pct,
       "ties": "the first counts",
     }
 
@@ -88,7 +86,7 @@ class LongTail(base.Evaluation):
     VL-LTR gives its groups."""
     # All of a split: groups of rare classes have few images, and a part of them would be noise.
     indices = np.arange(len(self.labels))
-    images = base.embed_images(inference, params, self.source, indices, seed=self.seed, **self.squares)
+    images = base.embed_images(inference, params, self.source, indices, seed=self.seed, crop_pct=self.crop_pct)
     texts, of_text = base.embed_texts(inference, params, self.corpus.flat), self.corpus.labels
     classes = of_text[nearest(images, texts, count=self.neighbours)]
     found = self.labels[nearest(texts, images, count=1)[:, 0]]
@@ -97,7 +95,7 @@ class LongTail(base.Evaluation):
     metrics |= self._by_group("knn_acc", vote(classes) == self.labels)
     # Stage 1 has a backbone alone; the head comes with stage 2.
     if inference.network.model.head is not None:
-      shown = base.Images(self.source, indices, inference.image_size, **self.squares)
+      shown = base.Images(self.source, indices, inference.image_size, self.crop_pct)
       # By the seed of base.embed_images, so that the head sees the noise by which its backbone is measured.
       logits = inference.class_logits(params, shown, seed=self.seed)
       # The mix of the branches' softmax is VL-LTR's prediction. By the sum of logits, below, its code gives the groups.

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from diffdis_jax.config.data import CROPS
-from diffdis_jax.data import records, sources, transforms
+from diffdis_jax.data import records, transforms
 from diffdis_jax.data.loader import train_loader
 from diffdis_jax.data.prepare.pairs import RawPair, to_record
 from diffdis_jax.data.transforms import Augmentation, augment, decode, decode_reduced, needed_side
-from diffdis_jax.evals import base, tasks
+from diffdis_jax.evals import base
 from tests.raw_pairs import encode
 
 ORIENTATION = 0x0112
@@ -193,42 +193,9 @@ def test_prepared_images_are_those_of_full_decoding():
   assert to_record(RawPair("k", data, b"a scene")).fields["image"] == data
 
 
-def test_evaluations_decode_in_full_unless_asked():
+def test_evaluations_decode_in_full():
   data = jpeg(640, 515)
   full = np.asarray(transforms.resize(decode(data), 256))
   np.testing.assert_array_equal(base.to_square(data, 256), full)
-  reduced = base.to_square(data, 256, reduced_decoding=True)
-  assert (reduced != full).any() and psnr(reduced, full) >= 45
-  squares = base.Images(_One(data), np.arange(1), 256, reduced_decoding=True)
-  np.testing.assert_array_equal(squares[np.arange(1)][0], reduced)
-  # A crop of 224 px of 256 is cut out of a square of 256 px, and these are what is wanted.
-  cropped = base.to_square(data, 224, 0.875, reduced_decoding=True)
-  np.testing.assert_array_equal(cropped, reduced[16:240, 16:240])
-
-
-@pytest.mark.parametrize("task", ["zero_shot", "retrieval"])
-def test_the_protocol_says_how_images_are_decoded(task, monkeypatch):
-  """And what is embedded are these images."""
-  data = jpeg(640, 515)
-  monkeypatch.setattr(sources, "open_source", lambda **section: _One(data))
-  for reduced_decoding in (None, False, True):
-    asked = {} if reduced_decoding is None else {"reduced_decoding": reduced_decoding}
-    fields = {"label_field": "caption"} if task == "zero_shot" else {}
-    evaluation, inference = tasks.create(task, data={}, **fields, **asked), _Shown()
-    assert evaluation.protocol(inference)["reduced_decoding"] is bool(reduced_decoding)
-    evaluation.run(inference, {})
-    expected = base.to_square(data, 256, reduced_decoding=bool(reduced_decoding))
-    np.testing.assert_array_equal(inference.images[0], expected)
-
-
-class _Shown:
-  """An inference that keeps the images that it is shown."""
-
-  image_size, max_length, protocol = 256, 16, {}
-
-  def embed_images(self, params, images, *, seed):
-    self.images = images[np.arange(len(images))]
-    return np.ones((len(images), 2), np.float32)
-
-  def embed_texts(self, params, tokens):
-    return np.ones((len(tokens), 2), np.float32)
+  # A crop of 224 px of 256 is cut out of a square of 256 px.
+  np.testing.assert_array_equal(base.to_square(data, 224, 0.875), full[16:240, 16:240])

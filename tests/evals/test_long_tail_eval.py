@@ -131,7 +131,6 @@ def test_the_protocol_says_how(measured):
   protocol = evaluation.protocol(inference)
   assert protocol["classes_of_groups"] | {"many": 10, "median": 22, "low": 32} == protocol["classes_of_groups"]
   assert (protocol["num_images"], protocol["num_sentences"], protocol["crop_pct"]) == (1280, 64 * 140, 1.0)
-  assert protocol["reduced_decoding"] is False
   assert protocol["visual_share"] == 0.2 and protocol["neighbours"] == 5 and protocol["split"] == "test"
 
 

@@ -31,7 +31,7 @@ PART = 500  # images in memory at a time, or as many such parts as fill a call
 MOST = 30_000  # images, where it is not said how many
 FEW = 10_000  # images, generated or real, below which FID is too high by as much as models differ
 FEW_NOTE = f"of fewer than {FEW} images FID is biased upwards; compare it only at equal numbers, or compare KID"
-MEASURES = ("fid", "kid", "kid_std", "head_similarity")
+MEASURES = ("fid", "kid", "kid_std")
 Extract = Callable[[Any], Float[np.ndarray, "n d"]]  # features of images
 
 
@@ -115,14 +115,12 @@ class Fid(base.Evaluation):
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """Return fid, kid and kid_std, where the reference has the features that KID takes, and num_images; of a run with a
-    head also head_similarity, the mean ⟨ê_0, e⟩ of image and prompt."""
+    """Return fid and num_images, and, where the reference has the features that KID takes, kid and kid_std."""
     extract, count = self._extractor_of(inference), len(self.prompts)
     self._make_reference(extract, inference.image_size)
     if self._fewest() < FEW:
       self._warn_once("%d images: %s", self._fewest(), FEW_NOTE)
-    features, similarity = [], []
-    progress = Progress("FID: sampled", count, "images", every=0)
+    features, progress = [], Progress("FID: sampled", count, "images", every=0)
     # Many chips have many rows: as many parts together as fill a call.
     together = max(1, inference.batch_size // PART) * PART
     for start in range(0, count, together):
@@ -131,12 +129,10 @@ class Fid(base.Evaluation):
       # `first` makes the noise that of the image's place among all, whatever the parts are.
       images = inference.generate(params, tokens, inference.noise(len(rows), self.seed, first=start))
       features.append(extract(images))
-      if inference.aligned:
-        similarity.append(head_similarity(inference, params, images, tokens, rows % PART))
       progress.add(len(rows))
-    return {**self._measure(features, similarity), "num_images": float(count)}
+    return {**self._measure(features), "num_images": float(count)}
 
-  def _measure(self, features: list[np.ndarray], similarity: list[np.ndarray]) -> dict[str, float]:
+  def _measure(self, features: list[np.ndarray]) -> dict[str, float]:
     """Measure on process 0, and return its figures on all."""
     # NaN stands for a figure that there is not, in an array that process 0 can send to all.
     values = np.full(len(MEASURES), np.nan)
@@ -149,8 +145,6 @@ class Fid(base.Evaluation):
         kid = distances.kernel(generated, self.real.features)
         values[1:3] = kid.mean, kid.std
         self._subset_size = kid.subset_size
-      if similarity:
-        values[3] = np.concatenate(similarity).mean(dtype=np.float64)
 
     processes.on_first(measure)
     sent = processes.from_first(values.view(np.uint32)).view(np.float64)  # 32 bits at a time
@@ -209,19 +203,6 @@ class Fid(base.Evaluation):
       self.real = made
 
     processes.on_first(keep)
-
-
-def head_similarity(
-  inference: Any,
-  params: Mapping[str, Any],
-  images: Any,
-  tokens: Int[np.ndarray, "n l"],
-  places: Int[np.ndarray, " n"],
-) -> Float[np.ndarray, " n"]:
-  """Return ⟨ê_0, e⟩ of each image and its own prompt: what the run's head says of its own images."""
-  q = inference.embed_images(params, images, seed=0, places=places)
-  different, rows = np.unique(tokens, axis=0, return_inverse=True)
-  return (q * inference.embed_texts(params, different)[rows.ravel()]).sum(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
