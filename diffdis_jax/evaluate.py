@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
   else:
     if processes.is_first():  # here, before hours that a user would rather write elsewhere
       result_files.warn_of_lost(FLAGS.out, {(section.task, section.dataset) for section in sections})
-    results = evaluate(FLAGS.workdir, sections, measured=functools.partial(result_files.write, FLAGS.out), **protocol)
+    results = evaluate(FLAGS.workdir, sections, kept=ResultFile(FLAGS.out, resumes=False), **protocol)
     if "long_tail" in results:
       tables.write(FLAGS.workdir, results, FLAGS.out)
 
@@ -123,7 +123,6 @@ def evaluate(
   step: int | None = None,
   ema: bool = True,
   kept: ResultFile | None = None,
-  measured: Callable[[Results], None] = lambda results: None,
   check: Callable[[str, Evaluation], None] = lambda dataset, evaluation: None,
   **protocol: Any,
 ) -> Results:
@@ -134,8 +133,7 @@ def evaluate(
     sections: tasks on data sets.
     step: the checkpoint's step; None takes the newest.
     ema: averaged weights, where the run keeps them.
-    kept: the file that gets each record as soon as it is there; what it has is not measured again.
-    measured: is called with the results so far after each data set, so that an interruption loses none of them.
+    kept: the file that gets each record as soon as it is there, so that an interruption loses none.
     check: of each data set and its evaluation, before anything is measured.
     protocol: as `inference.load` takes it.
 
@@ -151,9 +149,9 @@ def evaluate(
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   common: dict[str, Any] = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
   origin = provenance.provenance(provenance.of_run(run, step=step))
-  results: Results = {}
-  if kept is not None:
-    common["weights"], results = result_files.fingerprint(params), kept.results
+  results: Results = {} if kept is None else kept.results
+  if kept is not None and kept.resumes:
+    common["weights"] = result_files.fingerprint(params)
     is_there = lambda each, how: kept.has(each.task, each.dataset, how.protocol(model) | common)
     evaluations = [(each, how) for each, how in evaluations if not is_there(each, how)]
   for place, (section, evaluation) in enumerate(evaluations, 1):
@@ -170,7 +168,6 @@ def evaluate(
       protocol={**evaluation.protocol(model), **common},  # after the run: of FID's reference it is known only then
       provenance=origin,
     )
-    measured(results)
     if kept is not None:
       kept.write()
   return results

@@ -171,7 +171,7 @@ def read_noise(file: str) -> Float32[np.ndarray, "..."]:
   """Return the array of an .npy file. Raises UserError: unreadable, or not of finite real numbers."""
   try:
     # As it lies on the disk: its header may claim any size.
-    noise = np.load(file, mmap_mode="r")
+    noise = np.lib.format.open_memmap(file, mode="r")
     if not np.can_cast(noise.dtype, np.float32, "same_kind") or not np.isfinite(noise).all():
       raise ValueError("it holds something else than finite numbers")
     return np.asarray(noise, np.float32)

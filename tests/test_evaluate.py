@@ -95,10 +95,9 @@ def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
     return run(self, inference, params)
 
   monkeypatch.setattr(ZeroShot, "run", interrupted)
-  write = functools.partial(results.write, f"{tmp_path}/F.json")
   asked = [Section(name, "zero_shot", {"data": DATA}) for name in ("first", "second")]
   with pytest.raises(KeyboardInterrupt):
-    evaluate.evaluate("run", asked, measured=write)
+    evaluate.evaluate("run", asked, kept=results.ResultFile(f"{tmp_path}/F.json", resumes=False))
   assert list(results.read(f"{tmp_path}/F.json")["zero_shot"]) == ["first"]
 
 
@@ -181,8 +180,7 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
   assert all(values[name].help for name in values) and all(values[name].value is None for name in values)
   kinds = {"num_images": "int", "crop_pct": "float", "shuffle_labels": "bool", "classnames": "string"}
   assert {name: values[name].flag_type() for name in kinds} == kinds
-  assert values["splits"].flag_type() == "comma separated list of strings"
-  assert values["held_out"].help.startswith("share of the labelled images")
+  assert values["shots"].flag_type() == "comma separated list of strings"
   assert "zero_shot, retrieval, held_out_loss, diffusion_classifier: images to measure" in values[
     "num_images"
   ].help.replace("\n", " ")

@@ -188,7 +188,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(generate.samples, "save_grid", full)
-  with pytest.raises(UserError, match="No space left"):
+  with pytest.raises(OSError, match="No space left"):
     generate.write(tmp_path / "out", np.zeros((1, 8, 8, 3), np.uint8), ["a star"], protocol={})
   assert not list(tmp_path.iterdir())
 

@@ -73,17 +73,18 @@ def is_mean(dataset: str) -> bool:
 
 
 class ResultFile:
-  """Results of a suite, on the disk after each set. Means over sets are written at the end, and not read back.
+  """Results on the disk after each set. Means over sets are written at the end, and not read back.
 
   Args:
-    path: of the file; what it already has is kept.
+    path: of the file.
+    resumes: what it already has is kept, and not measured again.
 
   Raises UserError: the file is there and holds no results.
   """
 
-  def __init__(self, path: str):
-    self._path, self.results = path, {}
-    if buckets.path(path).exists():
+  def __init__(self, path: str, *, resumes: bool = True):
+    self._path, self.resumes, self.results = path, resumes, {}
+    if resumes and buckets.path(path).exists():
       # Means are left out: with a set more they are others.
       for task, records in read(path).items():
         self.results[task] = {name: record for name, record in records.items() if not is_mean(name)}
