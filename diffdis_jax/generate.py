@@ -64,19 +64,10 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache()
   cli.use_all_cores()
   processes.start()
-  given = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
-  generate(
-    FLAGS.workdir,
-    read_prompts(FLAGS.prompt, FLAGS.prompts_file),
-    FLAGS.out,
-    num_images=FLAGS.num_images,
-    seed=FLAGS.seed,
-    noise=FLAGS.noise,
-    step=FLAGS.step,
-    ema=FLAGS.ema,
-    batch_size=FLAGS.batch_size,
-    **{name: value for name, value in given.items() if value is not None},
-  )
+  given = {name: FLAGS[name].value for name in ("num_images", "seed", "noise", "step", "ema", "batch_size")}
+  sampling = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
+  given |= {name: value for name, value in sampling.items() if value is not None}
+  generate(FLAGS.workdir, read_prompts(FLAGS.prompt, FLAGS.prompts_file), FLAGS.out, **given)
 
 
 def generate(
@@ -96,15 +87,11 @@ def generate(
 
   Args:
     run: a workdir.
-    prompts: texts to generate images of.
+    prompts: texts to generate images of, `num_images` of each.
     out: folder, absent or empty.
-    num_images: images of each prompt.
-    seed: of the initial noise.
-    noise: .npy file with the initial noise, [n, h, w, c], instead of `seed`.
-    step: which checkpoint; None takes the newest.
-    ema: averaged weights, where the run keeps them.
+    seed: of the initial noise; or `noise`, an .npy file of it, [n, h, w, c].
     batch_size: images a compiled call, at most.
-    protocol: as `inference.load` takes it.
+    step, ema, protocol: as `inference.load` takes them.
 
   Raises UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """

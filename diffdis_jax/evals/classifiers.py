@@ -63,15 +63,10 @@ def fit(
 def apply(
   f: Callable[[Any, Array], Array], model: Any, images: UInt8[np.ndarray, "n s s 3"], *, batch_size: int
 ) -> Any:
-  """Return f(model, images) of all images. The last batch is filled with zeros, since another shape is another
-  compilation."""
+  """Return f(model, images) of all images."""
   # The network is an argument: weights that are closed over would be constants of the program.
-  compiled, found = nnx.jit(f), []
-  for start in range(0, len(images), batch_size):
-    part = images[start : start + batch_size]
-    padded = np.pad(part, ((0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)))
-    found.append(np.asarray(jax.device_get(compiled(model, jnp.asarray(padded))))[: len(part)])
-  return np.concatenate(found)
+  compiled = nnx.jit(f)
+  return base.by_blocks(lambda rows: compiled(model, jnp.asarray(rows)), images, size=batch_size)
 
 
 class ShapeLogits(struct.PyTreeNode):
