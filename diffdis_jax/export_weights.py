@@ -122,7 +122,9 @@ def export_weights(
       logging.info("it is an autoencoder alone: the pipeline's vae encodes and decodes; it generates nothing")
     else:
       _write_tokenizer(temporary if is_clip else temporary / "tokenizer", own["max_length"])
-    named = dict(run=buckets.path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo)
+    named: dict[str, Any] = dict(
+      run=buckets.path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo
+    )
     model_card.write(temporary, **named)
     if text := licences_of(run):
       (temporary / LICENSES).write_text(text, encoding="utf-8")

@@ -64,7 +64,9 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache()
   cli.use_all_cores()
   processes.start()
-  given = {name: FLAGS[name].value for name in ("num_images", "seed", "noise", "step", "ema", "batch_size")}
+  given: dict[str, Any] = {
+    name: FLAGS[name].value for name in ("num_images", "seed", "noise", "step", "ema", "batch_size")
+  }
   sampling = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
   given |= {name: value for name, value in sampling.items() if value is not None}
   generate(FLAGS.workdir, read_prompts(FLAGS.prompt, FLAGS.prompts_file), FLAGS.out, **given)

@@ -51,7 +51,7 @@ def compiled_functions(network: Network, how: Sampling) -> dict[str, Callable[..
       return model.encode_image(images)
     # z = V(x), by the posterior's mode, so that an image's score has no noise but e_T's.
     z, noise = model.encode_image(images), noise_of(seeds, places, how.num_noise_samples)
-    given = dict(steps=how.steps, guidance_scale=how.guidance, normalize_query=how.normalize_query)
+    given: dict[str, Any] = dict(steps=how.steps, guidance_scale=how.guidance, normalize_query=how.normalize_query)
     return algorithms.denoise_text_query(model, z, noise, network=network, **given)
 
   def class_logits(
@@ -79,6 +79,7 @@ def compiled_functions(network: Network, how: Sampling) -> dict[str, Callable[..
     "class logits": class_logits,
     "generation": generate,
     "moments": moments,
+    "reconstruction": lambda model, images: model.decode_image(model.encode_image(images)),
   }
 
 
@@ -205,9 +206,11 @@ class Inference:
 
     Raises UserError: CLIP, which has no autoencoder, or images as `embed_images` refuses them.
     """
-    if self.network.is_clip:
-      raise UserError("this run is a CLIP model, which encodes no latents; take a run of DiffDis")
-    return self._run("moments", params, self._images(images))
+    return self._run("moments", params, self._latent_images(images))
+
+  def reconstruct(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
+    """Send images through the autoencoder, by the posterior's mode. Raises as `moments`."""
+    return self._run("reconstruction", params, self._latent_images(images))
 
   def conditions(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> BFloat16[np.ndarray, "n l d"]:
     """Return the text condition c of every token. Raises as `embed_texts`."""

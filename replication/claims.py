@@ -57,7 +57,10 @@ def equivalent(pairs: Sequence[float], bound: float) -> float | None:
 
   if significance.paired(pairs).p is None:
     return None
-  sides = stats.ttest_1samp(pairs, -bound, alternative="greater"), stats.ttest_1samp(pairs, bound, alternative="less")
+  sides: tuple[Any, Any] = (
+    stats.ttest_1samp(pairs, -bound, alternative="greater"),
+    stats.ttest_1samp(pairs, bound, alternative="less"),
+  )
   return max(float(side.pvalue) for side in sides)
 
 

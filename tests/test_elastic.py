@@ -122,7 +122,7 @@ def test_keep_policies_that_contradict_themselves(options, message):
 def test_the_best_metric_is_of_an_evaluation_in_training(config, tmp_path):
   bad = config.copy_and_resolve_references()
   bad.checkpoint.update(keep_best=1, best_metric="test/acc1")
-  with pytest.raises(UserError, match="best_metric=test/acc1 should begin with one of train_evals"):
+  with pytest.raises(UserError, match="best_metric=test/acc1 should be NAME/METRIC, of one of train_evals"):
     loop.train_and_evaluate(Run.of(bad), str(tmp_path / "run"))
   bad.train_evals = ("test",)
   for name in ("test", "test/"):

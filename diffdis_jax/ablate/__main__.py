@@ -204,7 +204,7 @@ def write_tables(plan: Plan, folder: Folder, *, more: Mapping[str, Any] | None =
   base, _ = cli.config_given()
   content = summary.summarise(plan, folder, base=base)
   text = render.markdown(content) + text
-  result_files.write_text(str(folder.path / "tables.json"), files.as_json(content | (more or {})))
+  result_files.write_text(str(folder.path / "tables.json"), files.as_json({**content, **(more or {})}))
   result_files.write_text(str(folder.path / "tables.md"), text)
   cli.write(text)
 

@@ -184,7 +184,8 @@ def _make_run(
 def measured(config: Config) -> dict[str, Any]:
   """Return the evaluations of what is trained; others would measure chance, and their cells stay blank instead."""
   objectives: Sequence[str] = config["objectives"]
-  measures = lambda task: evals.get(task).fits(objectives)
+  # An unknown task stays, so that its check can name the run.
+  measures = lambda task: task not in evals.TASKS or evals.get(task).fits(objectives)
   return {name: section for name, section in config["evals"].items() if measures(section["task"])}
 
 

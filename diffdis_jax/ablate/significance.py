@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def paired(pairs: Sequence[float]) -> Difference:
   sd = statistics.stdev(pairs) if n > 1 else None
   if sd is None or sd <= ROUNDING * max(1.0, *map(abs, pairs)):
     return Difference(mean=mean, n=n, se=None if sd is None else 0.0)
-  test = stats.ttest_1samp(pairs, 0.0)
+  test: Any = stats.ttest_1samp(pairs, 0.0)
   low, high = map(float, test.confidence_interval(1 - ALPHA))
   least = detectable(sd, n)
   return Difference(mean=mean, n=n, se=sd / n**0.5, low=low, high=high, p=float(test.pvalue), detectable=least)

@@ -8,6 +8,7 @@ writes a checkpoint's arrays, has TENSORSTORE_GCS_HTTP_URL for that. Both try ea
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import importlib.util
@@ -21,10 +22,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import IO, Any
 
+import google_crc32c
 from absl import logging
 from etils import epath
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import Gone, UserError
 
 # Where TensorFlow is installed, etils would read buckets by it: take one way on every machine. etils looks once, at the
 # first path that is asked anything.
@@ -123,11 +125,17 @@ def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = 
 
 
 def download(wanted: Mapping[str, pathlib.Path]) -> None:
-  """Copy objects to local files, each whole or not at all: address -> file."""
+  """Copy objects to local files, each whole or not at all: address -> file. Raise Gone: one arrived damaged."""
   partial = {url: file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp") for url, file in wanted.items()}
   try:
     _system().get([*wanted], [os.fspath(file) for file in partial.values()])
     for url, file in wanted.items():
+      there, digest = _system().info(url).get("crc32c"), google_crc32c.Checksum()
+      with partial[url].open("rb") as copied:
+        for _ in digest.consume(copied, 1 << 20):
+          pass
+      if there not in (None, base64.b64encode(digest.digest()).decode()):
+        raise Gone(f"{url} arrived damaged")
       partial[url].replace(file)
   finally:
     for file in partial.values():

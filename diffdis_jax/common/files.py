@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Iterator
 from typing import IO, Any
 
+from absl import logging
 from etils import epath
 
 from diffdis_jax.common import buckets
@@ -105,8 +106,16 @@ def in_use(path: str | os.PathLike[str], flags: int = 0, *, strict: bool = False
 
 
 def lock(file: IO[Any], *, wait: bool) -> None:
-  """Keep an open file to this process until it is closed. Raise BlockingIOError: another has it, and not to `wait`."""
-  fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  """Keep an open file to this process until it is closed; where its file system has no locks, warn instead.
+
+  Raises BlockingIOError: another process has it, and this one is not to `wait`.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except BlockingIOError:
+    raise
+  except OSError as error:
+    logging.warning("%s cannot be locked (%s); let no other process write there meanwhile", file.name, error.strerror)
 
 
 def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
@@ -124,11 +133,11 @@ def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
       temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: str | os.PathLike[str]) -> None:
-  """Remove the temporary files that `write_whole` left in a local folder when its process was killed."""
+def sweep(folder: str | os.PathLike[str], *, age: float = DAY) -> None:
+  """Remove the temporary files, of at least this age in seconds, that killed processes left in a local folder."""
   for path in pathlib.Path(folder).glob(".*.tmp"):
     with contextlib.suppress(OSError):
-      if path.is_file() and path.stat().st_mtime < time.time() - DAY:
+      if path.is_file() and path.stat().st_mtime <= time.time() - age:
         path.unlink()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from diffdis_jax.config.section import check_choice
 from diffdis_jax.errors import UserError
@@ -38,7 +39,7 @@ class Objective:
     return self.network == "clip"
 
 
-_LONG_TAIL = dict(network="either", alone=True, aligned=True, needs_images=True, labelled=True)
+_LONG_TAIL: dict[str, Any] = dict(network="either", alone=True, aligned=True, needs_images=True, labelled=True)
 TABLE = {
   # The two of the paper, the only ones that may stand side by side.
   "generation": Objective(generates=True, grad_cache=True),

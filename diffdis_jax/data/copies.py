@@ -58,7 +58,7 @@ def _copied(url: str, split: str | None) -> pathlib.Path:
     manifest = folder / "copied.json"
     known = files.read_json(manifest) if manifest.exists() else {}
     missing = [name for name, facts in wanted.items() if not _is_there(folder / name, known.get(name), facts)]
-    files.sweep(folder)  # of a process that was killed: only one copies at a time
+    files.sweep(folder, age=0)  # of a process that was killed: only one copies at a time
     _check_room(url, folder, sum(wanted[name]["size"] for name in missing))
     for start in range(0, len(missing), _AT_ONCE):
       some = missing[start : start + _AT_ONCE]

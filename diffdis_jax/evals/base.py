@@ -39,6 +39,7 @@ class Evaluation:
   Raises UserError: a setting out of its range, or data that it cannot take.
   """
 
+  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
   task: ClassVar[str]  # the kind of measurement, in CLIP_benchmark's words where it has one
 
   seed: int = number(0, ge=0, le=MOST_SEED, help="seed of all that is random")
@@ -195,7 +196,7 @@ def _usable(source: Any, index: SupportsIndex) -> Iterator[None]:
     yield
   except records.Unusable as error:
     # Of a set whose files are read in place a number would not say which.
-    items = getattr(getattr(source, "images", None), "items", None)
+    items: Any = getattr(getattr(source, "images", None), "items", None)
     is_file = isinstance(items, Sequence) and isinstance(items[int(index)], pathlib.Path)
     what = items[int(index)] if is_file else f"record {index} of the data set"
     raise UserError(f"{what} cannot be used: {error}; download or prepare it again") from error

@@ -116,7 +116,7 @@ def _metrics(task: str, name: str, records: Any) -> Sequence[str]:
 
 
 def _cell(record: Mapping[str, Any] | None, metric: str) -> str:
-  value = record and record["metrics"].get(metric)
+  value = record["metrics"].get(metric) if record else None
   if record is None or value is None:
     return NONE
   if metric.startswith(AS_THEY_ARE):

@@ -116,8 +116,9 @@ def push(folder: pathlib.Path, repo: str, *, private: bool, message: str) -> str
   api = huggingface_hub.HfApi()
   with _in_one_line(repo):
     api.create_repo(repo, private=private, exist_ok=True)
-    how = dict(commit_message=message, delete_patterns=["*.safetensors", "*.json", "*.txt", "*.py"])
-    return api.upload_folder(repo_id=repo, folder_path=folder, **how).commit_url
+    earlier = ["*.safetensors", "*.json", "*.txt", "*.py"]
+    commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=earlier)
+    return commit.commit_url
 
 
 @contextlib.contextmanager

@@ -82,7 +82,9 @@ def write(
     start=_start(fields["init_from"], past),
     metrics=_metrics(run, step),
     results=provenance.results(run),
-    **{function.__name__[1:]: function for function in (_shown, _plain, _protocol)},
+    shown=_shown,
+    plain=_plain,
+    protocol=_protocol,
     config=json.dumps(own, indent=2, sort_keys=True),
   )
   card.save(folder / "README.md")

@@ -208,7 +208,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
     # diffusers names a class by its module in this process, which no other has.
     index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
     for name, value in index.items():
-      part = getattr(self, name, None) if isinstance(value, list) else None
+      part: Any = getattr(self, name, None) if isinstance(value, list) else None
       if hasattr(part, "source"):
         value[0] = value[0].split(".")[-1]
         (folder / name / f"{value[0]}.py").write_text(part.source, encoding="utf-8")

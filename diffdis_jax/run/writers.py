@@ -148,7 +148,9 @@ class Writer:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    content = {"file_version": "brain.Event:2"} if step is None else {"step": step, "summary": {"value": values}}
+    content: dict[str, Any] = (
+      {"file_version": "brain.Event:2"} if step is None else {"step": step, "summary": {"value": values}}
+    )
     record = io.BytesIO()
     RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
     self._append(self._events, record.getvalue())

@@ -11,7 +11,7 @@ from tests import steps, tiny
 @pytest.mark.parametrize(
   ("section", "message"),
   [
-    ({"task": "fid", "parts": "x"}, "evals.some.parts keeps images of one checkpoint, and training measures many"),
+    ({"task": "fid", "parts": "x"}, "evaluation fid has no setting 'parts'"),
     ({"task": "zero_shot"}, "train_evals has some, whose task zero_shot measures discrimination or .*: leave it out"),
   ],
 )

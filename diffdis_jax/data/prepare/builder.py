@@ -265,6 +265,11 @@ def prepare(
     raise UserError("--source has no pair")
   _check_splits(parts)
   out = out.resolve()
+  try:
+    os.fspath(out).encode()
+  except UnicodeEncodeError as error:
+    where = f"--out={os.fspath(out)!r} has a path that is not in UTF-8, where no record can be written"
+    raise UserError(f"{where}; take another folder") from error
   partial = partial_of(out)
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
     reports = {name: Report(**report) for name, report in files.read_json(out / "report.json").items()}
@@ -284,7 +289,7 @@ def prepare(
     stage = make_stage(partial / "parts")
     _check_same(partial, builder, stage)
     stage.folder.mkdir(exist_ok=True)
-    files.sweep(stage.folder)
+    files.sweep(stage.folder, age=0)  # this process holds the lock
     # TFDS reuses a folder that is there.
     shutil.rmtree(partial / "tfds", ignore_errors=True)
     made = builder(parts=parts, stage=stage, settings=settings, data_dir=partial / "tfds")

@@ -191,5 +191,7 @@ def test_a_record_that_is_damaged_later_is_one_line_too(tmp_path, monkeypatch):
   cifar(tmp_path)
   source = read(tmp_path, "cifar10")
   monkeypatch.setattr(records.Stored, "_read", unreadable)
-  with pytest.raises(UserError, match="^record 1 of the data set cannot be used: unreadable record; prepare"):
+  with pytest.raises(
+    UserError, match="^record 1 of the data set cannot be used: unreadable record; download or prepare it again"
+  ):
     base.Images(source, np.arange(3), 4)[np.array([1])]
