@@ -264,6 +264,12 @@ class Inference:
       raise UserError(f"tokens {what}; give (n, {n}), as data.tokenizer.Tokenizer({n}) makes them of a list of texts")
     return tokens
 
+  def _latent_images(self, images: Any) -> Any:
+    """Return images. Raise UserError: CLIP, which has no autoencoder, or as `_images`."""
+    if self.network.is_clip:
+      raise UserError("this run is a CLIP model, which encodes no latents; take a run of DiffDis")
+    return self._images(images)
+
   def _images(self, images: Any) -> Any:
     """Return images. Raise UserError for numbers of 0 to 1, which would be black, and for another size, which many
     networks embed badly. What decodes its rows when they are asked for has no dtype, and passes."""

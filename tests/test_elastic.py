@@ -127,7 +127,7 @@ def test_the_best_metric_is_of_an_evaluation_in_training(config, tmp_path):
   bad.train_evals = ("test",)
   for name in ("test", "test/"):
     bad.checkpoint.best_metric = name
-    with pytest.raises(UserError, match=f"best_metric={name} names no metric; write it as test/METRIC"):
+    with pytest.raises(UserError, match=f"best_metric={name} should be NAME/METRIC, of one of train_evals"):
       Run.of(bad)
 
 

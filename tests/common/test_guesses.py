@@ -9,6 +9,7 @@ import pytest
 
 import diffdis_jax
 from configs import clip_cc3m, diffdis_cc3m, shapes
+from diffdis_jax import evaluate
 from diffdis_jax.common import guesses
 from diffdis_jax.config import run
 from diffdis_jax.errors import UserError
@@ -91,7 +92,7 @@ def test_every_answer_is_a_field_or_a_flag_that_there_is():
   package = pathlib.Path(diffdis_jax.__file__).parent
   text = "".join(path.read_text() for path in package.rglob("*.py"))
   flags = set(re.findall(r"""DEFINE_\w+\(\s*"(\w+)\"""", text))
-  flags |= {*tasks.all_settings()}  # derived
+  flags |= {*evaluate.SAMPLING, *tasks.all_settings()}  # derived
   targets = {target for targets in guesses._TARGETS.values() for target in targets}
   assert len(targets) > 20 and "workdir" in flags
   assert not {target for target in targets if not target.startswith("--")} - fields

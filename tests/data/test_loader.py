@@ -329,12 +329,13 @@ def test_a_record_file_that_vanishes(prepared, monkeypatch):
   monkeypatch.setattr(storage, "PATIENCE", 0.2)
   source = sources.open_source(name="pairs", path=prepared, image_size=8)
   file = prepared / "pairs-train.array_record-00001-of-00002"
-  file.unlink()
+  away = file.rename(prepared / "away")
   said = f"the data could not be read for 1 s: .*{file.name} is not there"
   with contextlib.closing(make(source, num_threads=2)) as iterator, pytest.raises(storage.Away, match=said):
     take(iterator, 4)
   with pytest.raises(UserError, match=f"{file.name} is missing; put it back"):
     sources.open_source(name="pairs", path=prepared, image_size=8)
+  away.rename(file)  # for threads that would wait for it until the process ends
 
 
 @pytest.mark.parametrize("settings", [{"num_threads": 0}, {"num_threads": 2}, {"num_workers": 1}], ids=str)
@@ -353,9 +354,8 @@ def test_a_record_file_that_is_gone_for_a_while_changes_no_bit(prepared, monkeyp
   if "num_workers" not in settings:  # which write their own log
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     # Threads that another test has left may still ask for a file of theirs.
-    said = [each for each in said if str(file) in each or each.endswith("again")]
+    said = [each for each in said if str(file) in each]
     assert said[0] == f"cannot read the data: {file} is not there; trying again in 0.2 s"
-    assert said[-1].startswith("the data can be read again, after ")
   iterator.close()
 
 

@@ -103,7 +103,7 @@ def test_names_and_captions_that_are_not_unicode(tmp_path):
   assert reports["train"].skipped == {"caption that is not UTF-8": 1, "corrupt json": 1}
   (record,) = load(tmp_path / "out", "train")
   assert (record["key"], record["caption"]) == ("caf\\udce9/0.png", "coffee")
-  with pytest.raises(UserError, match="not in UTF-8, where no checkpoint and no record can be written"):
+  with pytest.raises(UserError, match="not in UTF-8, where no record can be written"):
     builder.prepare(parts.files(items, split="train", root=tmp_path), folder / "out")
   assert not (folder / ".out.partial").exists()
 
