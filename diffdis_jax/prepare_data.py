@@ -15,7 +15,7 @@ again, and ends in the same records. card.json and card.png describe what was wr
   coco                annotations/captions_*.json and the images, or Karpathy's dataset_coco.json
   flickr30k           Karpathy's dataset_flickr30k.json and the images
   folder              CLASS/IMAGE or SPLIT/CLASS/IMAGE
-  cifar10, pets, ...  one of the twelve zero-shot sets, in a layout that evaluate --suite reads
+  torchvision NAME    one of the twelve zero-shot sets, in the folder that torchvision's class reads
 
 `files` looks which of those layouts it is, and holds out a share of the pairs as split `val`. --preview writes a grid
 of 16 pairs first, and without --out nothing else:
@@ -93,7 +93,7 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[buil
   "folder": (image_folder.find_parts, image_folder.ImageFolder),
   **{name: (functools.partial(zero_shot_sets.find_parts, name), zero_shot_sets.ZeroShotSet) for name in find.LABELLED},
 }
-NAMES = (*DATA_SETS, "latents", "card")
+NAMES = (*(name for name in DATA_SETS if name not in find.LABELLED), "torchvision", "latents", "card")
 RAW = ("source", "short_side", "reduced_decoding", "drop_duplicates", "num_processes", "beam_pipeline_options")
 # Flags, what takes them, and what that is called. Of any other name they would have no effect.
 BELONGS = (
@@ -152,10 +152,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-  name = argv[1] if len(argv) > 1 else "none"
-  if name not in NAMES:
-    usage = "diffdis prepare_data cc3m --source=DIR --out=DIR"
-    raise UserError(f"prepare_data takes one name of {', '.join(NAMES)}, not {name}: {usage}")
+  name = _name(argv[1:])
   for names, takers, what in BELONGS:
     if name not in takers and (given := next((flag for flag in names if FLAGS[flag].present), "")):
       raise UserError(f"--{given} belongs to {what}; leave it out of prepare_data {name}")
@@ -176,6 +173,21 @@ def main(argv: list[str]) -> None:
     write, finished = functools.partial(write_pairs, name, source), "card.json"
   asked = {"data set": name, **{flag: FLAGS[flag].value for flag in DECIDING}}
   publish(write, _given("out", name), finished=finished, asked=asked)
+
+
+def _name(words: Sequence[str]) -> str:
+  """Return the name of the data set that the command line asks for. Raises UserError: there is none."""
+  first, *rest = words or ["none"]
+  if first not in NAMES:
+    known = f"torchvision {first}" if first in find.LABELLED else "cc3m"
+    usage = f"diffdis prepare_data {known} --source=DIR --out=DIR"
+    raise UserError(f"prepare_data takes one name of {', '.join(NAMES)}, not {first}: {usage}")
+  if first == "torchvision" and (not rest or rest[0] not in find.LABELLED):
+    usage = "diffdis prepare_data torchvision pets --source=DIR --out=DIR"
+    raise UserError(f"prepare_data torchvision takes one set of {', '.join(find.LABELLED)}: {usage}")
+  if first != "torchvision" and rest:
+    raise UserError(f"unexpected argument {rest[0]!r}; every other argument is a flag, --name=value")
+  return words[-1]
 
 
 def publish(
@@ -359,4 +371,4 @@ def _given(flag: str, name: str) -> str:
 
 if __name__ == "__main__":
   define_flags()
-  cli.run(main, positional=1)
+  cli.run(main, positional=2)

@@ -1,5 +1,4 @@
-"""Tiny copies of the published sets, in torchvision's layouts, in CLIP_benchmark's tars and in COCO's and Flickr30k's
-files."""
+"""Tiny copies of the published sets, in torchvision's layouts, in CLIP_benchmark's tars and in COCO's files."""
 
 from __future__ import annotations
 
@@ -169,6 +168,18 @@ def write_wds(
           tar.addfile(member, io.BytesIO(data))
 
 
+def labelled_wds(root: pathlib.Path, set_name: str) -> None:
+  """A set of four pictures in CLIP_benchmark's tars."""
+  samples = [{"jpg": picture(i, "JPEG", SIZE), "cls": str(label).encode()} for i, label in enumerate((2, 0, 1, 3))]
+  write_wds(root / f"wds_{set_name}", samples, classnames=names(set_name))
+
+
+def captioned_wds(folder: pathlib.Path, captions: dict[int, Sequence[str]]) -> None:
+  """Pictures with captions in CLIP_benchmark's tars."""
+  samples = [{"jpg": picture(i, "JPEG", SIZE), "txt": "\n".join(texts).encode()} for i, texts in captions.items()]
+  write_wds(folder, samples, kind="retrieval")
+
+
 def write_coco(folder: pathlib.Path, captions: dict[int, Sequence[str]], table: str) -> None:
   """Annotations in another order than the images; pictures in val2014/."""
   images = [{"id": number, "file_name": f"COCO_val2014_{number:012d}.jpg"} for number in captions]
@@ -181,11 +192,3 @@ def write_coco(folder: pathlib.Path, captions: dict[int, Sequence[str]], table: 
   )
   for image in images:
     save(folder / "val2014" / str(image["file_name"]), int(str(image["id"])))
-
-
-def write_flickr(folder: pathlib.Path, captions: dict[int, Sequence[str]]) -> None:
-  lines = [f"{number}.jpg,{text}\n" for number in captions for text in captions[number]]
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "flickr30k_test_karpathy.txt").write_text("image,caption\n" + "".join(lines))
-  for number in captions:
-    save(folder / f"{number}.jpg", number)

@@ -136,23 +136,18 @@ def folder(raw: pathlib.Path) -> list[str]:
   return ["folder"]
 
 
-def cifar10(raw: pathlib.Path) -> list[str]:
-  return [benchmark_sets.cifar10(raw) or "cifar10"]
+def torchvision_pets(raw: pathlib.Path) -> list[str]:
+  benchmark_sets.pets(raw)
+  return ["torchvision", "pets"]
 
 
-def pets(raw: pathlib.Path) -> list[str]:
-  return [benchmark_sets.pets(raw) or "pets"]
-
-
-def dtd(raw: pathlib.Path) -> list[str]:
-  names = benchmark_sets.names("dtd")
-  samples = [{"jpg": picture(i, "JPEG"), "cls": str(i % len(names)).encode()} for i in range(COUNT)]
-  benchmark_sets.write_wds(raw / "dtd", samples, classnames=names)
-  return ["dtd"]
+def torchvision_dtd(raw: pathlib.Path) -> list[str]:
+  benchmark_sets.dtd(raw)
+  return ["torchvision", "dtd"]
 
 
 READERS = [files_beside, files_jsonl, files_csv, files_parquet, files_arrow, pairs, cc3m, coco, flickr30k, folder]
-READERS += [cifar10, pets, dtd]
+READERS += [torchvision_pets, torchvision_dtd]
 
 
 def prepared(kills: int, command: Sequence[str]) -> Case:

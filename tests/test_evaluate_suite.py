@@ -21,12 +21,12 @@ CAPTIONS = {1: ["a red star", "a star"], 2: ["a blue ring"]}
 
 def test_the_paper_suite(run, environment, tmp_path):
   root, out = tmp_path / "root", tmp_path / "new/F.json"
-  benchmark_sets.dtd(root)
-  benchmark_sets.write_flickr(root / "flickr30k", CAPTIONS)
+  benchmark_sets.labelled_wds(root, "dtd")
+  benchmark_sets.captioned_wds(root / "flickr30k", CAPTIONS)
   flags = [f"--workdir={run}", "--suite=paper", f"--data_root={root}", f"--out={out}", "--batch_size=8"]
   refused = call("evaluate", environment, *flags)
   message = (
-    f"error: dtd in {root}/dtd/dtd has 4 images, and should have 1,880; download it again, or give --incomplete to"
+    f"error: dtd in {root}/wds_dtd has 4 images, and should have 1,880; download it again, or give --incomplete to"
   )
   assert refused.returncode == 2 and not out.parent.exists()
   assert refused.stderr.splitlines()[-1] == f"{message} measure what is there"
@@ -50,7 +50,7 @@ def test_the_paper_suite(run, environment, tmp_path):
 @pytest.mark.slow
 def test_the_fid_suite(run, inception_file, environment, tmp_path):
   root, out = tmp_path / "root", tmp_path / "F.json"
-  benchmark_sets.write_coco(root / "mscoco_val2014", CAPTIONS, "captions_val2014.json")
+  benchmark_sets.captioned_wds(root / "mscoco_val2014", CAPTIONS)
   flags = [f"--workdir={run}", "--suite=fid", f"--data_root={root}", f"--out={out}", f"--inception={inception_file}"]
   done = call("evaluate", environment, *flags, "--incomplete", "--batch_size=2", "--num_images=2")
   assert done.returncode == 0, done.stderr
@@ -107,7 +107,7 @@ def measure(monkeypatch, root, out, suite="zero_shot12"):
 
 def test_a_second_call_measures_what_is_missing(monkeypatch, quick, tmp_path):
   for name in ("cifar10", "dtd", "pets"):
-    benchmark_sets.TORCHVISION[name](tmp_path)
+    benchmark_sets.labelled_wds(tmp_path, name)
   out, measured, run = tmp_path / "F.json", [], ZeroShot.run
 
   def killed_at(count):

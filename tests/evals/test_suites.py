@@ -14,7 +14,7 @@ from diffdis_jax.data import sources
 from diffdis_jax.data.layouts import class_lists, labelled
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, results, suites, tables, tasks
-from tests.benchmark_sets import TORCHVISION, write_coco, write_flickr, write_wds
+from tests.benchmark_sets import captioned_wds, labelled_wds, write_wds
 from tests.raw_pairs import encode
 
 SIZE = 8
@@ -175,9 +175,9 @@ def test_what_is_looked_for(tmp_path, caplog):
   with pytest.raises(UserError, match="no folder --data_root=.*nowhere"):
     make("retrieval", root=tmp_path / "nowhere")
   for name in ("pets", "dtd"):
-    TORCHVISION[name](tmp_path)
-  write_coco(tmp_path / "mscoco", {1: ["a cat"]}, "captions_val2014.json")
-  write_flickr(tmp_path / "flickr30k", {1: ["a cat"]})
+    labelled_wds(tmp_path, name)
+  captioned_wds(tmp_path / "coco2014", {1: ["a cat"]})
+  captioned_wds(tmp_path / "wds_flickr30k", {1: ["a cat"]})
   assert make("zero_shot12") == ["dtd", "pets"] and make("retrieval") == ["flickr30k"]
   assert make("paper") == ["dtd", "pets", "flickr30k", "mscoco_val2014"]
   assert make("paper", ("contrastive",)) == ["dtd", "pets", "flickr30k"]

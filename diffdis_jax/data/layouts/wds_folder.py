@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from diffdis_jax.data import tars
-from diffdis_jax.data.layouts.labelled import Captioned, Lazy, Named, Origin
+from diffdis_jax.data.layouts import class_lists
+from diffdis_jax.data.layouts.class_lists import ClassList
+from diffdis_jax.data.layouts.labelled import Captioned, Labelled, Lazy, Origin
 from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, Unusable
 from diffdis_jax.errors import UserError
 
@@ -27,12 +29,12 @@ def is_one(path: pathlib.Path) -> bool:
   return (path / SPLIT / "nshards.txt").is_file()
 
 
-def read(path: pathlib.Path) -> Named:
-  """Images and labels of its split `test`, in the order of the tars.
+def read(path: pathlib.Path, known: ClassList) -> Labelled:
+  """Read images and labels of the split `test`, in the order of the tars.
 
   Raises:
-    UserError: it is no classification set, has no class names, lacks a tar, or holds a label that is no number or that
-      no class has.
+    UserError: it is no classification set, has no class names or other ones, lacks a tar, or holds a label that is no
+      number or that no class has.
   """
   if (kind := _kind(path)) != "classification":
     raise UserError(f"{path} is of type {kind} (dataset_type.txt), not of images with one label each")
@@ -41,13 +43,14 @@ def read(path: pathlib.Path) -> Named:
     raise UserError(f"no {path / 'classnames.txt'}; labels go by name, and their numbers alone do not say which")
   # Labels now, images when they are asked for: a set's labels are small files beside each image.
   samples = list(_samples(path, "cls"))
-  labels = [_label(sample["cls"], len(classes)) for sample in samples]
+  labels = np.array([_label(sample["cls"], len(classes)) for sample in samples], np.int64)
+  places = class_lists.match(classes, known, where=str(path))
   origin = Origin("wds", str(path), SPLIT, tuple(_lines(path / "zeroshot_classification_templates.txt")))
-  return Named(_images(samples), np.array(labels, np.int64), classes, origin)
+  return Labelled(_images(samples), places[labels], known.classnames, origin)
 
 
 def read_captions(path: pathlib.Path) -> Captioned:
-  """Images and their captions, one a line. Raises UserError: it is no retrieval set, or lacks a tar."""
+  """Read images and their captions, one a line. Raises UserError: it is no retrieval set, or lacks a tar."""
   if (kind := _kind(path)) != "retrieval":
     raise UserError(f"{path} is of type {kind} (dataset_type.txt), not of images with captions")
   samples = list(_samples(path, "txt"))

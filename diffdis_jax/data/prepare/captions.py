@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from diffdis_jax.data.layouts import karpathy
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.parts import Item, Part
@@ -62,7 +61,8 @@ def find_flickr30k(source: pathlib.Path) -> list[Part]:
   table = source / "dataset_flickr30k.json"
   if not table.exists():
     raise UserError(f"no {table}; it comes with Karpathy's splits (caption_datasets.zip)")
-  return _karpathy(table, karpathy.flickr_images(source))
+  images = [source / name for name in ("flickr30k-images", "flickr30k_images", "images", "Images")]
+  return _karpathy(table, next((folder for folder in images if folder.is_dir()), source))
 
 
 def find_coco(source: pathlib.Path) -> list[Part]:

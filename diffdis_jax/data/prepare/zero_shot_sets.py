@@ -1,25 +1,26 @@
-"""A published zero-shot set, in whatever layout it lies, with the bytes of its images as they are."""
+"""The twelve zero-shot sets, from the folders that their authors publish and torchvision's classes read.
+
+Images that lie as files keep their bytes. Those of CIFAR and of Pets, which torchvision gives as pixels, become PNG.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
+import os
 import pathlib
-from collections.abc import Iterator
-from typing import Any
-
-import numpy as np
-from PIL import Image
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from diffdis_jax.data import image_files
-from diffdis_jax.data.layouts import class_lists, find
-from diffdis_jax.data.layouts.labelled import Labelled
+from diffdis_jax.data.layouts import class_lists
+from diffdis_jax.data.layouts.class_lists import ClassList
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import Part
-from diffdis_jax.data.records import Unusable
+from diffdis_jax.data.prepare.parts import Item, Part
+from diffdis_jax.errors import UserError, not_installed
 
 
 class ZeroShotSet(CaptionedImages):
@@ -32,9 +33,39 @@ class ZeroShotSet(CaptionedImages):
   )
 
 
+class _Set(NamedTuple):
+  """A set as torchvision takes it: its split here, `train` where it has none, and the data set of a root.
+
+  With `loader=str` an image is the path of its file.
+  """
+
+  split: str
+  open: Callable[[Any, pathlib.Path], Any]
+
+
+# Caltech-101 with its folder of background, as CLIP_benchmark has it, and ImageNet without the archive of its names.
+SETS = {
+  "cifar10": _Set("test", lambda sets, root: sets.CIFAR10(root, train=False)),
+  "cifar100": _Set("test", lambda sets, root: sets.CIFAR100(root, train=False)),
+  "caltech101": _Set(
+    "train", lambda sets, root: sets.ImageFolder(root / "caltech101/101_ObjectCategories", loader=str)
+  ),
+  "cars": _Set("test", lambda sets, root: sets.StanfordCars(root, split="test", loader=str)),
+  "flowers": _Set("test", lambda sets, root: sets.Flowers102(root, split="test", loader=str)),
+  "food101": _Set("test", lambda sets, root: sets.Food101(root, split="test", loader=str)),
+  "sun397": _Set("train", lambda sets, root: sets.SUN397(root, loader=str)),
+  "dtd": _Set("test", lambda sets, root: sets.DTD(root, split="test", loader=str)),
+  "fgvc_aircraft": _Set("test", lambda sets, root: sets.FGVCAircraft(root, split="test", loader=str)),
+  "pets": _Set("test", lambda sets, root: sets.OxfordIIITPet(root, split="test")),
+  "eurosat": _Set("train", lambda sets, root: sets.EuroSAT(root, loader=str)),
+  "imagenet1k": _Set("val", lambda sets, root: sets.ImageFolder(root / "val", loader=str)),
+}
+PIXELS = ("cifar10", "cifar100", "pets")
+
+
 @dataclasses.dataclass
-class SetPart:
-  """Some of a set's images."""
+class PixelsPart:
+  """Some of the images of a set that torchvision gives as pixels."""
 
   name: str
   split: str
@@ -45,44 +76,62 @@ class SetPart:
   truncated: bool = False
 
   def identity(self) -> list[Any]:
-    source = _open(self.root, self.set_name)
-    return [self.set_name, source.origin.layout, len(source), self.first, self.count]
+    return [self.set_name, len(_open(self.set_name, self.root)), self.first, self.count]
 
   def __iter__(self) -> Iterator[RawPair]:
-    source, known = _open(self.root, self.set_name), class_lists.load()[self.set_name]
-    # `class` is the data's own name: what measures the prepared set looks it up as in the published one.
-    names = known.names_in_data or known.classnames
+    images = _open(self.set_name, self.root)
+    texts = _texts(images.classes, self.set_name, self.root)
     for index in range(self.first, self.first + self.count):
-      fields = source.fields(index)
-      metadata = {"label": fields["label"], "class": names[fields["label"]]}
-      try:
-        image = source.images[index]
-      except Unusable:
-        image = None  # which the preparation counts, as of any source
-      # Lossless: CIFAR's 32 px would not survive a JPEG.
-      data = image_files.png(Image.fromarray(image)) if isinstance(image, np.ndarray) else image
-      yield RawPair(f"{index:08d}", data, fields["caption"].encode(), json.dumps(metadata).encode())
+      image, label = images[index]
+      caption, metadata = texts[label]
+      yield RawPair(f"{index:08d}", image_files.png(image), caption.encode(), metadata.encode())
 
 
 def find_parts(set_name: str, source: pathlib.Path) -> list[Part]:
-  """Find the parts of the set of this name under `source`, by `data.layouts.find`. A set without splits becomes
-  `train`.
+  """Find the parts of the set of this name under `source`, which torchvision's class takes as its root.
 
   Raises:
-    UserError: no such folder, or no such set in it.
+    UserError: no such folder or set, or classes that are not the set's.
   """
-  parts.check_folder(source, f"the folder of data sets in which {set_name} lies")
-  found = _open(source, set_name)
-  split = "train" if found.origin.split == "all" else found.origin.split
-  starts = range(0, len(found), parts.ITEMS)
-  return [
-    SetPart(f"{split}-{i:05d}", split, source, set_name, first, min(parts.ITEMS, len(found) - first))
-    for i, first in enumerate(starts)
-  ]
+  parts.check_folder(source, f"the folder that torchvision takes as root of {set_name}")
+  split, images = SETS[set_name].split, _open(set_name, source)
+  texts = _texts(images.classes, set_name, source)
+  if set_name in PIXELS:
+    starts = range(0, len(images), parts.ITEMS)
+    return [
+      PixelsPart(f"{split}-{i:05d}", split, source, set_name, first, min(parts.ITEMS, len(images) - first))
+      for i, first in enumerate(starts)
+    ]
+  files = [(os.path.relpath(file, source), label) for file, label in (images[i] for i in range(len(images)))]
+  if set_name == "sun397":  # whose files torchvision takes in whatever order the disk gives
+    files.sort()
+  return parts.files([Item(file, *texts[label]) for file, label in files], split=split, root=source)
 
 
 @functools.lru_cache(maxsize=1)  # by each process, for all of its parts
-def _open(root: pathlib.Path, set_name: str) -> Labelled:
-  found = find.open_set(root, set_name)
-  assert isinstance(found, Labelled)
-  return found
+def _open(set_name: str, root: pathlib.Path) -> Any:
+  try:
+    from torchvision import datasets  # here, since it takes seconds
+  except ImportError as error:
+    raise not_installed("prepare_data torchvision", "torchvision", "torch") from error
+  try:
+    return SETS[set_name].open(datasets, root)
+  except Exception as error:  # whatever a file of another form leads torchvision into
+    raise UserError(f"torchvision cannot read {set_name} in --source={root}: {error!r:.300}") from error
+
+
+class _Texts(NamedTuple):
+  caption: str
+  metadata: str
+
+
+def _texts(classes: Sequence[str], set_name: str, root: pathlib.Path) -> list[_Texts]:
+  """Return the caption and the metadata of each class of the data. Raises UserError: other classes than the set's."""
+  known: ClassList = class_lists.load()[set_name]
+  places = class_lists.match(classes, known, where=f"{set_name} in --source={root}").tolist()
+  # `class` is the data's own name: evaluations look it up as one of the published set.
+  names = known.names_in_data or known.classnames
+  return [
+    _Texts(known.classnames[place], json.dumps({"label": place, "class": names[place]}, ensure_ascii=False))
+    for place in places
+  ]

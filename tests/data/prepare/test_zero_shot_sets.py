@@ -1,41 +1,139 @@
-from __future__ import annotations
+"""The twelve sets against torchvision's own classes: same pixels, same labels, same order."""
 
-import functools
+from __future__ import annotations
 
 import numpy as np
 import pytest
+import torchvision.datasets
+from clip_benchmark.datasets import caltech101
 
+from diffdis_jax import prepare_data
 from diffdis_jax.data import sources, transforms
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.data.prepare import builder, zero_shot_sets
 from diffdis_jax.errors import UserError
 from tests import benchmark_sets
 
+PUBLISHED = {
+  "cifar10": lambda root: torchvision.datasets.CIFAR10(root, train=False),
+  "cifar100": lambda root: torchvision.datasets.CIFAR100(root, train=False),
+  "caltech101": lambda root: caltech101.Caltech101(root),  # with the background, as torchvision's has not
+  "cars": lambda root: torchvision.datasets.StanfordCars(root, split="test"),
+  "flowers": lambda root: torchvision.datasets.Flowers102(root, split="test"),
+  "food101": lambda root: torchvision.datasets.Food101(root, split="test"),
+  "sun397": lambda root: torchvision.datasets.SUN397(root),
+  "dtd": lambda root: torchvision.datasets.DTD(root, split="test"),
+  "fgvc_aircraft": lambda root: torchvision.datasets.FGVCAircraft(root, split="test"),
+  "pets": lambda root: torchvision.datasets.OxfordIIITPet(root, split="test"),
+  "eurosat": lambda root: torchvision.datasets.EuroSAT(root),
+  "imagenet1k": lambda root: torchvision.datasets.ImageNet(root, split="val"),
+}
 
-@pytest.mark.parametrize("name", ["cifar10", "caltech101", "imagenet1k"])
-def test_prepared_it_is_the_same_set(tmp_path, monkeypatch, name):
-  """Pixels that have no bytes become PNG, others keep theirs; numbers, names and order stay."""
+
+@pytest.fixture
+def unchecked(monkeypatch):
+  """torchvision without its hashes of the real files."""
+  for module in ("cifar", "flowers102", "imagenet"):
+    monkeypatch.setattr(getattr(torchvision.datasets, module), "check_integrity", lambda *args: True)
+  numbers = class_lists.load()["imagenet1k"].names_in_data
+  meta = ({number: (number,) for number in numbers}, [])
+  monkeypatch.setattr(torchvision.datasets.imagenet, "load_meta_file", lambda root: meta)
+
+
+def prepare(name, raw, out):
+  found = zero_shot_sets.find_parts(name, raw)
+  builder.prepare(found, out / name, builder=zero_shot_sets.ZeroShotSet, settings=builder.Settings(num_processes=1))
+  return sources.open_source(name=name, path=out, image_size=8)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_same_pixels_labels_and_order(tmp_path, unchecked, monkeypatch, name):
   monkeypatch.setattr(zero_shot_sets.parts, "ITEMS", 3)
-  raw, out = tmp_path / "raw", tmp_path / "prepared" / name
+  raw, known = tmp_path / "raw", class_lists.load()[name]
+  raw.mkdir()
   benchmark_sets.TORCHVISION[name](raw)
-  parts = zero_shot_sets.find_parts(name, raw)
-  builder.prepare(parts, out, builder=zero_shot_sets.ZeroShotSet, settings=builder.Settings(num_processes=1))
-  before, after = (sources.open_source(name=name, path=path, image_size=8) for path in (raw, out.parent))
-  assert (before.origin.layout, after.origin.layout) == ("torchvision", "prepared")
-  assert before.origin.split == after.origin.split
-  assert after.labels.tolist() == before.labels.tolist() and len({*after.labels.tolist()}) > 2
-  for i in range(len(before)):
-    shown = [np.asarray(transforms.decode(source[i]["image"])) for source in (before, after)]
-    np.testing.assert_array_equal(*shown)
-    assert name == "cifar10" or before[i]["image"] == after[i]["image"]
-  split = "train" if after.origin.split == "all" else after.origin.split
-  pairs = sources.open_source(name="pairs", path=out, split=split, image_size=8)
-  record, known = pairs[0], class_lists.load()[name]
-  assert record["label"] == before.labels[0] and record["caption"] == known.classnames[record["label"]]
+  source, theirs = prepare(name, raw, tmp_path / "out"), PUBLISHED[name](raw)
+  order = range(len(theirs))
+  if name == "sun397":  # theirs has the disk's order, ours that of the paths
+    order = sorted(order, key=lambda i: theirs._image_files[i])
+  assert len(source) == len(source.labels) == len(theirs) > 2
+  classes = theirs.categories if name == "caltech101" else theirs.classes
+  for i, j in enumerate(order):
+    (image, target), record = theirs[j], source[i]
+    np.testing.assert_array_equal(
+      np.asarray(transforms.decode(record["image"])), np.asarray(image.convert("RGB")), err_msg=str(i)
+    )
+    assert record["class"] == record["caption"] == known.classnames[record["label"]]
+    named = classes[target] if isinstance(classes[target], str) else classes[target][0]
+    in_data = (known.names_in_data or known.classnames)[record["label"]]
+    assert class_lists.normalised(named) in {class_lists.normalised(n) for n in (record["class"], in_data)}
+    assert source.fields(i).items() <= record.items()
+  assert len({*source.labels.tolist()}) > 2
+  assert (source.origin.layout, source.origin.split in ("test", "val", "all")) == ("prepared", True)
+  if name not in zero_shot_sets.PIXELS:  # others keep their bytes
+    files = {path.read_bytes() for path in raw.rglob("*") if path.suffix in (".jpg", ".JPEG")}
+    assert {source[i]["image"] for i in range(len(source))} <= files
 
 
-def test_what_is_not_there(tmp_path):
-  find = functools.partial(zero_shot_sets.find_parts, "pets")
-  for source, message in ((tmp_path, "no pets in "), (tmp_path / "x", "no folder .*in which pets lies")):
+def test_its_records_are_pairs_with_labels(tmp_path):
+  benchmark_sets.imagenet1k(tmp_path / "raw")
+  source = prepare("imagenet1k", tmp_path / "raw", tmp_path)
+  pairs = sources.open_source(name="pairs", path=tmp_path / "imagenet1k", split="val", image_size=8)
+  assert [(pairs[i]["label"], pairs[i]["class"]) for i in range(3)] == [
+    (source.labels[i], class_lists.load()["imagenet1k"].names_in_data[source.labels[i]]) for i in range(3)
+  ]
+
+
+def damage_name(root):
+  (root / "food-101/meta/test.json").write_text('{"waffle": ["waffle/1"]}')
+
+
+def damage_form(root):
+  (root / "fgvc-aircraft-2013b/data/images_variant_test.txt").write_text("0000007 Yak-43\n")
+
+
+def damage_matlab(root):
+  (root / "stanford_cars/devkit/cars_meta.mat").write_bytes(b"nothing")
+
+
+@pytest.mark.parametrize(
+  ("name", "damage", "message"),
+  [
+    ("food101", damage_name, "class 0 is 'waffle', which is none of the 101 classes of food101"),
+    ("fgvc_aircraft", damage_form, "torchvision cannot read fgvc_aircraft in --source=.*: KeyError"),
+    ("cars", damage_matlab, "torchvision cannot read cars in --source=.*"),
+    ("cifar10", lambda root: None, "torchvision cannot read cifar10 in --source=.*not found or corrupted"),
+  ],
+)
+def test_damage_is_one_line(tmp_path, name, damage, message):
+  """The tiny CIFAR is none to torchvision, which knows the digests of the published files."""
+  benchmark_sets.TORCHVISION[name](tmp_path)
+  damage(tmp_path)
+  with pytest.raises(UserError, match=message) as error:
+    zero_shot_sets.find_parts(name, tmp_path)
+  assert "\n" not in str(error.value)
+
+
+def test_a_folder_or_a_set_that_is_not_there(tmp_path):
+  for source, message in (
+    (tmp_path, "torchvision cannot read pets in "),
+    (tmp_path / "x", "no folder .* root of pets"),
+  ):
     with pytest.raises(UserError, match=message):
-      find(source)
+      zero_shot_sets.find_parts("pets", source)
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    ([], "takes one name of files, .*, not none"),
+    (["torchvision"], "prepare_data torchvision takes one set of cifar10, .*: diffdis prepare_data torchvision pets"),
+    (["torchvision", "mnist"], "takes one set of cifar10, "),
+    (["pets"], "takes one name of .*, not pets: diffdis prepare_data torchvision pets --source"),
+    (["coco", "pets"], "unexpected argument 'pets'"),
+  ],
+)
+def test_the_name_on_the_command_line(words, message):
+  with pytest.raises(UserError, match=message):
+    prepare_data._name(words)
+  assert prepare_data._name(["torchvision", "pets"]) == "pets"
