@@ -13,8 +13,9 @@ import contextlib
 import importlib.util
 import os
 import pathlib
-import threading
-from collections.abc import Mapping, Sequence
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,24 +23,21 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.app import limits as limits_of
 from diffdis_jax.app import search, step_sampler
-from diffdis_jax.app.limits import Limits, read_names
-from diffdis_jax.common import cli
-from diffdis_jax.config import Run
+from diffdis_jax.common import cli, files
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, not_installed
-from diffdis_jax.evals import prompts, tasks
+from diffdis_jax.evals import tasks
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import restore
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
+FOLDER = "GRADIO_TEMP_DIR"  # the variable that tells Gradio where uploads lie, which it reads when it is imported
 
 
 def define_flags() -> None:
   """Define the command line. It is defined on call, so that two verbs can be imported side by side."""
-  limits = Limits()
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
   flags.DEFINE_string(
     "data", None, "folder written by prepare_data to search; by default that of the first evaluation of images"
@@ -49,133 +47,55 @@ def define_flags() -> None:
   flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 shows the page to the network")
   flags.DEFINE_integer("port", 7860, "port to listen at; 0 takes a free one", lower_bound=0, upper_bound=65535)
   flags.DEFINE_list("allowed_hosts", [], "further host names of the page, such as a proxy's")
-  flags.DEFINE_float("upload_mb", limits.upload_mb, "largest upload, MB")
-  flags.DEFINE_float("megapixels", limits.megapixels, "largest uploaded image, millions of pixels")
-  flags.DEFINE_float("seconds", limits.seconds, "time after which a request is ended, in seconds")
-  flags.DEFINE_integer("waiting", limits.waiting, "requests that may wait; further ones are refused")
+  flags.DEFINE_float("upload_mb", 10.0, "largest upload, MB", lower_bound=0.1)
+  flags.DEFINE_float("seconds", 120.0, "time after which a request is ended, in seconds", lower_bound=1.0)
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
 
 
 def main(argv: Sequence[str]) -> None:
+  """Serve the page until SIGINT or SIGTERM."""
   del argv
-  # Asked for before the run is loaded, which takes long; the page itself is imported last.
   if importlib.util.find_spec("gradio") is None:
     raise not_installed("the page", "gradio", "app")
-  limits = Limits(
-    upload_mb=FLAGS.upload_mb,
-    megapixels=FLAGS.megapixels,
-    seconds=FLAGS.seconds,
-    waiting=FLAGS.waiting,
-  )
+  for name in FLAGS.allowed_hosts:
+    if "://" in name or re.search(r"[/*]|^[^:]*:\d+$", name):
+      raise UserError(f"--allowed_hosts={name} is no host's name; give it alone, such as page.example")
   cli.compilation_cache()
-  serve(
-    FLAGS.workdir,
-    limits,
-    data=FLAGS.data,
-    split=FLAGS.split,
-    num_images=FLAGS.num_images,
-    step=FLAGS.step,
-    ema=FLAGS.ema,
-    host=FLAGS.host,
-    port=FLAGS.port,
-    allowed_hosts=FLAGS.allowed_hosts,
-  )
+  with uploads(), listen(FLAGS.host, FLAGS.port) as listener:
+    serve(listener)
 
 
-def serve(
-  run: str,
-  limits: Limits,
-  *,
-  data: str | None,
-  split: str | None,
-  num_images: int,
-  step: int | None,
-  ema: bool,
-  host: str,
-  port: int,
-  allowed_hosts: Sequence[str] = (),
-) -> None:
-  """Serve the page until SIGINT or SIGTERM.
+def serve(listener: socket.socket) -> None:
+  """Load the run and serve its page."""
+  from diffdis_jax.app import page, server
 
-  Args:
-    run: a workdir.
-    limits: of requests.
-    data, split: prepared folder to search; None takes what the run's config measures on.
-    num_images: of it.
-    step: which checkpoint; None takes the newest.
-    ema: averaged weights, where the run keeps them.
-    host, port: where to listen.
-    allowed_hosts: names by which the page is asked for, beside its address.
-
-  Raises:
-    UserError: no such run, data or checkpoint, a run that no tab can serve, data that none searches, no name of a host,
-      or nobody can listen there.
-  """
-  limits_of.check_names(allowed_hosts)
-  # First: a taken port would show after minutes, in which the run is loaded and its first program compiled.
-  with limits_of.listen(host, port) as listener:
-    record = run_config.load(run)
-    # For its UserError alone: a run that no tab can serve ends before its weights are read.
-    step_sampler.tabs(record.objectives)
-    # Once: the page names the checkpoint that it serves, also where the run saves a newer one meanwhile.
-    step, ema = restore.choose(run, step, ema=ema)
-    # Before the weights, too: a mistyped --data ends at once.
-    source = open_data(record.evals, data, split, image_size=record.image_size)
-    # One device: a request has one image, which several could not share as rows.
-    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-    model, params = inference.load(run, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
-    sampler = step_sampler.StepSampler(model, params, seconds=limits.seconds)
-    index = None
-    if "search" not in sampler.tabs:
-      if data:
-        raise UserError(f"--data={data} has no effect on this run, which cannot search; leave it out")
-    elif source is not None:
-      index = search.Index(sampler, source, num_images)
-
-    preparing = threading.Thread(target=prepare, args=(sampler, index), name="prepare")
-    with limits_of.uploads():
-      import_gradio()
-      from diffdis_jax.app import page, server
-
-      # Its last folder alone: the page may be shown to others, whom this machine's folders do not concern.
-      name = pathlib.PurePath(run).name
-      contents = contents_of(record, f"{name}, checkpoint {step}{', averaged weights' if ema else ''}")
-      blocks = page.build(sampler, index, limits, contents)
-      preparing.start()
-      try:
-        server.serve(blocks, limits, listener=listener, host=host, allowed_hosts=allowed_hosts)
-      finally:
-        # First, since it stops the thread: else `join` would wait until every image is embedded.
-        sampler.close()
-        preparing.join()
-
-
-def import_gradio() -> None:
-  """Import it without the environment's proxy, of a kind that httpx may lack a package for. The page asks nobody."""
-  names = ("no_proxy", "NO_PROXY")  # of which Python prefers the former, where it is there
-  before = {name: os.environ.pop(name, None) for name in names}
-  os.environ.update(dict.fromkeys(names, "*"))
+  # In this order: a run that no tab can serve, and a mistyped --data, end before weights are read.
+  run = run_config.load(FLAGS.workdir)
+  step_sampler.tabs(run.objectives)
+  source = open_data(run.evals, FLAGS.data, FLAGS.split, image_size=run.image_size)
+  # Once: the page names the checkpoint that it serves, also where the run saves a newer one meanwhile.
+  step, ema = restore.choose(FLAGS.workdir, FLAGS.step, ema=FLAGS.ema)
+  # One device: a request has one image, which several could not share as rows.
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+  model, params = inference.load(FLAGS.workdir, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
+  sampler = step_sampler.StepSampler(model, params, seconds=FLAGS.seconds)
+  if FLAGS.data and "search" not in sampler.tabs:
+    raise UserError(f"--data={FLAGS.data} has no effect on this run, which cannot search; leave it out")
+  index = search.Index(sampler, source, FLAGS.num_images) if source and "search" in sampler.tabs else None
+  sampler.warm_up()
+  # Its last folder alone: the page may be shown to others, whom this machine's folders do not concern.
+  about = f"{pathlib.PurePath(FLAGS.workdir).name}, checkpoint {step}{', averaged weights' if ema else ''}"
+  blocks = page.build(sampler, index, run, about)
+  embedding = index and index.start()
   try:
-    importlib.import_module("gradio")
+    how: Any = dict(listener=listener, host=FLAGS.host, allowed_hosts=FLAGS.allowed_hosts)
+    server.serve(blocks, FLAGS.upload_mb, **how)
   finally:
-    for name, value in before.items():
-      os.environ.pop(name)
-      if value is not None:
-        os.environ[name] = value
-
-
-def prepare(sampler: step_sampler.StepSampler, index: search.Index | None) -> None:
-  """Compile what answers take, then embed the images to search, while the page is there already."""
-  try:
-    sampler.warm_up()
-    logging.info("every program is compiled")
-  except (UserError, RuntimeError) as error:  # too large, or closed meanwhile
-    if not sampler.closed.is_set():
-      logging.warning("the model does not answer: %s", error)
-  # After an error too: embedding takes less than generation, and says itself what it fails on.
-  if index is not None:
-    index.fill()
+    # First, since it stops the thread: else `join` would wait until every image is embedded.
+    sampler.close()
+    if embedding:
+      embedding.join()
 
 
 def open_data(
@@ -187,54 +107,43 @@ def open_data(
   Raises:
     UserError: no such folder or split.
   """
+  if bool(data) != bool(split):
+    raise UserError("--data and --split go together: a folder written by prepare_data, and one of its splits")
   if data:
-    if not split:
-      raise UserError("--data needs --split, the name of one of its splits")
     return sources.open_source(name="pairs", path=data, split=split, image_size=image_size)
-  if split:
-    raise UserError("--split is a split of --data; give --data too")
   # Images that are measured before those that generated ones are compared with, as training's often are.
   ordered = sorted(evals.values(), key=lambda section: tasks.get(section["task"]).generates)
   section = next((section["data"] for section in ordered if "data" in section), None)
-  if section is None:
-    return None
   try:
-    return sources.open_source(**section)
+    return None if section is None else sources.open_source(**section)
   except (UserError, OSError) as error:
     # Nobody has asked for this set, which may lie where this machine cannot look: the other tabs do without it.
     logging.warning("no images to search: %s; give --data and --split", error)
     return None
 
 
-def contents_of(run: Run, about: str) -> Any:
-  """Return what the page's fields begin with: prompts, class names and templates of the run's own config."""
-  from diffdis_jax.app import page
-
-  zero_shot = next((each for each in run.evals.values() if each["task"] == "zero_shot"), {})
-  templates = zero_shot.get("templates", ())
-  # The plain prompt, where the first of many is another one.
-  single = zero_shot.get("single_template") or (not isinstance(templates, str) and templates and templates[0])
-  return page.Contents(
-    about=about,
-    prompt=run.sample_prompts[0] if run.sample_prompts else "a red star",
-    names=_names_of(zero_shot.get("classnames", "")),
-    template=single or prompts.TEMPLATES[0],
-    steps=run.inference.generation_steps,
-    guidance=run.inference.generation_guidance,
-  )
+def listen(host: str, port: int) -> socket.socket:
+  """Take the port; 0 for any that is free. Raises UserError: nobody can listen there, such as beside another page."""
+  name = host.strip("[]")  # with or without, as addresses have them
+  listener = socket.socket(socket.AF_INET6 if ":" in name else socket.AF_INET)
+  try:
+    # As servers ask for it: a port whose last connections are not forgotten yet is free.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((name, port))
+  except OSError as error:
+    listener.close()
+    raise UserError(f"cannot listen at {host}, port {port}: {error.strerror}; take another --port or --host") from error
+  return listener
 
 
-def _names_of(classnames: Sequence[str] | Mapping[str, str] | str) -> str:
-  """Return what the field of class names begins with: those of an evaluation, where a request may have them."""
-  # A string is the path of a file, which may lie on another machine.
-  if classnames and not isinstance(classnames, str):
-    names = prompts.resolve_classnames(classnames).names
-    joined = ", ".join(names)
-    # There may be too many, and one may have a comma in it.
-    with contextlib.suppress(UserError):
-      if read_names(joined, Limits()) == names:
-        return joined
-  return "cat, dog, horse"
+@contextlib.contextmanager
+def uploads() -> Iterator[None]:
+  """Give Gradio a new folder for uploads, in $GRADIO_TEMP_DIR or the system's for temporary files, and remove it."""
+  if given := os.environ.get(FOLDER):
+    os.makedirs(given, exist_ok=True)
+  with files.temporary_folder("diffdis-page", given) as made:
+    os.environ[FOLDER] = os.fspath(made)
+    yield
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-
 import numpy as np
 import pytest
 
@@ -114,25 +111,9 @@ def test_a_step_takes_the_runs_form_of_attention():
   sampler.close()
 
 
-def test_text_queries_in_any_number(sampler):
-  texts = ["a star", "a ring", "a red ring"]
-  expected = sampler.model.embed_texts(sampler._params, Tokenizer(sampler.model.max_length)(texts))
-  np.testing.assert_allclose(sampler.text_queries(texts), expected, atol=1e-6)
-
-
 def test_what_is_read_of_a_long_text(sampler):
   assert sampler.cut("a red star") is None
   assert sampler.cut(" ".join(["star"] * 100)) == " ".join(["star"] * (sampler.model.max_length - 2))
-
-
-def test_many_texts_end_when_their_time_is_over(sampler, monkeypatch):
-  """Each of their calls is shorter."""
-  embed = sampler.model.embed_texts
-  monkeypatch.setattr(sampler.model, "embed_texts", lambda *args: (time.sleep(0.4), embed(*args))[1])
-  monkeypatch.setattr(sampler, "_seconds", 1.0)
-  assert len(sampler.text_queries(["a star", "a ring"])) == 2
-  with pytest.raises(UserError, match="took longer than 1 s"):
-    sampler.text_queries(["a star"] * 20)
 
 
 def test_a_clip_has_one_query_and_the_loss_temperature():
@@ -168,22 +149,8 @@ def test_an_autoencoder_has_no_page():
     module.tabs(("reconstruction",))
 
 
-def test_a_long_tailed_run_serves_no_page():
-  """Though it is one of DiffDis or CLIP: the message says what a run has to be trained for."""
-  takes = "are long_tail_head; a page takes a run of any of generation, discrimination, contrastive$"
-  with pytest.raises(UserError, match=takes):
-    module.tabs(("long_tail_head",))
-
-
-def test_calls_take_turns_and_end_with_the_page():
+def test_requests_end_with_the_page():
   sampler = make(tiny_clip.get_config())
-  held, order = threading.Event(), []
-  blocker = threading.Thread(target=sampler.call, args=(lambda: (held.wait(), order.append(1)),))
-  blocker.start()
-  threading.Timer(0.2, held.set).start()
-  np.testing.assert_array_equal(sampler.call(lambda: (order.append(2), np.ones(3))[1]), np.ones(3))
-  blocker.join()
-  assert order == [1, 2]
   sampler.close()
   with pytest.raises(UserError, match="the page has ended"):
-    sampler.call(np.ones, 3)
+    sampler.text_queries(["a"])

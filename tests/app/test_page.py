@@ -1,0 +1,76 @@
+"""The page of a small run, asked good and bad things by the interface that the page itself uses."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+
+from tests import studio_pictures as pictures
+from tests.served_app import serve
+
+pytest_plugins = ("tests.untrained",)
+REQUESTS, AT_ONCE = 36, 6
+UPLOADS = {"image": pictures.png(64, 48), "empty": b"", "large": bytes(11_000_000), "bomb": pictures.bomb(30_000)}
+NAMES, TEMPLATE = "red star, blue ring, green heart", "a {}"
+# Name, what is asked, what is uploaded, and what must come back: an answer, or a message with these words.
+KINDS = (
+  ("draw", ["a red star", 0, 6, 3.0], "", "answer"),
+  ("classify", [NAMES, TEMPLATE, 8, 0], "image", "answer"),
+  ("classify", [NAMES, TEMPLATE, 8, 0], "empty", "the file is empty"),
+  ("search_text", ["a blue ring"], "", "answer"),
+  ("classify", [NAMES, TEMPLATE, 8, 0], "large", "413"),
+  ("inside", [NAMES, TEMPLATE, 4, 8, 0], "image", "answer"),
+  ("classify", [NAMES, TEMPLATE, 8, 0], "bomb", "too many pixels"),
+  ("search_image", [], "image", "answer"),
+  ("draw", ["x" * 1_000_000, 0, 6, 3.0], "", "1,000,000 characters"),
+  ("draw", ["a ring", 0, 10**9, 3.0], "", "steps is 1000000000"),
+  ("classify", ["<img src=x>, <img src=x>", TEMPLATE, 8, 0], "image", "&lt;img src=x&gt;"),
+  ("inside", [NAMES, TEMPLATE, 4, 8, 0], "/etc/passwd", "error"),
+)
+
+
+def ask(client: httpx.Client, name: str, data: list) -> str:
+  """The end of an answer's stream: `answer`, or the error's message."""
+  started = client.post(f"/gradio_api/call/{name}", json={"data": data})
+  started.raise_for_status()
+  event = ""
+  with client.stream("GET", f"/gradio_api/call/{name}/{started.json()['event_id']}") as stream:
+    for line in stream.iter_lines():
+      if line.startswith("event: "):
+        event = line.removeprefix("event: ")
+      elif line.startswith("data: ") and event == "error":
+        return f"error: {line}"
+      elif line.startswith("data: ") and event == "complete":
+        line_of_text, *values = json.loads(line.removeprefix("data: "))
+        return "answer" if isinstance(line_of_text, str) and all(values) else line
+  return "the stream ended"
+
+
+def outcome(address: str, number: int) -> tuple[str, str]:
+  """What must come back, and what comes."""
+  name, inputs, upload, expected = KINDS[number % len(KINDS)]
+  with httpx.Client(base_url=address, timeout=120) as client:
+    if upload:
+      path = upload
+      if upload in UPLOADS:
+        sent = client.post("/gradio_api/upload", files={"files": ("a.png", UPLOADS[upload])})
+        if sent.status_code != 200:
+          return expected, str(sent.status_code)
+        (path,) = sent.json()
+      inputs = [{"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}, *inputs]
+    return expected, ask(client, name, inputs)
+
+
+def test_no_request_is_lost_and_bad_ones_are_messages(run, tmp_path):
+  """Afterwards the page ends by SIGTERM, and leaves no upload."""
+  with serve(run, tmp_path / "log", {}) as served, ThreadPoolExecutor(AT_ONCE) as pool:
+    end = time.monotonic() + 120
+    while "images can be searched" not in served.log.read_text() and time.monotonic() < end:
+      time.sleep(0.2)
+    found = list(pool.map(lambda number: outcome(served.address, number), range(REQUESTS)))
+  assert [each for each in found if each[0] not in each[1]] == []
+  log = (tmp_path / "log").read_text()
+  assert log.count("Traceback") <= REQUESTS // len(KINDS), log[-3000:]
