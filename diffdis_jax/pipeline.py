@@ -94,6 +94,8 @@ class Pipeline:
 
     Raises UserError: as `embed_images`, no name, or a template without a place for it.
     """
+    if isinstance(names, str):
+      raise UserError(f"names is {names!r}; give a list")
     names, templates = _texts("names", names), prompt_texts.resolve_templates(_texts("templates", templates))
     queries = self.embed_images(images, seed=seed)
     texts = self.embed_texts([prompt_texts.fill(template, name) for template in templates for name in names])
@@ -162,15 +164,15 @@ def load(path: str | os.PathLike[str]) -> Pipeline:
 
 
 def _texts(what: str, texts: str | Iterable[str]) -> list[str]:
-  found = [texts] if isinstance(texts, str) and what != "names" else [*texts]
-  if not found or isinstance(texts, str) and what == "names":
-    raise UserError(f"{what} is {texts!r}; give a list of at least one text")
-  return found
+  if not (listed := [texts] if isinstance(texts, str) else [*texts]):
+    raise UserError(f"{what} is empty; give at least one")
+  return listed
 
 
 def _single(images: Images) -> list[Any]:
-  is_one = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) == 3
-  if not (listed := [images] if is_one else [*images]):
+  if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) == 3:
+    return [images]
+  if not (listed := [*images]):
     raise UserError("images is empty; give at least one")
   return listed
 

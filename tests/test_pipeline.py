@@ -82,7 +82,7 @@ def test_a_turned_image_is_turned_back(model, tmp_path):
     (lambda model: model.classify(np.zeros((8, 8)), NAMES), r"its shape is \(8,\)"),
     (lambda model: model.classify(np.zeros((8, 8, 3), np.int32), NAMES), "its numbers are int32; give uint8"),
     (lambda model: model.classify([], NAMES), "images is empty"),
-    (lambda model: model.classify(np.zeros((8, 8, 3)), []), "names is .*; give a list of at least one text"),
+    (lambda model: model.classify(np.zeros((8, 8, 3)), []), "names is empty; give at least one"),
     (lambda model: model.classify(np.zeros((8, 8, 3)), "red star"), "names is 'red star'; give a list"),
     (lambda model: model.classify(np.zeros((8, 8, 3)), NAMES, ["a photo"]), "has no place for the class name"),
     (lambda model: model.generate("red star", steps=0), "generation_steps"),
