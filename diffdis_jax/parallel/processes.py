@@ -28,8 +28,8 @@ import numpy as np
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from diffdis_jax.common import buckets, signals
-from diffdis_jax.errors import FULL_DISK, INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError, may_pass
+from diffdis_jax.common import buckets, files, signals
+from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
 
 # Seconds after which a silent process is dead, and the others end; longer where it may wait for a bucket in silence.
 HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_OVER_BUCKETS = 10, 100
@@ -99,8 +99,8 @@ def find(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> P
     return _slurm(environ) if int(environ["SLURM_STEP_NUM_TASKS"]) > 1 else None
   # A TPU is what GKE names, or a VM's device files: those of v4 and before, or later ones, which others have too.
   if (environ.get("JAX_PLATFORMS") or "tpu").startswith("tpu"):
-    files = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
-    if "TPU_WORKER_HOSTNAMES" in environ or (files and importlib.util.find_spec("libtpu")):
+    devices = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if "TPU_WORKER_HOSTNAMES" in environ or (devices and importlib.util.find_spec("libtpu")):
       return Processes()
   return None
 
@@ -254,13 +254,9 @@ def check_shared(workdir: str) -> None:
   is_new, mark = not path.exists(), path / f".shared-{from_first(np.uint32(secrets.randbits(32))).item():08x}"
 
   def write() -> None:
-    try:
+    with files.writing(f"to --workdir={workdir}"):
       path.mkdir(parents=True, exist_ok=True)
       mark.write_text("")
-    except OSError as error:
-      if may_pass(error) or error.errno in FULL_DISK:  # on which a launcher starts the run again
-        raise
-      raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}") from error
 
   on_first(write)
   seen = gathered(np.uint8(shows(mark.exists)))

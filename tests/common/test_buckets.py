@@ -140,9 +140,9 @@ os._exit(0)
 
 
 def test_a_mirror_copies_now_and_then_and_not_at_each_line(url, monkeypatch):
-  now = [0.0]
-  mirror = buckets.Mirror(buckets.path(url), clock=lambda: now[0])
-  puts = []
+  now, puts = [0.0], []
+  monkeypatch.setattr(buckets.time, "monotonic", lambda: now[0])
+  mirror = buckets.Mirror(buckets.path(url))
   system = buckets._system()
 
   class Counting:
