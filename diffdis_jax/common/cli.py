@@ -122,8 +122,8 @@ def _stop_for(error: Exception) -> NoReturn:
   where, again = f" ({path})" if path else "", "and run the same command again"
   if isinstance(error, (UserError, Diverged)):
     _stop(error, code=error.code)
-  if number in FULL_DISK or (number := full_disk(error)):
-    _stop(f"{os.strerror(number)}{where}; make room, {again}", code=1)
+  if full := number if number in FULL_DISK else full_disk(error):  # the latter of TensorStore's errors
+    _stop(f"{os.strerror(full)}{where}; make room, {again}", code=1)
   if may_pass(error) or (isinstance(error, OSError) and number is None):  # without a number: a bucket's server
     login = "log in by gcloud auth application-default login"  # gcloud auth login is for gcloud alone
     how = login if "Anonymous caller" in str(error) else "check the network and your permissions"

@@ -192,7 +192,7 @@ def test_the_last_lines_of_a_run_wait_for_a_bucket_that_is_away(url, monkeypatch
       system.put_file(file, to)
 
   monkeypatch.setattr(buckets, "_system", Away)
-  monkeypatch.setattr(buckets, "LAST_PAUSES", (0.0, 0.01, 0.02))
+  monkeypatch.setattr(buckets, "LAST_PAUSES", (0.0, 0.0, 0.01, 0.02))
   mirror.close()
   assert system.exists(f"{url}/lines") == kept and not mirror.folder.exists()
   assert (f"the last lines of {url} could not be written" in caplog.text) == (not kept)
