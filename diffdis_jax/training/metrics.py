@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +60,7 @@ class Meters:
         yield step
         bar.update(1)
 
-  def next_rows(self, data: grain.DatasetIterator) -> dict[str, Any]:
+  def next_rows(self, data: Iterator[Mapping[str, np.ndarray]]) -> dict[str, Any]:
     """Read the next batch while the devices still work on the step before, so that its time is hidden."""
     begin = time.monotonic()
     with copies.naming_silence(self._run.data.paths):

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import re
+import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -77,7 +78,7 @@ def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> in
   moved = run_info.moved(trainer.run, path)
   # open_for_training does it again, when no other process can change the folder.
   workdir.check_config(path, fields, moved=moved)
-  processes.check_shared(path)
+  _check_shared(path)
   # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
   processes.on_first(lambda: stack.enter_context(lock.Lock(path)))
   before = workdir.lengthened(path, fields)
@@ -85,6 +86,28 @@ def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> in
   if processes.is_first():
     files.write_whole(buckets.path(path) / "parameters.txt", run_info.overview(trainer).encode())
   return before
+
+
+def _check_shared(path: str) -> None:
+  """Create the folder. Raise UserError, on every process, where the hosts do not share it."""
+  if jax.process_count() == 1:
+    return
+  mark = buckets.path(path) / f".shared-{processes.from_first(np.uint32(secrets.randbits(32))).item():08x}"
+
+  def write() -> None:
+    with workdir.writing(path):
+      mark.parent.mkdir(parents=True, exist_ok=True)
+      mark.write_text("")
+
+  processes.on_first(write)
+  seen = processes.gathered(np.uint8(processes.shows(mark.exists)))
+  processes.on_first(mark.unlink)
+  if not seen.all():
+    hosts = ", ".join(map(str, np.flatnonzero(seen == 0)))
+    raise UserError(
+      f"--workdir={path} is not shared: these hosts of {len(seen)} do not see a file that host 0 wrote there: {hosts};"
+      " give a folder that all hosts see, such as gs://BUCKET/RUN or one on NFS"
+    )
 
 
 def restore_or_init(

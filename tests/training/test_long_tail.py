@@ -104,7 +104,7 @@ def test_rows_on_eight_devices_give_the_same_losses():
 
   alone = jax.jit(ours)(IMAGE, TEXT, LABELS.astype(np.int32))
   rows = sharding.to_global(dict(image=IMAGE, text=TEXT, labels=LABELS.astype(np.int32)), mesh)
-  together = jax.jit(sharding.traced_for(mesh, ours, matmul_precision="highest"))(*rows.values())
+  together = jax.jit(sharding.tracing(mesh, matmul_precision="highest")(ours))(*rows.values())
   np.testing.assert_allclose(together, alone, rtol=1e-6)
 
 

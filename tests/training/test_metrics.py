@@ -23,15 +23,6 @@ class Clock:
     return self.now
 
 
-class Busy:
-  """A number of a step that the devices have not finished."""
-
-  shape = ()
-
-  def is_ready(self):
-    return False
-
-
 @pytest.fixture
 def clock(monkeypatch):
   monkeypatch.setattr(metrics, "time", clock := Clock())
@@ -40,7 +31,7 @@ def clock(monkeypatch):
 
 def of_step(loss=1.5):
   one = jnp.ones(())
-  return {"loss": Average(jnp.float32(loss), one), "skipped": Average(jnp.zeros(()), one)}
+  return {"loss": Average(total=jnp.float32(loss), count=one), "skipped": Average(total=jnp.zeros(()), count=one)}
 
 
 def test_speed_counts_steps_and_waiting_and_leaves_out_pauses(clock, monkeypatch):
@@ -68,7 +59,8 @@ def test_speed_counts_steps_and_waiting_and_leaves_out_pauses(clock, monkeypatch
   assert speeds == pytest.approx(
     {"loss": 16.5, "steps_per_sec": 2.0, "images_per_sec": 64.0, "data_wait": 0.4, "hfu": 0.25, "substituted": 0}
   )
-  meters._last = {"loss": Busy()}  # while the devices work, nobody waits for data
+  busy = types.SimpleNamespace(is_ready=lambda: False)  # while the devices work, nobody waits for data
+  monkeypatch.setattr(meters, "_last", {"loss": busy})
   meters.next_rows(data)
   meters._last = None
   meters.add(22, of_step())
