@@ -116,12 +116,12 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _initialize(found: Mapping[str, Any], timeout: int, heartbeat: int) -> None:
   """Wait for all processes. At its own timeout jax aborts, with a stack trace, so a timer comes first."""
+  address = f" by {found['coordinator_address']}" if "coordinator_address" in found else ""
 
   def give_up() -> None:
     sys.stderr.write(
-      f"error: process {found.get('process_id', 'here')} could not reach the others, whose coordinator is"
-      f" {found.get('coordinator_address', 'the first')}, within {timeout} seconds; the usual cause is that the command"
-      " was not started on all hosts: start it on each of them, or give a longer --coordinator_timeout\n"
+      f"error: this process could not reach the others{address} within {timeout} seconds; the usual cause is that the"
+      " command was not started on all hosts: start it on each of them, or give a longer --coordinator_timeout\n"
     )
     sys.stderr.flush()
     os._exit(1 if "DIFFDIS_LAUNCHED" in os.environ else 2)  # a launcher tries again, as after a dead host

@@ -78,7 +78,7 @@ def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> in
   moved = run_info.moved(trainer.run, path)
   # open_for_training does it again, when no other process can change the folder.
   workdir.check_config(path, fields, moved=moved)
-  _check_shared(path)
+  check_shared(path)
   # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
   processes.on_first(lambda: stack.enter_context(lock.Lock(path)))
   before = workdir.lengthened(path, fields)
@@ -88,14 +88,14 @@ def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> in
   return before
 
 
-def _check_shared(path: str) -> None:
+def check_shared(path: str) -> None:
   """Create the folder. Raise UserError, on every process, where the hosts do not share it."""
   if jax.process_count() == 1:
     return
   mark = buckets.path(path) / f".shared-{processes.from_first(np.uint32(secrets.randbits(32))).item():08x}"
 
   def write() -> None:
-    with workdir.writing(path):
+    with files.writing(f"to --workdir={path}"):
       mark.parent.mkdir(parents=True, exist_ok=True)
       mark.write_text("")
 

@@ -75,7 +75,8 @@ def test_steps_wait_as_in_a_long_training(monkeypatch):
   batch = dict(image=np.zeros((run.batch_size, 16, 16, 3), np.uint8), tokens=np.zeros((run.batch_size, 8), np.int32))
   batches = ReadAhead(clock, ahead=run.data.loader.prefetch, seconds=0.05, batch=batch)
   monkeypatch.setattr(data, "open_loader", lambda run: batches)
-  monkeypatch.setattr(data.loader, "Substitutions", lambda: types.SimpleNamespace(take=lambda batch: batch))
+  nothing = types.SimpleNamespace(take=lambda batch: batch, report=lambda gather: {})
+  monkeypatch.setattr(metrics.loader, "Substitutions", lambda: nothing)
   monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=clock.perf_counter))
   loss = Average(total=jnp.ones(()), count=jnp.ones(()))
   taken = itertools.chain([10.0], itertools.repeat(0.02))  # the first one compiles
