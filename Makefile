@@ -75,8 +75,8 @@ lock: $(VENV)/.installed-test
 	$(BIN)/uv pip compile --quiet --universal --python-version=3.11 --all-extras --no-annotate \
 	  --custom-compile-command="make lock" --output-file=requirements.lock pyproject.toml
 
-# The figures of the book, from the records in replication/measured. No plotting library draws them.
-figures: $(VENV)/.installed
+# The figures of the book, from the records in replication/measured.
+figures: $(VENV)/.installed-test
 	$(BIN)/python -m replication.figures
 
 # Before the folder is made, and of a folder that is there, since venv leaves its Python as it is.

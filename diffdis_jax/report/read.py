@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -98,11 +97,15 @@ def _checkpoints(path: str) -> dict[int, dict[str, float]]:
     return {one_file.read_record(file).step: {}}
   folder = workdir.checkpoints(path)
 
-  found = {}
-  for step in workdir.committed_steps(folder):
-    with contextlib.suppress(OSError, UserError):  # it was removed just now, or is damaged
-      found[step] = workdir.metrics_of(folder, step)
-  return found
+  def measured(step: int) -> dict[str, float] | None:
+    try:
+      return workdir.metrics_of(folder, step)
+    except (OSError, UserError):  # it was removed just now, or is damaged
+      return None
+
+  steps = workdir.committed_steps(folder)
+  found = zip(steps, workdir.of_each(measured, steps), strict=True)
+  return {step: metrics for step, metrics in found if metrics is not None}
 
 
 def _taken(lock: epath.Path) -> float | None:

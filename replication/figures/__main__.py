@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
 
-from replication.figures import method, plots, replication
-from replication.figures.style import PALETTE
-from replication.measured import replication as records
+from replication.figures import forest, method, plots
 
 FOLDER = pathlib.Path(__file__).parents[2] / "docs/figures"
-FIGURES = {"method": method.picture, **plots.PLOTS, **replication.figures(records.stored())}
-
-
-def drawn() -> Iterator[tuple[str, str]]:
-  """Yield name and text of each file."""
-  for name, draw in FIGURES.items():
-    yield f"{name}.svg", draw(PALETTE)
+FIGURES = {
+  draw.__name__: draw
+  for draw in (
+    method.method,
+    plots.demo_training,
+    plots.demo_seeds,
+    plots.demo_by_class,
+    plots.best_of_n,
+    plots.denoising,
+    plots.emoji_generation_first,
+    plots.long_tail,
+    plots.chips,
+    plots.mesh,
+    plots.scaling,
+    plots.replication_minutes,
+    forest.ablations_forest,
+    forest.emoji_forest,
+    forest.emoji_changes_forest,
+    forest.replication_forest,
+  )
+}
 
 
 def main() -> None:
-  for name, svg in drawn():
-    (FOLDER / name).write_text(svg, encoding="utf-8")
+  for name, draw in FIGURES.items():
+    (FOLDER / f"{name}.svg").write_text(draw().svg(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""The figure of the method. `make figures` writes it as method.svg.
-
-One UNet, four uses of it, one a strip. Sizes are for a phone: at 360 px wide the smallest letter is 10 px high.
-"""
+"""The figure of the method: one UNet, four uses of it, one a strip."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
-from replication.figures.style import WIDTH, Canvas, Palette
+from matplotlib import pyplot as plt
+from matplotlib.patches import FancyBboxPatch
 
-STRIP, GAP, TOP = 262, 26, 8
+from replication.figures.style import IMAGE, INK, OFF, SOFT, TEXT, WIDTH, Figure
+
+UNITS, STRIP, GAP = 720, 262, 26  # of the figure's width, of a strip's height, between two of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,122 +20,111 @@ class Strip:
 
   Attributes:
     title: what it is.
-    image: what enters the image stream, in two lines.
+    image: what enters the image stream.
     caption: what cross-attention reads.
     query: what enters the text stream; None where there is none, and the UNet is Stable Diffusion's.
-    out: what comes out, in two lines.
+    out: what comes out.
     loop: what is fed back, in words; empty for nothing.
   """
 
   title: str
-  image: tuple[str, str]
+  image: str
   caption: str
-  query: tuple[str, str] | None
-  out: tuple[str, str]
+  query: str | None
+  out: str
   loop: str = ""
 
 
 STRIPS = (
   Strip(
     "Training: generation pass",
-    ("z + noise ε_z", "= z_t at step t_z"),
+    "z + noise $ε_z$\n= zₜ at step $t_z$",
     "caption c",
     None,
-    ("ε̂_z", "loss L_IG"),
+    "$\\hat{ε}_z$\nloss $L_{IG}$",
   ),
   Strip(
     "Training: discrimination pass",
-    ("clean z", "at step 1000"),
+    "clean z\nat step 1000",
     "empty caption",
-    ("γe + noise ε_e", "= e_t at step t_e"),
-    ("ê_0", "loss L_ITA"),
+    "γe + noise εₑ\n= eₜ at step tₑ",
+    "ê₀\nloss $L_{ITA}$",
   ),
-  Strip(
-    "Generation",
-    ("pure noise z_T", ""),
-    "prompt c",
-    None,
-    ("z_0", "→ image"),
-    "DDIM steps",
-  ),
-  Strip(
-    "Classification",
-    ("clean z of", "the image"),
-    "empty caption",
-    ("pure noise e_T", ""),
-    ("ê_0 · e", "per name"),
-  ),
+  Strip("Generation", "pure noise $z_T$", "prompt c", None, "z₀\n→ image", "DDIM steps"),
+  Strip("Classification", "clean z of\nthe image", "empty caption", "pure noise $e_T$", "ê₀ · e\nper name"),
 )
 
 
-def draw(canvas: Canvas, strip: Strip, top: float) -> None:
+def draw(axes: Any, strip: Strip, top: float) -> None:
   """Draw a strip, with its upper edge at `top`."""
-  p = canvas.palette
-  discriminates = strip.query is not None
-  middle = top + 118  # of the image stream
-  canvas.text(4, top + 24, strip.title, size=26, anchor="start")
-  canvas.text(300, top + 58, strip.caption, size=21, colour=p.soft)
-  canvas.arrow(f"M300,{top + 66} L300,{middle - 40}", p.soft)
+  discriminates, middle, below = strip.query is not None, top + 118, top + 212  # of the image stream, the text stream
 
+  def text(x: float, y: float, words: str, colour: str = SOFT, **how: Any) -> None:
+    axes.text(x, y, words, color=colour, **{"ha": "center", "va": "center", **how})
+
+  def arrow(start: tuple[float, float], end: tuple[float, float], colour: str = SOFT, bend: float = 0) -> None:
+    how = dict(arrowstyle="-|>", color=colour, lw=2, shrinkA=0, shrinkB=0, connectionstyle=f"arc3,rad={bend}")
+    axes.annotate("", end, start, arrowprops=how)
+
+  def block(points: Sequence[tuple[float, float]], colour: str, dashed: bool = False) -> None:
+    fill = "none" if dashed else f"{colour}26"
+    axes.fill(*zip(*points, strict=True), facecolor=fill, edgecolor=colour, lw=1.6, ls="--" if dashed else "-")
+
+  text(4, top + 20, strip.title, INK, fontsize=19, ha="left")
+  text(300, top + 50, strip.caption)
+  arrow((300, top + 62), (300, middle - 38))
   # The UNet: down path, middle, up path, which discrimination does not run.
-  canvas.polygon(
-    [(216, middle - 52), (356, middle - 24), (356, middle + 24), (216, middle + 52)], stroke=p.image, fill=p.image_fill
-  )
-  canvas.box(362, middle - 24, 56, 48, stroke=p.image, fill=p.image_fill)
-  way_up = [(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)]
-  stroke, fill = (p.off, p.ground) if discriminates else (p.image, p.image_fill)
-  canvas.polygon(way_up, stroke=stroke, fill=fill, dashed=discriminates)
-  canvas.text(282, middle + 8, "down", size=21, colour=p.image)
-  canvas.text(390, middle + 8, "mid", size=21, colour=p.image)
-  up, colour = ("not run", p.soft) if discriminates else ("up", p.image)
-  canvas.text(498, middle + 8, up, size=21, colour=colour)
-  for i, line in enumerate(strip.image):
-    canvas.text(96, middle - 2 + 26 * i if strip.image[1] else middle + 8, line, colour=p.image)
-  canvas.arrow(f"M188,{middle} L210,{middle}", p.image)
-
-  below = middle + 94  # the text stream
+  block([(216, middle - 52), (356, middle - 24), (356, middle + 24), (216, middle + 52)], IMAGE)
+  block([(362, middle - 24), (418, middle - 24), (418, middle + 24), (362, middle + 24)], IMAGE)
+  up = [(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)]
+  block(up, OFF if discriminates else IMAGE, dashed=discriminates)
+  text(282, middle, "down", IMAGE)
+  text(390, middle, "mid", IMAGE)
+  text(498, middle, "not run" if discriminates else "up", SOFT if discriminates else IMAGE)
+  text(96, middle, strip.image, IMAGE)
+  arrow((188, middle), (212, middle), IMAGE)
   if strip.query is None:
-    canvas.arrow(f"M568,{middle} L594,{middle}", p.image)
-    for i, line in enumerate(strip.out):
-      canvas.text(656, middle - 2 + 27 * i, line, colour=p.image)
+    arrow((568, middle), (598, middle), IMAGE)
+    text(656, middle, strip.out, IMAGE)
     if strip.loop:
-      canvas.arrow(f"M656,{middle + 42} C640,{middle + 112} 130,{middle + 112} 104,{middle + 24}", p.soft)
-      canvas.text(376, middle + 76, strip.loop, size=21, colour=p.soft)
+      arrow((650, middle + 40), (104, middle + 28), bend=-0.26)
+      text(376, middle + 70, strip.loop)
     return
-  for i, line in enumerate(strip.query):
-    canvas.text(96, below - 2 + 26 * i if strip.query[1] else below + 8, line, colour=p.text)
-  canvas.arrow(f"M188,{below} L420,{below}", p.text)
+  text(96, below, strip.query, TEXT)
+  arrow((188, below), (426, below), TEXT)
   # Deep fusion: at each attention block of down path and middle the text token attends with the image tokens.
   for x, height in ((246, 46), (292, 36), (338, 28), (390, 24)):
-    canvas.dot(x, below, p.text)
-    canvas.arrow(f"M{x},{below - 8} L{x},{middle + height + 6}", p.text)
-  canvas.text(306, below + 34, "deep fusion", size=21, colour=p.text)
+    axes.plot(x, below, "o", color=TEXT)
+    arrow((x, below - 6), (x, middle + height + 4), TEXT)
+  text(306, below + 28, "deep fusion", TEXT)
   # The alignment transformer reads the text token and the middle feature map.
-  canvas.box(428, below - 34, 140, 68, stroke=p.text, fill=p.text_fill)
-  canvas.text(498, below - 6, "alignment", size=21, colour=p.text)
-  canvas.text(498, below + 20, "transformer", size=21, colour=p.text)
-  canvas.arrow(f"M406,{middle + 26} C420,{middle + 46} 470,{middle + 40} 470,{below - 38}", p.image)
-  canvas.arrow(f"M572,{below} L594,{below}", p.text)
-  for i, line in enumerate(strip.out):
-    canvas.text(652, below - 2 + 27 * i, line, colour=p.text)
+  axes.add_patch(
+    FancyBboxPatch((434, below - 30), 128, 60, "round,pad=4", facecolor=f"{TEXT}26", edgecolor=TEXT, lw=1.6)
+  )
+  text(498, below, "alignment\ntransformer", TEXT)
+  arrow((406, middle + 26), (470, below - 36), IMAGE, bend=-0.3)
+  arrow((568, below), (598, below), TEXT)
+  text(656, below, strip.out, TEXT)
 
 
-def picture(palette: Palette) -> str:
-  """Return the figure as SVG."""
-  canvas = Canvas(palette)
-  canvas.text(582, TOP + 24, "image stream", size=21, colour=palette.image, anchor="end")
-  canvas.text(716, TOP + 24, "text stream", size=21, colour=palette.text, anchor="end")
+def method() -> Figure:
+  """Draw the four strips."""
   heights = [STRIP if strip.query else STRIP - 42 if strip.loop else STRIP - 84 for strip in STRIPS]
-  top = TOP
-  for i, (strip, height) in enumerate(zip(STRIPS, heights, strict=True)):
-    if i:
-      canvas.parts.append(
-        f'<line x1="0" x2="{WIDTH}" y1="{top - GAP / 2}" y2="{top - GAP / 2}" stroke="{palette.off}" stroke-width="1"/>'
-      )
-    draw(canvas, strip, top)
+  total = sum(heights) + GAP * (len(STRIPS) - 1) + 8
+  figure = plt.figure(figsize=(WIDTH, WIDTH * total / UNITS), layout="none")
+  axes: Any = figure.add_axes((0, 0, 1, 1))
+  axes.set(xlim=(0, UNITS), ylim=(total, 0))
+  axes.axis("off")
+  axes.text(582, 24, "image stream", color=IMAGE, ha="right", va="center")
+  axes.text(716, 24, "text stream", color=TEXT, ha="right", va="center")
+  top = 8.0
+  for strip, height in zip(STRIPS, heights, strict=True):
+    if strip is not STRIPS[0]:
+      axes.axhline(top - GAP / 2, color=OFF, lw=1)
+    draw(axes, strip, top)
     top += height + GAP
   title = (
     "DiffDis: one UNet. It generates images by removing noise from an image latent z, and classifies images by removing"
     " noise from a text query e under the condition of the clean image."
   )
-  return canvas.svg(int(top), title)
+  return Figure(figure, title)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 from xml.etree import ElementTree
 
@@ -11,8 +10,7 @@ import pytest
 from scipy import stats
 
 from replication import claims as judging
-from replication.figures import replication as figures
-from replication.figures import style
+from replication.figures import forest, plots
 from replication.measured import replication
 from tests.replication.test_figures import check_a_phone_can_read
 
@@ -108,27 +106,26 @@ def test_a_run_that_experiments_share_keeps_the_minutes_of_the_first(found):
   assert again["runs"]["both-0"]["minutes"] == 4.0, "since e3 has it too"
 
 
-@pytest.mark.parametrize("name", ["replication_forest", "replication_minutes"])
-def test_figures_can_be_read(found, name):
-  svg = figures.figures(found)[name](style.PALETTE)
+@pytest.mark.parametrize("draw", [forest.replication_forest, plots.replication_minutes])
+def test_figures_can_be_read(found, draw):
+  svg = draw(found).svg()
   check_a_phone_can_read(svg)
   words = ["".join(each.itertext()) for each in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
   assert any("E1: " in each for each in words)
-  if name == "replication_minutes":
-    assert svg.count("<circle") == 15 and any("3  discrimination as long as both" in each for each in words)
-  else:
-    assert svg.count("<circle") == 2 + 2  # and the legend's
+  assert draw is forest.replication_forest or any("3  discrimination as long as both" in each for each in words)
 
 
-def test_the_forest_has_the_intervals(found):
-  """Of ±6 points over 696 units: the first mean's place, by hand."""
-  svg = figures.forest(style.PALETTE, found=found)
-  mean = found["claims"]["e1"][0]["verdict"]["difference"]["mean"]
-  (far,) = {float(tick) for tick in re.findall(r">\+([\d.]+)</text>", svg)}
-  assert f'<circle cx="{style.number(12 + 696 * (mean + far) / (2 * far))}"' in svg
+def test_the_forest_has_the_intervals_and_the_minutes_have_the_seeds(found):
+  differences = [claim["verdict"]["difference"] for claim in found["claims"]["e1"] if claim["verdict"]]
+  lines = forest.replication_forest(found).figure.axes[0].lines
+  assert {x for line in lines for x in line.get_xdata()} >= {
+    each[key] for each in differences for key in ("mean", "low")
+  }
+  seeds, _ = plots.replication_minutes(found).figure.axes[0].lines
+  assert len(seeds.get_xdata()) == 15
 
 
 def test_without_records_it_says_so():
-  assert figures.figures(NOTHING) == {} and replication.pictures(NOTHING) == replication.arms(NOTHING) == "Not run yet."
+  assert replication.pictures(NOTHING) == replication.arms(NOTHING) == "Not run yet."
   for make in (replication.claims, replication.paper, replication.cost):
     assert all("not run yet" in row for row in rows(make(NOTHING)))

@@ -1,0 +1,105 @@
+"""Long-tailed recognition after VL-LTR (Tian et al., ECCV 2022), the paper's Table 8: what its two stages minimise.
+
+How DiffDis takes the place of VL-LTR's dual encoder is not stated by the paper. Here an image is ê_0 from pure noise at
+the last step of the text process, as in the paper's Algorithm 3, and a sentence is its text query e. No noised sentence
+goes in at the image's side: it would name the class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffdis_jax.common.params import Params
+from diffdis_jax.config.run import Run
+from diffdis_jax.method import features
+from diffdis_jax.method.diffdis import DiffDis
+from diffdis_jax.method.losses import unit_norm
+from diffdis_jax.method.network import Network
+from diffdis_jax.method.step_noise import Keys
+from diffdis_jax.models.clip import Clip
+from diffdis_jax.parallel import sharding
+from diffdis_jax.structs import LabelledBatch, Pairs
+from diffdis_jax.training.long_tail import losses, mixing
+from diffdis_jax.training.losses import Build, Result, result
+from diffdis_jax.training.metrics import Metrics, mean_of
+
+
+def class_contrastive_loss(
+  trainable: Params, batch: LabelledBatch, keys: Keys, teacher: Params, *, build: Build, network: Network, run: Run
+) -> Result:
+  """Compute stage 1: L = (1 − β) L_class + β L_distill on images, each with one sentence of its class.
+
+  `teacher` holds the parameters as they were at the start; it sees the same images, noise and sentences.
+  """
+  model, at_start = build(trainable), build(teacher)
+  tokens, section = batch.tokens, run.long_tail
+  assert section is not None  # config/run.py
+  assert tokens is not None  # data/build.py reads sentences for this objective
+  noise = _sample_noise(keys, len(batch.label), network, run.sample_posterior)
+
+  def embed(model: DiffDis | Clip) -> Pairs:
+    image = features.image_features(model, batch.image, noise, network=network)
+    # VL-LTR compares vectors of length 1; ê_0 and CLIP's image feature have any.
+    return Pairs(image=unit_norm(image), text=model.encode_text(tokens).e)
+
+  # By one noise, so that student and teacher differ in their parameters alone.
+  pairs, of_teacher = embed(model), embed(at_start)
+  # Against the global batch, as VL-LTR gathers its own from all GPUs.
+  scale, gather = model.logit_scale[...], sharding.everywhere
+  classes = losses.class_contrastive(
+    pairs.image, pairs.text, scale, labels=batch.label, smoothing=section.label_smoothing, gather=gather
+  )
+  distilled = losses.distill(
+    pairs.image,
+    pairs.text,
+    scale,
+    teacher_image=of_teacher.image,
+    teacher_text=of_teacher.text,
+    teacher_logit_scale=at_start.logit_scale[...],
+    gather=gather,
+  )
+  metrics: Metrics = {
+    "loss_class_contrastive": mean_of(classes.loss[None]),
+    "loss_distill": mean_of(distilled[None]),
+    "class_accuracy": mean_of(classes.accuracy[None]),
+    "temperature": mean_of(jnp.exp(scale)[None]),  # without CLIP's limit, which VL-LTR does not have
+  }
+  return result((1.0 - section.distill_weight) * classes.loss + section.distill_weight * distilled, metrics)
+
+
+def head_loss(
+  trainable: Params, batch: LabelledBatch, keys: Keys, teacher: Params, *, build: Build, network: Network, run: Run
+) -> Result:
+  """Compute stage 2: cross-entropy of the visual and of the language branch, added, on mixed images and targets."""
+  del teacher
+  model: Any = build(trainable)
+  images, head, section = batch.image, network.model.head, run.long_tail
+  assert head is not None and section is not None  # config/run.py
+  mix = mixing.draw_mix(
+    keys["mix"],
+    size=images.shape[1],
+    mixup=section.mixup,
+    cutmix=section.cutmix,
+    cutmix_share=section.cutmix_share,
+  )
+  target = mixing.mix_targets(batch.label, mix, classes=head.classes, smoothing=section.label_smoothing)
+  noise = _sample_noise(keys, len(batch.label), network, run.sample_posterior)
+  # Pixels are mixed, so that the frozen network has to see each mixture: its features cannot be kept.
+  f = features.image_features(model, mixing.mix_images(images, mix), noise, network=network)
+  logits = model.head(f, model.logit_scale[...])
+  visual, language = (optax.softmax_cross_entropy(x, target) for x in (logits.visual, logits.language))
+  metrics: Metrics = {"loss_visual": mean_of(visual), "loss_language": mean_of(language)}
+  # Unweighted, as in VL-LTR. Shares of 0.2 and 0.8 are the prediction's (lgr.mixed_prediction).
+  return result(visual.mean() + language.mean(), metrics)
+
+
+def _sample_noise(keys: Keys, b: int, network: Network, sample_posterior: bool) -> features.FeatureNoise:
+  """Sample the noise of the image side; for CLIP none. The compiler leaves out what a network has no use for."""
+  if network.is_clip:
+    return features.FeatureNoise()
+  noise_e = jax.random.normal(keys["noise_e"], (b, network.model.query_width))
+  return features.FeatureNoise(noise_e=noise_e, posterior=keys["posterior"] if sample_posterior else None)
