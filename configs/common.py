@@ -11,24 +11,10 @@ from ml_collections import ConfigDict
 
 from diffdis_jax.common import buckets
 from diffdis_jax.common.files import read_json
-from diffdis_jax.config import base, read_fields
+from diffdis_jax.config import base as base
+from diffdis_jax.config import read_fields
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.errors import UserError
-
-__all__ = [
-  "CC3M_PAIRS",
-  "base",
-  "check_choices",
-  "evaluations",
-  "held_out_loss",
-  "num_pairs",
-  "own_size",
-  "parse_arg",
-  "put_network",
-  "read_prepared",
-  "take_network",
-  "take_start",
-]
 
 CC3M_PAIRS = 2_905_954  # that the paper counts; links expire, and prepare_data says how many there were
 
@@ -86,10 +72,8 @@ OF_NETWORK = ("model", "image_size", "image_diffusion", "text_diffusion", "condi
 def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> dict[str, Any]:
   """Put the network of the run in `path` in place of the config's, name the run in `init_from`, and return its config.
 
-  `argument`: that named it, for the message.
-
   Raises:
-    ValueError: no run there.
+    ValueError: no run there; `argument` is what named it.
   """
   try:
     buckets.check(path)
@@ -97,8 +81,8 @@ def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> di
     put_network(config, fields)
   except (OSError, UserError, ValueError, KeyError, TypeError) as error:
     # A mistake in the path is a sentence. A damaged config's error may be a name alone, so its kind is told too.
-    said = error if isinstance(error, (OSError, UserError)) else repr(error)
-    raise ValueError(f"argument {argument}={path} should be the workdir of a run: {said}") from error
+    message = error if isinstance(error, (OSError, UserError)) else repr(error)
+    raise ValueError(f"argument {argument}={path} should be the workdir of a run: {message}") from error
   config.init_from = path
   return fields
 
@@ -148,10 +132,9 @@ def read_prepared(path: str, name: str) -> dict[str, Any]:
   """Return the value of a prepared set's JSON file; empty where there is none. Raise ValueError: it is damaged."""
   file = buckets.path(path) / name
   try:
-    found = read_json(file) if file.exists() else {}
-  except UserError as error:
+    return dict(read_json(file)) if file.exists() else {}
+  except (UserError, TypeError, ValueError) as error:
     raise ValueError(f"{error}; prepare the data set again") from error
-  return found if isinstance(found, dict) else {}
 
 
 def own_size(config: ConfigDict) -> Any:

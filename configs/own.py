@@ -31,8 +31,6 @@ Measured with 500 pictures of 512 to 1,024 px and no compiled program: from the 
 
 from __future__ import annotations
 
-import shlex
-
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -71,23 +69,16 @@ def get_config(arg: str = "") -> ConfigDict:
     fine_tune(config, args.memory)
   else:
     train_from_scratch(config)
-  try:
-    config.sample_prompts = prompts(args.path)
-    say_cut(config, args.path, start)
-  except (AttributeError, TypeError) as error:
-    card = f"{args.path}/card.json is damaged: {error!r}"
-    command = f"diffdis prepare_data card --data={shlex.quote(args.path)}"
-    raise ValueError(f"{card}; write it again with {command}") from error
+  config.sample_prompts = tuple(dict.fromkeys(common.read_prepared(args.path, "card.json").get("captions", ())))[
+    :PROMPTS
+  ]
   if pairs.get("val"):
     data = dict(name="pairs", path=args.path, split="val", image_size=common.own_size(config))
     config.evals = {"held_out": common.held_out_loss(data)}
     config.train_evals = ("held_out",)
     config.checkpoint.update(keep_best=1, best_metric="held_out/loss_generation", best_is="min")
   else:
-    logging.info(
-      "own: no split val, so that overfitting is not seen; prepare_data files holds one out (--held_out), and"
-      " prepare_data folder takes val/CLASS/IMAGE beside train/CLASS/IMAGE"
-    )
+    logging.info("own: no split val, so that overfitting is not seen; prepare_data files holds one out (--held_out)")
   return config
 
 
@@ -126,10 +117,10 @@ def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
   config.optim.warmup_steps = min(1000, config.num_steps // 10)
   config.save_every = config.eval_every = config.sample_every = -(-config.num_steps // 10)
   held_out = f", {pairs['val']:,} held out" if pairs.get("val") else ""
-  logging.info(f"own: {train:,} pairs{held_out}: batch_size {size}, at most an eighth of them")
   passes = config.num_steps * size / train
-  warmup = config.optim.warmup_steps
-  logging.info(f"own: {config.num_steps:,} steps, {passes:.0f} passes over the pairs; {warmup:,} of them are warm-up")
+  logging.info(
+    f"own: {train:,} pairs{held_out}: batch_size {size}, {config.num_steps:,} steps, {passes:.0f} passes over the pairs"
+  )
 
 
 def to_autoencoder(config: ConfigDict) -> None:
@@ -138,7 +129,6 @@ def to_autoencoder(config: ConfigDict) -> None:
   config.data.augment.update(crop="random", flip=True)
   config.optim.update(groups=((".*", "new"),), rates=dict(new=2e-3), ema_decay=0.998)
   config.optim.update(schedule_kind="cosine", weight_decay=0.05, b2=0.99)
-  logging.info("own: the autoencoder of a run from scratch; train that with from=WORKDIR_OF_THIS")
 
 
 def train_from_scratch(config: ConfigDict) -> None:
@@ -172,28 +162,4 @@ def fine_tune(config: ConfigDict, memory: int) -> None:
   at_a_time = max(1, int(AT_A_TIME[fitting[-1]] * (256 / config.image_size) ** 2))
   at_a_time = min(config.batch_size, 2 ** (at_a_time.bit_length() - 1))
   config.optim.accumulate = config.batch_size // at_a_time
-  average = "averaged weights" if config.optim.ema_decay else "no averaged weights"
-  logging.info(
-    f"own: memory={memory} GB: {at_a_time} images of {config.image_size} px at a time"
-    f" (optim.accumulate={config.optim.accumulate}), rematerialisation, {average}, first moment in"
-    f" {config.optim.first_moment}"
-  )
-
-
-def say_cut(config: ConfigDict, path: str, start: str) -> None:
-  """Say so where captions are longer than what is read of them, by the set's card."""
-  split = common.read_prepared(path, "card.json").get("splits", {}).get("train", {})
-  # A word is one token or more, and start and end of the text are one each.
-  words, read = split.get("caption_words", {}), config.data.max_length - 2
-  if words.get("most", 0) > read:
-    more = "" if start == "pretrained" else "; data.max_length and model.text_encoder.max_length, both, set how many"
-    logging.info(
-      f"own: captions of up to {words['most']:,} words (median {words['median']:,}), of which the first {read} tokens"
-      f" are read{more}"
-    )
-
-
-def prompts(path: str) -> tuple[str, ...]:
-  """Return some captions of the set, where its card has them."""
-  found = common.read_prepared(path, "card.json").get("captions", ())
-  return tuple(dict.fromkeys(found))[:PROMPTS]
+  logging.info(f"own: memory={memory} GB: {at_a_time} images of {config.image_size} px at a time")

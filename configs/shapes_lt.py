@@ -7,19 +7,14 @@
 START is a run of configs/shapes.py, either network, trained shorter than there: --config.num_steps=300 for DiffDis
 after its autoencoder, or for CLIP with :objectives=contrastive. seed=N also decides which classes are rare.
 
-A START that has seen no image of the low classes is made here, for CLIP by the second line alone with backbone=clip:
-
-  diffdis train --config=shapes_lt:stage=0,autoencoder --workdir=AUTOENCODER
-  diffdis train --config=shapes_lt:stage=0 --workdir=START --config.init_from=AUTOENCODER
-
-and, to compare with, one that has seen all classes, in as many images, with all_classes in both lines. Without init=
-the network is that of such a start.
+Without init= the network is that of such a start.
 
 Result of three seeds, with a wider small network than now: top-1 61.0 ± 7.1 % for DiffDis and 40.4 ± 3.8 % for CLIP, on
 low classes 49.2 ± 5.7 and 20.4 ± 5.7 % (replication/log/shapes.md). Hours were not recorded.
 
-They are rare in these two stages alone: START of configs/shapes.py has seen some 257 images with captions of each of
-56 of the 64 classes, 27 of the 32 low ones (at most 20 training images) among them.
+They are rare in these two stages alone: START has seen some 257 images with captions of each of 56 of the 64
+classes, 27 of the 32 low ones (at most 20 training images) among them. A START that has seen no image of the low
+classes: replication/configs/shapes_lt.py.
 """
 
 from ml_collections import ConfigDict
@@ -31,19 +26,12 @@ from diffdis_jax.models.sizes import clip_small, small
 
 EPOCH = 44  # steps of 64 images, of 2,810
 BACKBONES = {"diffdis": small, "clip": clip_small}
+OBJECTIVES = {"diffdis": "", "clip": "objectives=contrastive"}  # arguments of configs/shapes.py
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  args = common.parse_arg(arg, stage=1, backbone="diffdis", init="", seed=0, autoencoder=False, all_classes=False)
-  common.check_choices(args, backbone=BACKBONES, stage=(0, 1, 2))
-  if args.autoencoder and (args.stage or args.backbone == "clip"):
-    raise ValueError("argument autoencoder is of stage=0 with backbone=diffdis; the other runs have theirs from it")
-  if args.all_classes and args.stage:
-    raise ValueError("argument all_classes is of stage=0; the other stages have all classes")
-  if args.stage == 0:
-    if args.init:
-      raise ValueError(f"argument init is of stages 1 and 2; stage=0 takes it as --config.init_from={args.init}")
-    return start(args)
+  args = common.parse_arg(arg, stage=1, backbone="diffdis", init="", seed=0)
+  common.check_choices(args, backbone=BACKBONES, stage=(1, 2))
   config = common.base(BACKBONES[args.backbone](), image_size=32)
   if args.init:
     data = common.take_start(config, args)["data"]
@@ -54,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
         f" seed={args.seed}; give seed={data['seed']}"
       )
   else:
-    common.put_network(config, start(args).to_dict())
+    common.put_network(config, shapes.get_config(OBJECTIVES[args.backbone]).to_dict())
   config.seed = args.seed
   config.data.update(name="shapes_lt", seed=args.seed)
   config.batch_size, config.num_steps = 64, 10 * EPOCH
@@ -69,21 +57,4 @@ def get_config(arg: str = "") -> ConfigDict:
   data = dict(name="shapes_lt", split="test", image_size=common.own_size(config), seed=args.seed)
   config.evals.test = dict(task="long_tail", data=data, crop_pct=1.0)
   config.train_evals = ("test",)
-  return config
-
-
-def start(args: ConfigDict) -> ConfigDict:
-  """Return the run that stage 1 starts from: a short run of configs/shapes.py on pairs of which none, or as many as of
-  all others, are of the low classes."""
-  objectives = "objectives=contrastive" if args.backbone == "clip" else ""
-  config = shapes.get_config("autoencoder" if args.autoencoder else objectives)
-  config.seed = args.seed
-  # Without caption_fields: a record's one caption is its class.
-  split = "start_all" if args.all_classes else "start"
-  config.data.update(name="shapes_lt", split=split, seed=args.seed, caption_fields=())
-  # Those of configs/shapes.py are of the pairs that it holds out itself.
-  config.evals, config.train_evals = {}, ()
-  if not args.autoencoder:
-    config.num_steps = config.save_every = config.sample_every = 300
-  config.sample_prompts = CLASSNAMES if args.backbone == "diffdis" and not args.autoencoder else ()
   return config

@@ -1,8 +1,10 @@
 """DiffDis in JAX: one diffusion model that generates images from text and aligns images with text."""
 
 import importlib.metadata
+import os
 import pathlib
 import tomllib
+from typing import Any
 
 
 def _version() -> str:
@@ -15,3 +17,9 @@ def _version() -> str:
 
 
 __version__ = _version()
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+  """Load a trained model, by its workdir or the name of an included one: see `diffdis_jax.pipeline.Pipeline`."""
+  # By name, and only now: what is needed for the version alone imports no jax.
+  return importlib.import_module("diffdis_jax.pipeline").load(path)

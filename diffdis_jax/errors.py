@@ -7,7 +7,6 @@ import json
 import os
 from typing import Any
 
-DEEPEST = 64  # levels of JSON: its readers call themselves once a level, and no file of ours has more than ten
 PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it: launchers do not
 TERMINATED = 143  # 128 + SIGTERM, of a command that had nothing to save
@@ -78,18 +77,8 @@ def full_disk(error: BaseException | None) -> int | None:
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-  """Return the value of JSON text. Raise UserError, with the text's `name`: it is none, or nested beyond DEEPEST."""
+  """Return the value of JSON text. Raise UserError, with the text's `name`, where it is no JSON."""
   try:
-    value = json.loads(text)
-    if _depth(value) <= DEEPEST:
-      return value
-  except ValueError as error:  # bytes that are no text among them
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:  # the latter of a text that is nested too deep
     raise UserError(f"{name} is not JSON: {error}") from error
-  except RecursionError:
-    pass  # deeper than Python's own reader goes
-  raise UserError(f"{name} is not JSON of this project: it is nested more than {DEEPEST} deep")
-
-
-def _depth(value: Any) -> int:
-  children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-  return 1 + max(map(_depth, children), default=0)

@@ -142,7 +142,7 @@ class Inference:
       # Where the mesh splits parameters: before a loop over steps, each of which would gather them again.
       return f(sharding.gathered(params, self.mesh, dtype=self.network.dtype), *rows)
 
-    return programs.Program(name, jax.jit(self.network.traced_for(self.mesh, of_whole)))
+    return programs.Program(name, jax.jit(self.network.tracing(self.mesh)(of_whole)))
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Return text embeddings e, L2-normalised. Raises UserError: no text encoder, or tokens of another length."""

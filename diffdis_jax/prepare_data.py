@@ -291,7 +291,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   """Encode every image of a prepared data set by a run's autoencoder, in this process."""
   from diffdis_jax import inference  # here, since the processes of the preparation import this file too
   from diffdis_jax.data import build
-  from diffdis_jax.training import stored_inputs
+  from diffdis_jax.training import start
 
   found = latents.find_parts(data)  # first: a wrong folder shows before weights are read
   model, params = inference.load(run, image_size=FLAGS.image_size, batch_size=FLAGS.batch_size)
@@ -309,7 +309,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
     text = latents.TextConditions(
       encode=lambda captions: model.conditions(params, tokenizer(captions)),
       shape=(model.max_length, width),
-      fingerprint=stored_inputs.text_encoder_digest(params, sizes),
+      fingerprint=start.text_encoder_digest(params, sizes),
     )
   augmentation = _augmentation(dataclasses.asdict(run_config.load(run).data.augment))
   if FLAGS.views > 1 and not (augmentation.varies or text):  # with text, views may have other captions
@@ -328,7 +328,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       image_size=model.image_size,
       views=FLAGS.views,
       augmentation=augmentation,
-      fingerprint=stored_inputs.autoencoder_digest(params, sizes),
+      fingerprint=start.autoencoder_digest(params, sizes),
       text=text,
       images=digests.fingerprint(data, part=digests.RECORDS),
     ),

@@ -44,7 +44,7 @@ LEAST_NORM = 1e-30
 
 def compiled(trainer: Trainer) -> Callable[[TrainState, TrainingBatch], dict[str, Float[Array, ""]]]:
   """Return `compare` as one program for the trainer's mesh."""
-  traced = trainer.network.traced_for(trainer.mesh, functools.partial(compare, trainer))
+  traced = trainer.network.tracing(trainer.mesh)(functools.partial(compare, trainer))
   return jax.jit(traced, in_shardings=(trainer.state_shardings, sharding.batch_sharding(trainer.mesh)))
 
 

@@ -6,10 +6,10 @@ import os
 import pathlib
 
 
-def memory(cgroup: pathlib.Path | None = None) -> int:
+def memory(cgroup: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> int:
   """Bytes."""
-  from diffdis_jax.common import machine  # only now, so that its annotations are checked like all the package's
-
-  folder = cgroup or machine.CGROUP
-  found = machine.limits(folder / "memory.max") or machine.limits(folder / "memory" / "memory.limit_in_bytes")
-  return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *found])
+  found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+  for file in (cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"):
+    if file.exists() and (limit := file.read_text().strip()).isdecimal():  # or `max`
+      found.append(int(limit))
+  return min(found)

@@ -65,7 +65,7 @@ def test_what_is_given_of_the_data_stays():
   "texts, message",
   [
     (["{"], '--eval={ is not JSON: .*; write it as \'{"name": "coco", "task": "retrieval"'),
-    (['{"a":' * 20_000], "nested more than 64 deep; write it as"),
+    (['{"a":' * 20_000], "maximum recursion depth exceeded.*; write it as"),
     (["3"], "--eval=3 should be an object with a name and a task, such as"),
     (['{"name": "a"}'], "should be an object with a name and a task"),
     (['{"task": "retrieval"}'], "has the name None; it should be a word"),

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(diffdis_jax.__file__).parent
 CORE = (
   *("errors", "structs", "common", "config", "__init__"),
   *("parallel", "run", "data", "models", "method"),
-  *("interop", "inference", "evals", "training"),
+  *("interop", "inference", "evals", "pipeline", "training"),
   *("train", "evaluate", "generate", "prepare_data", "import_weights", "export_weights", "verify", "demo"),
 )
 # Each in one room with a __main__.py of its own, or one file. The core imports none of them.

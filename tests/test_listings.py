@@ -1,4 +1,4 @@
-"""What the golden listings must hold by other reckoning: the code that they check has written them itself.
+"""What the configs' listings must hold by other reckoning than the code that writes them.
 
 Stable Diffusion's parts have as many parameters as diffusers' and transformers' own modules of the config's sizes,
 DiffDis' parts as many as their formula says, and weight decay spares what is no matrix.
@@ -23,7 +23,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 from diffdis_jax.config.section import read_section
 from diffdis_jax.interop import sections
 from diffdis_jax.training import optim
-from tests.test_configs import CASES, get_config, golden_file
+from tests.test_configs import CASES, get_config, listing
 
 LINE = re.compile(r"(\S+) float32\[([\d,]*)\] (\w+) \(\S*\)")
 # Arguments of which, with the defaults, every path is trained that any config trains.
@@ -40,14 +40,9 @@ class Listed:
 
 @functools.cache
 def listed(name: str, arg: str) -> dict[str, Listed]:
-  """Parameter path -> what the golden listing says of it; nothing is built."""
-  lines = golden_file(name, "").read_text().splitlines()
-  if arg:
-    changes = golden_file(name, arg).read_text().splitlines()
-    removed = {line[2:] for line in changes if line.startswith("- ")}
-    lines = [line for line in lines if line not in removed] + [line[2:] for line in changes if line.startswith("+ ")]
+  """Parameter path -> its line of the listing."""
   found = {}
-  for line in lines:
+  for line in listing(name, arg):
     path, shape, group = LINE.fullmatch(line).groups()
     assert path not in found
     found[path] = Listed(tuple(map(int, filter(None, shape.split(",")))), group)

@@ -266,12 +266,12 @@ def test_the_blocks_of_python_run(folder, typed):
   """README's and the quickstart's, with a run where `make demo` leaves it; evaluation.md's, with images beside it."""
   readme = pages.python_block("README.md", "model.generate")
   quickstart = pages.python_block("docs/quickstart.md", "model.generate")
-  images = "import numpy as np\nimages = np.zeros((3, model.image_size, model.image_size, 3), np.uint8)"
+  images = "import numpy as np\nimages = np.zeros((3, 16, 16, 3), np.uint8)"
   evaluation = pages.python_block("docs/evaluation.md", "inference.load")
-  reference = pages.python_block("docs/api.md", "inference.load")
+  reference = pages.python_block("docs/api.md", "diffdis_jax.load")
   script = f"{readme}\n{quickstart}\n{images}\n{evaluation}\nprint(nearest.shape)\n{reference}"
   said = run([f"{folder}/.venv/bin/python", "-c", script], folder, typed)
-  assert re.fullmatch(r"(\[[01] [01]\]\n){2}\(3,\)\n", said)
+  assert re.fullmatch(r"(\['(red star|blue ring)', '(red star|blue ring)'\]\n){2}\(3,\)\n", said)
 
 
 @pytest.mark.slow

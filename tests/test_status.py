@@ -69,3 +69,12 @@ def test_no_run_is_one_line(tmp_path, monkeypatch, arguments, message):
   monkeypatch.chdir(tmp_path)
   code, out, errors = status(*arguments)
   assert code == 2 and not out and errors.count("\n") == 1 and message in errors
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_question_marks(tmp_path):
+  run = tmp_path / "run"
+  written_run.write(run)
+  with (run / "history.jsonl").open("a") as file:
+    file.write(json.dumps({"event": "end", "time": 1.0, "why": "failed", "message": "no folder größer"}) + "\n")
+  done = call("status", {**ENVIRONMENT, "PYTHONIOENCODING": "ascii", "LANG": "C"}, str(run))
+  assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("failed: no folder gr??er\n")

@@ -24,7 +24,7 @@ from diffdis_jax.evals import tasks as sections_of
 from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.run import checkpoint, provenance, restore, workdir
 from diffdis_jax.structs import Batch
-from diffdis_jax.training import evaluator, loop, run_info, start
+from diffdis_jax.training import evaluator, loop, start
 from diffdis_jax.training import flops as estimated
 from diffdis_jax.training.step import Trainer
 from tests import steps, tiny
@@ -313,7 +313,7 @@ def test_a_run_that_is_made_longer_ends_in_the_bits_of_one_that_was_as_long(tmp_
   for num_steps in (4, 6):
     config.num_steps = num_steps
     loop.train_and_evaluate(Run.of(config), longer)
-  assert "the run gets longer: 6 steps instead of 4; learning rates stay as they are" in caplog.messages
+  assert "the run gets longer: 6 steps instead of 4, by its constant schedule" in caplog.messages
   expected, found = (restore.restore_params(run, ema=False) for run in (whole, longer))
   assert expected.keys() == found.keys()
   assert [name for name in expected if expected[name].tobytes() != found[name].tobytes()] == []
@@ -323,18 +323,6 @@ def test_a_run_that_is_made_longer_ends_in_the_bits_of_one_that_was_as_long(tmp_
 
   config.num_steps = 4
   refused(config, pathlib.Path(longer), "num_steps is 6 there and 4 here")
-
-
-def test_a_longer_run_says_what_its_rates_do(caplog):
-  caplog.set_level(logging.INFO)
-  config = tiny.get_config("autoencoder")
-  config.update(num_steps=20)
-  config.optim.update(schedule_kind="linear", warmup_steps=0, rates=dict(new=0.1))
-  run_info.log_changes(Run.of(config), "", before=10, step=5)
-  assert caplog.messages[-1] == (
-    "the run gets longer: 20 steps instead of 10; its linear schedule is that of the longer run from step 5 on:"
-    " new 0.05 to 0.075"
-  )
 
 
 def test_a_checkpoint_without_its_commit_mark(joint_run, tmp_path):

@@ -1,9 +1,8 @@
 """Paths that users give: local ones, and gs://BUCKET/... on Google Cloud Storage.
 
-A bucket is no disk. An object is written whole and appears at once, so that it needs no temporary name, and nothing can
-be appended to it. There are no folders, only objects whose names begin alike. Everything here goes through gcsfs, which
-etils uses for `gs://`, so that STORAGE_EMULATOR_HOST points all of it at another server. TensorStore, which reads and
-writes a checkpoint's arrays, has TENSORSTORE_GCS_HTTP_URL for that. Both try each request again for half a minute.
+In a bucket an object appears whole and at once, nothing can be appended to it, and there are no folders. Everything
+here goes through gcsfs, which etils uses for `gs://`; STORAGE_EMULATOR_HOST points it at another server. TensorStore,
+which reads and writes a checkpoint's arrays, has TENSORSTORE_GCS_HTTP_URL. Both try a request again for half a minute.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import google_crc32c
@@ -28,18 +27,15 @@ from etils import epath
 
 from diffdis_jax.errors import Gone, UserError
 
-# Where TensorFlow is installed, etils would read buckets by it: take one way on every machine. etils looks once, at the
-# first path that is asked anything.
+# Where TensorFlow is installed, etils would read buckets by it, as it decides at the first path.
 os.environ.setdefault("EPATH_USE_TF", "false")
 SCHEME = "gs://"
 _ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # with one slash too, which nobody means for a folder of that name
-# Orbax cuts an address off at the first two, and writes the parts of a checkpoint over each other; to gcsfs the others
-# are patterns, by which it would remove another run's files.
+# Orbax cuts an address off at the first two; to gcsfs the others are patterns, which would match another run's files.
 _SPECIAL = re.compile(r"[#?*[]")
 _AT_ONCE = 8  # files that are uploaded, of each of which gcsfs holds 50 MB
 EVERY = 30.0  # seconds between two copies of files that are appended to
-# Seconds between the tries of the last copy, after which none follows.
-LAST_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+LAST_PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each try of the last copy
 
 
 def is_url(path: epath.PathLike) -> bool:
@@ -48,18 +44,14 @@ def is_url(path: epath.PathLike) -> bool:
 
 
 def path(where: epath.PathLike) -> epath.Path:
-  """Return a local path, or one in a bucket.
-
-  Raises:
-    UserError: an address of another kind, or one of a bucket where the package that reads those is missing.
-  """
+  """Return a local path, or one in a bucket. Raise UserError as `check`."""
   if is_url(where):
     check(os.fspath(where))
   return epath.Path(where)
 
 
 def absolute(where: epath.PathLike) -> epath.Path:
-  """Return the path from the root; an address stands for itself, which etils would take for a local path here."""
+  """Return the path from the root; an address stands for itself."""
   return path(where) if is_url(where) else epath.Path(where).absolute()
 
 
@@ -72,8 +64,8 @@ def local(where: epath.PathLike, flag: str) -> pathlib.Path:
 
 
 def check(where: str) -> None:
-  """Raise UserError for an address other than gs://BUCKET/..., one with a special character, one that needs a missing
-  package, or a ~, of which a folder of that name would be made. A local path passes."""
+  """Raise UserError for an address other than gs://BUCKET/..., one with a special character or of a missing package, or
+  a ~ that the shell has left. A local path passes."""
   if where.startswith(("~/", "~")) and (meant := os.path.expanduser(where)) != where:
     raise UserError(f"the shell leaves the ~ of {where} as it is behind a =; give {meant}")
   if not (found := _ADDRESS.match(where)):
@@ -90,7 +82,7 @@ def check(where: str) -> None:
 
 @functools.cache
 def _configure() -> None:
-  """Set up gcsfs, once in each process, before a bucket is opened."""
+  """Set up gcsfs before a bucket is opened."""
   from fsspec import config
 
   # Without credentials gcsfs would ask at each access which kind the bucket is. This is right for all but Rapid ones.
@@ -142,11 +134,6 @@ def download(wanted: Mapping[str, pathlib.Path]) -> None:
       file.unlink(missing_ok=True)
 
 
-def read_bytes(where: epath.PathLike) -> bytes:
-  """Read a small file."""
-  return path(where).read_bytes()
-
-
 def create(where: epath.Path, content: bytes) -> bool:
   """Write an object unless there is one already, and return whether it was written."""
   try:
@@ -173,51 +160,43 @@ def remove(where: epath.Path, *, generation: int) -> None:
 class Mirror:
   """A local folder, in which files are appended to, and its copy in a bucket.
 
-  A copy is made every EVERY seconds, and whenever it is asked for. What fails is tried again at the next one: a bucket
-  that is away for a while ends no run.
+  A copy is made every EVERY seconds, and whenever it is asked for. A bucket that is away for a while ends no run: what
+  fails is tried again at the next copy.
 
   Args:
     to: the folder in the bucket.
     of: files there to append to.
   """
 
-  def __init__(self, to: epath.Path, *, of: Sequence[str] = (), clock: Callable[[], float] = time.monotonic):
-    self._to, self._clock = to, clock
-    self._temporary = tempfile.TemporaryDirectory(prefix="diffdis")
+  def __init__(self, to: epath.Path, *, of: Sequence[str] = ()):
+    self._to, self._temporary = to, tempfile.TemporaryDirectory(prefix="diffdis")
     self.folder = pathlib.Path(self._temporary.name)
-    self._copied: dict[str, int] = {}  # name -> bytes
-    for name in of:
-      if (to / name).exists():
-        download({os.fspath(to / name): self.folder / name})
-        self._copied[name] = (self.folder / name).stat().st_size
-    self._last = clock()
+    download({os.fspath(to / name): self.folder / name for name in of if (to / name).exists()})
+    self._copied = {file.name: file.stat().st_size for file in self.folder.iterdir()}
+    self._last = time.monotonic()
 
   def copy_if_due(self) -> None:
     """Copy, if the last time was long enough ago."""
-    if self._clock() - self._last >= EVERY:
+    if time.monotonic() - self._last >= EVERY:
       self.copy()
 
   def copy(self) -> bool:
     """Copy the files that have grown, and say whether all of them are there now."""
-    self._last, all_there = self._clock(), True
+    self._last, all_there = time.monotonic(), True
     for file in sorted(self.folder.iterdir()):
       size = file.stat().st_size
       if self._copied.get(file.name) != size:
         try:
           _system().put_file(os.fspath(file), os.fspath(self._to / file.name))
           self._copied[file.name] = size
-        except Exception as error:  # of gcsfs or of the network below it, which may be back at the next copy
+        except Exception as error:  # of gcsfs or of the network below it
           logging.warning("cannot write %s, which is tried again: %s", self._to / file.name, error)
           all_there = False
     return all_there
 
   def close(self) -> None:
     """Copy what is left, while a bucket that is away may come back."""
-    for pause in (0.0, *LAST_PAUSES):
-      time.sleep(pause)
-      if self.copy():
-        break
-    else:
+    if not any(time.sleep(pause) or self.copy() for pause in LAST_PAUSES):
       logging.error("the last lines of %s could not be written", self._to)
     self._temporary.cleanup()
 

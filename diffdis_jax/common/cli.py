@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib.util
+import io
 import itertools
 import logging as python_logging
 import math
@@ -34,7 +35,6 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")  # absl's words
 CACHE_BYTES = 4 * 2**30  # of compiled programs; a full-size step is a few hundred MB
-LONGEST_WORD = 1000  # characters, of a message
 _TEXTS = {"prompt", "eval"}  # flags that may hold any text
 # Flags that an unset variable of a shell leaves empty, which would be this folder.
 _FOLDERS = {"workdir", "out"}
@@ -51,6 +51,8 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   # Garbage is looked for among all that jax has traced, which stays: by default that is a fifth of a start's time.
   gc.set_threshold(100_000, 50, 50)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA, which has it from TensorFlow
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")  # of a terminal that knows ASCII alone
   sys.excepthook = _excepthook
   signals.end_on_signals()
   logging.get_absl_handler().addFilter(_is_ours)
@@ -120,17 +122,14 @@ def _stop_for(error: Exception) -> NoReturn:
   where, again = f" ({path})" if path else "", "and run the same command again"
   if isinstance(error, (UserError, Diverged)):
     _stop(error, code=error.code)
-  if number in FULL_DISK:
-    _stop(f"{reason}{where}; make room, {again}", code=1)
+  if full := number if number in FULL_DISK else full_disk(error):  # the latter of TensorStore's errors
+    _stop(f"{os.strerror(full)}{where}; make room, {again}", code=1)
   if may_pass(error) or (isinstance(error, OSError) and number is None):  # without a number: a bucket's server
-    how = "check the network and your permissions"
-    if "Anonymous caller" in str(error):  # gcloud auth login is for gcloud alone
-      how = "log in by gcloud auth application-default login"
+    login = "log in by gcloud auth application-default login"  # gcloud auth login is for gcloud alone
+    how = login if "Anonymous caller" in str(error) else "check the network and your permissions"
     _stop(f"{reason}{where}; {how}, {again}", code=1)
-  if isinstance(error, OSError) and path:
-    _stop(f"cannot use {path}: {reason}")
-  if isinstance(error, PermissionError):
-    _stop(f"cannot continue: {reason}")
+  if isinstance(error, OSError) and (path or isinstance(error, PermissionError)):
+    _stop(f"cannot use {path or 'a file'}: {reason}")
   raise error
 
 
@@ -270,9 +269,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _stop(error: Exception | str, *, code: int = 2) -> NoReturn:
-  """Exit with one line, in which long words are cut, and nothing is left that a terminal would take for orders."""
-  words = (word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-20:]}" for word in str(error).split())
-  shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(words))
+  """Exit with one line, in which nothing is left that a terminal would take for orders."""
+  line = " ".join(str(error).split())
+  shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
   sys.stderr.write(f"error: {''.join(shown)}\n")
   _exit(code)
 

@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax.common import buckets
-from diffdis_jax.errors import UserError, may_pass, parse_json
+from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
 
 DAY = 24 * 3600.0  # seconds after which a temporary file is of a process that was killed
 
@@ -30,11 +30,8 @@ def user_cache(name: str) -> str:
 
 
 def empty_folder(out: str | os.PathLike[str]) -> epath.Path:
-  """Return the folder of this name, absent or empty.
-
-  Raises:
-    UserError: it has something in it, is no folder, or is where a disk is mounted, which nothing can replace.
-  """
+  """Return the folder of this name, absent or empty. Raise UserError: it is neither, or is where a disk is mounted,
+  which nothing can replace."""
   folder = buckets.path(out)
   if folder.exists() and not folder.is_dir():
     raise UserError(f"--out={folder} is a file; it should be a folder, absent or empty")
@@ -85,24 +82,21 @@ def temporary_folder(begin: str, within: str | os.PathLike[str] | None = None) -
     within: where it lies; None for the system's folder for temporary files.
   """
   place = pathlib.Path(within or tempfile.gettempdir())
-  for left in place.glob(f"{begin}.????????.tmp"):
-    with contextlib.suppress(OSError), in_use(left, strict=True):  # its process lives where it is locked
-      shutil.rmtree(left)
   how: Any = dict(prefix=f"{begin}.", suffix=".tmp", dir=place, ignore_cleanup_errors=True)
-  with tempfile.TemporaryDirectory(**how) as made, in_use(made):
-    yield pathlib.Path(made)
+  with contextlib.ExitStack() as stack:
 
-
-@contextlib.contextmanager
-def in_use(path: str | os.PathLike[str], flags: int = 0, *, strict: bool = False) -> Iterator[None]:
-  """Lock a file or folder of this machine. Raise OSError where `strict` and it cannot be."""
-  descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | flags, 0o666)
-  try:
-    with contextlib.nullcontext() if strict else contextlib.suppress(OSError):
+    def hold(folder: str | os.PathLike[str]) -> None:  # by a lock, as long as this process lives
+      stack.callback(os.close, descriptor := os.open(folder, os.O_RDONLY | os.O_NOFOLLOW))
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    yield
-  finally:
-    os.close(descriptor)
+
+    for left in place.glob(f"{begin}.????????.tmp"):
+      with contextlib.suppress(OSError):  # another process holds it
+        hold(left)
+        shutil.rmtree(left)
+    made = stack.enter_context(tempfile.TemporaryDirectory(**how))
+    with contextlib.suppress(OSError):  # of a file system without locks
+      hold(made)
+    yield pathlib.Path(made)
 
 
 def lock(file: IO[Any], *, wait: bool) -> None:
@@ -143,11 +137,12 @@ def sweep(folder: str | os.PathLike[str], *, age: float = DAY) -> None:
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-  """Raise UserError for an OSError within, unless it may pass. `what` is written to, such as --out=FILE."""
+  """Raise UserError for an OSError within, unless it may pass or a disk is full. `what` is written to, such as
+  --out=FILE."""
   try:
     yield
   except OSError as error:
-    if may_pass(error):
+    if may_pass(error) or error.errno in FULL_DISK:  # on which launchers start the command again
       raise
     raise UserError(f"cannot write {what}: {error.strerror or error}") from error
 
@@ -163,8 +158,8 @@ def check_out(out: str, flag: str = "out") -> None:
   if not buckets.is_url(out) and not path.parent.is_dir():  # an object store has no empty folders
     raise UserError(f"--{flag}={out} lies in no folder that exists; create it first")
   # Tried, since permissions say nothing of a disk that is full or read-only.
-  probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   with writing(f"--{flag}={out}"):
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     probe.write_bytes(b"")
     probe.unlink()
 
@@ -195,9 +190,9 @@ def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Return the JSON object in a file; an empty one of a file that is absent, damaged or out of reach."""
   try:
-    found = read_json(path) if buckets.is_url(path) or pathlib.Path(path).is_file() else {}
+    found = read_json(path)
   except Exception as error:
-    if not (isinstance(error, (OSError, UserError)) or may_pass(error)):  # gcsfs has errors of its own
+    if not (isinstance(error, UserError) or may_pass(error)):
       raise
     return {}
   return found if isinstance(found, dict) else {}

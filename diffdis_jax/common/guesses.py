@@ -55,27 +55,21 @@ def check_key(config: Mapping[str, Any], key: str, flags: Collection[str] = ()) 
 def guess_field(key: str, known: Collection[str], flags: Collection[str] = ()) -> str:
   """Say which of the known fields, or of the command's flags, a config key may mean; or list the fields near it."""
   section, _, leaf = key.rpartition(".")
-  if section in known:  # a field, which has no fields of its own
-    return _ask([section])
-  if same := _of_other_projects(leaf, known, flags) or _same_name(leaf, known):
-    return _ask(same)
-  leaves = {path.split(".")[-1]: path for path in known}
-  if near := difflib.get_close_matches(key, [*known, *_sections(known)], n=1, cutoff=0.75):
+  near = [section] if section in known else _same(leaf, known, flags)  # a field has no fields of its own
+  for name, candidates in ((key, {path: path for path in [*known, *_sections(known)]}), (leaf, _leaves(known))):
+    near = near or [candidates[x] for x in difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)]
+  if near:
     return _ask(near)
-  if near := difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75):
-    return _ask([leaves[near[0]]])
-  if len(known) <= MOST_LISTED:
-    return f"known: {', '.join(sorted(known))}"
   prefix = f"{section}." if section in _sections(known) else ""
-  inside = {path[len(prefix) :].split(".")[0] for path in known if path.startswith(prefix)}
-  return f"known: {', '.join(sorted(prefix + name for name in inside))}"
+  inside = {prefix + path[len(prefix) :].split(".")[0] for path in known if path.startswith(prefix)}
+  return f"known: {', '.join(sorted(known if len(known) <= MOST_LISTED else inside))}"
 
 
 def guess_flag(name: str, flags: Collection[str], fields: Collection[str]) -> str:
   """Say which flag an unknown one may mean; `fields` are those that --config.a.b=value sets."""
-  near = [f"--{flag}" for flag in difflib.get_close_matches(name, flags, n=1)]
-  found = _of_other_projects(name, fields, flags, flags_first=True) or _same_name(name, fields) or near
-  return _ask(path if path.startswith("--") else f"--config.{path}" for path in found) if found else "see --help"
+  near = _same(name, fields, flags, flags_first=True)
+  near = near or [f"--{flag}" for flag in difflib.get_close_matches(name, flags, n=1)]
+  return _ask(path if path.startswith("--") else f"--config.{path}" for path in near) if near else "see --help"
 
 
 def fields_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,26 +82,24 @@ def fields_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _sections(known: Iterable[str]) -> set[str]:
-  """Return the sections above these fields."""
   return {".".join(path.split(".")[:n]) for path in known for n in range(1, path.count(".") + 1)}
 
 
-def _of_other_projects(
-  name: str, fields: Collection[str], flags: Collection[str], *, flags_first: bool = False
-) -> list[str]:
-  """Return the first target of a common name that this command knows."""
-  targets = _TARGETS.get(name.lower().replace("-", "_"), [])
+def _leaves(known: Iterable[str]) -> dict[str, str]:
+  return {path.split(".")[-1]: path for path in known}
+
+
+def _same(leaf: str, fields: Collection[str], flags: Collection[str], *, flags_first: bool = False) -> list[str]:
+  """Return what a common name of other projects stands for here, or else the fields of this very name, three at most,
+  with the fewest sections above them."""
+  targets = _TARGETS.get(leaf.lower().replace("-", "_"), [])
   if "optim.rates.new" in targets:  # each config has its own groups
     targets = [path for path in fields if path.startswith("optim.rates.")]
   known = [target for target in targets if target in fields or target.removeprefix("--") in {*flags}]
-  return sorted(known, key=lambda target: target.startswith("--") != flags_first)[:1]
-
-
-def _same_name(leaf: str, known: Iterable[str]) -> list[str]:
-  """Return the fields of this name with the fewest sections above them, three at most."""
-  same = [path for path in known if path.split(".")[-1] == leaf]
-  least = min((path.count(".") for path in same), default=0)
-  return [path for path in same if path.count(".") == least][:3]
+  if known:
+    return sorted(known, key=lambda target: target.startswith("--") != flags_first)[:1]
+  same = [path for path in fields if path.split(".")[-1] == leaf]
+  return [path for path in same if path.count(".") == min(each.count(".") for each in same)][:3]
 
 
 def _ask(names: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ class _Log(io.StringIO):
 
 
 class Progress(tqdm):
-  """A bar that ends when all is done; where there is no terminal, a line now and then, with what is left.
+  """A bar that ends when all is done; where there is no terminal, a line now and then, with the time that is left.
 
   Args:
     what: is done, such as `embedded`.

@@ -17,8 +17,6 @@ from absl import logging
 
 from diffdis_jax.errors import INTERRUPTED, TERMINATED
 
-ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-
 
 class Terminated(KeyboardInterrupt):
   """SIGTERM or SIGHUP to a command that has nothing to save. It is cleaned up after as after Ctrl-C."""
@@ -37,8 +35,8 @@ def handle(handler: Callable[[int], None]) -> dict[int, Any]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     handler(number)
 
-  heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-  return {number: signal.signal(number, on_signal) for number in heard}
+  ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+  return {n: signal.signal(n, on_signal) for n in ending if signal.getsignal(n) is not signal.SIG_IGN}
 
 
 @contextlib.contextmanager
@@ -106,6 +104,5 @@ def begin_worker(*_: int) -> None:
   """
   for number in (signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-  assert parent is not None  # a worker has one
+  parent: Any = multiprocessing.parent_process()
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="parent", daemon=True).start()

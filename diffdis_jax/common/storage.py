@@ -23,11 +23,8 @@ class Away(OSError):
 
 
 def patiently(read: Callable[[], _Read], what: str) -> _Read:
-  """Call `read` until it raises nothing that may pass, and return what it returns. `what` is read, for the log.
-
-  Raises:
-    Away: it has failed for PATIENCE seconds.
-  """
+  """Call `read` until it raises nothing that may pass, and return what it returns. `what` is read, for the log. Raise
+  Away after PATIENCE seconds."""
   waited, pause = 0.0, PAUSE
   while True:
     try:
@@ -47,8 +44,7 @@ def away(error: Exception, files: Iterable[str | os.PathLike[str]]) -> Exception
   """Turn what a reader of these files has raised into an error that may pass; None where it is not storage's."""
   if may_pass(error):
     return error
-  for file in files:
-    if not buckets.path(file).exists():
-      return Gone(f"{file} is not there")
+  if absent := next((file for file in files if not buckets.path(file).exists()), None):
+    return Gone(f"{absent} is not there")
   # How ArrayRecord words what a system call answered: "open() failed: No such file or directory; opening FILE".
   return Gone(str(error)) if re.search(r"\b\w+\(\) failed: ", str(error)) else None

@@ -87,14 +87,17 @@ def decode_reduced(image: bytes | UInt8[np.ndarray, "h w 3"], *, at_least: int |
     factor = 1 if at_least is None else _reduce(opened, at_least)
     # To its end: a file that is cut off raises here, where that is counted.
     opened.load()
-    turn = _turn(opened)
-  # Not by ImageOps.exif_transpose, which writes all of EXIF again, and fails at whatever is wrong in it.
-  if turn is not None:
-    opened = opened.transpose(turn)
-  upright = _to_rgb(opened)
+    upright = upright_rgb(opened)
   # -stored % factor is how far the last pixel lies beyond the edge: zero where EXIF exchanges the sides.
   width, height = (side * factor - -stored % factor for side, stored in zip(upright.size, sides, strict=True))
   return Decoded(upright, width, height, factor)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+  """Turn an image upright by EXIF, and convert it as `decode` does. Raises ValueError: floats that are not finite."""
+  # Not by ImageOps.exif_transpose, which writes all of EXIF again, and fails at whatever is wrong in it.
+  turn = _turn(image)
+  return _to_rgb(image if turn is None else image.transpose(turn))
 
 
 def _turn(opened: Image.Image) -> Image.Transpose | None:

@@ -159,17 +159,10 @@ class Network:
 
   @contextlib.contextmanager
   def tracing(self, mesh: Mesh) -> Iterator[None]:
-    """Trace one of the network's programs within for the devices of `mesh`, with the network's precision and form of
-    attention."""
-    precision = jax.default_matmul_precision(self.matmul_precision)
-    with attention.by(self.model.attention_kernel), sharding.tracing(mesh), precision:
+    """Trace what is within, or the function that it decorates, for the devices of `mesh`, with the network's precision
+    and form of attention."""
+    with attention.by(self.model.attention_kernel), sharding.tracing(mesh, matmul_precision=self.matmul_precision):
       yield
-
-  def traced_for(self, mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
-    """Return f, one of the network's programs, to be jitted: traced for the devices of `mesh`, with the network's
-    precision and form of attention."""
-    f = attention.by(self.model.attention_kernel)(f)
-    return sharding.traced_for(mesh, f, matmul_precision=self.matmul_precision)
 
   def counted(self) -> Network:
     """Return the same network with attention that is no kernel, so that the operations of what it traces can be

@@ -52,18 +52,15 @@ class Batches:
     """
     lengths = [len(array) for array in arrays]
     n = lengths[0]
-    # Further rows would be left out, and of jax's arrays the last row be taken for those that are missing.
-    if {*lengths} != {n}:
-      raise UserError(f"arrays of {', '.join(map(str, lengths))} rows belong to each other; give as many rows of each")
-    if not n:
-      raise UserError("nothing to run on: give at least one row")
+    if not n or {*lengths} != {n}:
+      raise UserError(f"arrays of {', '.join(map(str, lengths))} rows; give as many rows of each, and at least one")
 
     def read(start: int) -> dict[str, Any]:
       rows = np.minimum(start + self._rows, n - 1)
       return {str(i): array[rows] for i, array in enumerate(arrays)}
 
     outputs: list[np.ndarray] = []
-    pending: jax.Array | None = None
+    pending: list[jax.Array] = []
     # Padded by a row that is there, not by zeros, so that f sees nothing that it could fail on.
     # Arrays may decode images when rows are asked for: those of the next call, while devices compute this one's.
     with ThreadPoolExecutor(1) as reader:
@@ -72,13 +69,12 @@ class Batches:
         local = ahead.result()
         if start + self.size < n:
           ahead = reader.submit(read, start + self.size)
+        pending.append(f(*sharding.to_global(local, self._mesh).values()))
         # The host fetches a result when the next call is under way, so that devices never wait for it; and no later,
         # or else all calls' rows would lie on the devices together.
-        pending, ended = f(*sharding.to_global(local, self._mesh).values()), pending
-        if ended is not None:
-          outputs.append(processes.whole(ended))
+        if len(pending) > 1:
+          outputs.append(processes.whole(pending.pop(0)))
         done(min(self.size, n - start))
         self._after_batch()
-      assert pending is not None
-      outputs.append(processes.whole(pending))
+      outputs.append(processes.whole(pending.pop()))
     return np.concatenate(outputs)[:n]

@@ -8,13 +8,11 @@ Cloud TPU (a VM's metadata, or what GKE sets). Elsewhere there is one process.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import glob
 import importlib.util
 import itertools
 import os
 import re
-import secrets
 import signal
 import sys
 import threading
@@ -29,37 +27,17 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 
 from diffdis_jax.common import buckets, signals
-from diffdis_jax.errors import FULL_DISK, INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError, may_pass
+from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
 
 # Seconds after which a silent process is dead, and the others end; longer where it may wait for a bucket in silence.
 HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_OVER_BUCKETS = 10, 100
-SHUTDOWN_TIMEOUT = 3600  # seconds that processes which are done wait for the one that still writes
-BARRIER_TIMEOUT = 3600  # seconds that a process waits for the others, such as for one that compiles for long
+WAIT = 3600  # seconds that a process waits for the others, such as for one that compiles or still writes
 _VISIBILITY = 30.0  # seconds in which a file of one host must show on the others
-_VARIABLES = {
-  "coordinator_address": ("DIFFDIS_COORDINATOR_ADDRESS",),
-  "num_processes": ("DIFFDIS_NUM_PROCESSES",),
-  "process_id": ("DIFFDIS_PROCESS_ID", "JOB_COMPLETION_INDEX"),  # the latter of a Kubernetes Job with indices
-}
+# A process's number may also come from a Kubernetes Job with indices.
+_PROCESS_ID = ("DIFFDIS_PROCESS_ID", "JOB_COMPLETION_INDEX")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _CAUSES = (None, Preempted, Interrupted)  # to stop, the weightiest last; the first is none
 _barriers = itertools.count()
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-  """Arguments of `jax.distributed.initialize`, which asks the environment for those that are None.
-
-  Attributes:
-    local_device_ids: the accelerators of this process; empty for all that the host has.
-    cluster_detection_method: which environment is asked; None for the first that jax finds.
-  """
-
-  coordinator_address: str | None = None
-  num_processes: int | None = None
-  process_id: int | None = None
-  local_device_ids: tuple[int, ...] | None = None
-  cluster_detection_method: str | None = None
 
 
 def start() -> None:
@@ -69,7 +47,7 @@ def start() -> None:
     UserError: contradicting settings, or a device that cannot be had.
   """
   values = flags.FLAGS.flag_values_dict()
-  found = find({name: values[name] for name in _VARIABLES}, os.environ)
+  found = find(values, os.environ)
   if found is not None:
     folders = filter(None, (values.get("workdir"), values.get("out")))  # an ablation's runs are kept in its --out
     default = HEARTBEAT_TIMEOUT_OVER_BUCKETS if any(map(buckets.is_url, folders)) else HEARTBEAT_TIMEOUT
@@ -83,51 +61,52 @@ def log_place() -> None:
   logging.info("host %d of %d, %d of %d devices (%s)", *host, *devices, jax.devices()[0].device_kind)
 
 
-def find(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> Processes | None:
-  """Find the processes by flags, or else by the environment; None for one process.
+def find(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any] | None:
+  """Return the arguments of `jax.distributed.initialize`, by flags or else by the environment; None for one process.
 
   Raises:
     UserError: some of the three settings, but not all; or settings that contradict each other.
   """
-  settings = {}
-  for name, variables in _VARIABLES.items():
-    values = [given[name], *(environ.get(variable) for variable in variables)]
-    settings[name] = next((value for value in values if value not in (None, "")), None)
-  if settings["coordinator_address"] or settings["num_processes"] or given["process_id"] is not None:
-    return _explicit(**settings)
+  variables = (("DIFFDIS_COORDINATOR_ADDRESS",), ("DIFFDIS_NUM_PROCESSES",), _PROCESS_ID)
+  settings = [
+    next((value for value in (given[name], *map(environ.get, names)) if value not in (None, "")), None)
+    for name, names in zip(("coordinator_address", "num_processes", "process_id"), variables)
+  ]
+  if settings[0] or settings[1] or given["process_id"] is not None:
+    return _explicit(*settings)
   if all(name in environ for name in _SLURM):
     return _slurm(environ) if int(environ["SLURM_STEP_NUM_TASKS"]) > 1 else None
   # A TPU is what GKE names, or a VM's device files: those of v4 and before, or later ones, which others have too.
   if (environ.get("JAX_PLATFORMS") or "tpu").startswith("tpu"):
     files = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     if "TPU_WORKER_HOSTNAMES" in environ or (files and importlib.util.find_spec("libtpu")):
-      return Processes()
+      return {}  # jax asks the machine
   return None
 
 
-def _explicit(coordinator_address: Any, num_processes: Any, process_id: Any) -> Processes | None:
-  if None in (coordinator_address, num_processes, process_id):
+def _explicit(address: Any, num_processes: Any, process_id: Any) -> dict[str, Any] | None:
+  if None in (address, num_processes, process_id):
     raise UserError("--coordinator_address, --num_processes and --process_id go together; give all three of them")
-  port = re.fullmatch(r".+:(\d{1,5})", coordinator_address)
+  port = re.fullmatch(r".+:(\d{1,5})", address)
   if port is None or not 0 < int(port[1]) < 2**16:
-    raise UserError(f"--coordinator_address={coordinator_address} should be HOST:PORT, such as 10.0.0.1:8476")
+    raise UserError(f"--coordinator_address={address} should be HOST:PORT, such as 10.0.0.1:8476")
   if not re.fullmatch(r"\d+ -?\d+", f"{num_processes} {process_id}"):
     raise UserError(f"--num_processes={num_processes} and --process_id={process_id} should be whole numbers")
   count, index = int(num_processes), int(process_id)
   if not 0 <= index < count:
     raise UserError(f"--process_id={index} should be from 0 to {count - 1}, since --num_processes={count}")
-  return Processes(coordinator_address, count, index, (), "deactivate") if count > 1 else None
+  found = dict(coordinator_address=address, num_processes=count, process_id=index, local_device_ids=())
+  return found | {"cluster_detection_method": "deactivate"} if count > 1 else None
 
 
-def _slurm(environ: Mapping[str, str]) -> Processes:
-  """Read a Slurm step. One task a node has all of its GPUs; of several, each has the one of its number, or those that
-  Slurm shows it."""
+def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
+  """Read a Slurm step. One task a node has all of its GPUs, where jax would take one; of several, each has the one of
+  its number, or those that Slurm shows it."""
   one_a_node = environ["SLURM_STEP_NUM_TASKS"] == environ.get("SLURM_STEP_NUM_NODES")
-  visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
   # Slurm 24.11 has no longer the first.
   per_task = "SLURM_GPUS_PER_TASK" in environ or ":per_task:" in environ.get("SLURM_TRES_BIND", "")
-  shows_own = one_a_node or per_task or (len(visible) == 1 and visible != [""])
-  return Processes(
+  shows_own = one_a_node or per_task or re.fullmatch("[^,]+", environ.get("CUDA_VISIBLE_DEVICES", ""))
+  return dict(
     num_processes=int(environ["SLURM_STEP_NUM_TASKS"]),
     process_id=int(environ["SLURM_PROCID"]),
     local_device_ids=() if shows_own else (int(environ["SLURM_LOCALID"]),),
@@ -135,16 +114,14 @@ def _slurm(environ: Mapping[str, str]) -> Processes:
   )
 
 
-def _initialize(processes: Processes, timeout: int, heartbeat: int) -> None:
+def _initialize(found: Mapping[str, Any], timeout: int, heartbeat: int) -> None:
   """Wait for all processes. At its own timeout jax aborts, with a stack trace, so a timer comes first."""
-  index, address = processes.process_id, processes.coordinator_address
-  who = "this host" if index is None else f"process {index} of {processes.num_processes}"
-  whom = f"the coordinator {address}" if index and address else "the other processes"
+  address = f" by {found['coordinator_address']}" if "coordinator_address" in found else ""
 
   def give_up() -> None:
     sys.stderr.write(
-      f"error: {who} could not reach {whom} within {timeout} seconds; the usual cause is that the command was not"
-      " started on all hosts: start it on each of them, or give a longer --coordinator_timeout\n"
+      f"error: this process could not reach the others{address} within {timeout} seconds; the usual cause is that the"
+      " command was not started on all hosts: start it on each of them, or give a longer --coordinator_timeout\n"
     )
     sys.stderr.flush()
     os._exit(1 if "DIFFDIS_LAUNCHED" in os.environ else 2)  # a launcher tries again, as after a dead host
@@ -155,10 +132,10 @@ def _initialize(processes: Processes, timeout: int, heartbeat: int) -> None:
   # SIGTERM is ours: jax's own service hears of no other signal, and asks for agreement at steps alone.
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
-    **vars(processes),
+    **found,
     initialization_timeout=2 * timeout + 60,
     heartbeat_timeout_seconds=heartbeat,
-    shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+    shutdown_timeout_seconds=WAIT,
   )
   jax.devices()  # every process waits here for the others' devices
   timer.cancel()
@@ -176,14 +153,14 @@ def is_first() -> bool:
 
 
 def barrier(name: str) -> None:
-  """Return when every process has come here; the last one may be BARRIER_TIMEOUT seconds late."""
+  """Return when every process has come here."""
   if jax.process_count() > 1:
     from orbax.checkpoint import multihost  # here, since it takes a second
 
     # Orbax asks the coordination service. multihost_utils.sync_global_devices is itself a program on the devices, to be
     # compiled, for which Gloo waits 30 s and no longer. A barrier's name must be new each time.
     key = f"diffdis/{next(_barriers)}/{name}"
-    multihost.get_barrier_sync_fn()(key=key, timeout_ms=BARRIER_TIMEOUT * 1000)
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=WAIT * 1000)
 
 
 def from_first(value: np.ndarray | np.generic) -> np.ndarray:
@@ -241,41 +218,6 @@ def on_first(action: Callable[[], Any]) -> None:
     raise UserError(message)
 
 
-def check_shared(workdir: str) -> None:
-  """Create the folder, and check that every process sees it.
-
-  Raises:
-    UserError: the hosts do not share it, or it cannot be written; on every process.
-    OSError: it cannot be written now, or its disk is full; on process 0, whose end ends the others.
-  """
-  if jax.process_count() == 1:
-    return
-  path = buckets.path(workdir)
-  is_new, mark = not path.exists(), path / f".shared-{from_first(np.uint32(secrets.randbits(32))).item():08x}"
-
-  def write() -> None:
-    try:
-      path.mkdir(parents=True, exist_ok=True)
-      mark.write_text("")
-    except OSError as error:
-      if may_pass(error) or error.errno in FULL_DISK:  # on which a launcher starts the run again
-        raise
-      raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}") from error
-
-  on_first(write)
-  seen = gathered(np.uint8(shows(mark.exists)))
-  if is_first():
-    mark.unlink()
-    if is_new and not seen.all() and not buckets.is_url(path):
-      path.rmdir()
-  if not seen.all():
-    hosts = ", ".join(str(i) for i in np.flatnonzero(seen == 0))
-    raise UserError(
-      f"--workdir={workdir} is not shared: host 0 wrote a file there that these hosts of {len(seen)} do not see:"
-      f" {hosts}; give a folder that all hosts see, such as gs://BUCKET/RUN or one on NFS"
-    )
-
-
 def shows(look: Callable[[], bool]) -> bool:
   """Wait until `look` finds what another host has written, for as long as a shared file system may take."""
   deadline = time.monotonic() + _VISIBILITY
@@ -289,10 +231,9 @@ def shows(look: Callable[[], bool]) -> bool:
 class PreemptionHandler:
   """Hears SIGTERM, which announces a preemption, SIGHUP and Ctrl-C, and agrees on where all processes stop.
 
-  Before `begin` there is nothing to save: each signal ends the process at once with code 75 or 130, also while its main
-  thread compiles. The others end by a signal of their own, or as where a process dies. Afterwards a second Ctrl-C ends
-  it at once, without a save. In a program that is no command, such as a notebook's kernel, Ctrl-C before `begin` is a
-  KeyboardInterrupt, which ends the training and not the program.
+  Before `begin` there is nothing to save: each signal ends the process at once with code 75 or 130. Afterwards a second
+  Ctrl-C ends it at once, without a save. In a program that is no command, such as a notebook's kernel, Ctrl-C before
+  `begin` is a KeyboardInterrupt.
 
   Every process calls `agreed` the same number of times, at points where it could stop; the answer is the same on all of
   them. With several processes it comes one call late, so that the host waits for no more than the step before the last.

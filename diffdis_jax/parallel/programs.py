@@ -17,24 +17,6 @@ from absl import logging
 from diffdis_jax.parallel import processes
 
 _COMPILER = "compiler"  # how the names of threads begin that compile
-_HIT = "/jax/compilation_cache/cache_hits"
-
-
-class _Hits(threading.local):
-  """The number of programs that this thread found in the compilation cache; other threads compile at the same time."""
-
-  count = 0
-
-
-_hits = _Hits()
-
-
-def _count_hit(event: str, **_: Any) -> None:
-  if event == _HIT:
-    _hits.count += 1
-
-
-jax.monitoring.register_event_listener(_count_hit)
 
 
 def compiled(name: str, f: Any, *args: Any) -> jax.stages.Compiled:
@@ -55,8 +37,6 @@ def is_compiling() -> bool:
 
 class AheadOfTime:
   """A program that a thread compiles, while this one does what comes before the first call.
-
-  Several processes need not begin together.
 
   Args:
     name: for the log.
@@ -80,10 +60,9 @@ class AheadOfTime:
     return program
 
   def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    begin, hits = time.monotonic(), _hits.count
+    begin = time.monotonic()
     program = lowered.compile()
-    cached = " from the cache" if _hits.count > hits else ""
-    logging.info("compiled %s in %.1f s%s", self._name, time.monotonic() - begin, cached)
+    logging.info("compiled %s in %.1f s", self._name, time.monotonic() - begin)
     return program
 
 

@@ -5,10 +5,10 @@ Axes: `data` replicates parameters and splits the batch; `fsdp` splits both; `te
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,22 +58,20 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | Non
       f"mesh {shown} takes {fixed} devices or, with an axis of -1, a multiple of them, but there are {len(devices)}"
     )
   shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
-  axis_types = (AxisType.Auto,) * len(AXES)
   # Hosts of GPUs count as slices: XLA's order already puts `data` between hosts, and any axis may cross them.
   slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-  if slices > 1:
-    return Mesh(arrange_slices(shape, devices, slices), AXES, axis_types=axis_types)
-  # Not jax.make_mesh, which refuses an axis that lies along a part of a torus's axis.
-  arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-  return Mesh(arranged, AXES, axis_types=axis_types)
+  return Mesh(arrange(shape, devices, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def arrange_slices(shape: Sequence[int], devices: Sequence[Any], slices: int) -> np.ndarray:
-  """Arrange devices [data, fsdp, tensor], the slices one after another along `data`.
+def arrange(shape: Sequence[int], devices: Sequence[Any], slices: int) -> np.ndarray:
+  """Arrange devices [data, fsdp, tensor], several slices one after another along `data`.
 
   Raises:
     UserError: `data` is no multiple of the slices.
   """
+  # Not jax.make_mesh, which refuses an axis that lies along a part of a torus's axis.
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   data, *rest = shape
   if data % slices:
     raise UserError(
@@ -84,32 +82,21 @@ def arrange_slices(shape: Sequence[int], devices: Sequence[Any], slices: int) ->
   )
 
 
-def tracing(mesh: Mesh) -> AbstractContextManager[Any]:
-  """Mark what a function traces within as for `mesh`, so that it can ask what it is compiled for
-  (models/attention.py)."""
-  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-
-def traced_for(mesh: Mesh, f: Callable[..., Any], *, matmul_precision: str) -> Callable[..., Any]:
-  """Return f, to be jitted, and then traced for the devices of `mesh`, which may be others than this machine's.
+@contextlib.contextmanager
+def tracing(mesh: Mesh, *, matmul_precision: str) -> Iterator[None]:
+  """Trace what is within, or the function that it decorates, for the devices of `mesh`, which may be others than this
+  machine's.
 
   Args:
-    matmul_precision: of its matrix products and convolutions of f32, forwards and backwards, where f does not say it:
-      default, high or highest.
+    matmul_precision: of matrix products and convolutions of f32, forwards and backwards, that do not say it: default,
+      high or highest.
   """
-
-  @functools.wraps(f)
-  def traced(*args: Any) -> Any:
-    with tracing(mesh), jax.default_matmul_precision(matmul_precision):
-      return f(*args)
-
-  return traced
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision(matmul_precision):
+    yield
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
   """Raise UserError for a global batch that the mesh cannot split evenly, over devices and over processes."""
-  if accumulate < 1:
-    raise UserError(f"optim.accumulate is {accumulate}; it must be at least 1")
   replicas, processes = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
   if replicas % processes:
     raise UserError(
@@ -126,11 +113,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  """Return the partition of one parameter; an axis that does not divide its dimension is left out.
-
-  Raises:
-    UserError: no rule matches.
-  """
+  """Return the partition of one parameter; an axis that does not divide its dimension is left out."""
   wanted = first_match(path, RULES, "sharding.RULES")
   return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape)))
 
@@ -244,13 +227,14 @@ def each_own_rows(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
   @functools.wraps(f)
   def local(whole: Any, rows: Any) -> Any:
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {axis for axis in BATCH[0] if axis in mesh.axis_names and axis not in mesh.manual_axes}
-    if not free:
+    own = _own_axes()
+    if not own:
       return f(whole, rows)
-    own = PartitionSpec(tuple(axis for axis in BATCH[0] if axis in free))
-    # As in `on_own_rows`, without the check of what varies over which axis.
-    return jax.shard_map(f, in_specs=(REPLICATED, own), out_specs=own, axis_names=free, check_vma=False)(whole, rows)
+    split = PartitionSpec(own)
+    # Without the check of what varies over which axis, as in `on_own_rows`.
+    return jax.shard_map(f, in_specs=(REPLICATED, split), out_specs=split, axis_names=set(own), check_vma=False)(
+      whole, rows
+    )
 
   return local
 
@@ -269,17 +253,22 @@ def on_own_heads(f: Callable[..., Any]) -> Callable[..., Any]:
     if not free:
       return f(*arrays)
     heads = "tensor" if "tensor" in free and arrays[0].shape[1] % mesh.shape["tensor"] == 0 else None
-    split = PartitionSpec(tuple(axis for axis in BATCH[0] if axis in free) or None, heads)
+    split = PartitionSpec(_own_axes() or None, heads)
     # Without the check of what varies over which axis, which no kernel says of its results.
     return jax.shard_map(f, in_specs=split, out_specs=split, axis_names=free, check_vma=False)(*arrays)
 
   return local
 
 
+def _own_axes() -> tuple[str, ...]:
+  """Return the axes that split a batch on the mesh that is being traced for, except those that are split already."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(axis for axis in BATCH[0] if axis in mesh.axis_names and axis not in mesh.manual_axes)
+
+
 def batch_parts() -> int:
   """Return the number of parts that a batch is split into on the mesh that is being traced for; 1 if there is none."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH[0] if axis not in mesh.manual_axes)
+  return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _own_axes())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

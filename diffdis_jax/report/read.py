@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -97,15 +98,11 @@ def _checkpoints(path: str) -> dict[int, dict[str, float]]:
     return {one_file.read_record(file).step: {}}
   folder = workdir.checkpoints(path)
 
-  def measured(step: int) -> dict[str, float] | None:
-    try:
-      return workdir.metrics_of(folder, step)
-    except (OSError, UserError):  # it was removed just now, or is damaged
-      return None
-
-  steps = workdir.committed_steps(folder)
-  found = zip(steps, workdir.of_each(measured, steps), strict=True)
-  return {step: metrics for step, metrics in found if metrics is not None}
+  found = {}
+  for step in workdir.committed_steps(folder):
+    with contextlib.suppress(OSError, UserError):  # it was removed just now, or is damaged
+      found[step] = workdir.metrics_of(folder, step)
+  return found
 
 
 def _taken(lock: epath.Path) -> float | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from diffdis_jax.common import buckets, storage
 from diffdis_jax.config.sections import CheckpointPolicy
-from diffdis_jax.errors import Diverged, Preempted, UserError, full_disk
+from diffdis_jax.errors import Diverged, Preempted, UserError
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import digests, restore, workdir
 from diffdis_jax.structs import TrainState
@@ -47,11 +46,23 @@ class Checkpointer:
     self._manager = self._open_manager()
 
   def _prepare_folder(self) -> None:
-    _remove_uncommitted(self._folder)
-    for step in workdir.committed_steps(self._folder) if self._kept.keep_best else ():
-      path = self._folder / str(step)
-      if (damage := digests.damage_of_step(path, self._digest, ("metrics",))) is not None:
-        raise UserError(f"checkpoint {path} cannot be read: {damage.file} {damage.what}; move its folder elsewhere")
+    """Take away what an interrupted save leaves in a bucket, which Orbax would trust, and could not save again.
+
+    On a disk, where an interrupted save has another name, such a folder may be a copy that was not finished: it stays
+    under another name.
+    """
+    for path in workdir.all_steps(self._folder):
+      if workdir.is_committed(path):
+        # Else Orbax would delete by damaged metrics.
+        if self._kept.keep_best and (damage := digests.damage_of_step(path, self._digest, ("metrics",))):
+          raise UserError(f"checkpoint {path} cannot be read: {damage.file} {damage.what}; move its folder elsewhere")
+        continue
+      logging.warning("checkpoint %s has no %s and is ignored", path, digests.COMMIT_MARK)
+      aside = path if buckets.is_url(path) else path.with_name(f"{path.name}.uncommitted")
+      if aside.exists():
+        aside.rmtree()
+      if aside != path:
+        path.rename(aside)
 
   def _open_manager(self) -> ocp.CheckpointManager:
     kept = self._kept
@@ -59,7 +70,7 @@ class Checkpointer:
     rules: list[Any] = [policies.LatestN(kept.keep_last)]
     if kept.keep_every:
       rules.append(policies.EveryNSteps(kept.keep_every))
-    rank = functools.partial(_rank, name=kept.best_metric, sign=1 if kept.best_is == "max" else -1)
+    rank = functools.partial(_rank, kept=kept)
     if kept.keep_best:
       # Else a checkpoint that was never measured, such as that of an interruption, would stay forever.
       rules.append(policies.BestN(get_metric_fn=rank, n=kept.keep_best, keep_checkpoints_without_metrics=False))
@@ -70,7 +81,10 @@ class Checkpointer:
       # In the background too, on process 0, when every process has written its files, before the commit mark.
       async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT, post_finalization_callback=self._write_digests),
     )
-    return ocp.CheckpointManager(self._folder, options=options)
+    try:
+      return ocp.CheckpointManager(self._folder, options=options)
+    except ValueError as error:
+      raise UserError(f"a {digests.ORBAX} in {self._folder} is damaged: {error}; remove that file") from error
 
   def latest_step(self) -> int | None:
     """Find the newest committed step, as process 0 sees it; None before the first."""
@@ -91,7 +105,7 @@ class Checkpointer:
   ) -> bool:
     """Start a save; return as soon as the arrays may be donated. Returns False if this step is saved already.
 
-    If the save before it has failed, this one takes its place. Raises OSError: it cannot be written.
+    If the save before it has failed, this one takes its place.
 
     Args:
       step: number of finished steps; larger than that of any earlier save.
@@ -105,7 +119,7 @@ class Checkpointer:
       return False
     try:
       self.wait()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of TensorStore
       if jax.process_count() > 1:  # the others do not know of it
         raise
       logging.warning("step %d was not saved: %s; trying again at step %d", self._saving, error, step)
@@ -135,12 +149,7 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Return when the save in progress is committed. Raises what went wrong with it."""
-    try:
-      self._manager.wait_until_finished()
-    except ValueError as error:  # of TensorStore
-      if (number := full_disk(error)) is None:
-        raise
-      raise OSError(number, os.strerror(number)) from error
+    self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Wait, and free the background threads."""
@@ -166,38 +175,16 @@ class Best(NamedTuple):
 
 def best(run: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
   """Find the best checkpoint by `kept.best_metric`; the earliest of equals, None where none was measured by it."""
-  folder, found = workdir.checkpoints(run), []
+  folder, found = workdir.checkpoints(run), {}
   for step in workdir.committed_steps(folder) if kept.best_metric else ():
     try:
-      value = workdir.metrics_of(folder, step).get(kept.best_metric, math.nan)
+      found[step] = workdir.metrics_of(folder, step)
     except (OSError, UserError) as error:  # of one candidate, beside which the others can be found
       logging.warning("what checkpoint %d was measured at cannot be read: %s", step, error)
-      continue
-    if not math.isnan(value):
-      found.append(Best(step, float(value)))
   # The steps come in order, and `max` keeps the first of equals.
-  sign = 1 if kept.best_is == "max" else -1
-  return max(found, key=lambda each: sign * each.value, default=None)
-
-
-def _remove_uncommitted(folder: epath.Path) -> None:
-  """Remove what an interrupted save leaves in a bucket, which Orbax would trust, and could not save again.
-
-  On a disk, where an interrupted save has another name, such a folder may be a copy that was not finished: it stays
-  under another name.
-  """
-  paths = workdir.all_steps(folder)
-  for path, whole in zip(paths, workdir.of_each(workdir.is_committed, paths), strict=True):
-    if whole:
-      continue
-    logging.warning("checkpoint %s has no %s and is ignored", path, digests.COMMIT_MARK)
-    if buckets.is_url(path):
-      path.rmtree()
-    else:
-      aside = path.with_name(f"{path.name}.uncommitted")
-      if aside.exists():
-        aside.rmtree()
-      path.rename(aside)
+  step = max(found, key=lambda step: _rank(found[step], kept=kept), default=0)
+  value = found.get(step, {}).get(kept.best_metric, math.nan)
+  return None if math.isnan(value) else Best(step, float(value))
 
 
 def _on_one_device(array: Any) -> Any:
@@ -208,7 +195,7 @@ def _on_one_device(array: Any) -> Any:
   return array.addressable_data(0) if isinstance(array, jax.Array) and array.is_fully_replicated else array
 
 
-def _rank(metrics: Mapping[str, float], *, name: str, sign: int) -> float:
+def _rank(metrics: Mapping[str, float], *, kept: CheckpointPolicy) -> float:
   # NaN too is the least: Orbax sorts by this, and sorts nothing that has a NaN in it.
-  value = metrics.get(name, math.nan)
-  return -math.inf if math.isnan(value) else sign * value
+  value = metrics.get(kept.best_metric, math.nan)
+  return -math.inf if math.isnan(value) else value if kept.best_is == "max" else -value

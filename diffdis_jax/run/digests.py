@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
-import functools
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -21,15 +19,16 @@ import google_crc32c
 from etils import epath
 
 from diffdis_jax.common import buckets, files
-from diffdis_jax.errors import Gone, UserError, may_pass, parse_json
+from diffdis_jax.errors import UserError, parse_json
 
 NAME = "digests.json"
 RECORDS = ".array_record"  # in the names of a prepared data set's files of records
 COMMIT_MARK = "commit_success.txt"  # the last file that Orbax writes into a checkpoint
+ORBAX = "_CHECKPOINT_METADATA"  # what Orbax says of a checkpoint
 # Orbax writes the last two after the digests. No restore reads them.
-_NOT_LISTED = {NAME, COMMIT_MARK, "_CHECKPOINT_METADATA"}
-_CHUNK = 1 << 20  # bytes
+_NOT_LISTED = {NAME, COMMIT_MARK, ORBAX}
 _THREADS = 4
+_OTHER_BYTES = "holds other bytes than were saved"
 
 
 class Damage(NamedTuple):
@@ -54,7 +53,7 @@ class Digests(NamedTuple):
 
 def write(folder: epath.PathLike, *, step: int | None = None, run: str | None = None) -> None:
   """Write the digests of all files that are in a folder now. Those of a checkpoint have its `step`, and the digest of
-  its `run`, `workdir.run_digest`. Raises OSError."""
+  its `run`, `workdir.run_digest`."""
   path = buckets.path(folder)
   if buckets.is_url(path):
     # A server that keeps no digests has the objects read back.
@@ -68,7 +67,7 @@ def write(folder: epath.PathLike, *, step: int | None = None, run: str | None = 
 
 
 def renew(folder: epath.PathLike, names: Collection[str]) -> None:
-  """Write the digests of these files again, which have changed; the others stay. Raises OSError."""
+  """Write the digests of these files again, which have changed; the others stay."""
   path = buckets.path(folder)
   found = read(path)
   if isinstance(found, Digests):
@@ -84,21 +83,21 @@ def _write(path: epath.Path, found: Digests) -> None:
 
 def read(folder: epath.PathLike) -> Digests | Damage | None:
   """Read the digests of a folder, or tell what is wrong with their file. A folder without them gives None."""
-  try:
-    content = parse_json(buckets.read_bytes(buckets.path(folder) / NAME), NAME)
-    if content.pop("crc32c") == _own(content):
-      listed = {name: _File(*file) for name, file in content.pop("files").items()}
-      return Digests(listed, **content)
-  except FileNotFoundError:
+  path = buckets.path(folder) / NAME
+  if not path.exists():
     return None
-  except (UserError, AttributeError, KeyError, TypeError):
-    pass
-  return Damage(NAME, "holds other bytes than were saved")
+  try:
+    content = parse_json(path.read_bytes(), NAME)
+  except UserError:
+    content = None
+  if not isinstance(content, dict) or content.pop("crc32c", "") != _own(content):
+    return Damage(NAME, _OTHER_BYTES)
+  return Digests({name: _File(*file) for name, file in content.pop("files").items()}, **content)
 
 
 def fingerprint(folder: epath.PathLike, *, part: str) -> str:
   """Give sixteen hexadecimal digits for the files with `part` in their names, wherever the folder lies; none where
-  there are no digests, or where they are damaged. Raises OSError."""
+  there are no digests, or where they are damaged."""
   found = read(folder)
   if not isinstance(found, Digests):
     return ""
@@ -123,55 +122,43 @@ def damage_of_step(path: epath.Path, run: str, items: Collection[str] | None = N
   found = read(path)
   if found is None:
     return Damage(NAME, "is missing")
-  if isinstance(found, Digests):
-    if found.step != int(path.name):
-      return Damage(NAME, f"says that it was saved as step {found.step}")
-    if found.run and found.run != run:  # one that was saved where there was no config.json has none
-      return Damage(NAME, "says that it was saved by a run of another config than config.json has")
+  if isinstance(found, Digests) and found.step != int(path.name):
+    return Damage(NAME, f"says that it was saved as step {found.step}")
+  if isinstance(found, Digests) and found.run not in ("", run):  # "" was saved where there was no config.json
+    return Damage(NAME, "says that it was saved by a run of another config than config.json has")
   return _first_damage(path, found, lambda name: items is None or name.partition("/")[0] in items)
 
 
-def _first_damage(path: epath.Path, found: Digests | Damage | None, is_asked: Callable[[str], bool]) -> Damage | None:
+def _first_damage(path: epath.Path, found: Digests | Damage | None, asked: Callable[[str], bool]) -> Damage | None:
   if not isinstance(found, Digests):
     return found
-  names = sorted(filter(is_asked, found.files), key=lambda name: (found.files[name].size, name))
+  names = sorted(filter(asked, found.files), key=lambda name: (found.files[name].size, name))
   listed = _listed(path) if buckets.is_url(path) else None
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    compared = pool.map(lambda name: _compare(path, name, found.files[name], listed), names)
-    return next((each for each in compared if each is not None), None)
+    return next(filter(None, pool.map(lambda name: _compare(path, name, found.files[name], listed), names)), None)
 
 
 def _compare(path: epath.Path, name: str, saved: _File, listed: Mapping[str, _File] | None) -> Damage | None:
   try:
-    now = _File(os.stat(path / name).st_size, "") if listed is None else listed.get(name)
-    if now is None:
-      return Damage(name, "is missing")
-    if now.size != saved.size:
-      return Damage(name, f"has {now.size} bytes, not {saved.size} as saved")
-    same = (now if now.digest else _digest(path / name)) == saved
-  except FileNotFoundError:
+    there = _File((path / name).stat().length, "") if listed is None else listed[name]
+    if there.size != saved.size:
+      return Damage(name, f"has {there.size} bytes, not {saved.size} as saved")
+    same = (there if there.digest else _digest(path / name)) == saved
+  except (FileNotFoundError, KeyError):
     return Damage(name, "is missing")
-  except OSError as error:
-    if may_pass(error):
-      raise
-    return Damage(name, f"cannot be read: {error.strerror or error}")
-  return None if same else Damage(name, "holds other bytes than were saved")
+  return None if same else Damage(name, _OTHER_BYTES)
 
 
 def _listed(folder: epath.Path) -> dict[str, _File]:
   """List the objects in a bucket, with the digests that their server keeps."""
-  try:
-    found = buckets.files_below(folder)
-    return {name: _File(each["size"], base64.b64decode(each.get("crc32c", "")).hex()) for name, each in found.items()}
-  except (ValueError, KeyError, TypeError) as error:  # an answer that is not JSON, or lacks what every answer has
-    raise Gone(f"{folder} was listed with damage") from error
+  listed = buckets.files_below(folder).items()
+  return {name: _File(each["size"], base64.b64decode(each.get("crc32c", "")).hex()) for name, each in listed}
 
 
 def _digest(path: epath.Path) -> _File:
   checksum, size = google_crc32c.Checksum(), 0
   with path.open("rb") as file:
-    for chunk in iter(functools.partial(file.read, _CHUNK), b""):
-      checksum.update(chunk)
+    for chunk in checksum.consume(file, 1 << 20):
       size += len(chunk)
   return _File(size, checksum.digest().hex())
 

@@ -6,6 +6,7 @@ only where there is none; a holder that is dead is one that has not written its 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -21,7 +22,6 @@ from etils import epath
 
 from diffdis_jax.common import buckets, files, signals
 from diffdis_jax.errors import PREEMPTED, UserError
-from diffdis_jax.run import provenance, workdir
 
 BEAT = 5.0  # seconds between two signs of life, by which report and status know that a run is running
 PATIENCE = 20.0  # seconds without a sign of life after which a holder in a bucket is dead
@@ -55,7 +55,7 @@ class Lock:
   def __enter__(self) -> Lock:
     begin = changed = time.monotonic()
     seen, lives = None, not buckets.is_url(self._path)
-    with workdir.writing(self._workdir):
+    with files.writing(f"to --workdir={self._workdir}"):
       self._path.parent.mkdir(parents=True, exist_ok=True)
       while not self._take():
         now = time.monotonic()
@@ -77,40 +77,33 @@ class Lock:
     if buckets.is_url(self._path):
       return buckets.create(self._path, self._content)
     create = lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)
-    file = io.FileIO(os.fspath(self._path), "r+", opener=create)
-    try:
-      files.lock(file, wait=False)
-      # Its holder may have removed it between the two calls, and another process may have created it again.
-      if os.path.exists(self._path) and os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
-        os.ftruncate(file.fileno(), 0)
-        file.write(self._content)
-        self._file, file = file, None
-        return True
-    except BlockingIOError:
-      pass
-    finally:
-      if file is not None:
-        file.close()
-    return False
+    with contextlib.ExitStack() as stack:
+      file = stack.enter_context(io.FileIO(os.fspath(self._path), "r+", opener=create))
+      with contextlib.suppress(BlockingIOError):
+        files.lock(file, wait=False)
+        # Its holder may have removed it between the two calls, and another process may have created it again.
+        if os.path.exists(self._path) and os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
+          os.ftruncate(file.fileno(), 0)
+          file.write(self._content)
+          self._file = file
+          stack.pop_all()  # it stays open, and locked
+    return self._file is not None
 
   def __exit__(self, *_: object) -> None:
     self._done.set()
     self._thread.join()  # a beat under way would write the object again
-    try:
-      if self._file is not None:
-        with self._file:
-          os.unlink(self._path)  # while it is locked
-      elif self._there().get("owner") == self._owner:
-        buckets.remove(self._path, generation=buckets.generation(self._path))
-    except Exception as error:  # of a disk or a bucket, which must not take the place of why the run ended
-      logging.warning("cannot remove %s: %s", self._path, error)
+    if self._file is not None:
+      with self._file:
+        os.unlink(self._path)  # while it is locked
+    elif self._there().get("owner") == self._owner:
+      buckets.remove(self._path, generation=buckets.generation(self._path))
 
   def _keep_beating(self) -> None:
     while not self._done.wait(BEAT):
       try:
         if self._file is not None:
           os.pwrite(self._file.fileno(), self._content, 0)
-        elif self._there().get("owner", self._owner) == self._owner:
+        elif self._there().get("owner", self._owner) == self._owner:  # or it cannot be read just now
           self._path.write_bytes(self._content)
         else:
           sys.stderr.write(f"error: --workdir={self._workdir} was taken over by another process\n")
@@ -119,5 +112,4 @@ class Lock:
         logging.warning("cannot renew %s: %s", self._path, error)
 
   def _there(self) -> dict[str, Any]:
-    """Read the file; one that is damaged, or was removed just now, gives an empty object."""
-    return provenance.parse(self._path.read_bytes()) if self._path.exists() else {}
+    return files.read_object(self._path)

@@ -90,23 +90,19 @@ class Profiler:
       self.close()
 
   def close(self) -> None:
-    """Write the trace, if one has begun. A trace that cannot be written is worth no run."""
+    """Write the trace, if one has begun."""
     if self._folder is None or self._span is None:
       return
     import jax
 
-    folder, self._folder = self._folder, None
     out = self._workdir / "plugins" / "profile" / f"step_{self._span.start:08d}"
-    try:
-      with folder:
-        jax.profiler.stop_trace()  # which writes into the folder
-        out.mkdir(parents=True, exist_ok=True)
-        for path in pathlib.Path(folder.name).rglob("*.*"):
-          for kind in (".xplane.pb", ".trace.json.gz"):
-            if path.name.endswith(kind):
-              # By the number of the process: two on one machine would give one name by themselves.
-              (out / f"host_{jax.process_index():03d}{kind}").write_bytes(path.read_bytes())
-    except OSError as error:
-      logging.warning("no profile: cannot write %s: %s", out, error)
-    else:
-      logging.info("profile from step %d to %d in %s", *self._span, out)
+    with self._folder as folder:
+      jax.profiler.stop_trace()  # which writes into the folder
+      out.mkdir(parents=True, exist_ok=True)
+      for path in pathlib.Path(folder).rglob("*.*"):
+        for kind in (".xplane.pb", ".trace.json.gz"):
+          if path.name.endswith(kind):
+            # By the number of the process: two on one machine would give one name by themselves.
+            (out / f"host_{jax.process_index():03d}{kind}").write_bytes(path.read_bytes())
+    self._folder = None
+    logging.info("profile from step %d to %d in %s", *self._span, out)

@@ -6,15 +6,13 @@ WORKDIR ends in `/*`, those of all runs in that folder.
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import hashlib
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -22,7 +20,7 @@ from etils import epath
 from diffdis_jax.common import buckets, files, guesses
 from diffdis_jax.config import SECTIONS, as_text, read_json_object
 from diffdis_jax.config.section import normalise
-from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
+from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
 from diffdis_jax.run.digests import COMMIT_MARK
 
@@ -39,9 +37,6 @@ MAY_CHANGE = (
 _OF_NO_NUMBER = r"^num_steps$|^data\.(mixture\.[^.]+\.)?path$"
 _METRICS = "metrics/metrics"  # in a checkpoint's folder, where Orbax writes and reads them
 _STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # as Orbax writes it; `isdigit` is true of ² too
-_AT_ONCE = 32  # checkpoints that are looked at
-_Asked = TypeVar("_Asked")
-_Answer = TypeVar("_Answer")
 
 
 def open_for_training(
@@ -57,7 +52,7 @@ def open_for_training(
   path = buckets.path(workdir)
   replaced = check_config(workdir, config, moved=moved)
   if is_writer:
-    with writing(workdir):
+    with files.writing(f"to --workdir={workdir}"):
       path.mkdir(parents=True, exist_ok=True)
       if not buckets.is_url(path):
         files.sweep(path)
@@ -66,17 +61,6 @@ def open_for_training(
         logging.warning("the config of a run without a checkpoint is replaced: %s", ", ".join(replaced))
       files.write_whole(path / "config.json", as_text(config).encode())
   return path
-
-
-@contextlib.contextmanager
-def writing(workdir: epath.PathLike) -> Iterator[None]:
-  """Raise UserError for an OSError within, but not for a full disk or for storage that is away, which may change."""
-  try:
-    yield
-  except OSError as error:
-    if may_pass(error) or error.errno in FULL_DISK:
-      raise
-    raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}") from error
 
 
 def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: Collection[str] = ()) -> list[str]:
@@ -145,8 +129,7 @@ def run_digest(workdir: epath.PathLike) -> str:
   It covers what the numbers of the training depend on, except its length and where its data lie. Raises UserError:
   config.json is damaged.
   """
-  path = buckets.path(workdir)
-  if not (path / "config.json").exists():
+  if not ((path := buckets.path(workdir)) / "config.json").exists():
     return ""
   fields = identity(read_json_object(path))
   return digest({name: value for name, value in fields.items() if not re.search(_OF_NO_NUMBER, name)})
@@ -168,16 +151,9 @@ def is_committed(path: epath.Path) -> bool:
   return (path / COMMIT_MARK).exists()
 
 
-def of_each(look: Callable[[_Asked], _Answer], steps: Iterable[_Asked]) -> list[_Answer]:
-  """Look at each of them, many at a time: a run may have a thousand, and a bucket takes tens of milliseconds."""
-  with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
-    return [*pool.map(look, steps)]
-
-
 def committed_steps(path: epath.Path) -> list[int]:
   """List the steps of the whole checkpoints in that folder."""
-  paths = all_steps(path)
-  return [int(each.name) for each, whole in zip(paths, of_each(is_committed, paths), strict=True) if whole]
+  return [int(each.name) for each in all_steps(path) if is_committed(each)]
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:

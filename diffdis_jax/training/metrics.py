@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,26 +31,18 @@ def mean_of(per_sample: Float[Array, "b"]) -> Average:
   return Average(total=jnp.sum(per_sample), count=jnp.asarray(len(per_sample), jnp.float32))
 
 
-def is_running(metrics: Metrics | None) -> bool:
-  """Tell whether the step that gives these metrics still runs."""
-  return metrics is not None and not all(value.is_ready() for value in jax.tree.leaves(metrics))
-
-
 class Meters:
-  """The metrics, counts and speed since the last line of the log.
+  """Adds up the metrics of a run's steps and times them, from one line of its log to the next.
 
   Args:
     run: the run's config.
     start_step: the steps that are finished.
     meta: what `to_meta` returned when the run was saved; empty for a new run.
-    peak_rate: as `Throughput` takes it.
+    peak_rate: steps a second at the chips' peak; None where it is not known.
   """
 
-  def __init__(self, run: Run, *, start_step: int, meta: Mapping[str, Any], peak_rate: float | None):
-    self._run, self._first = run, start_step + 1
-    self._speed = Throughput(
-      start_step=start_step, num_steps=run.num_steps, batch_size=run.batch_size, peak_rate=peak_rate
-    )
+  def __init__(self, run: Run, *, start_step: int, meta: Mapping[str, Any], peak_rate: float | None = None):
+    self._run, self._first, self._peak_rate = run, start_step + 1, peak_rate
     saved = meta.get("totals") or {}
     self._totals: Metrics = {
       name: Average(total=np.float32(total), count=np.float32(count)) for name, (total, count) in saved.items()
@@ -62,24 +51,31 @@ class Meters:
     self._replaced = loader.Substitutions()
     if processes.is_first() and (counts := meta.get("substituted")):
       self._replaced.new += np.array(counts, np.int64)
+    self._restart(start_step)
 
   def steps(self) -> Iterator[int]:
     """Count through the steps that are left, with a bar on a terminal."""
-    return self._speed.steps()
+    with progress.Progress("training", self._run.num_steps, "steps", done=self._first - 1, every=None) as bar:
+      for step in range(self._first, self._run.num_steps + 1):
+        yield step
+        bar.update(1)
 
-  def next_rows(self, data: grain.DatasetIterator) -> dict[str, Any]:
+  def next_rows(self, data: Iterator[Mapping[str, np.ndarray]]) -> dict[str, Any]:
     """Read the next batch while the devices still work on the step before, so that its time is hidden."""
-    waiting = self._speed.waiting_for_data(functools.partial(is_running, self._last))
-    with waiting, copies.naming_silence(self._run.data.paths):
-      return self._replaced.take(next(data))
+    begin = time.monotonic()
+    with copies.naming_silence(self._run.data.paths):
+      rows = self._replaced.take(next(data))
+    if self._last is None or all(value.is_ready() for value in jax.tree.leaves(self._last)):
+      self._waited += time.monotonic() - begin  # the devices had nothing to do
+    return rows
 
   def add(self, step: int, metrics: Metrics) -> None:
     """Add a step's metrics on the devices; to fetch them here would wait for the step."""
     # One step ahead of the devices and no more, so that a wait for them is the time of a step.
     jax.block_until_ready(self._last)
     if step == self._first:
-      jax.block_until_ready(metrics)  # starting is no speed
-      self._speed.restart(step)
+      jax.block_until_ready(metrics)  # the first step compiles, which is no speed
+      self._restart(step)
     self._totals = jax.tree.map(jnp.add, self._totals, metrics) if self._totals else metrics
     self._last = metrics
 
@@ -87,8 +83,9 @@ class Meters:
   def paused(self) -> Iterator[None]:
     """Wait for the steps before what is no training step, such as a save, and do not count its time."""
     jax.block_until_ready(self._last)
-    with self._speed.paused():
-      yield
+    begin = time.monotonic()
+    yield
+    self._begin += time.monotonic() - begin
 
   def report(self, step: int) -> dict[str, float]:
     """Return the means, counts and speed since the last line, and begin the next. Every process calls this."""
@@ -99,15 +96,24 @@ class Meters:
     if skipped:
       logging.warning("%d steps up to %d changed nothing: loss or gradient was not finite", skipped, step)
       means[SKIPPED] = skipped
-    speeds = self._speed.report(step, means)
-    counts = self._replaced.report(processes.over_hosts)
-    return means | speeds | slowest_host(speeds["data_wait"]) | counts
+    seconds = max(time.monotonic() - self._begin, 1e-9)  # the clock may not have moved
+    rate = (step - self._begun_at) / seconds or math.nan
+    speeds = {"steps_per_sec": rate, "images_per_sec": rate * self._run.batch_size}
+    speeds["data_wait"] = math.nan if math.isnan(rate) else min(self._waited / seconds, 1.0)
+    if self._peak_rate is not None:
+      speeds["hfu"] = rate / self._peak_rate
+    logging.info("%s", progress_line(step, self._run.num_steps, means | speeds))
+    self._restart(step)
+    return means | speeds | slowest_host(speeds["data_wait"]) | self._replaced.report(processes.over_hosts)
 
   def to_meta(self) -> dict[str, Any]:
     """Return JSON values for a checkpoint, so that the next line is that of a run that was never stopped."""
     # A double holds every f32, and JSON gives a double back as it was.
     totals = {name: [float(x.total), float(x.count)] for name, x in jax.device_get(self._totals).items()}
     return {"totals": totals, "substituted": processes.over_hosts(self._replaced.new).tolist()}
+
+  def _restart(self, step: int) -> None:
+    self._begun_at, self._begin, self._waited = step, time.monotonic(), 0.0
 
 
 def slowest_host(data_wait: float) -> dict[str, float]:
@@ -125,96 +131,18 @@ _PART = re.compile(r"loss_(?!.*_q[1-4]$)\w+")
 _SYMBOLS = {"loss_generation": "L_IG", "loss_discrimination": "L_ITA", "loss_class_contrastive": "class"}
 
 
-@dataclasses.dataclass(kw_only=True)
-class Throughput:
-  """Measures how fast a run is, for the progress line and for metrics.jsonl.
-
-  Attributes:
-    start_step: steps already finished.
-    num_steps: steps of the whole run.
-    batch_size: images a step, over all processes.
-    peak_rate: steps a second at the chips' peak; None where it is not known.
-    clock: seconds.
-  """
-
-  start_step: dataclasses.InitVar[int]
-  num_steps: int
-  batch_size: int
-  peak_rate: float | None = None
-  clock: Callable[[], float] = time.monotonic
-
-  def __post_init__(self, start_step: int) -> None:
-    self.restart(start_step)
-
-  def steps(self) -> Iterator[int]:
-    """Yield the numbers of the steps that are left, with a bar on a terminal."""
-    first = self._step + 1
-    with progress.Progress("training", self.num_steps, "steps", done=first - 1, every=None) as bar:
-      for step in range(first, self.num_steps + 1):
-        yield step
-        bar.update(1)
-
-  @contextlib.contextmanager
-  def waiting_for_data(self, is_busy: Callable[[], bool]) -> Iterator[None]:
-    """Count the time within as waiting, unless `is_busy` says at its end that the devices are still at an earlier step,
-    so that none of it was lost."""
-    begin = self.clock()
-    yield
-    if not is_busy():
-      self._waited += self.clock() - begin
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Leave out the time within, such as of an evaluation or a save."""
-    begin = self.clock()
-    yield
-    self._begin += self.clock() - begin
-
-  def restart(self, step: int) -> None:
-    """Count from here, after `step` steps: after a report, and after the first step, which compiles."""
-    self._step = step
-    self._begin = self.clock()
-    self._waited = 0.0
-
-  def report(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Log the progress line, and return the speeds since the last report.
-
-    Args:
-      step: steps finished, more than at the last report.
-      metrics: `loss` and its parts are shown.
-
-    Returns:
-      `steps_per_sec`, `images_per_sec`, and `data_wait`, the share of time spent waiting for data, in [0, 1]; where the
-      chips' peak is known `hfu`, the share of it that the steps' operations are. NaN where no step counted.
-    """
-    # The clock may not have moved since the last report.
-    seconds = max(self.clock() - self._begin, 1e-9)
-    counted = step - self._step
-    rate = counted / seconds if counted else math.nan
-    speeds = {
-      "steps_per_sec": rate,
-      "images_per_sec": rate * self.batch_size,
-      "data_wait": min(self._waited / seconds, 1.0) if counted else math.nan,
-    }
-    if self.peak_rate is not None:
-      speeds["hfu"] = rate / self.peak_rate
-    logging.info("%s", self._line(step, metrics, speeds))
-    self.restart(step)
-    return speeds
-
-  def _line(self, step: int, metrics: Mapping[str, Any], speeds: Mapping[str, float]) -> str:
-    known = [name for name in _SYMBOLS if name in metrics]  # L_IG first; jax sorts metrics by their names
-    parts = {name: float(metrics[name]) for name in [*known, *metrics] if _PART.fullmatch(name)}
-    shown = [f"step {step}/{self.num_steps}", f"loss {float(metrics['loss']):.4f}"]
-    if len(parts) > 1:  # a single one is the loss itself
-      shown += [f"{_SYMBOLS.get(name, name.removeprefix('loss_'))} {x:.3g}" for name, x in parts.items()]
-    if not math.isnan(rate := speeds["steps_per_sec"]):
-      shown += [
-        f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / rate:.3g} s/step",
-        f"data wait {speeds['data_wait']:.0%}",
-        f"{_duration((self.num_steps - step) / rate)} left",
-      ]
-    return "  ".join(shown)
+def progress_line(step: int, num_steps: int, values: Mapping[str, float]) -> str:
+  """Return a line of the log: the loss and its parts, the speed, the share of time spent waiting for data, and the time
+  that is left."""
+  known = [name for name in _SYMBOLS if name in values]  # L_IG first; jax sorts metrics by their names
+  parts = [name for name in dict.fromkeys([*known, *values]) if _PART.fullmatch(name)]
+  shown = [f"step {step}/{num_steps}", f"loss {values['loss']:.4f}"]
+  if len(parts) > 1:  # a single one is the loss itself
+    shown += [f"{_SYMBOLS.get(name, name.removeprefix('loss_'))} {values[name]:.3g}" for name in parts]
+  if not math.isnan(rate := values["steps_per_sec"]):
+    shown.append(f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / rate:.3g} s/step")
+    shown += [f"data wait {values['data_wait']:.0%}", f"{_duration((num_steps - step) / rate)} left"]
+  return "  ".join(shown)
 
 
 def _duration(seconds: float) -> str:

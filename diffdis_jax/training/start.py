@@ -7,10 +7,15 @@ or random text while its loss looks healthy.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import hashlib
+import json
 import re
+import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import grain
 import jax
@@ -30,8 +35,7 @@ from diffdis_jax.method.network import HEAD_PREFIX, Network
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.run import checkpoint, lock, restore, workdir
 from diffdis_jax.run.restore import Restored
-from diffdis_jax.training import optim, run_info, stored_inputs
-from diffdis_jax.training.long_tail import anchors
+from diffdis_jax.training import anchors, optim, run_info
 from diffdis_jax.training.step import Trainer
 
 # Fields of a part's section that its parameters' shapes do not show, and that decide what these compute.
@@ -45,7 +49,7 @@ def open_batches(trainer: Trainer) -> grain.DatasetIterator:
 
 
 def latent_shapes(network: Network) -> LatentShapes | None:
-  """Return what stored latents must fit; None for the training of an autoencoder, of CLIP or on labels, which needs
+  """Return the shapes of stored latents; None for the training of an autoencoder, of CLIP or on labels, which needs
   images."""
   if network.task.needs_images:
     return None
@@ -53,8 +57,8 @@ def latent_shapes(network: Network) -> LatentShapes | None:
 
 
 def anchor_choice(run: Run, inference: Inference, path: str) -> Callable[[Params], Params] | None:
-  """Return what chooses the anchors of a language-guided head by all other parameters; None where a run has no such
-  head. Raises UserError: data by which none can be chosen."""
+  """Return the function that chooses the anchors of a language-guided head by all other parameters; None where a run
+  has no such head."""
   if not run.task.head:
     return None
   return functools.partial(anchors.Selection(run).params, inference, path)
@@ -74,7 +78,7 @@ def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> in
   moved = run_info.moved(trainer.run, path)
   # open_for_training does it again, when no other process can change the folder.
   workdir.check_config(path, fields, moved=moved)
-  processes.check_shared(path)
+  check_shared(path)
   # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
   processes.on_first(lambda: stack.enter_context(lock.Lock(path)))
   before = workdir.lengthened(path, fields)
@@ -82,6 +86,28 @@ def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> in
   if processes.is_first():
     files.write_whole(buckets.path(path) / "parameters.txt", run_info.overview(trainer).encode())
   return before
+
+
+def check_shared(path: str) -> None:
+  """Create the folder. Raise UserError, on every process, where the hosts do not share it."""
+  if jax.process_count() == 1:
+    return
+  mark = buckets.path(path) / f".shared-{processes.from_first(np.uint32(secrets.randbits(32))).item():08x}"
+
+  def write() -> None:
+    with files.writing(f"to --workdir={path}"):
+      mark.parent.mkdir(parents=True, exist_ok=True)
+      mark.write_text("")
+
+  processes.on_first(write)
+  seen = processes.gathered(np.uint8(processes.shows(mark.exists)))
+  processes.on_first(mark.unlink)
+  if not seen.all():
+    hosts = ", ".join(map(str, np.flatnonzero(seen == 0)))
+    raise UserError(
+      f"--workdir={path} is not shared: these hosts of {len(seen)} do not see a file that host 0 wrote there: {hosts};"
+      " give a folder that all hosts see, such as gs://BUCKET/RUN or one on NFS"
+    )
 
 
 def restore_or_init(
@@ -109,7 +135,7 @@ def restore_or_init(
   # Not before: the digests are of parameters, which are there only now.
   model = trainer.run.model
   if (stored := latent_facts(trainer.run.data)) and isinstance(model, Model):  # CLIP has no latents
-    stored_inputs.check_stored(stored, restored.state.params, model, trainer.trainable)
+    check_stored(stored, restored.state.params, model, trainer.trainable)
   return restored
 
 
@@ -129,7 +155,12 @@ def find_initial(path: str, trainer: Trainer) -> set[str]:
     _check_earlier(path, trainer.run)
   names = _names_in_common(path, trainer) if path else set()
   if task.starts_from:
-    _check_backbone(path, trainer, names)
+    wanted = {name for name in trainer.shapes if not name.startswith(HEAD_PREFIX)}
+    if missing := sorted(wanted - names):
+      raise UserError(
+        f"init_from={path} lacks an image or a text side: it has no {missing[0]}, nor {len(missing) - 1} more of"
+        f" {parts_of(missing)}; take a run that was trained for discrimination or contrastive"
+      )
   names |= _chosen(trainer)
   _check_frozen(path, trainer, names)
   return names
@@ -161,16 +192,6 @@ def _check_earlier(path: str, run: Run) -> None:
     )
 
 
-def _check_backbone(path: str, trainer: Trainer, names: Collection[str]) -> None:
-  """Raise UserError where the run in `path` has not all but the head."""
-  wanted = {name for name in trainer.shapes if not name.startswith(HEAD_PREFIX)}
-  if missing := sorted(wanted - set(names)):
-    raise UserError(
-      f"init_from={path} lacks an image or a text side: it has no {missing[0]}, nor {len(missing) - 1} more of"
-      f" {parts_of(missing)}; take a run that was trained for discrimination or contrastive"
-    )
-
-
 def _names_in_common(path: str, trainer: Trainer) -> set[str]:
   saved = restore.saved_params(path)
   # The latents' shift and scale are no tensors of a source: its config says them.
@@ -189,21 +210,20 @@ def _names_in_common(path: str, trainer: Trainer) -> set[str]:
 
 
 def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
-  """Raise UserError where a part was trained there with another of UNSEEN: its weights would mean nothing here; or
-  where its config is damaged."""
+  """Raise UserError where a part was trained there with another of UNSEEN: its weights would mean nothing here."""
   if one_file.at(path) is not None:
     fields = run_config.read_fields(path)
-  else:  # where storage is away, an error: of a config that is not read, all parts would be as here
+  else:
     folder = buckets.path(path)
     fields = read_json_object(folder) if (folder / "config.json").exists() else {}
   there, here = fields.get("model", {}), trainer.run.to_dict()["model"]
-  flags = []
-  for part in sorted({name.split(".")[0] for name in names} & here.keys() & there.keys()):
-    if here[part].get("convolutional"):  # a tower without heads, and with groups of one number
-      continue
-    own = {field: here[part][field] for field in UNSEEN if field in here[part]}
-    expected = {field: there[part].get(field, value) for field, value in own.items()}
-    flags += [f"--config.model.{part}.{field}={expected[field]}" for field in own if expected[field] != own[field]]
+  flags = [
+    f"--config.model.{part}.{field}={there[part][field]}"
+    for part in sorted({name.split(".")[0] for name in names} & here.keys() & there.keys())
+    if not here[part].get("convolutional")  # a tower without heads, and with groups of one number
+    for field in UNSEEN
+    if field in here[part] and there[part].get(field, here[part][field]) != here[part][field]
+  ]
   if flags:
     raise UserError(
       f"init_from={path} was trained with other fields of model than this config has, by which its weights compute"
@@ -213,13 +233,13 @@ def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
 
 def _check_frozen(path: str, trainer: Trainer, loaded: Collection[str]) -> None:
   """Raise UserError for frozen parameters that are not loaded and not named in optim.allow_uninitialized."""
-  # A run of the autoencoder measures its statistics; in any other run they are as frozen as its weights.
-  measured = optim.STATISTICS if trainer.run.task.is_autoencoder else "^$"
-  expected = [name for name, group in trainer.groups.items() if group == optim.FROZEN and name not in loaded]
+  allowed = [trainer.run.optim.allow_uninitialized]
+  if trainer.run.task.is_autoencoder:  # which measures its statistics; elsewhere they are as frozen as its weights
+    allowed.append(optim.STATISTICS)
   left = [
     name
-    for name in expected
-    if not re.search(trainer.run.optim.allow_uninitialized, name) and not re.search(measured, name)
+    for name, group in trainer.groups.items()
+    if group == optim.FROZEN and name not in loaded and not any(re.search(pattern, name) for pattern in allowed)
   ]
   if left:
     lacking = f"that init_from={path} does not have" if path else "that nothing was loaded for"
@@ -257,3 +277,61 @@ def load_initial(path: str, trainer: Trainer) -> Params:
 def parts_of(paths: Iterable[str]) -> str:
   """Count these parameters by part of the network, such as `unet 686, autoencoder 250`."""
   return ", ".join(f"{part} {n}" for part, n in sorted(Counter(path.split(".")[0] for path in paths).items()))
+
+
+# These decide which posterior an image has: not the decoder, nor shift and scale, which are applied after reading.
+_ENCODER = re.compile(r"autoencoder\.(conv_in|down|encoder\w*|quant)\.")
+# These decide which condition a caption has: not what makes the text query of it, which follows after reading.
+_CONDITION = re.compile(r"text_encoder\.(?!projection\.|query_tokens\.)")
+_AFTER_READING = {"shift", "scale", "projection", "token_embedding_weight"}  # fields of the config
+
+
+def autoencoder_digest(params: Params, model: Model) -> str:
+  """Return the digest of the parameters and fields that decide which posterior an image has."""
+  return _digest(params, _ENCODER, model.autoencoder)
+
+
+def text_encoder_digest(params: Params, model: Model) -> str:
+  """Return the digest of the parameters and fields that decide which condition a caption has."""
+  return _digest(params, _CONDITION, model.text_encoder)
+
+
+def _digest(params: Params, which: re.Pattern[str], size: Any) -> str:
+  """Return the SHA-256 of these parameters' bytes and of the config's fields, such as heads, that none of them shows.
+
+  It is the same on every process and for any mesh: each array is gathered whole, one after another.
+  """
+  fields = {name: value for name, value in dataclasses.asdict(size).items() if name not in _AFTER_READING}
+  digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+  for path, value in sorted(params.items()):
+    if which.match(path):
+      digest.update(f"{path} {value.shape} {value.dtype}".encode())
+      digest.update(np.asarray(processes.whole(value)).tobytes())
+  return digest.hexdigest()
+
+
+def check_stored(
+  facts: Mapping[str, Mapping[str, Any]], params: Params, model: Model, trained: Collection[str]
+) -> None:
+  """Raise UserError for stored latents or text conditions of other encoders than these, or of one in training.
+
+  Args:
+    facts: path -> what the preparation of the latents there wrote of them.
+    params: of the network.
+    model: its config.
+    trained: paths of the parameters that training changes.
+  """
+  for path, fact in facts.items():
+    stored = [("latents", "autoencoder", fact["fingerprint"], autoencoder_digest)]
+    if "text" in fact:
+      if any(_CONDITION.match(name) for name in trained):
+        raise UserError(
+          "the text encoder is trained, and stored text conditions would not follow it; freeze it in optim.groups, or"
+          " prepare the latents without --text"
+        )
+      stored.append(("text conditions", "text encoder", fact["text"]["fingerprint"], text_encoder_digest))
+    for what, encoder, expected, digest in stored:
+      if expected != digest(params, model):
+        raise UserError(
+          f"the {what} in {path} were made by another {encoder}; set init_from to the workdir that they were made with"
+        )

@@ -30,9 +30,8 @@ from diffdis_jax.method.network import Network
 from diffdis_jax.models import remat
 from diffdis_jax.parallel import programs, sharding
 from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch, TrainingBatch, TrainState
-from diffdis_jax.training import gradcache, losses
+from diffdis_jax.training import gradcache, long_tail, losses
 from diffdis_jax.training import optim as optimizers
-from diffdis_jax.training.long_tail import objectives as long_tail
 from diffdis_jax.training.losses import Build, Gradient
 from diffdis_jax.training.metrics import SKIPPED, Metrics
 

@@ -4,14 +4,14 @@
       --arms=replication/configs/experiments.py:e1 --seeds=0,1,2,3,4 --out=runs/e1
 
 `run` in the place of `plan` runs or resumes them, and `table` writes their tables. What is chosen is chosen on val, the
-default of scenes.py. By its name each experiment has this base, where scenes.py lies beside this file:
+default of scenes.py. By its name each experiment has this base, where a FILE.py lies beside this file:
 
   e1        do the tasks help each other?          scenes.py:measured=test
   e2        why does generation first help?        emoji:path=data/emoji
   e3        which parts matter?                    scenes.py:measured=test
   e4_rates  the rate of each CLIP, by --seeds=5    emoji:path=data/emoji
   e4        is the lead over CLIP fair?            emoji:path=data/emoji
-  e5        rare in the start too?                 shapes_lt
+  e5        rare in the start too?                 shapes_lt.py
   e6        does augmentation make the better CLIP?  emoji:path=data/emoji
   e7        which parts matter on emoji?           emoji:path=data/emoji
   e8        do both help discrimination on emoji?  emoji:path=data/emoji
@@ -36,7 +36,7 @@ EMOJI_STEPS = 600  # of 64 images; equal samples
 # The same of emoji, by what is trained: of `--config=emoji:path=data/emoji`; of that with
 # `--config.model.alignment.spatial_pool=0 --config.model.text_encoder.token_embedding_weight=0`, as "discrimination
 # without additions"; and of `--config=emoji:objectives=contrastive,path=data/emoji`, as "CLIP" with that last field,
-# and as "CLIP with parts" and "convolutional CLIP" with tower=pooled and tower=convolutional. The other core worked.
+# and as "CLIP with parts" and "convolutional CLIP" with CLIPS's. The other core worked.
 # Both objectives were timed later, by the first of these commands: 2.744 of discrimination's, here in its seconds.
 EMOJI_STEP_SECONDS = {
   "generation": 0.972,
@@ -53,11 +53,13 @@ CLIP_RATES: dict[str, float] = {"CLIP": 1e-3, "CLIP with parts": 1e-3, "convolut
 # The two additions of configs/emoji.py that the paper's model lacks, off.
 WITHOUT_PARTS: dict[str, Any] = dict(alignment=dict(spatial_pool=0))
 WITHOUT_TOKENS: dict[str, Any] = dict(text_encoder=dict(token_embedding_weight=0.0))
-# name of a CLIP -> its arguments, and what differs in its model
-CLIPS: dict[str, tuple[str, dict[str, Any]]] = {
-  "CLIP": ("", WITHOUT_TOKENS),
-  "CLIP with parts": ("tower=pooled", {}),
-  "convolutional CLIP": ("tower=convolutional", {}),
+# name of a CLIP -> what differs in its model: parts of its tokens as DiffDis's head has them, or its UNet's levels
+CLIPS: dict[str, dict[str, Any]] = {
+  "CLIP": WITHOUT_TOKENS,
+  "CLIP with parts": dict(vision_encoder=dict(spatial_pool=4)),
+  "convolutional CLIP": dict(
+    vision_encoder=dict(convolutional=True, patch=2, depth=2, widths=(32, 64, 128)),
+  ),
 }
 # The fields of an evaluation's protocol that CLIP lacks.
 DENOISING = ("steps", "num_noise_samples", "guidance", "normalize_query")
@@ -166,7 +168,7 @@ def e4() -> dict[str, Any]:
 
 
 def e5() -> dict[str, Any]:
-  """Measure rare classes that are rare in the start too, on the set of --config=shapes_lt:seed=0, whatever the run's
+  """Measure rare classes that are rare in the start too, on the set of shapes_lt.py:seed=0, whatever the run's
   seed."""
   arms = []
   for classes, seen in (("all classes", "stage=0,all_classes"), ("no low classes", "stage=0")):
@@ -264,11 +266,9 @@ def _measured_seconds(*names: str) -> dict[str, float]:
 
 def _clip(kind: str, name: str, *, rate: float | None = None, **fields: Any) -> dict[str, Any]:
   """Return an arm that is one of CLIPS; by default at the config's rate."""
-  tower, model = CLIPS[kind]
-  args = ",".join(filter(None, ("contrastive", tower, f"rate={rate!r}" if rate else "")))
-  changed: dict[str, Any] = dict(model=model) if model else {}
-  arm = _arm(name, args, **fields, **changed)
-  return arm | dict(speed=kind)
+  if rate:
+    fields["optim"] = dict(rates=dict(new=rate))
+  return _arm(name, "contrastive", model=CLIPS[kind], **fields) | dict(speed=kind)
 
 
 def _arm(

@@ -6,7 +6,6 @@ What is compared takes turns, round by round. Everything is synthetic and lies i
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 import statistics
 import time
@@ -24,7 +23,7 @@ from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.parallel import sharding
-from diffdis_jax.training.metrics import Throughput, is_running
+from diffdis_jax.training.metrics import Meters
 from diffdis_jax.training.step import Trainer
 
 SHORT_SIDE, CROP = 288, 256  # pixels of an image as it is stored, and of what is seen of it
@@ -115,11 +114,10 @@ def data_wait(trainer: Trainer, prepared: pathlib.Path, *, steps: int = 30) -> d
   for _ in range(run.data.loader.prefetch):
     state, metrics = trainer.train_step(state, draw())
   jax.block_until_ready(metrics)
-  progress = Throughput(start_step=0, num_steps=steps, batch_size=run.batch_size)
-  for _ in range(steps):  # as train does: a batch is loaded while the step before it runs
-    with progress.waiting_for_data(functools.partial(is_running, metrics)):
-      batch = draw()
-    state, metrics = trainer.train_step(state, batch)
-  loss = jax.device_get(metrics)["loss"]  # waits for the last step
-  report = progress.report(steps, {"loss": float(loss.total / loss.count)})
+  meters = Meters(run, start_step=0, meta={})
+  for step in range(1, steps + 2):  # as train does: a batch is loaded while the step before it runs
+    rows = sharding.to_global(meters.next_rows(iterator), trainer.mesh)
+    state, metrics = trainer.train_step(state, batch_type(run.data)(**rows))
+    meters.add(step, metrics)  # the first step begins the clock
+  report = meters.report(steps + 1)
   return {"data_wait": report["data_wait"], "small_model_steps_per_second": report["steps_per_sec"]}

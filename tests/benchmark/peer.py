@@ -136,7 +136,7 @@ def _ours(network: Network, model: Model, inputs: Inputs) -> _Ours:
     prediction = merge(graphdef, abstract, params)(z, t, c)
     return _Loss(jnp.mean(jnp.square(noise - prediction)), prediction)
 
-  passes = jax.jit(network.traced_for(mesh, jax.value_and_grad(loss, has_aux=True)))
+  passes = jax.jit(network.tracing(mesh)(jax.value_and_grad(loss, has_aux=True)))
 
   def once() -> Float[Array, "b h w c"]:
     (_, prediction), gradients = passes(params, *(batch[name] for name in inputs))

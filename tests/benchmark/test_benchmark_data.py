@@ -1,6 +1,5 @@
 """The data benchmark's parts at tiny sizes: what is timed does what it says."""
 
-import functools
 import io
 import itertools
 import pathlib
@@ -16,7 +15,7 @@ from diffdis_jax.benchmark import table6
 from diffdis_jax.config.data import Loading
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import sources
-from diffdis_jax.training.metrics import Throughput
+from diffdis_jax.training import metrics
 from diffdis_jax.training.step import Trainer
 from tests import tiny
 from tests.benchmark import data_bars
@@ -76,11 +75,12 @@ def test_steps_wait_as_in_a_long_training(monkeypatch):
   batch = dict(image=np.zeros((run.batch_size, 16, 16, 3), np.uint8), tokens=np.zeros((run.batch_size, 8), np.int32))
   batches = ReadAhead(clock, ahead=run.data.loader.prefetch, seconds=0.05, batch=batch)
   monkeypatch.setattr(data, "open_loader", lambda run: batches)
-  monkeypatch.setattr(data.loader, "Substitutions", lambda: types.SimpleNamespace(take=lambda batch: batch))
-  monkeypatch.setattr(data, "Throughput", functools.partial(Throughput, clock=clock.perf_counter))
+  nothing = types.SimpleNamespace(take=lambda batch: batch, report=lambda gather: {})
+  monkeypatch.setattr(metrics.loader, "Substitutions", lambda: nothing)
+  monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=clock.perf_counter))
   loss = Average(total=jnp.ones(()), count=jnp.ones(()))
   taken = itertools.chain([10.0], itertools.repeat(0.02))  # the first one compiles
-  train_step = lambda *args: clock.sleep(next(taken)) or (None, {"loss": loss})
+  train_step = lambda *args: clock.sleep(next(taken)) or (None, {"loss": loss, "skipped": loss})
   monkeypatch.setattr(Trainer, "init_params", lambda self, key: {})
   monkeypatch.setattr(Trainer, "with_params", lambda self, params: None)
   trainer = object.__new__(Trainer)

@@ -140,9 +140,9 @@ os._exit(0)
 
 
 def test_a_mirror_copies_now_and_then_and_not_at_each_line(url, monkeypatch):
-  now = [0.0]
-  mirror = buckets.Mirror(buckets.path(url), clock=lambda: now[0])
-  puts = []
+  now, puts = [0.0], []
+  monkeypatch.setattr(buckets.time, "monotonic", lambda: now[0])
+  mirror = buckets.Mirror(buckets.path(url))
   system = buckets._system()
 
   class Counting:
@@ -192,7 +192,7 @@ def test_the_last_lines_of_a_run_wait_for_a_bucket_that_is_away(url, monkeypatch
       system.put_file(file, to)
 
   monkeypatch.setattr(buckets, "_system", Away)
-  monkeypatch.setattr(buckets, "LAST_PAUSES", (0.0, 0.01, 0.02))
+  monkeypatch.setattr(buckets, "LAST_PAUSES", (0.0, 0.0, 0.01, 0.02))
   mirror.close()
   assert system.exists(f"{url}/lines") == kept and not mirror.folder.exists()
   assert (f"the last lines of {url} could not be written" in caplog.text) == (not kept)

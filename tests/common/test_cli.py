@@ -141,7 +141,7 @@ GOOD = ("--config=tiny.py", "--workdir=run")
     (GOOD + ("--stps=3",), "unknown flag --stps; did you mean --steps?"),
     (GOOD + ("--steps=many",), "flag --steps=many: invalid literal for int()"),
     (GOOD + ("--fail=no",), "flag --fail=no: value should be one of <user|bug|folder|full|net|server|right>"),
-    (GOOD + ("--fail=right",), "error: cannot continue: Permission denied"),
+    (GOOD + ("--fail=right",), "error: cannot use a file: Permission denied"),
     (GOOD[:1] + ("--workdir=s3://b/run",), "s3://b/run is no address that can be read; give a local path or gs://"),
     (GOOD + ("--config.init_from=gs:/b",), "gs:/b is no address that can be read"),
     (GOOD[:1] + (f"--workdir={'a' * 5000}",), "File name too long"),

@@ -19,7 +19,7 @@ from diffdis_jax.method import encode
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch, LatentBatch
-from diffdis_jax.training import stored_inputs
+from diffdis_jax.training import start
 from diffdis_jax.training.step import abstract_batch
 from tests import steps, tiny
 from tests.models.networks import random_params
@@ -70,7 +70,7 @@ def write_latents(data, out, params, text=False):
       image_size=16,
       views=1,
       augmentation=Augmentation(),
-      fingerprint=stored_inputs.autoencoder_digest(params, model.network.model),
+      fingerprint=start.autoencoder_digest(params, model.network.model),
       text=text_conditions(model, params) if text else None,
     ),
   )
@@ -82,14 +82,14 @@ def text_conditions(model, params):
   return latents.TextConditions(
     encode=lambda captions: model.conditions(params, tokenizer(captions)),
     shape=(model.max_length, model.network.model.text_encoder.width),
-    fingerprint=stored_inputs.text_encoder_digest(params, model.network.model),
+    fingerprint=start.text_encoder_digest(params, model.network.model),
   )
 
 
 def check_encoders(config, params):
   trainer = build_trainer(config, steps.make_mesh())
   run = Run.of(config)
-  stored_inputs.check_stored(latent_facts(run.data), params, run.model, trainer.trainable)
+  start.check_stored(latent_facts(run.data), params, run.model, trainer.trainable)
 
 
 def config_of(**changes):
@@ -270,11 +270,11 @@ def test_what_is_wrong_with_a_source_of_a_mixture_names_it(section, message):
 
 def test_digests_are_of_the_encoders_bits(params):
   model = Run.of(config_of()).model
-  digest = stored_inputs.autoencoder_digest(params, model)
+  digest = start.autoencoder_digest(params, model)
   bits = params | {path: params[path] + 1 for path in ("autoencoder.scale", "autoencoder.post_quant.bias")}
-  assert stored_inputs.autoencoder_digest(bits, model) == digest
+  assert start.autoencoder_digest(bits, model) == digest
   path = "autoencoder.quant.kernel"
-  assert stored_inputs.autoencoder_digest({**params, path: jnp.nextafter(params[path], jnp.inf)}, model) != digest
+  assert start.autoencoder_digest({**params, path: jnp.nextafter(params[path], jnp.inf)}, model) != digest
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_digests_are_of_the_encoders_bits(params):
   ],
 )
 def test_digests_are_of_what_no_parameter_shows(params, part, after_reading, changes):
-  model, digest = Run.of(config_of()).model, getattr(stored_inputs, f"{part}_digest")
+  model, digest = Run.of(config_of()).model, getattr(start, f"{part}_digest")
 
   def changed(**fields):
     return dataclasses.replace(model, **{part: dataclasses.replace(getattr(model, part), **fields)})
@@ -301,4 +301,4 @@ def test_digests_are_the_same_for_split_parameters(params):
   spread = jax.device_put(params, sharding.shardings(params, mesh, params))
   kernel = spread["autoencoder.conv_in.kernel"]
   assert len({str(shard.index) for shard in kernel.addressable_shards}) > 1
-  assert stored_inputs.autoencoder_digest(spread, model) == stored_inputs.autoencoder_digest(params, model)
+  assert start.autoencoder_digest(spread, model) == start.autoencoder_digest(params, model)

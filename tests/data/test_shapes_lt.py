@@ -5,11 +5,11 @@ import collections
 import numpy as np
 import pytest
 
-from configs import shapes_lt as config_of_stages
 from diffdis_jax.config import Run
 from diffdis_jax.data import build, long_tail, shapes, shapes_lt, sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.long_tail import in_group
+from replication.configs import shapes_lt as config_of_stages
 
 SHAPES = dict(name="shapes_lt", image_size=16)
 

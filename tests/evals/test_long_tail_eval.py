@@ -19,7 +19,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, results, tables
 from diffdis_jax.evals import tasks as evals
 from diffdis_jax.evals.long_tail import GROUPS, LongTail
-from diffdis_jax.training.long_tail import anchors
+from diffdis_jax.training import anchors
 from tests import tiny_lt
 from tests.once import shared_folder
 

@@ -7,7 +7,7 @@ import pytest
 
 from diffdis_jax.evals import base
 from diffdis_jax.evals import long_tail as nearest
-from diffdis_jax.training.long_tail import anchors
+from diffdis_jax.training import anchors
 
 IMAGES, SENTENCES, CLASSES = 30, 50, 6
 

@@ -203,7 +203,7 @@ def test_a_loop_on_each_device_gives_the_loss_and_gradients_of_all_logits_at_onc
   want, want_gradients = step(*arguments, on_rows=lambda f: f)
   monkeypatch.setattr(losses, "_LOGITS", b * b // 8 // 4)  # four turns on each of the devices
   rows = [x if x.ndim == 0 else jax.device_put(x, sharding.batch_sharding(mesh)) for x in arguments]
-  with sharding.tracing(mesh):
+  with sharding.tracing(mesh, matmul_precision="highest"):
     got, gradients = step(*rows, on_rows=sharding.each_own_rows)
   np.testing.assert_allclose(got, want, rtol=1e-6)
   for one, other in zip(gradients, want_gradients):
@@ -215,7 +215,7 @@ def compiled_contrastive(b: int, d: int, devices: int):
   mesh = sharding.make_mesh(data=devices, fsdp=1, tensor=1, devices=jax.devices()[:devices])
 
   def loss(query, e, scale, captions):
-    with sharding.tracing(mesh):
+    with sharding.tracing(mesh, matmul_precision="highest"):
       return losses.contrastive(query, e, scale, captions=captions, on_rows=sharding.each_own_rows).loss
 
   rows = sharding.batch_sharding(mesh)

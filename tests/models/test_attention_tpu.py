@@ -147,7 +147,7 @@ def test_each_device_attends_for_its_own_rows_and_heads(shape, heads):
   total = lambda q, k, v: sum(jnp.sum(jnp.sin(3 * x)) for x in interpreted(q, k, v))
   expected = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
   place = sharding.batch_sharding(mesh)
-  on_mesh = sharding.traced_for(mesh, jax.value_and_grad(total, (0, 1, 2)), matmul_precision="highest")
+  on_mesh = sharding.tracing(mesh, matmul_precision="highest")(jax.value_and_grad(total, (0, 1, 2)))
   program = jax.jit(on_mesh, in_shardings=place).lower(q, k, v).compile()
   found = program(*jax.device_put((q, k, v), place))
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -162,7 +162,7 @@ def test_within_what_each_device_does_by_itself_already():
   q, k, v = (jnp.asarray(rng.standard_normal((4, 128, 2, 8)), jnp.float32) for _ in range(3))
   of_rows = lambda qkv: jax.grad(lambda qkv: jnp.sum(jnp.sin(3 * interpreted(*qkv)[0])))(qkv)
   split = sharding.on_own_rows(lambda whole, rows: ({}, of_rows(rows)), mesh, {})
-  on_mesh = sharding.traced_for(mesh, lambda qkv: split({}, qkv)[1], matmul_precision="highest")
+  on_mesh = sharding.tracing(mesh, matmul_precision="highest")(lambda qkv: split({}, qkv)[1])
   found = jax.jit(on_mesh)(jax.device_put((q, k, v), sharding.batch_sharding(mesh)))
   for a, b in zip(found, jax.jit(of_rows)((q, k, v)), strict=True):
     assert networks.relative_error(np.asarray(a), b) < 1e-5
@@ -255,7 +255,7 @@ def test_compiled_programs_contain_the_kernel(topology, n):
   def loss(q, k, v, more):
     return attention.attend_with_one_more(q, k, v, more).astype(jnp.float32).sum()
 
-  gradient = sharding.traced_for(mesh, jax.grad(loss, (0, 1, 2, 3)), matmul_precision="default")
+  gradient = sharding.tracing(mesh, matmul_precision="default")(jax.grad(loss, (0, 1, 2, 3)))
   args = (*[shape(n)] * 3, Projected(*[shape(1)] * 3))
   compiled = targets.compile(jax.jit(gradient).lower(*args), target)
   names = ("tpu_custom_call",) * 2 if parsed.is_tpu else ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")

@@ -71,12 +71,12 @@ def test_what_reading_or_computing_raises_ends_the_work():
   with pytest.raises(ZeroDivisionError):
     make()(lambda x: 1 // 0, rows)
   assert len(rows.asked) == 2
-  with pytest.raises(UserError, match="nothing to run on"):
+  with pytest.raises(UserError, match="rows; give as many rows of each, and at least one"):
     make()(lambda x: x, Rows(0))
 
 
 @pytest.mark.parametrize("n", [2, 5])
 def test_arrays_of_other_numbers_of_rows_are_refused(n):
   """Jax takes the last row for one beyond the end, and rows beyond the first array's would be left out."""
-  with pytest.raises(UserError, match=f"arrays of 3, {n} rows belong to each other; give as many rows of each"):
+  with pytest.raises(UserError, match=f"arrays of 3, {n} rows; give as many rows of each"):
     make()(lambda x, y: x + y, jnp.zeros(3), jnp.zeros(n))

@@ -11,6 +11,7 @@ import sys
 import time
 import types
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,9 +20,9 @@ from etils import epath
 
 from diffdis_jax.errors import Interrupted, Preempted, UserError
 from diffdis_jax.parallel import processes, sharding
-from diffdis_jax.parallel.processes import Processes
 from diffdis_jax.run import checkpoint
 from diffdis_jax.structs import TrainState
+from diffdis_jax.training import start as start_of_run
 from tests import command_runs, steps
 from tests.command_runs import ROOT
 from tests.interrupting import not_ignored
@@ -29,6 +30,13 @@ from tests.interrupting import not_ignored
 NOTHING = {"coordinator_address": None, "num_processes": None, "process_id": None}
 SLURM = {"SLURM_JOB_ID": "5000", "SLURM_STEP_NODELIST": "gpu[007-009,12],big1", "SLURM_STEP_NUM_TASKS": "5"}
 SLURM |= {"SLURM_STEP_NUM_NODES": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "0"}
+
+
+def explicit(address: str, count: int, index: int) -> dict[str, Any]:
+  found = dict(coordinator_address=address, num_processes=count, process_id=index, local_device_ids=())
+  return found | {"cluster_detection_method": "deactivate"}
+
+
 DIFFDIS = {"DIFFDIS_COORDINATOR_ADDRESS": "a:1", "DIFFDIS_NUM_PROCESSES": "4"}
 
 
@@ -41,22 +49,24 @@ def test_one_process_where_nothing_tells_of_more():
 
 def test_flags_come_before_the_environment():
   flags = {"coordinator_address": "b:2", "num_processes": 2, "process_id": 1}
-  assert processes.find(flags, DIFFDIS | SLURM) == Processes("b:2", 2, 1, (), "deactivate")
-  assert processes.find(NOTHING, {**DIFFDIS, "DIFFDIS_PROCESS_ID": "3"}) == Processes("a:1", 4, 3, (), "deactivate")
-  assert processes.find(NOTHING, {**DIFFDIS, "JOB_COMPLETION_INDEX": "2"}) == Processes("a:1", 4, 2, (), "deactivate")
+  assert processes.find(flags, DIFFDIS | SLURM) == explicit("b:2", 2, 1)
+  assert processes.find(NOTHING, {**DIFFDIS, "DIFFDIS_PROCESS_ID": "3"}) == explicit("a:1", 4, 3)
+  assert processes.find(NOTHING, {**DIFFDIS, "JOB_COMPLETION_INDEX": "2"}) == explicit("a:1", 4, 2)
 
 
 def test_slurm():
   """jax asks Slurm for the coordinator, and would give each task of a node a single GPU."""
-  assert processes.find(NOTHING, SLURM) == Processes(None, 5, 3, (), "slurm")
+  assert processes.find(NOTHING, SLURM) == dict(
+    num_processes=5, process_id=3, local_device_ids=(), cluster_detection_method="slurm"
+  )
   several = SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}
-  assert processes.find(NOTHING, several).local_device_ids == (1,)
+  assert processes.find(NOTHING, several)["local_device_ids"] == (1,)
   # Slurm shows a task the GPUs that it has, as devices from 0 on. 24.11 says so by how it binds them.
   of_two = {"CUDA_VISIBLE_DEVICES": "2,3", "SLURM_TRES_BIND": "gres/gpu:per_task:2"}
   for bound in ({"SLURM_GPUS_PER_TASK": "1"}, {"CUDA_VISIBLE_DEVICES": "3"}, of_two):
-    assert processes.find(NOTHING, several | bound).local_device_ids == ()
+    assert processes.find(NOTHING, several | bound)["local_device_ids"] == ()
   for all_shown in ({}, {"SLURM_TRES_BIND": "gres/gpu:none"}):
-    assert processes.find(NOTHING, several | {"CUDA_VISIBLE_DEVICES": "0,1"} | all_shown).local_device_ids == (1,)
+    assert processes.find(NOTHING, several | {"CUDA_VISIBLE_DEVICES": "0,1"} | all_shown)["local_device_ids"] == (1,)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +79,9 @@ def test_slurm():
   ],
 )
 def test_each_command_says_where_its_run_is_kept(monkeypatch, given, expected):
-  values = {"coordinator_timeout": 300, "heartbeat_timeout": None, **dict.fromkeys(processes._VARIABLES), **given}
+  values = {"coordinator_timeout": 300, "heartbeat_timeout": None, **NOTHING, **given}
   monkeypatch.setattr(processes.flags, "FLAGS", types.SimpleNamespace(flag_values_dict=lambda: values))
-  monkeypatch.setattr(processes, "find", lambda flags, environ: Processes())
+  monkeypatch.setattr(processes, "find", lambda flags, environ: {})
   monkeypatch.setattr(processes, "log_place", lambda: None)
   asked = []
   monkeypatch.setattr(processes, "_initialize", lambda found, timeout, heartbeat: asked.append(heartbeat))
@@ -81,16 +91,16 @@ def test_each_command_says_where_its_run_is_kept(monkeypatch, given, expected):
 
 def test_a_tpu_is_asked_for_its_own_environment():
   environ = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
-  assert processes.find(NOTHING, environ) == Processes()
+  assert processes.find(NOTHING, environ) == {}
   assert processes.find(NOTHING, environ | {"JAX_PLATFORMS": "cpu"}) is None
-  assert processes.find(NOTHING, environ | {"JAX_PLATFORMS": ""}) == Processes(), "as jax takes it"
+  assert processes.find(NOTHING, environ | {"JAX_PLATFORMS": ""}) == {}, "as jax takes it"
 
 
 @pytest.mark.parametrize(
   "files, libtpu, found",
   [
-    (["/dev/accel0"], True, Processes()),
-    (["/dev/vfio/0", "/dev/vfio/1"], True, Processes()),
+    (["/dev/accel0"], True, {}),
+    (["/dev/vfio/0", "/dev/vfio/1"], True, {}),
     (["/dev/vfio/0"], False, None),
     ([], True, None),
   ],
@@ -158,6 +168,7 @@ from orbax import checkpoint as ocp
 from diffdis_jax.common import cli, storage
 from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import restore, workdir
+from diffdis_jax.training import start as start_of_run
 from diffdis_jax.errors import UserError
 from diffdis_jax.structs import TrainState
 
@@ -215,7 +226,7 @@ def main(_):
     sys.stdout.write(json.dumps(said) + "\\n")
   if HOW.value == "share":
     processes._VISIBILITY = 1.0
-    processes.check_shared(WORKDIR.value if first else WORKDIR.value + "_of_another_host")
+    start_of_run.check_shared(WORKDIR.value if first else WORKDIR.value + "_of_another_host")
   if HOW.value == "agree":
     rows = np.arange(16, dtype=np.int32)
     for shape in ((4, 2, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)):
@@ -228,7 +239,7 @@ def main(_):
     assert processes.first_message("" if first else "of the second") == "of the second"
     assert processes.first_message("") == ""
     assert processes.differing("a" if first else "b") == [1] and processes.differing("a") == []
-    processes.check_shared(WORKDIR.value)
+    start_of_run.check_shared(WORKDIR.value)
     assert processes.texts("é" * (1 + jax.process_index())) == ["é", "éé"]
   if HOW.value == "restore":
     split, whole = sharding.batch_sharding(mesh), jax.sharding.NamedSharding(mesh, sharding.REPLICATED)
@@ -385,8 +396,8 @@ def test_a_workdir_that_hosts_do_not_share(tmp_path):
   for code, _, err in both(tmp_path, "--how=share", f"--workdir={tmp_path / 'run'}"):
     assert code == 2
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert "is not shared" in line and "these hosts of 2 do not see: 1;" in line
-  assert not (tmp_path / "run").exists()
+    assert "is not shared" in line and "these hosts of 2 do not see a file that host 0 wrote there: 1;" in line
+  assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_workdir_that_cannot_be_written_now_is_no_bad_input(tmp_path, monkeypatch):
@@ -399,20 +410,17 @@ def test_a_workdir_that_cannot_be_written_now_is_no_bad_input(tmp_path, monkeypa
 
   monkeypatch.setattr(type(epath.Path(tmp_path)), "mkdir", away)
   with pytest.raises(OSError, match="Stale file handle"):
-    processes.check_shared(str(tmp_path / "run"))
+    start_of_run.check_shared(str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize(
-  "index, whom, launched, code",
-  [(0, "the other processes", "", 2), (1, "the coordinator localhost:", "", 2), (1, "the coordinator", "1", 1)],
-)
-def test_a_process_left_alone_says_why_and_exits(tmp_path, monkeypatch, index, whom, launched, code):
+@pytest.mark.parametrize("index, launched, code", [(0, "", 2), (1, "", 2), (1, "1", 1)])
+def test_a_process_left_alone_says_why_and_exits(tmp_path, monkeypatch, index, launched, code):
   if launched:
     monkeypatch.setenv("DIFFDIS_LAUNCHED", launched)
   process = start(tmp_path, index, free_port(), "--coordinator_timeout=2")
   _, err = process.communicate(timeout=60)
   assert process.returncode == code
-  assert err.startswith(f"error: process {index} of 2 could not reach {whom}") and err.count("\n") == 1
+  assert err.startswith("error: this process could not reach the others by localhost:") and err.count("\n") == 1
   assert "within 2 seconds" in err and "not started on all hosts" in err
 
 

@@ -266,7 +266,7 @@ class Device:
 @pytest.mark.parametrize("shape", [(4, 2, 1), (2, 2, 2), (8, 1, 1), (2, 1, 4)])
 def test_only_data_crosses_slices(shape):
   devices = [Device(id=i, slice_index=i % 2) for i in range(8)]
-  placed = sharding.arrange_slices(shape, devices, 2)
+  placed = sharding.arrange(shape, devices, 2)
   assert placed.shape == shape and set(placed.flat) == set(devices)
   slices = np.vectorize(lambda device: device.slice_index)(placed)
   half = shape[0] // 2

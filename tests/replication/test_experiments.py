@@ -18,7 +18,11 @@ from replication.configs import experiments, scenes
 from replication.measured import replication as page
 
 PAGE = (pathlib.Path(__file__).parents[2] / "replication/protocol.md").read_text()
-SCENES, EMOJI, SHAPES_LT = "replication/configs/scenes.py:measured=test", "emoji:path=data/emoji", "shapes_lt"
+SCENES, EMOJI, SHAPES_LT = (
+  "replication/configs/scenes.py:measured=test",
+  "emoji:path=data/emoji",
+  "replication/configs/shapes_lt.py",
+)
 SECONDS = {"generation": 2.0, "discrimination": 1.0, "discrimination without additions": 0.5}
 SECONDS |= {"CLIP": 0.25, "CLIP with parts": 0.5, "convolutional CLIP": 2.0, "generation+discrimination": 2.5}
 FILE = "replication/configs/experiments.py"

@@ -181,3 +181,16 @@ def test_damaged_metrics_are_refused_before_a_checkpoint_is_deleted_by_them(tmp_
   (folder / "1" / "metrics" / "metrics").write_text('{"acc": 0.1}')
   with pytest.raises(UserError, match="checkpoints/1 cannot be read: metrics/metrics .*; move its folder"):
     checkpoint.Checkpointer(tmp_path, kept)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"init_timestamp_nsecs": "x"}'])
+def test_damage_of_what_orbax_says_of_a_checkpoint_is_one_line(tmp_path, content):
+  save(tmp_path, 1)
+  (tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text(content)
+  with pytest.raises(
+    UserError, match=f"_CHECKPOINT_METADATA in {tmp_path}/checkpoints is damaged: .*; remove that file"
+  ):
+    checkpoint.Checkpointer(tmp_path)
+  (tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA").unlink()
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.latest_step() == 1

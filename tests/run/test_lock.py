@@ -171,13 +171,3 @@ def test_a_disk_that_may_be_well_the_next_time_is_no_bad_input(tmp_path, monkeyp
     pass
   with pytest.raises(OSError, match=os.strerror(number)):
     workdir.open_for_training(tmp_path, {})
-
-
-def test_a_lock_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch, caplog):
-  def fail(path):
-    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-
-  with pytest.raises(KeyError, match="the run's own"), lock.Lock(tmp_path):
-    monkeypatch.setattr(lock.os, "unlink", fail)
-    raise KeyError("the run's own")
-  assert f"cannot remove {tmp_path}/lock.json: [Errno 5] Input/output error" in caplog.text

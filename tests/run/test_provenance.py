@@ -289,19 +289,6 @@ def test_what_is_no_object_is_an_empty_one(line):
   assert provenance.parse(json.dumps({"step": 1})) == {"step": 1}
 
 
-def test_a_disk_that_is_full_at_the_end_does_not_hide_why_the_run_ended(tmp_path, monkeypatch):
-  append = provenance._append
-
-  def full(path, line):
-    if line["event"] == "end":
-      raise OSError(28, "No space left on device")
-    append(path, line)
-
-  monkeypatch.setattr(provenance, "_append", full)
-  with pytest.raises(Preempted):
-    record(tmp_path, error=Preempted())
-
-
 def test_lines_of_metrics_that_cannot_be_read_are_counted(caplog):
   """Not the last one, which may be cut off."""
   lines = [

@@ -75,7 +75,7 @@ class Problem:
     trainable, fixed, batch = self._arguments
     stored = lambda params: sharding.shardings(params, mesh, self.network.shapes)
     placed = jax.device_put((trainable, fixed), (stored(trainable), stored(fixed)))
-    on_mesh = sharding.traced_for(mesh, f, matmul_precision="highest")
+    on_mesh = sharding.tracing(mesh, matmul_precision="highest")(f)
     compiled = jax.jit(on_mesh)
     arguments = *placed, jax.device_put(batch, sharding.batch_sharding(mesh)), self._keys
     return jax.device_get(compiled(*arguments))

@@ -20,8 +20,7 @@ from diffdis_jax.method import features, losses
 from diffdis_jax.method.step_noise import query_noise
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import LabelledBatch
-from diffdis_jax.training.long_tail import losses as long_tail_losses
-from diffdis_jax.training.long_tail import mixing
+from diffdis_jax.training import long_tail
 from diffdis_jax.training.step import step_keys
 from tests import steps, tiny_clip
 from tests.models.networks import random_params, relative_error
@@ -58,7 +57,7 @@ def by_torch(scale, smoothing):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_class_wise_contrast_equals_torchs_cross_entropy(scale, smoothing):
   def ours(image, text, scale):
-    result = long_tail_losses.class_contrastive(image, text, scale, labels=jnp.asarray(LABELS), smoothing=smoothing)
+    result = long_tail.class_contrastive(image, text, scale, labels=jnp.asarray(LABELS), smoothing=smoothing)
     return result.loss, result.accuracy
 
   (loss, accuracy), gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2), has_aux=True))(IMAGE, TEXT, scale)
@@ -73,7 +72,7 @@ def test_distillation_equals_torchs_cross_entropy_with_the_teachers_softmax(scal
   their_scale = np.float32(2.0)
 
   def ours(image, text, scale, teacher_image):
-    return long_tail_losses.distill(
+    return long_tail.distill(
       *(image, text, scale),
       teacher_image=teacher_image,
       teacher_text=jnp.asarray(THEIR_TEXT),
@@ -99,13 +98,13 @@ def test_rows_on_eight_devices_give_the_same_losses():
 
   def ours(image, text, labels):
     common = dict(gather=sharding.everywhere)
-    contrast = long_tail_losses.class_contrastive(image, text, jnp.float32(2.6), labels=labels, smoothing=0.1, **common)
+    contrast = long_tail.class_contrastive(image, text, jnp.float32(2.6), labels=labels, smoothing=0.1, **common)
     theirs = dict(teacher_image=text, teacher_text=image, teacher_logit_scale=jnp.float32(1.0))
-    return contrast.loss, long_tail_losses.distill(image, text, jnp.float32(2.6), **theirs, **common)
+    return contrast.loss, long_tail.distill(image, text, jnp.float32(2.6), **theirs, **common)
 
   alone = jax.jit(ours)(IMAGE, TEXT, LABELS.astype(np.int32))
   rows = sharding.to_global(dict(image=IMAGE, text=TEXT, labels=LABELS.astype(np.int32)), mesh)
-  together = jax.jit(sharding.traced_for(mesh, ours, matmul_precision="highest"))(*rows.values())
+  together = jax.jit(sharding.tracing(mesh, matmul_precision="highest")(ours))(*rows.values())
   np.testing.assert_allclose(together, alone, rtol=1e-6)
 
 
@@ -272,19 +271,21 @@ def test_the_second_stages_loss_by_hand():
   network, batch, keys, metrics = loss.network, loss.batch, loss.keys, loss.metrics()
   section = LongTail()
   how = {field: getattr(section, field) for field in ("mixup", "cutmix", "cutmix_share")}
-  mix = mixing.draw_mix(keys["mix"], size=config.image_size, **how)
+  mix = long_tail.draw_mix(keys["mix"], size=config.image_size, **how)
 
   @jax.jit
   def logits(params):
     model = network.with_params(params)
     noise = jax.random.normal(keys["noise_e"], (B, network.model.query_width))
-    images = mixing.mix_images(jnp.asarray(batch.image), mix)
+    images = long_tail.mix_images(jnp.asarray(batch.image), mix)
     f = features.image_features(model, images, features.FeatureNoise(noise_e=noise), network=network)
     return dataclasses.asdict(model.head(f, model.logit_scale[...]))
 
   with jax.default_matmul_precision("highest"):
     found = logits(loss.params)
-  target = torch.tensor(np.asarray(mixing.mix_targets(jnp.asarray(batch.label), mix, classes=CLASSES, smoothing=0.1)))
+  target = torch.tensor(
+    np.asarray(long_tail.mix_targets(jnp.asarray(batch.label), mix, classes=CLASSES, smoothing=0.1))
+  )
   for branch in ("visual", "language"):
     expected = F.cross_entropy(torch.tensor(np.asarray(found[branch])), target)
     assert metrics[f"loss_{branch}"] == pytest.approx(expected.item(), rel=1e-5)

@@ -3,24 +3,15 @@ from __future__ import annotations
 import json
 
 import jax
-import numpy as np
 import pytest
 
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
-from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint, provenance, workdir
 from diffdis_jax.training import evaluator, loop
-from diffdis_jax.training.metrics import slowest_host
 from diffdis_jax.training.step import Trainer
 from tests import steps, tiny
-
-
-def test_the_host_that_waits_longest_for_data_is_named(monkeypatch):
-  assert slowest_host(0.5) == {}
-  monkeypatch.setattr(jax, "process_count", lambda: 3)
-  monkeypatch.setattr(processes, "gathered", lambda own: np.array([own, np.nan, 0.75], np.float32))
-  assert slowest_host(0.25) == {"slowest_host": 2.0, "slowest_host_data_wait": 0.75}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import json
 import multiprocessing
-import os
 import pathlib
 import secrets
 from collections.abc import Iterator, Sequence
@@ -183,16 +182,15 @@ def write_records(path: pathlib.Path, serialized: Iterator[bytes]) -> None:
   # A name of its own: after a kill another process may write the same part while the first still ends.
   temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   try:
-    with files.in_use(temporary, os.O_CREAT):
+    with _os_errors():
+      writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    # Around each write by itself: an error of the records' own source is not this file's.
+    for record in serialized:
       with _os_errors():
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")
-      # Around each write by itself: an error of the records' own source is not this file's.
-      for record in serialized:
-        with _os_errors():
-          writer.write(record)
-      with _os_errors():
-        writer.close()
-      temporary.replace(path)
+        writer.write(record)
+    with _os_errors():
+      writer.close()
+    temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
 

@@ -50,7 +50,7 @@ class Extractor:
     self._batched = batches.Batches(mesh, batch_size, after_batch)
     # On every device: the network is small, and sharded weights would be gathered for each batch.
     self._params = sharding.replicated(params, mesh)
-    compiled = lambda name, f: programs.Program(name, jax.jit(sharding.traced_for(mesh, f, matmul_precision="highest")))
+    compiled = lambda name, f: programs.Program(name, jax.jit(sharding.tracing(mesh, matmul_precision="highest")(f)))
     # Two programs: the resize depends on the images' size, and the network, which takes long to compile, does not.
     self._normalise = compiled("the resize for Inception", to_input)
     self._network = compiled("Inception", lambda params, x: merge(*inception_file.module(), dict(params))(x))

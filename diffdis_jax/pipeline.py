@@ -1,0 +1,192 @@
+"""A trained model in one object: it generates, classifies, ranks and embeds, on PIL images, arrays or files.
+
+  model = diffdis_jax.load("emoji-small")
+  image = model.generate("red apple")[0]
+  model.classify(image, ["red apple", "pizza"]).labels
+
+The words are those of the PyTorch pipeline that export_weights writes. For many images a device, checkpoints by step,
+or data on disk: `inference.load` and `diffdis evaluate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+from PIL import Image
+from scipy import special
+
+from diffdis_jax import inference
+from diffdis_jax.common import cli
+from diffdis_jax.config.sections import Sampling
+from diffdis_jax.data import transforms
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import prompts as prompt_texts
+from diffdis_jax.method import losses
+
+MOST_ROWS = 32  # of a compiled call
+Images = Any  # a PIL image, the path of a file, u8[h w 3] or floats in [0, 1]; an array [n h w 3], or a list of those
+
+
+class Classification(NamedTuple):
+  """The likeliest name of each image, and the softmax over the names of τ ⟨ê_0, e⟩."""
+
+  labels: list[str]
+  scores: Float[np.ndarray, "n k"]
+
+
+class Ranking(NamedTuple):
+  """Places of the images in what was given, the nearest to the text first, and their cosines in that order."""
+
+  order: list[int]
+  scores: Float[np.ndarray, " n"]
+
+
+class Pipeline:
+  """A trained model with its parameters. `load` makes one.
+
+  Attributes:
+    path: workdir of the run, or the name of an included model.
+  """
+
+  def __init__(self, path: str):
+    self.path = path
+    self._model, self._params = inference.load(path, batch_size=1)
+    self._tokenize = Tokenizer(self._model.max_length)
+    self._compiled: dict[tuple[int, Sampling], inference.Inference] = {}
+
+  def generate(
+    self, prompts: str | Sequence[str], *, seed: int = 0, steps: int | None = None, guidance: float | None = None
+  ) -> list[Image.Image]:
+    """Generate an image of each prompt (Algorithm 2). Image i's noise depends on the seed and i alone.
+
+    Args:
+      steps: sampling steps; None takes the run's.
+      guidance: guidance scale, of which 1 is none; None takes the run's.
+
+    Raises UserError: a run that was not trained for generation, or no prompt.
+    """
+    tokens = self._tokenize(_texts("prompts", prompts))
+    given = {"generation_steps": steps, "generation_guidance": guidance}
+    model = self._for_rows(len(tokens), **{name: value for name, value in given.items() if value is not None})
+    return [*map(Image.fromarray, model.generate(self._params, tokens, model.noise(len(tokens), seed)))]
+
+  def classify(
+    self,
+    images: Images,
+    names: Sequence[str],
+    templates: Sequence[str] = prompt_texts.TEMPLATES,
+    *,
+    seed: int = 0,
+  ) -> Classification:
+    """Find the likeliest of these class names for each image.
+
+    Args:
+      images: as `embed_images` takes them.
+      templates: prompts with `{}` where the name goes. The texts' embeddings are averaged over them.
+
+    Raises UserError: as `embed_images`, no name, or a template without a place for it.
+    """
+    if isinstance(names, str):
+      raise UserError(f"names is {names!r}; give a list")
+    names, templates = _texts("names", names), prompt_texts.resolve_templates(_texts("templates", templates))
+    queries = self.embed_images(images, seed=seed)
+    texts = self.embed_texts([prompt_texts.fill(template, name) for template in templates for name in names])
+    # The mean of unit vectors, normalised again, as CLIP builds its classifier of several templates.
+    mean = texts.reshape(len(templates), len(names), -1).mean(axis=0)
+    classes = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+    scores = special.softmax(self._temperature() * queries @ classes.T, axis=-1)
+    return Classification([names[i] for i in scores.argmax(axis=-1)], scores)
+
+  def rank(self, images: Images, text: str, *, seed: int = 0) -> Ranking:
+    """Order images by how near they are to a text. Raises UserError: as `embed_images`."""
+    cosines = self.embed_images(images, seed=seed) @ self.embed_texts(text)[0]
+    order = np.argsort(-cosines, kind="stable")
+    return Ranking(order.tolist(), cosines[order])
+
+  def embed_images(self, images: Images, *, seed: int = 0) -> Float32[np.ndarray, "n d"]:
+    """Return denoised text queries ê_0 of length 1 (Algorithm 3).
+
+    Args:
+      images: one or many PIL images, paths, or arrays, u8 or floats in [0, 1], of any size. Each is scaled so that its
+        short side fits, and its central square is taken.
+      seed: of the initial noise e_T. An image's noise depends on the seed and its place alone.
+
+    Raises UserError: a run that was not trained to compare images with texts, or what is no image.
+    """
+    squares = np.stack([self._square(image) for image in _single(images)])
+    return self._for_rows(len(squares)).embed_images(self._params, squares, seed=seed)
+
+  def embed_texts(self, texts: str | Sequence[str]) -> Float32[np.ndarray, "n d"]:
+    """Return text embeddings e of length 1. Raises UserError: no text, or a run that reads none."""
+    tokens = self._tokenize(_texts("texts", texts))
+    return self._for_rows(len(tokens)).embed_texts(self._params, tokens)
+
+  def _for_rows(self, n: int, **sampling: Any) -> inference.Inference:
+    # A call is computed whole, however few its rows are; powers of two, so that few sizes are compiled.
+    rows, how = min(MOST_ROWS, 1 << (n - 1).bit_length()), dataclasses.replace(self._model.sampling, **sampling)
+    if (rows, how) not in self._compiled:
+      model = inference.Inference(self._model.network, how, mesh=self._model.mesh, batch_size=rows)
+      model.aligned = self._model.aligned
+      self._compiled[rows, how] = model
+    return self._compiled[rows, how]
+
+  def _temperature(self) -> float:
+    scale = self._params.get("logit_scale")
+    return 1.0 if scale is None else float(losses.temperature(jnp.asarray(scale)))
+
+  def _square(self, image: Any) -> UInt8[np.ndarray, "s s 3"]:
+    try:
+      return np.asarray(transforms.resize(_rgb(image), self._model.image_size))
+    except OSError as error:
+      raise UserError(f"cannot read the image {image}: {error}") from error
+    except (ValueError, Image.DecompressionBombError) as error:
+      raise UserError(f"an image cannot be used: {error}") from error
+
+
+def load(path: str | os.PathLike[str]) -> Pipeline:
+  """Load a trained model.
+
+  Args:
+    path: workdir of a run, or the name of an included model, such as `emoji-small`.
+
+  Raises UserError: no run there.
+  """
+  cli.compilation_cache()
+  return Pipeline(os.fspath(path))
+
+
+def _texts(what: str, texts: str | Iterable[str]) -> list[str]:
+  if not (listed := [texts] if isinstance(texts, str) else [*texts]):
+    raise UserError(f"{what} is empty; give at least one")
+  return listed
+
+
+def _single(images: Images) -> list[Any]:
+  if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) == 3:
+    return [images]
+  if not (listed := [*images]):
+    raise UserError("images is empty; give at least one")
+  return listed
+
+
+def _rgb(image: Any) -> Image.Image:
+  if isinstance(image, (str, os.PathLike)):
+    return transforms.decode(pathlib.Path(image).read_bytes())
+  if isinstance(image, Image.Image):
+    return transforms.upright_rgb(image)
+  array = np.asarray(image)
+  if array.ndim != 3 or array.shape[-1] != 3:
+    raise ValueError(f"its shape is {array.shape}; give an array [h, w, 3]")
+  if array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1:
+    array = np.rint(array * 255).astype(np.uint8)
+  if array.dtype != np.uint8:
+    raise ValueError(f"its numbers are {array.dtype}; give uint8, or floats from 0 to 1")
+  return Image.fromarray(np.ascontiguousarray(array))

@@ -1,0 +1,95 @@
+"""`diffdis_jax.load`: the same numbers as `inference`, from whatever holds an image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffdis_jax
+from diffdis_jax import inference
+from diffdis_jax.data import transforms
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import prompts
+from tests.untrained import run as run
+
+NAMES = ["red star", "blue ring", "green dot"]
+
+
+@pytest.fixture(scope="module")
+def model(run):
+  return diffdis_jax.load(run)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+  rng = np.random.default_rng(0)
+  return [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in ((32, 32), (40, 70), (90, 33))]
+
+
+def test_generate_equals_inference(model, run):
+  expected, params = inference.load(run, batch_size=2, generation_steps=3)
+  tokens = Tokenizer(expected.max_length)(NAMES[:2])
+  images = expected.generate(params, tokens, expected.noise(2, seed=5))
+  for image, drawn in zip(images, model.generate(NAMES[:2], seed=5, steps=3), strict=True):
+    np.testing.assert_array_equal(image, np.asarray(drawn))
+  (alone,) = model.generate(NAMES[0], seed=5, steps=3)
+  assert np.abs(np.asarray(alone, int) - images[0]).max() <= 1
+
+
+def test_classify_and_rank_equal_a_softmax_and_cosines(model, run, pictures):
+  expected, params = inference.load(run, batch_size=4)
+  squares = np.stack([np.asarray(transforms.resize(image, 32)) for image in pictures])
+  queries = expected.embed_images(params, squares, seed=0)
+  texts = [[template.replace("{}", name) for template in prompts.TEMPLATES] for name in NAMES]
+  tokenize = Tokenizer(expected.max_length)
+  classes = np.stack([expected.embed_texts(params, tokenize(each)).mean(axis=0) for each in texts])
+  classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+  logits = min(np.exp(float(params["logit_scale"])), 100) * queries @ classes.T
+  shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  labels, scores = model.classify(pictures, NAMES)
+  np.testing.assert_allclose(scores, shares, atol=1e-5)
+  assert labels == [NAMES[i] for i in shares.argmax(axis=1)]
+  cosines = queries @ expected.embed_texts(params, tokenize(["a red star"]))[0]
+  order, scores = model.rank(pictures, "a red star")
+  assert order == np.argsort(-cosines).tolist()
+  np.testing.assert_allclose(scores, sorted(cosines, reverse=True), atol=1e-5)
+
+
+def test_an_image_is_the_same_in_whatever_it_comes(model, pictures, tmp_path):
+  image, file = pictures[1], tmp_path / "image.png"
+  image.save(file)
+  expected = model.embed_images(image)
+  for same in (file, str(file), np.asarray(image), np.asarray(image) / 255, np.asarray(image)[None], [image], (file,)):
+    np.testing.assert_array_equal(model.embed_images(same), expected)
+
+
+def test_a_turned_image_is_turned_back(model, tmp_path):
+  pixels = np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8)
+  image = Image.fromarray(np.rot90(pixels))
+  exif = image.getexif()
+  exif[0x0112] = 6  # turn by 90 degrees clockwise
+  image.save(tmp_path / "turned.png", exif=exif)
+  with Image.open(tmp_path / "turned.png") as turned:
+    np.testing.assert_array_equal(model.embed_images(turned), model.embed_images(pixels))
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda model: model.classify("no.png", NAMES), "cannot read the image no.png"),
+    (lambda model: model.classify(np.zeros((8, 8)), NAMES), r"its shape is \(8,\)"),
+    (lambda model: model.classify(np.zeros((8, 8, 3), np.int32), NAMES), "its numbers are int32; give uint8"),
+    (lambda model: model.classify([], NAMES), "images is empty"),
+    (lambda model: model.classify(np.zeros((8, 8, 3)), []), "names is empty; give at least one"),
+    (lambda model: model.classify(np.zeros((8, 8, 3)), "red star"), "names is 'red star'; give a list"),
+    (lambda model: model.classify(np.zeros((8, 8, 3)), NAMES, ["a photo"]), "has no place for the class name"),
+    (lambda model: model.generate("red star", steps=0), "generation_steps"),
+    (lambda model: diffdis_jax.load("emojis"), "emoji"),
+  ],
+)
+def test_wrong_input_is_one_line(model, call, message):
+  with pytest.raises(UserError, match=message) as error:
+    call(model)
+  assert "\n" not in str(error.value)
