@@ -15,10 +15,9 @@ import logging as python_logging
 import os
 import pathlib
 import re
-import secrets
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import IO, Any
 
 import google_crc32c
@@ -116,22 +115,27 @@ def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = 
       _system().put([os.fspath(folder / name) for name in group], urls, batch_size=_AT_ONCE)
 
 
-def download(wanted: Mapping[str, pathlib.Path]) -> None:
-  """Copy objects to local files, each whole or not at all: address -> file. Raise Gone: one arrived damaged."""
-  partial = {url: file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp") for url, file in wanted.items()}
-  try:
-    _system().get([*wanted], [os.fspath(file) for file in partial.values()])
-    for url, file in wanted.items():
-      there, digest = _system().info(url).get("crc32c"), google_crc32c.Checksum()
-      with partial[url].open("rb") as copied:
+@functools.cache
+def _checked() -> Any:
+  from gcsfs import GCSFileSystem
+
+  class Checked(GCSFileSystem):
+    async def _get_file(self, rpath: str, lpath: str, **options: Any) -> None:
+      await super()._get_file(rpath, lpath, **options)
+      there, digest = (await self._info(rpath)).get("crc32c"), google_crc32c.Checksum()
+      with open(lpath, "rb") as copied:
         for _ in digest.consume(copied, 1 << 20):
           pass
       if there not in (None, base64.b64encode(digest.digest()).decode()):
-        raise Gone(f"{url} arrived damaged")
-      partial[url].replace(file)
-  finally:
-    for file in partial.values():
-      file.unlink(missing_ok=True)
+        raise Gone(f"{rpath} arrived damaged")
+
+  return Checked
+
+
+def checked() -> Any:
+  """Return a file system of buckets whose listings are kept, and whose `get` raises Gone for a damaged copy."""
+  _configure()
+  return _checked()(use_listings_cache=True, skip_instance_cache=True)
 
 
 def create(where: epath.Path, content: bytes) -> bool:
@@ -171,7 +175,9 @@ class Mirror:
   def __init__(self, to: epath.Path, *, of: Sequence[str] = ()):
     self._to, self._temporary = to, tempfile.TemporaryDirectory(prefix="diffdis")
     self.folder = pathlib.Path(self._temporary.name)
-    download({os.fspath(to / name): self.folder / name for name in of if (to / name).exists()})
+    for name in of:
+      if (to / name).exists():
+        checked().get_file(os.fspath(to / name), os.fspath(self.folder / name))
     self._copied = {file.name: file.stat().st_size for file in self.folder.iterdir()}
     self._last = time.monotonic()
 

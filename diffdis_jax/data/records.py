@@ -275,7 +275,7 @@ class Stored:
       raise away or error from error
 
   def _are_too_many(self) -> bool:
-    return len(self._files) + OTHERS > may_open() and not buckets.is_url(self._files[0])
+    return len(self._files) + OTHERS > may_open()
 
   def _too_many(self, limit: int) -> UserError:
     folder, count = os.path.dirname(self._files[0]), len(self._files)
@@ -312,10 +312,6 @@ def open_pairs(
   if split not in info.splits:
     raise UserError(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
   pairs = Pairs(functools.partial(_open, path, split), num_images)
-  if copies.reads_in_place(path):
-    # Read once here: if the bucket does not answer, its name is said now, and not at the first batch.
-    with copies.naming_silence([str(path)]):
-      _first_usable(pairs)
   if not caption_fields:
     return pairs
   first = _first_usable(pairs)

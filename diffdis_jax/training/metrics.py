@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from diffdis_jax.common import progress
 from diffdis_jax.config.run import Run
-from diffdis_jax.data import copies, loader
+from diffdis_jax.data import loader
 from diffdis_jax.parallel import processes
 
 # Name -> total and count: totals over samples, microbatches and steps add up, and their ratio is the mean.
@@ -63,8 +63,7 @@ class Meters:
   def next_rows(self, data: Iterator[Mapping[str, np.ndarray]]) -> dict[str, Any]:
     """Read the next batch while the devices still work on the step before, so that its time is hidden."""
     begin = time.monotonic()
-    with copies.naming_silence(self._run.data.paths):
-      rows = self._replaced.take(next(data))
+    rows = self._replaced.take(next(data))
     if self._last is None or all(value.is_ready() for value in jax.tree.leaves(self._last)):
       self._waited += time.monotonic() - begin  # the devices had nothing to do
     return rows
