@@ -20,7 +20,6 @@ from diffdis_jax.data import records
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.long_tail import LabelledSource
-from diffdis_jax.data.reads import Reads
 from diffdis_jax.data.sources import Grouped, Mixture, Source
 from diffdis_jax.data.transforms import augment, needed_side
 from diffdis_jax.errors import UserError
@@ -62,8 +61,7 @@ def train_loader(
     seed: of order and augmentation.
     discrimination_augmentation: of a second view of each image, 'discrimination_image': u8[b h w 3]; None for none.
     rows: places in the global batch of this host's rows, as many on each host; None for all.
-    loading: how batches are read ahead. Processes that prepare batches have threads of their own, as many. Where
-      storage answers slowly, `reads.AT_ONCE` further threads read, unless `num_threads` is 0.
+    loading: how records are read ahead. Each process that prepares batches has as many threads of its own.
 
   Raises:
     UserError: a number of records that does not divide by how many of them come together.
@@ -137,9 +135,7 @@ def _read_ahead(
   dataset: Any, rows: Sequence[int] | None, batch_size: int, collate: Callable[..., Any], how: Loading
 ) -> grain.DatasetIterator:
   places = tuple(range(batch_size) if rows is None else rows)
-  batches = _Batches(dataset, places, batch_size, collate, Reads(may_share=how.num_threads > 0))
-  options = grain.ReadOptions(num_threads=how.num_threads, prefetch_buffer_size=how.prefetch)
-  iterable = grain.MapDataset.source(batches).to_iter_dataset(options)
+  iterable: Any = _Batches(dataset, places, batch_size, collate, how)
   if how.num_workers:
     if not flags.FLAGS.is_parsed():  # by a program that has none, such as a notebook; Grain asks for its own
       flags.FLAGS.mark_as_parsed()
@@ -153,8 +149,8 @@ def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batches:
-  """The examples at these places of every batch of an endless dataset.
+class _Rows:
+  """The examples at these places of every `stride`-th batch of an endless dataset from `first` on, one after another.
 
   Rows are taken out of the global order, and not the source shared out: so batches are the same for any number of
   hosts.
@@ -163,17 +159,51 @@ class _Batches:
   dataset: Any  # grain.MapDataset | _ByClass
   places: tuple[int, ...]
   batch_size: int
-  collate: Callable[[Sequence[dict[str, Any]]], dict[str, np.ndarray]]
-  reads: Reads
+  first: int = 0
+  stride: int = 1
 
   def __len__(self) -> int:
     # To Grain an endless dataset is one whose last index still fits 64 bits.
-    return sys.maxsize // self.batch_size
+    return sys.maxsize // (self.batch_size * self.stride) * len(self.places) - self.first * len(self.places)
 
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    first = index * self.batch_size
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    batch, row = divmod(index, len(self.places))
     # Nothing filters the dataset: no example is None.
-    return self.collate(self.reads.of(self.dataset.__getitem__, [first + place for place in self.places]))
+    return self.dataset[(self.first + batch * self.stride) * self.batch_size + self.places[row]]
+
+
+class _Batches(grain.IterDataset):
+  """Batches of rows that threads read one by one. The position is a number of batches, so it fits any number of
+  hosts."""
+
+  def __init__(self, dataset: Any, places: tuple[int, ...], batch_size: int, collate: Any, how: Loading):
+    super().__init__()
+    self._rows, self._collate, self._how = _Rows(dataset, places, batch_size), collate, how
+
+  def set_slice(self, part: slice, sequential_slice: bool = False) -> None:
+    """Take every so many-th batch. Grain asks for it in each process that prepares batches."""
+    del sequential_slice
+    self._rows = dataclasses.replace(self._rows, first=part.start or 0, stride=part.step or 1)
+
+  def __iter__(self) -> grain.DatasetIterator:
+    count = len(self._rows.places)
+    options = grain.ReadOptions(num_threads=self._how.num_threads, prefetch_buffer_size=self._how.prefetch * count)
+    return _BatchIterator(iter(grain.MapDataset.source(self._rows).to_iter_dataset(options)), count, self._collate)
+
+
+class _BatchIterator(grain.DatasetIterator):
+  def __init__(self, rows: grain.DatasetIterator, count: int, collate: Any):
+    super().__init__(rows)
+    self._rows, self._count, self._collate = rows, count, collate
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    return self._collate([next(self._rows) for _ in range(self._count)])
+
+  def get_state(self) -> dict[str, int]:
+    return {"next_index": self._rows.get_state()["next_index"] // self._count}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    self._rows.set_state({"next_index": state["next_index"] * self._count})
 
 
 @dataclasses.dataclass(frozen=True)

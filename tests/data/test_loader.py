@@ -3,13 +3,11 @@ import contextlib
 import io
 import os
 import pathlib
-import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
-import types
 
 import grain
 import numpy as np
@@ -20,7 +18,7 @@ from PIL import Image
 
 from diffdis_jax.common import storage
 from diffdis_jax.config.data import Loading
-from diffdis_jax.data import loader, reads, records, sources
+from diffdis_jax.data import loader, records, sources
 from diffdis_jax.data.loader import ROWS, SUBSTITUTED, Substitutions, train_loader
 from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -134,7 +132,7 @@ def test_global_batches_do_not_depend_on_the_number_of_hosts(hosts):
 
 
 class Slow(Numbered):
-  """Answers once so many reads are in flight: a batch that reads fewer at a time takes `patience` seconds a record."""
+  """Answers once so many reads are in flight."""
 
   def __init__(self, wanted, patience=20.0):
     self.wanted, self.patience = wanted, patience
@@ -151,52 +149,33 @@ class Slow(Numbered):
     return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("rows, wanted", [(67, 67), (200, reads.AT_ONCE)], ids=["a batch", "at most"])
-def test_where_storage_is_slow_records_are_read_side_by_side(monkeypatch, rows, wanted):
-  """67 at 50 ms each are 1,340 images/s."""
-  monkeypatch.setattr(reads, "SLOW", -1.0)
-  source = Slow(wanted)
-  iterator = make(source, image_size=8, batch_size=rows, num_threads=1, prefetch=1, augmentation=STRONG)
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_as_many_records_are_read_at_a_time_as_there_are_threads(threads):
+  source = Slow(threads)
+  iterator = make(source, image_size=8, num_threads=threads, prefetch=1, augmentation=STRONG)
   found = take(iterator, 3)
-  assert source.most == wanted
+  assert source.most == threads
   iterator.close()
-  # In the calling thread, which is all that num_threads=0 leaves, whatever storage does.
-  alone = Slow(1)
-  assert_same(found, take(make(alone, image_size=8, batch_size=rows, augmentation=STRONG), 3))
-  assert alone.most == 1
+  assert_same(found, take(make(Slow(1), image_size=8, augmentation=STRONG), 3))
 
 
-def test_where_storage_is_fast_no_further_threads_read(monkeypatch):
-  monkeypatch.setattr(reads, "SLOW", float("inf"))
-  source = Slow(2)
-  iterator = make(source, image_size=8, num_threads=2, prefetch=4)
-  take(iterator, 8)
-  assert source.most == 2
+def test_prefetch_is_a_number_of_batches():
+  class Counted(Numbered):
+    count = 0
+
+    def __getitem__(self, index):
+      Counted.count += 1
+      return super().__getitem__(index)
+
+  iterator = make(Counted(), image_size=8, num_threads=1, prefetch=2)
+  next(iterator)
+  deadline = time.monotonic() + 20
+  while Counted.count < 3 * 12 and time.monotonic() < deadline:
+    time.sleep(0.01)
+  time.sleep(0.2)
+  assert Counted.count == 3 * 12
+  assert iterator.get_state() == {"next_index": 1}
   iterator.close()
-
-
-def test_storage_is_slow_while_nearly_all_records_are_waited_for(monkeypatch):
-  """By the clock, without the thread's own work."""
-  clock = types.SimpleNamespace(wall=0.0, own=0.0)
-  monkeypatch.setattr(
-    reads, "time", types.SimpleNamespace(perf_counter=lambda: clock.wall, thread_time=lambda: clock.own)
-  )
-
-  def read(microseconds, work=0):
-    clock.wall += microseconds / 1e6
-    clock.own += work / 1e6
-    return microseconds
-
-  found = reads.Reads(may_share=True)
-  assert found.of(read, [50_000] * 29) == [50_000] * 29 and not found.are_slow
-  assert found.of(read, [50_000]) == [50_000] and found.are_slow
-  assert pickle.loads(pickle.dumps(found)).are_slow is False
-  found.of(read, [100] * 2)
-  assert found.are_slow
-  found.of(read, [100])
-  assert not found.are_slow
-  found.of(lambda place: read(place, work=place), [50_000] * 32)
-  assert not found.are_slow
 
 
 def save(folder, iterator):

@@ -16,7 +16,7 @@ import time
 import pytest
 
 from diffdis_jax.common import storage
-from diffdis_jax.data import copies, records
+from diffdis_jax.data import records
 from diffdis_jax.data.prepare import builder, image_folder, parts, staging
 from diffdis_jax.errors import UserError
 from tests.interrupting import Terminal, is_alive
@@ -495,8 +495,6 @@ def test_a_file_system_without_locks_is_warned_of(raw, tmp_path, monkeypatch, ca
   monkeypatch.setattr(fcntl, "flock", refuse)
   assert prepare(raw, tmp_path / "out")["val"].pairs == 1
   assert f"cannot be locked ({os.strerror(number)}); let no other process write there meanwhile" in caplog.text
-  with copies._one_process(tmp_path):
-    pass
 
 
 @pytest.mark.parametrize("failing", ["__init__", "submit"])
