@@ -122,7 +122,8 @@ def _checked() -> Any:
   class Checked(GCSFileSystem):
     async def _get_file(self, rpath: str, lpath: str, **options: Any) -> None:
       await super()._get_file(rpath, lpath, **options)
-      there, digest = (await self._info(rpath)).get("crc32c"), google_crc32c.Checksum()
+      facts: Any = await self._info(rpath)
+      there, digest = facts.get("crc32c"), google_crc32c.Checksum()
       with open(lpath, "rb") as copied:
         for _ in digest.consume(copied, 1 << 20):
           pass

@@ -135,7 +135,7 @@ def _read_ahead(
   dataset: Any, rows: Sequence[int] | None, batch_size: int, collate: Callable[..., Any], how: Loading
 ) -> grain.DatasetIterator:
   places = tuple(range(batch_size) if rows is None else rows)
-  iterable: Any = _Batches(dataset, places, batch_size, collate, how)
+  iterable: grain.IterDataset = _Batches(dataset, places, batch_size, collate, how)
   if how.num_workers:
     if not flags.FLAGS.is_parsed():  # by a program that has none, such as a notebook; Grain asks for its own
       flags.FLAGS.mark_as_parsed()
