@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 
 from diffdis_jax.common.guesses import did_you_mean
-from diffdis_jax.config.objectives import ALIGNED, COMPARING, GENERATIVE
+from diffdis_jax.config.objectives import ALIGNED, COMPARING, DENOISING, GENERATIVE
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.base import Evaluation
@@ -22,6 +22,7 @@ from diffdis_jax.evals.generation_accuracy import GenerationAccuracy
 from diffdis_jax.evals.held_out_loss import HeldOutLoss
 from diffdis_jax.evals.linear_probe import LinearProbe
 from diffdis_jax.evals.long_tail import LongTail
+from diffdis_jax.evals.query_use import QueryUse
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.zero_shot import ZeroShot
 
@@ -57,6 +58,7 @@ TASKS = {
   "held_out_loss": Task(HeldOutLoss, (*GENERATIVE, *COMPARING), compares=False),
   "long_tail": Task(LongTail, ALIGNED),
   "diffusion_classifier": Task(DiffusionClassifier, GENERATIVE, on_sets_of="zero_shot"),
+  "query_use": Task(QueryUse, DENOISING, on_sets_of="zero_shot"),
   "linear_probe": Task(LinearProbe, (*GENERATIVE, *ALIGNED)),  # an autoencoder alone has no features
 }
 
