@@ -13,7 +13,7 @@ from typing import Any
 from diffdis_jax.ablate import plan, tables
 from diffdis_jax.ablate.tables import Row, Table
 from diffdis_jax.common import cli
-from diffdis_jax.config.section import check_number, check_type, read_section
+from diffdis_jax.config.section import check_number, read_section
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import workdir
 from replication.claims import Claim
@@ -55,20 +55,16 @@ class Experiment:
     arms: each with the fields of `Arm`.
     step_seconds: of a training step on one core, by the arms' `speed`; needed where an arm has `minutes`.
     claims: comparisons, each with the fields of `claims.Claim`.
-    only_some_have: fields of an evaluation's protocol that some arms lack, as CLIP lacks those of denoising. Arms that
-      have them must agree on them, and all arms on all else.
   """
 
   title: str
   arms: Sequence[Mapping[str, Any]]
   step_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
   claims: Sequence[Mapping[str, Any]] = ()
-  only_some_have: Sequence[str] = ()
 
   def __post_init__(self) -> None:
     for speed, seconds in self.step_seconds.items():
       check_number(f"step_seconds.{speed}", seconds, gt=0)
-    check_type("only_some_have", self.only_some_have, ())  # a text would be taken for its letters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +112,8 @@ def read(path: str, *, base: str, overrides: Mapping[str, Any]) -> Read:
   _check(claims, measured)
   file, _, argument = path.partition(":")  # as `read_config` has it
   # Not the path, since tables.json is published.
-  name, some = argument or pathlib.PurePath(file).stem, frozenset(experiment.only_some_have)
-  return Read(Table(name=name, title=experiment.title, rows=measured, base=None, only_some_have=some), claims)
+  name = argument or pathlib.PurePath(file).stem
+  return Read(Table(name=name, title=experiment.title, rows=measured, base=None), claims)
 
 
 def _row(

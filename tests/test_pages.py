@@ -142,7 +142,6 @@ MEANT = {
   "--config=own:path=data/own,from=SD": "--config=shapes",
   "--config=own:path=DATA,from=SD,memory=24": "--config=shapes",
   "steps=N": "steps=2",
-  "step_seconds=S": "step_seconds=1",
   "train ...": "train --config=shapes --workdir=RUN",
   "ablate run ...": "ablate run --base=shapes --tables=4",
 }

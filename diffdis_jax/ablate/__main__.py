@@ -30,7 +30,6 @@ from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.ablate.run import Folder
 from diffdis_jax.common import cli, files
-from diffdis_jax.config.section import check_number
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import tasks
@@ -53,7 +52,6 @@ def define_flags() -> None:
   flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of every row")
   flags.DEFINE_string("schedule", "", "text schedule of Tables 2 and 7, not stated by the paper; by default the base's")
   flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
-  flags.DEFINE_float("step_seconds", None, "seconds of a training step, while no run has measured it", lower_bound=0)
   flags.DEFINE_integer(
     "only", None, "number of a run, as plan lists it, which `run` does in this process", lower_bound=0
   )
@@ -82,9 +80,7 @@ def perform(
   # For every verb: `plan` and `table` would else show runs of another base as these.
   folder.check(plan)
   if verb == "plan":
-    if FLAGS.step_seconds is not None:
-      check_number("--step_seconds", FLAGS.step_seconds, ge=0)
-    cli.write("\n".join(running.lines(plan, folder, FLAGS.step_seconds)) + "\n")
+    cli.write("\n".join(running.lines(plan, folder)) + "\n")
   elif verb == "run":
     run_selected(plan, folder, module)
   else:

@@ -89,7 +89,7 @@ def make(
 
   Raises:
     UserError: the base has none of the evaluations that the rows' objectives need for a column; it lacks a field that a
-      row changes; a seed is given twice; or two runs would have one name.
+      row changes; or a seed is given twice.
   """
   if not seeds or len(set(seeds)) < len(seeds):
     raise UserError(f"--seeds={','.join(map(str, seeds))} should be different numbers, such as 0,1,2")
@@ -173,12 +173,15 @@ def _make_run(
   elif autoencoder is not None and _needs_autoencoder(objectives) and not config["init_from"]:
     plain = tables.changed(autoencoder, _of_autoencoder(row.changes) | ({"seed": seed} if own_starts else {}))
     of_seed = f"-seed_{seed}" if own_starts else ""
-    first = _add(known, Run(f"autoencoder{of_seed}-{digest(identity(plain))}", plain, None, {}))
+    start = Run(f"autoencoder{of_seed}-{digest(identity(plain))}", plain, None, {})
+    first = known.setdefault((start.name, start.measurement), start)
   # The start's name, which ends in its hash, and not its path: wherever the folder lies, the run has one name.
   fields = identity(config) | ({"init_from": first.name} if first else {})
   # Arms are named; else what is changed is the name.
   name = _part_of_name(row.label) if own_starts else _describe(base, config)
-  return _add(known, Run(f"{name}-seed_{seed}-{digest(fields)}", config, first, trained))
+  # Rows that train the same and are measured differently are two runs in one workdir.
+  run = Run(f"{name}-seed_{seed}-{digest(fields)}", config, first, trained)
+  return known.setdefault((run.name, run.measurement), run)
 
 
 def measured(config: Config) -> dict[str, Any]:
@@ -187,15 +190,6 @@ def measured(config: Config) -> dict[str, Any]:
   # An unknown task stays, so that its check can name the run.
   measures = lambda task: task not in evals.TASKS or evals.get(task).fits(objectives)
   return {name: section for name, section in config["evals"].items() if measures(section["task"])}
-
-
-def _add(known: dict[tuple[str, str], Run], run: Run) -> Run:
-  """Return the run of this name and measurement that is known, or else this one. Raises UserError: another has its
-  name."""
-  # Rows that train the same and are measured differently are two runs in one workdir.
-  if any(each.name == run.name and identity(each.config) != identity(run.config) for each in known.values()):
-    raise UserError(f"two runs have the name {run.name}: their hashes agree by chance; change a field of one of them")
-  return known.setdefault((run.name, run.measurement), run)
 
 
 def _describe(base: Mapping[str, Any], config: Mapping[str, Any]) -> str:

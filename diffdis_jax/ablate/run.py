@@ -21,7 +21,6 @@ from etils import epath
 from diffdis_jax import config as run_config
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.common import buckets, files, signals
-from diffdis_jax.config.objectives import task_of
 from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import Results
@@ -120,13 +119,12 @@ class Folder:
   def check(self, plan: Plan) -> None:
     """Check that the folder's runs are of the same base. Raises UserError where they are of another."""
     file = self.path / "base.json"
-    if not file.exists():
-      names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
-      # Tasks of an array begin at one moment: another one may be writing the file, or have written it just now.
-      if file.name not in names:
-        if any(not name.startswith(f".{file.name}.") for name in names):
-          raise UserError(f"--out={self.path} is not empty and holds no ablations (no base.json); take a new folder")
-        return
+    names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+    # Tasks of an array begin at one moment: another one may be writing the file, or have written it just now.
+    if file.name not in names:
+      if any(not name.startswith(f".{file.name}.") for name in names):
+        raise UserError(f"--out={self.path} is not empty and holds no ablations (no base.json); take a new folder")
+      return
     there = files.read_object(file)
     if workdir.SECTIONS - there.keys():
       raise UserError(f"{file} is no base of ablations; take a new --out")
@@ -170,14 +168,11 @@ def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
   return {field: value for field, value in config.items() if field != "seed"}
 
 
-def lines(plan: Plan, folder: Folder, step_seconds: float | None) -> list[str]:
-  """Return a line for each run, by the number that --only takes; then which runs a row has, and the hours in all.
-
-  `step_seconds` are those of a training step, where no run with the same objectives tells.
-  """
+def lines(plan: Plan, folder: Folder) -> list[str]:
+  """Return a line for each run, by the number that --only takes; then which runs a row has, and the hours in all."""
   states = {run: folder.state(run) for run in plan.runs}
   left = to_do(plan, states)
-  hours = {run: _hours(run, states, step_seconds) for run in plan.runs}
+  hours = {run: _hours(run, states) for run in plan.runs}
   width = max(len(run.name) for run in plan.runs)
   numbers = {run: number for number, run in enumerate(plan.runs)}
   shown = lambda run: "" if states[run].is_trained else "? h" if hours[run] is None else f"{hours[run]:.2f} h"
@@ -192,19 +187,17 @@ def lines(plan: Plan, folder: Folder, step_seconds: float | None) -> list[str]:
   if left:
     text += f"; {sum(known):.2f} hours of steps left, without starts and evaluations"
   if unknown := len(left) - len(known):
-    text += f", and {unknown} runs whose speed is known when they have steps, or by --step_seconds"
+    text += f", and {unknown} runs whose speed is known when they have steps"
   return [*found, text]
 
 
-def _hours(run: Run, states: Mapping[Run, State], step_seconds: float | None) -> float | None:
-  """Return the hours of steps that a run has left, by its own speed, or the median of those with the same objectives,
-  or `step_seconds`, which is not an autoencoder's."""
+def _hours(run: Run, states: Mapping[Run, State]) -> float | None:
+  """Return the hours of steps that a run has left, by its own speed or that of runs with the same objectives."""
   alike = [state.seconds for other, state in states.items() if other.config["objectives"] == run.config["objectives"]]
-  measured = [seconds for seconds in alike if seconds is not None]
-  state, seconds = states[run], None if task_of(run.config["objectives"]).is_autoencoder else step_seconds
-  if state.seconds is not None or measured:
-    seconds = state.seconds or statistics.median(measured)
-  return None if seconds is None else max(state.num_steps - state.step, 0) * seconds / 3600
+  known, state = [seconds for seconds in alike if seconds is not None], states[run]
+  if not known:
+    return None
+  return max(state.num_steps - state.step, 0) * (state.seconds or statistics.median(known)) / 3600
 
 
 def run(

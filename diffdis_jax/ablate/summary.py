@@ -17,7 +17,7 @@ from diffdis_jax.ablate.run import Folder
 from diffdis_jax.ablate.tables import PAPER_METRICS, Column, Table, columns_of, measured
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
-from diffdis_jax.evals.results import Results, differences
+from diffdis_jax.evals.results import Results
 from diffdis_jax.run import provenance, workdir
 from diffdis_jax.run.workdir import digest
 
@@ -77,8 +77,8 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
   """Check that the runs of a table were measured alike, except for what its rows change. Raises UserError where two
   were not.
 
-  A field of `only_some_have` may be missing in some of them; those that have it are compared with each other. So are,
-  of an evaluation that rows change, those runs that have the same settings of it.
+  A field that some protocols lack, as CLIP's lack those of denoising, is compared among those that have it. Of an
+  evaluation that rows change, runs are compared that have the same settings of it.
   """
   changed = {field for row in table.rows for field in row.changes}
   # Arms with arguments differ in the configs that their rows change.
@@ -86,27 +86,19 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
   changed |= {field for field in FOLLOWS if len({repr(base.get(field)) for base in bases}) > 1}
   # `weights` says which model was measured, and is another one in each run.
   ignored = {"weights", *(name for field in changed for name in FOLLOWS.get(field, (field.split(".")[-1],)))}
-  first: dict[tuple[str, ...], tuple[Run, Mapping[str, Any]]] = {}
+  first: dict[tuple[str, ...], tuple[Run, Any]] = {}
   for run, found in results.items():
     for name, section in run.evals.items() if found is not None else ():
-      protocol = found[section["task"]][name]["protocol"] if found else {}
-      own = sorted(table.only_some_have & protocol.keys())
       # Much of a protocol follows from an evaluation's settings: from `num_images` that of captions, hashes and notes.
       settings = digest(section) if any(field.startswith(f"evals.{name}.") for field in changed) else ""
-      # With all others by what all have, and by everything with those that have the same fields.
-      for key, left_out in (((), table.only_some_have), (("fields", *own), ())):
-        other, theirs = first.setdefault((section["task"], name, settings, *key), (run, protocol))
-        if different := differences([theirs, protocol], ignored={*ignored, *left_out}):
-          field, (there, here) = next(iter(different.items()))
-          # Measured again, another network would lack it again, and other devices round a reference otherwise.
-          remedy = ""
-          if table.base is None and (field in theirs) != (field in protocol):
-            remedy = f", or name {field} in only_some_have of --arms, if one of the arms has none"
-          elif field == "reference":
-            remedy = f", or give --config.evals.{name}.reference=F.npz, one file for all runs, which are measured again"
+      for field, value in found[section["task"]][name]["protocol"].items() if found else ():
+        other, there = first.setdefault((section["task"], name, settings, field), (run, value))
+        if field not in ignored and there != value:
+          # Measured again, other devices round a reference otherwise.
+          remedy = f", or give --config.evals.{name}.reference=F.npz, one file for all runs" * (field == "reference")
           raise UserError(
             f"table {table.name} would mix protocols: {name} was measured with {field} {there!r} in"
-            f" {folder.results(other)} and {here!r} in {folder.results(run)}; remove one of them, and measure it"
+            f" {folder.results(other)} and {value!r} in {folder.results(run)}; remove one of them, and measure it"
             f" again{remedy}"
           )
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.common import guesses
-from diffdis_jax.config.section import check_number
+from diffdis_jax.config.section import check_number, check_type
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import tasks
 from diffdis_jax.evals.fid import FEW
@@ -55,14 +55,12 @@ class Table:
     name, title: of it.
     rows: in their order.
     base: the number of the row that the others are compared with; None for no comparison.
-    only_some_have: fields of an evaluation's protocol that some rows lack by purpose.
   """
 
   name: str
   title: str
   rows: tuple[Row, ...]
   base: int | None
-  only_some_have: frozenset[str] = frozenset()
 
 
 def paper_tables(*, schedule: str, gamma: float) -> dict[str, Table]:
@@ -203,25 +201,23 @@ def _read_values(field: str, text: str, base: Mapping[str, Any]) -> list[Any]:
     values = list(ast.literal_eval(f"[{text}]"))
   except (ValueError, SyntaxError):
     values = [part.strip() for part in text.split(",")]
-  values = [_of_type(field, value, present) for value in values]
+  values = [_of_type(value, present) for value in values]
+  for value in values:
+    check_type(f"--grid: {field}", value, present)
   for i, value in enumerate(values):
     if value in values[:i]:
       raise UserError(f"--grid: {field} has {value!r} twice, which would be two runs of one name; give each value once")
   return values
 
 
-def _of_type(field: str, value: Any, present: Any) -> Any:
+def _of_type(value: Any, present: Any) -> Any:
+  """Return a value in the type of the base's, where it is another one's writing of it."""
   if isinstance(present, bool) and str(value).lower() in ("true", "false"):
     return str(value).lower() == "true"
   # 1 and 1.0 train the same, but would be two hashes and so two runs. True is an int to Python, and no number here.
   if isinstance(present, float) and type(value) is int:
     return float(value)
-  if isinstance(present, tuple) and isinstance(value, list):
-    return tuple(value)
-  if type(value) is not type(present):
-    kind = type(present).__name__
-    raise UserError(f"--grid: {field} has {value!r}; it should be of type {kind}, like the base's {present!r}")
-  return value
+  return tuple(value) if isinstance(present, tuple) and isinstance(value, list) else value
 
 
 RECALL = ("image_retrieval_recall@1", "text_retrieval_recall@1")

@@ -62,7 +62,6 @@ CLIPS: dict[str, dict[str, Any]] = {
   ),
 }
 # The fields of an evaluation's protocol that CLIP lacks.
-DENOISING = ("steps", "num_noise_samples", "guidance", "normalize_query")
 # The timesteps t_z of the clean image that Table 7 has beside the paper's 1000.
 TIMESTEPS: dict[str, dict[str, Any]] = {f"timestep {t_z}": dict(condition_timestep=t_z) for t_z in (0, 999)}
 # A run is measured when it has ended, and reports nothing before.
@@ -163,7 +162,6 @@ def e4() -> dict[str, Any]:
     arms=tuple(arms),
     step_seconds=seconds,
     claims=tuple(claims),
-    only_some_have=DENOISING,
   )
 
 
@@ -187,7 +185,7 @@ def e5() -> dict[str, Any]:
     _claim("DiffDis, no low classes", "DiffDis, all classes", "test/acc_low"),
   )
   title = "Classes that are rare in the start too"
-  return dict(title=title, arms=tuple(arms), claims=claims, only_some_have=DENOISING)
+  return dict(title=title, arms=tuple(arms), claims=claims)
 
 
 def e6() -> dict[str, Any]:
@@ -225,9 +223,7 @@ def e8() -> dict[str, Any]:
   arms = (*others, _arm("both", "both", num_steps=EMOJI_STEPS))
   claims = tuple(_claim("both", arm["name"], TOP1, 2.0) for arm in others)
   title = "Does joint training help on emoji?"
-  # E2's results are older than the class list's hash in protocols; all else of theirs is the same.
-  older = ("classnames_sha256",)
-  return dict(title=title, arms=arms, step_seconds=seconds, claims=claims, only_some_have=older)
+  return dict(title=title, arms=arms, step_seconds=seconds, claims=claims)
 
 
 def e9() -> dict[str, Any]:

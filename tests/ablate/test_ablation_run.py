@@ -151,10 +151,10 @@ def test_a_start_that_no_row_needs_any_more_is_not_trained_again(plan, tmp_path)
   synthetic.write(folder, plan.runs[1], {})
   lines = {number: f"open({str(begun)!r}, 'a').write('{number} ')" for number in range(3)}
   assert running.run_all(plan, folder, script(lines)) == 0 and begun.read_text() == "0 2 "
-  assert running.lines(plan, folder, None)[-1].startswith("3 runs, 1 finished")
+  assert running.lines(plan, folder)[-1].startswith("3 runs, 1 finished")
   synthetic.write(folder, plan.runs[2], {})
   assert running.run_all(plan, folder, script(lines)) == 0 and begun.read_text() == "0 2 "
-  assert running.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
+  assert running.lines(plan, folder)[-1] == "3 runs, 3 finished"
 
 
 def test_of_several_processes_the_first_says_what_is_done(plan, tmp_path, monkeypatch):

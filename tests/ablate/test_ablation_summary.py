@@ -339,12 +339,12 @@ def test_status(tmp_path, monkeypatch):
     third: State(step=0, num_steps=18, measured=False, seconds=None),
   }
   monkeypatch.setattr(folder, "state", states.get)
-  lines = running.lines(plan, folder, None)
+  lines = running.lines(plan, folder)
   assert lines[0].split() == ["0", first.name, "missing", "?", "h"]
   assert lines[1].split() == ["1", second.name, *"step 9 of 18".split(), "0.01", "h"]
   assert "table 4, enabled: runs 2" in lines
   assert lines[-1].startswith("3 runs, 0 finished; 0.01 hours of steps left") and "and 1 runs whose speed" in lines[-1]
   for run in plan.runs:
     states[run] = State(step=18, num_steps=18, measured=True, seconds=2.0)
-  assert running.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
+  assert running.lines(plan, folder)[-1] == "3 runs, 3 finished"
   assert tables.PAPER_METRICS.keys() == {"fid", "imagenet/acc1", "recall@1"}
