@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 # The model that comes with the package, from its data on: docs/weights.md. Stopped, it resumes.
 EMOJI ?= runs/emoji
 EMOJI_DATA ?= data/emoji
-TRAIN_EMOJI = $(BIN)/python -m diffdis_jax.train --config=emoji
+TRAIN_EMOJI = $(BIN)/python -m diffdis_jax.train --config=replication/configs/emoji.py
 emoji-small: $(EMOJI_DATA)/dataset_info.json
 	$(TRAIN_EMOJI):autoencoder --workdir=$(EMOJI)/autoencoder --config.data.path=$(EMOJI_DATA)
 	$(TRAIN_EMOJI):objectives=generation,path=$(EMOJI_DATA) --workdir=$(EMOJI)/generation \

@@ -94,8 +94,8 @@ def test_the_second_stage_keeps_the_backbone_and_its_anchors(first, second):
   head = both.keys() - backbone.keys()
   assert head and all(name.startswith("head.") for name in head)
   chosen = json.loads((pathlib.Path(second) / "anchors.json").read_text())
-  assert len(chosen) == 64 and {len(own) for own in chosen.values()} == {3}
-  losses = np.array([[each["loss"] for each in own] for own in chosen.values()])
+  assert len(chosen) == 64 and {len(own["sentences"]) for own in chosen} == {3}
+  losses = np.array([[each["loss"] for each in own["sentences"]] for own in chosen])
   assert (np.diff(losses, axis=1) >= 0).all()
   anchors = both["head.anchors"]
   np.testing.assert_allclose(np.linalg.norm(anchors, axis=-1), 1.0, rtol=1e-5)  # text queries

@@ -16,11 +16,11 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from configs.emoji import PROMPTS
 from diffdis_jax import inference
 from diffdis_jax.common import one_file
 from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
+from replication.configs.emoji import PROMPTS
 from replication.measured import records
 from tests.command_runs import ROOT
 

@@ -1,6 +1,6 @@
 """Times the joint training step against its single tasks, or the step of CLIP.
 
-  diffdis benchmark --config=benchmark --out=benchmark.json
+  diffdis benchmark --config=diffdis_cc3m:runlocal --out=benchmark.json
 
 The steps take turns, round by round, so that a machine whose speed drifts affects all of them alike. `table6` times the
 rows of the paper's Table 6, CLIP, Stable Diffusion and DiffDis; table6.md gets the table:
@@ -33,7 +33,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
 from diffdis_jax.structs import TrainingBatch
-from diffdis_jax.training.flops import turns
+from diffdis_jax.training import flops
 from diffdis_jax.training.step import Trainer, abstract_batch
 
 FLAGS = flags.FLAGS
@@ -112,7 +112,7 @@ def trainers(run: Run) -> dict[str, Trainer]:
 
 
 def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any]:
-  """Measure the seconds of each step (median and all rounds), floating-point operations by `operations_of`, and ratios.
+  """Measure the seconds of each step (median and all rounds), floating-point operations by `flops.count`, and ratios.
 
   Args:
     trainers: the steps by their names, on one mesh, of one batch.
@@ -123,10 +123,9 @@ def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any
   states, steps, operations = {}, {}, {}
   for name, step in trainers.items():
     states[name] = step.with_params(step.init_params(jax.random.key(0)))
-    # Ahead of time: the compiler's count is of the very program that is timed.
     traced = step.train_step.trace(states[name], batch)
     steps[name] = traced.lower().compile()
-    operations[name] = operations_of(traced, steps[name], devices=mesh.size)
+    operations[name] = flops.count(traced.jaxpr)
     logging.info("%s: compiled, %.1f GFLOP a step", name, operations[name] / 1e9)
   seconds: dict[str, list[float]] = {name: [] for name in steps}
   for index in range(rounds + 1):
@@ -155,13 +154,6 @@ def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any
     gigaflop={name: value / 1e9 for name, value in operations.items()},
     **ratios,
   )
-
-
-def operations_of(traced: jax.stages.Traced, compiled: jax.stages.Compiled, *, devices: int) -> float:
-  """Count the operations of a call, as the compiler counts those of one device. It takes a loop's body once: that is
-  multiplied by the loops' turns."""
-  of_device = float((compiled.cost_analysis() or {}).get("flops", float("nan")))
-  return of_device * devices * turns(traced.jaxpr)
 
 
 def random_batch(trainer: Trainer) -> TrainingBatch:

@@ -17,8 +17,6 @@ DUPLICATE_CAPTIONS = ("mask", "negatives")
 SCHEDULE_KINDS = ("constant", "cosine", "linear", "epoch_cosine")
 CONTRASTIVE_BATCHES = ("whole", "microbatch")
 MOMENTS = ("float32", "bfloat16")  # names, since a config is read before jax is imported
-ANCHOR_CHOICES = ("linear_loss", "first", "random")
-ANCHOR_IMAGES = ("val", "train50")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ class Optim(Section):
     (("^autoencoder", "frozen"), (".*", "new")),
     help="(regex, group): the first found in a parameter's path wins; `frozen` is not trained",
   )
-  # A rate of 0 is one: it holds the temperature of configs/emoji.py.
+  # A rate of 0 is one: it holds a temperature.
   rates: Mapping[str, float] = number(dict(new=1e-3), ge=0, help="peak learning rate of each group but `frozen`")
   schedule_kind: str = choice(
     "constant", SCHEDULE_KINDS, help="how the rate changes after the warm-up; epoch_cosine is VL-LTR's"
@@ -137,11 +135,6 @@ class LongTail(Section):
   mixup: float = number(0.8, ge=0, help="a of mixup's Beta(a, a) in stage 2; 0 leaves it out")
   cutmix: float = number(1.0, ge=0, help="a of CutMix's Beta(a, a) in stage 2; 0 leaves it out")
   cutmix_share: float = number(0.5, ge=0, le=1, help="share of CutMix where both are there")
-  # Those of the smallest linear loss (AnSS); or for comparison the first of its text, or random ones.
-  anchor_choice: str = choice("linear_loss", ANCHOR_CHOICES, help="sentences of a class that stage 2 keeps")
-  # The validation split, as VL-LTR's shipped configs have it, or the first 50 training images of each class, as its
-  # README says.
-  anchor_images: str = choice("val", ANCHOR_IMAGES, help="images that the linear loss is measured on")
   crop_pct: float = number(0.875, gt=0, le=1, help="of the side of an image's central square, what is seen of it")
 
 

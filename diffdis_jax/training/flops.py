@@ -69,21 +69,13 @@ def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.C
   )
 
 
-def count(jaxpr: core.ClosedJaxpr, *, turns: bool = True) -> float:  # pyright: ignore[reportPrivateImportUsage]
-  """Count floating-point operations, two for a multiply-add, over all devices.
-
-  Args:
-    turns: whether a loop counts as often as it turns, or once. A `while` whose turns are not known counts once.
-  """
-  return _of(jaxpr.jaxpr, turns)
+def count(jaxpr: core.ClosedJaxpr) -> float:  # pyright: ignore[reportPrivateImportUsage]
+  """Count floating-point operations, two for a multiply-add, over all devices. A loop counts as often as it turns; a
+  `while`, whose turns are not known, once."""
+  return _of(jaxpr.jaxpr)
 
 
-def turns(jaxpr: core.ClosedJaxpr) -> float:  # pyright: ignore[reportPrivateImportUsage]
-  """Divide the operations by those with every loop's body counted once, as compilers do."""
-  return count(jaxpr) / count(jaxpr, turns=False)
-
-
-def _of(jaxpr: core.Jaxpr, turns: bool) -> float:
+def _of(jaxpr: core.Jaxpr) -> float:
   total = 0.0
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
@@ -93,10 +85,9 @@ def _of(jaxpr: core.Jaxpr, turns: bool) -> float:
       total += _convolution(equation)
     elif name == "cond":
       # One branch runs, and a trace does not say which.
-      total += max(_of(branch.jaxpr, turns) for branch in params["branches"])
+      total += max(_of(branch.jaxpr) for branch in params["branches"])
     else:
-      inner = sum(_of(inner, turns) for inner in _inner(params))
-      total += inner * _repeats(name, params, turns)
+      total += sum(map(_of, _inner(params))) * _repeats(name, params)
   return total
 
 
@@ -116,9 +107,9 @@ def _convolution(equation: Any) -> float:
   return 2.0 * math.prod(equation.outvars[0].aval.shape) * taps / math.prod(equation.params["lhs_dilation"])
 
 
-def _repeats(name: str, params: dict[str, Any], turns: bool) -> float:
+def _repeats(name: str, params: dict[str, Any]) -> float:
   if name == "scan":
-    return params["length"] if turns else 1
+    return params["length"]
   # Its body is one device's, and a kernel's one block's of its grid.
   if name == "shard_map":
     return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])

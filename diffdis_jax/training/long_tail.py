@@ -10,7 +10,6 @@ of the global batch, whatever the number of devices, where VL-LTR's partners are
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,10 +52,9 @@ def class_contrastive_loss(
 
   # By one noise, so that student and teacher differ in their parameters alone.
   pairs, of_teacher = embed(model), embed(at_start)
-  # Against the global batch, as VL-LTR gathers its own from all GPUs.
-  scale, gather = model.logit_scale[...], sharding.everywhere
-  classes = class_contrastive(
-    pairs.image, pairs.text, scale, labels=batch.label, smoothing=section.label_smoothing, gather=gather
+  scale = model.logit_scale[...]
+  contrast, accuracy = class_contrastive(
+    pairs.image, pairs.text, scale, labels=batch.label, smoothing=section.label_smoothing
   )
   distilled = distill(
     pairs.image,
@@ -65,15 +63,14 @@ def class_contrastive_loss(
     teacher_image=of_teacher.image,
     teacher_text=of_teacher.text,
     teacher_logit_scale=at_start.logit_scale[...],
-    gather=gather,
   )
   metrics: Metrics = {
-    "loss_class_contrastive": mean_of(classes.loss[None]),
+    "loss_class_contrastive": mean_of(contrast[None]),
     "loss_distill": mean_of(distilled[None]),
-    "class_accuracy": mean_of(classes.accuracy[None]),
+    "class_accuracy": mean_of(accuracy[None]),
     "temperature": mean_of(jnp.exp(scale)[None]),  # without CLIP's limit, which VL-LTR does not have
   }
-  return result((1.0 - section.distill_weight) * classes.loss + section.distill_weight * distilled, metrics)
+  return result((1.0 - section.distill_weight) * contrast + section.distill_weight * distilled, metrics)
 
 
 def head_loss(
@@ -110,14 +107,6 @@ def _sample_noise(keys: Keys, b: int, network: Network, sample_posterior: bool) 
   return features.FeatureNoise(noise_e=noise_e, posterior=keys["posterior"] if sample_posterior else None)
 
 
-@struct.dataclass
-class ClassContrastive:
-  """The class-wise contrastive loss, and the accuracy among the texts of a batch."""
-
-  loss: Float[Array, ""]
-  accuracy: Float[Array, ""]
-
-
 def class_contrastive(
   image: Float[Array, "b d"],
   text: Float[Array, "b d"],
@@ -125,8 +114,7 @@ def class_contrastive(
   *,
   labels: Int[Array, "b"],
   smoothing: float,
-  gather: Callable[[Array], Array] = lambda x: x,
-) -> ClassContrastive:
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """Compute VL-LTR's class-wise contrastive loss: cross-entropy of s_ij = exp(logit_scale) ⟨image_i, text_j⟩, both
   ways, with every pair of one class a positive (Tian et al., 2022; the code's label smoothing).
 
@@ -135,26 +123,25 @@ def class_contrastive(
     logit_scale: not limited, other than in `contrastive`.
     labels: the class of each pair. Row i's target is 1 over all j of its class, divided by their number.
     smoothing: share ε of the target that is spread evenly over all j.
-    gather: makes of rows that are split over devices all rows on each (sharding.everywhere).
 
   Returns:
     loss, the mean over both directions; accuracy, the share of images whose nearest text is of their class.
   """
-  theirs = gather(labels)
+  theirs = sharding.everywhere(labels)
 
-  def direction(anchors: Float[Array, "b d"], candidates: Float[Array, "b d"]) -> ClassContrastive:
-    logits = _logits(anchors, gather(candidates), logit_scale)
+  def direction(anchors: Float[Array, "b d"], candidates: Float[Array, "b d"]) -> tuple[Array, Array]:
+    logits = _logits(anchors, candidates, logit_scale)
     same = (labels[:, None] == theirs).astype(jnp.float32)
     # Never 0 / 0: a pair is of its own class. `same` is symmetric, so that one rule serves both directions.
     target = same / same.sum(axis=1, keepdims=True)
     hits = jnp.take_along_axis(same, jnp.argmax(logits, axis=1, keepdims=True), axis=1)[:, 0]
     log_p = jax.nn.log_softmax(logits, axis=1)
     per_row = -((1.0 - smoothing) * (target * log_p).sum(axis=1) + smoothing * log_p.mean(axis=1))
-    return ClassContrastive(loss=per_row.mean(), accuracy=hits.mean())
+    return per_row.mean(), hits.mean()
 
-  image_to_text, text_to_image = direction(image, text), direction(text, image)
   # A zero-shot classifier goes from image to text, and so does the accuracy.
-  return ClassContrastive(loss=0.5 * (image_to_text.loss + text_to_image.loss), accuracy=image_to_text.accuracy)
+  (image_to_text, accuracy), (text_to_image, _) = direction(image, text), direction(text, image)
+  return 0.5 * (image_to_text + text_to_image), accuracy
 
 
 def distill(
@@ -165,7 +152,6 @@ def distill(
   teacher_image: Float[Array, "b d"],
   teacher_text: Float[Array, "b d"],
   teacher_logit_scale: Float[Array, ""],
-  gather: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, ""]:
   """Compute VL-LTR's distillation, −Σ_j softmax(teacher)_j log softmax(student)_j on the logits of `class_contrastive`.
 
@@ -173,8 +159,8 @@ def distill(
   """
 
   def direction(anchors: Array, candidates: Array, of_teacher: Array, their_candidates: Array) -> Array:
-    student = jax.nn.log_softmax(_logits(anchors, gather(candidates), logit_scale), axis=1)
-    teacher = jax.nn.softmax(_logits(of_teacher, gather(their_candidates), teacher_logit_scale), axis=1)
+    student = jax.nn.log_softmax(_logits(anchors, candidates, logit_scale), axis=1)
+    teacher = jax.nn.softmax(_logits(of_teacher, their_candidates, teacher_logit_scale), axis=1)
     # Cross-entropy rather than KL: they differ by the teacher's entropy, which has no gradient.
     return -(jax.lax.stop_gradient(teacher) * student).sum(axis=1).mean()
 
@@ -185,8 +171,10 @@ def distill(
 def _logits(
   anchors: Float[Array, "b d"], candidates: Float[Array, "m d"], logit_scale: Float[Array, ""]
 ) -> Float[Array, "b m"]:
-  # Left to itself, a TPU would multiply f32 in bf16, and a GPU in TF32.
-  cosines = jnp.einsum("id,jd->ij", anchors, candidates, precision=jax.lax.Precision.HIGHEST)
+  # Against the global batch, as VL-LTR gathers its own from all GPUs. Left to itself, a TPU would multiply f32 in bf16,
+  # and a GPU in TF32.
+  everyone = sharding.everywhere(candidates)
+  cosines = jnp.einsum("id,jd->ij", anchors, everyone, precision=jax.lax.Precision.HIGHEST)
   return jnp.exp(logit_scale.astype(jnp.float32)) * cosines
 
 

@@ -12,7 +12,7 @@ from diffdis_jax.config.run import Run
 from diffdis_jax.errors import Diverged, Preempted, UserError
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.run import checkpoint, provenance, watch, writers
-from diffdis_jax.training import evaluator, run_info, start
+from diffdis_jax.training import anchors, evaluator, run_info, start
 from diffdis_jax.training.flops import rate_at_peak
 from diffdis_jax.training.metrics import Meters
 from diffdis_jax.training.step import Trainer
@@ -51,7 +51,8 @@ def train_and_evaluate(
     trainer = trainer or Trainer(run, mesh)
     data = stack.enter_context(contextlib.closing(start.open_batches(trainer)))
     inference = evaluator.make_inference(trainer, stop, dog)
-    evaluations, choose = evaluator.Evaluator(run, inference), start.anchor_choice(run, inference, path)
+    evaluations = evaluator.Evaluator(run, inference)
+    choose = functools.partial(anchors.Selection(run).params, inference, path) if run.task.head else None
     run_info.log(trainer)
     run_info.check_same_on_all(run)
     start.check_initial(trainer, path)

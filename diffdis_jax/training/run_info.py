@@ -53,12 +53,11 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
 
 def digests_of(run: Run) -> dict[str, str]:
   """Return, by the field of their path, such as `data.path`, the digests of the prepared data's records."""
-  return _digests(
-    {
-      "data.path" if name == "data" else f"data.mixture.{name}.path": section.get("path")
-      for name, section in run.data.sources.items()
-    }
-  )
+  paths = {
+    "data.path" if name == "data" else f"data.mixture.{name}.path": section.get("path")
+    for name, section in run.data.sources.items()
+  }
+  return _digests(paths)
 
 
 def _digests(paths: Mapping[str, Any]) -> dict[str, str]:
@@ -79,7 +78,7 @@ def _last(path: str, name: str) -> Any:
 
 
 def check_same_on_all(run: Run) -> None:
-  """Raise UserError, on every process, where some hosts have other data, another config or other code than host 0.
+  """Raise UserError, on every process, where a host has other data, another config or other code than host 0.
 
   Each would take its rows out of an order of its own, or start from its own parameters, or wait in vain for a program
   that the others do not run.
@@ -87,18 +86,15 @@ def check_same_on_all(run: Run) -> None:
   if jax.process_count() == 1:
     return
   measured = {f"evals.{name}.data.path": (run.evals[name].get("data") or {}).get("path") for name in run.train_evals}
-  lines = [*describe(run.data), *map(": ".join, (digests_of(run) | _digests(measured)).items())]
-  if hosts := processes.differing("\n".join(lines)):
-    raise UserError(
-      f"these hosts have other data than host 0: {', '.join(map(str, hosts))}; here it is {'; '.join(lines)}; copy the"
-      " same to every host"
-    )
-  mine = {name: repr(value) for name, value in {**workdir.flatten(run.to_dict()), **provenance.code()}.items()}
+  data = {f"records of {field}": digest for field, digest in (digests_of(run) | _digests(measured)).items()}
+  data["data"] = "; ".join(describe(run.data))
+  values = {**workdir.flatten(run.to_dict()), **provenance.code(), **data}
+  mine = {name: repr(value) for name, value in values.items()}
   first = json.loads(processes.texts(json.dumps(mine))[0])
   name = next((name for name in {**first, **mine} if first.get(name) != mine.get(name)), "")
   here = f"{name} is {first.get(name)} on host 0 and {mine.get(name)} on host {jax.process_index()}" if name else ""
   if message := processes.first_message(here):
-    raise UserError(f"{message}; start the same command, with the same code and packages, on every host")
+    raise UserError(f"{message}; start the same command, with the same code, packages and data, on every host")
 
 
 def log_changes(run: Run, path: str, *, before: int | None, step: int) -> None:
@@ -112,16 +108,12 @@ def log_changes(run: Run, path: str, *, before: int | None, step: int) -> None:
     logging.info("the run gets longer: %d steps instead of %d, by its %s schedule", run.num_steps, before, schedule)
   if not step or not processes.is_first():
     return
-  now, then = describe(run.data), _last(path, "data")
-  digests_now = digests_of(run)
-  digests_then = _last(path, "data_digests") or digests_now
-  is_known = len(digests_now) == len(run.data.sources)  # then it does not matter where they lie
-  if then is not None and (digests_now != digests_then or not (is_known or now == then)):
-    logging.warning(
-      "the data have changed since the last start: %s then, %s now; from here on the order of records is another one",
-      "; ".join([*map(str, then), *digests_then.values()]),
-      "; ".join([*now, *digests_now.values()]),
-    )
+  # By the records' digests where there are some; it does not matter where they lie.
+  now = digests_of(run) or describe(run.data)
+  then = _last(path, "data_digests") or _last(path, "data")
+  if then is not None and now != then:
+    message = "the data have changed since the last start: %s then, %s now; the order of records is another one"
+    logging.warning(message, then, now)
 
 
 def overview(trainer: Trainer) -> str:

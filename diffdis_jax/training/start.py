@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import re
@@ -23,14 +22,12 @@ import numpy as np
 from absl import logging
 
 from diffdis_jax import config as run_config
-from diffdis_jax.common import buckets, files, one_file
+from diffdis_jax.common import buckets, files
 from diffdis_jax.common.params import Params
-from diffdis_jax.config import read_json_object
 from diffdis_jax.config.model import Model
 from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import LatentShapes, latent_facts, open_loader
 from diffdis_jax.errors import UserError
-from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import HEAD_PREFIX, Network
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.run import checkpoint, lock, restore, workdir
@@ -54,14 +51,6 @@ def latent_shapes(network: Network) -> LatentShapes | None:
   if network.task.needs_images:
     return None
   return LatentShapes(latent=network.latent_shape, text_width=network.model.text_encoder.width)
-
-
-def anchor_choice(run: Run, inference: Inference, path: str) -> Callable[[Params], Params] | None:
-  """Return the function that chooses the anchors of a language-guided head by all other parameters; None where a run
-  has no such head."""
-  if not run.task.head:
-    return None
-  return functools.partial(anchors.Selection(run).params, inference, path)
 
 
 def check_initial(trainer: Trainer, path: str) -> None:
@@ -100,13 +89,13 @@ def check_shared(path: str) -> None:
       mark.write_text("")
 
   processes.on_first(write)
-  seen = processes.gathered(np.uint8(processes.shows(mark.exists)))
+  blind = "" if processes.shows(mark.exists) else f"host {jax.process_index()}"
+  blind = processes.first_message(blind)
   processes.on_first(mark.unlink)
-  if not seen.all():
-    hosts = ", ".join(map(str, np.flatnonzero(seen == 0)))
+  if blind:
     raise UserError(
-      f"--workdir={path} is not shared: these hosts of {len(seen)} do not see a file that host 0 wrote there: {hosts};"
-      " give a folder that all hosts see, such as gs://BUCKET/RUN or one on NFS"
+      f"--workdir={path} is not shared: {blind} does not see a file that host 0 wrote there; give a folder that all"
+      " hosts see, such as gs://BUCKET/RUN or one on NFS"
     )
 
 
@@ -142,9 +131,8 @@ def restore_or_init(
 def find_initial(path: str, trainer: Trainer) -> set[str]:
   """Name the parameters that a new run takes from the run in `path`: those that both have. None for "".
 
-  Of what import_weights wrote only those that its source had: the others were initialised at random there, and are
-  initialised again here by this run's own seed and config. From shapes alone: what does not fit is found before
-  gigabytes are read.
+  Of an import, only those that its source had: the others are initialised again by this run's own seed. From shapes
+  alone: what does not fit is found before gigabytes are read.
 
   Raises:
     UserError: no run there, or not the one that the objective starts from; nothing in common, a parameter of another
@@ -161,14 +149,8 @@ def find_initial(path: str, trainer: Trainer) -> set[str]:
         f"init_from={path} lacks an image or a text side: it has no {missing[0]}, nor {len(missing) - 1} more of"
         f" {parts_of(missing)}; take a run that was trained for discrimination or contrastive"
       )
-  names |= _chosen(trainer)
-  _check_frozen(path, trainer, names)
+  _check_frozen(path, trainer, names | {anchors.ANCHORS})  # which are chosen
   return names
-
-
-def _chosen(trainer: Trainer) -> set[str]:
-  """Name the parameters that `anchor_choice` chooses."""
-  return {anchors.ANCHORS} if trainer.run.task.head else set()
 
 
 def _check_earlier(path: str, run: Run) -> None:
@@ -211,12 +193,7 @@ def _names_in_common(path: str, trainer: Trainer) -> set[str]:
 
 def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
   """Raise UserError where a part was trained there with another of UNSEEN: its weights would mean nothing here."""
-  if one_file.at(path) is not None:
-    fields = run_config.read_fields(path)
-  else:
-    folder = buckets.path(path)
-    fields = read_json_object(folder) if (folder / "config.json").exists() else {}
-  there, here = fields.get("model", {}), trainer.run.to_dict()["model"]
+  there, here = run_config.read_fields(path)["model"], trainer.run.to_dict()["model"]
   flags = [
     f"--config.model.{part}.{field}={there[part][field]}"
     for part in sorted({name.split(".")[0] for name in names} & here.keys() & there.keys())
@@ -259,7 +236,6 @@ def load_initial(path: str, trainer: Trainer) -> Params:
   names = find_initial(path, trainer)
   if not names:
     return {}
-  names -= _chosen(trainer)  # initialised again
   saved = restore.saved_params(path)
   # Split at once as this mesh has them, so that no device ever holds the whole.
   abstract = jax.tree.map(
@@ -271,7 +247,7 @@ def load_initial(path: str, trainer: Trainer) -> Params:
   logging.info("init_from %s: loaded %s", path, parts_of(names))
   logging.info("initialised: %s", parts_of(trainer.shapes.keys() - names) or "nothing")
   logging.info("ignored: %s", parts_of(saved.keys() - names) or "nothing")
-  return {name: value for name, value in params.items() if name in names}
+  return {name: params[name] for name in names}
 
 
 def parts_of(paths: Iterable[str]) -> str:
@@ -297,10 +273,8 @@ def text_encoder_digest(params: Params, model: Model) -> str:
 
 
 def _digest(params: Params, which: re.Pattern[str], size: Any) -> str:
-  """Return the SHA-256 of these parameters' bytes and of the config's fields, such as heads, that none of them shows.
-
-  It is the same on every process and for any mesh: each array is gathered whole, one after another.
-  """
+  """Return the SHA-256 of these parameters' bytes and of the config's fields, such as heads, that none of them shows;
+  the same on every process and for any mesh."""
   fields = {name: value for name, value in dataclasses.asdict(size).items() if name not in _AFTER_READING}
   digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
   for path, value in sorted(params.items()):
@@ -313,14 +287,8 @@ def _digest(params: Params, which: re.Pattern[str], size: Any) -> str:
 def check_stored(
   facts: Mapping[str, Mapping[str, Any]], params: Params, model: Model, trained: Collection[str]
 ) -> None:
-  """Raise UserError for stored latents or text conditions of other encoders than these, or of one in training.
-
-  Args:
-    facts: path -> what the preparation of the latents there wrote of them.
-    params: of the network.
-    model: its config.
-    trained: paths of the parameters that training changes.
-  """
+  """Raise UserError for stored latents or text conditions of other encoders than these, or of one in training. `facts`
+  has, by its path, what the preparation of latents wrote of them."""
   for path, fact in facts.items():
     stored = [("latents", "autoencoder", fact["fingerprint"], autoencoder_digest)]
     if "text" in fact:

@@ -7,15 +7,15 @@
 default of scenes.py. By its name each experiment has this base, where a FILE.py lies beside this file:
 
   e1        do the tasks help each other?          scenes.py:measured=test
-  e2        why does generation first help?        emoji:path=data/emoji
+  e2        why does generation first help?        emoji.py:path=data/emoji
   e3        which parts matter?                    scenes.py:measured=test
-  e4_rates  the rate of each CLIP, by --seeds=5    emoji:path=data/emoji
-  e4        is the lead over CLIP fair?            emoji:path=data/emoji
+  e4_rates  the rate of each CLIP, by --seeds=5    emoji.py:path=data/emoji
+  e4        is the lead over CLIP fair?            emoji.py:path=data/emoji
   e5        rare in the start too?                 shapes_lt.py
-  e6        does augmentation make the better CLIP?  emoji:path=data/emoji
-  e7        which parts matter on emoji?           emoji:path=data/emoji
-  e8        do both help discrimination on emoji?  emoji:path=data/emoji
-  e9        which timestep on emoji?               emoji:path=data/emoji
+  e6        does augmentation make the better CLIP?  emoji.py:path=data/emoji
+  e7        which parts matter on emoji?           emoji.py:path=data/emoji
+  e8        do both help discrimination on emoji?  emoji.py:path=data/emoji
+  e9        which timestep on emoji?               emoji.py:path=data/emoji
 
 With one --out for several of one base, they share runs: e3 finds its base runs among those of e1, and e4 its
 `discrimination` among those of e2, as does e8, whose `both` is that of e9; e7 shares the autoencoders. `table` then
@@ -33,9 +33,9 @@ STEPS = 900  # of 64 images; equal samples
 # `python -m replication benchmark --config=scenes.py --rounds=15 --out=F.json`, before the first run.
 STEP_SECONDS = {"generation": 0.251, "discrimination": 0.157, "generation+discrimination": 0.356}
 EMOJI_STEPS = 600  # of 64 images; equal samples
-# The same of emoji, by what is trained: of `--config=emoji:path=data/emoji`; of that with
+# The same of emoji.py, by what is trained: with `path=data/emoji`; of that with
 # `--config.model.alignment.spatial_pool=0 --config.model.text_encoder.token_embedding_weight=0`, as "discrimination
-# without additions"; and of `--config=emoji:objectives=contrastive,path=data/emoji`, as "CLIP" with that last field,
+# without additions"; and with `objectives=contrastive,path=data/emoji`, as "CLIP" with that last field,
 # and as "CLIP with parts" and "convolutional CLIP" with CLIPS's. The other core worked.
 # Both objectives were timed later, by the first of these commands: 2.744 of discrimination's, here in its seconds.
 EMOJI_STEP_SECONDS = {
@@ -50,7 +50,7 @@ EMOJI_STEP_SECONDS = {
 RATES = (3e-4, 1e-3, 3e-3)
 # The best of RATES for each CLIP, by top-1 on val_vendor in the table of e4_rates (measured/e4_rates_runs.tar.xz).
 CLIP_RATES: dict[str, float] = {"CLIP": 1e-3, "CLIP with parts": 1e-3, "convolutional CLIP": 1e-3}
-# The two additions of configs/emoji.py that the paper's model lacks, off.
+# The two additions of emoji.py that the paper's model lacks, off.
 WITHOUT_PARTS: dict[str, Any] = dict(alignment=dict(spatial_pool=0))
 WITHOUT_TOKENS: dict[str, Any] = dict(text_encoder=dict(token_embedding_weight=0.0))
 # name of a CLIP -> what differs in its model: parts of its tokens as DiffDis's head has them, or its UNet's levels
@@ -189,7 +189,7 @@ def e5() -> dict[str, Any]:
 
 
 def e6() -> dict[str, Any]:
-  """Ask whether stronger augmentation makes the better CLIP. Its images alone differ; those of configs/emoji.py are in
+  """Ask whether stronger augmentation makes the better CLIP. Its images alone differ; those of emoji.py are in
   none."""
   plain = common.base(clip_cc3m.clip_small(), image_size=32).data.augment.to_dict()
   arms = [
@@ -254,8 +254,9 @@ def _parts(*gammas: float) -> dict[str, dict[str, Any]]:
 def _measured_seconds(*names: str) -> dict[str, float]:
   if missing := [name for name in names if name not in EMOJI_STEP_SECONDS]:
     raise ValueError(
-      f"no step is timed for {', '.join(missing)}; time it by `diffdis benchmark --config=emoji:path=data/emoji"
-      " --rounds=15 --out=F.json` and its like, on an idle core, and add it to EMOJI_STEP_SECONDS"
+      f"no step is timed for {', '.join(missing)}; time it by `diffdis benchmark"
+      " --config=replication/configs/emoji.py:path=data/emoji --rounds=15 --out=F.json` and its like, on an idle core,"
+      " and add it to EMOJI_STEP_SECONDS"
     )
   return {name: EMOJI_STEP_SECONDS[name] for name in names}
 

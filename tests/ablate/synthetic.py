@@ -9,11 +9,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import diffdis_cc3m, emoji
+from configs import diffdis_cc3m
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import tables
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.ablate.run import Folder
+from replication.configs import emoji
 from tests import tiny
 
 PAPER = ("2", "3", "4", "5", "7")

@@ -105,8 +105,9 @@ def test_an_autoencoder_takes_over_what_is_its_own_of_the_base(tmp_path):
   assert (found["image_size"], found["num_steps"], found["data"]["path"]) == (32, 8, "somewhere")
   config.init_from = "elsewhere"
   assert planning.find_autoencoder(path, given, config.to_dict()) is None
-  assert planning.find_autoencoder("configs/emoji.py:path=P", {}, base("emoji").to_dict())["data"]["path"] == "P"
-  contrastive = "configs/emoji.py:objectives=contrastive"
+  emoji = "replication/configs/emoji.py:path=P"
+  assert planning.find_autoencoder(emoji, {}, cli.read_config(emoji).to_dict())["data"]["path"] == "P"
+  contrastive = "configs/shapes.py:objectives=contrastive"
   assert planning.find_autoencoder(contrastive, {}, cli.read_config(contrastive).to_dict()) is None
   assert planning.find_autoencoder("configs/diffdis_cc3m.py", {}, base("paper").to_dict()) is None
 

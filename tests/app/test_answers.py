@@ -13,7 +13,6 @@ import pytest
 import scipy.special
 from PIL import Image
 
-from configs import emoji
 from diffdis_jax.app import __main__ as app
 from diffdis_jax.app import answers, search, step_sampler
 from diffdis_jax.app.__main__ import open_data
@@ -23,6 +22,7 @@ from diffdis_jax.config import Run
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from replication.configs import emoji
 from tests import studio_pictures as pictures
 
 RNG = np.random.default_rng(0)

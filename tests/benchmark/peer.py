@@ -2,7 +2,7 @@
 
   python -m tests.benchmark.peer OUT.json [ROUNDS]
 
-takes configs/benchmark.py.
+takes replication/configs/benchmark.py.
 
 Both have the same weights, noised latents and text conditions. On a GPU diffusers' is compiled by `torch.compile`, in
 channels-last layout; on a CPU both use all cores.
@@ -54,7 +54,7 @@ def time_peer(network: Network, *, batch_size: int, rounds: int) -> dict[str, An
   """
   model = network.model
   if not isinstance(model, Model):
-    raise UserError("a UNet is timed, and this config is a CLIP model; take configs/benchmark.py")
+    raise UserError("a UNet is timed, and this config is a CLIP model; take replication/configs/benchmark.py")
   device, inputs = _device_of_torch(), _inputs(network, model, batch_size)
   params, ours = _ours(network, model, inputs)
   ways = {"ours": ours, "diffusers": _theirs(network, model, params, inputs, device)}

@@ -56,14 +56,6 @@ def test_a_config_of_another_step_is_refused_by_what_it_trains(config):
     benchmark.trainers(run)
 
 
-def test_operations_of_loops_count_as_often_as_they_turn():
-  """Of microbatches, and of heads of attention on a CPU; the compiler counts one of them."""
-  loop = lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=7)[0]
-  traced = jax.jit(loop).trace(jax.ShapeDtypeStruct((16, 16), "float32"))
-  found = benchmark.operations_of(traced, traced.lower().compile(), devices=2)
-  assert found == pytest.approx(2 * 7 * 2 * 16**3, rel=0.01)
-
-
 def test_the_record_says_what_was_timed_where(environment, tmp_path):
   out = tmp_path / "benchmark.json"
   flags = ("--config=tests/tiny.py", "--config.seed=5", "--config.data.path=/somewhere/shapes", "--rounds=1")

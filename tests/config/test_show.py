@@ -16,7 +16,7 @@ from diffdis_jax.errors import UserError
 from tests.command_runs import ROOT
 
 # One of each kind of network and of each optional section.
-CONFIGS = ("shapes", "diffdis_cc3m", "clip_cc3m", "shapes_lt:stage=2", "emoji")
+CONFIGS = ("shapes", "diffdis_cc3m", "clip_cc3m", "shapes_lt:stage=2", "shapes:objectives=contrastive")
 
 
 def found(given: str) -> dict[str, section.Line]:

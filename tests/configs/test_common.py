@@ -44,7 +44,7 @@ def test_mistakes_are_named(arg, message):
   "name, arg",
   [
     *(("shapes", each) for each in ("", "objectives=contrastive")),
-    *((name, "") for name in ("emoji", "shapes_lt", "places_lt")),
+    *((name, "") for name in ("shapes_lt", "places_lt")),
     ("clip_cc3m", "runlocal"),
     ("diffdis_cc3m", "imagenet=I,coco=C,flickr=F,held_out=H,fid=C,inception=W"),
   ],

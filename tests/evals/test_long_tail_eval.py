@@ -13,7 +13,6 @@ import pytest
 from diffdis_jax.config import Run
 from diffdis_jax.config import sections as stages
 from diffdis_jax.data import shapes_lt
-from diffdis_jax.data.corpus import Corpus
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, results, tables
@@ -163,33 +162,19 @@ def test_anchors_leave_distractors_out():
   config.image_size = SIZE
   config.model.head.update(classes=CLASSES, anchors=64)
   run = Run.of(config)
-  for images in ("val", "train50"):
-    section = stages.LongTail(crop_pct=1.0, anchor_images=images)
-    selection = anchors.Selection(dataclasses.replace(run, long_tail=section))
-    model = Inference(selection._source.labels, noise=0.3)
-    chosen = selection.run(model, {"logit_scale": np.float32(3.0)})
-    assert chosen.embeddings.shape == (CLASSES, 64, 48) and (np.diff(chosen.losses, axis=1) >= 0).all()
-    shares = []
-    for (colour, shape), own in zip(shapes_lt.PAIRS, chosen.describe(selection.corpus).values(), strict=True):
-      about = {
-        template.format(colour=colour, shape=shape, corners=shapes_lt._CORNERS[shape]) for template in shapes_lt.ABOUT
-      }
-      tells = [f"{colour} {shape} ." in each["sentence"] or each["sentence"] in about for each in own]
-      named = [f"{colour} {shape}" in each["sentence"] for each in own]
-      shares.append(1 - np.logical_or(tells, named).mean())
-    assert np.mean(shares) < 0.5 * 40 / 140
-
-
-def test_classes_of_one_name_keep_their_anchors():
-  """ImageNet has two cranes and two maillots."""
-  corpus = Corpus(("crane", "tench", "crane"), (("A bird.",), ("A fish.",), ("A machine.",)))
-  places = np.arange(3)[:, None]
-  chosen = anchors.Anchors(np.zeros((3, 1, 4), np.float32), places, np.ones((3, 1), np.float32)).describe(corpus)
-  assert {name: own[0]["sentence"] for name, own in chosen.items()} == {
-    "crane (0)": "A bird.",
-    "tench": "A fish.",
-    "crane (2)": "A machine.",
-  }
+  selection = anchors.Selection(dataclasses.replace(run, long_tail=stages.LongTail(crop_pct=1.0)))
+  model = Inference(selection._source.labels, noise=0.3)
+  chosen = selection.run(model, {"logit_scale": np.float32(3.0)})
+  assert chosen.embeddings.shape == (CLASSES, 64, 48)
+  shares = []
+  for (colour, shape), each in zip(shapes_lt.PAIRS, chosen.describe(selection.corpus), strict=True):
+    own = each["sentences"]
+    assert (np.diff([one["loss"] for one in own]) >= 0).all()
+    corners = shapes_lt._CORNERS[shape]
+    about = {template.format(colour=colour, shape=shape, corners=corners) for template in shapes_lt.ABOUT}
+    sentences = [one["sentence"] for one in own]
+    shares.append(1 - np.mean([f"{colour} {shape}" in one or one in about for one in sentences]))
+  assert np.mean(shares) < 0.5 * 40 / 140
 
 
 def test_a_class_without_images_or_of_another_number():

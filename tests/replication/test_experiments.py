@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import types
 
 import pytest
@@ -14,13 +15,13 @@ from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import workdir
 from replication import arms
-from replication.configs import experiments, scenes
+from replication.configs import emoji, experiments, scenes
 from replication.measured import replication as page
 
 PAGE = (pathlib.Path(__file__).parents[2] / "replication/protocol.md").read_text()
 SCENES, EMOJI, SHAPES_LT = (
   "replication/configs/scenes.py:measured=test",
-  "emoji:path=data/emoji",
+  "replication/configs/emoji.py:path=data/emoji",
   "replication/configs/shapes_lt.py",
 )
 SECONDS = {"generation": 2.0, "discrimination": 1.0, "discrimination without additions": 0.5}
@@ -150,7 +151,11 @@ def test_each_clip_has_its_rate_from_a_plan_of_its_own():
 @pytest.mark.parametrize(
   "name, seconds, message",
   [
-    ("e2", {}, "no step is timed for generation, discrimination; time it by `diffdis benchmark --config=emoji"),
+    (
+      "e2",
+      {},
+      "no step is timed for generation, discrimination; time it by `diffdis benchmark --config=replication",
+    ),
     ("e4", {}, "no step is timed for discrimination, discrimination without additions, CLIP, CLIP with parts, conv"),
     ("e4", None, "no rate is chosen for CLIP, CLIP with parts, convolutional CLIP; run e4_rates and add it to CLIP_R"),
   ],
@@ -308,3 +313,34 @@ def test_scenes_are_measured_for_what_is_trained_on_one_part(measured):
 def test_arguments_that_are_no_choice(arg):
   with pytest.raises(ValueError, match=f"argument {arg} should be"):
     scenes.get_config(arg)
+
+
+def test_the_emoji_clip_shares_all_that_it_can_with_the_diffdis():
+  """Text tower except for its projection, data, images, batch, what is measured; beside one task samples too."""
+  joint, alone, clip = (
+    workdir.flatten(emoji.get_config(f"objectives={name}").to_dict())
+    for name in ("both", "discrimination", "contrastive")
+  )
+  joint = {key: value for key, value in joint.items() if not key.startswith("evals.drawn.")}
+  # The view that discrimination has for itself beside generation is the one that all have without it.
+  own_view = "data.discrimination_augment."
+  for key in [key for key in joint if key.startswith(own_view)]:
+    joint["data.augment." + key.removeprefix(own_view)] = joint[key]
+    joint[key] = alone[key]
+  joint |= {"data.discrimination_view": "shared", "num_steps": alone["num_steps"]}
+  assert {key for key in joint if joint[key] != alone[key]} == {"objectives"}
+  own = r"model\.(?!text_encoder)|objectives|sample_prompts|optim\.(groups|no_decay)|model.text_encoder.projection"
+  differing = {key for key in joint.keys() | clip.keys() if joint.get(key) != clip.get(key)}
+  assert not {key for key in differing if not re.match(own, key)}
+  assert clip["optim.rates.new"] == joint["optim.rates.new"]
+
+
+def test_the_emoji_are_measured_for_what_is_trained():
+  tasks = lambda config: {section.task for section in config.evals.values()}
+  both, generation, discrimination, clip = (
+    emoji.get_config(arg)
+    for arg in ("", "objectives=generation", "objectives=discrimination", "objectives=contrastive")
+  )
+  assert tasks(both) == {"zero_shot", "retrieval", "generation_accuracy", "held_out_loss"}
+  assert tasks(generation) == {"generation_accuracy", "held_out_loss"} and generation.train_evals == ("held_out",)
+  assert tasks(discrimination) == tasks(clip) == {"zero_shot", "retrieval", "held_out_loss"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import configs.emoji
+import replication.configs.emoji
 from diffdis_jax.data.prepare import builder
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, tables
@@ -50,7 +50,7 @@ def sections(root):
 
 
 def test_templates_are_the_configs():
-  assert emoji.TEMPLATES == configs.emoji.TEMPLATES
+  assert emoji.TEMPLATES == replication.configs.emoji.TEMPLATES
 
 
 def test_every_split_both_ways(tmp_path, monkeypatch):

@@ -1,12 +1,11 @@
 """DiffDis on real image-caption pairs, 64 px icons of about 1,200 concepts in several drawing styles, at 32 px.
 
   make data/emoji/dataset_info.json
-  diffdis train --config=emoji:autoencoder --workdir=runs/emoji/autoencoder \
-      --config.data.path=data/emoji
-  diffdis train --config=emoji:objectives=generation,path=data/emoji \
-      --workdir=runs/emoji/generation --config.init_from=runs/emoji/autoencoder
-  diffdis train --config=emoji:path=data/emoji --workdir=runs/emoji/diffdis \
-      --config.init_from=runs/emoji/generation
+  CONFIG=replication/configs/emoji.py
+  diffdis train --config=$CONFIG:autoencoder --workdir=runs/emoji/autoencoder --config.data.path=data/emoji
+  diffdis train --config=$CONFIG:objectives=generation,path=data/emoji --workdir=runs/emoji/generation \
+      --config.init_from=runs/emoji/autoencoder
+  diffdis train --config=$CONFIG:path=data/emoji --workdir=runs/emoji/diffdis --config.init_from=runs/emoji/generation
   diffdis evaluate --workdir=runs/emoji/diffdis --tasks=zero_shot,retrieval --out=emoji.json
   python -m replication.measure_emoji --workdir=runs/emoji/diffdis --data_root=data --out=suite.json
 
@@ -17,11 +16,11 @@ Autoencoder and generation took 9 and 24 min on two cores of an AMD EPYC, the ru
 two cores. Result, seed 0, one run: zero-shot top-1 45.1 % of 895 concepts on val_vendor and 58.0 % of 1,364 on
 test_vendor, R@1 56 %, accuracy of generated images 41.5 % top-1 (replication/log/emoji.md).
 
-The records are prepared in a checkout: docs/data.md. Baselines are one objective alone, or CLIP with the same text
-tower, on the same pairs, views and batch; CLIP needs no autoencoder:
+Baselines are one objective alone, or CLIP with the same text tower, on the same pairs, views and batch; CLIP needs no
+autoencoder:
 
-  ... --config=emoji:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/generation
-  ... --config=emoji:objectives=contrastive,path=data/emoji
+  ... --config=$CONFIG:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/generation
+  ... --config=$CONFIG:objectives=contrastive,path=data/emoji
 
 Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train. test_vendor is a
 development set: spatial_pool, token_embedding_weight and τ were chosen by accuracy on it. On a GPU:
@@ -32,7 +31,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffdis_jax.configs import common
+from configs import common
 from diffdis_jax.models.sizes import clip_medium, medium
 
 # How each task's view of an image varies. Where colours do, the white ground does, so that it would be generated grey.

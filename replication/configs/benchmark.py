@@ -1,13 +1,13 @@
 """Stable Diffusion v1's network at half its widths, 128 px: arithmetic dominates, three training states fit a laptop.
 
-  diffdis benchmark --config=benchmark --out=benchmark.json
+  python -m replication benchmark --config=replication/configs/benchmark.py --out=benchmark.json
 
 For timing alone: nothing was trained by it. What it measured: replication/log/compilers.md.
 """
 
 from ml_collections import ConfigDict
 
-from diffdis_jax.configs import diffdis_cc3m
+from configs import diffdis_cc3m
 
 
 def get_config(arg: str = "") -> ConfigDict:
