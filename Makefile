@@ -86,7 +86,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c '$(CHECK_PYTHON)'
 	$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c '$(CHECK_PYTHON)' || { echo "$(VENV) has that Python: remove the folder first" >&2; exit 1; }
-	$(PIP) --editable .
+	$(PIP) --editable '.[own]'
 	touch $@
 
 # clip_benchmark, whose metrics the tests compare with, alone: it requires data sets' and models' packages of which those

@@ -1,6 +1,6 @@
 """Pictures of one's own with captions: Stable Diffusion's weights fine-tuned on them, or a small network from scratch.
 
-  diffdis prepare_data files --source=PICTURES --out=DATA --preview=preview.png
+  diffdis prepare_data files --source=PICTURES --out=DATA
 
 Fine-tuning all of Stable Diffusion, on one GPU of 24 GB or more:
 

@@ -7,8 +7,9 @@ skipped and counted by reason in report.json and in the data set's metadata. A k
 again, and ends in the same records. card.json and card.png describe what was written. The first argument says what
 --source is:
 
-  files               your own pictures: x.jpg with x.txt or x.caption, metadata.jsonl or
-                      .csv, parquet, or a folder of datasets' save_to_disk
+  files               your own pictures: x.jpg with x.txt or x.caption, CLASS/x.jpg, a .csv or
+                      .jsonl of file names and captions, parquet, or a folder of Hugging Face
+                      datasets' save_to_disk; --captions=filename takes the files' names
   pairs, cc3m         webdataset tars SPLIT-00000.tar as img2dataset writes them:
                       KEY.jpg, .png or .webp, KEY.txt, KEY.json
   cc3m                or train.tsv and val.tsv, with columns caption and filepath, and the images
@@ -17,10 +18,7 @@ again, and ends in the same records. card.json and card.png describe what was wr
   folder              CLASS/IMAGE or SPLIT/CLASS/IMAGE
   torchvision NAME    one of the twelve zero-shot sets, in the folder that torchvision's class reads
 
-`files` looks which of those layouts it is, and holds out a share of the pairs as split `val`. --preview writes a grid
-of 16 pairs first, and without --out nothing else:
-
-  diffdis prepare_data files --source=PICTURES --out=data/own --preview=pairs.png
+`files` looks which of those layouts it is, and holds out a share of the pairs as split `val`.
 
 `latents` stores a run's latents of --views augmented views of each image of a prepared data set, for training with
 data.name=latents at that image size; with --text also the output of its frozen text encoder:
@@ -38,12 +36,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import tensorflow_datasets as tfds
 from absl import flags, logging
 
 from diffdis_jax import config as run_config
@@ -53,63 +51,41 @@ from diffdis_jax.config.model import Model
 from diffdis_jax.config.section import check_type, read_section
 from diffdis_jax.data.layouts import find
 from diffdis_jax.data.layouts.tfds_folder import INFO
-from diffdis_jax.data.prepare import (
-  builder,
-  captions,
-  card,
-  cc3m,
-  image_folder,
-  latents,
-  own_pairs,
-  parts,
-  pictures,
-  staging,
-  zero_shot_sets,
-)
+from diffdis_jax.data.prepare import card, latents, own, parts, published, tables, zero_shot_sets
+from diffdis_jax.data.prepare.write import PAIRS, DataSet, Report, Settings, prepare, writing
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
 
-PREVIEWED, COLUMNS = 16, 4  # pairs of --preview, and how many stand side by side
-
-
-def find_files(source: pathlib.Path) -> list[parts.Part]:
-  """Find the parts of one's own pictures, by the flags."""
-  return pictures.find_parts(source, _asked())
-
-
-def _asked() -> own_pairs.Asked:
-  held_out = own_pairs.HELD_OUT if FLAGS.held_out is None else FLAGS.held_out
-  return own_pairs.Asked(caption_fields=tuple(FLAGS.caption_fields), held_out=held_out)
-
-
-# name -> how its raw data are found, its builder
-DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[builder.CaptionedImages]]] = {
-  "files": (find_files, pictures.OwnPictures),
-  "pairs": (parts.tars, builder.Pairs),
-  "cc3m": (cc3m.find_parts, cc3m.Cc3m),
-  "coco": (captions.find_coco, captions.Coco),
-  "flickr30k": (captions.find_flickr30k, captions.Flickr30k),
-  "folder": (image_folder.find_parts, image_folder.ImageFolder),
-  **{name: (functools.partial(zero_shot_sets.find_parts, name), zero_shot_sets.ZeroShotSet) for name in find.LABELLED},
+# name -> how its raw data are found, what it is
+DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], DataSet]] = {
+  "files": (lambda source: own.find_parts(source, _asked()), own.OWN),
+  "pairs": (parts.tars, PAIRS),
+  "cc3m": (published.find_cc3m, published.CC3M),
+  "coco": (published.find_coco, published.COCO),
+  "flickr30k": (published.find_flickr30k, published.FLICKR30K),
+  "folder": (own.classes, own.CLASSES),
+  **{name: (functools.partial(zero_shot_sets.find_parts, name), zero_shot_sets.ZERO_SHOT) for name in find.LABELLED},
 }
 NAMES = (*(name for name in DATA_SETS if name not in find.LABELLED), "torchvision", "latents", "card")
 RAW = ("source", "short_side", "reduced_decoding", "drop_duplicates", "num_processes", "beam_pipeline_options")
 # Flags, what takes them, and what that is called. Of any other name they would have no effect.
 BELONGS = (
-  (("caption_fields", "held_out", "preview"), ("files",), "prepare_data files"),
+  (("caption_fields", "captions", "held_out"), ("files",), "prepare_data files"),
   (("workdir", "views", "augment", "image_size", "batch_size", "text"), ("latents",), "prepare_data latents"),
   (("data",), ("latents", "card"), "prepare_data latents and card"),
   (RAW, tuple(DATA_SETS), "raw data alone"),
   (("out",), (*DATA_SETS, "latents"), "what is prepared; a card is written beside the records"),
 )
-# Flags by which what is written differs.
-DECIDING = (
-  *("source", "short_side", "reduced_decoding", "drop_duplicates", "caption_fields", "held_out"),
-  *("workdir", "data", "views", "augment", "image_size", "text"),
-)
+# Flags that change nothing in what is written.
+_HOW = {"num_processes", "beam_pipeline_options", "batch_size", "out"}
 
 FLAGS = flags.FLAGS
+
+
+def _asked() -> tables.Asked:
+  held_out = tables.HELD_OUT if FLAGS.held_out is None else FLAGS.held_out
+  return tables.Asked(caption_fields=tuple(FLAGS.caption_fields), held_out=held_out, captions=FLAGS.captions or "")
 
 
 def define_flags() -> None:
@@ -122,7 +98,7 @@ def define_flags() -> None:
     "short_side",
     None,
     "images with a longer short side are stored as JPEG with this short side; 0 keeps every image's bytes."
-    f" By default {cc3m.SHORT_SIDE} for cc3m, 0 for the others",
+    f" By default {published.SHORT_SIDE} for cc3m, 0 for the others",
     lower_bound=0,
   )
   flags.DEFINE_boolean(
@@ -131,15 +107,17 @@ def define_flags() -> None:
   flags.DEFINE_boolean("drop_duplicates", False, "keep only the first of images with the same bytes")
   flags.DEFINE_integer("num_processes", None, "processes that prepare; by default one a core", lower_bound=1)
   flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
-  flags.DEFINE_list("caption_fields", [], "columns whose texts are the captions; of files, txt or caption")
+  flags.DEFINE_list("caption_fields", [], "columns whose texts are the captions")
+  flags.DEFINE_enum(
+    "captions", None, ["filename", "folder"], "take the captions from the names of the pictures' files, or folders"
+  )
   flags.DEFINE_float(
     "held_out",
     None,
-    f"share of the pairs for split `val`, at least one pair; 0 for none. By default {own_pairs.HELD_OUT}",
+    f"share of the pairs for split `val`, at least one pair; 0 for none. By default {tables.HELD_OUT}",
     lower_bound=0.0,
     upper_bound=0.5,
   )
-  flags.DEFINE_string("preview", None, f"PNG to write first, a grid of {PREVIEWED} pairs")
   flags.DEFINE_string("workdir", None, "run or import whose autoencoder encodes the images")
   flags.DEFINE_string("data", None, "prepared data set")
   flags.DEFINE_integer("views", 1, "views of each image", lower_bound=1, upper_bound=1000)
@@ -156,23 +134,16 @@ def main(argv: list[str]) -> None:
   for names, takers, what in BELONGS:
     if name not in takers and (given := next((flag for flag in names if FLAGS[flag].present), "")):
       raise UserError(f"--{given} belongs to {what}; leave it out of prepare_data {name}")
-  tfds.disable_progress_bar()  # it would write over ours
   if name == "card":
     write_card(buckets.local(_given("data", name), "--data"))
     return
   if name == "latents":
-    write, finished = functools.partial(write_latents, _given("workdir", name), _given("data", name)), "report.json"
+    write = functools.partial(write_latents, _given("workdir", name), _given("data", name))
   else:
     source = buckets.local(_given("source", name), "--source")
-    if FLAGS.preview:
-      if source.resolve() in pathlib.Path(FLAGS.preview).resolve().parents:
-        raise UserError(f"--preview={FLAGS.preview} would be one of the pictures of --source; write it elsewhere")
-      write_preview(pictures.preview_parts(source, _asked()), FLAGS.preview)
-      if not FLAGS.out:
-        return
-    write, finished = functools.partial(write_pairs, name, source), "card.json"
-  asked = {"data set": name, **{flag: FLAGS[flag].value for flag in DECIDING}}
-  publish(write, _given("out", name), finished=finished, asked=asked)
+    write = functools.partial(write_pairs, name, source)
+  decide = {flag for names, *_ in BELONGS for flag in names} - _HOW
+  publish(write, _given("out", name), asked={"data set": name, **{flag: FLAGS[flag].value for flag in sorted(decide)}})
 
 
 def _name(words: Sequence[str]) -> str:
@@ -190,101 +161,65 @@ def _name(words: Sequence[str]) -> str:
   return words[-1]
 
 
-def publish(
-  write: Callable[[pathlib.Path], None], out: str, *, finished: str, asked: Mapping[str, Any] | None = None
-) -> None:
+def publish(write: Callable[[pathlib.Path], None], out: str, *, asked: Mapping[str, Any] | None = None) -> None:
   """Have the folder `out` written. For a bucket that is a local folder, which is copied there at the end and removed.
   If it is killed, the same command resumes.
 
   Args:
-    write: writes a local folder.
+    write: writes a local folder, whole or not at all.
     out: a local path, or an address.
-    finished: the file that is written last.
     asked: JSON by name, of what is written, so that no other command copies it to the bucket.
 
   Raises:
-    UserError: there is a data set at this address, or one for it was prepared otherwise and not copied; or the bucket
-      cannot be written.
+    UserError: there is a data set at this address, or the bucket cannot be written.
   """
   if not buckets.is_url(out):
-    folder = pathlib.Path(out)
-    files.sweep(folder)
-    if not _lacks(folder, digests.NAME, after=finished):
-      write(folder)
-    digests.write(folder)
+    write(pathlib.Path(out))
     return
-  url, asked = out.rstrip("/"), dict(asked or {})
+  url = out.rstrip("/")
   if (buckets.path(url) / INFO).exists():
     raise UserError(f"--out={url} holds a data set; name a new folder")
-  files.check_out(f"{url}/{INFO}")  # now: what is prepared for a mistyped bucket is found again for that one alone
-  # By the address, so that the same command finds what it has prepared when it was killed.
-  folder = pathlib.Path(files.user_cache("prepared")) / hashlib.sha256(url.encode()).hexdigest()[:32]
+  files.check_out(f"{url}/{INFO}")  # before hours of work that a mistyped bucket would not take
+  # By what it is, so that the same command, and no other, finds what it has prepared when it was killed.
+  name = hashlib.sha256(json.dumps([url, asked], sort_keys=True).encode()).hexdigest()[:32]
+  folder = pathlib.Path(files.user_cache("prepared")) / name
   logging.info("preparing %s in %s", url, folder)
-  was_asked = folder.with_suffix(".json")  # beside the folder, all of which is copied
-  if not (folder / finished).exists():
-    was_asked.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(was_asked, asked)
+  if not folder.exists():  # or else it was killed in copying
     write(folder)
-  # Or else it was killed in copying.
-  elif differing := [name for name, value in asked.items() if files.read_json(was_asked).get(name) != value]:
-    raise UserError(
-      f"{folder} holds {url} as another command prepared it, with another {' and '.join(differing)}; give the same, or"
-      " delete that folder"
-    )
-  digests.write(folder)
   buckets.upload(folder, url, last={INFO})  # by which a data set is known to be there
   shutil.rmtree(folder)
-  was_asked.unlink()
   logging.info("copied to %s", url)
-
-
-def _lacks(out: pathlib.Path, name: str, *, after: str) -> bool:
-  """Say whether the command was killed after it wrote the file `after`, with nothing to tidy up, and before this
-  one."""
-  return (out / after).exists() and not (out / name).exists() and not builder.partial_of(out).exists()
 
 
 def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
   """Prepare the data set of this name from the raw data in `source`."""
-  find_parts, kind = DATA_SETS[name]
-  short_side = FLAGS.short_side
-  if short_side is None and name == "cc3m":
-    short_side = cc3m.SHORT_SIDE
-  settings = builder.Settings(
-    short_side=short_side or None,  # 0, too, keeps the bytes
+  find_parts, data_set = DATA_SETS[name]
+  default = published.SHORT_SIDE if name == "cc3m" else 0
+  settings = Settings(
+    short_side=(default if FLAGS.short_side is None else FLAGS.short_side) or None,  # 0, too, keeps the bytes
     reduced_decoding=FLAGS.reduced_decoding,
     drop_duplicates=FLAGS.drop_duplicates,
     num_processes=FLAGS.num_processes or machine.cores(),
     beam_options=tuple(FLAGS.beam_pipeline_options),
   )
-  # Killed between the two: the card needs the records alone.
-  if _lacks(out, "card.json", after="report.json"):
-    logging.info("%s is written, except for its card", out)
-  else:
-    reports = builder.prepare(find_parts(source), out, builder=kind, settings=settings)
-    log_total(reports)
-  write_card(out)
+  log_total(prepare(find_parts(source), out, data_set=data_set, settings=settings, finish=finish))
 
 
-def log_total(reports: Mapping[str, staging.Report]) -> None:
+def finish(folder: pathlib.Path) -> None:
+  """Write the card and the digests of a data set, the last of its files."""
+  write_card(folder)
+  digests.write(folder)
+
+
+def log_total(reports: Mapping[str, Report]) -> None:
   """Log what became of all pairs, in one line."""
-  total = staging.Report()
+  total = Report()
   for report in reports.values():
     total.add(report)
   by_split = ", ".join(f"{split} {report.pairs:,}" for split, report in reports.items())
   over = ", ".join(f"{count} files {ending}" for ending, count in total.passed_over.items())
   over = f"; passed over: {over}" if over else ""
   logging.info("%d pairs (%s); skipped: %s%s", total.pairs, by_split, total.reasons() or "none", over)
-
-
-def write_preview(found: Sequence[parts.Part], path: str) -> None:
-  """Write a grid of some pairs. Raise UserError: none of those looked at can be used, or the file cannot be written."""
-  from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
-
-  files.check_out(path, "preview")
-  shown = pictures.look(found, PREVIEWED)
-  samples.save_grid(shown.images, shown.captions, path, columns=COLUMNS)
-  logging.info("wrote %s, %d pairs", path, len(shown.captions))
 
 
 def write_latents(run: str, data: str, out: pathlib.Path) -> None:
@@ -317,10 +252,11 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       f"--views={FLAGS.views} of an image would all be the same: by --augment, or else the run's data.augment, nothing"
       ' varies; give one that does, such as --augment=\'{"crop": "random"}\', or leave out --views'
     )
-  reports = builder.prepare(
+  reports = prepare(
     found,
     out,
-    builder=latents.LatentCache,
+    data_set=latents.LATENTS,
+    finish=digests.write,
     make_stage=functools.partial(
       latents.LatentStage,
       encode=functools.partial(model.moments, params),
@@ -353,7 +289,7 @@ def write_card(folder: pathlib.Path) -> None:
   made = card.describe(folder)
   for line in made.lines():
     logging.info("%s", line)
-  with staging.writing(folder):
+  with writing(folder):
     if made.captions:
       samples.save_grid(made.images, made.captions, folder / "card.png")
     # What stands for a byte of a file's name that is not UTF-8 is no character, and becomes JSON's escape of it.

@@ -30,9 +30,9 @@ from PIL import Image
 
 from diffdis_jax.data import image_files
 from diffdis_jax.data.prepare import parts
-from diffdis_jax.data.prepare.builder import LICENSES, CaptionedImages
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import Part
+from diffdis_jax.data.prepare.write import LICENSES, DataSet
 from diffdis_jax.errors import not_installed
 from replication import emoji_packages
 from replication.emoji_packages import EMOJIBASE, ICONS, Package
@@ -68,17 +68,11 @@ TEMPLATES = (
 )
 
 
-class Emoji(CaptionedImages):
-  """Emoji of several artists."""
-
-  name = "emoji"
-  DESCRIPTION = (
-    "Emoji of several artists at 64 px on white, with captions made of the concept's name, the artist's style, and"
-    f" Unicode's group or emojibase's tags. Licences: {LICENSES}."
-  )
-
-  def notices(self) -> dict[str, str]:
-    splits = {vendor: [split for split in self._parts if vendor in SPLITS.get(split, (OPENMOJI,))] for vendor in ICONS}
+class _Emoji(DataSet):
+  def notices(self, parts: Sequence[Part]) -> dict[str, str]:
+    """Return the licences of the artists' icons."""
+    there = dict.fromkeys(part.split for part in parts)
+    splits = {vendor: [split for split in there if vendor in SPLITS.get(split, (OPENMOJI,))] for vendor in ICONS}
     lines = [
       "# Licences",
       "",
@@ -91,6 +85,13 @@ class Emoji(CaptionedImages):
       _row("", EMOJIBASE, ["all"]),
     ]
     return {LICENSES: "\n".join(lines) + "\n"}
+
+
+EMOJI = _Emoji(
+  "emoji",
+  "Emoji of several artists at 64 px on white, with captions made of the concept's name, the artist's style, and"
+  f" Unicode's group or emojibase's tags. Licences: {LICENSES}.",
+)
 
 
 def _row(vendor: str, package: Package, splits: Sequence[str]) -> str:

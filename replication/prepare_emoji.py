@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import pathlib
 
-import tensorflow_datasets as tfds
 from absl import flags
 
 from diffdis_jax import prepare_data
 from diffdis_jax.common import cli, machine
-from diffdis_jax.data.prepare import builder
+from diffdis_jax.data.prepare.write import Settings, prepare
 from replication import emoji
 
 FLAGS = flags.FLAGS
@@ -26,12 +25,12 @@ def main(argv: object) -> None:
   source = pathlib.Path(FLAGS.source)
 
   def write(out: pathlib.Path) -> None:
-    settings = builder.Settings(num_processes=machine.cores())
-    prepare_data.log_total(builder.prepare(emoji.find_parts(source), out, builder=emoji.Emoji, settings=settings))
-    prepare_data.write_card(out)
+    settings = Settings(num_processes=machine.cores())
+    found = emoji.find_parts(source)
+    reports = prepare(found, out, data_set=emoji.EMOJI, settings=settings, finish=prepare_data.finish)
+    prepare_data.log_total(reports)
 
-  tfds.disable_progress_bar()  # it would write over ours
-  prepare_data.publish(write, FLAGS.out, finished="card.json")
+  prepare_data.publish(write, FLAGS.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from absl import logging
 
 from diffdis_jax.data import records, sources
 from diffdis_jax.data.loader import SUBSTITUTED, Substitutions
-from diffdis_jax.data.prepare import builder, pairs, parts, staging
+from diffdis_jax.data.prepare import pairs, parts
+from diffdis_jax.data.prepare.write import Stage, prepare, serializer
 from diffdis_jax.errors import UserError
 from tests import steps, tiny
 from tests.raw_pairs import faults, load, picture, write_tar
@@ -45,7 +46,7 @@ def test_preparation(tmp_path, cut):
   if cut:
     whole = (tmp_path / "raw" / "0.tar").read_bytes()
     (tmp_path / "raw" / "0.tar").write_bytes(whole[: len(whole) * 2 // 3])
-  report = builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")["train"]
+  report = prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")["train"]
   stored = load(tmp_path / "out", "train")
   assert len(stored) == report.pairs
   if cut:
@@ -60,16 +61,16 @@ def test_preparation(tmp_path, cut):
 def spoiled(tmp_path):
   """A data set that was prepared without any check."""
 
-  class Unchecked(staging.Stage):
+  class Unchecked(Stage):
     def serialized(self, part, report, digests):
-      serialize = staging.serializer(self.features())
+      serialize = serializer(self.features())
       for i, (image, caption, _) in enumerate(raw_pairs()):
         report.pairs += 1
         yield serialize({"image": image, "caption": caption, "key": f"{i}", "metadata": "{}"})
 
   (tmp_path / "raw").mkdir()
   write_tar(tmp_path / "raw" / "0.tar", {"0.png": picture(0), "0.txt": b"x"})
-  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out", make_stage=Unchecked)
+  prepare(parts.tars(tmp_path / "raw"), tmp_path / "out", make_stage=Unchecked)
   return tmp_path / "out"
 
 
@@ -128,10 +129,10 @@ def test_a_tar_that_changes_while_it_is_read(tmp_path, monkeypatch, change):
 
     patch.setattr(pairs, "to_record", changing)
     with pytest.raises(UserError, match="0.tar changed while it was read; run the same command again when it is whole"):
-      builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+      prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
   assert not (tmp_path / "out").exists()
   (tmp_path / "raw" / "0.tar").write_bytes(whole)
-  assert builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")["train"].pairs == 200
+  assert prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")["train"].pairs == 200
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -140,7 +141,7 @@ def test_shards_that_change_in_training(tmp_path, change):
   (tmp_path / "raw").mkdir()
   content = {f"{i}.png": picture(i, size=(40, 40)) for i in range(99)} | {f"{i}.txt": b"x" for i in range(99)}
   write_tar(tmp_path / "raw" / "0.tar", content)
-  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
   images = [record["image"] for record in load(tmp_path / "out", "train")]
   source = sources.open_source(name="pairs", path=tmp_path / "out", split="train", image_size=8)
   assert source[0]["image"] == images[0]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from diffdis_jax.config.run import Run
-from diffdis_jax.data.prepare import builder
+from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.evals import tasks
 from tests import pages
 from tests.raw_pairs import load
@@ -52,9 +52,9 @@ def prepared(module, tmp_path_factory) -> tuple[pathlib.Path, dict]:
   for row in rows[:2]:
     Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(source / "images" / row["file"])
   (source / "images/2.png").write_bytes(b"no image")
-  birds = module("birds_pairs", "class Birds")
+  birds = module("birds_pairs", "BIRDS = DataSet")
   out = folder / "out"
-  return out, builder.prepare(birds.find_parts(source), out, builder=birds.Birds)
+  return out, prepare(birds.find_parts(source), out, data_set=birds.BIRDS)
 
 
 def test_a_data_set(prepared):

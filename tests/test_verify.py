@@ -8,7 +8,8 @@ import random
 import shutil
 
 from diffdis_jax.data import records, sources
-from diffdis_jax.data.prepare import builder, parts
+from diffdis_jax.data.prepare import parts
+from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.run import digests, workdir
 from tests.command_runs import call
 from tests.raw_pairs import picture, write_tar
@@ -109,7 +110,7 @@ def test_no_flipped_bit_of_a_shard_is_read_in_silence(tmp_path):
   (tmp_path / "raw").mkdir()
   content = {f"{i:02d}.{end}": x for i in range(20) for end, x in (("png", picture(i)), ("txt", b"x"))}
   write_tar(tmp_path / "raw" / "0.tar", content)
-  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
   (file,) = (tmp_path / "out").glob("*.array_record*")
   read = lambda: sources.open_source(name="pairs", path=tmp_path / "out", image_size=8)
   whole, content = [read()[i] for i in range(20)], file.read_bytes()

@@ -24,7 +24,8 @@ from PIL import Image
 
 from diffdis_jax.data import loader, sources
 from diffdis_jax.data.build import batch_type, open_loader
-from diffdis_jax.data.prepare import builder, parts
+from diffdis_jax.data.prepare import parts
+from diffdis_jax.data.prepare.write import Settings, prepare
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import base
 from diffdis_jax.inference import Inference
@@ -144,7 +145,7 @@ def _write_images(folder: pathlib.Path, images: int, image_size: int) -> str:
   """Write JPEGs as prepare_data stores them for this image size, a little larger than they are seen. Return their
   folder."""
   raw = write_photos(folder, images)
-  builder.prepare(parts.tars(raw), folder / "pairs", settings=builder.Settings(short_side=image_size * 9 // 8))
+  prepare(parts.tars(raw), folder / "pairs", settings=Settings(short_side=image_size * 9 // 8))
   return str(folder / "pairs")
 
 

@@ -30,7 +30,8 @@ from diffdis_jax.config.data import Loading
 from diffdis_jax.config.model import TextEncoderSize
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import image_files, loader, sources
-from diffdis_jax.data.prepare import builder, latents, parts
+from diffdis_jax.data.prepare import latents, parts
+from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import random_square
 from diffdis_jax.parallel import sharding
@@ -97,7 +98,7 @@ def write_latents(folder: pathlib.Path) -> None:
     )
 
   found = latents.find_parts(folder / "reencoded")
-  builder.prepare(found, folder / "latents", builder=latents.LatentCache, make_stage=make_stage)
+  prepare(found, folder / "latents", data_set=latents.LATENTS, make_stage=make_stage)
 
 
 def bare_loop(source: sources.Source) -> Iterator[None]:
@@ -166,7 +167,7 @@ def first_batch(folder: pathlib.Path) -> dict[str, Any]:
   images = [table6.photo(np.random.default_rng(i), 64) for i in range(50)]
   (folder / "one").mkdir()
   table6.write_tar(folder / "one" / "train-00000.tar", images, LONG // SHARDS, seed=0)
-  builder.prepare(parts.tars(folder / "one"), folder / "short")
+  prepare(parts.tars(folder / "one"), folder / "short")
   short = tfds.builder_from_directory(folder / "short")
   (file,) = short.info.splits["train"].filepaths
   long.mkdir()

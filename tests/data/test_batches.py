@@ -11,7 +11,8 @@ import pytest
 from diffdis_jax.config import Run
 from diffdis_jax.data import loader
 from diffdis_jax.data.build import batch_type, describe, doubts, latent_facts, open_loader
-from diffdis_jax.data.prepare import builder, card, latents, parts
+from diffdis_jax.data.prepare import card, latents, parts
+from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
@@ -37,7 +38,7 @@ def data(tmp_path_factory):
   content = {f"{i:02d}.png": picture(i, size=(24, 20)) for i in range(N)}
   content |= {f"{i:02d}.txt": f"caption {i}".encode() for i in range(N)} | {"99.txt": b"x"}
   write_tar(folder / "raw" / "0.tar", dict(sorted(content.items())))
-  builder.prepare(parts.tars(folder / "raw"), folder / "pairs")
+  prepare(parts.tars(folder / "raw"), folder / "pairs")
   return folder
 
 
@@ -59,10 +60,10 @@ def cache_with_text(data, params):
 def write_latents(data, out, params, text=False):
   model = steps.make_inference(tiny.get_config(), mesh=steps.make_mesh(), batch_size=8)
   h, w, c = model.network.latent_shape
-  builder.prepare(
+  prepare(
     latents.find_parts(data / "pairs"),
     out,
-    builder=latents.LatentCache,
+    data_set=latents.LATENTS,
     make_stage=lambda folder: latents.LatentStage(
       folder,
       encode=lambda images: model.moments(params, images),

@@ -12,7 +12,7 @@ import pytest
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.webdataset import TarPart
+from diffdis_jax.data.prepare.parts import TarPart
 from tests.raw_pairs import faults, picture, write_tar
 
 pytest.importorskip("hypothesis")

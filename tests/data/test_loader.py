@@ -20,7 +20,8 @@ from diffdis_jax.common import storage
 from diffdis_jax.config.data import Loading
 from diffdis_jax.data import loader, records, sources
 from diffdis_jax.data.loader import ROWS, SUBSTITUTED, Substitutions, train_loader
-from diffdis_jax.data.prepare import builder, parts
+from diffdis_jax.data.prepare import parts
+from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
@@ -299,7 +300,7 @@ def prepared(tmp_path):
     content |= {f"{i:02d}.txt": b"x" for i in range(20)}
     content = dict(sorted(content.items()))
     write_tar(tmp_path / "raw" / f"{part}.tar", content)
-  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
   return tmp_path / "out"
 
 

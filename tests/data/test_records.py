@@ -10,8 +10,9 @@ from PIL import Image
 
 from diffdis_jax import prepare_data
 from diffdis_jax.data import build, records
-from diffdis_jax.data.prepare import builder, pairs, parts
+from diffdis_jax.data.prepare import pairs, parts
 from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import digests
 from tests.raw_pairs import encode, faults, load, picture, write_tar
@@ -41,12 +42,13 @@ def test_usable_faults_are_read_rightly():
 
 
 def test_captions_are_mended():
-  assert pairs.mend("a\x00b\x1b[31m") == ("a b [31m", [pairs.CONTROLS])
-  cut, what = pairs.mend("word " * 2000)
+  changed: list[str] = []
+  assert pairs.mend("a\x00b\x1b[31m", changed) == "a b [31m" and changed == [pairs.CONTROLS]
+  cut = pairs.mend("word " * 2000, what := [])
   assert len(cut) <= pairs.MAX_CAPTION and cut == ("word " * 400).strip() and what == [pairs.LONG]
-  assert pairs.mend("tab\tand\nline, ünï") == ("tab\tand\nline, ünï", [])
+  assert pairs.mend("tab\tand\nline, ünï", what := []) == "tab\tand\nline, ünï" and not what
   with pytest.raises(records.Unusable, match="missing caption"):
-    pairs.mend("\x00\x01")
+    pairs.mend("\x00\x01", [])
 
 
 @pytest.mark.parametrize(("size", "expected"), [((40, 30), (21, 16)), ((30, 40), (16, 21)), ((17, 500), (16, 471))])
@@ -87,7 +89,7 @@ def in_many_files(tmp_path, monkeypatch):
   (tmp_path / "0.png").write_bytes(picture(0))
   items = [parts.Item("0.png", f"caption {i}") for i in range(FILES)]
   monkeypatch.setattr(parts, "ITEMS", 1)
-  builder.prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "data")
+  prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "data")
   others = len(os.listdir("/proc/self/fd"))  # of the tests before; more than FILES where they were many
   monkeypatch.setattr(records, "OTHERS", others)
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -136,7 +138,7 @@ def test_a_flip_in_a_small_file_is_refused_in_one_line(tmp_path, seed):
     content = {f"{i}.png": picture(i) for i in range(count)} | {f"{i}.txt": b"a caption" for i in range(count)}
     write_tar(tmp_path / "raw" / f"{split}-0.tar", dict(sorted(content.items())))
   folder, rng = tmp_path / "data", random.Random(seed)
-  prepare_data.publish(functools.partial(write, tmp_path / "raw"), str(folder), finished="card.json")
+  prepare_data.publish(functools.partial(write, tmp_path / "raw"), str(folder))
   # Its digests stay true, and every file that is read beside the records has one.
   whole = {name: (folder / name).read_bytes() for name in SMALL}
   opened = read_splits(folder)
@@ -151,8 +153,7 @@ def test_a_flip_in_a_small_file_is_refused_in_one_line(tmp_path, seed):
 
 
 def write(raw: pathlib.Path, out: pathlib.Path) -> None:
-  builder.prepare(parts.tars(raw), out)
-  prepare_data.write_card(out)
+  prepare(parts.tars(raw), out, finish=prepare_data.finish)
 
 
 def read_splits(folder: pathlib.Path) -> list[object]:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from diffdis_jax.data import records, sources
-from diffdis_jax.data.prepare import builder, parts
+from diffdis_jax.data.prepare import parts
+from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.errors import UserError
 from tests.raw_pairs import picture, write_tar
 
@@ -120,7 +121,7 @@ def test_caption_fields_of_a_prepared_folder(tmp_path):
     files[f"{i}.png"], files[f"{i}.txt"] = picture(i), f"caption {i}".encode()
     files[f"{i}.json"] = json.dumps({"concept": f"concept {i}"}).encode()
   write_tar(tmp_path / "raw" / "train-0.tar", files)
-  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
+  prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
   make = lambda fields: sources.open_source(name="pairs", path=tmp_path / "data", image_size=8, caption_fields=fields)
   source = make(("concept", "caption"))
   found = [source[i] for i in range(4)]

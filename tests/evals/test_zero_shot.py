@@ -7,7 +7,8 @@ from clip_benchmark.metrics import zeroshot_classification
 from sklearn.metrics import balanced_accuracy_score
 
 from diffdis_jax.data import records
-from diffdis_jax.data.prepare import builder, image_folder
+from diffdis_jax.data.prepare import own
+from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts, results
@@ -299,7 +300,7 @@ def test_a_prepared_folder_is_measured_by_name(tmp_path):
   for name in ("red_fox", "brown_dog"):
     (tmp_path / "raw" / name).mkdir(parents=True)
     (tmp_path / "raw" / name / "a.png").write_bytes(picture(0))
-  builder.prepare(image_folder.find_parts(tmp_path / "raw"), tmp_path / "out", builder=image_folder.ImageFolder)
+  prepare(own.classes(tmp_path / "raw"), tmp_path / "out", data_set=own.CLASSES)
   data = {"name": "pairs", "path": str(tmp_path / "out"), "split": "train", "image_size": 8}
   evaluation = evals.create("zero_shot", data=data, classnames=("brown dog", "red fox"))
   np.testing.assert_array_equal(evaluation.labels, [0, 1])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffdis_jax.data.prepare import builder
+from diffdis_jax.data.prepare import write
 from diffdis_jax.errors import UserError
 from replication import emoji, emoji_packages
 from tests.raw_pairs import load
@@ -36,7 +36,7 @@ def source(tmp_path):
 
 
 def prepare(source, out):
-  return builder.prepare(emoji.find_parts(source), out, builder=emoji.Emoji)
+  return write.prepare(emoji.find_parts(source), out, data_set=emoji.EMOJI)
 
 
 def test_a_few_icons(source, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import replication.configs.emoji
-from diffdis_jax.data.prepare import builder
+from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, tables
 from diffdis_jax.evals import results as result_files
@@ -42,7 +42,7 @@ def as_texts(monkeypatch):
 
 def write(folder, tmp_path, monkeypatch, **changed):
   write_packages(tmp_path / "icons", monkeypatch, **changed)
-  builder.prepare(prepared.find_parts(tmp_path / "icons"), folder, builder=prepared.Emoji)
+  prepare(prepared.find_parts(tmp_path / "icons"), folder, data_set=prepared.EMOJI)
 
 
 def sections(root):
@@ -130,7 +130,7 @@ def test_an_artist_who_was_added_is_measured_too(tmp_path, monkeypatch):
 def test_without_openmoji(tmp_path, monkeypatch, caplog):
   write_packages(tmp_path / "icons", monkeypatch)
   (tmp_path / "icons" / prepared.ICONS["openmoji"].file).unlink()
-  builder.prepare(prepared.find_parts(tmp_path / "icons"), tmp_path / "emoji", builder=prepared.Emoji)
+  prepare(prepared.find_parts(tmp_path / "icons"), tmp_path / "emoji", data_set=prepared.EMOJI)
   with caplog.at_level("INFO"):
     made = sections(tmp_path)
   assert len(made) == 8 and "has no split openmoji, and so it is not measured" in caplog.text

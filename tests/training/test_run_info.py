@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from diffdis_jax import __main__ as main_module
 from diffdis_jax.config import Run
-from diffdis_jax.data.prepare import builder, parts
+from diffdis_jax.data.prepare import parts
+from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import digests, provenance, workdir
@@ -63,7 +64,7 @@ def test_a_run_that_resumes_with_other_data_says_so(tmp_path, monkeypatch, caplo
 def prepared(folder, first: int):
   """A prepared data set of one pair, as `prepare_data` leaves it."""
   write_tar(folder / "raw.tar", {"0.png": picture(first), "0.txt": b"x"})
-  builder.prepare([parts.TarPart(folder / "raw.tar", "train")], folder / "data")
+  prepare([parts.TarPart(folder / "raw.tar", "train")], folder / "data")
   digests.write(folder / "data")
   return str(folder / "data")
 

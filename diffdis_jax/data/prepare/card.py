@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,6 @@ class Card:
       for what in ("skipped", "changed"):
         if counts := facts["report"].get(what):
           lines.append(f"{split}: {what} " + ", ".join(f"{n:,} with {reason}" for reason, n in counts.items()))
-      if passed_over := facts["report"].get("passed_over"):
-        lines.append(f"{split}: passed over, as no image, caption or json: {_counts(passed_over)}")
-      for other, count in (facts["report"].get("shared") or {}).items():
-        lines.append(f"{split}: {count:,} images have the same bytes as images of {other}")
       if truncated := facts["report"].get("truncated"):
         lines.append(f"{split}: truncated or damaged, read as far as possible: {', '.join(truncated)}")
     return lines
@@ -65,12 +62,8 @@ class Card:
     return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
 
 
-def _counts(counts: Mapping[str, int]) -> str:
-  return ", ".join(f"{n:,} {what}" for what, n in counts.items())
-
-
 def describe(path: pathlib.Path) -> Card:
-  """The card of a folder that prepare_data wrote. Sizes and lengths are of at most SAMPLE records a split.
+  """Describe a folder that prepare_data wrote. Sizes and lengths are of at most SAMPLE records a split.
 
   Raises:
     UserError: no prepared data set there, or one of which nothing can be read.
@@ -82,8 +75,11 @@ def describe(path: pathlib.Path) -> Card:
     facts = _describe(source, spread(len(source), SAMPLE))
     report = (info.metadata or {}).get(split, {})
     splits[split] = {"pairs": len(source), "bytes": int(split_info.num_bytes), **facts, "report": report}
-    # Of the first split that has images: one sheet a card.
-    sheet = sheet or list(_tiles(source, spread(len(source), SHEET)))
+    if not sheet:  # of the first split that has images
+      for place in spread(len(source), SHEET):
+        with contextlib.suppress(records.Unusable):
+          record = source[int(place)]
+          sheet.append((np.asarray(resize(records.read_image(record["image"]), TILE)), record["caption"]))
   images, captions = zip(*sheet, strict=True) if sheet else ((), ())
   return Card(info.name, str(info.version), splits, np.asarray(images, np.uint8), list(captions))
 
@@ -95,7 +91,7 @@ def spread(n: int, count: int) -> Int[np.ndarray, " k"]:
 
 
 def _describe(source: sources.Source, places: Int[np.ndarray, " k"]) -> dict[str, Any]:
-  """Quantiles of the stored images' sides and of the captions' lengths, and shares."""
+  """Return quantiles of the stored images' sides and of the captions' lengths, and shares."""
   sides, formats, captions = [], Counter(), []
   for place in places:
     try:
@@ -130,12 +126,3 @@ def _quantiles(values: Sequence[int] | Int[np.ndarray, " n"]) -> dict[str, int]:
 
 def _range(quantiles: dict[str, int]) -> str:
   return f"{quantiles['least']}-{quantiles['most']} (median {quantiles['median']})"
-
-
-def _tiles(source: sources.Source, places: Int[np.ndarray, " k"]) -> Iterator[tuple[np.ndarray, str]]:
-  for place in places:
-    try:
-      record = source[int(place)]
-      yield np.asarray(resize(records.read_image(record["image"]), TILE)), record["caption"]
-    except records.Unusable:
-      continue

@@ -23,12 +23,23 @@ from jaxtyping import BFloat16, UInt8
 from diffdis_jax.common import buckets
 from diffdis_jax.data import records, sources
 from diffdis_jax.data.latents import is_finite
-from diffdis_jax.data.prepare import staging
-from diffdis_jax.data.prepare.builder import LICENSES, CaptionedImages
+from diffdis_jax.data.prepare import write
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.transforms import Augmentation, augment, needed_side
 from diffdis_jax.errors import UserError
 
+
+class _LatentCache(write.DataSet):
+  def notices(self, parts: Sequence[Part]) -> dict[str, str]:
+    """Return the images' licences, which are those of their latents."""
+    assert isinstance(parts[0], RecordsPart)
+    file = buckets.path(parts[0].data) / write.LICENSES
+    return {write.LICENSES: file.read_text(encoding="utf-8")} if file.exists() else {}
+
+
+LATENTS = _LatentCache(
+  "latents", "The posteriors of an autoencoder over augmented views of captioned images; its metadata says which."
+)
 IMAGES = 1024  # of a part
 CHUNK = 256  # views encoded at a time
 Encode = Callable[[UInt8[np.ndarray, "n H W 3"]], BFloat16[np.ndarray, "n h w d"]]
@@ -57,7 +68,7 @@ class RecordsPart:
 def find_parts(data: str | os.PathLike[str]) -> list[Part]:
   """Cut every split into parts. Raises UserError: no prepared data set there, or one that holds latents itself."""
   info = records.read_info(data)
-  if info.name == LatentCache.name:
+  if info.name == LATENTS.name:
     raise UserError(f"--data={data} holds latents already; name the data set of images")
   return [
     RecordsPart(f"{split}-{start // IMAGES:05d}", split, os.fspath(data), start, min(start + IMAGES, n))
@@ -105,7 +116,7 @@ class _Views(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentStage(staging.Stage):
+class LatentStage(write.Stage):
   """Writes parts of latents. Not for other processes: it holds the network.
 
   Attributes:
@@ -130,26 +141,17 @@ class LatentStage(staging.Stage):
     return features(self.shape, self.text and self.text.shape)
 
   def identity(self) -> dict[str, Any]:
-    return {
-      "views": self.views,
-      "image size": self.image_size,
-      "latent shape": list(self.shape),
-      "augmentation": repr(self.augmentation),
-      "autoencoder": self.fingerprint,
-      "set of images": self.images,
-      "text encoder": self.text and [*self.text.shape, self.text.fingerprint],
-    }
+    return {**self.facts(), "images": self.images}
 
   def facts(self) -> dict[str, Any]:
-    augmentation = dataclasses.asdict(self.augmentation)
     own = dict(views=self.views, image_size=self.image_size, shape=self.shape, fingerprint=self.fingerprint)
     text = self.text and {"text": dict(shape=self.text.shape, fingerprint=self.text.fingerprint)}
-    return {"latents": {**own, **(text or {}), "augmentation": augmentation}}
+    return {"latents": {**own, **(text or {}), "augmentation": dataclasses.asdict(self.augmentation)}}
 
-  def serialized(self, part: Part, report: staging.Report, digests: list[bytes]) -> Iterator[bytes]:
+  def serialized(self, part: Part, report: write.Report, digests: list[bytes]) -> Iterator[bytes]:
     assert isinstance(part, RecordsPart)
     source = self._source(part)
-    serialize = staging.serializer(self.features())
+    serialize = write.serializer(self.features())
     places, size = list(part), max(1, CHUNK // self.views)
     chunks = [places[start : start + size] for start in range(0, len(places), size)]
     # Threads decode and augment a chunk; the network then gets it as one batch, in the records' order, while they are
@@ -208,17 +210,3 @@ class LatentStage(staging.Stage):
       record,
       [captions[k % len(captions)] for k in range(self.views)],
     )
-
-
-class LatentCache(CaptionedImages):
-  """Posteriors of an autoencoder over views of a prepared data set's images."""
-
-  name = "latents"
-  DESCRIPTION = "The posteriors of an autoencoder over augmented views of captioned images; its metadata says which."
-
-  def notices(self) -> dict[str, str]:
-    """The images' licences, which are those of their latents."""
-    part = next(part for parts in self._parts.values() for part in parts)
-    assert isinstance(part, RecordsPart)
-    file = buckets.path(part.data) / LICENSES
-    return {LICENSES: file.read_text(encoding="utf-8")} if file.exists() else {}

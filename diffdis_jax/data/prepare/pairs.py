@@ -39,13 +39,6 @@ class RawPair:
   joined: bool = False
 
 
-class Mended(NamedTuple):
-  """A caption as it is stored, and what was changed in it."""
-
-  caption: str
-  changed: list[str]
-
-
 class Record(NamedTuple):
   """The fields {image, caption, metadata} of a pair, and what was changed in them."""
 
@@ -53,14 +46,12 @@ class Record(NamedTuple):
   changed: list[str]
 
 
-def mend(caption: str) -> Mended:
-  """A caption without control characters, which become spaces, and without its end if it is too long.
+def mend(caption: str, changed: list[str]) -> str:
+  """Return a caption without control characters, which become spaces, and without its end if it is too long.
 
-  Raises:
-    Unusable: nothing remains.
+  What is changed is added to `changed`. Raises Unusable: nothing remains.
   """
   # Characters first, since a caption of nothing else is a missing one.
-  changed = []
   if _CONTROL.search(caption):
     caption = _CONTROL.sub(" ", caption).strip()
     changed.append(CONTROLS)
@@ -69,11 +60,11 @@ def mend(caption: str) -> Mended:
     changed.append(LONG)
   if not caption:
     raise Unusable("missing caption")
-  return Mended(caption, changed)
+  return caption
 
 
 def shrink(image: Decoded, short_side: int) -> bytes:
-  """JPEG of the image with its short side reduced to `short_side` pixels."""
+  """Return a JPEG of the image with its short side reduced to `short_side` pixels."""
   scale = short_side / min(image.width, image.height)
   width, height = (max(short_side, round(side * scale)) for side in (image.width, image.height))
   file = io.BytesIO()
@@ -98,7 +89,8 @@ def to_record(pair: RawPair, *, short_side: int | None = None, reduced_decoding:
     raise Unusable(pair.refused)
   if pair.image is None:
     raise Unusable("missing image")
-  caption, changed = mend(read_caption(pair.caption))
+  changed: list[str] = []
+  caption = mend(read_caption(pair.caption), changed)
   changed += [JOINED] if pair.joined else []
   # Read for its errors alone: it is stored as it is, so that no number is written differently.
   read_metadata(pair.metadata)
@@ -117,5 +109,5 @@ def to_record(pair: RawPair, *, short_side: int | None = None, reduced_decoding:
 
 
 def digest(data: bytes) -> bytes:
-  """16 bytes that tell an image's content, as downloaded."""
+  """Return 16 bytes that tell an image's content, as downloaded."""
   return hashlib.blake2b(data, digest_size=16).digest()

@@ -1,7 +1,4 @@
-"""Raw data sets, cut into parts that are each read on their own, in any process.
-
-A part iterates over RawPair; afterwards its attribute `truncated` says whether it ended before its end.
-"""
+"""Raw data sets, cut into parts that are each read on their own, in any process: loose files, and webdataset tars."""
 
 from __future__ import annotations
 
@@ -9,28 +6,39 @@ import collections
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, AnyStr, Protocol, runtime_checkable
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from absl import logging
 
-from diffdis_jax.common import files as run_files
-from diffdis_jax.data import paths
+from diffdis_jax.data import paths, records
+from diffdis_jax.data import tars as tar_files
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.webdataset import TarPart, split_of
-from diffdis_jax.data.records import MOST_TEXT_BYTES, Unusable, read_file
+from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, Unusable, read_file
 from diffdis_jax.errors import UserError
 
 ITEMS = 2000  # of a part of loose files
-USUAL = ("train", "training", "val", "valid", "validation", "test")  # splits that a tar's name is known to mean
+# Splits by the words that folders and files have for them.
+SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+_TAR_FIELDS = {**dict.fromkeys(tar_files.IMAGE_ENDINGS, "image"), "txt": "caption", "json": "metadata"}
+# The last word before the number is the split, whatever stands before it.
+_TAR_NAME = re.compile(r"(?:(?:.*?-)??([A-Za-z]\w*)-)?\d+(?:-of-\d+)?\.tar")
 
 
 @runtime_checkable
 class Part(Protocol):
-  """`name` is a file name without its ending, unique in the data set. What it iterates over is its stage's affair."""
+  """A part of a raw data set, which iterates over RawPair, or over what its stage takes.
+
+  Attributes:
+    name: a file name without its ending, unique in the data set.
+    split: of the data set.
+    truncated: known after iteration: the part ended before its end.
+  """
 
   name: str
   split: str
@@ -39,22 +47,30 @@ class Part(Protocol):
   def __iter__(self) -> Iterator[Any]: ...
 
   def identity(self) -> list[Any]:
-    """JSON that differs when the part does, so that a preparation is not resumed with another source."""
+    """Return JSON that differs when the part does, so that a preparation is not resumed with another source."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """An image file and what belongs to it."""
+  """An image file, relative to the root, with a caption and JSON.
+
+  Attributes:
+    file: empty where there is none.
+    key: of the record; by default the file.
+    refused: why what belongs to it cannot be used, one of records.REASONS.
+  """
 
   file: str
-  caption: str
+  caption: str = ""
   metadata: str = "{}"
+  key: str = ""
+  refused: str = ""
 
 
 @dataclasses.dataclass
 class FilesPart:
-  """Images that lie as files under `root`. A file that is not there is a pair without an image. Keys are the paths."""
+  """Images that lie as files under `root`. A file that is not there is a pair without an image."""
 
   name: str
   split: str
@@ -66,18 +82,99 @@ class FilesPart:
     # Of all of them: a class that is taken out of another split moves the labels of this one.
     digest = hashlib.blake2b(digest_size=16)
     for item in self.items:
-      facts = f"{item.file}\0{item.caption}\0{item.metadata}\0{stamp(self.root / item.file)}\0"
-      digest.update(facts.encode("utf-8", "surrogatepass"))
+      digest.update(f"{item!r}{stamp(self.root / item.file)}".encode("utf-8", "surrogatepass"))
     return [self.name, len(self.items), digest.hexdigest()]
+
+  def at(self, places: Sequence[int]) -> FilesPart:
+    """Return the part of these items alone."""
+    return dataclasses.replace(self, items=[self.items[place] for place in places])
 
   def __iter__(self) -> Iterator[RawPair]:
     for item in self.items:
-      pair = RawPair(item.file, None, encode(item.caption), encode(item.metadata))
+      pair = RawPair(item.key or item.file, None, encode(item.caption), encode(item.metadata), item.refused)
       try:
-        pair.image = read_file(self.root / item.file, within=self.root)
+        pair.image = read_file(self.root / item.file, within=self.root) if item.file else None
       except Unusable as error:
         pair.refused = str(error)
       yield pair
+
+
+@dataclasses.dataclass
+class TarPart:
+  """The pairs of a tar as img2dataset writes it: KEY.jpg, .png or .webp, KEY.txt, KEY.json, in any order.
+
+  Keys are TAR/KEY, in the order in which they come first. A file that is too large, or not whole, makes its pair a
+  refused one.
+
+  Attributes:
+    truncated: known after iteration: the file ends, or is damaged, before the tar's end mark. Pairs are left out then
+      unless they have image and caption, since what they lack may have lain behind that.
+    passed_over: known after iteration: ending -> how many files have it and are neither image, caption nor json.
+  """
+
+  path: pathlib.Path
+  split: str
+  truncated: bool = False
+  passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def name(self) -> str:
+    return self.path.stem
+
+  def identity(self) -> list[Any]:
+    # Not a hash, which would read all of a data set before each start.
+    return [self.path.name, *stamp(self.path)]
+
+  def __iter__(self) -> Iterator[RawPair]:
+    # One open file for all members: a tar has thousands.
+    with open(self.path, "rb") as file:
+      before = stamp(self.path)
+      index = tar_files.index(self.path, _TAR_FIELDS.get)
+      self.truncated, self.passed_over = not index.whole, index.passed_over
+      for key, members in index.samples.items():
+        if index.whole or {"image", "caption"} <= members.keys():
+          pair = RawPair(f"{self.name}/{key}")
+          try:
+            for field, member in members.items():
+              setattr(pair, field, member.read(MOST_BYTES if field == "image" else MOST_TEXT_BYTES, file))
+          except Unusable as error:
+            pair.refused = str(error)
+          yield pair
+      # The places of its files were those of another tar.
+      if stamp(self.path) != before:
+        raise UserError(f"{self.path} changed while it was read; run the same command again when it is whole")
+
+
+def pair_of(key: str, image: bytes | None, captions: Sequence[bytes | str], fields: Mapping[str, Any]) -> RawPair:
+  """Make a pair with these captions, of which empty ones do not count; several become the field `captions`.
+
+  A caption that is not UTF-8 is the reason why the pair is refused, where it is one of several.
+  """
+  raw = [text if isinstance(text, bytes) else encode(text) for text in captions]
+  raw = [text for text in raw if text.strip()]
+  if len(raw) > 1:
+    try:
+      fields = {**fields, "captions": [records.read_caption(text) for text in raw]}
+    except Unusable as error:
+      return RawPair(key, image, refused=str(error))
+  return RawPair(key, image, raw[0] if raw else None, encode(json.dumps(fields, ensure_ascii=False)))
+
+
+def item_of(pair: RawPair, file: str) -> Item:
+  """Make an item of a pair whose image is this file."""
+  caption, metadata = (
+    data.decode("utf-8", "surrogateescape") for data in (pair.caption or b"", pair.metadata or b"{}")
+  )
+  return Item(file, caption, metadata, pair.key, pair.refused)
+
+
+def reading(part: Iterable[Any]) -> Iterator[Any]:
+  """Yield what a part holds. Raise UserError: a file of it cannot be read."""
+  try:
+    yield from part
+  except OSError as error:
+    name = f"part {part.name} of " if isinstance(part, Part) and part.name else ""
+    raise UserError(f"cannot read {name}--source: {error}; put it right and run it again") from error
 
 
 def stamp(path: pathlib.Path) -> list[int]:
@@ -99,7 +196,7 @@ def encode(text: str) -> bytes:
 
 
 def tars(source: pathlib.Path) -> list[Part]:
-  """The tars of a folder, by split and name.
+  """Find the tars of a folder, by split and name.
 
   Raises:
     UserError: no folder, no tars in it, or a tar whose name gives no split.
@@ -107,15 +204,15 @@ def tars(source: pathlib.Path) -> list[Part]:
   check_folder(source, "a folder of webdataset tars")
   by_split = collections.defaultdict(list)
   for path in listed(source, "*.tar"):
-    check_plain(path)
-    split = split_of(path)
+    match = _TAR_NAME.fullmatch(path.name)
+    split = match and (match[1] or "train")
     # `all` is TFDS's own name for the union of splits.
     if split is None or split == "all":
       raise UserError(f"cannot tell the split of {path.name}; name tars SPLIT-00000.tar, SPLIT not 'all', or 00000.tar")
     by_split[split].append(TarPart(path, split))
   if not by_split:
     raise UserError(f"no .tar files in {source}; --source is a folder of webdataset tars, such as img2dataset writes")
-  if by_split.keys().isdisjoint(USUAL):
+  if by_split.keys().isdisjoint(SPLITS):
     logging.warning(
       "by the word before their number these tars are of split %s; training reads train, for which they are called"
       " train-00000.tar, unless data.split says otherwise",
@@ -125,7 +222,7 @@ def tars(source: pathlib.Path) -> list[Part]:
 
 
 def files(items: Iterable[Item], *, split: str, root: pathlib.Path) -> list[Part]:
-  """Loose files of one split, in order, cut into parts."""
+  """Cut loose files of one split into parts, in order."""
   # Cut as they are read: a table may have millions of rows.
   items, found = iter(items), []
   while chunk := tuple(itertools.islice(items, ITEMS)):
@@ -134,12 +231,12 @@ def files(items: Iterable[Item], *, split: str, root: pathlib.Path) -> list[Part
 
 
 def listed(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
-  """Files of a name directly in the folder, in order; without hidden ones, such as macOS leaves on other disks."""
+  """List files of a name directly in the folder, without hidden ones, such as macOS leaves on other disks."""
   return sorted(path for path in folder.glob(pattern) if not paths.is_hidden(path.name))
 
 
 def names_below(folder: pathlib.Path) -> Iterator[str]:
-  """Files at any depth, relative, in order; without hidden ones, and what a link to a folder leads to.
+  """Yield files at any depth, relative, in order; without hidden ones, and what a link to a folder leads to.
 
   Raises:
     OSError: a folder cannot be read.
@@ -161,29 +258,3 @@ def check_folder(source: pathlib.Path, what: str) -> None:
   """Refuse a folder that is not there. Raises UserError."""
   if not source.is_dir():
     raise UserError(f"no folder {source}; --source is {what}")
-
-
-def check_plain(path: pathlib.Path) -> None:
-  """Refuse what is no plain file, such as a pipe, which might never end. Raises UserError."""
-  if path.exists() and not path.is_file():
-    raise UserError(f"{path} is no plain file; remove it, or put the file there")
-
-
-def lines_of(file: IO[AnyStr], path: pathlib.Path) -> Iterator[AnyStr]:
-  """The lines of a table. Raises UserError: one is longer than a caption's file may be."""
-  for number in itertools.count(1):
-    line = file.readline(MOST_TEXT_BYTES + 1)
-    if len(line) > MOST_TEXT_BYTES:
-      raise UserError(f"{path}, line {number} has more than {MOST_TEXT_BYTES:,} characters; it is no table, or damaged")
-    if not line:
-      return
-    yield line
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """Read a JSON file of the source. Raises UserError: it cannot be read."""
-  check_plain(path)
-  try:
-    return run_files.read_json(path)
-  except UserError as error:
-    raise UserError(f"{error}; download it again") from error

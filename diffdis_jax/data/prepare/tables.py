@@ -1,336 +1,290 @@
-"""Images in columns: parquet files as img2dataset and datasets write them, and arrow files of datasets' save_to_disk.
+"""Tables of one's own pictures: images in columns, which Hugging Face's datasets reads, and lists of files.
 
-An image is encoded bytes, or a struct that has them as `bytes`. pyarrow, which reads them, comes with
-tensorflow-datasets.
+Lists in text are read by Python's csv and json, which leave a value as it is written: "007" stays no number 7, and a
+date no time.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import csv
 import dataclasses
+import glob
 import hashlib
 import pathlib
 import posixpath
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from diffdis_jax.data import image_files
 from diffdis_jax.data.paths import leads_out
 from diffdis_jax.data.prepare import parts
-from diffdis_jax.data.prepare.image_folder import SPLITS
-from diffdis_jax.data.prepare.own_pairs import (
-  SEVERAL,
-  Asked,
-  Pairs,
-  caption_fields,
-  is_plain,
-  other_fields,
-  pair_of,
-  usable_captions,
-)
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.pairs import digest as digest_of
-from diffdis_jax.data.prepare.parts import Part
-from diffdis_jax.data.records import MOST_BYTES, TOO_LARGE, Unusable, texts_of
-from diffdis_jax.errors import UserError
+from diffdis_jax.data.prepare.parts import SPLITS, Item
+from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, TOO_LARGE, texts_of
+from diffdis_jax.errors import UserError, not_installed, parse_json
 
+SAVED = ("dataset_dict.json", "state.json")  # of datasets' save_to_disk
+LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of datasets' imagefolder
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture")  # the first that is there counts
-KEY = "key"  # img2dataset's
-BATCH = 32  # rows in memory at a time
+CAPTIONS = ("caption", "text")  # columns, of which the first that is there counts
+FILES = ("file_name", "filename", "file", "filepath", "file_path", "path", "image", "image_path", "image_file", "img")
+HELD_OUT = 0.05
 
 
-@dataclasses.dataclass(frozen=True)
-class Columns:
-  """The columns of a table in which a pair lies.
-
-  Attributes:
-    others: that become metadata.
-  """
-
-  image: str
-  captions: tuple[str, ...]
-  others: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-  """A file of rows, of one split of the source.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+  """The flags by which a folder is read.
 
   Attributes:
-    name: of its keys, which are NAME/KEY, or NAME/ROW where it has no column `key`.
-    keys: of its rows.
+    caption_fields: columns whose texts are the captions; empty for the usual ones.
+    held_out: share of `train` that becomes `val`; 0 for none.
+    captions: `filename` or `folder`, whose name is the caption then; empty for what lies there.
   """
 
-  path: pathlib.Path
-  split: str
-  name: str
-  columns: Columns
-  keys: Sequence[str]
+  caption_fields: tuple[str, ...] = ()
+  held_out: float = HELD_OUT
+  captions: str = ""
 
-  @property
-  def whole(self) -> Sequence[int]:
-    return range(len(self.keys))
 
-  def digests(self) -> Iterator[bytes]:
-    for row in _rows(self.path, Columns(self.columns.image, (), ()), self.whole):
-      try:
-        data = _bytes_of(row[self.columns.image])
-      except Unusable:  # it is counted where its record is made
-        data = None
-      yield digest_of(data) if data else b""
+def ending(name: str) -> str:
+  """Return the ending of a file's name, in small letters, without the dot."""
+  return posixpath.splitext(name)[1][1:].lower()
 
-  def captions(self, places: Sequence[int]) -> Iterator[list[str]]:
-    without_images = dataclasses.replace(self, columns=dataclasses.replace(self.columns, image=""))
-    return usable_captions(without_images.part("", self.split, places, {}))
 
-  def part(self, name: str, split: str, places: Sequence[int], joined: Mapping[int, tuple[str, ...]]) -> Part:
-    captions = {self.keys[place]: joined[place] for place in places if place in joined}
-    return TablePart(name, split, self.path, self.columns, places, [self.keys[place] for place in places], captions)
+def is_picture(name: str) -> bool:
+  return ending(name) in image_files.ENDINGS
 
 
 @dataclasses.dataclass
 class TablePart:
-  """Some rows of a file.
+  """The rows of a file with images in a column, or those of some places, which rise.
 
   Attributes:
-    joined: key -> captions, of the rows that have those of others with the same image too.
+    name: of its keys, which are NAME/KEY, or NAME/ROW where it has no column `key`.
+    image, captions, others: columns; the last become metadata.
   """
 
-  name: str
-  split: str
   path: pathlib.Path
-  columns: Columns
-  places: Sequence[int]
-  keys: Sequence[str]
-  joined: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  split: str
+  name: str
+  image: str
+  captions: tuple[str, ...]
+  others: tuple[str, ...]
+  places: Sequence[int] | None = None
   truncated: bool = False
 
   def identity(self) -> list[Any]:
-    digest = hashlib.blake2b(repr((list(self.places), self.joined)).encode(), digest_size=16).hexdigest()
-    return [self.name, self.path.name, *parts.stamp(self.path), digest, *self.columns.captions]
+    places = hashlib.blake2b(repr(self.places).encode(), digest_size=16).hexdigest()
+    return [self.path.name, *parts.stamp(self.path), places, *self.captions]
 
-  def few(self, count: int) -> Iterator[RawPair]:
-    """The first of them: others would have to be read past these."""
-    return iter(dataclasses.replace(self, places=self.places[:count], keys=self.keys[:count]))
+  def at(self, places: Sequence[int]) -> TablePart:
+    """Return the part of these rows alone."""
+    return dataclasses.replace(self, places=list(places))
 
   def __iter__(self) -> Iterator[RawPair]:
-    for key, row in zip(self.keys, _rows(self.path, self.columns, self.places)):
-      try:
-        image = _bytes_of(row[self.columns.image]) if self.columns.image else None
-        fields = {name: row[name] for name in self.columns.others if is_plain(row[name])}
-        if texts := self.joined.get(key, ()):
-          fields.pop(SEVERAL, None)
-        pair = pair_of(key, image, texts or texts_of(row, self.columns.captions), fields)
-        yield dataclasses.replace(pair, joined=bool(texts))
-      except Unusable as error:
-        yield RawPair(key, refused=str(error))
+    left = None if self.places is None else {*self.places}
+    with _readable(self.path):
+      columns = dict.fromkeys((self.image, *self.captions, *self.others, "key"))
+      for number, row in enumerate(_rows(self.path, columns)):
+        if left is not None and not left:
+          return
+        if left is None or number in left:
+          left = left and left - {number}
+          yield self._pair(f"{self.name}/{row.get('key', number)}", row)
+
+  def _pair(self, key: str, row: Mapping[str, Any]) -> RawPair:
+    image = row[self.image]
+    image = image.get("bytes") if isinstance(image, dict) else image
+    if image is not None and len(image) > MOST_BYTES:
+      return RawPair(key, refused=TOO_LARGE)
+    fields = {name: row[name] for name in self.others if is_plain(row[name])}
+    return parts.pair_of(key, image, texts_of(row, self.captions), fields)
 
 
-def parquet(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Pairs]:
-  """The parquet files of these names. Raises UserError: one that cannot be read, or without the columns."""
-  return [_table(source / name, _split_of(name), posixpath.splitext(name)[0], asked) for name in names]
-
-
-def on_disk(source: pathlib.Path, asked: Asked) -> list[Pairs]:
-  """Read the folder that datasets' save_to_disk wrote. Raises UserError: as `parquet`."""
-  found: list[Pairs] = []
-  for file, split in _arrow_files(source):
-    name = posixpath.splitext(file.relative_to(source).as_posix())[0]
-    found.append(_table(file, split, name, asked))
-  if not found:
-    raise UserError(f"{source} has no arrow files; write it again by save_to_disk")
-  return found
-
-
-def _arrow_files(source: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
-  """List the arrow files and their splits. Raises UserError: the files that list them are not datasets' own."""
-  try:
-    splits = [""]
-    if (source / "dataset_dict.json").exists():
-      splits = parts.read_json(source / "dataset_dict.json")["splits"]
-    states = {split: parts.read_json(_below(source, posixpath.join(split, "state.json"))) for split in splits}
-    return [
-      (_below(source, posixpath.join(split, each["filename"])), split or _saved_split(state.get("_split")))
-      for split, state in states.items()
-      for each in state.get("_data_files") or ()
-    ]
-  except (AttributeError, KeyError, TypeError) as error:
-    raise UserError(f"{source} is not as datasets' save_to_disk writes it: {error!r}; write it again") from error
-
-
-def _saved_split(said: Any) -> str:
-  """`train` where datasets calls a part or a sum of its splits train[:10%] or train+test, and where it has no name."""
-  name = str(said or "train")
-  part = re.match(r"(\w+)\s*[\[+]", name)
-  return part[1] if part else name
-
-
-def _below(source: pathlib.Path, name: str) -> pathlib.Path:
-  """Return the path of a file below the source. Raises UserError: it lies elsewhere."""
-  if leads_out(source / name, source):
-    raise UserError(f"{source} names {name}, which is not below it; write it again by save_to_disk")
-  return source / name
-
-
-def _split_of(name: str) -> str:
-  """`train` of data/train-00000-of-00001.parquet, or the folder's name; img2dataset's 00000.parquet is `train`."""
-  words = [re.split(r"[-_.]", posixpath.basename(name))[0], posixpath.basename(posixpath.dirname(name))]
-  return next((word for word in map(str.lower, words) if word in SPLITS), "train")
-
-
-def _table(path: pathlib.Path, split: str, name: str, asked: Asked) -> Table:
-  parts.check_plain(path)
-  with _readable(path):
-    schema = _schema(path)
-    columns = _columns(path, schema, asked)
-    keys = [str(row) for row in range(_length(path))]
-    if KEY in schema.names and not _is_image(schema.field(KEY).type):
-      keys = [str(row[KEY]) for row in _rows(path, Columns("", (), (KEY,)), range(len(keys)))]
-  keys = [f"{name}/{key}" for key in keys]
-  if len({*keys}) < len(keys):
-    twice, _ = collections.Counter(keys).most_common(1)[0]
-    raise UserError(f"{path} has the key {twice.removeprefix(f'{name}/')} twice; give each row its own")
-  return Table(path, split, name, columns, keys)
-
-
-def _columns(path: pathlib.Path, schema: Any, asked: Asked) -> Columns:
-  import pyarrow as pa
-
-  images = [field.name for field in schema if _is_image(field.type)]
-  image = next((name for name in IMAGES if name in images), images[0] if len(images) == 1 else "")
-  if not image:
-    raise UserError(
-      f"{path} has no column with an image, its bytes or a struct that has them; its columns are"
-      f" {', '.join(schema.names) or 'none'}"
-    )
-  captions = caption_fields(str(path), schema.names, asked)
-  # No JSON has times, and Python not all of them.
-  left_out = {*images, *(field.name for field in schema if pa.types.is_temporal(field.type))}
-  return Columns(
-    image, captions, other_fields((name for name in schema.names if name not in left_out), captions, asked)
-  )
-
-
-def _is_image(kind: Any) -> bool:
-  import pyarrow as pa
-
-  if pa.types.is_struct(kind):
-    return any(field.name == "bytes" and _is_image(field.type) for field in kind)
-  return str(kind) in ("binary", "large_binary", "binary_view")  # the last since pyarrow 16
-
-
-def _bytes_of(value: Any) -> bytes | None:
-  """Return the bytes of an image. Raises Unusable: they are too many."""
-  data = value.get("bytes") if isinstance(value, dict) else value
-  if data is not None and len(data) > MOST_BYTES:
-    raise Unusable(TOO_LARGE)
-  return data
+def is_plain(value: Any) -> bool:
+  """Say whether JSON and a reader of records have such a value: a text, a number, or a list of texts."""
+  return isinstance(value, (str, int, float)) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
 @contextlib.contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
-  """Makes a UserError of what pyarrow raises for a damaged file."""
-  import pyarrow as pa
-
+  """Make a UserError of whatever datasets and pyarrow raise for a damaged file."""
   try:
     yield
-  except (pa.ArrowException, OSError) as error:
+  except (GeneratorExit, UserError):
+    raise
+  except ImportError as error:
+    raise not_installed(str(path), "datasets", "own") from error
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path} has a text that is not UTF-8 ({error}); write it again with texts in UTF-8") from error
+  except Exception as error:
     raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; copy it again") from error
 
 
-def _rows(path: pathlib.Path, columns: Columns, places: Sequence[int]) -> Iterator[dict[str, Any]]:
-  """The rows at these places, which rise. Raises UserError: the file cannot be read."""
-  wanted = [name for name in (columns.image, *columns.captions, *columns.others) if name]
-  places = list(places)
-  next_place, first = 0, 0
+def _open(path: pathlib.Path, **how: Any) -> Any:
+  """Open a file of rows as a datasets.IterableDataset."""
+  import datasets
+
+  if path.suffix == ".arrow":
+    return datasets.Dataset.from_file(str(path)).to_iterable_dataset()
+  file = glob.escape(str(path))  # which datasets takes for a pattern
+  return datasets.load_dataset("parquet", data_files=[file], split="train", streaming=True, **how)
+
+
+def _rows(path: pathlib.Path, wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+  """Yield the rows of a file, with images as they are stored, of those columns that there are."""
+  import pyarrow.parquet
+
+  rows = _open(path)
+  columns = [name for name in rows.features if name in wanted]
+  if path.suffix == ".parquet":
+    if not pyarrow.parquet.read_metadata(path).num_rows:  # of which datasets makes an error
+      return
+    rows = _open(path, columns=columns)
+  yield from rows.select_columns(columns).decode(False)
+
+
+def parquet(source: pathlib.Path, name: str, asked: Asked) -> TablePart:
+  """Read the columns of a parquet file. Raise UserError: it cannot be read, or lacks a column.
+
+  data/train-00000-of-00001.parquet is of `train`, or the folder says the split; img2dataset's 00000.parquet is `train`.
+  """
+  words = [re.split(r"[-_.]", posixpath.basename(name))[0], posixpath.basename(posixpath.dirname(name))]
+  split = next((word for word in map(str.lower, words) if word in SPLITS), "train")
+  return _table(source / name, split, posixpath.splitext(name)[0], asked)
+
+
+def saved(source: pathlib.Path, asked: Asked) -> list[TablePart]:
+  """Read the folder that datasets' save_to_disk wrote. Raise UserError: it is none."""
+  with _readable(source):
+    import datasets
+
+    loaded: Any = datasets.load_from_disk(str(source))
+    # datasets calls a part or a sum of its splits train[:10%] or train+test.
+    by_split = loaded if isinstance(loaded, dict) else {re.split(r"\W", str(loaded.split or "train"))[0]: loaded}
+    files = [(pathlib.Path(file["filename"]), split) for split, each in by_split.items() for file in each.cache_files]
+  if outside := [path for path, _ in files if leads_out(path, source)]:
+    raise UserError(f"{source} names {outside[0]}, which is not below it; write it again by save_to_disk")
+  return [
+    _table(path, split, posixpath.splitext(path.relative_to(source).as_posix())[0], asked) for path, split in files
+  ]
+
+
+def _table(path: pathlib.Path, split: str, name: str, asked: Asked) -> TablePart:
   with _readable(path):
-    for batch in _batches(path, wanted, places):
-      while next_place < len(places) and places[next_place] < first + batch.num_rows:
-        yield _row(batch.slice(places[next_place] - first, 1))
-        next_place += 1
-      first += batch.num_rows
+    columns: dict[str, Any] = dict(_open(path).features)
+  images = [column for column, kind in columns.items() if _is_image(kind)]
+  image = next((column for column in IMAGES if column in images), images[0] if len(images) == 1 else "")
+  if not image:
+    raise UserError(
+      f"{path} has no column with an image, its bytes or a struct that has them; its columns are"
+      f" {', '.join(columns) or 'none'}"
+    )
+  # No JSON has times, and Python not all of them.
+  rest = [column for column, kind in columns.items() if column not in images and _has_json(kind)]
+  captions = caption_fields(str(path), rest, asked)
+  return TablePart(path, split, name, image, captions, _others(rest, captions, asked))
 
 
-def _row(batch: Any) -> dict[str, Any]:
-  """Read a batch of one row. Bytes that are not UTF-8 stay as those of a text file do, and are refused where they are
-  used."""
-  try:
-    return batch.to_pylist()[0]
-  except UnicodeDecodeError:  # pyarrow does not look at what a column of texts holds
-    return {name: _value(column[0]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+def _is_image(kind: Any) -> bool:
+  if isinstance(kind, dict):
+    return "bytes" in kind and _is_image(kind["bytes"])
+  return type(kind).__name__ == "Image" or "binary" in str(getattr(kind, "dtype", ""))
 
 
-def _value(scalar: Any) -> Any:
-  import pyarrow as pa
-
-  try:
-    return scalar.as_py()
-  except UnicodeDecodeError:
-    if isinstance(scalar, pa.StructScalar):  # of an image, whose path it is
-      return {name: _value(each) for name, each in scalar.items()}
-    if isinstance(scalar, pa.DictionaryScalar):
-      return _value(scalar.value)
-    if isinstance(scalar, pa.ListScalar):
-      return [_value(each) for each in scalar.values]
-    return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+def _has_json(kind: Any) -> bool:
+  return not re.match("date|time|duration", str(getattr(kind, "dtype", "")))
 
 
-def _batches(path: pathlib.Path, columns: list[str], places: Sequence[int]) -> Iterator[Any]:
-  """All rows in turn, of which those without a wanted one may lack their columns."""
-  if path.suffix != ".parquet":
-    yield from (batch.select(columns) for batch in _arrow(path))
-    return
-  import pyarrow as pa
-  import pyarrow.parquet as pq
-
-  with pq.ParquetFile(path) as file:
-    first = 0
-    for group in range(file.metadata.num_row_groups):
-      length = file.metadata.row_group(group).num_rows
-      if any(first <= place < first + length for place in places):
-        yield from file.iter_batches(batch_size=BATCH, row_groups=[group], columns=columns)
-      else:  # not read: only its length counts
-        yield pa.RecordBatch.from_arrays([pa.nulls(length)], names=["none"])
-      first += length
+def caption_fields(where: str, columns: Sequence[str], asked: Asked) -> tuple[str, ...]:
+  """Return the columns with the captions. Raise UserError: they are not among these."""
+  usual = [name for name in CAPTIONS if name in columns][:1]
+  missing = [name for name in asked.caption_fields if name not in columns]
+  if missing or not (asked.caption_fields or usual):
+    what = f"column {missing[0]}" if missing else f"column {' or '.join(CAPTIONS)}"
+    example = f", such as --caption_fields={columns[0]}" if columns else ""
+    raise UserError(
+      f"{where} has no {what}; name those with captions by --caption_fields, of {', '.join(columns)}{example}"
+    )
+  return asked.caption_fields or tuple(usual)
 
 
-def _arrow(path: pathlib.Path) -> Iterator[Any]:
-  import pyarrow as pa
-
-  # Not mapped: where a file became shorter meanwhile, that ends the process.
-  with pa.OSFile(str(path)) as source:
-    reader = _reader(source)
-    # A stream's reader iterates, a file's has its batches by number.
-    numbers = range(getattr(reader, "num_record_batches", 0))
-    yield from (reader.get_batch(i) for i in numbers) if numbers else reader
+def _others(names: Sequence[str], captions: Sequence[str], asked: Asked) -> tuple[str, ...]:
+  """Return the columns that become metadata: without the captions, and without what training would take instead of
+  those that were asked for."""
+  left_out = {*captions, "captions"} if asked.caption_fields else {*captions}
+  return tuple(name for name in names if name not in left_out)
 
 
-def _reader(source: Any) -> Any:
-  """datasets writes streams; a file that ends in a list of its batches is read too."""
-  import pyarrow as pa
+def items(source: pathlib.Path, listed: Sequence[str], names: Sequence[str], asked: Asked) -> list[Item]:
+  """Read lists of files, each of pictures in its folder or below. A picture that no row names is one without a caption.
 
-  is_file = source.read(6) == b"ARROW1"
-  source.seek(0)
-  return pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+  Raises:
+    UserError: a list cannot be read, or lacks a column.
+  """
+  # Windows parts folders by a backslash, and macOS writes an accent as a character of its own.
+  form = lambda name: unicodedata.normalize("NFC", name.replace("\\", "/"))
+  there = {form(name): name for name in names if is_picture(name)}
+  found: list[Item] = []
+  for table in listed:
+    folder, column, captions = posixpath.dirname(table), "", ()
+    for number, row in enumerate(_list(source / table), 1):
+      if not found or not column:
+        column = next((name for name in FILES if name in row), "")
+        if not column:
+          raise UserError(
+            f"{source / table} has no column of files, such as {FILES[0]}; its columns are {', '.join(row)}"
+          )
+        captions = caption_fields(f"{source / table}", [name for name in row if name != column], asked)
+      file = row.get(column)
+      if not isinstance(file, str) or not file:
+        raise UserError(f"{source / table}, row {number} has no {column}; its columns are {', '.join(row)}")
+      key = posixpath.normpath(posixpath.join(folder, file))
+      key = there.get(form(key), key)
+      plain = [name for name, value in row.items() if name != column and is_plain(value)]
+      fields = {name: row[name] for name in _others(plain, captions, asked)}
+      found.append(parts.item_of(parts.pair_of(key, None, texts_of(row, captions), fields), key))
+  if not found:
+    raise UserError(f"{source / listed[0]} has no rows; each is a {FILES[0]} and a caption")
+  named = {item.file for item in found}
+  return found + [Item(name) for name in names if is_picture(name) and name not in named]
 
 
-def _schema(path: pathlib.Path) -> Any:
-  import pyarrow as pa
-  import pyarrow.parquet as pq
-
+def _list(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """Yield the rows of a list. Raise UserError: it cannot be read."""
   if path.suffix == ".parquet":
-    return pq.read_schema(path)
-  with pa.OSFile(str(path)) as source:
-    return _reader(source).schema
+    with _readable(path):
+      yield from _open(path)
+  elif path.suffix == ".csv":
+    yield from _rows_of_csv(path)
+  else:
+    with open(path, "rb") as file:
+      for number, line in enumerate(file, 1):
+        if line.strip():
+          row = parse_json(line, f"{path}, line {number}")
+          if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number} should be a JSON object with {FILES[0]} and a caption")
+          yield row
 
 
-def _length(path: pathlib.Path) -> int:
-  if path.suffix == ".parquet":
-    import pyarrow.parquet as pq
-
-    length, size = pq.read_metadata(path).num_rows, path.stat().st_size
-    if length > size:  # a damaged number of rows, each of which would be asked for
-      raise UserError(f"{path} says that it has {length:,} rows, in {size:,} bytes; copy it again")
-    return length
-  return sum(batch.num_rows for batch in _arrow(path))
+def _rows_of_csv(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  csv.field_size_limit(MOST_TEXT_BYTES)  # instead of 131,072 characters
+  first = 1  # line of a row, which goes over several where a quoted text does
+  try:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+      # Strictly: a quote without its end would make one caption of all rows that follow.
+      rows = csv.DictReader(file, strict=True)
+      for row in rows:
+        more: Any = row.pop(None, ())  # under no name
+        if any(value.strip() for value in more):
+          raise UserError(
+            f"{path}, line {rows.line_num} has more values than the first line has names; put quotes around a text with"
+            " a comma in it"
+          )
+        first = rows.line_num + 1
+        yield row
+  except csv.Error as error:
+    raise UserError(f"{path} is no table of comma-separated values: {error}, in the row after line {first}") from error

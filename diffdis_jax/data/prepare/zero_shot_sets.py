@@ -17,20 +17,16 @@ from diffdis_jax.data import image_files
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.data.layouts.class_lists import ClassList
 from diffdis_jax.data.prepare import parts
-from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import Item, Part
+from diffdis_jax.data.prepare.write import DataSet
 from diffdis_jax.errors import UserError, not_installed
 
-
-class ZeroShotSet(CaptionedImages):
-  """Images of a zero-shot set."""
-
-  name = "zero_shot_set"
-  DESCRIPTION = (
-    "The images of a published zero-shot set. The caption is the class's name as OpenAI's prompts have it; label, its"
-    " number there, and class, its name in the data, are fields of a record."
-  )
+ZERO_SHOT = DataSet(
+  "zero_shot_set",
+  "The images of a published zero-shot set. The caption is the class's name as OpenAI's prompts have it; label, its"
+  " number there, and class, its name in the data, are fields of a record.",
+)
 
 
 class _Set(NamedTuple):

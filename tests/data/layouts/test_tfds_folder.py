@@ -10,7 +10,7 @@ import pytest
 
 from diffdis_jax.data import records, sources
 from diffdis_jax.data.layouts import class_lists, find
-from diffdis_jax.data.prepare import builder, image_folder, parts
+from diffdis_jax.data.prepare import own, parts, write
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 from tests.raw_pairs import picture
@@ -25,7 +25,7 @@ def write_classes(root: pathlib.Path, name: str, classes, split: str = "test") -
   for place, each in enumerate(classes):
     (root / "raw" / split / each).mkdir(parents=True)
     (root / "raw" / split / each / "a.png").write_bytes(picture(place))
-  builder.prepare(image_folder.find_parts(root / "raw"), root / name, builder=image_folder.ImageFolder)
+  write.prepare(own.classes(root / "raw"), root / name, data_set=own.CLASSES)
   return root / name
 
 
@@ -56,7 +56,7 @@ def test_captions_that_prepare_data_wrote(tmp_path):
     (tmp_path / f"{i}.png").write_bytes(picture(i))
     items.append(parts.Item(f"{i}.png", captions[0], json.dumps({"captions": captions})))
   found = [part for split in ("test", "train") for part in parts.files(items, split=split, root=tmp_path)]
-  builder.prepare(found, tmp_path / "coco", settings=builder.Settings(num_processes=1))
+  write.prepare(found, tmp_path / "coco", settings=write.Settings(num_processes=1))
   source = read(tmp_path, "mscoco_captions")
   assert [source[i]["captions"] for i in range(2)] == texts and source.origin.split == "test"
   assert source[1]["image"] == picture(1) and source.origin.layout == "prepared"
@@ -81,7 +81,7 @@ def test_a_damaged_record_is_one_line(tmp_path):
   with pytest.raises(UserError, match=f"dtd: {said.format(1)}"):
     read(tmp_path, "dtd")
   items = [parts.Item(f"raw/test/{name}/a.png", "a caption") for name in ("banded", "blotchy")]
-  builder.prepare(parts.files(items, split="test", root=tmp_path), tmp_path / "coco")
+  write.prepare(parts.files(items, split="test", root=tmp_path), tmp_path / "coco")
   damage(tmp_path / "coco", picture(0))
   with pytest.raises(UserError, match=f"coco: {said.format(0)}"):
     read(tmp_path, "mscoco_captions")

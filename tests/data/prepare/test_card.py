@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax import prepare_data
-from diffdis_jax.data.prepare import builder, card, parts
+from diffdis_jax.data.prepare import card, parts, write
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import digests
 from tests.raw_pairs import picture, write_tar
@@ -15,7 +15,7 @@ def test_card(tmp_path):
   content = {f"{i}.jpg": picture(i, "JPEG" if i % 4 else "PNG", (8 + i, 10)) for i in range(8)}
   content |= {f"{i}.txt": b"long caption" if i else b"short" for i in range(8)} | {"8.txt": b"x"}
   write_tar(tmp_path / "raw" / "0.tar", dict(sorted(content.items())))
-  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  write.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
   made = card.describe(tmp_path / "out")
   facts = json.loads(made.to_json())["splits"]["train"]
   assert facts["pairs"] == 8 and facts["report"]["skipped"] == {"missing image": 1}
@@ -40,7 +40,7 @@ def test_a_card_of_pairs_whose_names_are_not_unicode(tmp_path):
   (tmp_path / "raw").mkdir()
   broken = {"\udcff.png": b"no image", "\udcff.txt": b"x"}
   write_tar(tmp_path / "raw" / "0.tar", {"a.png": picture(0), "a.txt": b"x", **broken})
-  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  write.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
   prepare_data.write_card(tmp_path / "out")
   report = json.loads((tmp_path / "out" / "card.json").read_bytes())["splits"]["train"]["report"]
   assert report["first_skipped"] == {"corrupt image": ["0/\udcff"]}
@@ -50,7 +50,7 @@ def test_a_card_that_is_written_again_is_no_damage(tmp_path, monkeypatch):
   (tmp_path / "raw").mkdir()
   content = {f"{i}.png": picture(i) for i in range(3)} | {f"{i}.txt": b"x" for i in range(3)}
   write_tar(tmp_path / "raw" / "0.tar", content)
-  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  write.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
   prepare_data.write_card(tmp_path / "out")
   assert not (tmp_path / "out" / digests.NAME).exists()  # the preparation writes it last
   digests.write(tmp_path / "out")
@@ -72,7 +72,7 @@ def test_captions_that_are_no_strings_do_not_count(tmp_path):
   for i, metadata in enumerate(odd):
     content |= {f"{i}.png": picture(i), f"{i}.txt": b"four", f"{i}.json": json.dumps(metadata).encode()}
   write_tar(tmp_path / "raw" / "0.tar", content)
-  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  write.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
   facts = card.describe(tmp_path / "out").splits["train"]
   assert facts["captions_an_image"] == 5 / 4
   assert facts["caption_characters"] == {"least": 3, "median": 4, "most": 7}

@@ -10,7 +10,7 @@ from clip_benchmark.datasets import caltech101
 from diffdis_jax import prepare_data
 from diffdis_jax.data import sources, transforms
 from diffdis_jax.data.layouts import class_lists
-from diffdis_jax.data.prepare import builder, zero_shot_sets
+from diffdis_jax.data.prepare import write, zero_shot_sets
 from diffdis_jax.errors import UserError
 from tests import benchmark_sets
 
@@ -42,7 +42,7 @@ def unchecked(monkeypatch):
 
 def prepare(name, raw, out):
   found = zero_shot_sets.find_parts(name, raw)
-  builder.prepare(found, out / name, builder=zero_shot_sets.ZeroShotSet, settings=builder.Settings(num_processes=1))
+  write.prepare(found, out / name, data_set=zero_shot_sets.ZERO_SHOT, settings=write.Settings(num_processes=1))
   return sources.open_source(name=name, path=out, image_size=8)
 
 

@@ -1,23 +1,19 @@
 import dataclasses
-import io
 import pathlib
 import tarfile
 
 import pytest
 
 from diffdis_jax.data import records
-from diffdis_jax.data.prepare import webdataset
+from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.pairs import RawPair, to_record
-from diffdis_jax.data.prepare.webdataset import TarPart, split_of
+from diffdis_jax.data.prepare.parts import TarPart
 from diffdis_jax.errors import UserError
+from tests import raw_pairs
 
 
 def write_tar(path: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
-  with tarfile.open(path, "w") as tar:
-    for name, data in files.items():
-      member = tarfile.TarInfo(name)
-      member.size = len(data)
-      tar.addfile(member, io.BytesIO(data))
+  raw_pairs.write_tar(path, files)
   return path
 
 
@@ -42,7 +38,7 @@ def test_extensions_keys_and_strangers(tmp_path):
   files |= {"y.webp": b"2", "z.jpeg": b"3"}
   files |= {"sub/._x.jpg": b"of macOS", "sub/more": b""}
   path = write_tar(tmp_path / "0.tar", files)
-  part = webdataset.TarPart(path, "train")
+  part = TarPart(path, "train")
   named = [RawPair("sub/x", b"1", b"t"), RawPair("y.seg", b"no"), RawPair("y", b"2"), RawPair("z", b"3")]
   assert [dataclasses.replace(pair, key=pair.key.removeprefix("0/")) for pair in part] == named
   assert part.passed_over == {".cls": 1, "without an ending": 2, "hidden": 1}
@@ -77,18 +73,8 @@ def test_truncated_end(tmp_path, length, expected):
   assert [(p.key, p.image, p.caption) for p in pairs] == [(p.key, p.image, p.caption) for p in expected]
 
 
-def test_any_order(tmp_path):
-  """Whole tars keep every pair; of one that is cut off remain those that have image and caption."""
-  files = {f"{key}.{ending}": f"{key} {ending}".encode() for ending in ("txt", "jpg", "json") for key in "hgfedcba"}
-  path = write_tar(tmp_path / "0.tar", files)
-  pairs = [RawPair(k, *(f"{k} {ending}".encode() for ending in ("jpg", "txt", "json"))) for k in "hgfedcba"]
-  assert read(path) == (pairs, False)
-  path.write_bytes(path.read_bytes()[: 1024 * 11 + 100])
-  assert read(path) == ([RawPair(k, f"{k} jpg".encode(), f"{k} txt".encode()) for k in "hgf"], True)
-
-
 def test_files_that_are_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(webdataset, "MOST_TEXT_BYTES", 1000)
+  monkeypatch.setattr(parts, "MOST_TEXT_BYTES", 1000)
   files = {"a.jpg": b"1", "a.txt": bytes(1001), "b.jpg": bytes(1001), "b.txt": b"2", "c.jpg": b"3", "c.txt": b"4"}
   path = write_tar(tmp_path / "0.tar", files)
   with tarfile.open(path, "a") as tar:
@@ -118,18 +104,6 @@ def test_garbage(tmp_path):
   assert read(whole) == (PAIRS[:1], True)
 
 
-def test_memory_stays_flat(tmp_path):
-  """Reading a tar of 40 MB, one pair at a time, holds less than a tenth of it."""
-  import tracemalloc
-
-  path = write_tar(tmp_path / "0.tar", {f"{i:03d}.{ext}": bytes(200_000) for i in range(100) for ext in ("png", "txt")})
-  tracemalloc.start()
-  assert sum(1 for _ in TarPart(path, "train")) == 100
-  peak = tracemalloc.get_traced_memory()[1]
-  tracemalloc.stop()
-  assert peak < 4_000_000
-
-
 @pytest.mark.parametrize(
   ("name", "split"),
   [
@@ -142,5 +116,10 @@ def test_memory_stays_flat(tmp_path):
     ("train.tar", None),
   ],
 )
-def test_split_of(name, split):
-  assert split_of(pathlib.Path("some-00001/folder") / name) == split
+def test_split_of_a_tar(tmp_path, name, split):
+  write_tar(tmp_path / name, FILES)
+  if split:
+    assert [part.split for part in parts.tars(tmp_path)] == [split]
+  else:
+    with pytest.raises(UserError, match="cannot tell the split of"):
+      parts.tars(tmp_path)

@@ -1,0 +1,320 @@
+"""A folder of one's own pictures with captions, in the layouts in which people have them.
+
+| what lies there, at any depth | captions |
+|---|---|
+| what Hugging Face datasets' save_to_disk wrote, not deeper | columns |
+| metadata.csv, .jsonl or .parquet, or another .csv or .jsonl, with a column of file names | columns beside it |
+| x.jpg, .png or any of image_files.ENDINGS, with x.txt or x.caption | that file |
+| x.parquet with images, as datasets and img2dataset write it | columns |
+| CLASS/x.jpg or SPLIT/CLASS/x.jpg | the folder's name |
+
+Rows of a split whose images have the same bytes are one record with all their captions. Splits that the source names
+stay. Where none is `val`, a share of `train` is held out, by a hash of each image's bytes: no image is on both sides,
+and more pictures move none to the other side.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import logging
+
+from diffdis_jax.data import records
+from diffdis_jax.data.prepare import parts, tables
+from diffdis_jax.data.prepare.pairs import RawPair, digest
+from diffdis_jax.data.prepare.parts import ITEMS, SPLITS, FilesPart, Item, Part
+from diffdis_jax.data.prepare.tables import Asked, TablePart
+from diffdis_jax.data.prepare.write import DataSet
+from diffdis_jax.errors import UserError
+
+OWN = DataSet("files", "A folder of pictures with captions.")
+CLASSES = DataSet(
+  "folder", "Images in class folders. The caption is the class's name; label and class are fields of a record."
+)
+TEXTS = ("txt", "caption")  # endings of a caption's file
+LAYOUTS = (
+  "x.jpg with x.txt or x.caption, CLASS/x.jpg, a .csv or .jsonl with file names and captions, parquet files with images"
+  " and captions, or a folder of datasets' save_to_disk"
+)
+
+
+def _find(source: pathlib.Path, asked: Asked) -> list[FilesPart] | list[TablePart]:
+  """Find out which layout it is, and return the parts of the source, uncut and by their splits' own names."""
+  parts.check_folder(source, f"a folder of {LAYOUTS}")
+  names = list(parts.names_below(source))
+  pictures = [name for name in names if tables.is_picture(name)]
+  texts = [name for name in names if tables.ending(name) in TEXTS]
+  stem = lambda name: posixpath.splitext(name)[0]
+  if asked.captions == "folder":
+    return _of_classes(source)
+  if asked.captions == "filename":
+    return _by_split(source, [Item(name, _words(name)) for name in pictures])
+  if {*names} & {*tables.SAVED}:
+    return tables.saved(source, asked)
+  if listed := [name for name in names if posixpath.basename(name) in tables.LISTS]:
+    return _by_split(source, tables.items(source, listed, names, asked))
+  if {*map(stem, pictures)} & {*map(stem, texts)}:
+    return _by_split(source, _beside(source, names, asked))
+  if tar := next((name for name in names if name.endswith(".tar")), ""):
+    # First: beside them img2dataset puts parquet files without images.
+    raise UserError(f"{source / posixpath.dirname(tar)} holds tars; prepare_data pairs reads those")
+  if parquet := [name for name in names if name.endswith(".parquet")]:
+    return [tables.parquet(source, name, asked) for name in parquet]
+  if table := next((name for name in names if tables.ending(name) in ("csv", "jsonl")), ""):
+    return _by_split(source, tables.items(source, [table], names, asked))
+  if pictures and not texts and all("/" in name for name in pictures):
+    return _of_classes(source)
+  if saved := next((name for name in names if posixpath.basename(name) in tables.SAVED), ""):
+    raise UserError(f"what save_to_disk wrote lies in {source / posixpath.dirname(saved)}; give that as --source")
+  if pictures:
+    raise UserError(
+      f"{source} has {len(pictures)} pictures, such as {pictures[0]!r:.100}, and {len(texts)} captions, none for the"
+      " other; put x.txt beside x.jpg or a metadata.csv with file_name and caption above them, or take the files'"
+      " names: --captions=filename"
+    )
+  if texts:
+    raise UserError(f"{source} has {len(texts)} captions and no picture; put x.jpg, .png or .webp beside x.txt")
+  raise UserError(f"no pictures in {source}; --source is a folder of {LAYOUTS}")
+
+
+def _words(name: str) -> str:
+  """Make a caption of a file's name: red_apple-01.jpg -> "red apple"."""
+  stem = posixpath.splitext(posixpath.basename(name))[0]
+  text = re.sub(r"[\W_]+", " ", stem).strip()
+  return re.sub(r"\s*\d+$", "", text) or text
+
+
+def _beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Item]:
+  """Read x.txt or x.caption for x.jpg; x.json beside them is its metadata."""
+  if asked.caption_fields:
+    raise UserError("--caption_fields names columns of a table, and captions lie in files here; leave it out")
+  found: dict[str, dict[str, str]] = {}
+  for name in names:
+    ending = tables.ending(name)
+    field = "image" if tables.is_picture(name) else "caption" if ending in TEXTS else ending
+    if field in ("image", "caption", "json"):
+      sample = found.setdefault(posixpath.splitext(name)[0], {})
+      if field in sample:
+        raise UserError(f"{source} has {sample[field]} and {name}, two files for {field} of one key; keep one")
+      sample[field] = name
+  return [_sample(source, key, files) for key, files in found.items() if files.keys() != {"json"}]
+
+
+def _sample(source: pathlib.Path, key: str, files: Mapping[str, str]) -> Item:
+  try:
+    fields = records.read_metadata(_text(source, files["json"])) if "json" in files else {}
+    pair = parts.pair_of(key, None, [_text(source, files["caption"])] if "caption" in files else [], fields)
+  except records.Unusable as error:
+    pair = RawPair(key, refused=str(error))
+  return parts.item_of(pair, files.get("image", ""))
+
+
+def _text(source: pathlib.Path, name: str) -> bytes:
+  """Read a small file. Raise Unusable: it has too many bytes, is no plain file, or lies outside."""
+  path = source / name
+  if path.is_file() and path.stat().st_size > records.MOST_TEXT_BYTES:
+    raise records.Unusable(records.TOO_LARGE)
+  return records.read_file(path, within=source)
+
+
+def _by_split(root: pathlib.Path, items: Sequence[Item]) -> list[FilesPart]:
+  """Group items by their first folder, where all whole pairs lie in folders with names of splits. Other files, such
+  as a README.txt or a folder `test` without captions, are counted in one of these."""
+  folder = lambda item: (item.key or item.file).rpartition("/")[0].lower()
+  first = lambda item: folder(item).partition("/")[0]
+  whole = {first(item) for item in items if item.file and (item.caption or item.refused)}
+  if not whole or not whole <= SPLITS.keys():
+    inner = {name for item in items for name in folder(item).split("/")} & SPLITS.keys()
+    if len(inner) > 1:  # held-out pairs would be trained on
+      logging.warning(
+        "%s has the folders %s, which are splits only directly below --source, where no pair lies beside them; all"
+        " pairs are of train here",
+        root,
+        ", ".join(sorted(inner)),
+      )
+    return [FilesPart("", "train", root, items)]
+  elsewhere = "train" if "train" in whole else min(whole)
+  by_split = collections.defaultdict[str, list[Item]](list)
+  for item in items:
+    by_split[first(item) if first(item) in whole else elsewhere].append(item)
+  return [FilesPart("", split, root, of_split) for split, of_split in sorted(by_split.items())]
+
+
+def classes(source: pathlib.Path) -> list[Part]:
+  """Find the parts of CLASS/IMAGE, or of SPLIT/CLASS/IMAGE with splits of the usual names.
+
+  Classes are numbered by `in_order` over all splits. A record has the number as `label` and the folder's name as
+  `class`.
+
+  Raises:
+    UserError: no folder, or none of images in it; splits mixed with classes, in one of them, or twice.
+  """
+  parts.check_folder(source, "a folder of class folders")
+  return [part for of in _of_classes(source) for part in parts.files(of.items, split=SPLITS[of.split], root=source)]
+
+
+def _of_classes(source: pathlib.Path) -> list[FilesPart]:
+  paths = [name.split("/") for name in parts.names_below(source) if tables.is_picture(name)]
+  children = {path[0] for path in paths if len(path) > 1}
+  splits = {name for name in children if name.lower() in SPLITS}
+  # A class may be called `test`: only where all folders are splits are they taken for such.
+  if splits and splits != children:
+    raise UserError(
+      f"{source} mixes splits and classes: {', '.join(sorted(children)[:10])}; if all are classes, move them into one"
+      " new folder, train"
+    )
+  if len({SPLITS[name.lower()] for name in splits}) < len(splits):
+    raise UserError(f"{source} has {' and '.join(sorted(splits))}, two of one split; leave one of them")
+  depth = 1 if splits else 0
+  paths = [path for path in paths if len(path) > depth + 1]
+  # Over all splits, so that a class which one of them lacks moves no other's number.
+  labels = {name: label for label, name in enumerate(in_order({path[depth] for path in paths}))}
+  # Of --source one folder too high each data set would be a class, its test images among them.
+  for name in labels:
+    inside = {path[depth + 1] for path in paths if path[depth] == name and path[depth + 1].lower() in SPLITS}
+    if len(inside) > 1:
+      inside = ", ".join(sorted(inside))
+      raise UserError(f"{source / name} has the folders {inside}; if they are splits, give it as --source")
+  by_split = collections.defaultdict[str, list[Item]](list)
+  for path in sorted(paths, key=lambda path: (path[:depth], labels[path[depth]], path)):
+    name = path[depth]
+    metadata = json.dumps({"label": labels[name], "class": name}, ensure_ascii=False)
+    by_split[path[0].lower() if splits else "train"].append(Item("/".join(path), name.replace("_", " "), metadata))
+  if not by_split:
+    raise UserError(f"no images in class folders in {source}; it should hold CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg")
+  return [FilesPart("", split, source, items) for split, items in by_split.items()]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+  """Sort class names by their numbers where all of them are whole numbers; else by string, as torchvision does."""
+  by_string = sorted(names)
+  return sorted(by_string, key=int) if all(name.isdecimal() for name in by_string) else by_string
+
+
+class _Row(NamedTuple):
+  """A row of a part of the source that begins a record.
+
+  Attributes:
+    part, place: of the row.
+    unit: the digest of its image, or its key where no image can be read.
+    is_whole: it has an image and a caption.
+  """
+
+  part: int
+  place: int
+  split: str
+  unit: bytes
+  is_whole: bool
+
+
+@dataclasses.dataclass
+class Chosen:
+  """Some rows of a part, those of some places, with the captions of others with the same image."""
+
+  name: str
+  split: str
+  part: FilesPart | TablePart
+  places: Sequence[int]
+  joined: Mapping[int, Sequence[str]]
+  truncated: bool = False
+
+  def identity(self) -> list[Any]:
+    chosen = hashlib.blake2b(repr((list(self.places), sorted(self.joined.items()))).encode(), digest_size=16)
+    return [self.name, *self.part.at(self.places).identity(), chosen.hexdigest()]
+
+  def __iter__(self) -> Iterator[RawPair]:
+    for place, pair in zip(self.places, self.part.at(self.places), strict=True):
+      if captions := self.joined.get(place):
+        fields = {name: value for name, value in json.loads(pair.metadata or b"{}").items() if name != "captions"}
+        pair = dataclasses.replace(parts.pair_of(pair.key, pair.image, captions, fields), joined=True)
+      yield pair
+
+
+def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
+  """Find the parts of the folder, `train` first, and what is held out of it among them.
+
+  All images are read once for this. Their digests and captions stay in memory. All usable rows of a split that have the
+  same image bytes are one record: the first row, with the captions of all.
+
+  Raises:
+    UserError: nothing there that can be read so, or too few pairs.
+  """
+  found = _find(source, asked)
+  rows: list[_Row] = []
+  captions: dict[tuple[str, bytes], list[str]] = {}  # split and image -> those of all usable rows
+  several: set[tuple[str, bytes]] = set()
+  first: dict[tuple[int, int], tuple[str, bytes]] = {}  # part and place of the usable rows that begin a record
+  more = 0
+  for i, part in enumerate(found):
+    split = SPLITS.get(part.split, part.split)
+    for place, pair in enumerate(parts.reading(part)):
+      unit = digest(pair.image) if pair.image else b""
+      # A row whose captions cannot be used stays a record of its own, which the preparation skips and counts.
+      if unit and (texts := _usable_captions(pair)):
+        if (split, unit) in captions:
+          captions[split, unit] += texts
+          several.add((split, unit))
+          more += 1
+          continue
+        captions[split, unit], first[i, place] = texts, (split, unit)
+      is_whole = bool(pair.image and pair.caption)
+      rows.append(_Row(i, place, split, unit or pair.key.encode("utf-8", "surrogatepass"), is_whole))
+  if more:
+    logging.info("%d rows have the same image as another; each image is one record with all captions", more)
+  held = _held_out(source, rows, asked.held_out)
+  places = collections.defaultdict[tuple[str, int], list[int]](list)
+  for row in rows:
+    places["val" if row.split == "train" and row.unit in held else row.split, row.part].append(row.place)
+  by_split: dict[str, list[Part]] = {}
+  for (split, i), of_part in sorted(places.items(), key=lambda each: each[0][0] != "train"):
+    of_split = by_split.setdefault(split, [])
+    # A table is one part for each split, since it is read from its start.
+    size = ITEMS if isinstance(found[i], FilesPart) else len(of_part)
+    for chosen in (of_part[start : start + size] for start in range(0, len(of_part), size)):
+      joined = {
+        place: tuple(dict.fromkeys(captions[unit])) for place in chosen if (unit := first.get((i, place))) in several
+      }
+      of_split.append(Chosen(f"{split}-{len(of_split):05d}", split, found[i], chosen, joined))
+  return [part for of_split in by_split.values() for part in of_split]
+
+
+def _usable_captions(pair: RawPair) -> list[str]:
+  """Return the captions of a pair; none where they cannot be used."""
+  try:
+    metadata = records.read_metadata(pair.metadata)
+    return [] if pair.refused else records.captions_of(metadata) or [records.read_caption(pair.caption)]
+  except records.Unusable:
+    return []
+
+
+def _held_out(source: pathlib.Path, rows: Sequence[_Row], share: float) -> set[bytes]:
+  """Choose the images that become `val` by the hash of their bytes, so that none is in both splits.
+
+  None are chosen where the source has a `val`, or no `train`.
+  """
+  splits = {row.split for row in rows} or {"train"}
+  if not share or "train" not in splits or "val" in splits:
+    return set()
+  hashes = {row.unit: share_of(row.unit) for row in rows if row.split == "train" and row.is_whole}
+  if len(hashes) < 2:
+    there = "one pair" if hashes else "no pair"
+    raise UserError(
+      f"{source} has {there} with picture and caption; give at least two, of which one is held out, or --held_out=0"
+    )
+  in_order = sorted(hashes, key=hashes.__getitem__)
+  # One at least, and one at least stays.
+  held = [unit for unit in in_order if hashes[unit] < share] or in_order[:1]
+  return {*held[: len(in_order) - 1]}
+
+
+def share_of(unit: bytes) -> float:
+  """Map bytes evenly to numbers from 0 to 1; those below the share that is held out become `val`."""
+  return int.from_bytes(hashlib.blake2b(unit, digest_size=8).digest(), "big") / 2**64

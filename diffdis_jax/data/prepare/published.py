@@ -1,0 +1,193 @@
+"""Published sets of captioned images, from the files as their authors publish them: CC3M, MSCOCO, Flickr30k.
+
+A record's caption is the first one of an image; where there are several, all of them are its field `captions`, of
+which training samples one each time.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from diffdis_jax.common import files
+from diffdis_jax.data.prepare import parts
+from diffdis_jax.data.prepare.parts import SPLITS, Item, Part
+from diffdis_jax.data.prepare.write import DataSet
+from diffdis_jax.data.records import MOST_TEXT_BYTES
+from diffdis_jax.errors import UserError
+
+SHORT_SIDE = 288  # pixels, of CC3M: squares of 256 px are still made smaller, never larger
+CAPTIONS = ("caption", "title", "text")  # columns, of which the first that is there counts
+FILES = ("filepath", "image", "file", "path")
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a text, as csv and pandas write it where it has quotes in it
+_COCO_FILE = re.compile(r"captions_([a-z]+)(\d{4})\.json")
+_KARPATHY = (
+  "@inproceedings{karpathy2015deep, title = {Deep Visual-Semantic Alignments for Generating Image Descriptions}, "
+  "author = {Karpathy, Andrej and Fei-Fei, Li}, booktitle = {CVPR}, year = {2015}}"
+)
+CC3M = DataSet(
+  "cc3m",
+  "Conceptual Captions: images from the web with their alternative texts, cleaned; about 3.3 million pairs when "
+  "published, of which 2,905,954 for training were still to be had in img2dataset's layout.",
+  "@inproceedings{sharma2018conceptual, title = {Conceptual Captions: A Cleaned, Hypernymed, Image Alt-text Dataset "
+  "For Automatic Image Captioning}, author = {Sharma, Piyush and Ding, Nan and Goodman, Sebastian and Soricut, "
+  "Radu}, booktitle = {Proceedings of ACL}, year = {2018}}",
+  "https://ai.google.com/research/ConceptualCaptions",
+)
+COCO = DataSet(
+  "coco",
+  "MSCOCO: photographs of everyday scenes, five captions each, by the splits of the files it is made from.",
+  "@article{chen2015microsoft, title = {Microsoft COCO Captions: Data Collection and Evaluation Server}, author = "
+  "{Chen, Xinlei and Fang, Hao and Lin, Tsung-Yi and Vedantam, Ramakrishna and Gupta, Saurabh and Dollar, Piotr and "
+  "Zitnick, C. Lawrence}, journal = {arXiv:1504.00325}, year = {2015}}\n" + _KARPATHY,
+  "https://cocodataset.org",
+)
+FLICKR30K = DataSet(
+  "flickr30k",
+  "Flickr30k: photographs of people and animals, five captions each, in Karpathy's splits.",
+  "@article{young2014image, title = {From image descriptions to visual denotations}, author = {Young, Peter and Lai, "
+  "Alice and Hodosh, Micah and Hockenmaier, Julia}, journal = {TACL}, year = {2014}}\n" + _KARPATHY,
+  "https://shannon.cs.illinois.edu/DenotationGraph",
+)
+
+
+def find_cc3m(source: pathlib.Path) -> list[Part]:
+  """Find the tars of the folder, or where there are none its tables `train.tsv`, `val.tsv`, ...
+
+  A table's first line names its columns: one of CAPTIONS, and one of FILES, which holds the image's path relative to
+  the folder. Other columns become metadata.
+
+  Raises:
+    UserError: neither tars nor tables, or a table that cannot be read so.
+  """
+  parts.check_folder(source, "a folder of webdataset tars, or of .tsv files and images")
+  tables = parts.listed(source, "*.tsv")
+  if not tables or parts.listed(source, "*.tar"):
+    of_tars = parts.tars(source)
+    for part in of_tars:
+      part.split = SPLITS.get(part.split, part.split)
+    return of_tars
+  found: dict[str, list[Part]] = {}
+  for table in tables:
+    # By words, so that Train_GCC-training.tsv and cc3m_val.tsv are known as well.
+    split = next((SPLITS[word] for word in re.split(r"[^a-z]+", table.stem.lower()) if word in SPLITS), "")
+    if not split:
+      raise UserError(f"cannot tell the split of {table.name}; name it train.tsv, val.tsv or test.tsv")
+    if split in found:
+      raise UserError(f"{table.name} is a second table of split {split}; give each split one")
+    found[split] = parts.files(_rows(table), split=split, root=source)
+    if not found[split]:
+      raise UserError(f"{table} has no rows")
+  return [part for group in found.values() for part in group]
+
+
+def _rows(table: pathlib.Path) -> Iterator[Item]:
+  csv.field_size_limit(MOST_TEXT_BYTES)  # instead of 131,072 characters
+  with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    # Without quotes: captions have single ones, at which csv would read on to the end of the file.
+    rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    columns = {name.strip().lower(): name for name in rows.fieldnames or ()}
+    caption = next((columns[name] for name in CAPTIONS if name in columns), None)
+    path = next((columns[name] for name in FILES if name in columns), None)
+    if caption is None or path is None:
+      raise UserError(
+        f"{table}: the first line must name a column caption and a column filepath, not {', '.join(columns) or 'none'}"
+      )
+    opened = 0  # the line in which a quoted text began that no line has ended yet
+    try:
+      for row in rows:
+        values = [value for value in row.values() if isinstance(value, str)]
+        if opened and any(value.endswith('"') and not value.startswith('"') for value in values):
+          raise UserError(f"{table}, line {opened}: a quoted text goes on in the next line; write it in one line")
+        if None not in row.values():
+          opened = 0
+        elif values[-1].startswith('"') and values[-1].count('"') % 2:
+          opened = rows.line_num
+        row = {name: _unquoted(value) for name, value in row.items() if isinstance(value, str)}
+        other = {name: value for name, value in row.items() if name not in (caption, path)}
+        yield Item(row.get(path, ""), row.get(caption, ""), json.dumps(other, ensure_ascii=False))
+    except csv.Error as error:
+      raise UserError(f"{table}, line {rows.line_num + 1}: {error}; it is no table, or damaged") from error
+
+
+def _unquoted(text: str) -> str:
+  """Remove the quotes around a text in which each quote is doubled."""
+  return text[1:-1].replace('""', '"') if '""' in text[1:-1] and _QUOTED.fullmatch(text) else text
+
+
+def find_flickr30k(source: pathlib.Path) -> list[Part]:
+  """Find the parts of a folder with Karpathy's `dataset_flickr30k.json` and the images, in it or in `flickr30k-images`.
+
+  Raises:
+    UserError: no such file, or one of another form.
+  """
+  parts.check_folder(source, "a folder with dataset_flickr30k.json and the images")
+  table = source / "dataset_flickr30k.json"
+  if not table.exists():
+    raise UserError(f"no {table}; it comes with Karpathy's splits (caption_datasets.zip)")
+  images = [source / name for name in ("flickr30k-images", "flickr30k_images", "images", "Images")]
+  return _karpathy(table, next((folder for folder in images if folder.is_dir()), source))
+
+
+def find_coco(source: pathlib.Path) -> list[Part]:
+  """Find the parts of a folder with `annotations/captions_train2017.json` and the images in `train2017`, and the like.
+
+  A file `dataset_coco.json` in it, Karpathy's, takes precedence; its `restval` is part of `train`.
+
+  Raises:
+    UserError: no such files, or files of another form.
+  """
+  parts.check_folder(source, "a folder with annotations/captions_train2017.json and train2017/, or dataset_coco.json")
+  images = source / "images" if (source / "images").is_dir() else source
+  # Karpathy's splits first, by which retrieval is measured; the annotations of both years may lie beside them.
+  if (source / "dataset_coco.json").exists():
+    return _karpathy(source / "dataset_coco.json", images)
+  found: list[Part] = []
+  for table in sorted([*source.glob("captions_*.json"), *source.glob("annotations/captions_*.json")]):
+    if match := _COCO_FILE.fullmatch(table.name):
+      # 2014 and 2017 part the same images differently, so that one's training images are the other's validation.
+      if any(part.split == match[1] for part in found):
+        raise UserError(f"{source} has two files of split {match[1]}; keep those of one year")
+      found += parts.files(_coco_items(table, f"{match[1]}{match[2]}"), split=match[1], root=images)
+  if not found:
+    raise UserError(f"no annotations/captions_train2017.json and no dataset_coco.json in {source}")
+  return found
+
+
+def _karpathy(table: pathlib.Path, root: pathlib.Path) -> list[Part]:
+  by_split: dict[str, list[Item]] = collections.defaultdict(list)
+  try:
+    for image in files.read_json(table)["images"]:
+      # As the field trains on: `restval` is what of val2014 Karpathy left for training.
+      split = "train" if image["split"] == "restval" else image["split"]
+      if not isinstance(split, str):
+        raise TypeError(f"split {split!r}")
+      file = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+      by_split[split].append(_item(file, [sentence["raw"] for sentence in image["sentences"]], image.get("imgid")))
+  except (KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{table} is not of the form of Karpathy's splits: {error!r}") from error
+  return [part for split, items in sorted(by_split.items()) for part in parts.files(items, split=split, root=root)]
+
+
+def _coco_items(table: pathlib.Path, folder: str) -> Iterator[Item]:
+  try:
+    content: Any = files.read_json(table)
+    captions = collections.defaultdict(list)
+    for annotation in content["annotations"]:
+      captions[annotation["image_id"]].append(annotation["caption"])
+    for image in sorted(content["images"], key=lambda image: image["id"]):
+      yield _item(f"{folder}/{image['file_name']}", captions[image["id"]], image["id"])
+  except (KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{table} is not of the form of COCO's captions: {error!r}") from error
+
+
+def _item(file: str, captions: list[str], number: Any) -> Item:
+  # An image whose captions are all empty becomes a pair without one, which the preparation counts.
+  captions = [caption.strip() for caption in captions if caption.strip()]
+  metadata = json.dumps({"captions": captions, "image_id": number}, ensure_ascii=False)
+  return Item(file, captions[0] if captions else "", metadata)
