@@ -109,8 +109,6 @@ def main(argv: Sequence[str]) -> None:
   if FLAGS.suite:
     results = measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
   else:
-    if processes.is_first():  # here, before hours that a user would rather write elsewhere
-      result_files.warn_of_lost(FLAGS.out, {(section.task, section.dataset) for section in sections})
     results = evaluate(FLAGS.workdir, sections, kept=ResultFile(FLAGS.out, resumes=False), **protocol)
     if "long_tail" in results:
       tables.write(FLAGS.workdir, results, FLAGS.out)
@@ -258,19 +256,13 @@ def check_effect(
 ) -> None:
   """Raise UserError where one of these flags of Sampling changes nothing."""
   rows = [tasks.get(section.task) for section in sections]
+  compares = not is_clip and any(row.compares for row in rows) and {*ALIGNED} & {*objectives}
   for name in given:
     if name.startswith("generation_"):
       if not any(row.generates for row in rows):
         raise UserError(f"--{name} has no effect on these tasks, which generate nothing; leave it out")
-    elif is_clip:  # here: what loads the model knows fields alone, and comes after the data
-      raise UserError(f"--{name} has no effect: this run is a CLIP model, which denoises nothing; leave it out")
-    elif not any(row.compares for row in rows):
-      raise UserError(f"--{name} has no effect on these tasks, for which no text query is denoised; leave it out")
-    elif not {*ALIGNED} & {*objectives}:
-      raise UserError(
-        f"--{name} is of text queries, and this run has no head that compares them; leave it out, or give"
-        " --generation_steps or --generation_guidance of its images"
-      )
+    elif not compares:
+      raise UserError(f"--{name} has no effect: no text query is denoised by this run for these tasks; leave it out")
 
 
 def _given(names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

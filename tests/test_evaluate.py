@@ -101,22 +101,6 @@ def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
   assert list(results.read(f"{tmp_path}/F.json")["zero_shot"]) == ["first"]
 
 
-def test_results_that_a_call_replaces_are_named(tmp_path, caplog):
-  """Of a suite they took hours, and a suite's own call keeps what is there."""
-  path = str(tmp_path / "F.json")
-  results.warn_of_lost(path, {("zero_shot", "pets")})
-  words = dict(dataset="pets", model="m", pretrained="run", task="zeroshot_classification")
-  record = results.make_record(**words, metrics={"acc1": 0.5}, protocol={"num_images": 4}, provenance={})
-  results.write(path, {"zero_shot": {"pets": record}})
-  results.warn_of_lost(path, {("zero_shot", "pets"), ("fid", "coco")})
-  assert not caplog.text
-  results.warn_of_lost(path, {("fid", "coco")})
-  assert f"--out={path} will lose its zero_shot on pets; name another" in caplog.text
-  (tmp_path / "F.json").write_text("[]")
-  results.warn_of_lost(path, set())
-  assert len(caplog.records) == 1
-
-
 def test_sections():
   config = {"a": {"task": "zero_shot"}, "b": {"task": "generation_accuracy"}, "c": {"task": "zero_shot"}}
   select = lambda names: [section.dataset for section in tasks.of_config(config, tasks=names)]
@@ -249,12 +233,12 @@ def test_what_is_of_text_queries_has_no_effect_without_a_head():
   evaluate.check_effect(fid, both, ["query_steps", "generation_steps"])
   evaluate.check_effect(fid, ("generation",), ["generation_guidance"])
   for flag in ("guidance", "query_steps"):
-    with pytest.raises(UserError, match=f"--{flag} is of text queries, and this run has no head"):
+    with pytest.raises(UserError, match=f"--{flag} has no effect: no text query"):
       evaluate.check_effect(fid, ("generation",), ["generation_steps", flag])
   evaluate.check_effect([Section("val", "held_out_loss", {}), *fid], both, ["query_steps"])
-  with pytest.raises(UserError, match="--query_steps has no effect on these tasks, for which no text query"):
+  with pytest.raises(UserError, match="--query_steps has no effect: no text query"):
     evaluate.check_effect([Section("val", "held_out_loss", {})], both, ["query_steps"])
-  with pytest.raises(UserError, match="--query_steps has no effect: this run is a CLIP model, which denoises nothing"):
+  with pytest.raises(UserError, match="--query_steps has no effect: no text query"):
     evaluate.check_effect([Section("pets", "zero_shot", {})], ("contrastive",), ["query_steps"], is_clip=True)
 
 

@@ -72,7 +72,7 @@ def test_its_features_are_torch_fidelitys(run, inception_file, monkeypatch):
   [
     ([], "fid needs the weights of Inception, --inception=FILE"),
     (["--inception=nowhere.pth"], "no file nowhere.pth"),
-    (["--inception=weights.pth", "--num_images=1"], "num_images is 1; FID takes at least 2 images"),
+    (["--inception=weights.pth", "--num_images=1"], "num_images is 1; it must be at least 2"),
   ],
 )
 def test_bad_input(run, environment, tmp_path, flags, message):

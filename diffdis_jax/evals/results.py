@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -147,18 +147,6 @@ def check_out(path: str) -> None:
   if not there.is_dir():
     raise UserError(f"cannot write --out={path}: {there} is a file; name a file in a folder")
   files.check_out(os.fspath(there / out.relative_to(there).parts[0]))
-
-
-def warn_of_lost(path: str, measured: Collection[tuple[str, str]]) -> None:
-  """Warn where the file has results that it will not have after a call which measures these tasks and data sets."""
-  try:
-    there = read(path) if buckets.path(path).exists() else {}
-  except UserError:  # no results
-    return
-  lost = [f"{task} on {name}" for task, records in there.items() for name in records if (task, name) not in measured]
-  if lost:
-    names = ", ".join(lost[:5]) + ", ..." * (len(lost) > 5)
-    logging.warning("--out=%s will lose its %s; name another file to keep it", path, names)
 
 
 def write_text(path: str, text: str) -> None:

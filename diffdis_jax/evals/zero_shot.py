@@ -43,15 +43,11 @@ class ZeroShot(base.OfImages):
   single_template: str = field("", help="template that is also measured by itself; by default the first one")
   metric: str = choice("acc1", METRICS, help="the data set's own metric; only written to the record")
   label_field: str = field("label", help="record's field with the class's name, or with its number in classnames")
-  only_classes_present: bool = field(False, help="leave out the class names that no record has")
-  seen_classes: Sequence[str] | str = field(
-    "", help="JSON file of a list of the training set's classes: accuracy is also given on seen and on unseen ones"
+  seen_split: str = field(
+    "", help="split of the same data whose classes are seen ones: accuracy is also given on seen and on unseen classes"
   )
-  seen_split: str = field("", help="split of the same data whose labels are the seen classes")
 
   def open(self) -> None:
-    if self.seen_split and self.seen_classes:
-      raise UserError("seen_split and seen_classes are both set; give one of them")
     super().open()
     self.all_templates = prompts.resolve_templates(self.templates)
     self.single = self.single_template or self.all_templates[0]
@@ -60,13 +56,7 @@ class ZeroShot(base.OfImages):
     given = prompts.resolve_classnames(self.classnames) if self.classnames else None
     labels = _read_labels(self.source, self.label_field, given)
     classes = given or _occurring(labels)
-    places, kept = _places(labels, classes), classes
-    if self.only_classes_present:
-      # Fewer classes are an easier question, which is why it is no default.
-      present, places = np.unique(places, return_inverse=True)
-      names, keys = (tuple(each[i] for i in present) for each in (classes.names, classes.keys))
-      kept = classes._replace(names=names, keys=keys)
-    self.names, self.labels = kept.names, places[self.indices]
+    self.names, self.labels = classes.names, _places(labels, classes)[self.indices]
     # ImageNet's folders without a list of names: every prompt would be "a photo of a n01440764".
     if all(_NUMBER.fullmatch(name) for name in self.names):
       raise UserError(
@@ -76,9 +66,8 @@ class ZeroShot(base.OfImages):
     self.seen = None
     if self.seen_split:
       labels = _read_labels(base.open_split(self.data, self.seen_split), self.label_field, given)
-      self.seen = _is_in(kept.keys, [label if isinstance(label, str) else classes.keys[label] for label in labels])
-    elif self.seen_classes:
-      self.seen = _is_in(kept.names, prompts.resolve_classnames(self.seen_classes).names)
+      seen = [label if isinstance(label, str) else classes.keys[label] for label in labels]
+      self.seen = np.isin([*map(comparable, classes.keys)], [*map(comparable, seen)])
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     return {
@@ -214,8 +203,3 @@ def _places(labels: Sequence[str | int], classes: ClassNames) -> Int[np.ndarray,
       " an object {label in the data: name}"
     )
   return np.array([index[comparable(label)] if isinstance(label, str) else label for label in labels])
-
-
-def _is_in(names: Sequence[str], others: Sequence[str]) -> Bool[np.ndarray, " k"]:
-  """Return, for each of the names, whether it is among the others."""
-  return np.isin([*map(comparable, names)], sorted({*map(comparable, others)}))

@@ -79,7 +79,7 @@ def test_unknown_evaluation_and_unknown_setting():
     ("linear_probe", {"shots": "16"}, "linear_probe: shots is '16'; it must be a list"),
     ("zero_shot", {"classnames": True}, "zero_shot: classnames is True; it must be "),
     ("zero_shot", {"num_images": "many"}, "zero_shot: num_images is 'many'; it must be a whole number"),
-    ("zero_shot", {"only_classes_present": "yes"}, "only_classes_present is 'yes'; it must be True or False"),
+    ("zero_shot", {"shuffle_labels": "yes"}, "shuffle_labels is 'yes'; it must be True or False"),
     ("retrieval", {"caption_field": 3}, "retrieval: caption_field is 3; it must be a text"),
     ("generation_accuracy", {"per_class": 1.5}, "generation_accuracy: per_class is 1.5; it must be a whole number"),
     ("generation_accuracy", {"required_accuracy": "high"}, "required_accuracy is 'high'; it must be a number"),

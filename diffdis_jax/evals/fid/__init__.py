@@ -46,7 +46,9 @@ class Fid(base.Evaluation):
 
   data: Mapping[str, Any] = field(help="section of a data source with captions")
   inception: str = field("", help="file of Inception's weights: torch-fidelity's, pytorch-fid's, or a safetensors copy")
-  num_images: int | None = field(None, help="images to generate; by default 30,000, or as many as there are captions")
+  num_images: int | None = number(
+    None, ge=2, help="images to generate; by default 30,000, or as many as there are captions"
+  )
   captions: str = choice("per_image", ("per_image", "all"), help="one caption of each record, or all captions alike")
   reference: str = field("", help=".npz of the real images' statistics, which is made where there is none yet")
   # Empty is all; but only what was asked for is a reason to refuse a file: others do not say what theirs is of.
@@ -59,8 +61,6 @@ class Fid(base.Evaluation):
     # In this order: settings, weights, data, prompts, reference; a slip in a word must not wait for a disk.
     if not self.inception:
       raise UserError(f"fid needs the weights of Inception, --inception=FILE: {inception_file.SOURCE}")
-    if self.num_images is not None:
-      _check_count(self.num_images)
     if self.reference and not self.reference.endswith(".npz"):
       raise UserError(f"--reference={self.reference} should be an .npz of statistics")
     self.weights = inception_file.read(self.inception)
@@ -244,12 +244,6 @@ def sample_prompts(source: Any, *, num_images: int | None, captions: str, seed: 
 
 def _count(available: int, num_images: int | None) -> int:
   count = min(available, MOST) if num_images is None else num_images
-  _check_count(count)
-  if count > available:
-    raise UserError(f"num_images is {count}, but there are captions for {available}; ask for fewer")
+  if not 2 <= count <= available:
+    raise UserError(f"num_images is {count}, and there are captions for {available}; FID takes 2 images to as many")
   return count
-
-
-def _check_count(num_images: int) -> None:
-  if num_images < 2:
-    raise UserError(f"num_images is {num_images}; FID takes at least 2 images, and means something from thousands on")
