@@ -1,4 +1,4 @@
-"""Name what the replication adds in the package's tables: a data source, two tasks, judges and columns."""
+"""Name what the replication adds in the package's tables: a data source, tasks, judges, columns and a vision tower."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any
 
 from diffdis_jax.ablate import tables
 from diffdis_jax.ablate.tables import Column, percent
+from diffdis_jax.config import model
 from diffdis_jax.config.objectives import ALIGNED, GENERATIVE
 from diffdis_jax.data import sources
 from diffdis_jax.evals.tasks import TASKS, Task
+from diffdis_jax.models import clip
 from replication import scenes
 from replication.choice import Choice
+from replication.convolutional import LEVELS, ConvolutionalEncoder
 from replication.generation_accuracy import GenerationAccuracy
 from replication.hog import Hog
 
@@ -34,6 +37,7 @@ def of_generated_images(name: str, section: Mapping[str, Any]) -> list[Column]:
 def add() -> None:
   """Add them; a second call changes nothing."""
   sources.KINDS["scenes"] = scenes.Section
+  model.TOWERS["convolutional"], clip.TOWERS["convolutional"] = 2 ** (LEVELS - 1), ConvolutionalEncoder
   TASKS["choice"] = Task(Choice, ALIGNED)
   TASKS["hog"] = Task(Hog, (), compares=False)
   TASKS["generation_accuracy"] = Task(GenerationAccuracy, GENERATIVE, generates=True)

@@ -219,7 +219,6 @@ def test_a_run_on_larger_images_and_shorter_texts_than_its_towers_take_leaves_as
     ({"model.vision_encoder.activation": "quick_gelu"}, "text_encoder.activation is 'gelu'; .* only with 'quick_gelu'"),
     ({"model.text_encoder.token_embedding_weight": 8.0}, "token_embedding_weight is 8.0; .* only with 0.0"),
     ({"model.vision_encoder.spatial_pool": 2}, "spatial_pool is 2; .* only with 0"),
-    ({"model.vision_encoder.convolutional": True}, "convolutional is True; .* only with False"),
     ({"model.text_encoder.eos_id": 5}, "eos_id is 5; .* only with 49407"),
   ],
 )

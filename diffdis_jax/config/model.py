@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from diffdis_jax.config.section import Section, check_number, choice, field, number
 from diffdis_jax.errors import UserError
@@ -16,7 +16,8 @@ REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "attention")
 AUTO = "auto"
 ATTENTION_KERNELS = (AUTO, "pallas", "cudnn", "xla_per_head", "xla")
 MATMUL_PRECISIONS = (AUTO, "default", "high", "highest")
-TOWER_GROUPS = 8  # of every GroupNorm of CLIP's convolutional tower
+# CLIP's image towers, and of how many patches a side a position of their last map is; an extension may add others.
+TOWERS = {"transformer": 1}
 TEMPERATURE, MAX_TEMPERATURE = 1 / 0.07, 100.0  # CLIP's τ at the start, and its limit
 HEADS = "attention heads of a layer"
 MLP = "hidden width of a layer's MLP"
@@ -178,25 +179,12 @@ class VisionEncoderSize(Section):
   spatial_pool: int = number(
     0, ge=0, help="parts along each side of the map of tokens whose means are added to the embedding; 0 in CLIP"
   )
-  # To compare encoders; not CLIP's. It has `depth` blocks a level after the patches; width, num_heads, mlp_width and
-  # activation are the transformer's.
-  convolutional: bool = choice(
-    False, (True, False), help="a tower of the UNet's residual blocks instead of a transformer"
-  )
-  widths: Sequence[int] = number(
-    (64, 128, 256), ge=1, multiple_of=("groups",), help="convolutional: channels of each level, multiples of 8"
-  )
-  groups: ClassVar[int] = TOWER_GROUPS
+  tower: str = choice("transformer", TOWERS, help="kind of image encoder")
 
   @property
   def stride(self) -> int:
-    """Pixels a side for one position of the tower's last map."""
-    return self.patch * 2 ** (len(self.widths) - 1) if self.convolutional else self.patch
-
-  @property
-  def last_width(self) -> int:
-    """The width of that map."""
-    return self.widths[-1] if self.convolutional else self.width
+    """Return the pixels a side for one position of the tower's last map."""
+    return self.patch * TOWERS[self.tower]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -124,7 +124,7 @@ def check_clip(model: Mapping[str, Any]) -> None:
   text, vision = model["text_encoder"], model["vision_encoder"]
   wanted = {
     "vision_encoder.spatial_pool": (vision.get("spatial_pool", 0), 0),
-    "vision_encoder.convolutional": (vision.get("convolutional", False), False),
+    "vision_encoder.tower": (vision.get("tower", "transformer"), "transformer"),
     "text_encoder.token_embedding_weight": (text.get("token_embedding_weight", 0.0), 0.0),
     # transformers has an activation for each tower; open_clip's `quick_gelu` is one switch.
     "text_encoder.activation": (text["activation"], vision["activation"]),

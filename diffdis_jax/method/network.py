@@ -25,7 +25,7 @@ from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.fusion import TextStream
 from diffdis_jax.models import attention, clip
 from diffdis_jax.models.autoencoder import Autoencoder
-from diffdis_jax.models.clip import Clip, ConvolutionalEncoder, VisionEncoder
+from diffdis_jax.models.clip import TOWERS, Clip
 from diffdis_jax.models.layers import DTYPES
 from diffdis_jax.models.lgr import LanguageGuidedHead
 from diffdis_jax.models.text_encoder import TextEncoder
@@ -81,10 +81,9 @@ def build_head(model: Model | ClipModel, rngs: nnx.Rngs) -> LanguageGuidedHead |
 def build_clip(model: ClipModel, rngs: nnx.Rngs) -> Clip:
   """Build CLIP's two towers."""
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], remat=model.remat, rngs=rngs)
-  tower = ConvolutionalEncoder if model.vision_encoder.convolutional else VisionEncoder
   return Clip(
     text_encoder=TextEncoder(model.text_encoder, **common),
-    vision_encoder=tower(model.vision_encoder, **common),
+    vision_encoder=TOWERS[model.vision_encoder.tower](model.vision_encoder, **common),
     head=build_head(model, rngs),
     temperature=model.temperature,
   )

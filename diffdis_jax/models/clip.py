@@ -18,18 +18,28 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.common.params import Params, first_match
-from diffdis_jax.config.model import TOWER_GROUPS, ClipModel, TextEncoderSize, VisionEncoderSize
+from diffdis_jax.config.model import ClipModel, TextEncoderSize, VisionEncoderSize
 from diffdis_jax.errors import UserError
-from diffdis_jax.models.layers import GroupNorm, LayerNorm, TransformerLayer, conv, linear
+from diffdis_jax.models.layers import LayerNorm, TransformerLayer, conv, linear
 from diffdis_jax.models.lgr import LanguageGuidedHead
 from diffdis_jax.models.remat import run_block
 from diffdis_jax.models.text_encoder import TextEncoder
-from diffdis_jax.models.unet import EPS, BlockMaker, DownLevel
 from diffdis_jax.structs import TextCondition
 
 # Statistics of CLIP's own training images (OpenAI's release): RGB pixels in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Start(NamedTuple):
+  """The distribution that a parameter is sampled from: "normal" of this deviation, "uniform" within ± this bound,
+  "fan_in" within ± this over the root of the kernel's fan-in, or "constant"."""
+
+  kind: str
+  value: float
+
+
+Rules = tuple[tuple[str, Start], ...]
 
 
 def normalise(image: UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
@@ -61,7 +71,12 @@ class VisionEncoder(nnx.Module):
 
   Args:
     remat: a key of remat.REMAT_POLICIES, applied to each layer.
+
+  Attributes:
+    RULES: how parameters start that other towers do not have.
   """
+
+  RULES: Rules = ()
 
   def __init__(self, size: VisionEncoderSize, *, remat: str, dtype: DTypeLike, rngs: nnx.Rngs):
     self.side, self.spatial_pool, self.dtype, self.remat = size.patch, size.spatial_pool, dtype, remat
@@ -108,47 +123,6 @@ class VisionEncoder(nnx.Module):
     return query + self.map_out(parts).astype(jnp.float32)
 
 
-class ConvolutionalEncoder(nnx.Module):
-  """A vision tower for CLIP that is no transformer, to compare encoders: patches, the UNet's way down without attention
-  and timestep, the mean of its last map through a projection. Not the paper's.
-
-  Args:
-    remat: a key of remat.REMAT_POLICIES, applied to each block.
-  """
-
-  def __init__(self, size: VisionEncoderSize, *, remat: str, dtype: DTypeLike, rngs: nnx.Rngs):
-    self.stride, self.spatial_pool, self.remat = size.stride, size.spatial_pool, remat
-    widths, patch, dense = size.widths, size.patch, functools.partial(linear, use_bias=False, dtype=dtype, rngs=rngs)
-    last = len(widths) - 1
-    whole = ((0, 0), (0, 0))  # no padding: patches tile the image
-    self.patch = conv(3, widths[0], patch, stride=patch, padding=whole, use_bias=False, dtype=dtype, rngs=rngs)
-    make = BlockMaker(num_heads=1, context_width=1, groups=TOWER_GROUPS, time_width=None, dtype=dtype, rngs=rngs)
-    self.down = nnx.List(
-      DownLevel(widths[max(i - 1, 0)], width, size.depth, attention=False, downsample=i < last, make=make)
-      for i, width in enumerate(widths)
-    )
-    self.norm = GroupNorm(widths[-1], groups=TOWER_GROUPS, eps=EPS, rngs=rngs)
-    self.projection = dense(widths[-1], size.projection)
-    if size.spatial_pool:
-      self.map_out = dense(size.spatial_pool**2 * widths[-1], size.projection)
-
-  def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
-    """Return embeddings of normalised images, f32, of any length.
-
-    Raises:
-      UserError: the tower's patches and levels do not halve the images evenly.
-    """
-    check_tiles(x, self.stride)
-    h = self.patch(x)
-    for level in self.down:
-      for block in level.resnets:
-        h = run_block(lambda block, h: block(h), block, h, remat=self.remat)
-      h = h if level.downsample is None else level.downsample(h)
-    h = jax.nn.silu(self.norm(h))
-    query = self.projection(h.mean(axis=(1, 2))).astype(jnp.float32)
-    return query + self.map_out(mean_parts(h, self.spatial_pool)).astype(jnp.float32) if self.spatial_pool else query
-
-
 def check_tiles(x: Float[Array, "b H W 3"], stride: int) -> None:
   """Raise UserError for images that boxes of this side do not tile."""
   height, width = x.shape[1:3]
@@ -159,11 +133,16 @@ def check_tiles(x: Float[Array, "b H W 3"], stride: int) -> None:
     )
 
 
+# By `model.vision_encoder.tower`; an extension adds others here and in config.model.TOWERS.
+TOWERS: dict[str, Any] = {"transformer": VisionEncoder}
+
+
 class Clip(nnx.Module):
   """Two towers and CLIP's learnable scale.
 
   Args:
     text_encoder: with a projection, to the vision tower's width.
+    vision_encoder: one of TOWERS.
     head: of a long-tailed run's second stage.
     temperature: τ at the start.
   """
@@ -172,12 +151,12 @@ class Clip(nnx.Module):
     self,
     *,
     text_encoder: TextEncoder,
-    vision_encoder: VisionEncoder | ConvolutionalEncoder,
+    vision_encoder: nnx.Module,
     head: LanguageGuidedHead | None,
     temperature: float,
   ):
     self.text_encoder = text_encoder
-    self.vision_encoder = vision_encoder
+    self.vision_encoder: Any = vision_encoder
     self.head: Any = head
     self.logit_scale = nnx.Param(jnp.asarray(math.log(temperature), jnp.float32))
 
@@ -194,16 +173,6 @@ class Clip(nnx.Module):
     """Return the condition, which CLIP does not use, and the L2-normalised embedding e."""
     return self.text_encoder(tokens)
 
-
-class Start(NamedTuple):
-  """The distribution that a parameter is sampled from: "normal" of this deviation, "uniform" within ± this bound,
-  "fan_in" within ± this over the root of the kernel's fan-in, or "constant"."""
-
-  kind: str
-  value: float
-
-
-Rules = tuple[tuple[str, Start], ...]
 
 # Rules for both towers.
 COMMON: Rules = (
@@ -257,11 +226,10 @@ def _text(size: TextEncoderSize) -> Rules:
 def _vision(size: VisionEncoderSize) -> Rules:
   """Return the vision tower's rules, PyTorch's defaults. They are uniform: within ± fan_in^-1/2, and by Xavier's rule
   over q, k and v as one matrix."""
-  spread = size.last_width**-0.5
+  spread = size.width**-0.5
   return (
-    # Not CLIP's: a convolutional tower, and a head over parts whose output has the class token's spread.
-    (r"^vision_encoder\.down\..*\.kernel$", Start("fan_in", 1.0)),
-    (r"^vision_encoder\.down\..*\.bias$", Start("constant", 0.0)),
+    *TOWERS[size.tower].RULES,
+    # Not CLIP's: a head over parts whose output has the class token's spread.
     (r"^vision_encoder\.map_out\.kernel$", Start("normal", spread / max(size.spatial_pool, 1))),
     (r"^vision_encoder\.(class_token|positions|projection\.kernel)$", Start("normal", spread)),
     (r"^vision_encoder\.patch\.kernel$", Start("uniform", (3 * size.patch**2) ** -0.5)),

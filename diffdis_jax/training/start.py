@@ -197,7 +197,6 @@ def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
   flags = [
     f"--config.model.{part}.{field}={there[part][field]}"
     for part in sorted({name.split(".")[0] for name in names} & here.keys() & there.keys())
-    if not here[part].get("convolutional")  # a tower without heads, and with groups of one number
     for field in UNSEEN
     if field in here[part] and there[part].get(field, here[part][field]) != here[part][field]
   ]

@@ -58,7 +58,7 @@ CLIPS: dict[str, dict[str, Any]] = {
   "CLIP": WITHOUT_TOKENS,
   "CLIP with parts": dict(vision_encoder=dict(spatial_pool=4)),
   "convolutional CLIP": dict(
-    vision_encoder=dict(convolutional=True, patch=2, depth=2, widths=(32, 64, 128)),
+    vision_encoder=dict(tower="convolutional", patch=2, depth=2, width=128),
   ),
 }
 # The fields of an evaluation's protocol that CLIP lacks.

@@ -67,22 +67,6 @@ def test_second_token_vectors_start_at_nothing():
   assert not params["text_encoder.query_tokens.embedding"].any() and params["text_encoder.tokens.embedding"].any()
 
 
-def test_towers_that_are_not_clips_start_at_unit_scale():
-  """Kernels as PyTorch's convolutions start, no bias, and a head over parts as large as the projection's output."""
-  config = tiny_clip.get_config()
-  config.model.vision_encoder.update(convolutional=True, widths=(64, 128), depth=1, patch=2, spatial_pool=2)
-  params = network_of(config).initialise(jax.random.key(0))
-  of_tower = {path: value for path, value in params.items() if path.startswith("vision_encoder.")}
-  kernel = of_tower["vision_encoder.down.1.resnets.0.conv2.kernel"]
-  assert kernel.shape == (3, 3, 128, 128)
-  np.testing.assert_allclose(kernel.std(), (3 * 9 * 128) ** -0.5, rtol=0.02)
-  assert np.abs(kernel).max() <= (9 * 128) ** -0.5
-  assert all(not value.any() for path, value in of_tower.items() if path.endswith("bias"))
-  assert all((value == 1).all() for path, value in of_tower.items() if path.endswith("scale"))
-  for name, fan_in in (("projection", 128), ("map_out", 4 * 128)):
-    np.testing.assert_allclose(of_tower[f"vision_encoder.{name}.kernel"].std(), fan_in**-0.5, rtol=0.1)
-
-
 def test_every_parameter_draws_with_a_key_of_its_own():
   params = network_of(tiny_clip.get_config()).initialise(jax.random.key(0))
   drawn = [tuple(np.ravel(value)[:4].tolist()) for path, value in params.items() if path.endswith("kernel")]

@@ -22,7 +22,7 @@ from diffdis_jax.config.model import TEMPERATURE, TextEncoderSize, VisionEncoder
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping
 from diffdis_jax.models import sizes
-from diffdis_jax.models.clip import Clip, ConvolutionalEncoder, VisionEncoder, resize_positions
+from diffdis_jax.models.clip import Clip, VisionEncoder, resize_positions
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.structs import TextCondition
 from tests.models import from_torch, networks
@@ -214,37 +214,3 @@ def test_a_head_over_parts_adds_their_means_by_a_matrix_of_its_own():
   added = boxes(tokens.unflatten(1, (4, 4)).permute(0, 3, 1, 2), 2) @ torch_of(params)["vision_encoder.map_out.kernel"]
   assert networks.relative_error(found, alone + added) < 1e-5
   assert added.abs().max() > 0.1 * alone.abs().max()
-
-
-@pytest.mark.parametrize("parts", [0, 2])
-def test_a_convolutional_tower_equals_torch_in_float64(parts):
-  size = VisionEncoderSize(
-    convolutional=True, patch=2, depth=1, widths=(8, 16), projection=PROJECTION, spatial_pool=parts
-  )
-  network = networks.Network.of(lambda rngs: ConvolutionalEncoder(size, remat="none", dtype=jnp.float32, rngs=rngs))
-  params = networks.random_params(network.shapes, seed=0)
-  images = random_images()
-  w = torch_of(params)
-
-  def conv(name: str, x: torch.Tensor, **how: int) -> torch.Tensor:
-    return torch.nn.functional.conv2d(x, w[f"{name}.kernel"].permute(3, 2, 0, 1), w.get(f"{name}.bias"), **how)
-
-  def activated(name: str, x: torch.Tensor) -> torch.Tensor:
-    scale, bias = w[f"{name}.norm.scale"], w[f"{name}.norm.bias"]
-    return torch.nn.functional.silu(torch.nn.functional.group_norm(x, 8, scale, bias, eps=1e-5))
-
-  h = conv("patch", torch.tensor(images, dtype=torch.float64).permute(0, 3, 1, 2), stride=2)
-  for level in (0, 1):
-    block = f"down.{level}.resnets.0"
-    inner = conv(f"{block}.conv1", activated(f"{block}.norm1", h), padding=1)
-    inner = conv(f"{block}.conv2", activated(f"{block}.norm2", inner), padding=1)
-    h = inner + (conv(f"{block}.shortcut", h) if level else h)
-    if not level:
-      h = conv("down.0.downsample.conv", h, stride=2, padding=1)
-  h = activated("norm", h)
-  want = h.mean(dim=(2, 3)) @ w["projection.kernel"]
-  if parts:
-    want = want + boxes(h, parts) @ w["map_out.kernel"]
-  np.testing.assert_allclose(network.jit(lambda model, x: model(x))(params, images), want, atol=1e-5)
-  with pytest.raises(UserError, match="patches of 4 px do not tile them"):
-    network.jit(lambda model, x: model(x))(params, random_images(6))

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 from diffdis_jax.ablate import tables
+from diffdis_jax.config import model
 from diffdis_jax.data import sources
 from diffdis_jax.evals.tasks import TASKS
+from diffdis_jax.models import clip
 from replication import extensions
 
 
 @pytest.fixture(scope="module", autouse=True)
 def extended() -> Iterator[None]:
-  changed = (sources.KINDS, TASKS, tables.COLUMNS_OF)
+  changed = (sources.KINDS, TASKS, tables.COLUMNS_OF, model.TOWERS, clip.TOWERS)
   before = [{**table} for table in changed]
   extensions.add()
   yield

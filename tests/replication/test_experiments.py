@@ -128,7 +128,7 @@ def test_the_fourth_experiment_is_as_the_protocol_has_it(timed):
   )
   assert additions("discrimination") == additions("CLIP_with_parts") == (4, 8.0)
   assert additions("discrimination_without_additions") == additions("CLIP") == (0, 0.0)
-  assert model("convolutional_CLIP")["vision_encoder"]["convolutional"]
+  assert model("convolutional_CLIP")["vision_encoder"]["tower"] == "convolutional"
   assert runs["CLIP_with_parts_as_long_as_DiffDis"].config["optim"]["rates"]["new"] == 3e-4
   base = "discrimination", "discrimination without additions"
   assert {(claim.row, claim.base) for claim in plan.claims} == {

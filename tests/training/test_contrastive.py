@@ -199,14 +199,7 @@ def test_the_recipes_differ_in_the_images_and_in_equal_captions():
       {"model.vision_encoder.spatial_pool": 3},
       "vision_encoder.spatial_pool is 3; the map is 4 x 4, so it must",
     ),
-    (
-      {"model.vision_encoder.convolutional": True, "model.vision_encoder.spatial_pool": 2},
-      "vision_encoder.spatial_pool is 2; the map is 1 x 1, so it must divide 1",
-    ),
-    (
-      {"model.vision_encoder.widths": (64, 12)},
-      r"vision_encoder.widths has \(64, 12\); it must be a multiple of groups=8",
-    ),
+    ({"model.vision_encoder.tower": "resnet"}, "vision_encoder.tower is 'resnet'; it must be one of transformer"),
     ({"data.max_length": 9}, "data.max_length is 9; it must be from 2 to model.text_encoder.max_length, 8"),
     ({"model.remat": "some"}, "model.remat is 'some'; it must be one of none, full"),
     ({"loss.duplicate_captions": "kept"}, "loss.duplicate_captions is 'kept'; it must be one of mask, negatives"),
