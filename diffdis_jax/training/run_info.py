@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 from absl import logging
-from clu import parameter_overview
 
 from diffdis_jax.common import machine
 from diffdis_jax.config.run import Run
@@ -114,12 +113,6 @@ def log_changes(run: Run, path: str, *, before: int | None, step: int) -> None:
   if then is not None and now != then:
     message = "the data have changed since the last start: %s then, %s now; the order of records is another one"
     logging.warning(message, then, now)
-
-
-def overview(trainer: Trainer) -> str:
-  """Return a table of the parameters: path, shape, dtype, number."""
-  # Without statistics, which need values: there are only shapes yet.
-  return parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
 
 
 def log_end(run: Run, path: str) -> None:

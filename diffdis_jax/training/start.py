@@ -20,6 +20,7 @@ import grain
 import jax
 import numpy as np
 from absl import logging
+from clu import parameter_overview
 
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, files
@@ -73,7 +74,9 @@ def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> in
   before = workdir.lengthened(path, fields)
   workdir.open_for_training(path, fields, is_writer=processes.is_first(), moved=moved)
   if processes.is_first():
-    files.write_whole(buckets.path(path) / "parameters.txt", run_info.overview(trainer).encode())
+    # Without statistics, which need values: there are only shapes yet.
+    table = parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
+    files.write_whole(buckets.path(path) / "parameters.txt", table.encode())
   return before
 
 
