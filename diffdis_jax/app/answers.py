@@ -108,7 +108,7 @@ def search_image(sampler: StepSampler, index: Index, path: Path) -> Iterator[tup
 
 
 def _nearest(index: Index, query: Float[np.ndarray, " d"]) -> tuple[str, list[Captioned]]:
-  records = [(index.record(hit.place), hit.score) for hit in index.nearest(query, FOUND)]
+  records = [(index.record(place), score) for place, score in index.nearest(query, FOUND).items()]
   return index.state(), [(record.image, f"{record.name} ({score:.3f})") for record, score in records]
 
 

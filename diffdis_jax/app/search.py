@@ -16,13 +16,6 @@ from diffdis_jax.evals import base
 SEED = 0  # of the images' noise
 
 
-class Hit(NamedTuple):
-  """An image by its place among those that are searched, with ⟨ê_0, e⟩ or ⟨ê_0, ê_0'⟩."""
-
-  place: int
-  score: float
-
-
 class Record(NamedTuple):
   """An image's central square, and its caption, class or key."""
 
@@ -67,8 +60,9 @@ class Index:
     thread.start()
     return thread
 
-  def nearest(self, query: Float[np.ndarray, " d"], count: int) -> list[Hit]:
-    """Return the images with the highest inner products, best first, of those that are embedded by now.
+  def nearest(self, query: Float[np.ndarray, " d"], count: int) -> dict[int, float]:
+    """Return the places of the images with the highest inner products, best first, and these, of those that are
+    embedded by now.
 
     Raises:
       UserError: none is embedded yet.
@@ -76,7 +70,7 @@ class Index:
     if not self._parts:
       raise UserError(self._error or "no image is embedded yet; try again in a moment")
     scores = np.concatenate([*self._parts]) @ query
-    return [Hit(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")[:count]]
+    return {int(place): float(scores[place]) for place in np.argsort(-scores, kind="stable")[:count]}
 
   def record(self, place: int) -> Record:
     """Read the image at this place among those that are searched. Raises UserError: it cannot be read."""

@@ -102,10 +102,10 @@ class StepSampler:
     # The condition c of the prompt, and of the empty one.
     conditions = lambda net, tokens: (net.encode_text(tokens).c, encode.null_condition(net, tokens.shape[1]))
     self._conditions = compiled("a prompt's condition", conditions)
-    self._generation_step = compiled("a generation step", self._generate_once)
+    self._generation_step = compiled("a generation step", self._generation)
     self._preview = compiled("previews", lambda net, z: net.decode_image(z))
     self._latent = compiled("an image's latent", lambda net, image: net.encode_image(image))
-    self._query_step = compiled("a step of the text query", self._denoise_once)
+    self._query_step = compiled("a step of the text query", self._denoising)
     # τ = min(exp(logit_scale), 100) of the contrastive loss; none in a run of generation alone.
     scale = params.get("logit_scale")
     self.temperature = 1.0 if scale is None else float(losses.temperature(jnp.asarray(scale)))
@@ -190,33 +190,16 @@ class StepSampler:
       side = self.network.image_size
       list(self.image_queries(np.zeros((side, side, 3), np.uint8), seed=0, num_noise_samples=1))
 
-  def _generate_once(
-    self,
-    model: Any,
-    z_t: Float[Array, "1 h w c"],
-    now: DdimCoefficients,
-    c: Float[Array, "1 l d"],
-    c_null: Float[Array, "1 l d"],
-    guidance_scale: Float[Array, ""],
-  ) -> GenerationStep:
-    given = dict(c=c, c_null=c_null, guidance_scale=guidance_scale)
+  def _generation(self, model: Any, z_t: Any, now: DdimCoefficients, c: Any, c_null: Any, scale: Any) -> GenerationStep:
+    given = dict(c=c, c_null=c_null, guidance_scale=scale)
     return algorithms.generation_step(model, z_t, now, network=self.network, **given)
 
-  def _denoise_once(
-    self, model: Any, e_t: Float[Array, "k d"], now: DdimCoefficients, z: Float[Array, "1 h w c"]
-  ) -> DdimStep:
+  def _denoising(self, model: Any, e_t: Float[Array, "k d"], now: DdimCoefficients, z: Any) -> DdimStep:
     """Take one step. Its x_0 is L2-normalised, to be shown; x_prev, from which the next step starts, is not."""
-    how = self.model.sampling
-    step = algorithms.text_query_step(
-      model,
-      e_t,
-      now,
-      z=jnp.broadcast_to(z, (len(e_t), *z.shape[1:])),
-      c_null=encode.null_condition(model, self.network.max_length),
-      network=self.network,
-      guidance_scale=how.guidance,
-      normalize_query=how.normalize_query,
-    )
+    how, z = self.model.sampling, jnp.broadcast_to(z, (len(e_t), *z.shape[1:]))
+    given: Any = dict(guidance_scale=how.guidance, normalize_query=how.normalize_query)
+    c_null = encode.null_condition(model, self.network.max_length)
+    step = algorithms.text_query_step(model, e_t, now, z=z, c_null=c_null, network=self.network, **given)
     return DdimStep(x_prev=step.x_prev, x_0=losses.unit_norm(step.x_0))
 
 

@@ -175,7 +175,7 @@ def test_images_are_found_by_text_and_by_image(tmp_path):
     index.nearest(sampler.text_queries(["green"])[0], 2)
   index.start().join()
   assert index.state() == "5 images are searched."
-  assert sorted(hit.place for hit in index.nearest(sampler.text_queries(["green"])[0], 2)) == [1, 3]
+  assert sorted(index.nearest(sampler.text_queries(["green"])[0], 2)) == [1, 3]
   for found in (
     *answers.search_text(sampler, index, "a green one"),
     *answers.search_image(sampler, index, colour(tmp_path, "green")),
@@ -192,7 +192,7 @@ def test_what_is_embedded_can_be_searched_where_the_rest_cannot_be_read():
   index = search.Index(StepSampler(), Damaged("red", "green", "blue", "red", "red"), None)
   index.fill()
   assert index.state().startswith("2 of 5 images are searched so far. record 3 of the data set cannot be used")
-  assert [hit.place for hit in index.nearest(np.array([0, 1, 0], np.float32), 9)] == [1, 0]
+  assert [*index.nearest(np.array([0, 1, 0], np.float32), 9)] == [1, 0]
 
 
 def test_without_its_data_set_the_page_has_the_other_tabs(monkeypatch, caplog):
