@@ -62,13 +62,10 @@ def doubts(run: Run) -> list[str]:
 
 
 def enlarged(path: str, *, split: str, image_size: int) -> str:
-  """Say in a sentence that half of a prepared split's images are smaller than `image_size`; empty where they are not.
-
-  Raises:
-    UserError: the card, by which this is known, is damaged.
-  """
+  """Say in a sentence that half of a split's images are smaller than `image_size`; empty where they are not. Raises
+  UserError: the card, by which this is known, is damaged."""
   if (buckets.path(path) / "card.json").exists():
-    records.check_digests(path, ("card.json",))
+    records.refuse_damage(path, ("card.json",))
   try:
     side = int(files.read_object(buckets.path(path) / "card.json")["splits"][split]["short_side"]["median"])
   except (KeyError, TypeError, ValueError):
@@ -98,17 +95,6 @@ def has_conditions(data: Data) -> bool:
     return False  # `open_loader` says why
 
 
-def _check_sampling(data: Data) -> None:
-  """Refuse a long-tailed set without a sampling, and a sampling of any other set. Raises UserError."""
-  name, is_sampled = data.source["name"], data.sampling is not None
-  if long_tail.is_sampled(**data.source) != is_sampled or (is_sampled and data.mixture):
-    raise UserError(
-      f"data.name is {name!r}, and data.sampling {'is' if is_sampled else 'is not'} there; it belongs to the"
-      f" long-tailed sets alone, {', '.join(long_tail.NAMES)}, without a mixture: take configs/places_lt.py or"
-      " configs/shapes_lt.py"
-    )
-
-
 def open_loader(
   run: Run, *, rows: Sequence[int] | None = None, latents: LatentShapes | None = None
 ) -> grain.DatasetIterator:
@@ -122,8 +108,13 @@ def open_loader(
   Raises:
     UserError: data that cannot be read or do not fit.
   """
-  data = run.data
-  _check_sampling(data)
+  data, is_sampled = run.data, run.data.sampling is not None
+  if long_tail.is_sampled(**data.source) != is_sampled or (is_sampled and data.mixture):
+    raise UserError(
+      f"data.name is {data.source['name']!r}, and data.sampling {'is' if is_sampled else 'is not'} there; it belongs to"
+      f" the long-tailed sets alone, {', '.join(long_tail.NAMES)}, without a mixture: take configs/places_lt.py or"
+      " configs/shapes_lt.py"
+    )
   common: dict[str, Any] = dict(
     batch_size=run.batch_size,
     image_size=run.image_size,
@@ -149,7 +140,7 @@ def open_loader(
 
 def _open_labelled(data: Data, sampling: ClassSampling, **common: Any) -> grain.DatasetIterator:
   source = sources.open_source(**data.source, image_size=common["image_size"])
-  # `_check_sampling` has seen to it.
+  # `open_loader` has seen to it.
   assert isinstance(source, long_tail.LabelledSource)
   tokens = None
   if sampling.sentences:
@@ -191,22 +182,15 @@ def _check_latents(run: Run, cached: Sequence[Latents], expected: LatentShapes |
     raise UserError("data.mixture has latents with text conditions and without; take either")
   h, w, c = expected.latent
   for each in cached:
-    _check_text(run.data, each, expected.text_width)
     # The last axis has the mean, then the log variance.
     if each.shape != (h, w, 2 * c) or each.facts["image_size"] != run.image_size:
       raise UserError(
         f"these latents are of {each.facts['image_size']} px images and of shape {each.shape}; the config's are of"
         f" {run.image_size} px and {(h, w, 2 * c)}; prepare them with the same image_size and autoencoder"
       )
-
-
-def _check_text(data: Data, cached: Latents, text_width: int) -> None:
-  """Refuse stored text conditions of another length or width. Raises UserError."""
-  if not cached.has_conditions:
-    return
-  length, width = cached.facts["text"]["shape"]
-  if (length, width) != (data.max_length, text_width):
-    raise UserError(
-      f"these text conditions are of {length} tokens and {width} wide; the config's are of {data.max_length}"
-      f" and {text_width}; prepare them with the same data.max_length and text encoder"
-    )
+    length, width = each.facts["text"]["shape"] if each.has_conditions else (run.data.max_length, expected.text_width)
+    if (length, width) != (run.data.max_length, expected.text_width):
+      raise UserError(
+        f"these text conditions are of {length} tokens and {width} wide; the config's are of {run.data.max_length}"
+        f" and {expected.text_width}; prepare them with the same data.max_length and text encoder"
+      )

@@ -7,24 +7,16 @@ import os
 import pathlib
 import resource
 
-MOST_OPEN = (2**16, 10_240)  # files at a time that are asked for; the latter of macOS, which takes no more
 
-
-def may_open() -> int:
-  """Return how many files this process, and each that it starts, may have open: from here on as many as possible.
-
-  A shell's own limit is often 1,024, which is for programs that do not ask for more.
-  """
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  infinite = resource.RLIM_INFINITY  # of Linux -1
-  for asked in MOST_OPEN:
-    most = asked if hard == infinite else min(asked, hard)
-    if soft == infinite or soft >= most:
-      break
+def open_many_files() -> None:
+  """Let this process have as many open files as the system allows. A shell's own limit is often 1,024."""
+  _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  for most in (2**16, 10_240):  # the latter of macOS, which takes no more
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= wanted:
+      return
     with contextlib.suppress(OSError, ValueError):
-      resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-      return most
-  return MOST_OPEN[0] if soft == infinite else soft
+      resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def is_hidden(name: str) -> bool:

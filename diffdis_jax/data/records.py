@@ -16,20 +16,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from jaxtyping import UInt8
 from PIL import Image
 
 from diffdis_jax.common import buckets, storage
-from diffdis_jax.data import copies, image_files
-from diffdis_jax.data.paths import leads_out, may_open
+from diffdis_jax.data import copies, image_files, paths
 from diffdis_jax.data.transforms import Decoded, decode_reduced
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
 
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
 DESCRIPTION = ("dataset_info.json", "features.json", "metadata.json")  # what TFDS reads beside the records
-OTHERS = 100  # files and connections that a process has open beside its records
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -65,7 +62,7 @@ REASONS = (
 
 
 def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None) -> bytes:
-  """The bytes of an image's file.
+  """Read the bytes of an image's file.
 
   Args:
     path: of the file.
@@ -75,7 +72,7 @@ def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None) -> byte
     Unusable: before anything is read, no file there, one that is not plain, of too many bytes, or out of the folder.
     OSError: it cannot be read.
   """
-  if within is not None and leads_out(path, within):
+  if within is not None and paths.leads_out(path, within):
     raise Unusable(OUTSIDE)
   try:
     status = path.stat()
@@ -96,7 +93,7 @@ def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None) -> byte
 
 
 class Header(NamedTuple):
-  """The size and format in an encoded image's header; sides in pixels."""
+  """The size and format that stand in an encoded image's header; sides in pixels."""
 
   width: int
   height: int
@@ -104,13 +101,13 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header:
-  """Decodes nothing. Raises Unusable: the bytes begin no image, or one of too many pixels."""
+  """Read the header alone. Raises Unusable: the bytes begin no image, or one of too many pixels."""
   with _unusable(), image_files.open_image(data) as image:
     return Header(*image.size, image.format or "")
 
 
 def read_image(image: bytes | UInt8[np.ndarray, "h w 3"] | None) -> Image.Image:
-  """Encoded bytes or an RGB array -> upright RGB image, decoded to its end; of an animation the first frame.
+  """Decode bytes, or take an array, as an upright RGB image, to its end; of an animation the first frame.
 
   Raises:
     Unusable: no bytes, or none that show an image.
@@ -157,7 +154,7 @@ def _unusable() -> Iterator[None]:
 
 
 def read_caption(data: bytes | None) -> str:
-  """UTF-8 bytes -> the caption without surrounding white space. Raises Unusable: none there, or bytes not in UTF-8."""
+  """Read a caption of UTF-8, without surrounding white space. Raises Unusable: there is none, or it is not UTF-8."""
   try:
     caption = (data or b"").decode("utf-8-sig").strip()  # without the mark that Windows puts before a text
   except UnicodeDecodeError as error:
@@ -168,7 +165,7 @@ def read_caption(data: bytes | None) -> str:
 
 
 def read_metadata(data: bytes | None) -> dict[str, Any]:
-  """The json beside an image; empty where there is none. Raises Unusable: not JSON, or no object."""
+  """Read the json beside an image; empty where there is none. Raises Unusable: not JSON, or no object."""
   try:
     metadata = parse_json(data or b"{}", "metadata")
   except UserError as error:
@@ -179,20 +176,20 @@ def read_metadata(data: bytes | None) -> dict[str, Any]:
 
 
 def captions_of(metadata: Mapping[str, Any]) -> list[str]:
-  """The several captions of an image, as `texts_of` has them, where its metadata has more than one; else none."""
+  """Return the captions of an image, as `texts_of` does, where its metadata has more than one; else none."""
   captions = texts_of(metadata, ("captions",))
   return captions if len(captions) > 1 else []
 
 
 def texts_of(record: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
-  """The texts in these fields, each a text or a list of texts, without surrounding white space and empty ones."""
+  """Return the texts in these fields, each a text or a list of them, stripped, without empty ones."""
   values = [record.get(field) for field in fields]
   texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
   return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
 def with_captions(record: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-  """The record with the texts in these fields for captions.
+  """Give a record the texts in these fields for captions.
 
   Raises:
     Unusable: there is none.
@@ -222,38 +219,33 @@ class Recaptioned:
     return with_captions(self.source[index], self.caption_fields)
 
 
-class Stored:
-  """Records of a TFDS folder as they are stored, images undecoded; with `num_images`, the first so many.
+class Pairs:
+  """Captioned images as prepare_data stored them, undecoded; fields of the json beside an image become fields.
 
-  Reading one raises Unusable where it is damaged. A file that is away is tried again, by `storage.patiently`, and all
-  are opened again then: ArrayRecord never reads a file again that it could not open once.
-
-  ArrayRecord keeps open what it has read of. More files than may be open are warned of, and a UserError when read.
+  Reading a record raises Unusable where it is damaged or has no caption. A file that is away is tried again, by
+  `storage.patiently`, and all are opened again then: ArrayRecord never reads a file again that it could not open once.
   """
 
   def __init__(self, open_split: Callable[[], Split], num_images: int | None = None):
     self._open, self._is_stale = open_split, False
     self._records, self._files = open_split()
-    if num_images is None and self._are_too_many():
-      logging.warning("%s", self._too_many(may_open()))
     self._num_images = len(self._records) if num_images is None else min(num_images, len(self._records))
 
   def __len__(self) -> int:
     return self._num_images
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    return self.stored(index)
+    record = self.stored(index)
+    metadata = read_metadata(record.pop("metadata"))
+    caption = read_caption(record.pop("caption"))
+    # In this order: a json may have fields of the same names, and what the preparation has checked wins.
+    return {**metadata, "caption": caption, "key": record.pop("key").decode(errors="replace"), **record}
 
   def stored(self, index: int) -> dict[str, Any]:
-    """A record's fields as they are stored. Raises Unusable("unreadable record")."""
+    """Read a record's fields as they are stored. Raises Unusable("unreadable record")."""
     if not 0 <= index < self._num_images:
       raise IndexError(f"index {index} outside of {self._num_images} records")
     return storage.patiently(lambda: self._read(index), "the data")
-
-  def close_files(self) -> None:
-    """Closes what was read of, as the next record is read, where all files are more than may be open. For who reads in
-    order, and needs none of it again."""
-    self._is_stale = self._is_stale or self._are_too_many()
 
   def _read(self, index: int) -> dict[str, Any]:
     try:
@@ -267,43 +259,22 @@ class Stored:
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
       # In words, which ArrayRecord gives in the place of a number. Each record of the files left would seem damaged.
       if os.strerror(errno.EMFILE) in str(error):
-        raise self._too_many(may_open()) from error
+        raise UserError(
+          f"{os.path.dirname(self._files[0])} has {len(self._files):,} files of records, which stay open, and this"
+          " process may not have so many; raise the limit of ulimit -n"
+        ) from error
       away = storage.away(error, self._files)
       if away is None and not isinstance(error, UserError):
         raise Unusable("unreadable record") from error
       self._is_stale = True
       raise away or error from error
 
-  def _are_too_many(self) -> bool:
-    return len(self._files) + OTHERS > may_open()
-
-  def _too_many(self, limit: int) -> UserError:
-    folder, count = os.path.dirname(self._files[0]), len(self._files)
-    return UserError(
-      f"{folder} has {count:,} files of records, all of which are open once each was read of, and this process may have"
-      f" {limit:,} open; start it where ulimit -n is at least {count + limit:,}"
-    )
-
-
-class Pairs(Stored):
-  """Captioned images as prepare_data stored them; the fields of the json beside an image become metadata fields.
-
-  Reading a record raises Unusable where it is damaged or has no caption.
-  """
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    record = self.stored(index)
-    metadata = read_metadata(record.pop("metadata"))
-    caption = read_caption(record.pop("caption"))
-    # In this order: a json may have fields of the same names, and what the preparation has checked wins.
-    return {**metadata, "caption": caption, "key": record.pop("key").decode(errors="replace"), **record}
-
 
 def open_pairs(
   path: str | os.PathLike[str], *, split: str, num_images: int | None, caption_fields: Sequence[str] = ()
 ) -> Pairs | Recaptioned:
-  """A split of a prepared data set. Raises UserError: none there, no such split, a file is missing, or its first record
-  lacks a caption field."""
+  """Open a split of a prepared data set. Raises UserError: none there, no such split, a file is missing, or its first
+  record lacks a caption field."""
   info = read_info(path)
   if "metadata" not in info.features:
     raise UserError(
@@ -314,7 +285,11 @@ def open_pairs(
   pairs = Pairs(functools.partial(_open, path, split), num_images)
   if not caption_fields:
     return pairs
-  first = _first_usable(pairs)
+  first: dict[str, Any] = {}
+  for index in range(len(pairs)):
+    with contextlib.suppress(Unusable):
+      first = pairs[index]
+      break
   if missing := [field for field in caption_fields if field not in first]:
     raise UserError(
       f"{path} has no caption field {missing[0]!r}; the fields of its first record are {', '.join(sorted(first))}"
@@ -322,36 +297,17 @@ def open_pairs(
   return Recaptioned(pairs, caption_fields)
 
 
-def open_stored(path: str | os.PathLike[str], *, split: str) -> Stored:
-  """A split of any folder of TFDS, or a part of one. Raises UserError: a file is missing, or its format is not read by
-  number."""
-  return Stored(functools.partial(_open, path, split))
-
-
-def _first_usable(pairs: Pairs) -> dict[str, Any]:
-  for index in range(len(pairs)):
-    try:
-      return pairs[index]
-    except Unusable:
-      continue
-  return {}
-
-
 def read_info(path: str | os.PathLike[str]) -> Any:
-  """The tfds.core.DatasetInfo of a prepared data set. Raises UserError: there is none at this path."""
+  """Read the tfds.core.DatasetInfo of a prepared data set. Raises UserError: there is none at this path."""
   if not str(path) or not (buckets.path(path) / "dataset_info.json").exists():
     how = "" if str(path) else ", and name its folder, as in --config=FILE.py:path=DIR or --config.data.path=DIR"
     raise UserError(f"no prepared data set in {str(path)!r}; write one with diffdis prepare_data{how}")
   return builder(path).info
 
 
-def check_digests(folder: str | os.PathLike[str], names: tuple[str, ...]) -> None:
-  """Refuse a folder of which one of these files is not as it was written. One without digests is not checked.
-
-  Raises:
-    UserError: a file is damaged; a bit in a description may mean other records.
-  """
-  if damage := digests.damage(folder, ending=names):
+def refuse_damage(folder: str | os.PathLike[str], names: tuple[str, ...]) -> None:
+  """Raise UserError where one of these files is not as it was written, by the folder's digests, if it has any."""
+  if damage := digests.damage(folder, ending=names):  # a changed bit in a description may mean other records
     raise UserError(f"{folder}: {damage.file} {damage.what}; copy the data set again, or prepare it again")
 
 
@@ -361,7 +317,7 @@ def builder(path: str | os.PathLike[str]) -> Any:
   from google.protobuf import json_format
 
   folder = copies.folder_of(path)
-  check_digests(folder, DESCRIPTION)
+  refuse_damage(folder, DESCRIPTION)
   try:
     return tfds.builder_from_directory(folder)
   except (FileNotFoundError, ValueError, json_format.ParseError) as error:  # a bucket's errors may pass
@@ -377,21 +333,16 @@ class Split(NamedTuple):
 
 
 def _open(path: str | os.PathLike[str], split: str) -> Split:
-  """Open a split. Raises UserError: one of the files is missing, or they are of a format that is not read by number."""
+  """Open a split. Raises UserError: one of its files is missing."""
   import tensorflow_datasets as tfds
 
+  paths.open_many_files()  # ArrayRecord keeps open what it has read of
   found = builder(copies.folder_of(path, split=split))
   # Images are decoded by the loader's threads, in `image_files`' formats and bounds.
   undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in found.info.features else None
-  try:
-    stored = found.as_data_source(split=split, decoders=undecoded)
-  except NotImplementedError as error:
-    raise UserError(
-      f"{path} holds {found.info.file_format}, whose records cannot be read by their number; write it again by"
-      " tfds build --file_format=array_record, or convert it by tfds convert_format"
-    ) from error
+  stored = found.as_data_source(split=split, decoders=undecoded)
   files = found.info.splits[split].filepaths
-  if missing := [file for file in files if not buckets.path(file).exists()]:
+  if missing := [file for file in files if not os.path.exists(file)]:
     more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise UserError(
       f"{missing[0]} is missing{more}; put it back and run the same command again, or prepare the data set again"

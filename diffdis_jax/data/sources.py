@@ -19,6 +19,8 @@ from diffdis_jax.data import latents, long_tail, records, shapes, shapes_lt
 from diffdis_jax.data.layouts import find, long_tailed
 from diffdis_jax.errors import UserError
 
+RENDERED = ("shapes", "shapes_lt")
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -81,6 +83,11 @@ class Section:
       raise UserError(f"seed is {self.seed}; at least 0")
     if self.num_images is not None and self.num_images < 1:
       raise UserError(f"num_images is {self.num_images}; at least 1, or None for all")
+    if self.name in RENDERED and (path := str(self.path)):  # images there would be left out in silence
+      raise UserError(
+        f"data.path is {path!r}, and data.name {self.name!r}, whose images are rendered, from no file: leave the path"
+        " empty, or give data.name='pairs' to take what prepare_data wrote there"
+      )
     if any(getattr(self, field) for field in self.LACKS):
       fields = f"field{'s' * (len(self.LACKS) > 1)} {' and '.join(self.LACKS)}"
       raise UserError(f"{self.name} has no {fields}; it is opened as a whole")
@@ -90,16 +97,8 @@ class Section:
     raise NotImplementedError
 
   def describe(self) -> str:
-    """One line about it, with what its preparation counted."""
+    """Describe it in one line, with what its preparation counted."""
     return f"{self.name}{f' in {path}' if (path := str(self.path)) else ''}, split {self.split}"
-
-  def _check_no_path(self) -> None:
-    """Refuse a path of what is rendered, whose images would be missing in silence. Raises UserError."""
-    if path := str(self.path):
-      raise UserError(
-        f"data.path is {path!r}, and data.name {self.name!r}, whose images are rendered, from no file: leave the path"
-        " empty, or give data.name='pairs' to take what prepare_data wrote there"
-      )
 
   def _recaptioned(self, source: Source) -> Source:
     """Give a source the captions that were asked for. Raises UserError: its first record lacks one of these fields."""
@@ -116,7 +115,6 @@ class _Rendered(Section):
   """Shapes, rendered by index."""
 
   def open(self) -> Source:
-    self._check_no_path()
     if self.split not in shapes.SPLITS:
       raise UserError(f"{self.name} has no split {self.split!r}; there are {', '.join(shapes.SPLITS)}")
     return self._recaptioned(
@@ -175,7 +173,6 @@ class _LongTailed(Section):
 
   def open(self) -> Source:
     if self.name == "shapes_lt":
-      self._check_no_path()
       return shapes_lt.LongTailedShapes(split=self.split, image_size=self.image_size, seed=self.seed)
     return long_tailed.open_split(buckets.local(self.path, "data.path"), self.name, self.split)
 
@@ -202,18 +199,20 @@ KINDS: dict[str, type[Section]] = {
 
 
 def read(*, name: str, **fields: Any) -> Section:
-  """The section of this kind.
+  """Make the section of this kind.
 
   Args:
     name: one of KINDS.
     fields: the rest of `Section`'s.
 
   Raises:
-    UserError: unknown name, a field that it does not have, one of another type, or as `Section`.
+    UserError: an unknown name or field, a field of another type, or as `Section`.
   """
   if name not in KINDS:
     raise UserError(f"unknown data source {name!r}; there are {', '.join(KINDS)}")
-  _check_names(name, fields)
+  known = {field.name for field in dataclasses.fields(KINDS[name])}
+  if unknown := sorted(fields.keys() - known):
+    raise UserError(f"a data source has no field {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
   for field in filter(fields.__contains__, _LIKE):
     value = fields[field]
     if isinstance(value, numbers.Integral):  # numpy's are whole numbers too
@@ -223,15 +222,8 @@ def read(*, name: str, **fields: Any) -> Section:
   return KINDS[name](name=name, **fields)
 
 
-def _check_names(name: str, fields: Mapping[str, Any], *others: str) -> None:
-  """Refuse a field that a section of this name does not have. Raises UserError."""
-  known = {*others, *(field.name for field in dataclasses.fields(KINDS.get(name, Section)))}
-  if unknown := sorted(fields.keys() - known):
-    raise UserError(f"a data source has no field {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
-
-
 def open_source(*, name: str, image_size: int, **fields: Any) -> Source:
-  """The source that `read` makes a section of. Raises UserError: as `read` and `Section.open`."""
+  """Open the source of these fields. Raises UserError: as `read` and `Section.open`."""
   return read(name=name, image_size=image_size, **fields).open()
 
 
@@ -248,7 +240,7 @@ class Mixture(NamedTuple):
 
 
 def open_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) -> Mixture:
-  """The sources of these sections: what `open_source` takes, and a `weight`.
+  """Open the sources of these sections: what `open_source` takes, and a `weight`.
 
   Raises:
     UserError: as `open_source`, or a weight that is not positive.
@@ -260,7 +252,6 @@ def open_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) 
     weight = section.pop("weight", 1.0)
     check_number(f"data.mixture.{name}.weight", weight, gt=0)
     try:
-      _check_names(section["name"], section, "weight")
       made.append(open_source(**section, image_size=image_size))
     except UserError as error:  # of several sources it says which one
       raise UserError(f"data.mixture.{name}: {error}") from error

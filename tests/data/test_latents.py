@@ -1,8 +1,6 @@
 import dataclasses
 import json
-import os
 import pathlib
-import resource
 import threading
 
 import ml_dtypes
@@ -111,25 +109,6 @@ def test_a_split_is_opened_once_for_all_of_its_parts(data, tmp_path, monkeypatch
   monkeypatch.setattr(sources, "open_source", counted)
   prepare(data, tmp_path / "out")
   assert len(latents.find_parts(data)) == 3 and opened == ["train"]
-
-
-def test_of_more_files_than_may_be_open_those_that_are_read_are_closed(tmp_path, monkeypatch):
-  count = 60
-  (tmp_path / "0.png").write_bytes(picture(0, size=(12, 12)))
-  monkeypatch.setattr(parts, "ITEMS", 1)
-  items = [parts.Item("0.png", f"caption {i}") for i in range(count)]
-  write.prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "data")
-  monkeypatch.setattr(latents, "IMAGES", 5)
-  monkeypatch.setattr(records, "OTHERS", 30)
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  limit = len(os.listdir("/proc/self/fd")) + count // 2
-  monkeypatch.setattr(records, "may_open", lambda: limit)  # which would raise it
-  resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-  try:
-    reports = prepare(tmp_path / "data", tmp_path / "out")
-  finally:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-  assert (reports["train"].pairs, reports["train"].skipped) == (VIEWS * count, {})
 
 
 def test_the_images_licences_are_those_of_their_latents(data, tmp_path):

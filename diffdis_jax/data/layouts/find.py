@@ -36,10 +36,11 @@ def _find(root: pathlib.Path, set_name: str) -> Callable[[], Labelled | Captione
   """Return the reader of the set, or None where the set is not there. Nothing is read yet."""
   for folder in (root / name for name in folders(set_name)):
     for layout in (wds_folder, tfds_folder):
-      if layout.is_one(folder) and set_name in CAPTIONED:
+      if not (folder / layout.MARK).is_file():
+        continue
+      if set_name in CAPTIONED:
         return functools.partial(layout.read_captions, folder)
-      if layout.is_one(folder):
-        return functools.partial(layout.read, folder, class_lists.load()[set_name])
+      return functools.partial(layout.read, folder, class_lists.load()[set_name])
   return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,12 +45,13 @@ SETS = {
 
 
 def train_labels(path: pathlib.Path, name: str) -> Int[np.ndarray, " n"]:
-  """The class of each training image, by the list alone. Raises UserError: as `open_split`, except missing images."""
+  """Read the class of each training image from the list alone. Raises UserError: as `open_split`, but for missing
+  images."""
   return _read_split(path, name, "train").labels
 
 
 def open_split(path: pathlib.Path, name: str, split: str) -> Labelled:
-  """One list's images.
+  """Open the images of a list.
 
   Args:
     path: folder of the lists, of labels.txt and wiki/, and of the images' folders.
@@ -63,9 +64,13 @@ def open_split(path: pathlib.Path, name: str, split: str) -> Labelled:
   """
   listed = _read_split(path, name, split)
   # Before anything is read of it: a run must not end at its first image of a folder that is not there.
-  _check_there(listed)
+  if missing := _missing(listed):
+    raise UserError(
+      f"{len(missing):,} of the {len(listed.files):,} images that {listed.path} names are missing, the first"
+      f" {missing[0]}; put the folders train and val of the whole set beside the lists"
+    )
   names = corpus.read_names(path / "labels.txt", wordnet=SETS[name].wordnet)
-  _check_count(path, name, len(names))
+  _expect(path, name, names)
   return Labelled(image_files(listed.files), listed.labels, names, Origin("long_tailed", str(path), split))
 
 
@@ -94,16 +99,18 @@ def _read_split(path: pathlib.Path, name: str, split: str) -> _List:
 
 
 def open_corpus(path: pathlib.Path, name: str) -> Corpus:
-  """The sentences of its classes. Raises UserError: as `read_corpus`, or of another number of classes."""
+  """Read the sentences of its classes. Raises UserError: as `read_corpus`, or of another number of classes."""
   found = corpus.read_corpus(path, wordnet=SETS[name].wordnet)
-  _check_count(path, name, len(found.classnames))
+  _expect(path, name, found.classnames)
   return found
 
 
-def _check_count(path: pathlib.Path, name: str, count: int) -> None:
-  if count != SETS[name].classes:
+def _expect(path: pathlib.Path, name: str, classes: Sequence[str]) -> None:
+  """Raise UserError where these are not as many classes as the set has."""
+  if len(classes) != SETS[name].classes:
     raise UserError(
-      f"{path / 'labels.txt'} names {count} classes, and {name} has {SETS[name].classes}; put its own text corpus there"
+      f"{path / 'labels.txt'} names {len(classes)} classes, and {name} has {SETS[name].classes}; put its own text"
+      " corpus there"
     )
 
 
@@ -123,8 +130,8 @@ def _read_list(file: pathlib.Path, root: pathlib.Path) -> _List:
   return _List(file, [root / name.lstrip("/") for name, _ in rows], np.array([int(label) for _, label in rows]))
 
 
-def _check_there(listed: _List) -> None:
-  """Each folder is listed once, since asking for every file takes minutes where it lies on another machine."""
+def _missing(listed: _List) -> list[pathlib.Path]:
+  """Return the images that are not there. Each folder is listed once: asking for every file would take minutes."""
   wanted: dict[pathlib.Path, set[str]] = {}
   for each in listed.files:
     wanted.setdefault(each.parent, set()).add(each.name)
@@ -134,8 +141,4 @@ def _check_there(listed: _List) -> None:
     for name in names.difference(os.listdir(folder) if folder.is_dir() else ())
   }
   # In the list's order, so that the first one named is the first line that is wrong.
-  if missing := [each for each in listed.files if each in absent]:
-    raise UserError(
-      f"{len(missing):,} of the {len(listed.files):,} images that {listed.path} names are missing, the first"
-      f" {missing[0]}; put the folders train and val of the whole set beside the lists"
-    )
+  return [each for each in listed.files if each in absent]

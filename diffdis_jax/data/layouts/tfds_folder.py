@@ -13,13 +13,8 @@ from diffdis_jax.data.layouts.class_lists import ClassList
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled, Origin, images_of
 from diffdis_jax.errors import UserError
 
-INFO = "dataset_info.json"
+MARK = INFO = "dataset_info.json"  # the file by which such a folder is known
 PREFERRED = ("test", "val", "validation")  # splits
-
-
-def is_one(path: pathlib.Path) -> bool:
-  """Say whether such a folder is there."""
-  return (path / INFO).is_file()
 
 
 def read(path: pathlib.Path, known: ClassList) -> Labelled:

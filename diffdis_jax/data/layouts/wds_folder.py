@@ -20,13 +20,9 @@ from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, Unusable
 from diffdis_jax.errors import UserError
 
 SPLIT = "test"
+MARK = f"{SPLIT}/nshards.txt"  # the file by which such a folder is known
 _DIGITS = 18  # of a number; of some thousands Python makes none
 Sample = dict[str, tars.Member]  # of one key: ending -> its file, images as `image`
-
-
-def is_one(path: pathlib.Path) -> bool:
-  """Say whether such a folder is there."""
-  return (path / SPLIT / "nshards.txt").is_file()
 
 
 def read(path: pathlib.Path, known: ClassList) -> Labelled:

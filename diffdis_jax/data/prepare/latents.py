@@ -190,7 +190,6 @@ class LatentStage(write.Stage):
       source = sources.open_source(name="pairs", path=part.data, split=part.split, image_size=self.image_size)
       assert isinstance(source, records.Pairs)
       self._opened[where] = source
-    self._opened[where].close_files()  # of the parts before
     return self._opened[where]
 
   def _views(self, source: records.Pairs, place: int) -> _Views | records.Unusable:

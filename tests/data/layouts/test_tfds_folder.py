@@ -95,7 +95,7 @@ def test_a_record_that_is_damaged_later(tmp_path, monkeypatch):
 
   write_classes(tmp_path, "cifar10", ("bird", "cat", "dog"))
   source = read(tmp_path, "cifar10")
-  monkeypatch.setattr(records.Stored, "_read", unreadable)
+  monkeypatch.setattr(records.Pairs, "_read", unreadable)
   with pytest.raises(records.Unusable, match="unreadable record"):
     source[1]
   with pytest.raises(
