@@ -210,9 +210,7 @@ def read(*, name: str, **fields: Any) -> Section:
   """
   if name not in KINDS:
     raise UserError(f"unknown data source {name!r}; there are {', '.join(KINDS)}")
-  known = {field.name for field in dataclasses.fields(KINDS[name])}
-  if unknown := sorted(fields.keys() - known):
-    raise UserError(f"a data source has no field {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
+  _expect_fields(name, fields)
   for field in filter(fields.__contains__, _LIKE):
     value = fields[field]
     if isinstance(value, numbers.Integral):  # numpy's are whole numbers too
@@ -220,6 +218,13 @@ def read(*, name: str, **fields: Any) -> Section:
     if value is not None or field != "num_images":
       check_type(field, value, _LIKE[field])
   return KINDS[name](name=name, **fields)
+
+
+def _expect_fields(name: str, fields: Mapping[str, Any], *others: str) -> None:
+  """Raise UserError for a field that a section of this name does not have."""
+  known = {*others, *(field.name for field in dataclasses.fields(KINDS.get(name, Section)))}
+  if unknown := sorted(fields.keys() - known):
+    raise UserError(f"a data source has no field {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
 
 
 def open_source(*, name: str, image_size: int, **fields: Any) -> Source:
@@ -252,6 +257,7 @@ def open_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) 
     weight = section.pop("weight", 1.0)
     check_number(f"data.mixture.{name}.weight", weight, gt=0)
     try:
+      _expect_fields(section["name"], section, "weight")
       made.append(open_source(**section, image_size=image_size))
     except UserError as error:  # of several sources it says which one
       raise UserError(f"data.mixture.{name}: {error}") from error
