@@ -52,7 +52,6 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   run = Run.of(run_config.with_evals(FLAGS.config, FLAGS.eval))
-  writers.check_tracker(FLAGS.tracker or "")
 
   # Not at the top: these take seconds, and what is wrong with the command line is said before.
   import jax

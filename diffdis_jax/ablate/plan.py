@@ -194,11 +194,11 @@ def measured(config: Config) -> dict[str, Any]:
 
 def _describe(base: Mapping[str, Any], config: Mapping[str, Any]) -> str:
   """Describe what a training changes in the base, as part of a file's name: `gamma_1.0-target_noise`."""
-  there, here = workdir.flatten(base), workdir.flatten(config)
+  there = workdir.flatten(base)
   changed = [
     f"{field.split('.')[-1]}_{tables.shown(value)}"
-    for field, value in here.items()
-    if field not in ("seed", "init_from") and not workdir.may_change(field) and there.get(field) != value
+    for field, value in identity(config).items()
+    if field not in ("seed", "init_from") and there.get(field) != value
   ]
   return _part_of_name("-".join(changed)) or "base"
 

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import importlib.metadata
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -70,14 +69,10 @@ def recorded(path: epath.PathLike, *, step: int, is_writer: bool, facts: Mapping
     end = {"why": "stopped"}
     raise
   except Exception as error:
-    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    end = {"why": "failed", "message": said}
+    end["message"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     raise
   finally:
-    try:
-      _append(folder, {"event": "end", "time": time.time(), **end})
-    except Exception as error:  # of a disk or a bucket, which must not take the place of why the run ended
-      logging.warning("cannot write to %s: %s", folder / HISTORY, error)
+    _append(folder, {"event": "end", "time": time.time(), **end})
 
 
 def _append(folder: epath.Path, line: Mapping[str, Any]) -> None:
@@ -130,11 +125,10 @@ def _numbers(line: dict[str, Any]) -> dict[str, Any]:
 
 def parse(line: str | bytes) -> dict[str, Any]:
   """Read a JSON object; an empty one if the line was cut off, or is still being written."""
-  try:
-    found = parse_json(line, "a line")
-  except UserError:
-    return {}
-  return found if isinstance(found, dict) else {}
+  with contextlib.suppress(UserError):
+    if isinstance(found := parse_json(line, "a line"), dict):
+      return found
+  return {}
 
 
 def provenance(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +169,7 @@ def of_run(path: str, *, step: int | None) -> dict[str, Any]:
     return one_file.read_record(file).provenance
   try:
     config = read_fields(path)
-  except (UserError, OSError):
+  except UserError:
     config = None
   events = read(path)
   starts = [event for event in events if "commit" in event]
@@ -260,8 +254,6 @@ def _checkout(root: pathlib.Path) -> tuple[str | None, bool | None]:
 
 
 def _git(root: pathlib.Path, *arguments: str) -> str:
-  """Run git in this folder, whoever owns it, and whichever repository the environment names, as in a hook."""
+  """Run git in this folder, whoever owns it."""
   command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
-  environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
-  return done.stdout
+  return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

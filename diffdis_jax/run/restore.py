@@ -47,8 +47,7 @@ def find(run: epath.PathLike, step: int | None = None) -> epath.Path:
   was interrupted."""
   folder = workdir.checkpoints(run)
   if step is None and (step := workdir.latest_step(run)) is None:
-    hint = one_file.meant(run)
-    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{hint}")
+    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{one_file.meant(run)}")
   path = folder / str(step)
   if not workdir.is_committed(path):
     # The user sees its folder there, and learns why it does not count.
@@ -93,13 +92,13 @@ def read_state(run: epath.PathLike, step: int, abstract: TrainState, data_iterat
     UserError: no such checkpoint, or one that is damaged, of another run, or does not fit `abstract`.
   """
 
-  def read(path: epath.Path) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+  def read(path: epath.Path) -> tuple[TrainState, dict[str, Any], list[Any]]:
     state = TrainState(**{name: _read_tree(path / name, getattr(abstract, name)) for name in STORED})
     meta = json.loads((path / "meta" / "metadata").read_bytes())
     # Each process has saved the iterator's position, and it is the same for all. So the first file serves any number
     # of processes; Grain's own handler would want one file for each.
     positions = sorted((path / "data").glob("process_*-of-*.json")) if data_iterator is not None else []
-    return state, meta, json.loads(positions[0].read_bytes()) if positions else {}
+    return state, meta, [json.loads(file.read_bytes()) for file in positions[:1]]
 
   path = find_on_all(run, step)
   state, meta, position = _checked(path, None, read)
@@ -108,7 +107,7 @@ def read_state(run: epath.PathLike, step: int, abstract: TrainState, data_iterat
   if data_iterator is not None:
     if not position:
       raise UserError(f"checkpoint {path} has no position in the data, so that no run can resume from it")
-    data_iterator.set_state(position)
+    data_iterator.set_state(position[0])
     data_iterator.start_prefetch()
   return Restored(state, meta)
 
@@ -155,16 +154,14 @@ def saved_params(run: epath.PathLike) -> Params:
 
 def initialised(run: epath.PathLike) -> set[str]:
   """Read the names of the parameters that import_weights initialised at random; none of another command's run. Raises
-  UserError: import.json does not say them."""
+  UserError: import.json is damaged."""
   if (packed := one_file.at(run)) is not None:
     return {*one_file.read_record(packed).initialised}
   file = buckets.path(run) / "import.json"
-  if not file.exists():
-    return set()
-  try:
-    return {*files.read_json(file)["initialised"]}
-  except (UserError, KeyError, TypeError) as error:
-    raise UserError(f"{file} does not say what was initialised; it should be as import_weights wrote it") from error
+  found = files.read_json(file) if file.exists() else {"initialised": []}
+  if not isinstance(found, dict) or "initialised" not in found:
+    raise UserError(f"{file} does not say what was initialised; it should be as import_weights wrote it")
+  return {*found["initialised"]}
 
 
 def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[str] = ()) -> Any:
@@ -209,8 +206,8 @@ def _check_fits(path: epath.Path | pathlib.Path, saved: _Arrays, abstract: Any) 
   wanted = _arrays(abstract)
   differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
   if differing:
-    said = lambda array: f"{array.dtype}{list(array.shape)}" if array else "absent"
-    there, here = (said(arrays.get(differing[0])) for arrays in (saved, wanted))
+    first = [arrays.get(differing[0]) for arrays in (saved, wanted)]
+    there, here = (f"{array.dtype}{list(array.shape)}" if array else "absent" for array in first)
     raise UserError(
       f"checkpoint {path} does not fit this model in {len(differing)} arrays; the first, {differing[0]}, is {there}"
       f" there and {here} here; take the config it was saved with"

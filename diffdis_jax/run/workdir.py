@@ -75,11 +75,16 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: C
   path = buckets.path(workdir)
   if not (path / "config.json").exists():
     return []
-  there = read_json_object(path)
+  config_there = read_json_object(path)
+  there, here = identity(config_there), identity(config)
   may_differ = {*moved} if lengthened(workdir, config) is None else {*moved, "num_steps"}
-  without = lambda fields: {name: value for name, value in flatten(fields).items() if name not in may_differ}
-  differing = differences(without(there), without(config))
-  if differing and not (SECTIONS <= there.keys() and latest_step(workdir) is None):
+  shown = lambda fields, field: repr(fields[field]) if field in fields else "absent"
+  differing = [
+    f"{field} is {shown(there, field)} there and {shown(here, field)} here"
+    for field in sorted((there.keys() | here.keys()) - may_differ)
+    if (field in there, there.get(field)) != (field in here, here.get(field))
+  ]
+  if differing and not (SECTIONS <= config_there.keys() and latest_step(workdir) is None):
     raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")
   return differing
 
@@ -98,29 +103,14 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
   return guesses.fields_of(normalise(config))
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-  """Name each field outside of MAY_CHANGE in which two configs differ; both as from `flatten`."""
-  shown = lambda fields, field: repr(fields[field]) if field in fields else "absent"
-  return [
-    f"{field} is {shown(there, field)} there and {shown(here, field)} here"
-    for field in sorted(there.keys() | here.keys())
-    if (field in there, there.get(field)) != (field in here, here.get(field)) and not may_change(field)
-  ]
-
-
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
   """Choose the fields on which the numbers of a training depend, those outside of MAY_CHANGE, by their dotted paths."""
-  return {field: value for field, value in flatten(config).items() if not may_change(field)}
+  return {field: value for field, value in flatten(config).items() if not re.search("|".join(MAY_CHANGE), field)}
 
 
 def digest(fields: Mapping[str, Any]) -> str:
   """Return eight hexadecimal digits of the SHA-256 of the fields as JSON, sorted."""
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def may_change(field: str) -> bool:
-  """Return whether a field, by its dotted path, leaves the numbers of a training alone."""
-  return any(re.search(pattern, field) for pattern in MAY_CHANGE)
 
 
 def run_digest(workdir: epath.PathLike) -> str:

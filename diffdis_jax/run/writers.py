@@ -73,13 +73,10 @@ class Tracker:
 
 
 def check_tracker(kind: str) -> None:
-  """Raise UserError if the tracker's package is not installed. An empty kind is no tracker."""
+  """Raise UserError, before a program is compiled: the tracker is not installed, or there is no account that the
+  numbers go to. An empty kind is no tracker."""
   if kind and importlib.util.find_spec(kind) is None:
     raise not_installed(f"--tracker={kind}", f"the package {kind}", kind)
-
-
-def sign_in(kind: str) -> None:
-  """Ask for the account that the numbers go to, before a program is compiled. Raises UserError if there is none."""
   if kind == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
     wandb: Any = importlib.import_module("wandb")
     try:

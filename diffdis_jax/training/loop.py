@@ -41,7 +41,7 @@ def train_and_evaluate(
     Preempted: SIGTERM or, as Interrupted, Ctrl-C came; the steps so far are saved.
   """
   span = watch.parse(profiled, num_steps=run.num_steps) if profiled else None
-  processes.on_first(functools.partial(writers.sign_in, tracker))
+  processes.on_first(functools.partial(writers.check_tracker, tracker))
   provenance.code()  # now: the checkout may change in the minutes until a start is recorded
   mesh = trainer.mesh if trainer else sharding.make_mesh(**vars(run.mesh))
   stop = processes.PreemptionHandler(sharding.batch_sharding(mesh))
