@@ -75,7 +75,16 @@ class Run(Section):
     super().__post_init__()
     _check_task(self)
     _check_sizes(self)
-    _check_evals(self)
+    for name, settings in self.evals.items():
+      if "task" not in settings:
+        raise UserError(f"evals.{name}.task is missing; every config of a run has it")
+      check_type(f"evals.{name}.task", settings["task"], "")
+    if missing := {*self.train_evals} - {*self.evals}:
+      raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {', '.join(self.evals) or 'none'}")
+    # A metric is named EVALUATION/METRIC (training/evaluator.py).
+    evaluation, _, metric = (best := self.checkpoint.best_metric).partition("/")
+    if best and not (evaluation in self.train_evals and metric):
+      raise UserError(f"checkpoint.best_metric={best} should be NAME/METRIC, of one of train_evals, {self.train_evals}")
 
   @classmethod
   def of(cls, config: ConfigDict | Mapping[str, Any]) -> Run:
@@ -92,7 +101,6 @@ class Run(Section):
       except (TypeError, ValueError) as error:
         raise UserError(
           f"{path} has {value!r}, which config.json cannot hold; give texts, numbers, True, False, None and sequences"
-          " of them, such as str(...) of a path"
         ) from error
     return run
 
@@ -123,14 +131,14 @@ class Run(Section):
 
 def _check_task(run: Run) -> None:
   """Check that the objectives go together, and with the other sections."""
-  task, names, has_vision = run.task, ", ".join(run.objectives), isinstance(run.model, ClipModel)
-  if task.is_clip and not has_vision:
+  task, names, is_clip = run.task, ", ".join(run.objectives), isinstance(run.model, ClipModel)
+  if task.network == "clip" and not is_clip:
     raise UserError(
       f"model has no vision_encoder, which objective {names} trains; take a config of CLIP, such as clip_cc3m"
     )
-  if has_vision and task.network not in ("clip", "either"):
+  if is_clip and task.network not in ("clip", "either"):
     raise UserError("model has a vision_encoder, which is CLIP's; its one objective is objectives=('contrastive',)")
-  if task.is_clip and run.data.discrimination_view != "shared":
+  if task.network == "clip" and run.data.discrimination_view != "shared":
     raise UserError(
       f"data.discrimination_view is {run.data.discrimination_view!r}; objective {names} has one view of an image, by"
       " data.augment, so leave it at 'shared'"
@@ -185,21 +193,6 @@ def _check_sizes(run: Run) -> None:
     raise UserError(
       f"data.max_length is {run.data.max_length}; it must be from 2 to model.text_encoder.max_length, {longest}"
     )
-
-
-def _check_evals(run: Run) -> None:
-  """Check that each evaluation has a task, and that what is measured while training is there."""
-  for name, settings in run.evals.items():
-    if "task" not in settings:
-      raise UserError(f"evals.{name}.task is missing; every config of a run has it")
-    check_type(f"evals.{name}.task", settings["task"], "")
-  if missing := {*run.train_evals} - {*run.evals}:
-    raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {', '.join(run.evals) or 'none'}")
-  # A metric is named EVALUATION/METRIC (training/evaluator.py).
-  best = run.checkpoint.best_metric
-  evaluation, _, metric = best.partition("/")
-  if best and not (evaluation in run.train_evals and metric):
-    raise UserError(f"checkpoint.best_metric={best} should be NAME/METRIC, of one of train_evals, {run.train_evals}")
 
 
 def known_fields() -> list[str]:

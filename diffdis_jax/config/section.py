@@ -153,8 +153,7 @@ def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = Fals
   check_type(path, values, {})
   fields: dict[str, Any] = {own.name: own for own in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
   prefix = f"{path}." if path else ""
-  rest = next((name for name, own in fields.items() if own.metadata.get("rest")), "")
-  if rest:
+  if rest := next((name for name, own in fields.items() if own.metadata.get("rest")), ""):
     others = {name: value for name, value in values.items() if name == rest or name not in fields}
     values = {name: value for name, value in values.items() if name not in others} | {rest: others}
   made = {}
@@ -173,19 +172,19 @@ def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = Fals
     if section and not (value is None and default is None):
       made[name] = read_section(section, value, at, whole=whole, known=known)
     elif not section and issubclass(kind, Section):
-      made[name] = _value(at, value, default, parts=default if name == rest and whole else None)
+      made[name] = _value(at, value, default, parts=default if name == rest and whole else {})
   try:
     return kind(**made)
   except (TypeError, UserError) as error:  # the first of a missing field
     raise UserError(f"{prefix}{error}") from error
 
 
-def _value(at: str, value: Any, default: Any, *, parts: Mapping[str, Any] | None) -> Any:
+def _value(at: str, value: Any, default: Any, *, parts: Mapping[str, Any]) -> Any:
   """Return a field's value, of its default's type. `parts` are defaults of what a mapping has to hold."""
   check_type(at, value, default)
   for key, child in value.items() if default == {} else ():  # named by the config itself, as evaluations are
     check_type(f"{at}.{key}", child, {})
-  for key, child in (parts or {}).items():
+  for key, child in parts.items():
     if key not in value:
       raise UserError(f"{at}.{key} is missing; every config of a run has it")
     check_type(f"{at}.{key}", value[key], child)

@@ -76,14 +76,12 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: C
   if not (path / "config.json").exists():
     return []
   config_there = read_json_object(path)
-  there, here = identity(config_there), identity(config)
   may_differ = {*moved} if lengthened(workdir, config) is None else {*moved, "num_steps"}
-  shown = lambda fields, field: repr(fields[field]) if field in fields else "absent"
-  differing = [
-    f"{field} is {shown(there, field)} there and {shown(here, field)} here"
-    for field in sorted((there.keys() | here.keys()) - may_differ)
-    if (field in there, there.get(field)) != (field in here, here.get(field))
-  ]
+  there, here = (
+    {field: value for field, value in identity(fields).items() if field not in may_differ}
+    for fields in (config_there, config)
+  )
+  differing = differences(there, here)
   if differing and not (SECTIONS <= config_there.keys() and latest_step(workdir) is None):
     raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")
   return differing
@@ -101,6 +99,16 @@ def lengthened(workdir: epath.PathLike, config: Mapping[str, Any]) -> int | None
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
   """List the fields of a config by their dotted paths, lists as tuples. A section without fields stands for itself."""
   return guesses.fields_of(normalise(config))
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+  """Name each field in which two configs differ; both as from `identity`."""
+  shown = lambda fields, field: repr(fields[field]) if field in fields else "absent"
+  return [
+    f"{field} is {shown(there, field)} there and {shown(here, field)} here"
+    for field in sorted(there.keys() | here.keys())
+    if (field in there, there.get(field)) != (field in here, here.get(field))
+  ]
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
