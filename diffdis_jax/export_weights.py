@@ -118,7 +118,7 @@ def export_weights(
     # The tokenizer pads to the captions' length in training, which may be less than the text encoder's.
     own |= {"max_length": fields["data"]["max_length"]}
     (to_torch.write_clip if is_clip else to_torch.write)(temporary, params, own, dtype=dtype)
-    if task_of(fields["objectives"]).is_autoencoder and not is_clip:
+    if task_of(fields["objectives"]).network == "autoencoder" and not is_clip:
       logging.info("it is an autoencoder alone: the pipeline's vae encodes and decodes; it generates nothing")
     else:
       _write_tokenizer(temporary if is_clip else temporary / "tokenizer", own["max_length"])

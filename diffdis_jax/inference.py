@@ -256,7 +256,7 @@ class Inference:
 
   def _tokens(self, tokens: Any) -> Any:
     """Return tokens. Raise UserError for texts, and for tokens of another length: generation reads the padding too."""
-    if self.network.task.is_autoencoder:
+    if self.network.task.network == "autoencoder":
       raise UserError("this run is an autoencoder alone, which reads no text; take a run of DiffDis or of CLIP")
     shape, n = getattr(tokens, "shape", None), self.max_length
     if shape is None or tuple(shape[1:]) != (n,):

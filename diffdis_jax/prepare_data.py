@@ -238,7 +238,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   assert isinstance(sizes, Model)  # CLIP has no noise
   text = None
   if FLAGS.text:
-    if model.network.task.is_autoencoder:
+    if model.network.task.network == "autoencoder":
       raise UserError(f"--workdir={run} is an autoencoder alone, which has no text encoder; leave out --text")
     tokenizer, width = Tokenizer(model.max_length), sizes.text_encoder.width
     text = latents.TextConditions(

@@ -138,7 +138,7 @@ def find_autoencoder(path: str, overrides: Mapping[str, Any], base: Config) -> d
     config = cli.read_config(f"{file}:{','.join(filter(None, ('autoencoder', argument)))}").to_dict()
   except UserError:
     return None
-  if not task_of(config["objectives"]).is_autoencoder:
+  if task_of(config["objectives"]).network != "autoencoder":
     return None
   return tables.changed(config, _of_autoencoder(overrides))
 

@@ -101,13 +101,13 @@ def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
 
 def trainers(run: Run) -> dict[str, Trainer]:
   """Return the joint step and its two single tasks, or CLIP's. Raises UserError: the config trains neither."""
-  if run.task.is_autoencoder or run.task.labelled:
+  if run.task.network == "autoencoder" or run.task.labelled:
     raise UserError(
       f"benchmark times steps of generation, discrimination and CLIP, and this config's objective is"
       f" {run.objectives[0]}; its own pace is in the metrics.jsonl of a run, as steps_per_sec"
     )
   mesh = sharding.make_mesh(**vars(run.mesh))
-  kinds = OF_CLIP if run.task.is_clip else OBJECTIVES
+  kinds = OF_CLIP if run.task.network == "clip" else OBJECTIVES
   return {name: Trainer(run.trained_for(*objectives), mesh) for name, objectives in kinds.items()}
 
 

@@ -28,16 +28,6 @@ class Objective:
   starts_from: str = ""  # what `init_from` has to name; empty where it may be left out
   follows: str = ""  # the objective that the run in `init_from` was trained for, to its end
 
-  @property
-  def is_autoencoder(self) -> bool:
-    """The network is the autoencoder alone."""
-    return self.network == "autoencoder"
-
-  @property
-  def is_clip(self) -> bool:
-    """The network is always CLIP; the objectives of long-tailed recognition take CLIP or DiffDis."""
-    return self.network == "clip"
-
 
 _LONG_TAIL: dict[str, Any] = dict(network="either", alone=True, aligned=True, needs_images=True, labelled=True)
 TABLE = {

@@ -178,7 +178,7 @@ def _check_sizes(run: Run) -> None:
     why = f"patches of {stride} px do not tile it"
   else:
     # An autoencoder alone has no UNet, whose levels halve the latent further.
-    levels = 1 if run.task.is_autoencoder else len(model.unet.widths)
+    levels = 1 if run.task.network == "autoencoder" else len(model.unet.widths)
     stride = model.autoencoder.factor * 2 ** (levels - 1)
     part, parts, what = "alignment", model.alignment.spatial_pool * run.task.aligned, "middle feature map"
     why = f"autoencoder and UNet together halve it down by {stride}"

@@ -45,7 +45,7 @@ def write(
     repo: `ORG/NAME` on the hub; empty for a folder alone.
   """
   task, model = task_of(fields["objectives"]), fields["model"]
-  kind = "clip" if "vision_encoder" in model else "autoencoder" if task.is_autoencoder else "diffdis"
+  kind = "clip" if "vision_encoder" in model else "autoencoder" if task.network == "autoencoder" else "diffdis"
   tags = {"clip": ["clip"], "autoencoder": ["autoencoder", "diffdis"], "diffdis": ["diffdis", "stable-diffusion"]}
   pipeline_tag = "text-to-image" if kind == "diffdis" and task.generates else "zero-shot-image-classification"
   data = ModelCardData(

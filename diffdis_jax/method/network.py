@@ -45,7 +45,7 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], rngs=rngs)
   autoencoder = Autoencoder(model.autoencoder, **common)
   # First of all, since nothing else is built for it: an autoencoder alone has no text and no UNet.
-  if task.is_autoencoder:
+  if task.network == "autoencoder":
     return DiffDis(autoencoder=autoencoder, temperature=model.temperature)
   text = model.text_encoder
   # Token embeddings are a part of e alone, which generation never reads.

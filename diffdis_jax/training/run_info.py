@@ -122,7 +122,7 @@ def log_end(run: Run, path: str) -> None:
     logging.info("best %s %.4f at step %d: evaluate --best measures it", name, best.value, best.step)
   logging.info("finished at step %d: metrics and samples in %s", run.num_steps, path)
   workdir_flag = f"--workdir={shlex.quote(path)}"
-  if run.task.is_autoencoder:
+  if run.task.network == "autoencoder":
     logging.info("to train DiffDis with this autoencoder: --config.init_from=%s", shlex.quote(path))
   elif run.task.generates:
     prompt = shlex.quote(next(iter(run.sample_prompts), "a red star"))

@@ -185,7 +185,7 @@ class Trainer:
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, trainable, step=state.step)
       trainable = cast(Params, optax.apply_updates(trainable, updates))
       # As open_clip does for CLIP, after the step; in DiffDis the loss limits τ (losses.temperature).
-      if self.run.task.is_clip:
+      if self.run.task.network == "clip":
         trainable = optimizers.limit_logit_scale(trainable)
       # Before it is clipped: after that it says no more than clip_norm.
       metrics["grad_norm"] = Average(total=optax.tree.norm(gradient), count=jnp.ones(()))
@@ -309,7 +309,7 @@ def _check_images(batch: Any) -> None:
 def _check_trainable(task: Objective, trainable: Sequence[str]) -> None:
   if not trainable:
     raise UserError("optim.groups freezes every parameter; give at least one group a rate")
-  if not task.is_autoencoder and any(path.startswith("autoencoder.") for path in trainable):
+  if task.network != "autoencoder" and any(path.startswith("autoencoder.") for path in trainable):
     raise UserError(
       "optim.groups trains the autoencoder, whose latents are the data of generation and discrimination; freeze it"
       " ('^autoencoder', 'frozen'), and train it first with objectives=('reconstruction',)"
