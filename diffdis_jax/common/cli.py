@@ -14,7 +14,6 @@ import functools
 import gc
 import importlib.util
 import io
-import itertools
 import logging as python_logging
 import math
 import os
@@ -109,10 +108,10 @@ def _check_values() -> None:
       raise UserError(f"--{name}= is empty; give a path")
     if isinstance(value, float) and math.isnan(value):  # which is within any bounds for absl
       raise UserError(f"--{name}={value} is no number; give one")
-    found = guesses.fields_of(value.to_dict()).values() if isinstance(value, ConfigDict) else [value]
-    for text in itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in found):
-      if isinstance(text, str):
-        buckets.check(text)
+    for field in guesses.fields_of(value.to_dict()).values() if isinstance(value, ConfigDict) else [value]:
+      for text in field if isinstance(field, list) else [field]:
+        if isinstance(text, str):
+          buckets.check(text)
 
 
 def _stop_for(error: Exception) -> NoReturn:

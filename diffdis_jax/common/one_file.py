@@ -69,9 +69,9 @@ def at(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
 def meant(given: str | os.PathLike[str]) -> str:
   """Say what a path that is no workdir may mean: weights of PyTorch, a run below the folder, or a trained model of
   almost this name. Return an empty text where nothing is near."""
-  if os.path.isfile(given) or any(os.path.isfile(os.path.join(given, name)) for name in _OF_PYTORCH):
-    return IMPORT_FIRST
   path = pathlib.Path(given)
+  if path.is_file() or any((path / name).is_file() for name in _OF_PYTORCH):
+    return IMPORT_FIRST
   if below := sorted(file.parent for deep in ("*", "runs/*") for file in path.glob(f"{deep}/config.json")):
     return f"; below it is {below[0]}"
   near = difflib.get_close_matches(os.fspath(given), models(), n=1)
@@ -81,26 +81,21 @@ def meant(given: str | os.PathLike[str]) -> str:
 def write(
   path: str | os.PathLike[str], params: Mapping[str, Shaped[np.ndarray, "..."]], record: Record, *, dtype: Any
 ) -> None:
-  """Write a file, whole or not at all.
+  """Write the weights, flat, and what the record says of them, whole or not at all.
 
-  Args:
-    path: of it.
-    params: the weights, flat.
-    record: what it says of them.
-    dtype: of the weights in it; logit_scale, whose exponential bf16 would move by up to 1.6 %, is in f32.
+  All but logit_scale are of this `dtype`: the exponential of logit_scale would move by up to 1.6 % in bf16.
 
   Raises:
     UserError: it cannot be written, or a weight is not finite, or beyond the dtype's range.
   """
-  arrays = _without_untrained(params, record)
-  with np.errstate(over="ignore"):  # what became of it is looked at
-    arrays = {
-      name: each if name == KEPT else np.asarray(each, dtype if np.ndim(each) else np.float32, order="C")
-      for name, each in arrays.items()
-    }
-  for name, each in arrays.items():
-    if name != KEPT:
-      check_written(name, np.asarray(params[name]), each)
+  arrays = {}
+  for name, value in _without_untrained(params, record).items():
+    if name == KEPT:
+      arrays[name] = value
+      continue
+    with np.errstate(over="ignore"):  # what became of it is looked at
+      arrays[name] = np.asarray(value, dtype if np.ndim(value) else np.float32, order="C")
+    check_written(name, np.asarray(params[name]), arrays[name])
   run = json.dumps(dataclasses.asdict(record), sort_keys=True)
   text = {"format": "diffdis_jax", "run": run, "sha256": _digest(run, arrays)}
   with files.writing(f"--out={path}"):
@@ -125,11 +120,7 @@ def read_record(path: pathlib.Path) -> Record:
 
 
 def check(path: pathlib.Path, step: int | None, *, ema: bool) -> Record:
-  """Read what a file says, and check that it holds the step asked for, None for any, and the weights asked for.
-
-  Raises:
-    UserError: another step is in it, averaged weights alone are, or it is damaged.
-  """
+  """Read what a file says. Raise UserError: it lacks this step or the raw weights (not `ema`), or is damaged."""
   there = read_record(path)
   if step not in (None, there.step):
     raise UserError(f"no checkpoint {step} in {path}, which holds that of step {there.step} alone")

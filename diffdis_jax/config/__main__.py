@@ -28,9 +28,8 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   verb, configs = next(iter(argv[1:]), ""), argv[2:]
   if (verb, len(configs)) not in (("show", 1), ("diff", 2)):
-    raise UserError(
-      f"config {' '.join(argv[1:])}: write config show CONFIG [--fields=PREFIX], or config diff CONFIG CONFIG"
-    )
+    given = " ".join(argv[1:])
+    raise UserError(f"config {given}: write config show CONFIG [--fields=PREFIX], or config diff CONFIG CONFIG")
   runs = [read(given) for given in configs]
   lines = show(*runs, prefix=FLAGS.fields) if verb == "show" else differences(*runs)
   cli.write("".join(f"{line}\n" for line in lines))
@@ -62,12 +61,10 @@ def show(run: Run, *, prefix: str = "") -> Iterator[str]:
 def differences(one: Run, other: Run) -> Iterator[str]:
   """Yield a line for each field that differs, or that one of them lacks."""
   # A config file may have lists, of which a run's config.json makes tuples.
-  left, right = (
-    {path: repr(value) for path, value in guesses.fields_of(section.normalise(run.to_dict())).items()}
-    for run in (one, other)
-  )
-  paths = [path for path in {**left, **right} if left.get(path) != right.get(path)]
-  yield from (f"{path}: {left.get(path, 'not there')} -> {right.get(path, 'not there')}" for path in paths)
+  left, right = (guesses.fields_of(section.normalise(run.to_dict())) for run in (one, other))
+  shown = lambda fields, path: repr(fields[path]) if path in fields else "not there"
+  paths = [path for path in {**left, **right} if shown(left, path) != shown(right, path)]
+  yield from (f"{path}: {shown(left, path)} -> {shown(right, path)}" for path in paths)
   if not paths:
     yield "no field differs"
 

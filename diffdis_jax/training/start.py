@@ -213,9 +213,8 @@ def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
 def _check_frozen(path: str, trainer: Trainer, loaded: Collection[str]) -> None:
   """Raise UserError for frozen parameters that are not loaded and not named in optim.allow_uninitialized."""
   allowed = [trainer.run.optim.allow_uninitialized]
-  if (
-    trainer.run.task.network == "autoencoder"
-  ):  # which measures its statistics; elsewhere they are as frozen as its weights
+  # The autoencoder's run measures its statistics; elsewhere they are as frozen as its weights.
+  if trainer.run.task.network == "autoencoder":
     allowed.append(optim.STATISTICS)
   left = [
     name
