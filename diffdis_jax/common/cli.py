@@ -20,6 +20,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -285,9 +286,9 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
 
 def _exit(code: int) -> NoReturn:
   """Exit; at once where Python's clean-up would wait for other processes, or for a compiler."""
-  # Looked up and not imported: where jax was not imported, nobody waits.
-  distributed, programs = map(sys.modules.get, ("jax.distributed", "diffdis_jax.parallel.programs"))
-  if (distributed and distributed.is_initialized()) or (programs and programs.is_compiling()):
+  distributed: Any = sys.modules.get("jax.distributed")  # where jax was not imported, nobody waits
+  compiles = any(thread.name.startswith("compiler") for thread in threading.enumerate())  # of parallel/programs.py
+  if compiles or (distributed and distributed.is_initialized()):
     sys.stdout.flush()  # which os._exit does not do
     signals.exit_at_once(code)
   sys.exit(code)

@@ -6,7 +6,6 @@ that still compile, and fails: Gloo waits 30 s, as do the GPUs of one process fo
 
 from __future__ import annotations
 
-import threading
 import time
 from concurrent import futures
 from typing import Any
@@ -16,7 +15,7 @@ from absl import logging
 
 from diffdis_jax.parallel import processes
 
-_COMPILER = "compiler"  # how the names of threads begin that compile
+_COMPILER = "compiler"  # how the names of threads begin that compile, for which Python would wait at its end
 
 
 def compiled(name: str, f: Any, *args: Any) -> jax.stages.Compiled:
@@ -28,11 +27,6 @@ def compiled(name: str, f: Any, *args: Any) -> jax.stages.Compiled:
     args: arrays, or shapes with shardings; nothing is run, and nothing donated.
   """
   return AheadOfTime(name, f.lower(*args)).compiled()
-
-
-def is_compiling() -> bool:
-  """Tell whether a thread compiles ahead, for which Python would wait at its end."""
-  return any(thread.name.startswith(_COMPILER) for thread in threading.enumerate())
 
 
 class AheadOfTime:

@@ -55,7 +55,6 @@ def train_and_evaluate(
     choose = functools.partial(anchors.Selection(run).params, inference, path) if run.task.head else None
     run_info.log(trainer)
     run_info.check_same_on_all(run)
-    start.check_initial(trainer, path)
     before = start.open_workdir(path, trainer, stack)  # locked until the end
     checkpoints = stack.enter_context(checkpoint.Checkpointer(path, run.checkpoint))
     # It compiles while parameters are read or initialised, each of which may take a minute.

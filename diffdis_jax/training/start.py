@@ -54,18 +54,13 @@ def latent_shapes(network: Network) -> LatentShapes | None:
   return LatentShapes(latent=network.latent_shape, text_width=network.model.text_encoder.width)
 
 
-def check_initial(trainer: Trainer, path: str) -> None:
-  """Raise UserError where a new run in this workdir could not start from its `init_from`."""
-  # As process 0 sees it: what follows is the same on all.
-  if bool(processes.from_first(np.uint8(workdir.latest_step(path) is None))):
-    find_initial(trainer.run.init_from, trainer)
-
-
 def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> int | None:
   """Make the workdir this run's, and lock it until `stack` closes. Returns the number of steps that it had before it
   was made longer; None where it was not."""
-  fields = trainer.run.to_dict()
-  moved = run_info.moved(trainer.run, path)
+  # As process 0 sees it. A new run that could not start from its `init_from` leaves no workdir.
+  if bool(processes.from_first(np.uint8(workdir.latest_step(path) is None))):
+    find_initial(trainer.run.init_from, trainer)
+  fields, moved = trainer.run.to_dict(), run_info.moved(trainer.run, path)
   # open_for_training does it again, when no other process can change the folder.
   workdir.check_config(path, fields, moved=moved)
   check_shared(path)

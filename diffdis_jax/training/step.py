@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -22,7 +21,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.objectives import Objective
 from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import batch_type, has_conditions
 from diffdis_jax.errors import UserError
@@ -87,7 +85,13 @@ class Trainer:
     self.shapes = self.network.shapes
     self.groups = optimizers.groups_of(self.shapes, run.optim.groups)
     self.trainable = [path for path, group in self.groups.items() if group != optimizers.FROZEN]
-    _check_trainable(run.task, self.trainable)
+    if not self.trainable:
+      raise UserError("optim.groups freezes every parameter; give at least one group a rate")
+    if run.task.network != "autoencoder" and any(path.startswith("autoencoder.") for path in self.trainable):
+      raise UserError(
+        "optim.groups trains the autoencoder, whose latents are the data of generation and discrimination; freeze it"
+        " ('^autoencoder', 'frozen'), and train it first with objectives=('reconstruction',)"
+      )
     self.optimizer = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps)
     # From shapes alone: where each array lies is known before the first one is allocated.
     self.param_shardings = sharding.shardings(self.shapes, mesh, self.shapes)
@@ -304,13 +308,3 @@ def _check_images(batch: Any) -> None:
     image = getattr(batch, name, None)
     if image is not None and image.dtype != np.uint8:
       raise UserError(f"the batch's {name} is {image.dtype}; give uint8 pixels, 0 to 255")
-
-
-def _check_trainable(task: Objective, trainable: Sequence[str]) -> None:
-  if not trainable:
-    raise UserError("optim.groups freezes every parameter; give at least one group a rate")
-  if task.network != "autoencoder" and any(path.startswith("autoencoder.") for path in trainable):
-    raise UserError(
-      "optim.groups trains the autoencoder, whose latents are the data of generation and discrimination; freeze it"
-      " ('^autoencoder', 'frozen'), and train it first with objectives=('reconstruction',)"
-    )
