@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -86,10 +87,9 @@ def read(folder: epath.PathLike) -> Digests | Damage | None:
   path = buckets.path(folder) / NAME
   if not path.exists():
     return None
-  try:
+  content: Any = None
+  with contextlib.suppress(UserError):
     content = parse_json(path.read_bytes(), NAME)
-  except UserError:
-    content = None
   if not isinstance(content, dict) or content.pop("crc32c", "") != _own(content):
     return Damage(NAME, _OTHER_BYTES)
   return Digests({name: _File(*file) for name, file in content.pop("files").items()}, **content)
