@@ -172,7 +172,7 @@ def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = Fals
     if section and not (value is None and default is None):
       made[name] = read_section(section, value, at, whole=whole, known=known)
     elif not section and issubclass(kind, Section):
-      made[name] = _value(at, value, default, parts=default if name == rest and whole else {})
+      made[name] = _value(at, value, default, parts=(default or {}) if name == rest and whole else {})
   try:
     return kind(**made)
   except (TypeError, UserError) as error:  # the first of a missing field
