@@ -244,7 +244,6 @@ class Section(sources.Section):
   """The data source `scenes` of a config; `split` is one of SPLITS."""
 
   def open(self) -> sources.Source:
-    self._check_no_path()
     if self.split not in SPLITS:
       raise UserError(f"scenes has no split {self.split!r}; there are {', '.join(SPLITS)}")
     return self._recaptioned(

@@ -165,7 +165,7 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
   kinds = {"num_images": "int", "crop_pct": "float", "shuffle_labels": "bool", "classnames": "string"}
   assert {name: values[name].flag_type() for name in kinds} == kinds
   assert values["shots"].flag_type() == "comma separated list of strings"
-  assert "zero_shot, retrieval, held_out_loss, diffusion_classifier: images to measure" in values[
+  assert "zero_shot, retrieval, held_out_loss, diffusion_classifier, query_use: images to measure" in values[
     "num_images"
   ].help.replace("\n", " ")
 

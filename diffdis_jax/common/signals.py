@@ -87,6 +87,16 @@ def kill_workers() -> None:
     worker.kill()
 
 
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+  """Start processes within that do not hear of Ctrl-C from their first moment on; `begin_worker` goes on so."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a process that is started inherits
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def begin_worker(*_: int) -> None:
   """Leave it to the parent when this worker ends, except that it ends when the parent is killed.
 

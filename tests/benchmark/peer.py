@@ -24,7 +24,6 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 
-from configs import benchmark
 from diffdis_jax.common import files
 from diffdis_jax.common.params import Params, flatten, merge
 from diffdis_jax.config.model import Model
@@ -35,6 +34,7 @@ from diffdis_jax.method.network import Network, abstract_module, initial_state
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
+from replication.configs import benchmark
 
 Inputs = Mapping[str, np.ndarray]
 # One pass forwards and backwards, finished; returns the predicted noise [b, h, w, c].

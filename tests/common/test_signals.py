@@ -11,8 +11,9 @@ import time
 
 import pytest
 
+from diffdis_jax.common import signals
 from tests.command_runs import ROOT
-from tests.interrupting import Terminal
+from tests.interrupting import Terminal, not_ignored
 
 VERB = """
 import pathlib, tempfile, time
@@ -102,3 +103,16 @@ def test_who_ignores_it_goes_on_ignoring_it(tmp_path):
   finally:
     os.killpg(shell.pid, signal.SIGKILL)
     shell.communicate()
+
+
+def test_a_worker_does_not_hear_of_it_from_its_first_moment_on_and_its_parent_does():
+  code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
+  started = lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+  with not_ignored():
+    assert started() == "False"
+    with pytest.raises(KeyboardInterrupt):
+      with signals.starting_workers():
+        assert started() == "True"
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+    assert started() == "False"

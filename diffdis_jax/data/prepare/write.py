@@ -280,7 +280,8 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
   context = multiprocessing.get_context("spawn")
   pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=signals.begin_worker)
   try:
-    futures = {pool.submit(stage.write, part): part for part in parts}
+    with signals.starting_workers():  # as the first parts are handed in
+      futures = {pool.submit(stage.write, part): part for part in parts}
     for future in concurrent.futures.as_completed(futures):
       yield futures[future], future.result()
   except KeyboardInterrupt:  # or SIGTERM: a part that is half done is done again; the shutdown would wait for it
