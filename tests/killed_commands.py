@@ -18,7 +18,7 @@ from diffdis_jax.evals import results
 from diffdis_jax.run import digests, restore, workdir
 from tests import benchmark_sets
 from tests.command_runs import call, joint_flags
-from tests.data.prepare import test_own, test_published
+from tests.data.prepare import test_own_pictures, test_published
 from tests.raw_pairs import picture, write_tar
 from tests.report import written_run
 from tests.test_ablate import BASE
@@ -72,17 +72,17 @@ def simple(kills: int, command: Sequence[str], name: str = "out") -> Case:
 
 def _pictures(raw: pathlib.Path, *names: str) -> None:
   for i, name in enumerate(names):
-    test_own.put(raw / name, picture(i))
+    test_own_pictures.put(raw / name, picture(i))
 
 
 def files_beside(raw: pathlib.Path) -> list[str]:
-  test_own.beside(raw)
+  test_own_pictures.beside(raw)
   return ["files"]
 
 
 def files_jsonl(raw: pathlib.Path) -> list[str]:
   _pictures(raw, *(f"images/{i}.png" for i in range(COUNT)))
-  rows = test_own.rows(COUNT)
+  rows = test_own_pictures.rows(COUNT)
   (raw / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   return ["files"]
 
@@ -95,12 +95,12 @@ def files_csv(raw: pathlib.Path) -> list[str]:
 
 def files_parquet(raw: pathlib.Path) -> list[str]:
   for shard in ("00000", "00001"):
-    test_own.write_table(raw / f"{shard}.parquet", "img2dataset")
+    test_own_pictures.write_table(raw / f"{shard}.parquet", "img2dataset")
   return ["files", "--drop_duplicates"]
 
 
 def files_arrow(raw: pathlib.Path) -> list[str]:
-  test_own.rows_of(COUNT).save_to_disk(str(raw))
+  test_own_pictures.rows_of(COUNT).save_to_disk(str(raw))
   return ["files"]
 
 

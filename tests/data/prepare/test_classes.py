@@ -6,7 +6,7 @@ import pytest
 
 from diffdis_jax.data.prepare import own, write
 from diffdis_jax.errors import UserError
-from tests.data.prepare.test_own import put
+from tests.data.prepare.test_own_pictures import put
 from tests.raw_pairs import load, picture
 
 
