@@ -52,6 +52,9 @@ class Progress(tqdm):
 
   def add(self, count: int = 1) -> None:
     """Count so many that have just been made."""
+    ends = bool(self.total) and self.n + count >= self.total
+    if ends:  # the last update is shown, however soon it follows another
+      self.miniters = self.mininterval = 0
     self.update(count)
-    if self.total and self.n >= self.total:
+    if ends:
       self.close()
