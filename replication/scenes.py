@@ -244,6 +244,8 @@ class Section(sources.Section):
   """The data source `scenes` of a config; `split` is one of SPLITS."""
 
   def open(self) -> sources.Source:
+    if path := str(self.path):  # whose images would be left out in silence
+      raise UserError(f"data.path is {path!r}, and scenes are rendered, from no file: leave the path empty")
     if self.split not in SPLITS:
       raise UserError(f"scenes has no split {self.split!r}; there are {', '.join(SPLITS)}")
     return self._recaptioned(

@@ -156,3 +156,8 @@ def test_as_a_source():
   assert "negatives" not in sources.open_source(name="scenes", image_size=24)[0]
   with pytest.raises(UserError, match="scenes has no split 'unseen'; there are train, val, val_unseen"):
     sources.open_source(name="scenes", split="unseen", image_size=24)
+
+
+def test_a_path_is_refused_as_scenes_are_rendered():
+  with pytest.raises(UserError, match="data.path is '/data', and scenes are rendered, from no file"):
+    sources.open_source(name="scenes", split="train", path="/data", image_size=32)
