@@ -145,10 +145,9 @@ class Pipeline:
   def _square(self, image: Any) -> UInt8[np.ndarray, "s s 3"]:
     try:
       return np.asarray(transforms.resize(_rgb(image), self._model.image_size))
-    except OSError as error:
-      raise UserError(f"cannot read the image {image}: {error}") from error
-    except (ValueError, Image.DecompressionBombError) as error:
-      raise UserError(f"an image cannot be used: {error}") from error
+    except Exception as error:  # Pillow raises whatever a damaged file leads it into
+      what = f"the image {image}" if isinstance(image, (str, os.PathLike)) else "an image"
+      raise UserError(f"{what} cannot be used: {error}") from error
 
 
 def load(path: str | os.PathLike[str]) -> Pipeline:

@@ -78,7 +78,7 @@ def test_a_turned_image_is_turned_back(model, tmp_path):
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda model: model.classify("no.png", NAMES), "cannot read the image no.png"),
+    (lambda model: model.classify("no.png", NAMES), "the image no.png cannot be used: .*No such file"),
     (lambda model: model.classify(np.zeros((8, 8)), NAMES), r"its shape is \(8,\)"),
     (lambda model: model.classify(np.zeros((8, 8, 3), np.int32), NAMES), "its numbers are int32; give uint8"),
     (lambda model: model.classify([], NAMES), "images is empty"),
@@ -93,3 +93,15 @@ def test_wrong_input_is_one_line(model, call, message):
   with pytest.raises(UserError, match=message) as error:
     call(model)
   assert "\n" not in str(error.value)
+
+
+def test_any_damage_of_a_file_is_one_line(model, pictures, tmp_path):
+  file, rng = tmp_path / "image.png", np.random.default_rng(2)
+  pictures[1].save(file)
+  whole = file.read_bytes()
+  for _ in range(100):
+    damaged = bytearray(whole)
+    damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+    file.write_bytes(bytes(damaged)[: rng.integers(1, len(whole) + 1)])
+    with pytest.raises(UserError, match="the image .*image.png cannot be used: "):
+      model.embed_images(file)
