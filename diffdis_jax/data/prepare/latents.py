@@ -148,7 +148,7 @@ class LatentStage(write.Stage):
     text = self.text and {"text": dict(shape=self.text.shape, fingerprint=self.text.fingerprint)}
     return {"latents": {**own, **(text or {}), "augmentation": dataclasses.asdict(self.augmentation)}}
 
-  def serialized(self, part: Part, report: write.Report, digests: list[bytes]) -> Iterator[bytes]:
+  def serialized(self, part: Part, report: write.Report) -> Iterator[bytes]:
     assert isinstance(part, RecordsPart)
     source = self._source(part)
     serialize = write.serializer(self.features())

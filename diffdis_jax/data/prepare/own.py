@@ -132,14 +132,6 @@ def _by_split(root: pathlib.Path, items: Sequence[Item]) -> list[FilesPart]:
   first = lambda item: folder(item).partition("/")[0]
   whole = {first(item) for item in items if item.file and (item.caption or item.refused)}
   if not whole or not whole <= SPLITS.keys():
-    inner = {name for item in items for name in folder(item).split("/")} & SPLITS.keys()
-    if len(inner) > 1:  # held-out pairs would be trained on
-      logging.warning(
-        "%s has the folders %s, which are splits only directly below --source, where no pair lies beside them; all"
-        " pairs are of train here",
-        root,
-        ", ".join(sorted(inner)),
-      )
     return [FilesPart("", "train", root, items)]
   elsewhere = "train" if "train" in whole else min(whole)
   by_split = collections.defaultdict[str, list[Item]](list)

@@ -109,13 +109,11 @@ class TarPart:
   Attributes:
     truncated: known after iteration: the file ends, or is damaged, before the tar's end mark. Pairs are left out then
       unless they have image and caption, since what they lack may have lain behind that.
-    passed_over: known after iteration: ending -> how many files have it and are neither image, caption nor json.
   """
 
   path: pathlib.Path
   split: str
   truncated: bool = False
-  passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def name(self) -> str:
@@ -130,7 +128,7 @@ class TarPart:
     with open(self.path, "rb") as file:
       before = stamp(self.path)
       index = tar_files.index(self.path, _TAR_FIELDS.get)
-      self.truncated, self.passed_over = not index.whole, index.passed_over
+      self.truncated = not index.whole
       for key, members in index.samples.items():
         if index.whole or {"image", "caption"} <= members.keys():
           pair = RawPair(f"{self.name}/{key}")
@@ -203,7 +201,9 @@ def tars(source: pathlib.Path) -> list[Part]:
   """
   check_folder(source, "a folder of webdataset tars")
   by_split = collections.defaultdict(list)
-  for path in listed(source, "*.tar"):
+  # Without hidden ones, such as macOS leaves on other disks.
+  for path in sorted(path for path in source.glob("*.tar") if not paths.is_hidden(path.name)):
+    check_file(path)
     match = _TAR_NAME.fullmatch(path.name)
     split = match and (match[1] or "train")
     # `all` is TFDS's own name for the union of splits.
@@ -213,11 +213,7 @@ def tars(source: pathlib.Path) -> list[Part]:
   if not by_split:
     raise UserError(f"no .tar files in {source}; --source is a folder of webdataset tars, such as img2dataset writes")
   if by_split.keys().isdisjoint(SPLITS):
-    logging.warning(
-      "by the word before their number these tars are of split %s; training reads train, for which they are called"
-      " train-00000.tar, unless data.split says otherwise",
-      ", ".join(by_split),
-    )
+    logging.warning("these tars are of split %s by their names; training reads split train", ", ".join(by_split))
   return [part for parts in by_split.values() for part in parts]
 
 
@@ -228,11 +224,6 @@ def files(items: Iterable[Item], *, split: str, root: pathlib.Path) -> list[Part
   while chunk := tuple(itertools.islice(items, ITEMS)):
     found.append(FilesPart(f"{split}-{len(found):05d}", split, root, chunk))
   return found
-
-
-def listed(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
-  """List files of a name directly in the folder, without hidden ones, such as macOS leaves on other disks."""
-  return sorted(path for path in folder.glob(pattern) if not paths.is_hidden(path.name))
 
 
 def names_below(folder: pathlib.Path) -> Iterator[str]:
@@ -252,6 +243,12 @@ def names_below(folder: pathlib.Path) -> Iterator[str]:
         logging.warning("%s is a link to a folder, and left out; copy or mount it there", os.path.join(path, name))
     inside = pathlib.Path(path).relative_to(folder).as_posix()
     yield from (posixpath.normpath(f"{inside}/{name}") for name in sorted(names) if not paths.is_hidden(name))
+
+
+def check_file(path: pathlib.Path) -> None:
+  """Refuse a pipe, a device or a folder in the place of a file. Raises UserError."""
+  if path.exists() and not path.is_file():
+    raise UserError(f"{path} is no plain file; put one in its place, or take it out of --source")
 
 
 def check_folder(source: pathlib.Path, what: str) -> None:

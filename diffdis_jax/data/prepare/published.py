@@ -7,7 +7,6 @@ which training samples one each time.
 from __future__ import annotations
 
 import collections
-import csv
 import json
 import pathlib
 import re
@@ -18,13 +17,9 @@ from diffdis_jax.common import files
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.parts import SPLITS, Item, Part
 from diffdis_jax.data.prepare.write import DataSet
-from diffdis_jax.data.records import MOST_TEXT_BYTES
 from diffdis_jax.errors import UserError
 
 SHORT_SIDE = 288  # pixels, of CC3M: squares of 256 px are still made smaller, never larger
-CAPTIONS = ("caption", "title", "text")  # columns, of which the first that is there counts
-FILES = ("filepath", "image", "file", "path")
-_QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a text, as csv and pandas write it where it has quotes in it
 _COCO_FILE = re.compile(r"captions_([a-z]+)(\d{4})\.json")
 _KARPATHY = (
   "@inproceedings{karpathy2015deep, title = {Deep Visual-Semantic Alignments for Generating Image Descriptions}, "
@@ -57,67 +52,11 @@ FLICKR30K = DataSet(
 
 
 def find_cc3m(source: pathlib.Path) -> list[Part]:
-  """Find the tars of the folder, or where there are none its tables `train.tsv`, `val.tsv`, ...
-
-  A table's first line names its columns: one of CAPTIONS, and one of FILES, which holds the image's path relative to
-  the folder. Other columns become metadata.
-
-  Raises:
-    UserError: neither tars nor tables, or a table that cannot be read so.
-  """
-  parts.check_folder(source, "a folder of webdataset tars, or of .tsv files and images")
-  tables = parts.listed(source, "*.tsv")
-  if not tables or parts.listed(source, "*.tar"):
-    of_tars = parts.tars(source)
-    for part in of_tars:
-      part.split = SPLITS.get(part.split, part.split)
-    return of_tars
-  found: dict[str, list[Part]] = {}
-  for table in tables:
-    # By words, so that Train_GCC-training.tsv and cc3m_val.tsv are known as well.
-    split = next((SPLITS[word] for word in re.split(r"[^a-z]+", table.stem.lower()) if word in SPLITS), "")
-    if not split:
-      raise UserError(f"cannot tell the split of {table.name}; name it train.tsv, val.tsv or test.tsv")
-    if split in found:
-      raise UserError(f"{table.name} is a second table of split {split}; give each split one")
-    found[split] = parts.files(_rows(table), split=split, root=source)
-    if not found[split]:
-      raise UserError(f"{table} has no rows")
-  return [part for group in found.values() for part in group]
-
-
-def _rows(table: pathlib.Path) -> Iterator[Item]:
-  csv.field_size_limit(MOST_TEXT_BYTES)  # instead of 131,072 characters
-  with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-    # Without quotes: captions have single ones, at which csv would read on to the end of the file.
-    rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    columns = {name.strip().lower(): name for name in rows.fieldnames or ()}
-    caption = next((columns[name] for name in CAPTIONS if name in columns), None)
-    path = next((columns[name] for name in FILES if name in columns), None)
-    if caption is None or path is None:
-      raise UserError(
-        f"{table}: the first line must name a column caption and a column filepath, not {', '.join(columns) or 'none'}"
-      )
-    opened = 0  # the line in which a quoted text began that no line has ended yet
-    try:
-      for row in rows:
-        values = [value for value in row.values() if isinstance(value, str)]
-        if opened and any(value.endswith('"') and not value.startswith('"') for value in values):
-          raise UserError(f"{table}, line {opened}: a quoted text goes on in the next line; write it in one line")
-        if None not in row.values():
-          opened = 0
-        elif values[-1].startswith('"') and values[-1].count('"') % 2:
-          opened = rows.line_num
-        row = {name: _unquoted(value) for name, value in row.items() if isinstance(value, str)}
-        other = {name: value for name, value in row.items() if name not in (caption, path)}
-        yield Item(row.get(path, ""), row.get(caption, ""), json.dumps(other, ensure_ascii=False))
-    except csv.Error as error:
-      raise UserError(f"{table}, line {rows.line_num + 1}: {error}; it is no table, or damaged") from error
-
-
-def _unquoted(text: str) -> str:
-  """Remove the quotes around a text in which each quote is doubled."""
-  return text[1:-1].replace('""', '"') if '""' in text[1:-1] and _QUOTED.fullmatch(text) else text
+  """Find the tars of the folder. Those of `validation` are of split `val`."""
+  tars = parts.tars(source)
+  for part in tars:
+    part.split = SPLITS.get(part.split, part.split)
+  return tars
 
 
 def find_flickr30k(source: pathlib.Path) -> list[Part]:
@@ -159,10 +98,15 @@ def find_coco(source: pathlib.Path) -> list[Part]:
   return found
 
 
+def _read(table: pathlib.Path) -> Any:
+  parts.check_file(table)
+  return files.read_json(table)
+
+
 def _karpathy(table: pathlib.Path, root: pathlib.Path) -> list[Part]:
   by_split: dict[str, list[Item]] = collections.defaultdict(list)
   try:
-    for image in files.read_json(table)["images"]:
+    for image in _read(table)["images"]:
       # As the field trains on: `restval` is what of val2014 Karpathy left for training.
       split = "train" if image["split"] == "restval" else image["split"]
       if not isinstance(split, str):
@@ -176,7 +120,7 @@ def _karpathy(table: pathlib.Path, root: pathlib.Path) -> list[Part]:
 
 def _coco_items(table: pathlib.Path, folder: str) -> Iterator[Item]:
   try:
-    content: Any = files.read_json(table)
+    content: Any = _read(table)
     captions = collections.defaultdict(list)
     for annotation in content["annotations"]:
       captions[annotation["image_id"]].append(annotation["caption"])

@@ -11,22 +11,17 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import importlib
-import itertools
 import json
 import multiprocessing
-import os
 import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tensorflow_datasets.core import example_serializer
@@ -34,11 +29,10 @@ from tensorflow_datasets.core import example_serializer
 from diffdis_jax.common import files, progress, signals, storage
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
-from diffdis_jax.data.prepare.parts import Part, TarPart, reading
+from diffdis_jax.data.prepare.parts import Part, reading
 from diffdis_jax.errors import UserError
 
 VERSION = "1.1.0"
-DUPLICATE = "duplicate image"
 LICENSES = "LICENSES.md"  # a notice beside the records
 FIRST = 10  # skipped pairs that a report names, of each reason
 
@@ -67,39 +61,16 @@ PAIRS = DataSet(
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-  """The settings of a preparation.
-
-  Attributes:
-    short_side: images whose short side is longer are stored as JPEG of this short side; None keeps every image's bytes.
-    reduced_decoding: JPEGs of twice that short side or more are decoded at 1/2, 1/4 or 1/8 of their size.
-    drop_duplicates: of images with the same bytes keep the first one: of the splits but `train` in their order, then of
-      `train`, so that no held-out image is trained on.
-    num_processes: on this machine. It changes nothing in what is written.
-    beam_options: options of an Apache Beam pipeline, `name=value`, which writes the parts instead. Its workers must see
-      the folders of the source and of `out`.
-  """
-
-  short_side: int | None = None
-  reduced_decoding: bool = True
-  drop_duplicates: bool = False
-  num_processes: int = 1
-  beam_options: tuple[str, ...] = ()
-
-
 @dataclasses.dataclass
 class Report:
   """The counts of a part, or of all parts of a split.
 
   Attributes:
     pairs: that are stored.
-    skipped: reason, one of records.REASONS or "duplicate image", -> how many.
+    skipped: reason, one of records.REASONS -> how many.
     first_skipped: reason -> keys of the first few.
     changed: what was changed in pairs that are stored -> in how many.
     truncated: parts that end before their end.
-    shared: another split -> how many images of this split have the same bytes as images there.
-    passed_over: ending of files in tars that are no part of a pair -> how many.
   """
 
   pairs: int = 0
@@ -107,8 +78,6 @@ class Report:
   first_skipped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
   changed: dict[str, int] = dataclasses.field(default_factory=dict)
   truncated: list[str] = dataclasses.field(default_factory=list)
-  shared: dict[str, int] = dataclasses.field(default_factory=dict)
-  passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def skip(self, key: str, reason: str) -> None:
     """Count a pair that is not stored."""
@@ -120,9 +89,8 @@ class Report:
   def add(self, other: Report) -> None:
     """Add the counts of another part."""
     self.pairs += other.pairs
-    for field in ("skipped", "changed", "shared", "passed_over"):
-      mine = getattr(self, field)
-      for reason, count in getattr(other, field).items():
+    for mine, more in ((self.skipped, other.skipped), (self.changed, other.changed)):
+      for reason, count in more.items():
         mine[reason] = mine.get(reason, 0) + count
     for reason, keys in other.first_skipped.items():
       self.first_skipped[reason] = (self.first_skipped.get(reason, []) + keys)[:FIRST]
@@ -147,12 +115,11 @@ class Stage:
 
   Attributes:
     folder: of the files.
-    short_side, reduced_decoding: as `pairs.to_record` takes them.
+    short_side: as `pairs.to_record` takes it.
   """
 
   folder: pathlib.Path
   short_side: int | None = None
-  reduced_decoding: bool = True
 
   def features(self) -> tfds.features.FeaturesDict:
     """Return the features of a record."""
@@ -160,14 +127,14 @@ class Stage:
 
   def identity(self) -> dict[str, Any]:
     """Return JSON of all settings that change what is written."""
-    return {"short side": self.short_side, "reduced decoding": self.reduced_decoding}
+    return {"short side": self.short_side}
 
   def facts(self) -> dict[str, Any]:
     """Return what belongs into the data set's metadata beside the reports."""
     return {}
 
   def file(self, part: Part, ending: str) -> pathlib.Path:
-    """Name a part's file: `array_record`, `json` with its report, or `digests` of its images, 16 bytes each."""
+    """Name a part's file: `array_record`, or `json` with its report."""
     return self.folder / f"{part.name}.{ending}"
 
   def report_of(self, part: Part) -> Report | None:
@@ -188,35 +155,31 @@ class Stage:
     if written := self.report_of(part):
       return written
     # Before anything is read: of a file that changes meanwhile the next start makes the part again.
-    report, digests, identity = Report(), [], self._identity(part)
+    report, identity = Report(), self._identity(part)
     with writing(self.folder):
-      # The report goes first and comes last: it says that the other two files are whole, and of one source.
+      # The report goes first and comes last: it says that the records are whole, and of one source.
       self.file(part, "json").unlink(missing_ok=True)
-      write_records(self.file(part, "array_record"), self.serialized(part, report, digests))
-      files.write_whole(self.file(part, "digests"), b"".join(digests))
+      write_records(self.file(part, "array_record"), self.serialized(part, report))
       content = {"of": identity, "report": dataclasses.asdict(report)}
       files.write_whole(self.file(part, "json"), json.dumps(content).encode())
     return report
 
-  def serialized(self, part: Part, report: Report, digests: list[bytes]) -> Iterator[bytes]:
-    """Yield the records of a part, and fill in its report and the digests."""
+  def serialized(self, part: Part, report: Report) -> Iterator[bytes]:
+    """Yield the records of a part, and fill in its report."""
     serialize = serializer(self.features())
     for pair in reading(part):
       try:
-        record, changed = pairs.to_record(pair, short_side=self.short_side, reduced_decoding=self.reduced_decoding)
+        record, changed = pairs.to_record(pair, short_side=self.short_side)
       except records.Unusable as error:
         report.skip(pair.key, str(error))
         continue
       for what in changed:
         report.changed[what] = report.changed.get(what, 0) + 1
-      digests.append(pairs.digest(pair.image))
       report.pairs += 1
       # A name that is not UTF-8 comes from the file system with surrogates, which cannot be stored.
       yield serialize({**record, "key": pair.key.encode("utf-8", "backslashreplace")})
     if part.truncated:
       report.truncated.append(part.name)
-    if isinstance(part, TarPart):
-      report.passed_over = part.passed_over
 
 
 def serializer(spec: tfds.features.FeaturesDict) -> Any:
@@ -252,17 +215,19 @@ def writing(folder: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def _write_all(stage: Stage, parts: Sequence[Part], settings: Settings) -> dict[str, Report]:
-  """Write every part that is not written yet, by whatever the settings say. Return the report of each part's name."""
+def _write_all(
+  stage: Stage, parts: Sequence[Part], num_processes: int, beam_options: Sequence[str]
+) -> dict[str, Report]:
+  """Write every part that is not written yet. Return the report of each part's name."""
   reports = {part.name: report for part in parts if (report := stage.report_of(part))}
   missing = [part for part in parts if part.name not in reports]
   if reports:
     logging.info("resuming: %d of %d parts are written", len(reports), len(parts))
-  if settings.beam_options:
-    _write_by_beam(stage, missing, settings.beam_options)
+  if beam_options:
+    _write_by_beam(stage, missing, beam_options)
     return {part.name: stage.write(part) for part in parts}  # which are written
   with progress.Progress("preparing", len(parts), "parts", done=len(reports), every=None) as bar:
-    for part, report in _write_by_processes(stage, missing, settings.num_processes):
+    for part, report in _write_by_processes(stage, missing, num_processes):
       reports[part.name] = report
       bar.update(1)
       counts = report.pairs, sum(report.skipped.values()), len(reports), len(parts)
@@ -280,8 +245,13 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
   context = multiprocessing.get_context("spawn")
   pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=signals.begin_worker)
   try:
-    with signals.starting_workers():  # as the first parts are handed in
-      futures = {pool.submit(stage.write, part): part for part in parts}
+    try:
+      with signals.starting_workers():  # as the first parts are handed in
+        futures = {pool.submit(stage.write, part): part for part in parts}
+    except OSError as error:
+      raise UserError(
+        f"{workers} processes cannot be started: {error.strerror or error}; give a smaller --num_processes"
+      ) from error
     for future in concurrent.futures.as_completed(futures):
       yield futures[future], future.result()
   except KeyboardInterrupt:  # or SIGTERM: a part that is half done is done again; the shutdown would wait for it
@@ -310,8 +280,9 @@ def prepare(
   out: pathlib.Path,
   *,
   data_set: DataSet = PAIRS,
-  settings: Settings | None = None,
-  make_stage: Callable[..., Stage] | None = None,
+  make_stage: Callable[[pathlib.Path], Stage] = Stage,
+  num_processes: int = 1,
+  beam_options: Sequence[str] = (),
   finish: Callable[[pathlib.Path], object] = lambda folder: None,
 ) -> dict[str, Report]:
   """Write folder `out`, whole or not at all. Killed at any point and called again, it resumes, with the same records.
@@ -320,8 +291,10 @@ def prepare(
     parts: of the raw data. Those that have changed since they were written are made again.
     out: absent or empty.
     data_set: the description.
-    settings: how.
     make_stage: folder -> what writes a part; by default images and captions.
+    num_processes: on this machine. It changes nothing in what is written.
+    beam_options: options of an Apache Beam pipeline, `name=value`, which writes the parts instead. Its workers must see
+      the folders of the source and of `out`.
     finish: writes more files into the folder, before that takes its name.
 
   Returns:
@@ -331,24 +304,21 @@ def prepare(
     UserError: `out` is not an empty folder or cannot be written, no part, or a split without one usable pair or a name
       that it can have.
   """
-  settings = settings or Settings()
-  _check(parts, settings)
-  partial = partial_of(out)
+  _check(parts, beam_options)
+  out = out.resolve()
+  partial = out.with_name(f".{out.name}.partial")
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
     shutil.rmtree(partial)
     return {name: Report(**report) for name, report in files.read_json(out / "report.json").items()}
-  out = _free(out)
-  make_stage = make_stage or functools.partial(
-    Stage, short_side=settings.short_side, reduced_decoding=settings.reduced_decoding
-  )
+  files.empty_folder(out)
   stage = make_stage(partial / "parts")
   with files.writing(f"--out={out}"):
     stage.folder.mkdir(parents=True, exist_ok=True)
   with _only_process(partial):
     files.sweep(stage.folder, age=0)  # this process holds the lock
-    of_parts = _write_all(stage, parts, settings)
+    of_parts = _write_all(stage, parts, num_processes, beam_options)
     with writing(partial):
-      reports = _fill(partial / "whole", data_set, stage, parts, of_parts, drop=settings.drop_duplicates)
+      reports = _fill(partial / "whole", data_set, stage, parts, of_parts)
       finish(partial / "whole")
       # By one rename, so that `out` is whole or not there; what is left of the preparation goes after it.
       (partial / "whole").replace(out)
@@ -357,7 +327,7 @@ def prepare(
   return reports
 
 
-def _check(parts: Sequence[Part], settings: Settings) -> None:
+def _check(parts: Sequence[Part], beam_options: Sequence[str]) -> None:
   """Raise UserError: there is no part, a split's name is none, or Apache Beam is asked for and not installed."""
   if not parts:
     raise UserError("--source has no pair")
@@ -365,30 +335,11 @@ def _check(parts: Sequence[Part], settings: Settings) -> None:
     # `all` is TFDS's own name for the union of splits. A path would lead out of the folder.
     if not re.fullmatch(r"\w+", split) or split == "all":
       raise UserError(f"a split cannot be called {split!r:.100}; letters, digits and _ make its name, but not 'all'")
-  if settings.beam_options:
+  if beam_options:
     try:
       importlib.import_module("apache_beam.options.pipeline_options")
     except ImportError as error:
       raise UserError(f"--beam_pipeline_options needs Apache Beam ({error}); pip install apache-beam") from error
-
-
-def _free(out: pathlib.Path) -> pathlib.Path:
-  """Return the whole path of `out`. Raise UserError: it is not absent or empty, or no record can be written there."""
-  out = out.resolve()
-  try:
-    os.fspath(out).encode()
-  except UnicodeEncodeError as error:
-    where = f"--out={os.fspath(out)!r} has a path that is not in UTF-8, where no record can be written"
-    raise UserError(f"{where}; take another folder") from error
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f"--out={out} exists and is not an empty folder; name a new one")
-  return out
-
-
-def partial_of(out: pathlib.Path) -> pathlib.Path:
-  """Return the folder in which the finished parts of `out` lie until all are finished."""
-  out = out.resolve()
-  return out.with_name(f".{out.name}.partial")
 
 
 @contextlib.contextmanager
@@ -402,120 +353,38 @@ def _only_process(partial: pathlib.Path) -> Iterator[None]:
 
 
 def _fill(
-  folder: pathlib.Path,
-  data_set: DataSet,
-  stage: Stage,
-  parts: Sequence[Part],
-  of_parts: Mapping[str, Report],
-  *,
-  drop: bool,
+  folder: pathlib.Path, data_set: DataSet, stage: Stage, parts: Sequence[Part], of_parts: Mapping[str, Report]
 ) -> dict[str, Report]:
-  """Make a folder of the parts that are written, without duplicates if `drop`, and return the reports of its splits.
+  """Make a folder of TFDS of the parts that are written, and return the reports of its splits.
 
   Raises:
     UserError: a split without a usable pair.
   """
   by_split: dict[str, list[Part]] = {}
-  for part in parts:
-    by_split.setdefault(part.split, []).append(part)
-  # After all parts are written: which one has an image first depends on no process's speed.
-  digests = {part.name: np.fromfile(stage.file(part, "digests"), "V16") for part in parts}
-  dropped = _duplicates(by_split, digests) if drop else {}
-  for part in parts:
-    if places := dropped.get(part.name):
-      _count_dropped(stage.file(part, "array_record"), places, of_parts[part.name])
-  reports = {split: Report() for split in by_split}
   for part in parts:  # in their order, so that killed and whole preparations end in the same records
+    by_split.setdefault(part.split, []).append(part)
+  reports = {split: Report() for split in by_split}
+  for part in parts:
     reports[part.split].add(of_parts[part.name])
   if lacking := [split for split, report in reports.items() if not report.pairs]:
-    kept = [split for split in reports if split not in lacking]
-    if not kept:
+    if len(lacking) == len(reports):
       shutil.rmtree(folder.parent)  # nothing in it is worth keeping
-    raise UserError(
-      f"no usable pair in split {lacking[0]}: {_none_usable(reports[lacking[0]])}"
-      + (f"; what is finished of {' and '.join(kept)} is kept" if kept else "")
-    )
-  if not drop:  # which leaves none
-    _count_shared(by_split, digests, reports)
+    raise UserError(f"no usable pair in split {lacking[0]}: {_none_usable(reports[lacking[0]])}")
   shutil.rmtree(folder, ignore_errors=True)  # of a killed process: a part's file that it moved is made again
   folder.mkdir()
-  lengths = {name: report.pairs for name, report in of_parts.items()}
-  metadata = {**{split: dataclasses.asdict(report) for split, report in reports.items()}, **stage.facts()}
-  _write_shards(folder, data_set, stage, by_split, lengths, dropped, metadata)
-  for name, text in data_set.notices(parts).items():
-    files.write_whole(folder / name, text.encode())
-  files.write_json(folder / "report.json", {split: metadata[split] for split in reports})
-  return reports
-
-
-def _duplicates(by_split: Mapping[str, list[Part]], digests: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
-  """Return part -> places of records whose image came before."""
-  # `train` last, so that of an image in two splits the held-out one stays.
-  names = [part.name for split in _held_out_first(by_split) for part in by_split[split]]
-  _, first = np.unique(np.concatenate([digests[name] for name in names]), return_index=True)
-  repeated = np.ones(sum(len(digests[name]) for name in names), bool)
-  repeated[first] = False
-  borders = np.cumsum([len(digests[name]) for name in names])[:-1]
-  return {name: np.flatnonzero(own).tolist() for name, own in zip(names, np.split(repeated, borders), strict=True)}
-
-
-def _held_out_first(splits: Iterable[str]) -> list[str]:
-  return sorted(splits, key=lambda split: split == "train")
-
-
-def _count_shared(
-  by_split: Mapping[str, list[Part]], digests: Mapping[str, np.ndarray], reports: Mapping[str, Report]
-) -> None:
-  """Count the images that two splits have, by their bytes, and say how many there are in one line."""
-  of_split = {split: np.concatenate([digests[part.name] for part in parts]) for split, parts in by_split.items()}
-  lines = []
-  for split, other in itertools.combinations(_held_out_first(of_split), 2):
-    if count := int(np.isin(of_split[split], of_split[other]).sum()):
-      reports[split].shared[other] = count
-      lines.append(f"{count:,} of {len(of_split[split]):,} images of {split} have the same bytes as images of {other}")
-  if lines:
-    logging.warning("%s; --drop_duplicates keeps those of held-out splits alone", "; ".join(lines))
-
-
-def _count_dropped(path: pathlib.Path, places: Sequence[int], report: Report) -> None:
-  """Count records of a part's file as skipped, by their keys."""
-  source, skip = ArrayRecordDataSource([str(path)]), {"image": tfds.decode.SkipDecoding()}
-  report.pairs -= len(places)
-  for place in places:
-    record: Any = features().deserialize_example_np(source[place], decoders=skip)
-    report.skip(record["key"].decode(), DUPLICATE)
-
-
-def _write_shards(
-  folder: pathlib.Path,
-  data_set: DataSet,
-  stage: Stage,
-  by_split: Mapping[str, list[Part]],
-  lengths: Mapping[str, int],
-  dropped: Mapping[str, list[int]],
-  metadata: Mapping[str, Any],
-) -> None:
-  """Make the parts' files the shards of a folder of TFDS, and write its metadata."""
   template, infos = None, []
-  for split, parts in by_split.items():
-    parts = [part for part in parts if lengths[part.name]]
+  for split, own in by_split.items():
     template = tfds.core.ShardedFileTemplate(
       data_dir=epath.Path(folder), dataset_name=data_set.name, split=split, filetype_suffix="array_record"
     )
-    size = 0
-    for i, part in enumerate(parts):
-      path = stage.file(part, "array_record")
-      shard = pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(parts)))
-      if places := {*dropped.get(part.name, ())}:
-        source = ArrayRecordDataSource([str(path)])
-        write_records(shard, (source[place] for place in range(len(source)) if place not in places))
-      else:
-        path.replace(shard)
+    own, size = [part for part in own if of_parts[part.name].pairs], 0
+    for i, part in enumerate(own):
+      shard = pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(own)))
+      stage.file(part, "array_record").replace(shard)
       size += shard.stat().st_size
-    shard_lengths = [lengths[part.name] for part in parts]
-    infos.append(
-      tfds.core.SplitInfo(name=split, shard_lengths=shard_lengths, num_bytes=size, filename_template=template)
-    )
+    lengths = [of_parts[part.name].pairs for part in own]
+    infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
+  as_json = {split: dataclasses.asdict(report) for split, report in reports.items()}
   tfds.folder_dataset.write_metadata(
     data_dir=folder,
     features=stage.features(),
@@ -527,8 +396,12 @@ def _write_shards(
     citation=data_set.citation,
     homepage=data_set.homepage or None,
     disable_shuffling=True,
-    metadata=tfds.core.MetadataDict(metadata),
+    metadata=tfds.core.MetadataDict({**as_json, **stage.facts()}),
   )
+  for name, text in data_set.notices(parts).items():
+    files.write_whole(folder / name, text.encode())
+  files.write_json(folder / "report.json", as_json)
+  return reports
 
 
 def _none_usable(report: Report) -> str:
