@@ -9,16 +9,13 @@ again, and ends in the same records. card.json and card.png describe what was wr
 
   files               your own pictures: x.jpg with x.txt or x.caption, CLASS/x.jpg, a .csv or
                       .jsonl of file names and captions, parquet, or a folder of Hugging Face
-                      datasets' save_to_disk; --captions=filename takes the files' names
+                      datasets' save_to_disk; a share of the pairs is held out as split `val`
   pairs, cc3m         webdataset tars SPLIT-00000.tar as img2dataset writes them:
                       KEY.jpg, .png or .webp, KEY.txt, KEY.json
-  cc3m                or train.tsv and val.tsv, with columns caption and filepath, and the images
   coco                annotations/captions_*.json and the images, or Karpathy's dataset_coco.json
   flickr30k           Karpathy's dataset_flickr30k.json and the images
   folder              CLASS/IMAGE or SPLIT/CLASS/IMAGE
   torchvision NAME    one of the twelve zero-shot sets, in the folder that torchvision's class reads
-
-`files` looks which of those layouts it is, and holds out a share of the pairs as split `val`.
 
 `latents` stores a run's latents of --views augmented views of each image of a prepared data set, for training with
 data.name=latents at that image size; with --text also the output of its frozen text encoder:
@@ -52,7 +49,7 @@ from diffdis_jax.config.section import check_type, read_section
 from diffdis_jax.data.layouts import find
 from diffdis_jax.data.layouts.tfds_folder import INFO
 from diffdis_jax.data.prepare import card, latents, own, parts, published, tables, zero_shot_sets
-from diffdis_jax.data.prepare.write import PAIRS, DataSet, Report, Settings, prepare, writing
+from diffdis_jax.data.prepare.write import PAIRS, DataSet, Report, Stage, prepare, writing
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
@@ -68,17 +65,16 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], DataSet]]
   **{name: (functools.partial(zero_shot_sets.find_parts, name), zero_shot_sets.ZERO_SHOT) for name in find.LABELLED},
 }
 NAMES = (*(name for name in DATA_SETS if name not in find.LABELLED), "torchvision", "latents", "card")
-RAW = ("source", "short_side", "reduced_decoding", "drop_duplicates", "num_processes", "beam_pipeline_options")
-# Flags, what takes them, and what that is called. Of any other name they would have no effect.
-BELONGS = (
-  (("caption_fields", "captions", "held_out"), ("files",), "prepare_data files"),
-  (("workdir", "views", "augment", "image_size", "batch_size", "text"), ("latents",), "prepare_data latents"),
-  (("data",), ("latents", "card"), "prepare_data latents and card"),
-  (RAW, tuple(DATA_SETS), "raw data alone"),
-  (("out",), (*DATA_SETS, "latents"), "what is prepared; a card is written beside the records"),
-)
+# Flag -> the names that take it. Of any other name it would have no effect.
+TAKERS: dict[str, tuple[str, ...]] = {
+  **dict.fromkeys(("caption_fields", "captions", "held_out"), ("files",)),
+  **dict.fromkeys(("workdir", "views", "augment", "image_size", "batch_size", "text"), ("latents",)),
+  **dict.fromkeys(("source", "short_side", "num_processes", "beam_pipeline_options"), tuple(DATA_SETS)),
+  "data": ("latents", "card"),
+  "out": (*DATA_SETS, "latents"),
+}
 # Flags that change nothing in what is written.
-_HOW = {"num_processes", "beam_pipeline_options", "batch_size", "out"}
+_HOW = ("num_processes", "beam_pipeline_options", "batch_size", "out")
 
 FLAGS = flags.FLAGS
 
@@ -101,10 +97,6 @@ def define_flags() -> None:
     f" By default {published.SHORT_SIDE} for cc3m, 0 for the others",
     lower_bound=0,
   )
-  flags.DEFINE_boolean(
-    "reduced_decoding", True, "decode JPEGs of twice --short_side or more at 1/2, 1/4 or 1/8 of their size"
-  )
-  flags.DEFINE_boolean("drop_duplicates", False, "keep only the first of images with the same bytes")
   flags.DEFINE_integer("num_processes", None, "processes that prepare; by default one a core", lower_bound=1)
   flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
   flags.DEFINE_list("caption_fields", [], "columns whose texts are the captions")
@@ -131,19 +123,18 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
   name = _name(argv[1:])
-  for names, takers, what in BELONGS:
-    if name not in takers and (given := next((flag for flag in names if FLAGS[flag].present), "")):
-      raise UserError(f"--{given} belongs to {what}; leave it out of prepare_data {name}")
+  for flag, takers in TAKERS.items():
+    if name not in takers and FLAGS[flag].present:
+      raise UserError(f"--{flag} has no effect on prepare_data {name}; leave it out")
   if name == "card":
     write_card(buckets.local(_given("data", name), "--data"))
     return
   if name == "latents":
     write = functools.partial(write_latents, _given("workdir", name), _given("data", name))
   else:
-    source = buckets.local(_given("source", name), "--source")
-    write = functools.partial(write_pairs, name, source)
-  decide = {flag for names, *_ in BELONGS for flag in names} - _HOW
-  publish(write, _given("out", name), asked={"data set": name, **{flag: FLAGS[flag].value for flag in sorted(decide)}})
+    write = functools.partial(write_pairs, name, buckets.local(_given("source", name), "--source"))
+  decide = {flag: FLAGS[flag].value for flag in sorted(TAKERS) if flag not in _HOW}
+  publish(write, _given("out", name), asked={"data set": name, **decide})
 
 
 def _name(words: Sequence[str]) -> str:
@@ -195,14 +186,17 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
   """Prepare the data set of this name from the raw data in `source`."""
   find_parts, data_set = DATA_SETS[name]
   default = published.SHORT_SIDE if name == "cc3m" else 0
-  settings = Settings(
-    short_side=(default if FLAGS.short_side is None else FLAGS.short_side) or None,  # 0, too, keeps the bytes
-    reduced_decoding=FLAGS.reduced_decoding,
-    drop_duplicates=FLAGS.drop_duplicates,
+  short_side = (default if FLAGS.short_side is None else FLAGS.short_side) or None  # 0, too, keeps the bytes
+  reports = prepare(
+    find_parts(source),
+    out,
+    data_set=data_set,
+    make_stage=functools.partial(Stage, short_side=short_side),
     num_processes=FLAGS.num_processes or machine.cores(),
-    beam_options=tuple(FLAGS.beam_pipeline_options),
+    beam_options=FLAGS.beam_pipeline_options,
+    finish=finish,
   )
-  log_total(prepare(find_parts(source), out, data_set=data_set, settings=settings, finish=finish))
+  log_total(reports)
 
 
 def finish(folder: pathlib.Path) -> None:
@@ -217,9 +211,7 @@ def log_total(reports: Mapping[str, Report]) -> None:
   for report in reports.values():
     total.add(report)
   by_split = ", ".join(f"{split} {report.pairs:,}" for split, report in reports.items())
-  over = ", ".join(f"{count} files {ending}" for ending, count in total.passed_over.items())
-  over = f"; passed over: {over}" if over else ""
-  logging.info("%d pairs (%s); skipped: %s%s", total.pairs, by_split, total.reasons() or "none", over)
+  logging.info("%d pairs (%s); skipped: %s", total.pairs, by_split, total.reasons() or "none")
 
 
 def write_latents(run: str, data: str, out: pathlib.Path) -> None:

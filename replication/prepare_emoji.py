@@ -15,7 +15,7 @@ from absl import flags
 
 from diffdis_jax import prepare_data
 from diffdis_jax.common import cli, machine
-from diffdis_jax.data.prepare.write import Settings, prepare
+from diffdis_jax.data.prepare.write import prepare
 from replication import emoji
 
 FLAGS = flags.FLAGS
@@ -25,9 +25,8 @@ def main(argv: object) -> None:
   source = pathlib.Path(FLAGS.source)
 
   def write(out: pathlib.Path) -> None:
-    settings = Settings(num_processes=machine.cores())
-    found = emoji.find_parts(source)
-    reports = prepare(found, out, data_set=emoji.EMOJI, settings=settings, finish=prepare_data.finish)
+    how = dict(data_set=emoji.EMOJI, num_processes=machine.cores(), finish=prepare_data.finish)
+    reports = prepare(emoji.find_parts(source), out, **how)
     prepare_data.log_total(reports)
 
   prepare_data.publish(write, FLAGS.out)

@@ -8,6 +8,7 @@ numbers of images that it does not state, so that ratios are what can be compare
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 import pathlib
@@ -25,7 +26,7 @@ from PIL import Image
 from diffdis_jax.data import loader, sources
 from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.prepare import parts
-from diffdis_jax.data.prepare.write import Settings, prepare
+from diffdis_jax.data.prepare.write import Stage, prepare
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import base
 from diffdis_jax.inference import Inference
@@ -145,7 +146,7 @@ def _write_images(folder: pathlib.Path, images: int, image_size: int) -> str:
   """Write JPEGs as prepare_data stores them for this image size, a little larger than they are seen. Return their
   folder."""
   raw = write_photos(folder, images)
-  prepare(parts.tars(raw), folder / "pairs", settings=Settings(short_side=image_size * 9 // 8))
+  prepare(parts.tars(raw), folder / "pairs", make_stage=functools.partial(Stage, short_side=image_size * 9 // 8))
   return str(folder / "pairs")
 
 

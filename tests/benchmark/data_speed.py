@@ -6,6 +6,7 @@ What is compared takes turns, round by round. Everything is synthetic and lies i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import statistics
 import time
@@ -21,7 +22,7 @@ from diffdis_jax.config.model import TextEncoderSize
 from diffdis_jax.data import loader, sources
 from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.prepare import parts
-from diffdis_jax.data.prepare.write import Settings, prepare
+from diffdis_jax.data.prepare.write import Stage, prepare
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.parallel import sharding
 from diffdis_jax.training.metrics import Meters
@@ -41,7 +42,7 @@ def prepare_speed(raw: pathlib.Path, folder: pathlib.Path, images: int) -> dict[
   for name, short_side in (("kept", None), ("reencoded", SHORT_SIDE)):
     # The processor's time: by the clock it would be the speed of what else this machine does.
     begin = time.process_time()
-    prepare(parts.tars(raw), folder / name, settings=Settings(short_side=short_side))
+    prepare(parts.tars(raw), folder / name, make_stage=functools.partial(Stage, short_side=short_side))
     speeds[f"prepare_{name}_per_core"] = images / (time.process_time() - begin)
     logging.info("prepare, %s: %.0f pairs/s a core", name, speeds[f"prepare_{name}_per_core"])
   return speeds
