@@ -25,8 +25,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import logging
-
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import parts, tables
 from diffdis_jax.data.prepare.pairs import RawPair, digest
@@ -72,17 +70,11 @@ def _find(source: pathlib.Path, asked: Asked) -> list[FilesPart] | list[TablePar
     return _by_split(source, tables.items(source, [table], names, asked))
   if pictures and not texts and all("/" in name for name in pictures):
     return _of_classes(source)
-  if saved := next((name for name in names if posixpath.basename(name) in tables.SAVED), ""):
-    raise UserError(f"what save_to_disk wrote lies in {source / posixpath.dirname(saved)}; give that as --source")
-  if pictures:
-    raise UserError(
-      f"{source} has {len(pictures)} pictures, such as {pictures[0]!r:.100}, and {len(texts)} captions, none for the"
-      " other; put x.txt beside x.jpg or a metadata.csv with file_name and caption above them, or take the files'"
-      " names: --captions=filename"
-    )
-  if texts:
-    raise UserError(f"{source} has {len(texts)} captions and no picture; put x.jpg, .png or .webp beside x.txt")
-  raise UserError(f"no pictures in {source}; --source is a folder of {LAYOUTS}")
+  example = f", such as {pictures[0]!r:.100}" if pictures else ""
+  raise UserError(
+    f"{source} has {len(pictures)} pictures{example}, and {len(texts)} captions, none for the other; --source is a"
+    f" folder of {LAYOUTS}, itself and not one above it. --captions=filename takes the files' names"
+  )
 
 
 def _words(name: str) -> str:
@@ -192,13 +184,8 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 class _Row(NamedTuple):
-  """A row of a part of the source that begins a record.
-
-  Attributes:
-    part, place: of the row.
-    unit: the digest of its image, or its key where no image can be read.
-    is_whole: it has an image and a caption.
-  """
+  """A row of a part of the source that begins a record. Its unit is the digest of its image, or its key where no image
+  can be read; whole are those with an image and a caption."""
 
   part: int
   place: int
@@ -244,7 +231,6 @@ def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
   captions: dict[tuple[str, bytes], list[str]] = {}  # split and image -> those of all usable rows
   several: set[tuple[str, bytes]] = set()
   first: dict[tuple[int, int], tuple[str, bytes]] = {}  # part and place of the usable rows that begin a record
-  more = 0
   for i, part in enumerate(found):
     split = SPLITS.get(part.split, part.split)
     for place, pair in enumerate(parts.reading(part)):
@@ -254,13 +240,10 @@ def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
         if (split, unit) in captions:
           captions[split, unit] += texts
           several.add((split, unit))
-          more += 1
           continue
         captions[split, unit], first[i, place] = texts, (split, unit)
       is_whole = bool(pair.image and pair.caption)
       rows.append(_Row(i, place, split, unit or pair.key.encode("utf-8", "surrogatepass"), is_whole))
-  if more:
-    logging.info("%d rows have the same image as another; each image is one record with all captions", more)
   held = _held_out(source, rows, asked.held_out)
   places = collections.defaultdict[tuple[str, int], list[int]](list)
   for row in rows:

@@ -118,8 +118,6 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
     raise
   except ImportError as error:
     raise not_installed(str(path), "datasets", "own") from error
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path} has a text that is not UTF-8 ({error}); write it again with texts in UTF-8") from error
   except Exception as error:
     raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; copy it again") from error
 
@@ -148,10 +146,8 @@ def _rows(path: pathlib.Path, wanted: Mapping[str, Any]) -> Iterator[dict[str, A
 
 
 def parquet(source: pathlib.Path, name: str, asked: Asked) -> TablePart:
-  """Read the columns of a parquet file. Raise UserError: it cannot be read, or lacks a column.
-
-  data/train-00000-of-00001.parquet is of `train`, or the folder says the split; img2dataset's 00000.parquet is `train`.
-  """
+  """Read the columns of a parquet file, whose name or folder has the split as its first word. Raise UserError: it cannot
+  be read, or lacks a column."""
   words = [re.split(r"[-_.]", posixpath.basename(name))[0], posixpath.basename(posixpath.dirname(name))]
   split = next((word for word in map(str.lower, words) if word in SPLITS), "train")
   return _table(source / name, split, posixpath.splitext(name)[0], asked)
@@ -174,6 +170,7 @@ def saved(source: pathlib.Path, asked: Asked) -> list[TablePart]:
 
 
 def _table(path: pathlib.Path, split: str, name: str, asked: Asked) -> TablePart:
+  parts.check_file(path)
   with _readable(path):
     columns: dict[str, Any] = dict(_open(path).features)
   images = [column for column, kind in columns.items() if _is_image(kind)]
@@ -183,8 +180,7 @@ def _table(path: pathlib.Path, split: str, name: str, asked: Asked) -> TablePart
       f"{path} has no column with an image, its bytes or a struct that has them; its columns are"
       f" {', '.join(columns) or 'none'}"
     )
-  # No JSON has times, and Python not all of them.
-  rest = [column for column, kind in columns.items() if column not in images and _has_json(kind)]
+  rest = [column for column in columns if column not in images]
   captions = caption_fields(str(path), rest, asked)
   return TablePart(path, split, name, image, captions, _others(rest, captions, asked))
 
@@ -193,10 +189,6 @@ def _is_image(kind: Any) -> bool:
   if isinstance(kind, dict):
     return "bytes" in kind and _is_image(kind["bytes"])
   return type(kind).__name__ == "Image" or "binary" in str(getattr(kind, "dtype", ""))
-
-
-def _has_json(kind: Any) -> bool:
-  return not re.match("date|time|duration", str(getattr(kind, "dtype", "")))
 
 
 def caption_fields(where: str, columns: Sequence[str], asked: Asked) -> tuple[str, ...]:
@@ -255,6 +247,7 @@ def items(source: pathlib.Path, listed: Sequence[str], names: Sequence[str], ask
 
 def _list(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   """Yield the rows of a list. Raise UserError: it cannot be read."""
+  parts.check_file(path)
   if path.suffix == ".parquet":
     with _readable(path):
       yield from _open(path)
