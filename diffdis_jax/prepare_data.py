@@ -217,14 +217,10 @@ def log_total(reports: Mapping[str, Report]) -> None:
 def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   """Encode every image of a prepared data set by a run's autoencoder, in this process."""
   from diffdis_jax import inference  # here, since the processes of the preparation import this file too
-  from diffdis_jax.data import build
   from diffdis_jax.training import start
 
   found = latents.find_parts(data)  # first: a wrong folder shows before weights are read
   model, params = inference.load(run, image_size=FLAGS.image_size, batch_size=FLAGS.batch_size)
-  for split in dict.fromkeys(part.split for part in found):
-    if said := build.enlarged(data, split=split, image_size=model.image_size):
-      logging.warning("%s", said)
   h, w, c = model.network.latent_shape
   sizes = model.network.model
   assert isinstance(sizes, Model)  # CLIP has no noise

@@ -9,7 +9,6 @@ from typing import Any
 
 import grain
 
-from diffdis_jax.common import buckets, files
 from diffdis_jax.config.data import Augmentation, ClassSampling, Data
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import loader, long_tail, records, sources
@@ -31,7 +30,7 @@ def batch_type(data: Data) -> type[Batch] | type[LatentBatch] | type[LabelledBat
 
 
 def describe(data: Data) -> list[str]:
-  """A line for each source, with what its preparation counted."""
+  """Return a line for each source, with what its preparation counted."""
   lines = []
   for section in data.sources.values():
     weight = section.get("weight")
@@ -51,31 +50,10 @@ def latent_facts(data: Data) -> dict[str, Mapping[str, Any]]:
 
 
 def doubts(run: Run) -> list[str]:
-  """A sentence for each source that is probably not what is meant: images that are enlarged, or latents of other views
-  than data.augment, which has no effect on them, asks for."""
+  """Return a sentence for latents of other views than data.augment, which has no effect on them, asks for."""
   latents = latent_facts(run.data)
   found = [_other_views(path, facts.get("augmentation", {}), run.data.augment) for path, facts in latents.items()]
-  for section in run.data.sources.values():
-    if section.get("name", "pairs") == "pairs":
-      found.append(enlarged(str(section["path"]), split=section.get("split", "train"), image_size=run.image_size))
   return [said for said in found if said]
-
-
-def enlarged(path: str, *, split: str, image_size: int) -> str:
-  """Say in a sentence that half of a split's images are smaller than `image_size`; empty where they are not. Raises
-  UserError: the card, by which this is known, is damaged."""
-  if (buckets.path(path) / "card.json").exists():
-    records.refuse_damage(path, ("card.json",))
-  try:
-    side = int(files.read_object(buckets.path(path) / "card.json")["splits"][split]["short_side"]["median"])
-  except (KeyError, TypeError, ValueError):
-    return ""
-  if side >= image_size:
-    return ""
-  return (
-    f"{path}: half of the images of split {split}, or more, have a short side of at most {side} px and are enlarged to"
-    f" {image_size} px; take a smaller image_size, or prepare larger images (--short_side of prepare_data)"
-  )
 
 
 def _other_views(path: str, stored: Mapping[str, Any], asked: Augmentation) -> str:

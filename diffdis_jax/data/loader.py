@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,7 +32,7 @@ ATTEMPTS = 100  # records in a row that may be unusable
 MOST_NAMED = 100  # unusable records, of which a process logs which they are
 _AS_STORED, _LOADING = Augmentation(), Loading()
 Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "n l"]]
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 def train_loader(
@@ -85,7 +87,7 @@ def train_loader(
     # `repeat` last: each epoch it gives new seeds to what stands before it, the order and the augmentation.
     datasets.append(order.random_map(example).repeat())
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
-  return _read_ahead(dataset, rows, batch_size, _Collate(tokenizer), loading)
+  return _read_ahead(dataset, rows, batch_size, functools.partial(_collate, tokenizer=tokenizer), loading)
 
 
 class _InRuns(experimental.FlatMapTransform):
@@ -128,7 +130,7 @@ def labelled_loader(
   """
   example = _LabelledExample(source, image_size, augmentation, tokens)
   dataset = _ByClass(example, source.labels, sampling_exponent, seed)
-  return _read_ahead(dataset, rows, batch_size, _stack, loading)
+  return _read_ahead(dataset, rows, batch_size, _collate, loading)
 
 
 def _read_ahead(
@@ -144,8 +146,10 @@ def _read_ahead(
   return iter(iterable)
 
 
-def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-  return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+def _collate(examples: Sequence[dict[str, Any]], tokenizer: Tokenizer | None = None) -> dict[str, np.ndarray]:
+  """Stack examples. Captions are tokenized all at once, at a fraction of the cost."""
+  arrays = {name: np.stack([example[name] for example in examples]) for name in examples[0] if name != "caption"}
+  return arrays if tokenizer is None else {**arrays, "tokens": tokenizer([each["caption"] for each in examples])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,16 +235,12 @@ class _Example(grain.transforms.RandomMap):
     """Make the example of a record. Raises records.Unusable."""
 
   def _say(self, place: int, reason: str) -> None:
-    if len(_said) >= MOST_NAMED:
-      return
-    try:
-      name = name_of(self.source[place], place)
-    except records.Unusable:  # not even its key can be read
-      name = str(place)
-    said = f"record {name} cannot be used: {reason}; the next one takes its place"
-    if said not in _said:
-      _said.add(said)
-      logging.warning("%s", said)
+    with contextlib.suppress(records.Unusable):  # where not even its key can be read
+      place = name_of(self.source[place], place)
+    line = f"record {place} cannot be used: {reason}; the next one takes its place"
+    if line not in _logged and len(_logged) < MOST_NAMED:
+      _logged.add(line)
+      logging.warning("%s", line)
 
 
 def name_of(record: Mapping[str, Any], place: int) -> str:
@@ -252,17 +252,6 @@ def draw_caption(record: Mapping[str, Any], rng: np.random.Generator) -> str:
   """The record's caption, or a random one of its captions where it has several."""
   captions = records.captions_of(record)
   return captions[rng.integers(len(captions))] if captions else record["caption"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Collate:
-  """Examples -> a batch. Captions are tokenized all at once, at a fraction of the cost."""
-
-  tokenizer: Tokenizer
-
-  def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    arrays = {name: np.stack([example[name] for example in examples]) for name in examples[0] if name != "caption"}
-    return {**arrays, "tokens": self.tokenizer([example["caption"] for example in examples])}
 
 
 @dataclasses.dataclass(frozen=True)

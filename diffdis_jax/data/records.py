@@ -126,11 +126,9 @@ def read_decoded(image: bytes | UInt8[np.ndarray, "h w 3"] | None | Any, *, at_l
   if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
     return decode_reduced(image, at_least=at_least)
   if image is not None and not isinstance(image, bytes):
-    array = hasattr(image, "dtype") and hasattr(image, "shape")
-    what = f"{image.dtype}{list(image.shape)}" if array else type(image).__name__
     raise UserError(
-      f"a record's image is {what}; a source gives the bytes of an image's file, or a numpy array uint8[height, width,"
-      " 3], such as numpy.asarray(image.convert('RGB')) of one of Pillow's"
+      f"a record's image is of type {type(image).__name__}; a source gives the bytes of an image's file, or a numpy"
+      " array uint8[height, width, 3], such as numpy.asarray(image.convert('RGB')) of one of Pillow's"
     )
   if not image:
     raise Unusable("missing image")
@@ -257,12 +255,6 @@ class Pairs:
         raise Unusable("unreadable record")
       return record
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
-      # In words, which ArrayRecord gives in the place of a number. Each record of the files left would seem damaged.
-      if os.strerror(errno.EMFILE) in str(error):
-        raise UserError(
-          f"{os.path.dirname(self._files[0])} has {len(self._files):,} files of records, which stay open, and this"
-          " process may not have so many; raise the limit of ulimit -n"
-        ) from error
       away = storage.away(error, self._files)
       if away is None and not isinstance(error, UserError):
         raise Unusable("unreadable record") from error
@@ -343,8 +335,5 @@ def _open(path: str | os.PathLike[str], split: str) -> Split:
   stored = found.as_data_source(split=split, decoders=undecoded)
   files = found.info.splits[split].filepaths
   if missing := [file for file in files if not os.path.exists(file)]:
-    more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-    raise UserError(
-      f"{missing[0]} is missing{more}; put it back and run the same command again, or prepare the data set again"
-    )
+    raise UserError(f"{missing[0]} is missing, one of {len(missing)}; put it back, or prepare the data set again")
   return Split(stored, files)
