@@ -22,10 +22,6 @@ data.name=latents at that image size; with --text also the output of its frozen 
 
   diffdis prepare_data latents --workdir=RUN --data=DIR --out=DIR2 --views=4 \\
       --augment='{"crop": "random"}'
-
-`card` writes the card of a prepared data set again:
-
-  diffdis prepare_data card --data=DIR
 """
 
 from __future__ import annotations
@@ -49,7 +45,7 @@ from diffdis_jax.config.section import check_type, read_section
 from diffdis_jax.data.layouts import find
 from diffdis_jax.data.layouts.tfds_folder import INFO
 from diffdis_jax.data.prepare import card, latents, own, parts, published, tables, zero_shot_sets
-from diffdis_jax.data.prepare.write import PAIRS, DataSet, Report, Stage, prepare, writing
+from diffdis_jax.data.prepare.write import PAIRS, DataSet, Report, Stage, prepare
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
@@ -64,17 +60,15 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], DataSet]]
   "folder": (own.classes, own.CLASSES),
   **{name: (functools.partial(zero_shot_sets.find_parts, name), zero_shot_sets.ZERO_SHOT) for name in find.LABELLED},
 }
-NAMES = (*(name for name in DATA_SETS if name not in find.LABELLED), "torchvision", "latents", "card")
+NAMES = (*(name for name in DATA_SETS if name not in find.LABELLED), "torchvision", "latents")
 # Flag -> the names that take it. Of any other name it would have no effect.
 TAKERS: dict[str, tuple[str, ...]] = {
   **dict.fromkeys(("caption_fields", "captions", "held_out"), ("files",)),
-  **dict.fromkeys(("workdir", "views", "augment", "image_size", "batch_size", "text"), ("latents",)),
+  **dict.fromkeys(("workdir", "data", "views", "augment", "image_size", "batch_size", "text"), ("latents",)),
   **dict.fromkeys(("source", "short_side", "num_processes", "beam_pipeline_options"), tuple(DATA_SETS)),
-  "data": ("latents", "card"),
-  "out": (*DATA_SETS, "latents"),
 }
 # Flags that change nothing in what is written.
-_HOW = ("num_processes", "beam_pipeline_options", "batch_size", "out")
+_HOW = ("num_processes", "beam_pipeline_options", "batch_size")
 
 FLAGS = flags.FLAGS
 
@@ -126,14 +120,11 @@ def main(argv: list[str]) -> None:
   for flag, takers in TAKERS.items():
     if name not in takers and FLAGS[flag].present:
       raise UserError(f"--{flag} has no effect on prepare_data {name}; leave it out")
-  if name == "card":
-    write_card(buckets.local(_given("data", name), "--data"))
-    return
   if name == "latents":
     write = functools.partial(write_latents, _given("workdir", name), _given("data", name))
   else:
     write = functools.partial(write_pairs, name, buckets.local(_given("source", name), "--source"))
-  decide = {flag: FLAGS[flag].value for flag in sorted(TAKERS) if flag not in _HOW}
+  decide = {flag: FLAGS[flag].value for flag in TAKERS if flag not in _HOW}
   publish(write, _given("out", name), asked={"data set": name, **decide})
 
 
@@ -200,8 +191,17 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def finish(folder: pathlib.Path) -> None:
-  """Write the card and the digests of a data set, the last of its files."""
-  write_card(folder)
+  """Log the card of a prepared data set, and write it into its folder: card.png of 64 pairs, and card.json. The digests
+  of all files come last."""
+  from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
+
+  made = card.describe(folder)
+  for line in made.lines():
+    logging.info("%s", line)
+  if made.captions:
+    samples.save_grid(made.images, made.captions, folder / "card.png")
+  # What stands for a byte of a file's name that is not UTF-8 is no character, and becomes JSON's escape of it.
+  files.write_whole(folder / "card.json", made.to_json().encode("utf-8", "backslashreplace"))
   digests.write(folder)
 
 
@@ -257,32 +257,14 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       images=digests.fingerprint(data, part=digests.RECORDS),
     ),
   )
-  for split, report in reports.items():
-    logging.info("%s: %d views, skipped images: %s", split, report.pairs, report.reasons() or "none")
+  log_total(reports)
 
 
 def _augmentation(default: Mapping[str, Any]) -> Augmentation:
   fields = parse_json(FLAGS.augment, f"--augment={FLAGS.augment}") if FLAGS.augment else default
-  if not isinstance(fields, Mapping):
-    raise UserError(f"--augment={FLAGS.augment}: it should be an object of fields of data.augment")
   # As a config's, whose types are checked before its ranges.
   check_type("augment", fields, dataclasses.asdict(Augmentation()))
   return read_section(Augmentation, fields, "augment")
-
-
-def write_card(folder: pathlib.Path) -> None:
-  """Log the card of a prepared data set, and write it into its folder: card.png of 64 pairs, and card.json, last."""
-  from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
-
-  made = card.describe(folder)
-  for line in made.lines():
-    logging.info("%s", line)
-  with writing(folder):
-    if made.captions:
-      samples.save_grid(made.images, made.captions, folder / "card.png")
-    # What stands for a byte of a file's name that is not UTF-8 is no character, and becomes JSON's escape of it.
-    files.write_whole(folder / "card.json", made.to_json().encode("utf-8", "backslashreplace"))
-    digests.renew(folder, ("card.png", "card.json"))
 
 
 def _given(flag: str, name: str) -> str:

@@ -30,7 +30,7 @@ def batch_type(data: Data) -> type[Batch] | type[LatentBatch] | type[LabelledBat
 
 
 def describe(data: Data) -> list[str]:
-  """Return a line for each source, with what its preparation counted."""
+  """Return a line for each source."""
   lines = []
   for section in data.sources.values():
     weight = section.get("weight")

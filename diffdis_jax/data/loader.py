@@ -235,9 +235,10 @@ class _Example(grain.transforms.RandomMap):
     """Make the example of a record. Raises records.Unusable."""
 
   def _say(self, place: int, reason: str) -> None:
+    name = str(place)
     with contextlib.suppress(records.Unusable):  # where not even its key can be read
-      place = name_of(self.source[place], place)
-    line = f"record {place} cannot be used: {reason}; the next one takes its place"
+      name = name_of(self.source[place], place)
+    line = f"record {name} cannot be used: {reason}; the next one takes its place"
     if line not in _logged and len(_logged) < MOST_NAMED:
       _logged.add(line)
       logging.warning("%s", line)

@@ -24,19 +24,16 @@ def is_hidden(name: str) -> bool:
   return name.startswith((".", "__MACOSX")) and not name.startswith("..")
 
 
-def is_below(path: pathlib.Path, folder: pathlib.Path) -> bool:
-  """Say whether a path is below a folder by its name: ../x and an absolute one are not."""
-  return pathlib.Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
-
-
 def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
   """Say whether a file lies outside of a folder, by its name or by being a link.
 
   A folder that is a link is the user's. A link of the Hugging Face hub's cache leads from `snapshots/REVISION` into
   `blobs`, which counts as inside.
   """
-  if not is_below(path, folder) or not os.path.islink(path):
-    return not is_below(path, folder)
+  # By its name: ../x and an absolute one are outside.
+  is_below = pathlib.Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+  if not is_below or not os.path.islink(path):
+    return not is_below
   root = os.path.realpath(folder)
   cache, is_cached, _ = f"{root}/".rpartition("/snapshots/")
   inside = [os.path.realpath(path.parent), root, *([f"{cache}/blobs"] if is_cached else [])]

@@ -186,18 +186,6 @@ def texts_of(record: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
   return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
-def with_captions(record: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-  """Give a record the texts in these fields for captions.
-
-  Raises:
-    Unusable: there is none.
-  """
-  texts = texts_of(record, fields)
-  if not texts:
-    raise Unusable("missing caption")
-  return {**record, "caption": texts[0], "captions": texts}
-
-
 @dataclasses.dataclass(frozen=True)
 class Recaptioned:
   """A source whose records' captions are the texts in other fields. Reading a record raises Unusable: there is none."""
@@ -214,7 +202,10 @@ class Recaptioned:
     return getattr(self.source, "together", 1)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    return with_captions(self.source[index], self.caption_fields)
+    record = self.source[index]
+    if not (texts := texts_of(record, self.caption_fields)):
+      raise Unusable("missing caption")
+    return {**record, "caption": texts[0], "captions": texts}
 
 
 class Pairs:

@@ -97,7 +97,7 @@ class Section:
     raise NotImplementedError
 
   def describe(self) -> str:
-    """Describe it in one line, with what its preparation counted."""
+    """Describe it in one line."""
     return f"{self.name}{f' in {path}' if (path := str(self.path)) else ''}, split {self.split}"
 
   def _recaptioned(self, source: Source) -> Source:
@@ -139,14 +139,7 @@ class _Pairs(Section):
     if not str(self.path):
       return super().describe()
     info = records.read_info(self.path)
-    report = (info.metadata or {}).get(self.split, {})
-    counts = [
-      f"{what} {', '.join(f'{n:,} with {reason}' for reason, n in report[what].items())}"
-      for what in ("skipped", "changed")
-      if report.get(what)
-    ]
-    there = f"{info.name} {info.version} in {self.path}, split {self.split}"
-    return "; ".join([f"{there}: {self._count(info)}", *counts])
+    return f"{info.name} {info.version} in {self.path}, split {self.split}: {self._count(info)}"
 
   def _count(self, info: Any) -> str:
     return f"{info.splits[self.split].num_examples:,} records"

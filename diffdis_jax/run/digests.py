@@ -67,15 +67,6 @@ def write(folder: epath.PathLike, *, step: int | None = None, run: str | None = 
   _write(path, Digests(found, step, run))
 
 
-def renew(folder: epath.PathLike, names: Collection[str]) -> None:
-  """Write the digests of these files again, which have changed; the others stay."""
-  path = buckets.path(folder)
-  found = read(path)
-  if isinstance(found, Digests):
-    renewed = {name: _digest(path / name) for name in names if (path / name).exists()}
-    _write(path, found._replace(files=found.files | renewed))
-
-
 def _write(path: epath.Path, found: Digests) -> None:
   listed = {name: file for name, file in sorted(found.files.items()) if name not in _NOT_LISTED}
   content = {"files": listed} | {name: getattr(found, name) for name in ("step", "run") if found.step is not None}

@@ -212,8 +212,6 @@ def tars(source: pathlib.Path) -> list[Part]:
     by_split[split].append(TarPart(path, split))
   if not by_split:
     raise UserError(f"no .tar files in {source}; --source is a folder of webdataset tars, such as img2dataset writes")
-  if by_split.keys().isdisjoint(SPLITS):
-    logging.warning("these tars are of split %s by their names; training reads split train", ", ".join(by_split))
   return [part for parts in by_split.values() for part in parts]
 
 

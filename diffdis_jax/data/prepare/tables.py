@@ -146,8 +146,8 @@ def _rows(path: pathlib.Path, wanted: Mapping[str, Any]) -> Iterator[dict[str, A
 
 
 def parquet(source: pathlib.Path, name: str, asked: Asked) -> TablePart:
-  """Read the columns of a parquet file. Its name or folder begins with the split. Raise UserError: it cannot be read, or
-  lacks a column."""
+  """Read the columns of a parquet file. Its name or folder begins with the split. Raise UserError: it cannot be read,
+  or lacks a column."""
   words = [re.split(r"[-_.]", posixpath.basename(name))[0], posixpath.basename(posixpath.dirname(name))]
   split = next((word for word in map(str.lower, words) if word in SPLITS), "train")
   return _table(source / name, split, posixpath.splitext(name)[0], asked)
