@@ -10,6 +10,7 @@ fetches the tarballs and runs
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -25,7 +26,7 @@ def main(argv: object) -> None:
   source = pathlib.Path(FLAGS.source)
 
   def write(out: pathlib.Path) -> None:
-    how = dict(data_set=emoji.EMOJI, num_processes=machine.cores(), finish=prepare_data.finish)
+    how: Any = dict(data_set=emoji.EMOJI, num_processes=machine.cores(), finish=prepare_data.finish)
     reports = prepare(emoji.find_parts(source), out, **how)
     prepare_data.log_total(reports)
 
