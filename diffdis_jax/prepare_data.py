@@ -70,6 +70,8 @@ TAKERS: dict[str, tuple[str, ...]] = {
 # Flags that change nothing in what is written.
 _HOW = ("num_processes", "beam_pipeline_options", "batch_size")
 
+EXAMPLES = 16  # captions that card.json has
+
 FLAGS = flags.FLAGS
 
 
@@ -200,8 +202,8 @@ def finish(folder: pathlib.Path) -> None:
     logging.info("%s", line)
   if made.captions:
     samples.save_grid(made.images, made.captions, folder / "card.png")
-  # What stands for a byte of a file's name that is not UTF-8 is no character, and becomes JSON's escape of it.
-  files.write_whole(folder / "card.json", made.to_json().encode("utf-8", "backslashreplace"))
+  captions = list(dict.fromkeys(made.captions))[:EXAMPLES]
+  files.write_json(folder / "card.json", {"splits": made.splits, "captions": captions})
   digests.write(folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import functools
 import sys
@@ -29,10 +28,8 @@ from diffdis_jax.errors import UserError
 ROWS = "rows"  # of a batch: str[b], the key of each row's record, or its place in the source
 SUBSTITUTED = "substituted"  # of a batch: i32[b r], by how many records of each of records.REASONS a row was missed
 ATTEMPTS = 100  # records in a row that may be unusable
-MOST_NAMED = 100  # unusable records, of which a process logs which they are
 _AS_STORED, _LOADING = Augmentation(), Loading()
 Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "n l"]]
-_logged: set[str] = set()
 
 
 def train_loader(
@@ -224,7 +221,6 @@ class _Example(grain.transforms.RandomMap):
         example = self.make((place + attempt) % len(self.source), rng)
       except records.Unusable as error:
         missed[records.REASONS.index(str(error))] += 1
-        self._say((place + attempt) % len(self.source), str(error))
       else:
         # Counted in the batch, since workers of other processes share no counter with this one.
         return {**example, SUBSTITUTED: missed}
@@ -233,15 +229,6 @@ class _Example(grain.transforms.RandomMap):
   @abc.abstractmethod
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     """Make the example of a record. Raises records.Unusable."""
-
-  def _say(self, place: int, reason: str) -> None:
-    name = str(place)
-    with contextlib.suppress(records.Unusable):  # where not even its key can be read
-      name = name_of(self.source[place], place)
-    line = f"record {name} cannot be used: {reason}; the next one takes its place"
-    if line not in _logged and len(_logged) < MOST_NAMED:
-      _logged.add(line)
-      logging.warning("%s", line)
 
 
 def name_of(record: Mapping[str, Any], place: int) -> str:

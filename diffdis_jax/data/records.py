@@ -288,19 +288,14 @@ def read_info(path: str | os.PathLike[str]) -> Any:
   return builder(path).info
 
 
-def refuse_damage(folder: str | os.PathLike[str], names: tuple[str, ...]) -> None:
-  """Raise UserError where one of these files is not as it was written, by the folder's digests, if it has any."""
-  if damage := digests.damage(folder, ending=names):  # a changed bit in a description may mean other records
-    raise UserError(f"{folder}: {damage.file} {damage.what}; copy the data set again, or prepare it again")
-
-
 def builder(path: str | os.PathLike[str]) -> Any:
   """Open the tfds.core.DatasetBuilder of a prepared data set. Raises UserError: its description is damaged."""
   import tensorflow_datasets as tfds  # here, since it takes half a second and `shapes` does without
   from google.protobuf import json_format
 
   folder = copies.folder_of(path)
-  refuse_damage(folder, DESCRIPTION)
+  if damage := digests.damage(folder, ending=DESCRIPTION):  # a changed bit there may mean other records
+    raise UserError(f"{folder}: {damage.file} {damage.what}; copy the data set again, or prepare it again")
   try:
     return tfds.builder_from_directory(folder)
   except (FileNotFoundError, ValueError, json_format.ParseError) as error:  # a bucket's errors may pass

@@ -74,13 +74,13 @@ def shrink(image: Decoded, short_side: int) -> bytes:
   return file.getvalue()
 
 
-def to_record(pair: RawPair, *, short_side: int | None = None, reduced_decoding: bool = True) -> Record:
+def to_record(pair: RawPair, *, short_side: int | None = None) -> Record:
   """Make a record of a pair.
 
   Args:
     pair: as read.
-    short_side: images whose short side is longer are stored as JPEG of this short side; None keeps every image's bytes.
-    reduced_decoding: JPEGs of twice that short side or more are decoded at 1/2, 1/4 or 1/8 of their size.
+    short_side: images whose short side is longer are stored as JPEG of this short side; JPEGs of twice that or more are
+      decoded at 1/2, 1/4 or 1/8 of their size for it. None keeps every image's bytes.
 
   Raises:
     Unusable: with the first reason found.
@@ -96,8 +96,7 @@ def to_record(pair: RawPair, *, short_side: int | None = None, reduced_decoding:
   read_metadata(pair.metadata)
   # Decoded even where its bytes are kept: what cannot be read in training is left out here, and counted.
   # For errors alone an eighth of the pixels will do: the file is read to its end for any number of them.
-  at_least = 1 if short_side is None else short_side if reduced_decoding else None
-  image, data = read_decoded(pair.image, at_least=at_least), pair.image
+  image, data = read_decoded(pair.image, at_least=short_side or 1), pair.image
   if short_side is not None and min(image.width, image.height) > short_side:
     data = shrink(image, short_side)
     changed.append("image stored smaller")

@@ -230,8 +230,6 @@ def _write_all(
     for part, report in _write_by_processes(stage, missing, num_processes):
       reports[part.name] = report
       bar.update(1)
-      counts = report.pairs, sum(report.skipped.values()), len(reports), len(parts)
-      logging.info("%s: %d pairs, %d skipped (part %d of %d)", part.name, *counts)
   return reports
 
 
@@ -410,5 +408,4 @@ def _none_usable(report: Report) -> str:
     return f"{report.reasons()}, the first {key!r:.100}; mend these, or take them out of --source"
   if not report.truncated:
     return "no pairs in it"
-  more = f", and {len(report.truncated) - 1} more" if len(report.truncated) > 1 else ""
-  return f"no pairs in it; {report.truncated[0]} is cut off, damaged, or no uncompressed tar{more}: download it again"
+  return f"no pairs in it; {report.truncated[0]} is cut off, damaged, or no uncompressed tar: download it again"
