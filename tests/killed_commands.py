@@ -96,7 +96,7 @@ def files_csv(raw: pathlib.Path) -> list[str]:
 def files_parquet(raw: pathlib.Path) -> list[str]:
   for shard in ("00000", "00001"):
     test_own_pictures.write_table(raw / f"{shard}.parquet", "img2dataset")
-  return ["files", "--drop_duplicates"]
+  return ["files"]
 
 
 def files_arrow(raw: pathlib.Path) -> list[str]:
@@ -112,9 +112,7 @@ def pairs(raw: pathlib.Path) -> list[str]:
 
 
 def cc3m(raw: pathlib.Path) -> list[str]:
-  _pictures(raw, *(f"images/{i}.png" for i in range(COUNT)))
-  rows = "".join(f"picture {i}\timages/{i}.png\n" for i in range(COUNT))
-  (raw / "train.tsv").write_text(f"caption\tfilepath\n{rows}")
+  pairs(raw)
   return ["cc3m", "--short_side=6"]
 
 

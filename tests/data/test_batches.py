@@ -11,7 +11,7 @@ import pytest
 from diffdis_jax.config import Run
 from diffdis_jax.data import loader
 from diffdis_jax.data.build import batch_type, describe, doubts, latent_facts, open_loader
-from diffdis_jax.data.prepare import card, latents, parts
+from diffdis_jax.data.prepare import latents, parts
 from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
@@ -217,16 +217,8 @@ def test_mixtures(data, cache):
     batch_type(Run.of(config).data)
 
 
-def test_what_is_probably_not_meant_is_said(data, cache):
-  small, views = (
-    {"data.name": "pairs", "data.path": str(data / "pairs")},
-    {"data.name": "latents", "data.path": str(cache)},
-  )
-  assert doubts(Run.of(config_of(**small, image_size=32))) == []  # nothing is known without a card
-  (data / "pairs" / "card.json").write_text(card.describe(data / "pairs").to_json())
-  (said,) = doubts(Run.of(config_of(**small, image_size=32)))
-  assert "half of the images of split train, or more, have a short side of at most 20 px and are enlarged to 32" in said
-  assert doubts(Run.of(config_of(**small, image_size=16))) == [] == doubts(Run.of(config_of()))
+def test_latents_of_other_views_than_the_config_asks_for_are_named(cache):
+  views = {"data.name": "latents", "data.path": str(cache)}
   assert doubts(Run.of(config_of(**views))) == []
   (said,) = doubts(Run.of(config_of(**views, **{"data.augment.crop": "random", "data.augment.flip": True})))
   assert said.endswith(

@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffdis_jax.common import storage
 from diffdis_jax.config.data import Loading
-from diffdis_jax.data import loader, records, sources
+from diffdis_jax.data import records, sources
 from diffdis_jax.data.loader import ROWS, SUBSTITUTED, Substitutions, train_loader
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.write import prepare
@@ -231,8 +231,7 @@ class Spoiled(Numbered):
     return super().__getitem__(index)
 
 
-def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not(caplog):
-  loader._said.clear()
+def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not():
   batches = take(make(Spoiled(), image_size=8), 10)
   whole = take(make(Numbered(), image_size=8), 10)
   for batch, reference in zip(batches, whole, strict=True):
@@ -244,10 +243,6 @@ def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not(caplog):
   for batch in batches:
     assert substitutions.take(batch).keys() == {"image", "tokens"}
     assert substitutions.rows.tolist() == [str(value) for value in batch["image"][:, 0, 0, 0]]
-  assert sorted(record.getMessage() for record in caplog.records) == [
-    f"record {i} cannot be used: {why}; the next one takes its place"
-    for i, why in ((20, "missing image"), (7, "missing image"), (8, "corrupt image"))
-  ]
   assert substitutions.report() == {SUBSTITUTED: 3 * (1 + 2 + 1)}
   assert substitutions.report() == {SUBSTITUTED: 0}
   reasons = dict(zip(records.REASONS, sum(batch[SUBSTITUTED] for batch in batches).sum(0), strict=True))
@@ -271,23 +266,13 @@ def test_a_source_without_a_usable_record():
     next(make(Empty()))
 
 
-@pytest.mark.parametrize(
-  "make_image, what",
-  [
-    (Image.fromarray, "Image"),
-    (lambda image: image[:, :, 0], r"uint8\[16, 16\]"),
-    (lambda image: image[:, :, [0, 1, 2, 0]], r"uint8\[16, 16, 4\]"),
-    (lambda image: np.float32(image) / 255, r"float32\[16, 16, 3\]"),
-  ],
-)
-def test_a_source_of_other_images(make_image, what):
-  """Those of Pillow were said to be corrupt, and grey ones made batches without colours."""
-
+@pytest.mark.parametrize("make_image", [Image.fromarray, lambda image: image[:, :, 0], lambda image: image / 255])
+def test_a_source_of_other_images(make_image):
   class Other(Numbered):
     def __getitem__(self, index):
       return {"image": make_image(np.full((16, 16, 3), index, np.uint8)), "caption": "x"}
 
-  with pytest.raises(UserError, match=f"^a record's image is {what}; a source gives the bytes of an image's file"):
+  with pytest.raises(UserError, match="^a record's image is of type .*; a source gives the bytes of an image's file"):
     next(make(Other()))
 
 

@@ -90,7 +90,7 @@ def test_pairs_fields():
   ],
 )
 def test_captions_of_several_fields(metadata, captions):
-  record = records.with_captions({"caption": "alt", **metadata}, ("caption", "name", "tags"))
+  (record,) = records.Recaptioned([{"caption": "alt", **metadata}], ("caption", "name", "tags"))
   assert record == {**metadata, "caption": "alt", "captions": captions}
 
 
@@ -111,7 +111,7 @@ def test_an_empty_one_of_several_captions_leaves_the_others(captions, found):
 
 def test_a_record_without_a_caption_in_these_fields():
   with pytest.raises(records.Unusable, match="missing caption"):
-    records.with_captions({"caption": "alt", "name": " ", "tags": None}, ("name", "tags"))
+    records.Recaptioned([{"caption": "alt", "name": " ", "tags": None}], ("name", "tags"))[0]
 
 
 def test_caption_fields_of_a_prepared_folder(tmp_path):

@@ -56,7 +56,7 @@ def test_captions_that_prepare_data_wrote(tmp_path):
     (tmp_path / f"{i}.png").write_bytes(picture(i))
     items.append(parts.Item(f"{i}.png", captions[0], json.dumps({"captions": captions})))
   found = [part for split in ("test", "train") for part in parts.files(items, split=split, root=tmp_path)]
-  write.prepare(found, tmp_path / "coco", settings=write.Settings(num_processes=1))
+  write.prepare(found, tmp_path / "coco")
   source = read(tmp_path, "mscoco_captions")
   assert [source[i]["captions"] for i in range(2)] == texts and source.origin.split == "test"
   assert source[1]["image"] == picture(1) and source.origin.layout == "prepared"

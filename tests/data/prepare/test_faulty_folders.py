@@ -138,7 +138,6 @@ def dtd(*lines: str) -> Callable[..., None]:
 
 
 PLAIN, LARGE, OUTSIDE = records.NOT_PLAIN, records.TOO_LARGE, records.OUTSIDE
-TSV = "caption\tfilepath\ngood\tgood.png\n"
 FOLDER_FAULTS = {
   "an empty tar": Fault("pairs", lambda raw, _: put(raw / "0.tar"), "no usable pair in split train: no pairs in it"),
   "long texts in a tar": Fault("pairs", tar_of(a_png=picture(0), a_txt=b"a" * 2**22 + b"b"), "1 with " + LARGE),
@@ -172,12 +171,6 @@ FOLDER_FAULTS = {
   "an arrow file outside": Fault("files", saved("../outside/data.arrow"), "names .*data.arrow, which is not below it"),
   "a split outside": Fault("files", saved(splits=["../outside"]), "outside/data-.*.arrow, which is not below it"),
   "a split that is a path": Fault("files", saved(split="../../outside/x"), "cannot be read: Split name should match"),
-  "rows out of the folder": Fault(
-    "cc3m",
-    table("train.tsv", f"{TSV}x\t../outside/secret.png\nx\tOUT/secret.png\nx\ta/../../x.png\nx\ta\0.png\n"),
-    skipped={OUTSIDE: 3, "missing image": 1},
-  ),
-  "a cell without end": Fault("cc3m", table("train.tsv", TSV.encode() + b"a" * 2**23), "line 3: field larger than"),
   "a split of Karpathy's that is a path": Fault(
     "flickr30k", table("dataset_flickr30k.json", karpathy("../../outside/x", "good.png")), "cannot be called '../../out"
   ),

@@ -42,7 +42,7 @@ def unchecked(monkeypatch):
 
 def prepare(name, raw, out):
   found = zero_shot_sets.find_parts(name, raw)
-  write.prepare(found, out / name, data_set=zero_shot_sets.ZERO_SHOT, settings=write.Settings(num_processes=1))
+  write.prepare(found, out / name, data_set=zero_shot_sets.ZERO_SHOT)
   return sources.open_source(name=name, path=out, image_size=8)
 
 
