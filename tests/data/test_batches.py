@@ -211,7 +211,7 @@ def test_mixtures(data, cache):
   assert next(steps.open_batches(config))["image"].shape == (N, 16, 16, 3)
   drawn, pairs_line = describe(Run.of(config).data)
   assert drawn == "shapes, split train, weight 1.0"
-  assert pairs_line.endswith("split train: 20 records; skipped 1 with missing image, weight 3.0")
+  assert pairs_line.endswith("split train: 20 records, weight 3.0")
   config.data.mixture.cached = {"name": "latents", "path": str(cache)}
   with pytest.raises(UserError, match="data.mixture has latents and images; take either"):
     batch_type(Run.of(config).data)

@@ -84,7 +84,7 @@ def test_latents_read_back(data, tmp_path, monkeypatch):
   assert (reports["train"].pairs, reports["train"].skipped) == (VIEWS * (N - 1), {"corrupt image": 1})
   source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
   described = sources.read(name="latents", path=tmp_path / "out", image_size=8).describe()
-  assert described.endswith(f"split train: {N - 1} images, views of each: {VIEWS}; skipped 1 with corrupt image")
+  assert described.endswith(f"split train: {N - 1} images, views of each: {VIEWS}")
   assert len(source) == N - 1 and source.views == VIEWS and source.shape == (2, 2, 4)
   assert source.facts["image_size"] == 8 and source.facts["augmentation"]["crop"] == "random_resized"
   seen = set()
