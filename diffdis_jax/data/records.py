@@ -321,5 +321,5 @@ def _open(path: str | os.PathLike[str], split: str) -> Split:
   stored = found.as_data_source(split=split, decoders=undecoded)
   files = found.info.splits[split].filepaths
   if missing := [file for file in files if not os.path.exists(file)]:
-    raise UserError(f"{missing[0]} is missing, one of {len(missing)}; put it back, or prepare the data set again")
+    raise UserError(f"{missing[0]} is missing; put it back, or prepare the data set again")
   return Split(stored, files)

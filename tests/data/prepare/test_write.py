@@ -335,7 +335,6 @@ def test_workers_that_cannot_be_started_are_one_line(many, tmp_path, monkeypatch
     prepare(many, tmp_path / "out", num_processes=2)
 
 
-@pytest.mark.timeout(60)
 def test_a_pipe_in_the_place_of_a_tar_or_a_table_is_one_line(tmp_path):
   os.mkfifo(tmp_path / "train-00000.tar")
   with pytest.raises(UserError, match="train-00000.tar is no plain file; put one in its place, or take it out of"):
