@@ -147,7 +147,6 @@ class IconsPart:
   source: pathlib.Path
   number: int
   icons: Sequence[Icon]
-  truncated: bool = False
 
   def identity(self) -> list[Any]:
     versions = sorted({f"{ICONS[icon.vendor].name}@{ICONS[icon.vendor].version}" for icon in self.icons})

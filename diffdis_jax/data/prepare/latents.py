@@ -55,7 +55,6 @@ class RecordsPart:
   data: str
   start: int
   stop: int
-  truncated: bool = False
 
   def identity(self) -> list[Any]:
     data = self.data if buckets.is_url(self.data) else os.path.realpath(self.data)

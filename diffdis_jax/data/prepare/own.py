@@ -203,7 +203,6 @@ class Chosen:
   part: FilesPart | TablePart
   places: Sequence[int]
   joined: Mapping[int, Sequence[str]]
-  truncated: bool = False
 
   def identity(self) -> list[Any]:
     chosen = hashlib.blake2b(repr((list(self.places), sorted(self.joined.items()))).encode(), digest_size=16)

@@ -37,12 +37,10 @@ class Part(Protocol):
   Attributes:
     name: a file name without its ending, unique in the data set.
     split: of the data set.
-    truncated: known after iteration: the part ended before its end.
   """
 
   name: str
   split: str
-  truncated: bool
 
   def __iter__(self) -> Iterator[Any]: ...
 
@@ -76,7 +74,6 @@ class FilesPart:
   split: str
   root: pathlib.Path
   items: Sequence[Item]
-  truncated: bool = False
 
   def identity(self) -> list[Any]:
     # Of all of them: a class that is taken out of another split moves the labels of this one.

@@ -74,7 +74,6 @@ class TablePart:
   captions: tuple[str, ...]
   others: tuple[str, ...]
   places: Sequence[int] | None = None
-  truncated: bool = False
 
   def identity(self) -> list[Any]:
     places = hashlib.blake2b(repr(self.places).encode(), digest_size=16).hexdigest()

@@ -178,7 +178,7 @@ class Stage:
       report.pairs += 1
       # A name that is not UTF-8 comes from the file system with surrogates, which cannot be stored.
       yield serialize({**record, "key": pair.key.encode("utf-8", "backslashreplace")})
-    if part.truncated:
+    if getattr(part, "truncated", False):  # a tar that is cut off or damaged
       report.truncated.append(part.name)
 
 

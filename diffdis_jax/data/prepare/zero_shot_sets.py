@@ -69,7 +69,6 @@ class PixelsPart:
   set_name: str
   first: int
   count: int
-  truncated: bool = False
 
   def identity(self) -> list[Any]:
     return [self.set_name, len(_open(self.set_name, self.root)), self.first, self.count]
