@@ -265,19 +265,23 @@ def open_pairs(
     )
   if split not in info.splits:
     raise UserError(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
-  pairs = Pairs(functools.partial(_open, path, split), num_images)
+  return recaptioned(Pairs(functools.partial(_open, path, split), num_images), caption_fields, str(path))
+
+
+def recaptioned(source: Any, caption_fields: Sequence[str], name: str) -> Any:
+  """Give a source the captions in these fields, if there are any. Raise UserError: its first record lacks one."""
   if not caption_fields:
-    return pairs
+    return source
   first: dict[str, Any] = {}
-  for index in range(len(pairs)):
+  for index in range(len(source)):
     with contextlib.suppress(Unusable):
-      first = pairs[index]
+      first = source.fields(index) if hasattr(source, "fields") else source[index]
       break
   if missing := [field for field in caption_fields if field not in first]:
     raise UserError(
-      f"{path} has no caption field {missing[0]!r}; the fields of its first record are {', '.join(sorted(first))}"
+      f"{name} has no caption field {missing[0]!r}; the fields of its first record are {', '.join(sorted(first))}"
     )
-  return Recaptioned(pairs, caption_fields)
+  return Recaptioned(source, caption_fields)
 
 
 def read_info(path: str | os.PathLike[str]) -> Any:

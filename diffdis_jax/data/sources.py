@@ -101,14 +101,7 @@ class Section:
     return f"{self.name}{f' in {path}' if (path := str(self.path)) else ''}, split {self.split}"
 
   def _recaptioned(self, source: Source) -> Source:
-    """Give a source the captions that were asked for. Raises UserError: its first record lacks one of these fields."""
-    if not self.caption_fields:
-      return source
-    first = source.fields(0) if isinstance(source, Described) else source[0]
-    if missing := [field for field in self.caption_fields if field not in first]:
-      there = ", ".join(sorted(first))
-      raise UserError(f"{self.name} has no caption field {missing[0]!r}; its records have {there}")
-    return records.Recaptioned(source, self.caption_fields)
+    return records.recaptioned(source, self.caption_fields, self.name)
 
 
 class _Rendered(Section):

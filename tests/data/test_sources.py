@@ -28,7 +28,10 @@ def test_shapes():
     ({"name": "laion"}, "unknown data source 'laion'; there are shapes, pairs"),
     ({"name": "shapes", "split": "val"}, "shapes has no split 'val'; there are train, test, unseen, all"),
     ({"name": "shapes", "num_images": 0}, "num_images is 0; at least 1"),
-    ({"name": "shapes", "caption_fields": ("texts",)}, "shapes has no caption field 'texts'; its records have capt"),
+    (
+      {"name": "shapes", "caption_fields": ("texts",)},
+      "shapes has no caption field 'texts'; the fields of its first record are capt",
+    ),
     ({"name": "pairs"}, "''; write one with diffdis prepare_data, and name .* --config=FILE.py:path=DIR"),
     ({"name": "pairs", "path": "nowhere"}, "no prepared data set in 'nowhere'"),
     ({"name": "shapes", "caption_field": ("caption",)}, "no field 'caption_field'; did you mean caption_fields?"),
