@@ -108,5 +108,7 @@ def test_captions_of_fields_that_its_records_lack(tmp_path):
   write_classes(tmp_path, "cifar10", ("bird", "cat", "dog"))
   make = lambda *fields: sources.open_source(name="cifar10", path=tmp_path, image_size=8, caption_fields=fields)
   assert make("class")[1]["captions"] == ["cat"]
-  with pytest.raises(UserError, match="cifar10 has no caption field 'title'; its records have caption, class, label"):
+  with pytest.raises(
+    UserError, match="cifar10 has no caption field 'title'; the fields of its first record are caption, class, label"
+  ):
     make("class", "title")
