@@ -219,7 +219,7 @@ write.prepare(parts.tars(pathlib.Path(sys.argv[2])), pathlib.Path(sys.argv[3]))
 
 
 def test_killed_at_any_point_it_ends_in_the_same_records(many, tmp_path):
-  """The second kill hits the moving of the parts into the whole folder, of which those that were moved are made again."""
+  """The second kill hits the moving of the parts. Those that were moved are made again."""
   prepare(many, tmp_path / "whole")
   command = [sys.executable, "-c", KILLED, "17", str(many), str(tmp_path / "killed")]
   codes = []
