@@ -62,7 +62,7 @@ def spoiled(tmp_path):
   """A data set that was prepared without any check."""
 
   class Unchecked(Stage):
-    def serialized(self, part, report, digests):
+    def serialized(self, part, report):
       serialize = serializer(self.features())
       for i, (image, caption, _) in enumerate(raw_pairs()):
         report.pairs += 1
