@@ -12,14 +12,17 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import multiprocessing
+import os
 import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -29,7 +32,7 @@ from tensorflow_datasets.core import example_serializer
 from diffdis_jax.common import files, progress, signals, storage
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
-from diffdis_jax.data.prepare.parts import Part, reading
+from diffdis_jax.data.prepare.parts import Part, TarPart, reading
 from diffdis_jax.errors import UserError
 
 VERSION = "1.1.0"
@@ -71,6 +74,8 @@ class Report:
     first_skipped: reason -> keys of the first few.
     changed: what was changed in pairs that are stored -> in how many.
     truncated: parts that end before their end.
+    shared: another split -> how many images of this split have the same bytes as images there.
+    images: the first 8 bytes of each image's digest, until `shared` is counted.
   """
 
   pairs: int = 0
@@ -78,6 +83,8 @@ class Report:
   first_skipped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
   changed: dict[str, int] = dataclasses.field(default_factory=dict)
   truncated: list[str] = dataclasses.field(default_factory=list)
+  shared: dict[str, int] = dataclasses.field(default_factory=dict)
+  images: list[int] = dataclasses.field(default_factory=list)
 
   def skip(self, key: str, reason: str) -> None:
     """Count a pair that is not stored."""
@@ -95,6 +102,7 @@ class Report:
     for reason, keys in other.first_skipped.items():
       self.first_skipped[reason] = (self.first_skipped.get(reason, []) + keys)[:FIRST]
     self.truncated += other.truncated
+    self.images += other.images
 
   def reasons(self) -> str:
     """Say "2 with corrupt image, 1 with missing caption"; empty if none was skipped."""
@@ -176,9 +184,10 @@ class Stage:
       for what in changed:
         report.changed[what] = report.changed.get(what, 0) + 1
       report.pairs += 1
+      report.images.append(int.from_bytes(pairs.digest(pair.image)[:8], "big"))
       # A name that is not UTF-8 comes from the file system with surrogates, which cannot be stored.
       yield serialize({**record, "key": pair.key.encode("utf-8", "backslashreplace")})
-    if getattr(part, "truncated", False):  # a tar that is cut off or damaged
+    if isinstance(part, TarPart) and part.truncated:
       report.truncated.append(part.name)
 
 
@@ -304,6 +313,8 @@ def prepare(
   """
   _check(parts, beam_options)
   out = out.resolve()
+  if os.fsencode(out).decode(errors="ignore") != os.fspath(out):
+    raise UserError(f"--out={os.fspath(out)!r} is not in UTF-8, where no record can be written; name another folder")
   partial = out.with_name(f".{out.name}.partial")
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
     shutil.rmtree(partial)
@@ -382,7 +393,10 @@ def _fill(
       size += shard.stat().st_size
     lengths = [of_parts[part.name].pairs for part in own]
     infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
+  _count_shared(reports)
   as_json = {split: dataclasses.asdict(report) for split, report in reports.items()}
+  for report in as_json.values():
+    del report["images"]
   tfds.folder_dataset.write_metadata(
     data_dir=folder,
     features=stage.features(),
@@ -400,6 +414,18 @@ def _fill(
     files.write_whole(folder / name, text.encode())
   files.write_json(folder / "report.json", as_json)
   return reports
+
+
+def _count_shared(reports: Mapping[str, Report]) -> None:
+  """Count the images that two splits have, by their bytes, and say how many there are in one line."""
+  images, lines = {split: np.array(report.images, np.uint64) for split, report in reports.items()}, []
+  held_out_first = sorted(images, key=lambda split: split == "train")
+  for split, other in itertools.combinations(held_out_first, 2):
+    if count := int(np.isin(images[split], images[other]).sum()):
+      reports[split].shared[other] = count
+      lines.append(f"{count:,} of {len(images[split]):,} images of {split} have the same bytes as images of {other}")
+  if lines:
+    logging.warning("%s", "; ".join(lines))
 
 
 def _none_usable(report: Report) -> str:

@@ -181,6 +181,20 @@ def test_a_row_without_a_caption_that_can_be_used_takes_none_from_the_others(tmp
   assert reports["train"].skipped == {"caption that is not UTF-8": 1, "missing caption": 1}
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_equal_images_of_two_splits_are_counted_in_one_line(tmp_path, caplog, named):
+  for i, split in enumerate(("train", "train", "train", "val", "val")):
+    put(tmp_path / "raw" / split / "a" / f"{i}.png", picture(i % 3))
+    put(tmp_path / "raw" / split / "a" / f"{i}.txt", f"{i}")
+  if named:
+    reports = prepared(tmp_path / "raw", tmp_path / "out")
+  else:
+    reports = write.prepare(own.classes(tmp_path / "raw"), tmp_path / "out")
+  assert reports["val"].shared == {"train": 2} and not reports["train"].shared
+  (line,) = [record.getMessage() for record in caplog.records if "same bytes" in record.getMessage()]
+  assert "2 of 2 images of val have the same bytes as images of train" in line
+
+
 @pytest.mark.parametrize("kind, ending", [("GIF", "gif"), ("BMP", "BMP"), ("TIFF", "tif"), ("PPM", "ppm")])
 def test_pictures_of_every_format(tmp_path, kind, ending):
   source = tmp_path / "raw"
