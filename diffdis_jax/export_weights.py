@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags, logging
 
 from diffdis_jax import config as run_config
@@ -35,6 +36,7 @@ FLAGS = flags.FLAGS
 CLIP_FIELDS = ("model", "image_size", "objectives")  # CLIP has no diffusion process
 OWN_FIELDS = (*CLIP_FIELDS, "image_diffusion", "text_diffusion", "condition_timestep", "inference")
 LICENSES = "LICENSES.md"  # as prepare_data writes it beside records
+LONGEST = 77  # tokens of a word
 CONFIGS = {"config.json", "model_index.json", "open_clip_config.json"}  # without which nobody loads the rest
 
 
@@ -48,6 +50,8 @@ def define_flags() -> None:
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
   flags.DEFINE_enum("dtype", "float32", list(to_torch.DTYPES), "dtype of the written weights")
+  kept = "with --out=F.safetensors, a text file: only the vectors of the tokens in it are kept, for a smaller file"
+  flags.DEFINE_string("keep_tokens_of", None, kept)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,12 +60,14 @@ def main(argv: Sequence[str]) -> None:
   how = dict(step=FLAGS.step, ema=FLAGS.ema, dtype=FLAGS.dtype)
   if FLAGS["private"].present and not FLAGS.push:
     raise UserError("--private has no effect without --push=ORG/NAME; leave it out")
+  if FLAGS.keep_tokens_of and not (FLAGS.out or "").endswith(one_file.SUFFIX):
+    raise UserError("--keep_tokens_of has no effect without --out=F.safetensors; leave it out")
   if FLAGS.push:
     push_weights(FLAGS.workdir, FLAGS.push, FLAGS.out, private=FLAGS.private, **how)
   elif not FLAGS.out:
     raise UserError("nowhere to write to; give --out=DIR, --push=ORG/NAME, or both")
   elif FLAGS.out.endswith(one_file.SUFFIX):
-    write_one_file(FLAGS.workdir, FLAGS.out, **how)
+    write_one_file(FLAGS.workdir, FLAGS.out, texts=_texts_of(FLAGS.keep_tokens_of), **how)
   else:
     export_weights(FLAGS.workdir, FLAGS.out, **how)
 
@@ -133,15 +139,30 @@ def export_weights(
   return step
 
 
-def write_one_file(run: str, out: str, *, step: int | None = None, ema: bool = True, dtype: str = "float32") -> None:
-  """Write a run's config, weights and provenance to one file, which is read where a workdir is.
+def write_one_file(
+  run: str,
+  out: str,
+  *,
+  step: int | None = None,
+  ema: bool = True,
+  dtype: str = "float32",
+  texts: Sequence[str] | None = None,
+) -> None:
+  """Write a run's config, weights, provenance and results to one file, which is read where a workdir is.
 
   Arguments are those of `export_weights`, but for `out`, FILE.safetensors. Weights of any dtype are read as float32.
+
+  Args:
+    texts: the vectors of their tokens alone are kept; None keeps those of all tokens that training may have reached.
   """
   path = buckets.local(out, "--out")
   files.check_out(out)
   fields = run_config.load(run).to_dict()
   step, ema = restore.choose(run, step, ema=ema)
+  results: dict[str, Any] = {}
+  for result in provenance.results(run):
+    if result.record.get("protocol", {}).get("checkpoint") == step:
+      results.setdefault(result.file, {}).setdefault(result.task, {})[result.dataset] = result.record
   # Without the folders of this machine, as all that leaves it.
   record = one_file.Record(
     config=provenance.public(fields),
@@ -150,10 +171,22 @@ def write_one_file(run: str, out: str, *, step: int | None = None, ema: bool = T
     provenance=provenance.of_run(run, step=step),
     licences=licences_of(run),
     initialised=sorted(restore.initialised(run)),
+    results=provenance.public(results),
   )
   params = jax.device_get(restore.restore_params(run, step=step, ema=ema))
-  one_file.write(path, params, record, dtype=to_torch.DTYPES[dtype])
+  # Word by word, so that nothing is too long.
+  tokens = None if texts is None else np.unique(Tokenizer(LONGEST)([*{*" ".join(texts).split()}])).tolist()
+  one_file.write(path, params, record, dtype=to_torch.DTYPES[dtype], tokens=tokens)
   logging.info("step %d in %s, %.1f MB", step, out, path.stat().st_size / 1e6)
+
+
+def _texts_of(file: str | None) -> list[str] | None:
+  if not file:
+    return None
+  try:
+    return pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+  except (OSError, ValueError) as error:
+    raise UserError(f"cannot read --keep_tokens_of={file}: {error}; it should be a text file") from error
 
 
 def licences_of(run: str) -> str:

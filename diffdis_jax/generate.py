@@ -1,6 +1,6 @@
 """Generates images from prompts.
 
-  diffdis generate --workdir=runs/demo/diffdis --prompt="a red star" --out=images
+  diffdis generate --workdir=shapes --prompt="a purple star" --out=images
 
 Writes 00000.png, 00001.png, ... (all images of the first prompt first), grid.png of the first 64, and prompts.json
 with each file's prompt and the sampling settings.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shlex
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -103,6 +104,7 @@ def generate(
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
   z_T = read_noise(noise) if noise else None
   step, ema = restore.choose(run, step, ema=ema)
+  logging.info("reading %s", run)
   # A batch of the compiled program is computed whole, however few images it is for.
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
   # The noise of all of them, so that no image depends on how they are parted.
@@ -119,7 +121,8 @@ def generate(
   how = {**model.generation_protocol, **start, "checkpoint": step, "ema": ema}
   columns = num_images if 1 < num_images <= MOST_COLUMNS else COLUMNS  # a prompt a row, where a row can hold it
   write(folder, images, prompts, protocol=how, columns=columns)
-  logging.info("%d images in %s", len(prompts), out)
+  logging.info("%d images in %s; all of them are in %s", len(prompts), out, folder / "grid.png")
+  logging.info("in a browser: diffdis app --workdir=%s", shlex.quote(run))
 
 
 def sample(

@@ -1,8 +1,8 @@
 """A trained model in one object: it generates, classifies, ranks and embeds, on PIL images, arrays or files.
 
-  model = diffdis_jax.load("emoji-small")
-  image = model.generate("red apple")[0]
-  model.classify(image, ["red apple", "pizza"]).labels
+  model = diffdis_jax.load("shapes")
+  image = model.generate("a purple star")[0]
+  model.classify(image, ["purple star", "blue ring"]).labels
 
 The words are those of the PyTorch pipeline that export_weights writes. For many images a device, checkpoints by step,
 or data on disk: `inference.load` and `diffdis evaluate`.
@@ -22,6 +22,7 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 from scipy import special
 
+from diffdis_jax import config as run_config
 from diffdis_jax import inference
 from diffdis_jax.common import cli
 from diffdis_jax.config.sections import Sampling
@@ -60,6 +61,8 @@ class Pipeline:
     self.path = path
     self._model, self._params = inference.load(path, batch_size=1)
     self._tokenize = Tokenizer(self._model.max_length)
+    zero_shot = (each for each in run_config.load(path).evals.values() if each["task"] == "zero_shot")
+    self._templates = next((each["templates"] for each in zero_shot if each.get("templates")), prompt_texts.TEMPLATES)
     self._compiled: dict[tuple[int, Sampling], inference.Inference] = {}
 
   def generate(
@@ -82,7 +85,7 @@ class Pipeline:
     self,
     images: Images,
     names: Sequence[str],
-    templates: Sequence[str] = prompt_texts.TEMPLATES,
+    templates: Sequence[str] | None = None,
     *,
     seed: int = 0,
   ) -> Classification:
@@ -90,13 +93,15 @@ class Pipeline:
 
     Args:
       images: as `embed_images` takes them.
-      templates: prompts with `{}` where the name goes. The texts' embeddings are averaged over them.
+      templates: prompts with `{}` where the name goes. The texts' embeddings are averaged over them. None takes those
+        of the run's zero-shot evaluation, or else CLIP's eight.
 
     Raises UserError: as `embed_images`, no name, or a template without a place for it.
     """
     if isinstance(names, str):
       raise UserError(f"names is {names!r}; give a list")
-    names, templates = _texts("names", names), prompt_texts.resolve_templates(_texts("templates", templates))
+    names = _texts("names", names)
+    templates = prompt_texts.resolve_templates(self._templates if templates is None else _texts("templates", templates))
     queries = self.embed_images(images, seed=seed)
     texts = self.embed_texts([prompt_texts.fill(template, name) for template in templates for name in names])
     # The mean of unit vectors, normalised again, as CLIP builds its classifier of several templates.
@@ -154,7 +159,7 @@ def load(path: str | os.PathLike[str]) -> Pipeline:
   """Load a trained model.
 
   Args:
-    path: workdir of a run, or the name of an included model, such as `emoji-small`.
+    path: workdir of a run, or the name of an included model, such as `shapes`.
 
   Raises UserError: no run there.
   """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import diffdis_jax
-from diffdis_jax import inference
+from diffdis_jax import export_weights, inference
+from diffdis_jax.common import one_file
 from diffdis_jax.data import transforms
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
@@ -48,13 +51,28 @@ def test_classify_and_rank_equal_a_softmax_and_cosines(model, run, pictures):
   classes /= np.linalg.norm(classes, axis=1, keepdims=True)
   logits = min(np.exp(float(params["logit_scale"])), 100) * queries @ classes.T
   shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-  labels, scores = model.classify(pictures, NAMES)
+  labels, scores = model.classify(pictures, NAMES, prompts.TEMPLATES)
   np.testing.assert_allclose(scores, shares, atol=1e-5)
   assert labels == [NAMES[i] for i in shares.argmax(axis=1)]
   cosines = queries @ expected.embed_texts(params, tokenize(["a red star"]))[0]
   order, scores = model.rank(pictures, "a red star")
   assert order == np.argsort(-cosines).tolist()
   np.testing.assert_allclose(scores, sorted(cosines, reverse=True), atol=1e-5)
+
+
+def test_the_templates_are_the_runs_own(tmp_path, run, model, pictures):
+  """The run of these tests has none of its own, and CLIP's are taken."""
+  assert (
+    model.classify(pictures, NAMES).scores.tolist()
+    == model.classify(pictures, NAMES, prompts.TEMPLATES).scores.tolist()
+  )
+  packed = tmp_path / "own.safetensors"
+  export_weights.write_one_file(run, str(packed))
+  record = one_file.read_record(packed)
+  own = {**record.config, "evals": {"few": {**record.config["evals"]["few"], "templates": ["a {}"]}}}
+  one_file.write(packed, one_file.read_params(packed), dataclasses.replace(record, config=own), dtype=np.float32)
+  other = diffdis_jax.load(packed)
+  assert other.classify(pictures, NAMES).scores.tolist() == model.classify(pictures, NAMES, ["a {}"]).scores.tolist()
 
 
 def test_an_image_is_the_same_in_whatever_it_comes(model, pictures, tmp_path):

@@ -56,6 +56,8 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   sys.excepthook = _excepthook
   signals.end_on_signals()
   logging.get_absl_handler().addFilter(_is_ours)
+  if sys.stderr.isatty():
+    logging.get_absl_handler().setFormatter(_Plain())
   logging.set_verbosity(logging.INFO)  # already for what a config file logs, before the flags are parsed
   flags.DEFINE_boolean("quiet", False, "write warnings and errors only, no progress")
   if {"--help", "-h"} & {*sys.argv[1:]}:
@@ -292,6 +294,14 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()  # which os._exit does not do
     signals.exit_at_once(code)
   sys.exit(code)
+
+
+class _Plain(python_logging.Formatter):
+  """Format a line for a person at a terminal: the time and the text. A file gets the process and the place too."""
+
+  def format(self, record: python_logging.LogRecord) -> str:
+    warns = "" if record.levelno < python_logging.WARNING else f"{record.levelname.lower()}: "
+    return f"{self.formatTime(record, '%H:%M:%S')}  {warns}{super().format(record)}"
 
 
 def _is_ours(record: python_logging.LogRecord) -> bool:

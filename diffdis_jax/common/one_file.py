@@ -1,7 +1,7 @@
 """A run in one file: its config, one set of its weights, and where both come from, as safetensors. Without jax.
 
 Such a file, FILE.safetensors or the name of one that comes with the package, in `diffdis_jax/shipped`, is given where a
-workdir is read. Vectors of tokens that training never reached are left out, and one stands for all of them.
+workdir is read. Vectors of tokens that training never reached may be left out, and one stands for all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class Record:
     provenance: of the run (run/provenance.py).
     licences: of what it was trained on, as text; empty where the data have none.
     initialised: the weights of an import that are random, which a run that starts from here draws by its own seed.
+    results: what evaluate measured of these weights: {file: {task: {data set: record}}}.
   """
 
   config: dict[str, Any]
@@ -51,6 +52,7 @@ class Record:
   provenance: dict[str, Any]
   licences: str
   initialised: Sequence[str] = ()
+  results: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def models() -> dict[str, pathlib.Path]:
@@ -79,17 +81,25 @@ def meant(given: str | os.PathLike[str]) -> str:
 
 
 def write(
-  path: str | os.PathLike[str], params: Mapping[str, Shaped[np.ndarray, "..."]], record: Record, *, dtype: Any
+  path: str | os.PathLike[str],
+  params: Mapping[str, Shaped[np.ndarray, "..."]],
+  record: Record,
+  *,
+  dtype: Any,
+  tokens: Iterable[int] | None = None,
 ) -> None:
   """Write the weights, flat, and what the record says of them, whole or not at all.
 
   All but logit_scale are of this `dtype`: the exponential of logit_scale would move by up to 1.6 % in bf16.
 
+  Args:
+    tokens: ids of the tokens whose vectors are kept; None keeps all that training may have reached.
+
   Raises:
     UserError: it cannot be written, or a weight is not finite, or beyond the dtype's range.
   """
   arrays = {}
-  for name, value in _without_untrained(params, record).items():
+  for name, value in _without_unread(params, record, tokens).items():
     if name == KEPT:
       arrays[name] = value
       continue
@@ -156,25 +166,35 @@ def _read(path: pathlib.Path, *, arrays: bool = False) -> tuple[Record, Arrays]:
     raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; copy it again") from error
 
 
-def _without_untrained(params: Mapping[str, Shaped[np.ndarray, "..."]], record: Record) -> Arrays:
-  """Leave out the vectors of tokens that were never trained; their mean becomes the last row.
+def _without_unread(
+  params: Mapping[str, Shaped[np.ndarray, "..."]], record: Record, tokens: Iterable[int] | None
+) -> Arrays:
+  """Leave out the vectors of all tokens but these; their mean becomes the last row.
 
-  The token vectors that are added to the text query begin at zero (models/text_encoder.py), and those of tokens that
-  discrimination never read are zero still. A run that trained none of these, or began from an import, keeps all tokens.
+  By default they are those that were never trained. The token vectors that are added to the text query begin at zero
+  (models/text_encoder.py), and those of tokens that discrimination never read are zero still. A run that trained none
+  of these, or began from an import, keeps all tokens.
   """
-  added = next((each for name, each in params.items() if name.endswith(_TABLES[1])), np.zeros((1, 1)))
-  trained = (np.asarray(added) != 0).any(axis=1)
-  origin = (record.provenance, *record.provenance.get("init_from", ()))
-  if not trained.any() or trained.all() or any("imported" in each for each in origin):
+  text = record.config["model"].get("text_encoder", {})
+  if tokens is not None:
+    kept = np.zeros(text.get("vocab_size", 0), bool)
+    kept[[*tokens]] = True
+  else:
+    added = next((each for name, each in params.items() if name.endswith(_TABLES[1])), np.zeros((1, 1)))
+    kept = (np.asarray(added) != 0).any(axis=1)
+    origin = (record.provenance, *record.provenance.get("init_from", ()))
+    if not kept.any() or any("imported" in each for each in origin):
+      return dict(params)
+  if kept.all():
     return dict(params)
   # They are read as all others, and not added to the query.
-  trained[[record.config["model"]["text_encoder"][name] for name in ("bos_id", "eos_id")]] = True
+  kept[[text[name] for name in ("bos_id", "eos_id")]] = True
   short = {
-    name: np.concatenate([each[trained], each[~trained].mean(axis=0, keepdims=True)])
+    name: np.concatenate([each[kept], each[~kept].mean(axis=0, keepdims=True)])
     for name, each in params.items()
     if name.endswith(_TABLES)
   }
-  return {**params, **short, KEPT: np.flatnonzero(trained).astype(np.int32)}
+  return {**params, **short, KEPT: np.flatnonzero(kept).astype(np.int32)}
 
 
 def _digest(run: str, arrays: Arrays) -> str:

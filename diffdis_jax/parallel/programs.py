@@ -6,6 +6,7 @@ that still compile, and fails: Gloo waits 30 s, as do the GPUs of one process fo
 
 from __future__ import annotations
 
+import sys
 import time
 from concurrent import futures
 from typing import Any
@@ -15,6 +16,7 @@ from absl import logging
 
 from diffdis_jax.parallel import processes
 
+TERMINAL_EVERY, LOG_EVERY = 4.0, 60.0  # seconds between two lines while a program compiles
 _COMPILER = "compiler"  # how the names of threads begin that compile, for which Python would wait at its end
 
 
@@ -38,7 +40,7 @@ class AheadOfTime:
   """
 
   def __init__(self, name: str, lowered: jax.stages.Lowered):
-    self._name, self._met = name, False
+    self._name, self._met, self._begin = name, False, time.monotonic()
     logging.info("compiling %s", name)
     # Not a daemon thread, which Python would end inside the compiler. common/cli.py waits for none.
     thread = futures.ThreadPoolExecutor(1, thread_name_prefix=_COMPILER)
@@ -46,7 +48,11 @@ class AheadOfTime:
     thread.shutdown(wait=False)
 
   def compiled(self) -> jax.stages.Compiled:
-    """Return the program once every process has compiled it. Raises what compiling raised."""
+    """Return the program once every process has compiled it, and say meanwhile that it compiles. Raises what
+    compiling raised."""
+    every = TERMINAL_EVERY if sys.stderr.isatty() else LOG_EVERY
+    while futures.wait([self._result], timeout=every).not_done:
+      logging.info("compiling %s, %.0f s so far", self._name, time.monotonic() - self._begin)
     program = self._result.result()
     if not self._met:
       processes.barrier(f"compiled {self._name}")
@@ -54,9 +60,8 @@ class AheadOfTime:
     return program
 
   def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    begin = time.monotonic()
     program = lowered.compile()
-    logging.info("compiled %s in %.1f s", self._name, time.monotonic() - begin)
+    logging.info("compiled %s in %.1f s", self._name, time.monotonic() - self._begin)
     return program
 
 

@@ -88,12 +88,16 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def results(path: epath.PathLike) -> list[Result]:
-  """Find the results that evaluate left in the folder."""
-  # Its --out may have any name, so that what a file is shows in its form.
+  """Find the results that evaluate left in the folder, or that a run in one file has with it."""
+  if (packed := one_file.at(path)) is not None:
+    contents = dict(one_file.read_record(packed).results)
+  else:
+    # Its --out may have any name, so that what a file is shows in its form.
+    contents = {file.name: files.read_object(file) for file in sorted(buckets.path(path).glob("*.json"))}
   return [
-    Result(file.name, task, dataset, record)
-    for file in sorted(buckets.path(path).glob("*.json"))
-    for task, records in files.read_object(file).items()
+    Result(name, task, dataset, record)
+    for name, content in contents.items()
+    for task, records in content.items()
     for dataset, record in (records.items() if isinstance(records, dict) else ())
     if isinstance(record, dict) and isinstance(record.get("metrics"), dict)
   ]

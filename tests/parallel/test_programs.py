@@ -53,6 +53,21 @@ def test_a_program_compiles_ahead_of_its_first_call_and_is_waited_for_once(cache
   assert met == ["compiled the sum"]
 
 
+def test_it_says_that_it_still_compiles(caplog, monkeypatch):
+  caplog.set_level("INFO")
+  logging.set_verbosity(logging.INFO)
+  monkeypatch.setattr(programs, "LOG_EVERY", 0.05)
+
+  def slow(lowered, compile=jax.stages.Lowered.compile):
+    time.sleep(0.5)
+    return compile(lowered)
+
+  lowered = jax.jit(lambda x: x + 1).lower(jnp.ones(4))
+  monkeypatch.setattr(jax.stages.Lowered, "compile", slow)
+  programs.AheadOfTime("the sum", lowered).compiled()
+  assert sum("compiling the sum, 0 s so far" in message for message in caplog.messages) >= 2
+
+
 def test_what_fails_in_compiling_ahead_fails_where_it_is_needed(monkeypatch):
   def fails(_):
     raise ValueError("no such shape")

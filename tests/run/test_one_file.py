@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from diffdis_jax import config as run_config
 from diffdis_jax import export_weights, inference, verify
 from diffdis_jax.common import one_file
+from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, provenance, restore, workdir
 from diffdis_jax.structs import TrainState
@@ -118,6 +119,39 @@ def test_every_token_is_kept_where_none_is_known_to_be_untrained(tmp_path, weigh
   assert one_file.read_record(tmp_path / "F.safetensors").licences == ""
   for name, value in params.items():
     np.testing.assert_array_equal(after[name], value, err_msg=name)
+
+
+def test_only_the_tokens_of_given_texts_are_kept(run, tmp_path):
+  """Where the table of tokens was never trained, as that of `shapes`, the file need not hold it whole."""
+  text = "a red star\non grass"
+  (tmp_path / "captions.txt").write_text(text)
+  config = make_config(**{"model.text_encoder.vocab_size": 49408})
+  params = random_params(network_of(config).shapes, 0)
+  record = one_file.Record(config=config.to_dict(), step=1, ema=False, provenance={}, licences="")
+  ids = sorted({int(x) for x in Tokenizer(16)([text.replace("\n", " ")])[0]})
+  one_file.write(tmp_path / "F.safetensors", params, record, dtype=np.float32, tokens=ids)
+  after = one_file.read_params(tmp_path / "F.safetensors")
+  np.testing.assert_array_equal(after[TOKENS][ids], params[TOKENS][ids])
+  others = np.setdiff1d(np.arange(49408), [*ids, BOS, EOS])
+  np.testing.assert_allclose(
+    after[TOKENS][others], np.tile(params[TOKENS][others].mean(0), (len(others), 1)), atol=1e-6
+  )
+  assert (tmp_path / "F.safetensors").stat().st_size < 4 * params[TOKENS].size
+
+
+def test_results_of_its_checkpoint_stand_in_the_file(run, tmp_path):
+  """Those of another checkpoint are left out."""
+  record = dict(metrics={"acc1": 0.5}, dataset="few", model="m", pretrained="", task="zeroshot", language="en")
+  records = {name: {**record, "protocol": {"checkpoint": step}} for name, step in (("few", 6), ("other", 5))}
+  there = pathlib.Path(run) / "evaluation.json"
+  there.write_text(json.dumps({"zero_shot": records}))
+  try:
+    export_weights.write_one_file(run, str(tmp_path / "F.safetensors"))
+  finally:
+    there.unlink()
+  (found,) = provenance.results(tmp_path / "F.safetensors")
+  assert (found.file, found.task, found.dataset) == ("evaluation.json", "zero_shot", "few")
+  assert found.record["metrics"] == {"acc1": 0.5}
 
 
 def test_it_generates_and_classifies_as_its_workdir(run, packed):
