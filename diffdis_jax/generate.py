@@ -121,7 +121,7 @@ def generate(
   how = {**model.generation_protocol, **start, "checkpoint": step, "ema": ema}
   columns = num_images if 1 < num_images <= MOST_COLUMNS else COLUMNS  # a prompt a row, where a row can hold it
   write(folder, images, prompts, protocol=how, columns=columns)
-  logging.info("%d images in %s; all of them are in %s", len(prompts), out, folder / "grid.png")
+  logging.info("images in %s: %d; side by side: %s", out, len(prompts), folder / "grid.png")
   logging.info("in a browser: diffdis app --workdir=%s", shlex.quote(run))
 
 
