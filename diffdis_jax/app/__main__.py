@@ -33,6 +33,7 @@ from diffdis_jax.run import restore
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
+SECONDS = 120.0  # after which a request is ended
 FOLDER = "GRADIO_TEMP_DIR"  # the variable that tells Gradio where uploads lie, which it reads when it is imported
 
 
@@ -47,8 +48,6 @@ def define_flags() -> None:
   flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 shows the page to the network")
   flags.DEFINE_integer("port", 7860, "port to listen at; 0 takes a free one", lower_bound=0, upper_bound=65535)
   flags.DEFINE_list("allowed_hosts", [], "further host names of the page, such as a proxy's")
-  flags.DEFINE_float("upload_mb", 10.0, "largest upload, MB", lower_bound=0.1)
-  flags.DEFINE_float("seconds", 120.0, "time after which a request is ended, in seconds", lower_bound=1.0)
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
 
@@ -79,7 +78,7 @@ def serve(listener: socket.socket) -> None:
   # One device: a request has one image, which several could not share as rows.
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   model, params = inference.load(FLAGS.workdir, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
-  sampler = step_sampler.StepSampler(model, params, seconds=FLAGS.seconds)
+  sampler = step_sampler.StepSampler(model, params, seconds=SECONDS)
   if FLAGS.data and "search" not in sampler.tabs:
     raise UserError(f"--data={FLAGS.data} has no effect on this run, which cannot search; leave it out")
   index = search.Index(sampler, source, FLAGS.num_images) if source and "search" in sampler.tabs else None
@@ -89,8 +88,7 @@ def serve(listener: socket.socket) -> None:
   blocks = page.build(sampler, index, run, about)
   embedding = index and index.start()
   try:
-    how: Any = dict(listener=listener, host=FLAGS.host, allowed_hosts=FLAGS.allowed_hosts)
-    server.serve(blocks, FLAGS.upload_mb, **how)
+    server.serve(blocks, listener=listener, host=FLAGS.host, allowed_hosts=FLAGS.allowed_hosts)
   finally:
     # First, since it stops the thread: else `join` would wait until every image is embedded.
     sampler.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import html
 import os
@@ -16,14 +15,13 @@ from gradio import themes
 from gradio_client import utils as client_utils
 
 from diffdis_jax.app import answers, search
-from diffdis_jax.app.limits import MOST_CHARACTERS, MOST_NAMES, read_names
+from diffdis_jax.app.answers import MOST_CHARACTERS, MOST_NAMES
 from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts
 
 TITLES = {"draw": "Generate"}  # of tabs whose title is not their name in the page's API
-PICKS = 12  # images of the folder that can be picked
 KEPT, SWEPT = 540, 60  # seconds for which uploads and images of answers stay on disk, and between two looks for them
 SMALL = 128  # pixels: images of smaller sides are enlarged without smoothing
 WAITING = 64  # requests; further ones are refused
@@ -76,7 +74,6 @@ class _Tabs:
   def __init__(self, sampler: StepSampler, index: search.Index | None, run: Run):
     self._sampler, self._index, self._run = sampler, index, run
     self._zero_shot = next((each for each in run.evals.values() if each["task"] == "zero_shot"), {})
-    self._picks = picks(index)
     self._small = "small" if sampler.network.image_size < SMALL else ""
 
   def draw(self) -> None:
@@ -88,7 +85,7 @@ class _Tabs:
       scale = gr.Slider(0, most, min(how.generation_guidance, most), step=0.5, label="Guidance")
       seed = self._seed()
     button = gr.Button("Generate", variant="primary", elem_id="draw-button")
-    outputs = [self._line("draw"), self._gallery("", 3), self._gallery("emptied above, guided below, by t", 10)]
+    outputs = [self._line("draw"), self._gallery("", 3)]
     self._ask(button, answers.generate, [prompt, seed, steps, scale], outputs, name="draw")
 
   def classify(self) -> None:
@@ -161,29 +158,17 @@ class _Tabs:
     return gr.Gallery(label=label, columns=columns, format="png", **how)
 
   def _image(self, name: str) -> gr.Image:
-    """Add an upload, with images to pick below it."""
     with gr.Column(scale=2, min_width=300):
       style: Any = dict(elem_classes=["upload", self._small], buttons=[], elem_id=f"{name}-image", height=240)
-      field = gr.Image(sources=["upload", "clipboard"], type="filepath", format="png", label="Image", **style)
-      if self._picks:
-        how: Any = dict(allow_preview=False, interactive=False, elem_id=f"{name}-picks", elem_classes=[self._small])
-        gallery = gr.Gallery(self._picks, label="or pick one", columns=6, format="png", **how)
-
-        def pick(event: gr.SelectData) -> Any:
-          return self._picks[int(event.index)]
-
-        gallery.select(pick, None, field, api_visibility="private", show_progress="hidden")
-    return field
+      return gr.Image(sources=["upload", "clipboard"], type="filepath", format="png", label="Image", **style)
 
   def _names(self) -> gr.Textbox:
-    """Add the field of class names, which begins with those of the run's evaluation where it takes them."""
-    text, most = "cat, dog, horse", MOST_CHARACTERS * MOST_NAMES
+    """Add the field of class names, which begins with those of the run's evaluation where it lists them."""
+    listed, text = self._zero_shot.get("classnames"), "cat, dog, horse"
     # A string is the path of a file, which may lie on another machine.
-    if (classnames := self._zero_shot.get("classnames")) and not isinstance(classnames, str):
-      names = prompts.resolve_classnames(classnames).names
-      with contextlib.suppress(UserError):  # too many, or one with a comma in it
-        text = ", ".join(names) if read_names(", ".join(names)) == names else text
-    info = "with commas between them"
+    if isinstance(listed, tuple) and len(listed) <= MOST_NAMES and not any("," in name for name in listed):
+      text = ", ".join(listed)
+    info, most = "with commas between them", MOST_CHARACTERS * MOST_NAMES
     return gr.Textbox(text, label="Class names", lines=3, max_lines=3, max_length=most, info=info)
 
   def _template(self) -> gr.Textbox:
@@ -213,13 +198,3 @@ def shown(answer: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
       raise gr.Error(html.escape(str(error)), title="This cannot be done", print_exception=False) from error
 
   return call
-
-
-def picks(index: search.Index | None) -> list[Any]:
-  """Read images of the folder, at even distances, those that can be read."""
-  found = []
-  count = 0 if index is None else len(index.indices)
-  for place in range(0, count, max(1, count // PICKS))[:PICKS]:
-    with contextlib.suppress(UserError):
-      found.append(index.record(place).image)  # pyright: ignore[reportOptionalMemberAccess]
-  return found

@@ -83,12 +83,11 @@ def test_the_template_is_the_plain_prompt_where_a_run_measures_by_eighty():
   "classnames, expected",
   [
     (("a cat", "a dog"), "a cat, a dog"),
-    ({"n01": "tench", "n02": "goldfish"}, "tench, goldfish"),
     ("names.json", "cat, dog, horse"),
     (tuple(f"class {i}" for i in range(201)), "cat, dog, horse"),
     (("crane, bird", "dog"), "cat, dog, horse"),
   ],
-  ids=["names", "by the data's", "a file", "too many", "a comma"],
+  ids=["names", "a file", "too many", "a comma"],
 )
 def test_the_class_names_are_the_runs_own_where_the_page_takes_them(classnames, expected):
   from diffdis_jax.app import page
