@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from diffdis_jax.config.section import field, number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, generation_accuracy
 from diffdis_jax.evals.classifiers import SIZE
 from diffdis_jax.evals.generation_accuracy import OF_SHAPES
@@ -32,6 +33,8 @@ class GenerationAccuracy(generation_accuracy.GenerationAccuracy):
   images of the other splits. Each is left out where no class has two images.
   """
 
+  data: Mapping[str, Any] | None = field(None, help="section of a data source")
+  label_field: str | None = field(None, help="record's field with the class's name; by default label")
   splits: Sequence[str] | None = field(
     None, help="further splits of the same data, on which the classifier is trained and measured too"
   )
@@ -44,13 +47,16 @@ class GenerationAccuracy(generation_accuracy.GenerationAccuracy):
     if self.data is None:
       self.refuse(OF_LABELS, "rendered shapes are judged; give data too")
       return super().make_judge()
-    if self.judge:  # CLIP
-      return super().make_judge()
     if self.data.get("name") == "scenes":
       self.refuse(OF_LABELS, "rendered scenes are judged; leave it out")
       return SceneJudge(self.data, self.seed, **self.given(OF_SHAPES))
     self.refuse(OF_SHAPES, "labelled images are judged; leave it out")
     return CopiesJudge(self.data, self.seed, **self.given(OF_LABELS))
+
+  def refuse(self, names: Sequence[str], where: str) -> None:
+    """Raise UserError where one of these settings is given, which has no effect `where`."""
+    for name in self.given(names):
+      raise UserError(f"{name} has no effect where {where}")
 
 
 class CopiesJudge(LabelJudge):

@@ -191,8 +191,8 @@ def read_names(text: str | None) -> tuple[str, ...]:
   for name in names:
     read_text(name, "class name")
   # Names that differ in case alone have one text query, and would halve each other's share.
-  if repeated := prompts.repeated([prompts.comparable(name) for name in names]):
-    raise UserError(f"class names occur more than once: {repeated}; type each once")
+  if repeated := prompts.repeated_names([prompts.comparable(name) for name in names]):
+    raise UserError(f"class names occur more than once: {prompts.listed(repeated)}; type each once")
   return names
 
 

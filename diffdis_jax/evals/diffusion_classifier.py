@@ -103,20 +103,18 @@ def read_stages(stages: Sequence[str]) -> tuple[Stage, ...]:
   """Read the stages, EVALUATIONS:KEPT each. Raises UserError: other ones."""
   try:
     parsed = tuple(Stage(*(int(number) for number in text.split(":"))) for text in stages)
-  except (ValueError, TypeError, AttributeError):  # the last of what is no text
-    parsed = ()
-  counts, kept = [stage.evaluations for stage in parsed], [stage.kept for stage in parsed]
-  # Else two stages would be one, or the timesteps of a stage none of the last one's evenly spaced ones.
-  increase = counts == sorted({*counts}) and all(0 < n and counts[-1] % n == 0 for n in counts)
-  if not (
-    parsed and increase and counts[-1] <= NUM_TIMESTEPS and kept == sorted({*kept}, reverse=True) and kept[-1] == 1
-  ):
-    raise UserError(
-      f"stages is {','.join(map(str, stages))}; it should be EVALUATIONS:KEPT of each stage, such as 10:5,50:1."
-      f" Evaluations increase, up to {NUM_TIMESTEPS}, and each number of them divides the last; fewer classes are kept"
-      " after each stage, and one after the last"
-    )
-  return parsed
+    counts, kept = [stage.evaluations for stage in parsed], [stage.kept for stage in parsed]
+    # Else two stages would be one, or the timesteps of a stage none of the last one's evenly spaced ones.
+    in_order = counts == sorted({*counts}) and kept == sorted({*kept}, reverse=True) and kept[-1] == 1
+    if in_order and all(0 < n <= NUM_TIMESTEPS and counts[-1] % n == 0 for n in counts):
+      return parsed
+  except (ValueError, TypeError, AttributeError, IndexError):  # of what is no text, or no stage
+    pass
+  raise UserError(
+    f"stages is {','.join(map(str, stages))}; it should be EVALUATIONS:KEPT of each stage, such as 10:5,50:1."
+    f" Evaluations increase, up to {NUM_TIMESTEPS}, and each number of them divides the last; fewer classes are kept"
+    " after each stage, and one after the last"
+  )
 
 
 def timesteps(count: int) -> Int[np.ndarray, " s"]:

@@ -1,12 +1,10 @@
-"""Measure whether generated images show what was asked for, as a judge names them.
+"""Measure whether generated images of rendered shapes show what was asked for, as a small classifier names them.
 
-Rendered shapes are judged by a small classifier, images of a data set's classes by a run of CLIP. A judge errs too, so
-its own accuracy on real images stands beside every figure.
+A classifier errs too, so its own accuracy on real images stands beside every figure.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,41 +12,32 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int, UInt8
 
-from diffdis_jax import inference
 from diffdis_jax.config.section import field, number
-from diffdis_jax.data import shapes, sources
+from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, classifiers, prompts
 from diffdis_jax.evals.classifiers import PAIRS, SIZE, Trained
-from diffdis_jax.run import provenance
 
 SEEN = np.array([pair in shapes.SEEN for pair in shapes.PAIRS])
-OF_LABELS = ("judge", "label_field")  # settings of the judge of labelled images
-OF_SHAPES = ("classifier_steps", "required_accuracy")
+OF_SHAPES = ("classifier_steps", "required_accuracy")  # settings of the classifier
 
 
 @base.settings()
 class GenerationAccuracy(base.Evaluation):
   """Task `generation_accuracy`: the share of generated images that show what was asked for, as a classifier judges.
 
-  Without `data` the images are rendered shapes, and right are those of the colour and the shape asked for. With `data`
-  they are of its classes, and right are those whose class CLIP names first, or among the first five. Source: none; it
-  stands for FID where there are too few images for that.
+  The images are of rendered shapes, and right are those of the colour and the shape asked for. Source: none; it stands
+  for FID where there are too few images for that.
   """
 
   task = "generation_accuracy"
 
-  data: Mapping[str, Any] | None = field(None, help="section of a data source")
-  template: str = field("", help="the prompt, {} for the name; by default 'a {}' for shapes, only the name for labels")
-  per_class: int | None = number(
-    None, ge=1, help="images generated for each class; by default 4 for shapes, 1 for labelled images"
-  )
-  judge: str | None = field(None, help="run of CLIP, or an import of it, that judges labelled images")
-  label_field: str | None = field(None, help="record's field with the class's name; by default label")
-  classifier_steps: int | None = number(None, ge=1, help="steps of the classifier on shapes; by default 500")
+  template: str = field("", help="the prompt, {} for the name; by default 'a {}'")
+  per_class: int | None = number(None, ge=1, help="images generated for each class; by default 4")
+  classifier_steps: int | None = number(None, ge=1, help="steps of the classifier; by default 500")
   required_accuracy: float | None = field(
-    None, help="accuracy that the classifier must reach on new renders of shapes; by default 0.98"
+    None, help="accuracy that the classifier must reach on new renders; by default 0.98"
   )
 
   def open(self) -> None:
@@ -58,25 +47,12 @@ class GenerationAccuracy(base.Evaluation):
     self.classes = np.tile(self.named_by.asked, copies)
 
   def make_judge(self) -> Any:
-    """Return the judge of these data. Raises UserError: settings that are the other judge's."""
-    if self.data is None:
-      # Without this, a forgotten `data` would quietly measure shapes.
-      self.refuse(OF_LABELS, "rendered shapes are judged; give data too")
-      return ShapeJudge(self.seed, **self.given(OF_SHAPES))
-    self.refuse(OF_SHAPES, "labelled images are judged; leave it out")
-    if not self.judge:
-      raise UserError("generation_accuracy on data needs a judge, --judge=RUN: a run of CLIP, or an import of it")
-    given = self.given(OF_LABELS)
-    return ClipJudge(self.data, given.pop("judge"), **given)
+    """Return what judges the images."""
+    return ShapeJudge(self.seed, **self.given(OF_SHAPES))
 
   def given(self, names: Sequence[str]) -> dict[str, Any]:
     """Return those of these settings that are given."""
     return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-  def refuse(self, names: Sequence[str], where: str) -> None:
-    """Raise UserError where one of these settings is given, which has no effect `where`."""
-    for name in self.given(names):
-      raise UserError(f"{name} has no effect where {where}")
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     return {
@@ -91,8 +67,7 @@ class GenerationAccuracy(base.Evaluation):
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """Return acc1 of generated images, and judge_acc1 of real ones that the judge was not trained on.
 
-    Of shapes also acc1_seen and acc1_unseen, of pairs that training saw and of others, and acc1_colour and acc1_shape.
-    Of labelled images also acc5 and judge_acc5.
+    Also acc1_seen and acc1_unseen, of pairs that training saw and of others, and acc1_colour and acc1_shape.
 
     Of a run with a head also head_similarity, ⟨ê_0, e⟩ of image and prompt, and head_acc1, the share that its own head
     takes for what was asked for among all classes.
@@ -164,54 +139,3 @@ def require(trained: Trained, least: float, steps: int) -> None:
       f"the classifier that should judge is right on only {accuracy:.1%} of real renders, below {least:.0%}; train it"
       f" for more than {steps} steps (classifier_steps)"
     )
-
-
-class ClipJudge:
-  """Names the classes of labelled images by another run that compares images with texts, such as CLIP.
-
-  Raises UserError: a label that is no text, or fewer than two classes.
-  """
-
-  template, per_class = "{}", 1
-
-  def __init__(self, data: Mapping[str, Any], run: str, label_field: str = "label"):
-    self.source = sources.open_source(**data)
-    classes, self.labels = np.unique(base.text_labels(self.source, label_field), return_inverse=True)
-    self.classnames, self.asked = tuple(classes.tolist()), np.arange(len(classes))
-    if len(self.classnames) < 2:
-      raise UserError(f"field {label_field!r} names {', '.join(self.classnames)} alone; a judge needs two classes")
-    self._run = run
-    self._load = functools.cache(inference.load)
-
-  def protocol(self) -> dict[str, Any]:
-    """Return which run judges."""
-    return {"run": provenance.public(self._run), "template": prompts.TEMPLATES[0]}
-
-  def train(self, image_size: int) -> Trained:
-    """Load the run, and measure it on the real images, once. The images' size is of no account."""
-    del image_size
-    return self._measured
-
-  @functools.cached_property
-  def _measured(self) -> Trained:
-    judge, _ = self._load(self._run)
-    places = self._ranks(base.Images(self.source, np.arange(len(self.labels)), judge.image_size), self.labels)
-    return Trained(judge, _accuracy("judge_", places))
-
-  def measure(
-    self, images: UInt8[np.ndarray, "n h w 3"], classes: Int[np.ndarray, " n"], *, image_size: int
-  ) -> dict[str, float]:
-    """Return acc1 and acc5, and the judge's own."""
-    trained = self.train(image_size)
-    squares = np.stack([base.to_square(image, trained.model.image_size) for image in images])
-    return {**_accuracy("", self._ranks(squares, classes)), **trained.accuracy}
-
-  def _ranks(self, images: Any, classes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    judge, params = self._load(self._run)
-    e = base.embed_texts(judge, params, [prompts.fill(prompts.TEMPLATES[0], name) for name in self.classnames])
-    q = judge.embed_images(params, images, seed=0)
-    return base.ranks(q, e, query_groups=classes, key_groups=self.asked)
-
-
-def _accuracy(prefix: str, places: Int[np.ndarray, " n"]) -> dict[str, float]:
-  return {f"{prefix}acc1": float((places == 0).mean()), f"{prefix}acc5": float((places < 5).mean())}

@@ -30,7 +30,7 @@ ALL = "all"
 L2 = tuple(10.0**power for power in range(1, -7, -1))  # strongest first, from which the next one starts
 MOST_STEPS = 1000  # of L-BFGS, as CLIP has it
 SMALL_GRADIENT = 1e-7  # at which L-BFGS ends
-HELD_OUT = 0.2  # of the training images, where there is no split to choose on
+HELD_OUT = 0.2  # of the training images, on which the regularisation is chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,41 +57,30 @@ class LinearProbe(base.Evaluation):
 
   data: Mapping[str, Any] = field(help="section of a data source")
   train_split: str = field("train", help="split of the same data that is trained on")
-  val_split: str = field("", help="split to choose the regularisation on; by default a fifth of the training images")
   label_field: str = field("label", help="record's field with the class")
   shots: Sequence[str] = field(("1", "2", "4", "8", "16", ALL), help="training images of each class, or all of them")
   timestep: int | None = number(
     None, ge=0, le=NUM_TIMESTEPS, help="timestep of the middle map; by default that of the run's head, or else 0"
   )
   num_images: int | None = field(None, help="images to test on, the same ones each time; by default all")
-  num_training_images: int | None = field(None, help="images of train_split to take; by default all")
 
   def open(self) -> None:
     self.counts = tuple(_read_shots(each) for each in self.shots)
-    splits = dict(train=self.train_split, val=self.val_split or self.train_split, test=self.data.get("split", "train"))
-    if splits["test"] in (splits["train"], splits["val"]):
-      raise UserError(
-        f"linear_probe would test on the split {splits['test']}, on which it trains or chooses; give another"
-      )
-    if self.val_split == self.train_split:
-      raise UserError(
-        f"linear_probe would choose on the split {self.val_split}, on which it trains; leave val_split out, and a fifth"
-        " of it is held out"
-      )
-    self.sources = {name: base.open_split(self.data, split) for name, split in splits.items()}
-    rows = {name: np.arange(len(source)) for name, source in self.sources.items()}
-    rows["train"] = base.subset(len(rows["train"]), self.num_training_images)
-    rows["test"] = base.subset(len(rows["test"]), self.num_images)
-    if not self.val_split:
-      order = np.random.default_rng(self.seed).permutation(rows["train"])
-      rows["val"], rows["train"] = np.split(order, [round(HELD_OUT * len(order))])
+    test_split = self.data.get("split", "train")
+    if test_split == self.train_split:
+      raise UserError(f"linear_probe would test on the split {test_split}, on which it trains; give another")
+    train, test = (base.open_split(self.data, split) for split in (self.train_split, test_split))
+    self.sources = {"train": train, "val": train, "test": test}
+    rows = {"test": base.subset(len(test), self.num_images)}
+    order = np.random.default_rng(self.seed).permutation(base.subset(len(train), None))
+    rows["val"], rows["train"] = np.split(order, [round(HELD_OUT * len(order))])
     label = lambda name, i: str(base.get_field(base.fields(self.sources[name], i), self.label_field))
     names = {name: np.array([label(name, i) for i in places]) for name, places in rows.items()}
-    if not self.val_split:  # of few images a class, chance may hold out all of one, which the test would then lack
-      lost = np.setdiff1d(names["val"], names["train"])
-      back = np.array([np.flatnonzero(names["val"] == name)[0] for name in lost], int)
-      for each in (rows, names):
-        each["train"], each["val"] = np.append(each["train"], each["val"][back]), np.delete(each["val"], back)
+    # Of few images a class, chance may hold out all of one, which the test would then lack.
+    lost = np.setdiff1d(names["val"], names["train"])
+    back = np.array([np.flatnonzero(names["val"] == name)[0] for name in lost], int)
+    for each in (rows, names):
+      each["train"], each["val"] = np.append(each["train"], each["val"][back]), np.delete(each["val"], back)
     self.classes = np.unique(names["train"]).tolist()
     # What is not trained on has no answer that could be right.
     known = {name: np.isin(labels, self.classes) for name, labels in names.items()}
@@ -118,7 +107,6 @@ class LinearProbe(base.Evaluation):
       "timestep": self._middle_timestep(inference),
       "l2": list(L2),
       "train_split": self.train_split,
-      "val_split": self.val_split,
       **{f"num_{name}_images": len(each.labels) for name, each in self.examples.items()},
     }
 

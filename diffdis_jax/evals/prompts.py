@@ -100,11 +100,6 @@ def listed(names: Sequence[str]) -> str:
   return ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
 
 
-def repeated(names: Sequence[str]) -> str:
-  """Return the names that occur more than once, for a message; empty if there is none."""
-  return listed(repeated_names(names))
-
-
 def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
   """Return templates given as such or as a JSON file's path; empty means `TEMPLATES`.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -137,16 +136,10 @@ def write(path: str, results: Mapping[str, Any]) -> None:
 
 
 def check_out(path: str) -> None:
-  """Check, before work that takes hours, that the file can be written. Raises UserError: no file of this name can be
-  written, or no folder for it be made."""
-  out = buckets.path(path)
-  if buckets.is_url(out) or out.parent.is_dir():  # in a bucket a folder appears with its first file
-    files.check_out(path)
-    return
-  there = next(each for each in out.parents if each.exists())
-  if not there.is_dir():
-    raise UserError(f"cannot write --out={path}: {there} is a file; name a file in a folder")
-  files.check_out(os.fspath(there / out.relative_to(there).parts[0]))
+  """Check, before work that takes hours, that the file can be written. Raises UserError: it cannot."""
+  with files.writing(f"--out={path}"):
+    buckets.path(path).parent.mkdir(parents=True, exist_ok=True)
+  files.check_out(path)
 
 
 def write_text(path: str, text: str) -> None:
@@ -166,11 +159,7 @@ def differences(protocols: Iterable[Mapping[str, Any]], *, ignored: Iterable[str
 
 
 def _known_before(protocol: Mapping[str, Any]) -> dict[str, Any]:
-  """Return what is known of a measurement before it. Of FID's reference that is which images it is of, and how they are
-  resized; of another tool's file, its name."""
+  """Return what is known of a measurement before it; of FID's reference, the name of another tool's file."""
   known = {field: value for field, value in protocol.items() if field not in AFTERWARDS}
-  if reference := protocol.get("reference"):
-    made = reference["protocol"]
-    known |= {"resampling": made["resampling"], "images": made["images"]["which"]} if made else {}
-    known |= {} if made else {"reference": reference["name"]}
-  return known
+  reference = protocol.get("reference")
+  return known | ({"reference": reference["name"]} if reference and not reference["protocol"] else {})

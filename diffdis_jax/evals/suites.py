@@ -117,7 +117,7 @@ def _section(name: str, root: str, image_size: int) -> Section:
   if name in ZERO_SHOT12:
     known = class_lists.load()[name]
     settings |= {"classnames": known.classnames, "templates": known.templates}
-    settings |= {"single_template": SINGLE_TEMPLATE, "metric": SETS[name].metric}
+    settings |= {"single_template": SINGLE_TEMPLATE}
   return Section(name, SETS[name].task, settings)
 
 

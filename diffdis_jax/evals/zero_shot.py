@@ -10,14 +10,13 @@ import numpy as np
 from absl import logging
 from jaxtyping import Bool, Float, Int
 
-from diffdis_jax.config.section import choice, field
+from diffdis_jax.config.section import field
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, prompts
 from diffdis_jax.evals.prompts import ClassNames, comparable
 
 NAME_FIELD = "class"  # of a record whose label is a number: the class's name, as prepare_data folder writes it
-METRICS = ("acc1", "mean_per_class_recall")
 _NUMBER = re.compile(r"n\d{8}")  # of WordNet, as ImageNet's class folders are called
 
 
@@ -41,7 +40,6 @@ class ZeroShot(base.OfImages):
   )
   templates: Sequence[str] | str = field("", help="JSON file of a list of prompt templates, such as 'a photo of a {}.'")
   single_template: str = field("", help="template that is also measured by itself; by default the first one")
-  metric: str = choice("acc1", METRICS, help="the data set's own metric; only written to the record")
   label_field: str = field("label", help="record's field with the class's name, or with its number in classnames")
   seen_split: str = field(
     "", help="split of the same data whose classes are seen ones: accuracy is also given on seen and on unseen classes"
@@ -76,7 +74,6 @@ class ZeroShot(base.OfImages):
       "classnames_sha256": prompts.sha256(self.names),  # they decide as much as templates, and may be thousands
       "templates": list(self.all_templates),
       "single_template": self.single,
-      "metric": self.metric,
       "equal_names": prompts.repeated_names(self.names),
     }
 

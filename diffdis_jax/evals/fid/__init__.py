@@ -5,14 +5,13 @@ The paper reports "FID score on MSCOCO image generation" and nothing of how; wha
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from diffdis_jax.common import buckets
 from diffdis_jax.common.progress import Progress
@@ -49,13 +48,8 @@ class Fid(base.Evaluation):
   num_images: int | None = number(
     None, ge=2, help="images to generate; by default 30,000, or as many as there are captions"
   )
-  captions: str = choice("per_image", ("per_image", "all"), help="one caption of each record, or all captions alike")
   reference: str = field("", help=".npz of the real images' statistics, which is made where there is none yet")
-  # Empty is all; but only what was asked for is a reason to refuse a file: others do not say what theirs is of.
-  reference_images: str = choice("", ("", "all", "prompted"), help="real images: all, or those of the captions alone")
   resize: str = choice("tensorflow", inception_features.KINDS, help="resizing to Inception's input")
-  resampling: str = choice("lanczos", (*inception_features.RESAMPLING,), help="resizing of real images to the model's")
-  prompts_seed: int = number(0, ge=0, help="seed of the choice of captions")
 
   def open(self) -> None:
     # In this order: settings, weights, data, prompts, reference; a slip in a word must not wait for a disk.
@@ -65,14 +59,7 @@ class Fid(base.Evaluation):
       raise UserError(f"--reference={self.reference} should be an .npz of statistics")
     self.weights = inception_file.read(self.inception)
     self.source = sources.open_source(**self.data)
-    self.prompts = sample_prompts(
-      self.source, num_images=self.num_images, captions=self.captions, seed=self.prompts_seed
-    )
-    self.of_prompts = {
-      "captions": self.captions,
-      "prompts_seed": self.prompts_seed,
-      "prompts_sha256": prompts.sha256(self.prompts.texts),
-    }
+    self.prompts = sample_prompts(self.source, num_images=self.num_images)
     self.of_features = {
       "features": "inception-2015-12-05",
       "weights_sha256": self.weights.sha256,
@@ -97,12 +84,12 @@ class Fid(base.Evaluation):
       "image_size": inference.image_size,
       "dtype": network.model.dtype,
       **self.of_features,
-      **self.of_prompts,
+      "prompts_sha256": prompts.sha256(self.prompts),
       "seed": self.seed,
       "num_images": len(self.prompts),
       "reference": provenance.public(
         {
-          "name": self.reference or f"{self.images['which']} of {self.data.get('path') or self.data.get('name')}",
+          "name": self.reference or str(self.data.get("path") or self.data.get("name")),
           "sha256": made and made.sha256,
           "num_images": made and made.gaussian.count,
           "protocol": made.protocol if made else self._reference_protocol(inference.image_size),
@@ -125,7 +112,7 @@ class Fid(base.Evaluation):
     together = max(1, inference.batch_size // PART) * PART
     for start in range(0, count, together):
       rows = np.arange(start, min(start + together, count))
-      tokens = self._tokenizer(inference.max_length)([self.prompts.texts[i] for i in rows])
+      tokens = self._tokenizer(inference.max_length)([self.prompts[i] for i in rows])
       # `first` makes the noise that of the image's place among all, whatever the parts are.
       images = inference.generate(params, tokens, inference.noise(len(rows), self.seed, first=start))
       features.append(extract(images))
@@ -152,7 +139,7 @@ class Fid(base.Evaluation):
 
   def _fewest(self) -> int:
     """Return the number of generated or of real images, whichever is smaller."""
-    real = len(self.real_indices) if self.real is None else self.real.gaussian.count
+    real = len(self.source) if self.real is None else self.real.gaussian.count
     return len(self.prompts) if real is None else min(len(self.prompts), real)  # another tool's file does not say
 
   def _compile(self, inference: Any) -> Extract:
@@ -165,20 +152,14 @@ class Fid(base.Evaluation):
     )
 
   def _open_reference(self) -> None:
-    """Read the file, if there is one, or else find the images of which it will be made."""
+    """Read the file, if there is one."""
     self.real: reference.Reference | None = None
-    self.real_indices = np.arange(len(self.source))
-    self.images: dict[str, Any] = {"which": self.reference_images or "all", "data": dict(self.data)}
-    if self.reference_images == "prompted":
-      self.real_indices = np.unique(self.prompts.records)
-      self.images |= self.of_prompts
     if self.reference and buckets.path(self.reference).exists():
       self.real = reference.read(self.reference)
-      expected = self._reference_protocol(self.data.get("image_size"))
-      reference.check(self.real, expected, self.reference, images_asked_for=bool(self.reference_images))
+      reference.check(self.real, self._reference_protocol(self.data.get("image_size")), self.reference)
 
   def _reference_protocol(self, image_size: int | None) -> dict[str, Any]:
-    of_images = {"image_size": image_size, "resampling": self.resampling, "images": self.images}
+    of_images = {"image_size": image_size, "resampling": "lanczos", "images": dict(self.data)}
     return {**self.of_features, "code": provenance.code()["versions"], **of_images}
 
   def _make_reference(self, extract: Extract, image_size: int) -> None:
@@ -186,11 +167,11 @@ class Fid(base.Evaluation):
     # Process 0 may have read a file that the others cannot see.
     if bool(processes.from_first(np.uint8(self.real is not None))):
       return
-    square = functools.partial(inception_features.square, resampling=self.resampling)
-    parts, progress = [], Progress("FID: looked at", len(self.real_indices), "images", every=0)
-    for start in range(0, len(self.real_indices), PART):
-      rows = self.real_indices[start : start + PART]
-      parts.append(extract(base.Images(self.source, rows, image_size, square=square)))
+    count, parts = len(self.source), []
+    progress = Progress("FID: looked at", count, "images", every=0)
+    for start in range(0, count, PART):
+      rows = np.arange(start, min(start + PART, count))
+      parts.append(extract(base.Images(self.source, rows, image_size, square=inception_features.square)))
       progress.add(len(rows))
 
     def keep() -> None:
@@ -205,45 +186,21 @@ class Fid(base.Evaluation):
     processes.on_first(keep)
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-  """Texts to generate images of, in their order, and the record of each."""
-
-  texts: tuple[str, ...]
-  records: Int[np.ndarray, " n"]
-
-  def __len__(self) -> int:
-    return len(self.texts)
-
-
-def sample_prompts(source: Any, *, num_images: int | None, captions: str, seed: int) -> Prompts:
-  """Sample prompts out of a source's captions. The first n of a sample are the sample of n.
+def sample_prompts(source: Any, *, num_images: int | None) -> tuple[str, ...]:
+  """Sample a caption each of different records of a source. The first n of a sample are the sample of n.
 
   Count and rule are not stated by the paper.
 
   Args:
     num_images: their number; None for MOST, or fewer where there are not so many.
-    captions: "per_image", one caption each of different records; or "all", of all captions alike, so that two images
-      may have a record in common.
 
   Raises UserError: fewer than two images, or more than there are.
   """
-  rng = np.random.default_rng(seed)
-  texts_of = lambda i: base.captions(base.fields(source, i))
-  if captions == "per_image":
-    # All places and captions are sampled before any is dropped, so that fewer images are the first of more.
-    order, which = rng.permutation(len(source)), rng.random(len(source))
-    order = order[: _count(len(source), num_images)]
-    several = [texts_of(i) for i in order.tolist()]
-    return Prompts(tuple(texts[int(u * len(texts))] for texts, u in zip(several, which)), order)
-  # Each caption is as likely as any other, so that a record with more of them comes up more often.
-  every = [(text, i) for i in range(len(source)) for text in texts_of(i)]
-  chosen = [every[k] for k in rng.permutation(len(every))[: _count(len(every), num_images)]]
-  return Prompts(tuple(text for text, _ in chosen), np.array([i for _, i in chosen]))
-
-
-def _count(available: int, num_images: int | None) -> int:
-  count = min(available, MOST) if num_images is None else num_images
-  if not 2 <= count <= available:
-    raise UserError(f"num_images is {count}, and there are captions for {available}; FID takes 2 images to as many")
-  return count
+  count = min(len(source), MOST) if num_images is None else num_images
+  if not 2 <= count <= len(source):
+    raise UserError(f"num_images is {count}, and there are captions for {len(source)}; FID takes 2 images to as many")
+  rng = np.random.default_rng(0)
+  # All places and captions are sampled before any is dropped, so that fewer images are the first of more.
+  order, which = rng.permutation(len(source)), rng.random(len(source))
+  several = [base.captions(base.fields(source, i)) for i in order[:count].tolist()]
+  return tuple(texts[int(u * len(texts))] for texts, u in zip(several, which))

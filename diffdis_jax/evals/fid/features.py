@@ -24,7 +24,6 @@ from diffdis_jax.models.inception import SIDE
 from diffdis_jax.parallel import batches, programs, sharding
 
 KINDS = ("tensorflow", "clean")
-RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
 
 
 class Extractor:
@@ -113,14 +112,13 @@ def clean(images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b 299 299 
   return np.stack(resized).clip(0, 255)
 
 
-def square(image: Image.Image, size: int, resampling: str) -> UInt8[np.ndarray, "size size 3"]:
-  """Return a real image as generated ones are: its central square, in whole pixels, then to `size` by one of
-  RESAMPLING.
+def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+  """Return a real image as generated ones are: its central square, in whole pixels, then to `size` by Lanczos.
 
-  Source: U-ViT, datasets.py center_crop, which takes Lanczos (not stated by the paper).
+  Source: U-ViT, datasets.py center_crop (not stated by the paper).
   """
   # Cut in whole pixels and before the resize, as U-ViT does: transforms.resize, of training, does both in one.
   side = min(image.size)
   left, top = (image.width - side) // 2, (image.height - side) // 2
   central = image.crop((left, top, left + side, top + side))
-  return np.asarray(central.resize((size, size), RESAMPLING[resampling]))
+  return np.asarray(central.resize((size, size), Image.Resampling.LANCZOS))
