@@ -16,6 +16,7 @@ from diffdis_jax.config.section import field
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
+from replication.label_judge import text_labels
 
 SIDE = 32  # pixels: images are compared at this size
 CELL, BINS, BLOCK = 8, 9, 2  # pixels of a cell, directions of 180°, and cells of a block, along each side
@@ -45,8 +46,8 @@ class Hog(base.Evaluation):
     self.source = sources.open_source(**self.data)
     self._indices = base.subset(len(self.source), self.num_images)
     self._train = base.open_split(self.data, self.train_split)
-    self._labels = base.text_labels(self.source, self.label_field)[self._indices]
-    self._known = base.text_labels(self._train, self.label_field)
+    self._labels = text_labels(self.source, self.label_field)[self._indices]
+    self._known = text_labels(self._train, self.label_field)
     self._seen = np.isin(self._labels, self._known)
     if not self._seen.any():
       raise UserError(

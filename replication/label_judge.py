@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from absl import logging
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 from PIL import Image
 
 from diffdis_jax.data import records, transforms
@@ -52,7 +52,7 @@ class LabelJudge:
     self._splits = tuple(dict.fromkeys((split, *splits)))
     opened = {split: base.open_split(data, split) for split in self._splits}
     self.sources = tuple(opened.values())
-    names = {split: base.text_labels(source, label_field) for split, source in opened.items()}
+    names = {split: text_labels(source, label_field) for split, source in opened.items()}
     classes, self.labels = np.unique(np.concatenate([*names.values()]), return_inverse=True)
     self.classnames = tuple(classes.tolist())
     if len(self.classnames) < 2:
@@ -179,3 +179,11 @@ def _view(image: Image.Image, *, seed: Sequence[int]) -> UInt8[np.ndarray, "s s 
 def classify(model: LabelClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n k"]:
   """Return the logits of the classes."""
   return classifiers.apply(lambda model, image: model(image), model, images, batch_size=classifiers.BATCH)
+
+
+def text_labels(source: Any, name: str) -> Shaped[np.ndarray, " n"]:
+  """Return each record's class by its name. Raises UserError: one that is no text."""
+  labels = [base.get_field(base.fields(source, i), name) for i in range(len(source))]
+  if wrong := [label for label in labels if not isinstance(label, str)]:
+    raise UserError(f"field {name!r} holds {wrong[0]!r}; a label should be a class's name: give another label_field")
+  return np.array(labels)

@@ -57,7 +57,7 @@ def test_its_features_are_torch_fidelitys(run, inception_file, monkeypatch):
   assert len(images[0]) == 6
   assert_close(np.concatenate(images[1]), drawn)
   source = shapes.Shapes(split="test", image_size=32, num_images=6)
-  squares = [features.square(Image.fromarray(source[i]["image"]), 32, "lanczos") for i in range(6)]
+  squares = [features.square(Image.fromarray(source[i]["image"]), 32) for i in range(6)]
   real = theirs(inception_file, np.stack(squares))
   assert_close(made.real.features, real)
   assert metrics["num_images"] == 6

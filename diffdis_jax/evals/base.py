@@ -18,7 +18,7 @@ from typing import Any, ClassVar, SupportsIndex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.config.section import field, number
 from diffdis_jax.data import records, sources, transforms
@@ -158,14 +158,6 @@ def fields(source: Any, index: SupportsIndex) -> dict[str, Any]:
   """Read a record of a source, without its image where the source can spare reading it. Raises as `read` does."""
   with _usable(source, index):
     return source.fields(int(index)) if isinstance(source, sources.Described) else source[int(index)]
-
-
-def text_labels(source: Any, name: str) -> Shaped[np.ndarray, " n"]:
-  """Return each record's class by its name. Raises UserError: one that is no text."""
-  labels = [get_field(fields(source, i), name) for i in range(len(source))]
-  if wrong := [label for label in labels if not isinstance(label, str)]:
-    raise UserError(f"field {name!r} holds {wrong[0]!r}; a label should be a class's name: give another label_field")
-  return np.array(labels)
 
 
 def origin(source: Any) -> dict[str, Any]:

@@ -192,8 +192,10 @@ class NoiseErrors:
 
   def __init__(self, inference: Any):
     self._mesh, self._batched, network = inference.mesh, inference.batched, inference.network
-    self._latents = inference.compiled("latents", functools.partial(_latents, network))
-    self._conditions = inference.compiled("prompts", functools.partial(_conditions, network))
+    model_of: Any = network.with_params
+    latents = lambda params, images: model_of(params).encode_image(images).astype(jnp.float32)
+    self._latents = inference.compiled("latents", latents)
+    self._conditions = inference.compiled("prompts", lambda params, tokens: model_of(params).encode_text(tokens).c)
     self._errors = inference.compiled("noise errors", functools.partial(noise_errors, network))
 
   def latents(
@@ -241,15 +243,6 @@ class _Taken:
 
   def __getitem__(self, places: Int[np.ndarray, " b"]) -> Float[np.ndarray, "b h w c"]:
     return self.values[self.rows[places]]
-
-
-def _latents(network: Network, params: Params, images: UInt8[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
-  model: Any = network.with_params(params)
-  return model.encode_image(images).astype(jnp.float32)
-
-
-def _conditions(network: Network, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-  return network.with_params(params).encode_text(tokens).c
 
 
 def noise_of(

@@ -1,4 +1,4 @@
-"""Rendered shapes with their judge, and labelled images with a run of CLIP as judge."""
+"""Rendered shapes with their judge."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from diffdis_jax.data import shapes, sources
+from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import classifiers, generation_accuracy
+from diffdis_jax.evals import classifiers
 from diffdis_jax.evals import tasks as evals
 
 
@@ -86,60 +86,14 @@ def test_other_sizes_come_to_the_judge_at_its_own():
   assert classifiers.render(image_size=64, num_images=3, seed=0).shape == (3, 32, 32, 3)
 
 
-class Clip:
-  """A run of CLIP that knows a colour by the image's middle, and a prompt by its word; blue it takes for green."""
-
-  image_size, max_length = 8, 8
-
-  def embed_images(self, params, images, *, seed):
-    rows = images[np.arange(len(images))]
-    assert rows.shape[1:] == (8, 8, 3)
-    return np.eye(3, dtype=np.float32)[np.minimum(rows[:, 4, 4].argmax(axis=1), 1)]
-
-  def embed_texts(self, params, tokens):
-    texts = [*map(Tokenizer(self.max_length).decode, tokens)]
-    return np.stack([np.float32([name in text for name in ("red", "green", "blue")]) for text in texts])
-
-
-class Painter(Renderer):
-  """A generator of images of one colour, the one that the prompt says."""
-
-  def draw(self, text, rng):
-    number = next(k for name, k in COLOURS.items() if name in text)
-    return np.full((32, 32, 3), 255 * np.eye(3)[number], np.uint8)
-
-
-COLOURS = {"red": 0, "green": 1, "blue": 2}
-
-
-@pytest.fixture
-def of_labels(monkeypatch):
-  records = [
-    {"image": np.full((16, 16, 3), 255 * np.eye(3)[k], np.uint8), "label": name} for name, k in COLOURS.items()
-  ]
-  monkeypatch.setattr(sources, "open_source", lambda **section: records)
-  monkeypatch.setattr(generation_accuracy.inference, "load", lambda path: (Clip(), {}))
-  return evals.create("generation_accuracy", data={"split": "train"}, judge="runs/clip", per_class=2)
-
-
-def test_labelled_images_are_judged_by_clip(of_labels):
-  metrics = of_labels.run(Painter(), {})
-  assert metrics == pytest.approx({"acc1": 2 / 3, "acc5": 1.0, "judge_acc1": 2 / 3, "judge_acc5": 1.0})
-  judge = of_labels.protocol(Painter())["judge"]
-  assert judge == {"run": "clip", "template": "a photo of a {}."} or judge["run"] == "runs/clip"
-
-
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"judge": "clip"}, "judge has no effect where rendered shapes are judged; give data too"),
-    ({"data": {"split": "train"}, "classifier_steps": 3}, "classifier_steps has no effect where labelled images"),
-    ({"data": {"split": "train"}}, "generation_accuracy on data needs a judge, --judge=RUN"),
-    ({"data": {"split": "train"}, "judge": "c", "label_field": "kind"}, "no field 'kind'"),
+    ({"data": {"split": "train"}}, "has no setting 'data'"),
     ({"per_class": 0}, "per_class is 0; it must be at least 1"),
     ({"template": "an icon"}, "an icon"),
   ],
 )
-def test_wrong_settings_are_refused(of_labels, settings, message):
+def test_wrong_settings_are_refused(settings, message):
   with pytest.raises(UserError, match=message):
     evals.create("generation_accuracy", **settings)

@@ -94,7 +94,7 @@ def as_records(these: Examples) -> list[dict]:
 
 @pytest.fixture
 def splits(monkeypatch):
-  found = {name: as_records(examples(i, n)) for i, (name, n) in enumerate(dict(train=150, val=90, test=80).items())}
+  found = {name: as_records(examples(i, n)) for i, (name, n) in enumerate(dict(train=150, test=80).items())}
   found["test"].append({**found["test"][0], "label": "of another kind"})  # which training has not
   monkeypatch.setattr(sources, "open_source", lambda *, split: found[split])
   return found
@@ -102,11 +102,11 @@ def splits(monkeypatch):
 
 def test_the_whole_of_it_with_scikit_learn(splits):
   """For 8 shots and all: the strongest of the best l2 on val, and its accuracy on test."""
-  evaluation = evals.create("linear_probe", data={"split": "test"}, val_split="val", shots=("8", "all"), seed=2)
+  evaluation = evals.create("linear_probe", data={"split": "test"}, shots=("8", "all"), seed=2)
   metrics = evaluation.run(Embedding(), {})
   data = {}
-  for name, found in splits.items():
-    known = [record for record in found if record["label"] in CLASSES]
+  for name, each in evaluation.examples.items():
+    known = [splits["test" if name == "test" else "train"][i] for i in each.x]
     x = np.stack([record["image"].ravel() for record in known]).astype(np.float32) / 255
     data[name] = Examples(x, np.array([CLASSES.index(record["label"]) for record in known]))
   assert len(data["test"].labels) == 80
@@ -120,7 +120,7 @@ def test_the_whole_of_it_with_scikit_learn(splits):
     assert metrics[f"l2_embedding_{suffix}"] == chosen
     assert metrics[f"acc1_embedding_{suffix}"] == pytest.approx(score(chosen, "test"), abs=1 / 80 + 1e-9)
   assert not [name for name in metrics if "middle" in name]
-  expected = {"num_train_images": 150, "num_val_images": 90, "num_test_images": 80, "num_classes": 4}
+  expected = {"num_train_images": 120, "num_val_images": 30, "num_test_images": 80, "num_classes": 4}
   assert expected.items() <= evaluation.protocol(Embedding()).items()
 
 
@@ -144,7 +144,7 @@ def test_no_class_is_held_out_whole(splits):
 def test_test_images_that_are_left_out_are_named(splits, caplog):
   splits["train"][:] = [{**splits["train"][0], "label": label} for label in [*"a" * 9, *"b" * 3, "c"]]
   splits["test"][:] = [{**splits["train"][0], "label": label} for label in [*"abbc", *"ABB"]]
-  settings = {"data": {"split": "test"}, "val_split": "val"}
+  settings = {"data": {"split": "test"}}
   evals.create("linear_probe", **settings)
   left = "linear_probe: 3 of 7 images to test on are left out, of classes that are not trained on, such as 'A', 'B'"
   assert caplog.messages == [left]
@@ -157,8 +157,7 @@ def test_test_images_that_are_left_out_are_named(splits, caplog):
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    (dict(data={"split": "train"}), "would test on the split train, on which it trains or chooses"),
-    (dict(val_split="train"), "would choose on the split train, on which it trains; leave val_split out"),
+    (dict(data={"split": "train"}), "would test on the split train, on which it trains"),
     (dict(shots=("0",)), "shots has '0'; it should be numbers from 1 on, or all"),
     (dict(timestep=1001), "timestep"),
     (dict(label_field="kind"), "no field 'kind'"),
@@ -170,7 +169,7 @@ def test_what_is_refused(splits, settings, message):
 
 
 def test_data_without_a_split_are_those_trained_on():
-  with pytest.raises(UserError, match="would test on the split train, on which it trains or chooses"):
+  with pytest.raises(UserError, match="would test on the split train, on which it trains"):
     linear_probe.LinearProbe(data={})
 
 
@@ -179,11 +178,6 @@ def test_an_autoencoder_alone_has_no_features():
     evals.check_objectives("val", "linear_probe", ("reconstruction",))
   for objective in ("generation", "contrastive", "class_contrastive"):
     evals.check_objectives("val", "linear_probe", (objective,))
-
-
-def test_the_protocol_says_which_splits(splits):
-  evaluation = evals.create("linear_probe", data={"split": "test"}, val_split="val")
-  assert {"train_split": "train", "val_split": "val"}.items() <= evaluation.protocol(Embedding()).items()
 
 
 @pytest.mark.parametrize(
@@ -218,7 +212,7 @@ def test_the_middle_map_is_diffusers(sd, imported, monkeypatch):
     unet(z, torch.zeros(3, dtype=torch.long), encoder_hidden_states=states.expand(3, -1, -1))
   records = [{"image": image, "label": "ab"[i % 2]} for i, image in enumerate(images)]
   monkeypatch.setattr(sources, "open_source", lambda *, split: records)
-  evaluation = evals.create("linear_probe", data={"split": "test"}, val_split="val", shots=("all",))
+  evaluation = evals.create("linear_probe", data={"split": "test"}, shots=("all",))
   kept = []
 
   def keep(features, shots):

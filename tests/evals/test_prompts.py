@@ -73,8 +73,8 @@ def test_missing_file():
 
 
 def test_duplicates_are_named():
-  assert prompts.repeated(["crane", "cat", "maillot", "crane", "maillot"]) == "'crane', 'maillot'"
-  assert prompts.repeated(["crane", "cat"]) == ""
+  found = prompts.repeated_names(["crane", "cat", "maillot", "crane", "maillot"])
+  assert prompts.listed(found) == "'crane', 'maillot'"
 
 
 @pytest.mark.parametrize("template", ["a photo", 3])
