@@ -18,32 +18,15 @@ from diffdis_jax.ablate.tables import PAPER_METRICS, Column, Table, columns_of, 
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import Results
-from diffdis_jax.run import provenance, workdir
-from diffdis_jax.run.workdir import digest
+from diffdis_jax.run import provenance
 
 Figures = Mapping[str, Mapping[int, float]]  # of a row: column -> seed -> figure
-# What of a protocol follows from a field of a run; of the settings of an evaluation it is the field's own last name.
-FOLLOWS = {
-  "num_steps": ("checkpoint",),
-  "image_size": ("image_size",),
-  "condition_timestep": ("timestep",),  # at which linear_probe reads the middle map
-  "objectives": ("timestep",),  # which is 0 without a head
-  "optim.ema_decay": ("ema",),  # with 0 there are no averaged weights
-  "model.dtype": ("dtype", "matmul_precision"),
-  "model.matmul_precision": ("matmul_precision",),
-  "image_diffusion.schedule": ("schedule",),
-  "text_diffusion.target": ("normalize_query",),  # queries of the target `noise` have no length of their own
-  "loss.duplicate_captions": ("duplicate_captions",),
-  "inference.generation_steps": ("steps",),
-  "inference.generation_guidance": ("guidance",),
-  **{f"inference.{name}": (name,) for name in ("steps", "num_noise_samples", "guidance", "normalize_query")},
-}
 
 
 def summarise(plan: Plan, folder: Folder, *, base: str) -> dict[str, Any]:
   """Return the content of tables.json for the runs that are finished; the same for the same results.
 
-  `base` is how the base config was named. Raises UserError: results that are none, or two of one table by different
+  `base` is how the base config was named. Raises UserError: results that are none, or two of one row by different
   protocols.
   """
   of_rows = (run.evals for runs in plan.rows.values() for run in runs)
@@ -52,9 +35,8 @@ def summarise(plan: Plan, folder: Folder, *, base: str) -> dict[str, Any]:
   count = collections.Counter(run.name for run in plan.runs)
   # One training that is measured in several ways has a file of results for each.
   names = {run: run.name if count[run.name] == 1 else f"{run.name}.{run.measurement}" for run in plan.runs}
-  for table in plan.tables:
-    of_table = (run for place in range(len(table.rows)) for run in plan.rows[table.name, place])
-    check_protocols(table, {run: results[run] for run in of_table}, folder)
+  for (table, _), runs in plan.rows.items():
+    check_protocols(table, runs, results, folder)
   return {
     "base": provenance.public(base),
     "provenance": provenance.together(
@@ -73,31 +55,18 @@ def read_results(plan: Plan, folder: Folder) -> dict[Run, Results | None]:
   return {run: folder.read(run) for run in plan.runs if run.evals}
 
 
-def check_protocols(table: Table, results: Mapping[Run, Results | None], folder: Folder) -> None:
-  """Check that the runs of a table were measured alike, except for what its rows change. Raises UserError where two
-  were not.
-
-  A field that some protocols lack, as CLIP's lack those of denoising, is compared among those that have it. Of an
-  evaluation that rows change, runs are compared that have the same settings of it.
-  """
-  changed = {field for row in table.rows for field in row.changes}
-  # Arms with arguments differ in the configs that their rows change.
-  bases = [workdir.flatten(row.own_base) for row in table.rows if row.own_base is not None]
-  changed |= {field for field in FOLLOWS if len({repr(base.get(field)) for base in bases}) > 1}
-  # `weights` says which model was measured, and is another one in each run.
-  ignored = {"weights", *(name for field in changed for name in FOLLOWS.get(field, (field.split(".")[-1],)))}
-  first: dict[tuple[str, ...], tuple[Run, Any]] = {}
-  for run, found in results.items():
-    for name, section in run.evals.items() if found is not None else ():
-      # Much of a protocol follows from an evaluation's settings: from `num_images` that of captions, hashes and notes.
-      settings = digest(section) if any(field.startswith(f"evals.{name}.") for field in changed) else ""
-      for field, value in found[section["task"]][name]["protocol"].items() if found else ():
-        other, there = first.setdefault((section["task"], name, settings, field), (run, value))
-        if field not in ignored and there != value:
+def check_protocols(table: str, runs: Sequence[Run], results: Mapping[Run, Results | None], folder: Folder) -> None:
+  """Check that the runs of a row, which differ by their seed, were measured alike. Raises UserError where two were not."""
+  first: dict[tuple[str, str], tuple[Run, Any]] = {}
+  for run in runs:
+    for name, record in _records(run, results[run]).items() if results[run] is not None else ():
+      for field, value in record["protocol"].items():
+        other, there = first.setdefault((name, field), (run, value))
+        if field != "weights" and there != value:  # those say which model was measured
           # Measured again, other devices round a reference otherwise.
           remedy = f", or give --config.evals.{name}.reference=F.npz, one file for all runs" * (field == "reference")
           raise UserError(
-            f"table {table.name} would mix protocols: {name} was measured with {field} {there!r} in"
+            f"table {table} would mix protocols: {name} was measured with {field} {there!r} in"
             f" {folder.results(other)} and {value!r} in {folder.results(run)}; remove one of them, and measure it"
             f" again{remedy}"
           )

@@ -250,21 +250,6 @@ def test_tasks_that_begin_at_one_moment_take_one_folder(tmp_path, monkeypatch):
     folder.check(make_plan(other))
 
 
-def test_a_run_resumes_where_its_folder_was_moved(tmp_path):
-  """Its config.json names the autoencoder's old path; one without a checkpoint still has to read the autoencoder."""
-  before, plan = Folder(tmp_path / "before"), make_plan(names=["4"], seeds=(0,))
-  _, first, second = plan.runs
-  for run in (first, second):
-    path = workdir.open_for_training(before.workdir(run), run_config.Run.of(before.config(run)).to_dict())
-  (path / "checkpoints" / "4").mkdir(parents=True)
-  (path / "checkpoints" / "4" / "commit_success.txt").touch()
-  (tmp_path / "before").rename(tmp_path / "after")
-  after = Folder(tmp_path / "after")
-  for run, where in ((first, after), (second, before)):
-    assert after.config(run)["init_from"] == where.workdir(run.start)
-    assert bool(workdir.check_config(after.workdir(run), after.config(run))) is (where is after)
-
-
 def test_init_from_is_the_autoencoders_workdir_from_wherever_one_starts(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   run = make_plan().runs[1]
