@@ -37,15 +37,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def facts(run: read.Run, *, now: float) -> dict[str, Any]:
-  """Say how a run stands in JSON values; None for what is not known.
+  """Say how a run stands in JSON values; None for what is not known. `now` is in seconds since 1970.
 
-  Args:
-    now: seconds since 1970.
-
-  Returns:
-    `state` and `message` as `read.status` has them; `step` and `num_steps`; `steps_per_sec`, the last that is
-    known; `seconds_left` at that pace; `age`, seconds since the last line of metrics.jsonl; `checkpoint`, the last
-    step that was saved; `device_hours` by kind; `starts`, how often it was started.
+  `steps_per_sec` is the last that is known, `age` the seconds since the last report, `starts` how often it was started.
   """
   made, num_steps = read.starts(run, now=now), run.config["num_steps"]
   pace = run.curves.get("steps_per_sec")
@@ -74,19 +68,19 @@ def duration(seconds: float) -> str:
 
 def lines(found: dict[str, Any]) -> list[str]:
   """Put `facts` in words."""
-  said = [f"{found['state']}{': ' if found['message'] else ''}{found['message']}"]
   step = f"step {found['step']:,} of {found['num_steps']:,}"
   if found["steps_per_sec"] is not None:
     step += f", {found['steps_per_sec']:.3g} steps/s"
-    if found["state"] == "running":
-      step += f", {duration(found['seconds_left'])} left"
+    step += f", {duration(found['seconds_left'])} left" if found["state"] == "running" else ""
   if found["age"] is not None:
     step += f"; reported {duration(found['age'])} ago"
-  said.append(step)
-  said.append("no checkpoint yet" if found["checkpoint"] is None else f"last checkpoint: step {found['checkpoint']:,}")
-  hours = ", ".join(f"{hours:.2f} hours of {kind}" for kind, hours in found["device_hours"].items())
-  said.append(f"{hours or 'no device-hours known'}; starts: {found['starts']}")
-  return said
+  saved, hours = found["checkpoint"], [f"{hours:.2f} hours of {kind}" for kind, hours in found["device_hours"].items()]
+  return [
+    ": ".join(filter(None, (found["state"], found["message"]))),
+    step,
+    "no checkpoint yet" if saved is None else f"last checkpoint: step {saved:,}",
+    f"{', '.join(hours) or 'no device-hours known'}; starts: {found['starts']}",
+  ]
 
 
 if __name__ == "__main__":

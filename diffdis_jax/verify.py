@@ -9,8 +9,7 @@ that its server keeps, and is not downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from absl import flags
 from etils import epath
@@ -20,14 +19,6 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.run import digests, workdir
 
 FLAGS = flags.FLAGS
-
-
-class Verified(NamedTuple):
-  """One checkpoint, what is to be said of it, and whether a file of it is not as it was saved."""
-
-  step: int
-  state: str
-  damaged: bool = False
 
 
 def define_flags() -> None:
@@ -42,44 +33,35 @@ def main(argv: Sequence[str]) -> None:
     if (damage := digests.damage(path)) is not None:
       raise UserError(f"{path} is damaged: {damage.file} {damage.what}; copy it again, or make it again")
     cli.write(f"{path}: {_size(path)}\n")
-    return
-  folder, damaged, count = workdir.checkpoints(path), 0, 0
-  for found in verify(path):
-    cli.write(f"checkpoint {found.step}: {found.state}\n")  # as soon as it is known: each may take minutes
-    damaged, count = damaged + found.damaged, count + 1
-  if damaged:
-    whole = workdir.newest_whole(folder, workdir.run_digest(path))
-    then = "none is known to be whole" if whole is None else f"the newest whole one is {whole}: take --step={whole}"
-    raise UserError(f"{damaged} of {count} checkpoints in {folder} {'is' if damaged == 1 else 'are'} damaged; {then}")
+  elif (file := one_file.at(path)) is not None:
+    one_file.read_params(file)  # which checks it
+    cli.write(f"checkpoint {one_file.read_record(file).step}: whole: 1 file, {file.stat().st_size / 1e6:.1f} MB\n")
+  else:
+    verify(path)
 
 
-def verify(run: epath.PathLike) -> Iterator[Verified]:
-  """Look at each checkpoint of a run, by step.
-
-  Raises:
-    UserError: there is none, or config.json is damaged; or it is a run in one file, and damaged.
-    OSError: its storage cannot be reached.
-  """
-  if (file := one_file.at(run)) is not None:
-    one_file.read_params(file)
-    yield Verified(one_file.read_record(file).step, f"whole: 1 file, {file.stat().st_size / 1e6:.1f} MB")
-    return
+def verify(run: epath.Path) -> None:
+  """Write a line for each checkpoint of a run. Raises UserError: there is none, one is damaged, or config.json is."""
   folder, digest = workdir.checkpoints(run), workdir.run_digest(run)
-  paths = workdir.all_steps(folder)
+  paths, damaged = workdir.all_steps(folder), 0
   if not paths:
     raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{one_file.meant(run)}")
   for path in paths:
-    step, mark = int(path.name), path / digests.COMMIT_MARK
+    mark = path / digests.COMMIT_MARK
     if not mark.exists():
-      yield Verified(step, f"does not count: it has no {mark.name}; its save was interrupted, or is in progress")
-      continue
-    damage = digests.damage_of_step(path, digest)
-    if not mark.exists():
-      yield Verified(step, "removed meanwhile: the run keeps only some")
-    elif damage is not None:
-      yield Verified(step, f"damaged: {damage.file} {damage.what}", damaged=True)
+      state = f"does not count: it has no {mark.name}; its save was interrupted, or is in progress"
+    elif (damage := digests.damage_of_step(path, digest)) is None:
+      state = _size(path)
+    elif not mark.exists():
+      state = "removed meanwhile: the run keeps only some"
     else:
-      yield Verified(step, _size(path))
+      state, damaged = f"damaged: {damage.file} {damage.what}", damaged + 1
+    cli.write(f"checkpoint {path.name}: {state}\n")  # as soon as it is known: each may take minutes
+  if damaged:
+    whole = workdir.newest_whole(folder, digest)
+    then = "none is known to be whole" if whole is None else f"the newest whole one is {whole}: take --step={whole}"
+    are = "is" if damaged == 1 else "are"
+    raise UserError(f"{damaged} of {len(paths)} checkpoints in {folder} {are} damaged; {then}")
 
 
 def _size(path: epath.Path) -> str:

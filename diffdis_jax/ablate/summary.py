@@ -56,7 +56,7 @@ def read_results(plan: Plan, folder: Folder) -> dict[Run, Results | None]:
 
 
 def check_protocols(table: str, runs: Sequence[Run], results: Mapping[Run, Results | None], folder: Folder) -> None:
-  """Check that the runs of a row, which differ by their seed, were measured alike. Raises UserError where two were not."""
+  """Check that the runs of a row, which differ by their seed, were measured alike. Raises UserError: two were not."""
   first: dict[tuple[str, str], tuple[Run, Any]] = {}
   for run in runs:
     for name, record in _records(run, results[run]).items() if results[run] is not None else ():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,19 +93,6 @@ OPTIMISATION = {
 }
 DATA = {"substituted": ("Records substituted since the last report", "number")}
 _QUARTER = re.compile(r"(loss_\w+)_q([1-4])")
-
-
-def distinct(curves: Mapping[str, Curve]) -> list[str]:
-  """Leave out those metrics of an evaluation that are equal, at every step, to one before: with one template, the
-  accuracy of all templates is that of the first."""
-  kept: dict[str, Curve] = {}
-  for name, curve in curves.items():
-    # Within one data set alone: equal figures of two sets are two results.
-    dataset = name.split("/")[0] if "/" in name else None
-    others = (other for key, other in kept.items() if dataset and key.split("/")[0] == dataset)
-    if not any(np.array_equal(curve.values, o.values) and np.array_equal(curve.steps, o.steps) for o in others):
-      kept[name] = curve
-  return list(kept)
 
 
 def group(metrics: Iterable[str]) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dic
   """Collect all that the page shows except its pictures."""
   facts = [facts_of(run, hour_price=hour_price, now=now) for run in runs]
   rates = [name for each in facts for name in each["curves"] if name.startswith("rate/")]
-  metrics = dict.fromkeys([*(name for run in runs for name in curves.distinct(run.curves)), *rates])
+  metrics = dict.fromkeys([*(name for run in runs for name in run.curves), *rates])
   # Nearly always 0, and then a chart of nothing.
   if not any(np.nansum(run.curves["substituted"].values) for run in runs if "substituted" in run.curves):
     metrics.pop("substituted", None)
@@ -178,8 +178,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
 # Longest side, and quality of WebP, from the finest on.
 SIZES = ((1600, 85), (1280, 80), (1024, 72), (832, 62), (704, 52), (576, 44), (448, 38), (352, 34), (256, 30))
-TRIED = 5  # pictures by whose bytes the finest is chosen that should fit
-MARGIN = 0.85  # of the bytes that there are, since the others differ
+MARGIN = 0.8  # of the bytes that there are, since the pictures differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,22 +194,15 @@ def embed_pictures(paths: Sequence[epath.Path], *, most_bytes: int) -> list[Pict
   """Return each file as a picture, all at one longest side and quality; None for a file that is no picture, or not yet.
 
   Args:
-    most_bytes: of all data URIs together. At the coarsest of SIZES it may be more.
+    most_bytes: of all data URIs together, judged by the last picture.
   """
-  if not paths:
-    return []
-  tried = {*np.linspace(0, len(paths) - 1, TRIED).astype(int)}
-  few = [image for i in tried if (image := _open(paths[i]))]
-  share = MARGIN * most_bytes * max(1, len(few)) / len(paths)
-  total = lambda size: sum(len(_shrink(image, *size).uri) for image in few)
-  finest = next((i for i, size in enumerate(SIZES) if total(size) < share), len(SIZES) - 1)
-  found: list[Picture | None] = []
+  last = next((image for path in reversed(paths) if (image := _open(path))), None)
+  if last is None:
+    return [None] * len(paths)
+  fits = lambda size: len(_shrink(last, *size).uri) * len(paths) < MARGIN * most_bytes
+  side, quality = next(filter(fits, SIZES), SIZES[-1])
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for side, quality in SIZES[finest:]:
-      found = list(pool.map(functools.partial(_embed, side=side, quality=quality), paths))
-      if sum(len(picture.uri) for picture in found if picture) <= most_bytes:
-        break
-  return found
+    return list(pool.map(functools.partial(_embed, side=side, quality=quality), paths))
 
 
 def _embed(path: epath.Path, *, side: int, quality: int) -> Picture | None:

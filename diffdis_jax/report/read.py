@@ -127,7 +127,7 @@ def status(run: Run) -> dict[str, str]:
     return {"state": "running", "message": ""}
   if last:
     return {"state": "killed", "message": ""}
-  # The run is from before there was a history.
+  # A run in one file has no history.
   return {"state": "finished" if run.step >= run.config["num_steps"] else "unfinished", "message": ""}
 
 

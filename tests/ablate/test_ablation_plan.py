@@ -7,7 +7,6 @@ import pathlib
 
 import pytest
 
-from diffdis_jax import config as run_config
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import tables
 from diffdis_jax.ablate.run import Folder

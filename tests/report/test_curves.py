@@ -111,9 +111,3 @@ def test_what_is_no_loss_stands_under_none():
   assert [chart["title"] for chart in found if chart["section"] == "losses"] == ["Loss"]
   speeds = {chart["series"][0][0]: chart["format"] for chart in found if chart["section"] == "speed"}
   assert speeds == {"slowest_host": "number", "slowest_host_data_wait": "share"}
-
-
-def test_an_evaluation_that_repeats_another_is_left_out():
-  curve = lambda *values: curves.Curve(np.arange(len(values)), np.array(values))
-  every = {"a/acc": curve(1.0, 2.0), "a/same": curve(1.0, 2.0), "b/acc": curve(1.0, 2.0), "loss": curve(1.0, 2.0)}
-  assert curves.distinct(every) == ["a/acc", "b/acc", "loss"]

@@ -52,17 +52,10 @@ def test_clean_is_bicubic_and_antialiased_without_rounding(size):
     assert (found != np.rint(found)).mean() > 0.5
 
 
-@pytest.mark.parametrize("resampling", resize.RESAMPLING)
-def test_real_images_are_cut_to_their_middle(resampling):
+def test_real_images_are_cut_to_their_middle():
   image = np.zeros((40, 100, 3), np.uint8)
   image[:, 30:70] = 200
-  square = resize.square(Image.fromarray(image), 20, resampling)
+  square = resize.square(Image.fromarray(image), 20)
   assert square.shape == (20, 20, 3) and (square == 200).all()
   image = draw((33, 20), 1)[0]
-  square = resize.square(Image.fromarray(image), 20, resampling)
-  np.testing.assert_array_equal(square, image[6:26])
-
-
-def test_resamplings_differ():
-  image = Image.fromarray(draw((64, 64), 1)[0])
-  assert (resize.square(image, 32, "lanczos") != resize.square(image, 32, "bicubic")).any()
+  np.testing.assert_array_equal(resize.square(Image.fromarray(image), 20), image[6:26])
