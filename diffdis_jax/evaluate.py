@@ -68,9 +68,7 @@ def define_flags() -> None:
   flags.DEFINE_boolean("ema", None, "averaged weights, where the run keeps them")
   flags.DEFINE_integer("image_size", None, "image size in pixels; by default the run's own")
   flags.DEFINE_integer("batch_size", None, "rows per compiled call; by default 64 a chip, on CPUs 64 in all")
-  for name, each in SAMPLING.items():
-    tasks.define_flag(name, each, each.metadata["help"])
-  tasks.define_flags()
+  tasks.define_flags(SAMPLING)
   flags.DEFINE_string("suite", None, f"benchmarks to measure: one of {', '.join(suites.SUITES)}")
   flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts")
   flags.DEFINE_boolean("incomplete", False, "measure data sets whose number of images is not the published one, too")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.ablate import render, significance, summary
+from diffdis_jax.ablate import significance, summary
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.ablate.significance import ALPHA, Difference
 from diffdis_jax.ablate.tables import columns_of
@@ -124,7 +124,7 @@ def _verdict(verdict: Mapping[str, Any] | None, bound: float) -> list[str]:
   if difference["p"] is None:
     return [f"{difference['mean']:+z.2f}", n, "", "", f"{bound:g}", "", verdict["words"]]
   interval = f"{difference['mean']:+z.2f} [{difference['low']:+z.2f}, {difference['high']:+z.2f}]"
-  p, q = render.shown_p, verdict
+  p, q = summary.shown_p, verdict
   of_none, of_bound = (
     f"{p(difference['p'])}, {p(difference['p_holm'])}",
     f"{p(q['p_equivalent'])}, {p(q['p_equivalent_holm'])}",

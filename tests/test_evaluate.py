@@ -160,7 +160,7 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
     patch.setattr(tasks, "KINDS", {name: of_kind(*kind) for name, kind in tasks.KINDS.items()})
     tasks.define_flags()
   for task, row in tasks.TASKS.items():
-    assert {field.name for field in dataclasses.fields(row.evaluation)} - {*values} == {"data"} - {*values}, task
+    assert {field.name for field in dataclasses.fields(row.evaluation)} - {*values} <= {"data"}, task
   assert all(values[name].help for name in values) and all(values[name].value is None for name in values)
   kinds = {"num_images": "int", "crop_pct": "float", "shuffle_labels": "bool", "classnames": "string"}
   assert {name: values[name].flag_type() for name in kinds} == kinds
@@ -244,10 +244,10 @@ def test_what_is_of_text_queries_has_no_effect_without_a_head():
 @pytest.mark.parametrize("out", ["file/out.json", "file/new/out.json"])
 def test_an_out_that_cannot_be_is_refused_before_anything_is_measured(tmp_path, out):
   (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match=f"cannot write --out={tmp_path}/{out}: {tmp_path}/file is a file"):
+  with pytest.raises(UserError, match=f"cannot write --out={tmp_path}/{out}: (File exists|Not a directory)"):
     results.check_out(str(tmp_path / out))
-  results.check_out(str(tmp_path / "new" / "folder" / "out.json"))
   assert [path.name for path in tmp_path.iterdir()] == ["file"]
+  results.check_out(str(tmp_path / "new" / "folder" / "out.json"))
   (tmp_path / "closed").mkdir(mode=0o500)
   if not os.access(tmp_path / "closed", os.W_OK):
     with pytest.raises(UserError, match="cannot write --out=.*: Permission denied"):

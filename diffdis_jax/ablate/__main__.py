@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from diffdis_jax import config as run_config
 from diffdis_jax import evaluate
 from diffdis_jax.ablate import plan as planning
-from diffdis_jax.ablate import render, summary, tables
 from diffdis_jax.ablate import run as running
+from diffdis_jax.ablate import summary, tables
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.ablate.run import Folder
 from diffdis_jax.common import cli, files
@@ -178,12 +178,7 @@ def run_one(one: Run, plan: Plan, folder: Folder) -> None:
   processes.on_first(lambda: folder.open(plan))
   # While it trains, train hears SIGTERM and Ctrl-C and saves. Else what is there is on the disk: it ends at once.
   with processes.PreemptionHandler(sharding.batch_sharding(sharding.make_mesh(**one.config["mesh"]))).listening():
-    # A start that no row needs any more is left alone; `run` does so with rows that are finished.
-    is_needed = lambda: one in running.to_do(plan, {each: folder.state(each) for each in plan.runs})
-    if one.evals or running.as_first_sees(is_needed):
-      running.run(one, folder, train=loop.train_and_evaluate, measure=measure)
-    else:
-      logging.info("%s: all runs that start from it are finished; nothing to do", one.name)
+    running.run(one, folder, train=loop.train_and_evaluate, measure=measure)
 
 
 def measure(one: Run, path: str, out: str) -> None:
@@ -199,7 +194,7 @@ def write_tables(plan: Plan, folder: Folder, *, more: Mapping[str, Any] | None =
   """Write tables.json and tables.md for the runs that are finished, with `more` and `text` at their ends."""
   base, _ = cli.config_given()
   content = summary.summarise(plan, folder, base=base)
-  text = render.markdown(content) + text
+  text = summary.markdown(content) + text
   result_files.write_text(str(folder.path / "tables.json"), files.as_json({**content, **(more or {})}))
   result_files.write_text(str(folder.path / "tables.md"), text)
   cli.write(text)

@@ -106,8 +106,7 @@ class Folder:
     return State(step, num_steps, measured, seconds_per_step(buckets.path(path)))
 
   def minutes(self, run: Run) -> float | None:
-    """Return the minutes of its training steps, without starts, evaluations and saves; None where metrics.jsonl does
-    not tell."""
+    """Return the minutes of its training steps; None where metrics.jsonl does not tell."""
     seconds = seconds_per_step(buckets.path(self.workdir(run)))
     return None if seconds is None else seconds * run.config["num_steps"] / 60
 
@@ -115,8 +114,8 @@ class Folder:
     """Check that the folder's runs are of the same base. Raises UserError where they are of another."""
     file = self.path / "base.json"
     names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
-    # Tasks of an array begin at one moment: another one may be writing the file, or have written it just now.
     if file.name not in names:
+      # Tasks of an array begin at one moment: another one may be writing the file.
       if any(not name.startswith(f".{file.name}.") for name in names):
         raise UserError(f"--out={self.path} is not empty and holds no ablations (no base.json); take a new folder")
       return

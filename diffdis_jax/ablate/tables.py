@@ -204,9 +204,8 @@ def _read_values(field: str, text: str, base: Mapping[str, Any]) -> list[Any]:
   values = [_of_type(value, present) for value in values]
   for value in values:
     check_type(f"--grid: {field}", value, present)
-  for i, value in enumerate(values):
-    if value in values[:i]:
-      raise UserError(f"--grid: {field} has {value!r} twice, which would be two runs of one name; give each value once")
+  if len({repr(value) for value in values}) < len(values):
+    raise UserError(f"--grid: {field} has a value twice, which would be two runs of one name; give each once")
   return values
 
 

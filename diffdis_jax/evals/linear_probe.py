@@ -19,8 +19,7 @@ from absl import logging
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.section import field, number
-from diffdis_jax.config.sections import NUM_TIMESTEPS
+from diffdis_jax.config.section import field
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 from diffdis_jax.method import encode
@@ -59,9 +58,6 @@ class LinearProbe(base.Evaluation):
   train_split: str = field("train", help="split of the same data that is trained on")
   label_field: str = field("label", help="record's field with the class")
   shots: Sequence[str] = field(("1", "2", "4", "8", "16", ALL), help="training images of each class, or all of them")
-  timestep: int | None = number(
-    None, ge=0, le=NUM_TIMESTEPS, help="timestep of the middle map; by default that of the run's head, or else 0"
-  )
   num_images: int | None = field(None, help="images to test on, the same ones each time; by default all")
 
   def open(self) -> None:
@@ -156,8 +152,7 @@ class LinearProbe(base.Evaluation):
   def _middle_timestep(self, inference: Any) -> int | None:
     if inference.network.is_clip:
       return None
-    given = inference.network.condition_timestep if inference.aligned else 0
-    return given if self.timestep is None else self.timestep
+    return inference.network.condition_timestep if inference.aligned else 0
 
   def _compile(self, inference: Any) -> Callable[..., Array]:
     t = self._middle_timestep(inference)

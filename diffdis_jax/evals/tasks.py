@@ -102,20 +102,18 @@ def all_settings() -> list[str]:
   return [*dict.fromkeys(name for task in TASKS for name in settings_of(task))]
 
 
-def define_flags() -> None:
-  """Define a flag for each setting. It is None where it is not given; its help says what it is for each task."""
+def define_flags(others: Mapping[str, dataclasses.Field[Any]] = types.MappingProxyType({})) -> None:
+  """Define a flag for each setting, and for these `others`. It is None where it is not given; its help says what it is
+  for each task."""
+  for name, each in others.items():
+    _define(each)(name, None, each.metadata["help"])
   for name in all_settings():
     settings = {task: known[name] for task in TASKS if name in (known := settings_of(task))}
     helps: dict[str, list[str]] = {}
     for task, setting in settings.items():
       helps.setdefault(setting.metadata["help"], []).append(task)
     text = "; ".join(help if len(helps) == 1 else f"{', '.join(names)}: {help}" for help, names in helps.items())
-    define_flag(name, next(iter(settings.values())), text)
-
-
-def define_flag(name: str, setting: dataclasses.Field[Any], help: str) -> None:
-  """Define the flag of a section's field."""
-  _define(setting)(name, None, help)
+    _define(next(iter(settings.values())))(name, None, text)
 
 
 def check_objectives(what: str, task: str, objectives: Collection[str]) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from diffdis_jax.ablate import render, summary
+from diffdis_jax.ablate import summary
 from diffdis_jax.ablate import tables as ablation_tables
 from diffdis_jax.ablate.tables import Column, Row
 from diffdis_jax.errors import UserError
@@ -190,4 +190,4 @@ def table(name: str) -> dict:
 def whole(name: str) -> str:
   """Return one of TABLES with all of its columns, as the log has it."""
   titles = {each.name: each.title for each in TABLES[name].columns}
-  return render.table_of(table(name), columns=titles, paper={})
+  return summary.render_table(table(name), columns=titles, paper={})

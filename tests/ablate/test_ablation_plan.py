@@ -170,7 +170,7 @@ def test_grids():
     ("loss.ita_weight=big", "'big'; it must be a number, such as 0.01"),
     ("model.fusion=1", "1; it must be True or False"),
     ("seed=0,1", "the seeds of every row are --seeds"),
-    ("loss.ita_weight=0.1,0.2,0.1", "0.1 twice, which would be two runs of one name"),
+    ("loss.ita_weight=0.1,0.2,0.1", "a value twice, which would be two runs of one name"),
     ("loss.ita_weight=0.1;loss.ita_weight=0.2", "loss.ita_weight twice"),
   ],
 )

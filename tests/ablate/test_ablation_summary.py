@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffdis_jax.ablate import render, summary, tables
 from diffdis_jax.ablate import run as running
+from diffdis_jax.ablate import summary, tables
 from diffdis_jax.ablate.run import Folder, State
 from diffdis_jax.errors import UserError
 from tests.ablate.synthetic import base, make_plan, write
@@ -119,7 +119,7 @@ def test_a_table_of_known_results(measured):
 
 
 def test_markdown_of_known_results(measured):
-  text = render.markdown(summarised(*measured))
+  text = summary.markdown(summarised(*measured))
   lines = text.splitlines()
   at = next(i for i, line in enumerate(lines) if line.startswith("## Table 4: Dual-stream deep fusion"))
   head, _, off, difference, paper, on, paper_on = lines[at + 2 : at + 9]
@@ -152,7 +152,7 @@ def test_the_papers_figures_stand_under_ours(tmp_path):
   assert [*found["columns"]] == ["fid", "imagenet/acc1", "recall@1"]
   means = [cell["mean"] for cell in found["tables"]["7"]["rows"][1]["cells"].values()]
   np.testing.assert_allclose(means, [11, 25, 30])
-  lines = render.markdown(found).splitlines()
+  lines = summary.markdown(found).splitlines()
   assert "| *paper* | 12.02 | 21.73 | 27.56 |" in lines and "|  | FID ↓ | ImageNet top-1 ↑ | mean R@1 ↑ |" in lines
 
 
@@ -160,7 +160,7 @@ def test_fid_of_few_images_is_not_what_the_paper_reports(tmp_path):
   """As configs/diffdis_cc3m.py measures it while a run trains: too high by as much as models differ."""
   found = table_7(tmp_path, fid_images=1000)
   assert [*found["columns"]] == ["fid/fid", "imagenet/acc1", "recall@1"]
-  lines = render.markdown(found).splitlines()
+  lines = summary.markdown(found).splitlines()
   assert "|  | FID ↓ | ImageNet top-1 ↑ | mean R@1 ↑ | FID ↓ (paper) |" in lines
   assert "| *paper* |  | 21.73 | 27.56 | 12.02 |" in lines
 
@@ -177,7 +177,7 @@ def test_less_than_is_written_of_has_no_sign_of_its_own(tmp_path):
   for row, lower in ((0, 1e-5), (1, 0)):
     for seed in range(2):
       write(folder, plan.rows["4", row][seed], {"test": 0.8 - lower * (1 + 2 * seed)})
-  text = render.markdown(summarised(plan, folder))
+  text = summary.markdown(summarised(plan, folder))
   assert "-0.00" not in text and "+0.00 [" in text
 
 
@@ -189,7 +189,7 @@ def test_only_what_survives_is_bold(tmp_path):
     write(folder, plan.rows["4", 0][seed], {"test": (0.80, 0.86, 0.80)[seed], "unseen": (0.1, 0.2, 0.3)[seed]})
     write(folder, plan.rows["4", 1][seed], {"test": (0.82, 0.83, 0.81)[seed], "unseen": (0.3, 0.402, 0.501)[seed]})
   found = summarised(plan, folder)
-  text = render.markdown(found)
+  text = summary.markdown(found)
   equal = "+0.00 in every seed, *undecided*"
   assert (
     f"| − base | {equal} | {equal} | +0.00 [-6.57, +6.57], p 1.000, Holm 1.000, *undecided*, MDE 8.6 |"

@@ -159,7 +159,6 @@ def test_test_images_that_are_left_out_are_named(splits, caplog):
   [
     (dict(data={"split": "train"}), "would test on the split train, on which it trains"),
     (dict(shots=("0",)), "shots has '0'; it should be numbers from 1 on, or all"),
-    (dict(timestep=1001), "timestep"),
     (dict(label_field="kind"), "no field 'kind'"),
   ],
 )
