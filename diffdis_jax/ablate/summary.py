@@ -69,7 +69,8 @@ def check_protocols(table: str, runs: Sequence[Run], results: Mapping[Run, Resul
   """Check that the runs of a row, which differ by their seed, were measured alike. Raises UserError: two were not."""
   first: dict[tuple[str, str], tuple[Run, Any]] = {}
   for run in runs:
-    for name, record in _records(run, results[run]).items() if results[run] is not None else ():
+    found = results[run]
+    for name, record in _records(run, found).items() if found is not None else ():
       for field, value in record["protocol"].items():
         other, there = first.setdefault((name, field), (run, value))
         if field != "weights" and there != value:  # those say which model was measured

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 import re
 import signal
 import socket
@@ -28,20 +26,6 @@ AROUND = 100_000  # bytes of a form around the file in it
 CONNECTIONS = 256  # open at a time; further ones get status 503
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _PORT = re.compile(r":\d+$")
-
-
-class KnownHost(TrustedHostMiddleware):
-  """Starlette's middleware, which takes any address where the page listens at all: no site can rebind one."""
-
-  def __init__(self, app: ASGIApp, *, host: str, names: Sequence[str]):
-    self._everywhere = host in ("", "0.0.0.0", "::")
-    own = (socket.gethostname(), socket.getfqdn()) if self._everywhere else (bracketed(host),)
-    super().__init__(app, allowed_hosts=[*LOCAL, *own, *map(bracketed, names)], www_redirect=False)
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    host = _PORT.sub("", Headers(scope=scope).get("host", "")) if "headers" in scope else ""
-    is_address = self._everywhere and _is_address(host.strip("[]"))
-    await (self.app if is_address else super().__call__)(scope, receive, send)
 
 
 class OwnOrigin:
@@ -76,11 +60,17 @@ async def _unknown(request: fastapi.Request, error: Exception) -> JSONResponse:
   return JSONResponse({"detail": f"the page has no {error}"}, 404)
 
 
+def known_hosts(host: str, names: Sequence[str]) -> list[str]:
+  """Return the names by which the page may be asked for: no other site can rebind its own name to this machine."""
+  own = (socket.gethostname(), socket.getfqdn()) if host in ("", "0.0.0.0", "::") else (bracketed(host),)
+  return [*LOCAL, *own, *map(bracketed, names)]
+
+
 def application(blocks: gr.Blocks, *, host: str, allowed_hosts: Sequence[str]) -> fastapi.FastAPI:
   """Return the page behind both middlewares, as an ASGI application."""
   # The first one is asked first: a foreign request is refused before its body is read.
   middleware = [
-    Middleware(KnownHost, host=host, names=allowed_hosts),
+    Middleware(TrustedHostMiddleware, allowed_hosts=known_hosts(host, allowed_hosts), www_redirect=False),
     Middleware(OwnOrigin, names=allowed_hosts, limit=UPLOAD + AROUND),
   ]
   handlers: Any = {KeyError: _unknown, ClientDisconnect: _unknown}
@@ -120,9 +110,3 @@ def serve(blocks: gr.Blocks, *, listener: socket.socket, host: str, allowed_host
 def bracketed(name: str) -> str:
   """Write an address of IPv6 as a request's Host has it."""
   return f"[{name.strip('[]')}]" if ":" in name else name
-
-
-def _is_address(name: str) -> bool:
-  with contextlib.suppress(ValueError):
-    return bool(ipaddress.ip_address(name))
-  return False
