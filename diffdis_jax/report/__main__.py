@@ -8,7 +8,6 @@ cost. It can be written while the run is running. --workdir=DIR,DIR2 shows runs 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from absl import flags, logging
@@ -32,8 +31,6 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  # For learning rates, and before jax is imported: the run may be training on this machine's accelerators.
-  os.environ["JAX_PLATFORMS"] = "cpu"
   report(FLAGS.workdir, FLAGS.out, hour_price=FLAGS.hour_price)
 
 

@@ -117,18 +117,16 @@ def group(metrics: Iterable[str]) -> list[dict[str, Any]]:
   for base, names in quartered.items():
     labels = [f"{name[-1]}/4 of the noise" if name[-1] != "4" else "4/4, the noisiest" for name in names]
     take("losses", f"Loss, {base.removeprefix('loss_')}, by quarter of the timestep", names, labels)
-  # By metric, so that several sets' accuracies share an axis; before speed, of which `rate/` looks alike.
+  # By metric, so that several sets' accuracies share an axis.
   measured: dict[str, list[str]] = {}
   for name in left:
-    if "/" in name and not name.startswith("rate/"):
+    if "/" in name:
       measured.setdefault(name.split("/", 1)[1], []).append(name)
   for metric, names in measured.items():
     take("evaluations", metric, names, [name.split("/")[0] for name in names])
-  rates = [name for name in left if name.startswith("rate/")]
   for section, known in (("speed", SPEED), ("optimisation", OPTIMISATION), ("data", DATA)):
     for name, (title, format) in known.items():
       take(section, title, [name], [name], format)
-  take("optimisation", "Learning rates", rates, [name.removeprefix("rate/") for name in rates])
   for name in list(left):
     take("losses", name.replace("_", " ").capitalize(), [name], [name])
   return charts

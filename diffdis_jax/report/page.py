@@ -56,8 +56,7 @@ def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float |
 def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dict[str, Any]:
   """Collect all that the page shows except its pictures."""
   facts = [facts_of(run, hour_price=hour_price, now=now) for run in runs]
-  rates = [name for each in facts for name in each["curves"] if name.startswith("rate/")]
-  metrics = dict.fromkeys([*(name for run in runs for name in run.curves), *rates])
+  metrics = dict.fromkeys(name for run in runs for name in run.curves)
   # Nearly always 0, and then a chart of nothing.
   if not any(np.nansum(run.curves["substituted"].values) for run in runs if "substituted" in run.curves):
     metrics.pop("substituted", None)
@@ -73,7 +72,6 @@ def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dic
 def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any]:
   """Collect what the page shows of one run, except its pictures."""
   made = read.starts(run, now=now)
-  every = {**run.curves, **read.learning_rates(run)}
   return {
     "name": run.name,
     "status": read.status(run),
@@ -82,7 +80,7 @@ def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any
     "batch_size": run.config["batch_size"],
     "objectives": run.config["objectives"],
     "written": run.written,
-    "curves": {name: thinned(curve) for name, curve in every.items()},
+    "curves": {name: thinned(curve) for name, curve in run.curves.items()},
     "substituted": int(np.nansum(run.curves["substituted"].values)) if "substituted" in run.curves else 0,
     "starts": made,
     "cost": read.cost(run, made, hour_price=hour_price),

@@ -18,8 +18,6 @@ from etils import epath
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, files, one_file
 from diffdis_jax.config.run import default_fields
-from diffdis_jax.config.section import read_section
-from diffdis_jax.config.sections import Optim
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import curves
 from diffdis_jax.run import provenance, workdir
@@ -114,7 +112,6 @@ def _taken(lock: epath.Path) -> float | None:
 
 
 HOUR = 3600.0
-RATE_POINTS = 400
 
 
 def status(run: Run) -> dict[str, str]:
@@ -186,29 +183,6 @@ def _seconds_in_steps(run: Run, first: float = 0, last: float = math.inf) -> flo
   counts = np.diff(np.r_[0, curve.steps])
   counted = np.isfinite(curve.values) & (curve.values > 0) & (curve.steps > first) & (curve.steps <= last)
   return float((counts[counted] / curve.values[counted]).sum())
-
-
-def learning_rates(run: Run) -> dict[str, curves.Curve]:
-  """Return `rate/GROUP` of each group that is trained, at the steps so far, as the config's schedule has it."""
-  from diffdis_jax.training import optim  # jax takes two seconds, in which the pictures are made
-
-  if not run.step:
-    return {}
-  section = read_section(Optim, run.config["optim"], "optim")
-  steps = np.unique(np.linspace(1, run.step, RATE_POINTS).astype(int))
-  lengths = [(event["step"], event["num_steps"]) for event in run.events if event.get("num_steps")]
-  found, trained = {}, parameters(run)
-  for group in section.rates:
-    if trained and group not in trained:
-      continue
-    rates = np.empty(len(steps), np.float64)
-    # A run that was made longer has the schedule of its length at each start.
-    for first, num_steps in [(0, run.config["num_steps"]), *lengths]:
-      schedule = optim.rate_schedule(section, group, num_steps=num_steps)
-      # The first step is taken at the schedule's 0.
-      rates = np.where(steps > first, np.asarray(schedule(np.asarray(steps - 1, np.float32)), np.float64), rates)
-    found[f"rate/{group}"] = curves.Curve(steps, np.broadcast_to(rates, steps.shape))
-  return found
 
 
 def parameters(run: Run) -> dict[str, dict[str, int]]:

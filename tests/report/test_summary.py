@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 
 import numpy as np
@@ -79,39 +78,6 @@ def test_a_run_that_goes_on_costs_until_now(run):
   assert (made[-1]["seconds"], made[-1]["how"]) == (500.0, "running")
   killed = read.starts(dataclasses.replace(run, alive=False, written=DAY + 600), now=DAY + 1000)
   assert (killed[-1]["seconds"], killed[-1]["how"]) == (100.0, "killed")
-
-
-def test_learning_rates_are_those_of_the_schedule(run):
-  found = read.learning_rates(run)
-  assert found.keys() == {"rate/new"}, "of the groups that are trained"
-  peak, warmup = run.config["optim"]["rates"]["new"], run.config["optim"]["warmup_steps"]
-  assert run.config["optim"]["schedule_kind"] == "cosine" and warmup == 50
-  by_hand = [
-    peak * (k / warmup if k < warmup else 0.5 * (1 + math.cos(math.pi * (k - warmup) / (400 - warmup))))
-    for k in found["rate/new"].steps - 1
-  ]
-  np.testing.assert_allclose(found["rate/new"].values, by_hand, rtol=1e-5)
-
-
-def test_learning_rates_of_a_run_that_was_made_longer_are_those_of_its_length_at_the_time(run):
-  longer = [{**run.events[0], "step": 0, "num_steps": 200}, {**run.events[0], "step": 200, "num_steps": 400}]
-  found = read.learning_rates(dataclasses.replace(run, events=longer))["rate/new"]
-  peak, warmup = run.config["optim"]["rates"]["new"], run.config["optim"]["warmup_steps"]
-  length = np.where(found.steps > 200, 400, 200)
-  k = found.steps - 1
-  decay = 0.5 * (1 + np.cos(np.pi * (k - warmup) / (length - warmup)))
-  np.testing.assert_allclose(found.values, peak * np.where(k < warmup, k / warmup, decay), rtol=1e-4, atol=1e-9)
-
-
-def test_learning_rates_of_a_long_tailed_run_change_once_an_epoch(tmp_path):
-  changes = {"optim.schedule_kind": "epoch_cosine", "optim.epoch_steps": 50, "optim.warmup_rate": 1e-6}
-  run = read.read(written_run.write(tmp_path / "run", **changes), "run")
-  found = read.learning_rates(run)["rate/new"]
-  peak = run.config["optim"]["rates"]["new"]
-  assert run.config["optim"]["warmup_steps"] == 50 and run.config["num_steps"] == 400
-  late = np.maximum((found.steps - 1) // 50 - 1, 0)  # epochs, one late
-  by_hand = np.where(late < 1, 1e-6, 0.5 * peak * (1 + np.cos(np.pi * late / 8)))
-  np.testing.assert_allclose(found.values, by_hand, rtol=1e-5)
 
 
 def test_fields_that_differ_from_the_defaults(run):
