@@ -33,7 +33,6 @@ UNREACHABLE = "error sending request|dns error|Failed to fetch|Could not connect
 # Each entry is how a command begins. RUN: what is put behind it, and the files that it writes.
 RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.report --workdir=RUN": ("", ("report.html",)),
-  "python -m diffdis_jax.evaluate --compare=": ("", ("table.md",)),
   "python -m diffdis_jax.config show": ("", ()),
   "python -m diffdis_jax.verify --workdir=RUN": ("", ()),
   "python -m diffdis_jax.status RUN": ("", ()),

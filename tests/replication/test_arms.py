@@ -215,35 +215,3 @@ def test_a_claim_on_what_an_arm_does_not_train_is_refused_before_its_runs(read, 
   claim = dict(row="both", base="alone", column=column, bound=3.0)
   with pytest.raises(UserError, match=f"a claim names column '{column}', which arm alone lacks; it has "):
     read(arms=(dict(name="both"), alone), claims=(claim,))
-
-
-def test_some_arms_may_lack_fields_of_a_protocol(read, tmp_path):
-  """CLIP lacks `num_noise_samples`; the others must agree on it, and CLIP with them on all else."""
-  plan, folder = plan_of(read(), (0,)), Folder(tmp_path)
-  runs = {run.name.partition("-")[0]: run for run in plan.runs if run.evals}
-  check = lambda: summary.check_protocols(plan.tables[0], {run: folder.read(run) for run in runs.values()}, folder)
-  for name in ("after", "alone"):
-    write(folder, runs[name], {}, num_noise_samples=4, ties="count")
-  write(folder, runs["clip"], {}, ties="count")
-  check()
-  write(folder, runs["clip"], {}, ties="first")
-  with pytest.raises(UserError, match="mix protocols: test was measured with ties 'first' in .*clip.* and 'count' in"):
-    check()
-  write(folder, runs["clip"], {}, ties="count")
-  write(folder, runs["alone"], {}, num_noise_samples=1, ties="count")
-  with pytest.raises(UserError, match="with num_noise_samples 1 in .*alone.* and 4 in .*after"):
-    check()
-
-
-def test_what_follows_from_an_arms_arguments_may_differ(read, tmp_path):
-  """Those of this CLIP's config keep no averaged weights; what follows from no field may not differ."""
-  plan, folder = plan_of(read(), (0,)), Folder(tmp_path)
-  runs = [run for run in plan.runs if run.evals]
-  check = lambda: summary.check_protocols(plan.tables[0], {run: folder.read(run) for run in runs}, folder)
-  for run in runs:
-    write(folder, run, {}, ema=run.config["optim"]["ema_decay"] > 0, seed=0)
-  assert len({run.config["optim"]["ema_decay"] > 0 for run in runs}) == 2
-  check()
-  write(folder, runs[0], {}, ema=True, seed=1)
-  with pytest.raises(UserError, match="with seed (1|0) in .* and (1|0) in"):
-    check()
