@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 
 from diffdis_jax import __main__ as main_module
-from diffdis_jax.evals import results
 from diffdis_jax.run import provenance
 from tests import pages
 from tests.once import made_once
@@ -202,13 +201,9 @@ def test_the_environment_has_the_package_with_its_version_and_none_of_the_extras
 
 @pytest.fixture(scope="module")
 def folder(plain: pathlib.Path, exportable_run: str) -> pathlib.Path:
-  """The copy, with a small run where the pages have theirs, and two files of results."""
+  """The copy, with a small run where the pages have theirs."""
   for name in ("RUN", "runs/demo/diffdis"):
     shutil.copytree(exportable_run, plain / name)
-  for name in ("diffdis", "clip"):
-    words = dict(dataset="test", model="m", pretrained=name, task="zeroshot_classification")
-    record = results.make_record(**words, metrics={"acc1": 0.5}, protocol={"num_images": 4}, provenance={})
-    (plain / f"{name}.json").write_text(json.dumps({"zero_shot": {"test": record}}))
   return plain
 
 
