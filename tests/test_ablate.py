@@ -125,8 +125,6 @@ def test_it_saves_when_it_is_stopped(tmp_path, environment, autoencoder_run, how
 @pytest.mark.parametrize(
   "flags, said",
   [
-    ([GRID, "--schedule=cosine"], "--schedule is of the paper's tables; give --tables, or leave it out"),
-    ([GRID, "--table7_gamma=0.3"], "--table7_gamma is of the paper's tables; give --tables, or leave it out"),
     ([GRID, "--config.seed=7"], "--config.seed has no effect on an ablation, .* --seeds=0,1,2; give those"),
     (
       [GRID, "--config.loss.ita_weight=0.5"],

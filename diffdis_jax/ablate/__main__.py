@@ -50,8 +50,6 @@ def define_flags() -> None:
   flags.DEFINE_list("tables", [], "tables of the paper's appendix, any of 2,3,4,5,7")
   flags.DEFINE_string("grid", None, "field=value,value;field=value: a table of every combination")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of every row")
-  flags.DEFINE_string("schedule", "", "text schedule of Tables 2 and 7, not stated by the paper; by default the base's")
-  flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
   flags.DEFINE_integer(
     "only", None, "number of a run, as plan lists it, which `run` does in this process", lower_bound=0
   )
@@ -91,12 +89,8 @@ def plan_of_flags() -> Plan:
   """Return the plan of --tables and --grid. Raises UserError: flags that make none."""
   base = run_config.Run.of(FLAGS.base).to_dict()
   asked = []
-  for name in ("schedule", "table7_gamma"):
-    if FLAGS[name].present and not FLAGS.tables:
-      raise UserError(f"--{name} is of the paper's tables; give --tables, or leave it out")
   if FLAGS.tables:
-    schedule = FLAGS.schedule or base["text_diffusion"]["schedule"]
-    asked += tables.choose(FLAGS.tables, schedule=schedule, gamma=FLAGS.table7_gamma)
+    asked += tables.choose(FLAGS.tables, schedule=base["text_diffusion"]["schedule"])
   if FLAGS.grid is not None:
     asked.append(tables.grid(FLAGS.grid, base))
   if not asked:

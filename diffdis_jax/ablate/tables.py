@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.common import guesses
-from diffdis_jax.config.section import check_number, check_type
+from diffdis_jax.config.section import check_type
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import tasks
 from diffdis_jax.evals.fid import FEW
@@ -63,32 +63,26 @@ class Table:
   base: int | None
 
 
-def paper_tables(*, schedule: str, gamma: float) -> dict[str, Table]:
+def paper_tables(*, schedule: str) -> dict[str, Table]:
   """Return Tables 2, 3, 4, 5 and 7 of the appendix, by number; their base rows are those of the final model.
 
   "linear" is Stable Diffusion's schedule of that name, here `scaled_linear`.
 
-  Args:
-    schedule: the text schedule of Tables 2 and 7, which the paper does not state.
-    gamma: γ of Table 7, not stated either. That of Tables 2 and 3 is 1. Table 7's row of t_z = 1000 differs from the
-      final model's, so that its base is another configuration, probably one with γ = 1 too.
-
-  Raises:
-    UserError: γ is outside of (0, 1].
+  `schedule` is the text schedule of Tables 2 and 7, which the paper does not state. γ of Table 7 is not stated either;
+  here it is 1, as in Tables 2 and 3, since that table's row of t_z = 1000 differs from the final model's.
   """
-  check_number("table7_gamma", gamma, gt=0, le=1)
 
   def table(name: str, title: str, base: int, *rows: tuple[str, Mapping[str, Any], tuple[float, ...]]) -> Table:
     made = tuple(Row(label=label, changes=changes, paper=paper) for label, changes, paper in rows)
     return Table(name=name, title=title, rows=made, base=base)
 
-  query = lambda gamma, field, value: {GAMMA: gamma, SCHEDULE: schedule, field: value}
+  query = lambda field, value: {GAMMA: 1.0, SCHEDULE: schedule, field: value}
   block = lambda share, own: {"model.fusion": True, "model.share_attention": share, "model.modality_ffn": own}
   found = (
     table(
       *("2", "Target of the text diffusion, γ = 1", 1),
-      ("noise", query(1.0, TARGET, "noise"), (10.78, 22.62, 29.38)),
-      ("data", query(1.0, TARGET, "data"), (11.52, 23.44, 28.64)),
+      ("noise", query(TARGET, "noise"), (10.78, 22.62, 29.38)),
+      ("data", query(TARGET, "data"), (11.52, 23.44, 28.64)),
     ),
     table(
       # The base row has the schedule of the other tables.
@@ -108,19 +102,19 @@ def paper_tables(*, schedule: str, gamma: float) -> dict[str, Table]:
       ("shared attention, own FFN", block(True, True), (9.80, 25.92, 33.60)),
     ),
     table(
-      *("7", f"Timestep t_z of the clean image, γ = {gamma:g}", 2),
-      ("0", query(gamma, "condition_timestep", 0), (12.35, 21.97, 27.20)),
-      ("999", query(gamma, "condition_timestep", 999), (12.02, 21.73, 27.56)),
-      ("1000", query(gamma, "condition_timestep", 1000), (11.35, 22.13, 27.56)),
+      *("7", "Timestep t_z of the clean image, γ = 1", 2),
+      ("0", query("condition_timestep", 0), (12.35, 21.97, 27.20)),
+      ("999", query("condition_timestep", 999), (12.02, 21.73, 27.56)),
+      ("1000", query("condition_timestep", 1000), (11.35, 22.13, 27.56)),
     ),
   )
   return {each.name: each for each in found}
 
 
-def choose(names: Sequence[str], *, schedule: str, gamma: float = 1.0) -> list[Table]:
+def choose(names: Sequence[str], *, schedule: str) -> list[Table]:
   """Return the paper's tables of these numbers, as `paper_tables` has them. Raises UserError: one is unknown or named
   twice."""
-  known = paper_tables(schedule=schedule, gamma=gamma)
+  known = paper_tables(schedule=schedule)
   for i, name in enumerate(names):
     if name not in known or name in names[:i]:
       raise UserError(f"--tables has {name!r}; it takes each of {','.join(known)} once, the tables of the appendix")

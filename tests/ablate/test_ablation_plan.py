@@ -57,13 +57,10 @@ def test_rows_change_what_the_paper_says():
   }
 
 
-def test_what_the_paper_does_not_state_is_a_choice():
-  chosen = tables.paper_tables(schedule="cosine", gamma=0.3)
-  assert {row.changes["text_diffusion.gamma"] for row in chosen["7"].rows} == {0.3}
-  assert {row.changes["text_diffusion.gamma"] for row in (*chosen["2"].rows, *chosen["3"].rows)} == {1.0}
+def test_the_text_schedule_of_tables_2_and_7_is_a_choice():
+  chosen = tables.paper_tables(schedule="cosine")
   assert {row.changes["text_diffusion.schedule"] for row in (*chosen["2"].rows, *chosen["7"].rows)} == {"cosine"}
-  with pytest.raises(UserError, match="table7_gamma is 1.5; it must be above 0 and at most 1$"):
-    tables.paper_tables(schedule="cosine", gamma=1.5)
+  assert {row.changes["text_diffusion.gamma"] for row in (*chosen["2"].rows, *chosen["7"].rows)} == {1.0}
 
 
 def test_rows_of_the_fusion_block_have_one_whatever_the_base_has():
