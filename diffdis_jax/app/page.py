@@ -166,7 +166,7 @@ class _Tabs:
     """Add the field of class names, which begins with those of the run's evaluation where it lists them."""
     listed, text = self._zero_shot.get("classnames"), "cat, dog, horse"
     # A string is the path of a file, which may lie on another machine.
-    if isinstance(listed, tuple) and len(listed) <= MOST_NAMES and not any("," in name for name in listed):
+    if isinstance(listed, list | tuple) and len(listed) <= MOST_NAMES and not any("," in name for name in listed):
       text = ", ".join(listed)
     info, most = "with commas between them", MOST_CHARACTERS * MOST_NAMES
     return gr.Textbox(text, label="Class names", lines=3, max_lines=3, max_length=most, info=info)
