@@ -61,7 +61,7 @@ class Extractor:
     self.seen += len(images)
     # Of whole numbers, so that sums are the same in any order.
     mixing = np.random.default_rng(0).integers(0, 9, (SIDE * SIDE * 3, WIDTH)).astype(np.float64)
-    return (self.scale / 1e5 * (images.reshape(len(images), -1) @ mixing)).astype(np.float32)
+    return (1.0 / 1e5 * (images.reshape(len(images), -1) @ mixing)).astype(np.float32)
 
 
 class Inference:
