@@ -54,7 +54,7 @@ def facts(run: read.Run, *, now: float) -> dict[str, Any]:
     "seconds_left": None if rate is None else max(num_steps - run.step, 0) / rate,
     "age": None if run.written is None else max(0.0, now - run.written),
     "checkpoint": max(run.checkpoints, default=None),
-    "device_hours": read.cost(run, made, hour_price=None)["device_hours"],
+    "device_hours": read.cost(run, made)["device_hours"],
     "starts": len(made),
   }
 

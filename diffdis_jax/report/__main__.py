@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from diffdis_jax.common import cli, files
-from diffdis_jax.config.section import check_number
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import page
 from diffdis_jax.report.read import read
@@ -26,24 +25,17 @@ def define_flags() -> None:
   """Define the command line."""
   flags.DEFINE_list("workdir", None, "folder of a run, or several, separated by commas", required=True)
   flags.DEFINE_string("out", None, "HTML file to write", required=True)
-  flags.DEFINE_float("hour_price", None, "price of one device for an hour, for the cost of a run", lower_bound=0.0)
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  report(FLAGS.workdir, FLAGS.out, hour_price=FLAGS.hour_price)
+  report(FLAGS.workdir, FLAGS.out)
 
 
-def report(paths: Sequence[str], out: str, *, hour_price: float | None = None) -> None:
-  """Write the page.
+def report(paths: Sequence[str], out: str) -> None:
+  """Write the page of these workdirs; a file `out` that is there is replaced.
 
-  Args:
-    paths: workdirs.
-    out: file to write; one that is there is replaced.
-    hour_price: of one device for an hour.
-
-  Raises:
-    UserError: no run in one of them, one that is named twice, too many, or `out` cannot be written.
+  Raises UserError: no run in one of them, one that is named twice, too many, or `out` cannot be written.
   """
   # With or without a slash at its end it is the same folder, which would stand beside itself.
   paths = [path.rstrip("/") for path in paths if path]
@@ -51,12 +43,10 @@ def report(paths: Sequence[str], out: str, *, hour_price: float | None = None) -
     raise UserError(f"--workdir={','.join(paths)} names a folder twice")
   if not 1 <= len(paths) <= MOST_RUNS:
     raise UserError(f"--workdir names {len(paths)} folders; it should be one to {MOST_RUNS}, with commas between them")
-  if hour_price is not None:
-    check_number("--hour_price", hour_price, ge=0)
   # Before runs are read, which takes minutes of a long one in a bucket.
   files.check_out(out)
   runs = [read(path, name) for path, name in zip(paths, page.names_of(paths), strict=True)]
-  text = page.render(runs, hour_price=hour_price)
+  text = page.render(runs)
   files.write_out(out, text)
   logging.info("%s, %.1f MB", out, len(text.encode()) / 1e6)
 

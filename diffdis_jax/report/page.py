@@ -32,19 +32,13 @@ GRID_BYTES = 7_000_000  # of all of them, as text; the rest of a page's 10 MB is
 PLACE = re.compile(r"\{\{(\w+)\}\}")  # of the template
 
 
-def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float | None = None) -> str:
-  """Render one HTML page of these runs.
-
-  Args:
-    runs: one, or several to compare.
-    hour_price: of one device for an hour; None where it is not known.
-    now: seconds since 1970; None for the present.
-  """
+def render(runs: Sequence[Run], *, now: float | None = None) -> str:
+  """Render one HTML page of a run, or of several to compare. `now` is in seconds since 1970; None for the present."""
   now = time.time() if now is None else now
   # Pillow works without Python's lock, so that curves are read while pictures are made.
   with concurrent.futures.ThreadPoolExecutor(1) as beside:
     embedded = beside.submit(embed, runs)
-    data = data_of(runs, hour_price=hour_price, now=now)
+    data = data_of(runs, now=now)
   template = importlib.resources.files("diffdis_jax.report").joinpath("template.html").read_text(encoding="utf-8")
   # A folder's name may be no text of UTF-8.
   title = ", ".join(run.name for run in runs).encode(errors="replace").decode()
@@ -53,9 +47,9 @@ def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float |
   return PLACE.sub(lambda place: texts[place[1]], template)
 
 
-def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dict[str, Any]:
+def data_of(runs: Sequence[Run], *, now: float) -> dict[str, Any]:
   """Collect all that the page shows except its pictures."""
-  facts = [facts_of(run, hour_price=hour_price, now=now) for run in runs]
+  facts = [facts_of(run, now=now) for run in runs]
   metrics = dict.fromkeys(name for run in runs for name in run.curves)
   # Nearly always 0, and then a chart of nothing.
   if not any(np.nansum(run.curves["substituted"].values) for run in runs if "substituted" in run.curves):
@@ -69,7 +63,7 @@ def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dic
   }
 
 
-def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any]:
+def facts_of(run: Run, *, now: float) -> dict[str, Any]:
   """Collect what the page shows of one run, except its pictures."""
   made = read.starts(run, now=now)
   return {
@@ -83,7 +77,7 @@ def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any
     "curves": {name: thinned(curve) for name, curve in run.curves.items()},
     "substituted": int(np.nansum(run.curves["substituted"].values)) if "substituted" in run.curves else 0,
     "starts": made,
-    "cost": read.cost(run, made, hour_price=hour_price),
+    "cost": read.cost(run, made),
     "parameters": read.parameters(run),
     "rates": run.config["optim"]["rates"],
     "checkpoints": [{"step": step, "metrics": metrics} for step, metrics in sorted(run.checkpoints.items())],

@@ -154,13 +154,8 @@ def starts(run: Run, *, now: float) -> list[dict[str, Any]]:
   return found
 
 
-def cost(run: Run, made: Sequence[Mapping[str, Any]], *, hour_price: float | None) -> dict[str, Any]:
-  """Add up device-hours by kind, and say where the time went.
-
-  Args:
-    made: of `starts`.
-    hour_price: of one device for an hour, in whatever money; None where it is not known.
-  """
+def cost(run: Run, made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Add up device-hours by kind, and say where the time went, given what `starts` lists."""
   hours: dict[str, float] = {}
   for start in made:
     kind = start["device_kind"] or "unknown"
@@ -170,7 +165,6 @@ def cost(run: Run, made: Sequence[Mapping[str, Any]], *, hour_price: float | Non
     "seconds": sum(start["seconds"] for start in made) if made else None,
     "seconds_in_steps": _seconds_in_steps(run),
     "images": run.step * run.config["batch_size"],
-    "price": None if hour_price is None else hour_price * sum(hours.values()),
   }
 
 
