@@ -56,7 +56,6 @@ class DiffusionClassifier(ZeroShot):
 
   def open(self) -> None:
     self.parsed_stages = read_stages(self.stages)  # before the data, which take longer
-    # The head measures the same images by the same prompt.
     self.templates = (self.single_template or prompts.resolve_templates(self.templates)[0],)
     super().open()
     self.errors_of = functools.lru_cache(1)(NoiseErrors)  # in a run the inference is one, and compiled once
@@ -69,8 +68,7 @@ class DiffusionClassifier(ZeroShot):
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """Return acc1, acc5 and recalls as zero_shot has them, and evaluations_per_image, of the UNet; then head_acc1 and
-    so on, and head_evaluations_per_image, where there is a trained head.
+    """Return acc1, acc5 and recalls as zero_shot has them, and evaluations_per_image, of the UNet.
 
     Raises UserError: a run that was not trained for generation.
     """
@@ -90,13 +88,7 @@ class DiffusionClassifier(ZeroShot):
       errors = functools.partial(noise_errors, params, c, z, seed=self.seed, places=rows, done=progress.add)
       outcome = classify(errors, self.parsed_stages, num_images=len(z), num_classes=len(texts))
       found.append(ranks(outcome, self.labels[rows]))
-    metrics = self.metrics(np.concatenate(found))
-    metrics["evaluations_per_image"] = float(np.dot(left, counts))
-    if inference.aligned:
-      head, how = super().run(inference, params), inference.sampling
-      metrics |= {f"head_{name}": head[name] for name in metrics if name in head}
-      metrics["head_evaluations_per_image"] = float(how.steps * how.num_noise_samples * (1 + (how.guidance != 1)))
-    return metrics
+    return self.metrics(np.concatenate(found)) | {"evaluations_per_image": float(np.dot(left, counts))}
 
 
 def read_stages(stages: Sequence[str]) -> tuple[Stage, ...]:

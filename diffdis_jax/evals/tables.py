@@ -39,7 +39,7 @@ METRICS = {
   "fid": ("fid", "kid", "num_images"),
   "long_tail": (*LONG_TAIL, "acc_many", "acc_median", "acc_low"),
 }
-AS_THEY_ARE = ("loss", "l2_", "evaluations", "head_evaluations", "head_similarity", "fid", "num_images")
+AS_THEY_ARE = ("loss", "l2_", "evaluations", "head_similarity", "fid", "num_images")
 
 
 def write(run: str, results: Results, out: str) -> None:

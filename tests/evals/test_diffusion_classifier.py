@@ -232,7 +232,7 @@ def test_errors_are_those_of_diffusers(sd, imported):
   assert np.ptp(found, axis=1).min() > 1e-3  # the prompt has an effect
 
 
-def test_it_measures_the_sets_of_zero_shot_beside_the_head(run):
+def test_it_measures_the_sets_of_zero_shot(run):
   asked = evals.of_config(
     {"few": {"task": "zero_shot", "data": dict(name="shapes", split="test", image_size=32, num_images=6)}},
     tasks=["diffusion_classifier"],
@@ -241,5 +241,4 @@ def test_it_measures_the_sets_of_zero_shot_beside_the_head(run):
   record = found["diffusion_classifier"]["few"]
   classes = record["protocol"]["num_classes"]
   assert record["metrics"]["evaluations_per_image"] == classes * 1 + 2 * 1
-  assert record["metrics"]["head_evaluations_per_image"] == 1 and 0 <= record["metrics"]["head_acc1"] <= 1
   assert record["protocol"]["stages"] == ["1:2", "2:1"] and record["protocol"]["timesteps"] == [250, 750]
