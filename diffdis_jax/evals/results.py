@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -137,9 +138,10 @@ def write(path: str, results: Mapping[str, Any]) -> None:
 
 def check_out(path: str) -> None:
   """Check, before work that takes hours, that the file can be written. Raises UserError: it cannot."""
-  with files.writing(f"--out={path}"):
-    buckets.path(path).parent.mkdir(parents=True, exist_ok=True)
-  files.check_out(path)
+  out = buckets.path(path)
+  # Folders on the way are made with the file: where they are absent, what counts is the first that is there.
+  there = out.parent if buckets.is_url(out) else next(each for each in out.parents if each.exists())
+  files.check_out(os.fspath(there / out.name))
 
 
 def write_text(path: str, text: str) -> None:

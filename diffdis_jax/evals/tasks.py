@@ -57,7 +57,7 @@ TASKS = {
   "fid": Task(Fid, GENERATIVE, generates=True),
   "held_out_loss": Task(HeldOutLoss, (*GENERATIVE, *COMPARING), compares=False),
   "long_tail": Task(LongTail, ALIGNED),
-  "diffusion_classifier": Task(DiffusionClassifier, GENERATIVE, on_sets_of="zero_shot"),
+  "diffusion_classifier": Task(DiffusionClassifier, GENERATIVE, compares=False, on_sets_of="zero_shot"),
   "query_use": Task(QueryUse, DENOISING, on_sets_of="zero_shot"),
   "linear_probe": Task(LinearProbe, (*GENERATIVE, *ALIGNED)),  # an autoencoder alone has no features
 }

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffdis_jax.ablate import plan as planning
-from diffdis_jax.ablate import render, summary, tables
+from diffdis_jax.ablate import summary, tables
 from diffdis_jax.ablate.run import Folder
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
@@ -131,7 +131,7 @@ def test_claims_have_verdicts(read, tmp_path):
   text = claims.markdown(judged)
   assert "| after − alone | test/acc1 | +11.00 [+8.52, +13.48] | 3 | 0.003, 0.003 | 3.3 | 3 |" in text
   found = summary.summarise(plan, folder, base="tiny")
-  text = render.markdown(found)
+  text = summary.markdown(found)
   assert "− base" not in text  # only what was named is compared
   assert {*found["runs"]} == {run.name for run in plan.runs}
 
