@@ -21,6 +21,10 @@ same command resumes there; F.md has the means beside the paper's. A suite also 
 --shuffle_labels and the flags of fid:
 
   diffdis evaluate --workdir=RUN --suite=paper --data_root=ROOT --out=F.json
+
+Several results side by side, with the differences between their protocols:
+
+  diffdis evaluate --compare=A.json,B.json --out=F.md
 """
 
 from __future__ import annotations
@@ -57,8 +61,8 @@ OF_A_SUITE = ("seed", "num_images", "shuffle_labels", *tasks.settings_of("fid"))
 
 def define_flags() -> None:
   """Define the command line. Defined on call, so that two verbs can be imported side by side."""
-  flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
-  flags.DEFINE_string("out", None, "JSON file to write", required=True)
+  flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model")
+  flags.DEFINE_string("out", None, "JSON file to write; with --compare a Markdown file", required=True)
   by_default = "by default those of the config's data sets, with --data zero_shot and retrieval"
   flags.DEFINE_list("tasks", None, f"any of {', '.join(tasks.TASKS)}; {by_default}")
   flags.DEFINE_string("data", None, "folder written by prepare_data; by default the data sets of the run's config")
@@ -72,11 +76,21 @@ def define_flags() -> None:
   flags.DEFINE_string("suite", None, f"benchmarks to measure: one of {', '.join(suites.SUITES)}")
   flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts")
   flags.DEFINE_boolean("incomplete", False, "measure data sets whose number of images is not the published one, too")
+  flags.DEFINE_list("compare", None, "JSON files of results to compare; takes --out and no --workdir")
   cli.process_flags()
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
+  if FLAGS.compare:
+    for name in ("workdir", "tasks", "data", "suite"):
+      if FLAGS[name].present:
+        raise UserError(f"--{name} has no effect beside --compare, which reads results alone; leave it out")
+    tables.compare(FLAGS.compare, FLAGS.out)
+    return
+  # Not required of the flag itself, since --compare reads no run.
+  if not FLAGS.workdir:
+    raise UserError("--workdir=DIR is missing, the folder of the run to measure")
   cli.compilation_cache()
   cli.use_all_cores()
   processes.start()

@@ -217,6 +217,7 @@ def test_command_line(command, tmp_path):
     (["--image_size=0"], "image_size is 0"),
     (["--steps=3"], "did you mean --query_steps?"),
     (["--generation_steps=9"], "--generation_steps has no effect on these tasks, which generate nothing; leave it out"),
+    (["--compare=A.json,B.json"], "--workdir has no effect beside --compare, which reads results alone; leave it out"),
     (["--tasks=retreival"], "unknown task 'retreival'; did you mean retrieval?"),
   ],
 )

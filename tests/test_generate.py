@@ -23,9 +23,8 @@ class Inference:
 
   network = types.SimpleNamespace(latent_shape=(8, 8, 4))
 
-  def noise(self, n, seed, *, first=0):
-    places = np.arange(first, first + n, dtype=np.float32)
-    return places[:, None, None, None] * 10 + np.full((n, 8, 8, 4), seed, np.float32)
+  def noise(self, n, seed):
+    return np.arange(n, dtype=np.float32)[:, None, None, None] * 10 + np.full((n, 8, 8, 4), seed, np.float32)
 
   def generate(self, params, tokens, noise, *, done):
     self.asked = [*map(Tokenizer(16).decode, tokens)]
@@ -108,10 +107,52 @@ def test_a_chunk_is_of_whole_calls(model, tmp_path, monkeypatch):
     calls.clear()
 
 
+def test_noise_from_a_file(model, tmp_path):
+  np.save(tmp_path / "noise.npy", np.stack([np.full((8, 8, 4), value) for value in (40, 30)]))
+  (tmp_path / "out").mkdir()
+  generate.generate("run", ["a star", "a ring"], str(tmp_path / "out"), noise=str(tmp_path / "noise.npy"))
+  assert [pixels(tmp_path / "out" / file)[0, 0, 0] for file in ("00000.png", "00001.png")] == [40, 30]
+  protocol = json.loads((tmp_path / "out" / "prompts.json").read_text())["protocol"]
+  assert protocol["noise"].endswith("noise.npy") and "seed" not in protocol
+  assert model.settings["batch_size"] == 2
+
+
+@pytest.mark.parametrize("shape, shown", [((1, 8, 8, 3), "(1, 8, 8, 3)"), ((8, 8, 4), "(8, 8, 4)")])
+def test_noise_of_another_shape_names_both(model, tmp_path, shape, shown):
+  np.save(tmp_path / "noise.npy", np.zeros(shape))
+  with pytest.raises(UserError) as error:
+    generate.generate("run", ["a star"], str(tmp_path / "out"), noise=str(tmp_path / "noise.npy"))
+  assert shown in str(error.value) and "(1, 8, 8, 4)" in str(error.value)
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not numpy", b"\x93NUMPY\x01\x00", b"PK\x03\x04"])
+def test_unreadable_noise(tmp_path, content):
+  (tmp_path / "noise.npy").write_bytes(content)
+  with pytest.raises(UserError, match="cannot read --noise="):
+    generate.read_noise(str(tmp_path / "noise.npy"))
+
+
+def test_noise_whose_header_claims_more_than_the_file_is_not_allocated(tmp_path):
+  header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }".ljust(117) + b"\n"
+  (tmp_path / "noise.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + header + b"\0" * 64)  # 4 TB
+  with pytest.raises(UserError, match="cannot read --noise=.*: mmap length is greater than file size"):
+    generate.read_noise(str(tmp_path / "noise.npy"))
+
+
 def test_more_images_than_a_call_draws(model, tmp_path):
   with pytest.raises(UserError, match="100002 images; one call makes at most 100000"):
     generate.generate("run", ["a", "b"], str(tmp_path / "out"), num_images=50_001)
   assert not (tmp_path / "out").exists()
+
+
+def test_noise_must_be_finite_numbers(tmp_path):
+  np.save(tmp_path / "noise.npy", np.array(["a"]))
+  with pytest.raises(UserError, match="cannot read --noise="):
+    generate.read_noise(str(tmp_path / "noise.npy"))
+  np.save(tmp_path / "noise.npy", np.full((1, 2, 2, 4), np.nan, np.float32))
+  with pytest.raises(UserError, match="something else than finite numbers"):
+    generate.read_noise(str(tmp_path / "noise.npy"))
 
 
 def test_prompts(tmp_path):
@@ -142,14 +183,20 @@ def test_a_folder_in_use_is_left_alone(model, tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
 
 
-def test_nothing_is_left_when_writing_fails(model, tmp_path, monkeypatch):
+def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
   def full(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(generate.samples, "save_grid", full)
   with pytest.raises(OSError, match="No space left"):
-    generate.generate("run", ["a star"], str(tmp_path / "out"))
+    generate.write(tmp_path / "out", np.zeros((1, 8, 8, 3), np.uint8), ["a star"], protocol={})
   assert not list(tmp_path.iterdir())
+
+
+def test_a_seed_beside_the_noise_that_it_would_make_is_refused(environment, tmp_path):
+  flags = ["--workdir=run", f"--out={tmp_path / 'out'}", "--prompt=a red star", "--noise=noise.npy", "--seed=0"]
+  bad = call("generate", environment, *flags)
+  assert (bad.returncode, bad.stderr) == (2, "error: --noise and --seed are both given; give one of them\n")
 
 
 def test_command_line(run, environment, tmp_path):

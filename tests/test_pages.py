@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from diffdis_jax import __main__ as main_module
+from diffdis_jax.evals import results
 from diffdis_jax.run import provenance
 from tests import pages
 from tests.once import made_once
@@ -32,6 +33,7 @@ UNREACHABLE = "error sending request|dns error|Failed to fetch|Could not connect
 # Each entry is how a command begins. RUN: what is put behind it, and the files that it writes.
 RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.report --workdir=RUN": ("", ("report.html",)),
+  "python -m diffdis_jax.evaluate --compare=": ("", ("table.md",)),
   "python -m diffdis_jax.config show": ("", ()),
   "python -m diffdis_jax.verify --workdir=RUN": ("", ()),
   "python -m diffdis_jax.status RUN": ("", ()),
@@ -201,9 +203,13 @@ def test_the_environment_has_the_package_with_its_version_and_none_of_the_extras
 
 @pytest.fixture(scope="module")
 def folder(plain: pathlib.Path, exportable_run: str) -> pathlib.Path:
-  """The copy, with a small run where the pages have theirs."""
+  """The copy, with a small run where the pages have theirs, and two files of results."""
   for name in ("RUN", "runs/demo/diffdis"):
     shutil.copytree(exportable_run, plain / name)
+  for name in ("diffdis", "clip"):
+    words = dict(dataset="test", model="m", pretrained=name, task="zeroshot_classification")
+    record = results.make_record(**words, metrics={"acc1": 0.5}, protocol={"num_images": 4}, provenance={})
+    (plain / f"{name}.json").write_text(json.dumps({"zero_shot": {"test": record}}))
   return plain
 
 

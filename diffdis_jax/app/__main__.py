@@ -33,6 +33,7 @@ from diffdis_jax.run import restore
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
+UPLOAD_MB = 10.0  # of the largest file
 SECONDS = 120.0  # after which a request is ended
 FOLDER = "GRADIO_TEMP_DIR"  # the variable that tells Gradio where uploads lie, which it reads when it is imported
 
@@ -88,7 +89,7 @@ def serve(listener: socket.socket) -> None:
   blocks = page.build(sampler, index, run, about)
   embedding = index and index.start()
   try:
-    server.serve(blocks, listener=listener, host=FLAGS.host, allowed_hosts=FLAGS.allowed_hosts)
+    server.serve(blocks, UPLOAD_MB, listener=listener, host=FLAGS.host, allowed_hosts=FLAGS.allowed_hosts)
   finally:
     # First, since it stops the thread: else `join` would wait until every image is embedded.
     sampler.close()

@@ -1,41 +1,30 @@
-"""Answers the tabs' requests, as tuples of values for Gradio's components: first a line of text.
-
-What a request sends is checked here: uploads, texts, numbers, and the time that it takes.
-"""
+"""Answers the tabs' requests, as tuples of values for Gradio's components: first a line of text."""
 
 from __future__ import annotations
 
 import os
-import pathlib
-import re
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from scipy import special
 
+from diffdis_jax.app.limits import read_names, read_square, read_template, read_text, read_whole, within
 from diffdis_jax.app.search import SEED, Index
 from diffdis_jax.app.step_sampler import Estimate, StepSampler
 from diffdis_jax.config.section import check_number
-from diffdis_jax.data import image_files, records, transforms
-from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts
 
 MOST_STEPS, MOST_INSIDE_STEPS = 200, 50
 MOST_GUIDANCE = 30
 MOST_SEED = 2**31 - 1
 MOST_SAMPLES, MOST_INSIDE_SAMPLES = 64, 16
-MOST_CHARACTERS = 500  # of a prompt, a class name or a template
-MOST_NAMES = 200  # class names of a request
-MOST_MEGAPIXELS = 25  # of an uploaded image; decoded, a pixel takes up to 4 bytes
 FRAMES = 20  # shown of one image; decoding a latent costs about as much as a step
 FOUND = 12  # images of a search
 BEST = 6  # names of which `inside` shows the scores
 
-T = TypeVar("T")
 Path = str | os.PathLike[str] | None
 Captioned = tuple[np.ndarray, str]
 
@@ -146,74 +135,3 @@ def look(
   rows = [(each.step, names[i], float(scores[s, i])) for s, each in enumerate(estimates) for i in best]
   line = f"Step {last.step} of {last.steps}, t = {last.t}: {names[best[0]]}, {scores[-1, best[0]]:.3f}."
   return line, pd.DataFrame(rows, columns=["step", "name", "score"])
-
-
-def read_square(path: Path, side: int) -> UInt8[np.ndarray, "s s 3"]:
-  """Return an uploaded image's upright central square, as evaluations cut it.
-
-  Raises UserError: no file, too many pixels, or one that shows no image.
-  """
-  if path is None:
-    raise UserError("there is no image yet; upload one, or pick one where some are shown")
-  try:
-    data = pathlib.Path(path).read_bytes()
-  except FileNotFoundError as error:  # deleted while its request waited
-    raise UserError("the upload has been deleted; upload it again") from error
-  if not data:
-    raise UserError("the file is empty; upload an image, such as a PNG or a JPEG")
-  most = f"at most {MOST_MEGAPIXELS} million"
-  try:
-    # Pixels are counted before decoding: a file of some kB can decode to gigabytes (a decompression bomb).
-    header = records.read_header(data)
-    if header.width * header.height > MOST_MEGAPIXELS * 1e6:
-      raise UserError(f"the image has {header.width:,} x {header.height:,} pixels; {most} can be")
-    return np.asarray(transforms.resize(records.read_image(data), side).convert("RGB"))
-  except records.Unusable as error:
-    formats = f"{', '.join(image_files.FORMATS[:-1])} or {image_files.FORMATS[-1]}"
-    raise UserError(f"the file shows no image that can be read: {error}; {most} pixels of {formats} can be") from error
-
-
-def read_text(text: str | None, what: str) -> str:
-  """Return the text without surrounding white space; `what` names it. Raises UserError: none, or too long."""
-  text = (text or "").strip()
-  if not text:
-    raise UserError(f"there is no {what} yet; type one")
-  if len(text) > MOST_CHARACTERS:
-    raise UserError(f"the {what} has {len(text):,} characters; at most {MOST_CHARACTERS} are read")
-  return text
-
-
-def read_names(text: str | None) -> tuple[str, ...]:
-  """Split class names, between commas or on lines. Raises UserError: too few, too many, one twice, or one too long."""
-  names = tuple(name.strip() for name in re.split(r"[,\n]", text or "") if name.strip())
-  if not 2 <= len(names) <= MOST_NAMES:
-    raise UserError(f"there are {len(names)} class names; type 2 to {MOST_NAMES}, with commas between them")
-  for name in names:
-    read_text(name, "class name")
-  # Names that differ in case alone have one text query, and would halve each other's share.
-  if repeated := prompts.repeated_names([prompts.comparable(name) for name in names]):
-    raise UserError(f"class names occur more than once: {prompts.listed(repeated)}; type each once")
-  return names
-
-
-def read_template(text: str | None) -> str:
-  """Return a prompt template. Raises UserError: none, too long, or without a place for the class name."""
-  return prompts.resolve_templates((read_text(text, "template"),))[0]
-
-
-def read_whole(name: str, value: Any, *, at_least: int, at_most: int) -> int:
-  """Return the number of a slider or a field. Raises UserError: no whole number, or out of its range."""
-  check_number(name, value, ge=at_least, le=at_most)
-  if value != int(value):  # Gradio sends 3.0 for 3
-    raise UserError(f"{name} is {value}; it must be a whole number")
-  return int(value)
-
-
-def within(seconds: float, items: Iterable[T]) -> Iterator[T]:
-  """Yield the items for as long as there is time. Raises UserError once that is over."""
-  end = time.monotonic() + seconds
-  for item in items:
-    yield item
-    # Between items: a step that is under way cannot be stopped, and its result is shown.
-    if time.monotonic() > end:
-      raise UserError(f"this took longer than {seconds:g} s and was stopped; take fewer steps, noise samples or names")

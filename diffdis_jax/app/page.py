@@ -15,7 +15,7 @@ from gradio import themes
 from gradio_client import utils as client_utils
 
 from diffdis_jax.app import answers, search
-from diffdis_jax.app.answers import MOST_CHARACTERS, MOST_NAMES
+from diffdis_jax.app.limits import MOST_CHARACTERS, MOST_NAMES
 from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError

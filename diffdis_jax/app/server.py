@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
+import ipaddress
 import re
 import signal
 import socket
@@ -10,6 +14,7 @@ from typing import Any
 
 import fastapi
 import gradio as gr
+import h11
 import uvicorn
 from absl import logging
 from starlette.datastructures import Headers
@@ -18,18 +23,34 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from diffdis_jax.app import page
 
-UPLOAD = 10_000_000  # bytes of the largest file
 AROUND = 100_000  # bytes of a form around the file in it
+HEAD_SECONDS = 10.0  # within which the head of a request must come
+BODY_SECONDS = 120.0  # within which its body must come
 CONNECTIONS = 256  # open at a time; further ones get status 503
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _PORT = re.compile(r":\d+$")
 
 
+class KnownHost(TrustedHostMiddleware):
+  """Starlette's middleware, which takes any address where the page listens at all: no site can rebind one."""
+
+  def __init__(self, app: ASGIApp, *, host: str, names: Sequence[str]):
+    self._everywhere = host in ("", "0.0.0.0", "::")
+    own = (socket.gethostname(), socket.getfqdn()) if self._everywhere else (bracketed(host),)
+    super().__init__(app, allowed_hosts=[*LOCAL, *own, *map(bracketed, names)], www_redirect=False)
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    host = _PORT.sub("", Headers(scope=scope).get("host", "")) if "headers" in scope else ""
+    is_address = self._everywhere and _is_address(host.strip("[]"))
+    await (self.app if is_address else super().__call__)(scope, receive, send)
+
+
 class OwnOrigin:
-  """ASGI middleware that refuses requests from another site, long ones, and those that do not state their length.
+  """ASGI middleware that refuses requests from another site, and long ones.
 
   Args:
     names: by which a server in front of the page is asked for; it hands on the browser's Origin.
@@ -47,11 +68,45 @@ class OwnOrigin:
       site = origin.lower().partition("://")[2]
       if site != headers.get("host", "").lower() and _PORT.sub("", site) not in self._names:
         answer = JSONResponse({"detail": "the page answers no other site"}, 403)
-    if "transfer-encoding" in headers:  # which browsers never send
-      answer = JSONResponse({"detail": "a request states the length of its body"}, 411, {"connection": "close"})
     if int(headers.get("content-length", "0")) > self._limit:
       answer = JSONResponse({"detail": f"the page takes {self._limit:,} bytes at once"}, 413, {"connection": "close"})
     await answer(scope, receive, send)
+
+
+class Impatient(H11Protocol):
+  """Uvicorn's protocol, which closes a connection whose request comes too slowly or is longer than `limit`."""
+
+  _timer: asyncio.TimerHandle | None = None
+  _read = 0
+
+  def __init__(self, *args: Any, limit: int, **how: Any):
+    super().__init__(*args, **how)
+    self._limit = limit
+
+  def connection_made(self, transport: Any) -> None:
+    super().connection_made(transport)
+    self._close_after(HEAD_SECONDS)
+
+  def data_received(self, data: bytes) -> None:
+    before = self.conn.their_state
+    super().data_received(data)
+    state = self.conn.their_state
+    self._read = self._read + len(data) if state is h11.SEND_BODY else 0
+    if self._read > self._limit:
+      self.transport.close()
+    elif state not in (h11.IDLE, h11.SEND_BODY):  # all of it has come
+      self._close_after(None)
+    elif self._timer is None or state is not before:  # the beginning of another request, or of a body
+      self._close_after(HEAD_SECONDS if state is h11.IDLE else BODY_SECONDS)
+
+  def connection_lost(self, exc: Exception | None) -> None:
+    self._close_after(None)
+    super().connection_lost(exc)
+
+  def _close_after(self, seconds: float | None) -> None:
+    if self._timer is not None:
+      self._timer.cancel()
+    self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
 
 
 async def _unknown(request: fastapi.Request, error: Exception) -> JSONResponse:
@@ -60,26 +115,22 @@ async def _unknown(request: fastapi.Request, error: Exception) -> JSONResponse:
   return JSONResponse({"detail": f"the page has no {error}"}, 404)
 
 
-def known_hosts(host: str, names: Sequence[str]) -> list[str]:
-  """Return the names by which the page may be asked for: no other site can rebind its own name to this machine."""
-  own = (socket.gethostname(), socket.getfqdn()) if host in ("", "0.0.0.0", "::") else (bracketed(host),)
-  return [*LOCAL, *own, *map(bracketed, names)]
-
-
-def application(blocks: gr.Blocks, *, host: str, allowed_hosts: Sequence[str]) -> fastapi.FastAPI:
-  """Return the page behind both middlewares, as an ASGI application."""
+def application(blocks: gr.Blocks, upload: int, *, host: str, allowed_hosts: Sequence[str] = ()) -> fastapi.FastAPI:
+  """Return the page behind both middlewares, as an ASGI application. `upload` is the largest file in bytes."""
   # The first one is asked first: a foreign request is refused before its body is read.
   middleware = [
-    Middleware(TrustedHostMiddleware, allowed_hosts=known_hosts(host, allowed_hosts), www_redirect=False),
-    Middleware(OwnOrigin, names=allowed_hosts, limit=UPLOAD + AROUND),
+    Middleware(KnownHost, host=host, names=allowed_hosts),
+    Middleware(OwnOrigin, names=allowed_hosts, limit=upload + AROUND),
   ]
   handlers: Any = {KeyError: _unknown, ClientDisconnect: _unknown}
   app = fastapi.FastAPI(middleware=middleware, openapi_url=None, exception_handlers=handlers)
+  # Gradio would keep 10,000 sessions, and each takes memory.
+  blocks.state_session_capacity = 2 * page.WAITING
   return gr.mount_gradio_app(
     app,
     blocks,
     path="/",
-    max_file_size=UPLOAD,
+    max_file_size=upload,
     footer_links=[],
     # Else Gradio keeps a record of what was asked in the browser, which outlives the page.
     run_history=False,
@@ -91,11 +142,15 @@ def application(blocks: gr.Blocks, *, host: str, allowed_hosts: Sequence[str]) -
   )
 
 
-def serve(blocks: gr.Blocks, *, listener: socket.socket, host: str, allowed_hosts: Sequence[str] = ()) -> None:
+def serve(
+  blocks: gr.Blocks, upload_mb: float, *, listener: socket.socket, host: str, allowed_hosts: Sequence[str] = ()
+) -> None:
   """Serve until SIGINT or SIGTERM, at an open port of the host."""
-  app = application(blocks, host=host.strip("[]"), allowed_hosts=allowed_hosts)
+  upload = int(upload_mb * 1e6)
+  app = application(blocks, upload, host=host.strip("[]"), allowed_hosts=allowed_hosts)
+  protocol: Any = functools.partial(Impatient, limit=upload + AROUND)
   how: Any = dict(log_level="error", limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=5)
-  server = uvicorn.Server(uvicorn.Config(app, **how))
+  server = uvicorn.Server(uvicorn.Config(app, http=protocol, **how))
   name = bracketed(host) or "localhost"
   logging.info("the page is at http://%s:%d; Ctrl-C ends it", name, listener.getsockname()[1])
   # Uvicorn ends at either signal, and raises it again afterwards.
@@ -110,3 +165,9 @@ def serve(blocks: gr.Blocks, *, listener: socket.socket, host: str, allowed_host
 def bracketed(name: str) -> str:
   """Write an address of IPv6 as a request's Host has it."""
   return f"[{name.strip('[]')}]" if ":" in name else name
+
+
+def _is_address(name: str) -> bool:
+  with contextlib.suppress(ValueError):
+    return bool(ipaddress.ip_address(name))
+  return False

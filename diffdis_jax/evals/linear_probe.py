@@ -19,7 +19,8 @@ from absl import logging
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.section import field
+from diffdis_jax.config.section import field, number
+from diffdis_jax.config.sections import NUM_TIMESTEPS
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 from diffdis_jax.method import encode
@@ -58,6 +59,9 @@ class LinearProbe(base.Evaluation):
   train_split: str = field("train", help="split of the same data that is trained on")
   label_field: str = field("label", help="record's field with the class")
   shots: Sequence[str] = field(("1", "2", "4", "8", "16", ALL), help="training images of each class, or all of them")
+  timestep: int | None = number(
+    None, ge=0, le=NUM_TIMESTEPS, help="timestep of the middle map; by default that of the run's head, or else 0"
+  )
   num_images: int | None = field(None, help="images to test on, the same ones each time; by default all")
 
   def open(self) -> None:
@@ -152,7 +156,8 @@ class LinearProbe(base.Evaluation):
   def _middle_timestep(self, inference: Any) -> int | None:
     if inference.network.is_clip:
       return None
-    return inference.network.condition_timestep if inference.aligned else 0
+    by_default = inference.network.condition_timestep if inference.aligned else 0
+    return by_default if self.timestep is None else self.timestep
 
   def _compile(self, inference: Any) -> Callable[..., Array]:
     t = self._middle_timestep(inference)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from diffdis_jax.app import answers as module
+from diffdis_jax.app import limits as module
 from diffdis_jax.data import records, transforms
 from diffdis_jax.errors import UserError
 from tests import studio_pictures as pictures
@@ -21,6 +21,14 @@ def test_an_image_is_read_as_evaluations_cut_it(tmp_path):
   path = pictures.write(tmp_path, "a.png", pictures.png(20, 10))
   expected = transforms.resize(records.read_image(pictures.png(20, 10)), 8)
   np.testing.assert_array_equal(module.read_square(path, 8), np.asarray(expected))
+
+
+def test_a_decoding_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+  path = pictures.write(tmp_path, "a.png", pictures.png(20, 10))
+  monkeypatch.setattr(module, "_DECODER", module._DECODER.replace("records.read_image(", "[[] for _ in iter(int, 1)]("))
+  monkeypatch.setattr(module, "DECODING", 1)
+  with pytest.raises(UserError, match="the image takes more than 1 s to decode; save it again, such as a plain PNG"):
+    module.read_square(path, 8)
 
 
 @pytest.mark.parametrize(

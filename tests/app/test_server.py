@@ -27,11 +27,11 @@ with uploads():
   import gradio as gr
   from diffdis_jax.app import page, server
 
-  server.UPLOAD = 500_000
+  server.HEAD_SECONDS = server.BODY_SECONDS = 2.0
   for host in sys.argv[1:]:  # one after the other, each until it is asked to end
     with page.Page(analytics_enabled=False) as blocks:
       gr.Textbox("the page").submit(lambda text: text, api_name="say")
-    server.serve(blocks, listener=listen(host, 0), host=host, allowed_hosts=["page.example"])
+    server.serve(blocks, 0.5, listener=listen(host, 0), host=host, allowed_hosts=["page.example"])
 """
 HOST = "127.0.0.1"
 EVIL = "http://evil.example"
@@ -118,10 +118,36 @@ def test_it_serves_at_addresses_of_ipv6_and_again_and_ends_by_ctrl_c(tmp_path):
   assert "Traceback" not in served.log.read_text(), served.log.read_text()[-2000:]
 
 
-def test_a_body_of_no_stated_length_is_refused(tmp_path):
+def test_a_request_whose_head_or_body_does_not_come_is_cut_off(tmp_path):
+  """Beside sockets that hold their head or body back, others are answered; and no path is told."""
   with started(["-c", SERVER, HOST], tmp_path / "log", {}) as served:
-    answer = httpx.post(f"{served.address}{CALL}", content=iter([bytes(2**17)] * 9))
-    assert answer.status_code == 411
+    place = urlsplit(served.address)
+    begin = b"GET /config HTTP/1.1\r\nHost: " + place.netloc.encode()
+    with contextlib.ExitStack() as stack:
+      connect = lambda: stack.enter_context(socket.create_connection((place.hostname, place.port), 30))
+      slow, again, body, long = [connect() for _ in range(240)], connect(), connect(), connect()
+      again.sendall(begin + b"\r\n\r\n")
+      assert again.recv(12) == b"HTTP/1.1 200"
+      again.sendall(begin)  # of a second request
+      for each in slow:
+        each.sendall(begin)
+      post = b"POST /gradio_api/call/say HTTP/1.1\r\nHost: localhost\r\n"
+      body.sendall(post + b"Content-Length: 9\r\n\r\n")
+      with contextlib.suppress(ConnectionError):  # closed after 600 kB
+        for _ in range(9):
+          long.sendall(
+            post * (not _) + b"Transfer-Encoding: chunked\r\n\r\n" * (not _) + b"20000\r\n" + bytes(2**17) + b"\r\n"
+          )
+      assert httpx.get(f"{served.address}/config").status_code == 200
+      for each in slow:
+        assert each.recv(1) == b"", "the server closes it"
+      while again.recv(65536):
+        pass
+      assert body.recv(1) == b""
+      with contextlib.suppress(ConnectionResetError):
+        assert long.recv(1) == b""
+    assert httpx.get(f"{served.address}/config").status_code == 200
+  assert "Traceback" not in served.log.read_text(), served.log.read_text()[-2000:]
 
 
 def every(address: str, numbers: range) -> None:

@@ -259,44 +259,83 @@ def rows_of(text):
 
 def test_table():
   found = with_means(fabricated(12))
-  text = tables.table("mine", found)
+  text = tables.table({"mine": found})
   rows = rows_of(text)
   assert rows[""] == ["mine", "the paper's DiffDis", "the paper's CLIP ViT-L/14", "the paper's CLIP ViT-B/32"]
   imagenet = found["zero_shot"]["imagenet1k"]["metrics"]
   assert rows["zero_shot, ImageNet, acc1"] == [f"{100 * imagenet['acc1']:.2f}", "25.92", "21.1", "16.7"]
   assert rows["zero_shot, Pets, mean_per_class_recall_single_template"][1:] == ["–"] * 3
-  assert rows["retrieval, mean, mean_recall@1"][1:] == ["33.60", "–", "–"]
-  few = rows_of(tables.table("mine", with_means(fabricated(3))))
+  assert rows["retrieval, mean, mean_recall@1"][1:] == ["33.60", "–", "–"] and "†" not in text
+  few = rows_of(tables.table({"mine": with_means(fabricated(3))}))
   assert few["zero_shot, mean, mean"][0].startswith("mean of 3: ")
   for other in (fabricated(12, images=40), fabricated(12, shuffle_labels=True)):
-    assert "| mean of 12: " in tables.table("mine", with_means(other))
+    assert "| mean of 12: " in tables.table({"mine": with_means(other)})
   val2017 = fabricated(12, data={"layout": "prepared", "split": "val"})
-  assert "| mean of 2: " in tables.table("mine", with_means(val2017))
+  assert "| mean of 2: " in tables.table({"mine": with_means(val2017)})
 
 
 def test_the_papers_fid_stands_beside_mscoco_alone():
   record = lambda fid: {"protocol": {}, "metrics": {"fid": fid, "kid": 0.002, "kid_std": 0.1, "num_images": 100}}
-  rows = rows_of(tables.table("mine", {"fid": {"test": record(50.0), "mscoco_val2014": record(12.5)}}))
+  rows = rows_of(tables.table({"mine": {"fid": {"test": record(50.0), "mscoco_val2014": record(12.5)}}}))
   assert rows["fid, test, fid"] == ["50.00", "–", "–"] and rows["fid, test, kid"][0] == "2.000"
   assert rows["fid, MSCOCO val2014, fid"] == ["12.50", "9.80", "10.8"]
   assert rows["fid, MSCOCO val2014, num_images"] == ["100", "–", "–"]
-  assert "the paper's DiffDis" not in tables.table("mine", {"fid": {"test": record(50.0)}})
+  assert "the paper's DiffDis" not in tables.table({"mine": {"fid": {"test": record(50.0)}}})
 
 
 def test_another_task_on_a_set_of_a_suite_is_shown_too():
   record = {"protocol": {}, "metrics": {"acc1": 0.125}}
-  rows = rows_of(tables.table("mine", {"diffusion_classifier": {"dtd": record}, "held_out_loss": {"val": record}}))
+  rows = rows_of(tables.table({"mine": {"diffusion_classifier": {"dtd": record}, "held_out_loss": {"val": record}}}))
   assert rows["diffusion_classifier, DTD, acc1"] == rows["held_out_loss, val, acc1"] == ["12.50"]
 
 
-def test_files_that_hold_no_results(tmp_path):
-  with pytest.raises(UserError, match="cannot read results from"):
-    results.read(str(tmp_path / "c.json"))
+def test_side_by_side(tmp_path):
+  """Different protocols are marked and named; what belongs to the model is none."""
+  a, b = fabricated(12, steps=1, weights="x"), fabricated(12, seed=1, steps=1, weights="y", checkpoint=7)
+  paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+  out = str(tmp_path / "new/F.md")
+
+  def text():
+    for path, found in zip(paths, (a, b), strict=True):
+      results.write(path, with_means(found))
+    tables.compare(paths, out)
+    return (tmp_path / "new/F.md").read_text()
+
+  assert "†" not in text() and rows_of(text())[""][:2] == ["a", "b"]
+  b["zero_shot"]["dtd"]["protocol"].update(steps=4, seed=1)
+  marked = text()
+  assert [row for row in rows_of(marked) if "†" in row] == [
+    *("zero_shot, DTD, acc1 †", "zero_shot, DTD, acc1_single_template †"),
+    *("zero_shot, mean, mean †", "zero_shot, mean, mean_single_template †"),
+  ]
+  assert "- zero_shot, dtd, steps: a: 1; b: 4\n- zero_shot, dtd, seed: a: null; b: 1\n" in marked
+  for wrong, message in (
+    ([paths[0], paths[0]], "names a file twice"),
+    ([paths[0], str(tmp_path / "c.json")], "cannot read results from"),
+    ([paths[0], out], "cannot read results from"),
+  ):
+    with pytest.raises(UserError, match=message):
+      tables.compare(wrong, str(tmp_path / "G.md"))
+  with pytest.raises(UserError, match="should name the Markdown table to write"):
+    tables.compare(paths, str(tmp_path / "G.json"))
   fields = ", ".join(f'"{field}": 1' for field in ("dataset", "model", "pretrained", "task", "language", "protocol"))
-  for record in ('{"metrics": 3}', f'{{"metrics": {{}}, {fields}}}'):
-    (tmp_path / "c.json").write_text(f'{{"zero_shot": {{"dtd": {record}}}}}')
-    with pytest.raises(UserError, match="c.json holds no results of evaluate"):
-      results.read(str(tmp_path / "c.json"))
+  (tmp_path / "c.json").write_text(f'{{"zero_shot": {{"dtd": {{"metrics": {{}}, {fields}}}}}}}')
+  with pytest.raises(UserError, match="c.json holds no results of evaluate"):
+    tables.compare([paths[0], str(tmp_path / "c.json")], str(tmp_path / "G.md"))
+  (tmp_path / "c.json").write_text('{"zero_shot": {"dtd": {"metrics": 3}}}')
+  with pytest.raises(UserError, match="c.json holds no results of evaluate"):
+    tables.compare([paths[0], str(tmp_path / "c.json")], str(tmp_path / "G.md"))
+  assert not (tmp_path / "G.md").exists()
+
+
+def test_clip_which_denoises_nothing_stands_beside_diffdis():
+  """As in the paper's Table 1; two ways of denoising are still marked."""
+  how = {"steps": 1, "num_noise_samples": 1, "guidance": 1.0, "normalize_query": True}
+  of = {"diffdis": with_means(fabricated(12, seed=0, **how)), "clip": with_means(fabricated(12, seed=0))}
+  assert "†" not in tables.table(of)
+  marked = tables.table(of | {"four": with_means(fabricated(12, seed=0, **(how | {"num_noise_samples": 4})))})
+  assert "- zero_shot, dtd, num_noise_samples: diffdis: 1; clip: null; four: 4\n" in marked
+  assert "steps" not in marked
 
 
 def test_a_file_of_results_is_gone_on_from(tmp_path):

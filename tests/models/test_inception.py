@@ -42,7 +42,7 @@ def draw(size: tuple[int, int], n: int, seed: int = 0) -> np.ndarray:
 
 def make_extractor(params: dict[str, np.ndarray]) -> Extractor:
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-  return Extractor(params, mesh=mesh, batch_size=2)
+  return Extractor(params, kind="tensorflow", mesh=mesh, batch_size=2)
 
 
 @pytest.fixture(scope="module")

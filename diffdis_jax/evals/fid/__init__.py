@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from diffdis_jax.common import buckets
 from diffdis_jax.common.progress import Progress
-from diffdis_jax.config.section import field, number
+from diffdis_jax.config.section import choice, field, number
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
@@ -48,6 +48,7 @@ class Fid(base.Evaluation):
   num_images: int | None = number(
     None, ge=2, help="images to generate; by default 30,000, or as many as there are captions"
   )
+  resize: str = choice("tensorflow", inception_features.KINDS, help="resizing to Inception's input")
   reference: str = field("", help=".npz of the real images' statistics, which is made where there is none yet")
 
   def open(self) -> None:
@@ -64,7 +65,7 @@ class Fid(base.Evaluation):
       "weights_sha256": self.weights.sha256,
       "inception_sha256": self.weights.file_sha256,
       "inception_published": self.weights.published,
-      "resize": "tensorflow",
+      "resize": self.resize,
     }
     self._open_reference()
     self._tokenizer = functools.cache(Tokenizer)
@@ -144,6 +145,7 @@ class Fid(base.Evaluation):
   def _compile(self, inference: Any) -> Extract:
     return inception_features.Extractor(
       self.weights.params,
+      kind=self.resize,
       mesh=inference.mesh,
       batch_size=min(inference.batch_size, len(self.prompts)),
       after_batch=inference.after_batch,

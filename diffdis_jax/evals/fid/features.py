@@ -1,11 +1,13 @@
-"""Inception's features of images, on the devices that generate them, and the resize to its 299 x 299 pixels.
+"""Inception's features of images, on the devices that generate them, and the resizes to its 299 x 299 pixels.
 
-The resize is what the network's own graph does, and torch-fidelity's default. It gives values of 0 to 255, of which the
-network sees (value - 128) / 128.
+Two conventions of resizing are in use, and statistics by one do not compare with the other's: "tensorflow" is what the
+network's own graph does, and torch-fidelity's default; "clean" is clean-fid's. Both give values of 0 to 255, of which
+the network sees (value - 128) / 128.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
 from diffdis_jax.common.params import merge
@@ -21,12 +23,15 @@ from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.models.inception import SIDE
 from diffdis_jax.parallel import batches, programs, sharding
 
+KINDS = ("tensorflow", "clean")
+
 
 class Extractor:
-  """The network with its weights and the resize, compiled. Images of one size compile the resize alone.
+  """The network with its weights and one of the resizes, compiled. Images of one size compile the resize alone.
 
   Args:
     params: of the network, by path, on the host.
+    kind: of the resize, one of KINDS.
     mesh: devices that share the rows of a call; each has all of the weights.
     batch_size, after_batch: as `batches.Batches` takes them.
   """
@@ -35,10 +40,12 @@ class Extractor:
     self,
     params: Mapping[str, Float[np.ndarray, "..."]],
     *,
+    kind: str,
     mesh: Mesh,
     batch_size: int | None = None,
     after_batch: Callable[[], None] = lambda: None,
   ):
+    self._kind = kind
     self._batched = batches.Batches(mesh, batch_size, after_batch)
     # On every device: the network is small, and sharded weights would be gathered for each batch.
     self._params = sharding.replicated(params, mesh)
@@ -49,12 +56,27 @@ class Extractor:
 
   def __call__(self, images: UInt8[np.ndarray, "n h w 3"] | Any) -> Float[np.ndarray, "n 2048"]:
     """Return the features of FID, of images or of what gives images by `[places]`, as `base.Images` does."""
-    return self._batched(lambda x: self._network(self._params, self._normalise(x)), images)
+    # clean-fid resizes by PIL, which runs on the host. TensorFlow's resize is a few gathers, on the device.
+    shown = _Clean(images) if self._kind == "clean" else images
+    return self._batched(lambda x: self._network(self._params, self._normalise(x)), shown)
 
 
-def to_input(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
-  """Return what the network sees of images."""
-  return (tensorflow(images) - 128) / 128
+@dataclasses.dataclass(frozen=True)
+class _Clean:
+  """Images, resized on the host when they are asked for: each process resizes its own rows alone."""
+
+  images: UInt8[np.ndarray, "n h w 3"] | Any
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, places: Int[np.ndarray, " b"]) -> Float[np.ndarray, "b 299 299 3"]:
+    return clean(self.images[places])
+
+
+def to_input(images: UInt8[Array, "b h w 3"] | Float[Array, "b 299 299 3"]) -> Float[Array, "b 299 299 3"]:
+  """Return what the network sees of images: of bytes by TensorFlow's resize, of floats as they are."""
+  return ((tensorflow(images) if images.dtype == jnp.uint8 else images) - 128) / 128
 
 
 def tensorflow(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
@@ -74,6 +96,20 @@ def tensorflow(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
 
   # Columns first, then rows, each rounded to f32: the other order gives other last bits.
   return along(along(images.astype(jnp.float32), 2), 1)
+
+
+def clean(images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b 299 299 3"]:
+  """Resize by PIL, bicubic and antialiased, each channel in f32, cut to 0 to 255, on the host.
+
+  Source: clean-fid, resize.py.
+  """
+
+  def to_side(channel: UInt8[np.ndarray, "h w"]) -> Float[np.ndarray, "299 299"]:
+    # In f32, since PIL rounds what it resizes in bytes, which is what clean-fid is there to avoid.
+    return np.asarray(Image.fromarray(channel.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+  resized = [np.stack([to_side(image[..., i]) for i in range(3)], axis=-1) for image in images]
+  return np.stack(resized).clip(0, 255)
 
 
 def square(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:

@@ -34,10 +34,22 @@ def test_tensorflows_resize_is_torch_fidelitys(size):
 
 def test_the_input_is_torch_fidelitys():
   values = np.arange(256, dtype=np.float32)
-  x = np.broadcast_to(np.resize(values, 299)[:, None, None], (1, 299, 299, 3)).astype(np.uint8)
+  x = np.broadcast_to(np.resize(values, 299)[:, None, None], (1, 299, 299, 3))
   found = np.asarray(resize.to_input(jnp.asarray(x)))
   np.testing.assert_array_equal(found[0, :256, 0, 0], (values - 128) / 128)
   assert np.abs(found[0, :256, 0, 0] - (values / 127.5 - 1)).max() > 1e-3
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_clean_is_bicubic_and_antialiased_without_rounding(size):
+  images = draw(size)
+  found = resize.clean(images)
+  how = dict(mode="bicubic", antialias=True)  # torch's kernel is PIL's where it is antialiased
+  expected = torch.nn.functional.interpolate(channels_first(images), (299, 299), **how).clamp(0, 255).numpy()
+  np.testing.assert_allclose(found.transpose(0, 3, 1, 2), expected, atol=0.01)
+  assert found.dtype == np.float32 and found.min() >= 0 and found.max() <= 255
+  if size != (299, 299):
+    assert (found != np.rint(found)).mean() > 0.5
 
 
 def test_real_images_are_cut_to_their_middle():
@@ -46,4 +58,5 @@ def test_real_images_are_cut_to_their_middle():
   square = resize.square(Image.fromarray(image), 20)
   assert square.shape == (20, 20, 3) and (square == 200).all()
   image = draw((33, 20), 1)[0]
-  np.testing.assert_array_equal(resize.square(Image.fromarray(image), 20), image[6:26])
+  square = resize.square(Image.fromarray(image), 20)
+  np.testing.assert_array_equal(square, image[6:26])

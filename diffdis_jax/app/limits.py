@@ -1,0 +1,119 @@
+"""Checks of what a request sends: uploads, texts, numbers and its time. Neither jax nor Gradio is imported here."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import UInt8
+
+from diffdis_jax.config.section import check_number
+from diffdis_jax.data import image_files, records
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import prompts
+
+T = TypeVar("T")
+DECODING = 5  # seconds of computing that an image may take
+MOST_CHARACTERS = 500  # of a prompt, a class name or a template
+MOST_NAMES = 200  # class names of a request
+MOST_MEGAPIXELS = 25  # of an uploaded image; decoded, a pixel takes up to 4 bytes
+
+
+# It runs in a process of its own, which the kernel ends after so many seconds of computing: no thread can be ended.
+_DECODER = """
+import math, resource, sys
+from diffdis_jax.data import records, transforms
+used = math.ceil(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+resource.setrlimit(resource.RLIMIT_CPU, (used + int(sys.argv[2]),) * 2)
+try:
+  image = transforms.resize(records.read_image(sys.stdin.buffer.read()), int(sys.argv[1]))
+except records.Unusable as error:
+  sys.exit(str(error))
+sys.stdout.buffer.write(image.convert("RGB").tobytes())
+"""
+
+
+def read_square(path: str | os.PathLike[str] | None, side: int) -> UInt8[np.ndarray, "s s 3"]:
+  """Return an uploaded image's upright central square, as evaluations cut it.
+
+  Raises:
+    UserError: no file, too many pixels, one that shows no image, or that takes too long to decode.
+  """
+  if path is None:
+    raise UserError("there is no image yet; upload one, or pick one where some are shown")
+  try:
+    data = pathlib.Path(path).read_bytes()
+  except FileNotFoundError as error:  # deleted while its request waited
+    raise UserError("the upload has been deleted; upload it again") from error
+  if not data:
+    raise UserError("the file is empty; upload an image, such as a PNG or a JPEG")
+  most = f"at most {MOST_MEGAPIXELS} million"
+  # Pixels are counted before decoding: a file of some kB can decode to gigabytes (a decompression bomb).
+  try:
+    header = records.read_header(data)
+  except records.Unusable as error:
+    formats = f"{', '.join(image_files.FORMATS[:-1])} or {image_files.FORMATS[-1]}"
+    raise UserError(f"the file shows no image that can be read: {error}; {most} pixels of {formats} can be") from error
+  if header.width * header.height > MOST_MEGAPIXELS * 1e6:
+    raise UserError(f"the image has {header.width:,} x {header.height:,} pixels; {most} can be")
+  command = [sys.executable, "-c", _DECODER, str(side), str(DECODING)]
+  done = subprocess.run(command, input=data, capture_output=True)
+  if done.returncode == 1:
+    reason = done.stderr.decode(errors="replace").strip().splitlines()[-1]
+    raise UserError(f"the file cannot be used: {reason}; upload an image, such as a PNG or a JPEG")
+  if done.returncode:
+    raise UserError(f"the image takes more than {DECODING} s to decode; save it again, such as a plain PNG or JPEG")
+  return np.frombuffer(done.stdout, np.uint8).reshape(side, side, 3)
+
+
+def read_text(text: str | None, what: str) -> str:
+  """Return the text without surrounding white space; `what` names it. Raises UserError: none, or too long."""
+  text = (text or "").strip()
+  if not text:
+    raise UserError(f"there is no {what} yet; type one")
+  if len(text) > MOST_CHARACTERS:
+    raise UserError(f"the {what} has {len(text):,} characters; at most {MOST_CHARACTERS} are read")
+  return text
+
+
+def read_names(text: str | None) -> tuple[str, ...]:
+  """Split class names, between commas or on lines. Raises UserError: too few, too many, one twice, or one too long."""
+  names = tuple(name.strip() for name in re.split(r"[,\n]", text or "") if name.strip())
+  if not 2 <= len(names) <= MOST_NAMES:
+    raise UserError(f"there are {len(names)} class names; type 2 to {MOST_NAMES}, with commas between them")
+  for name in names:
+    read_text(name, "class name")
+  # Names that differ in case alone have one text query, and would halve each other's share.
+  if repeated := prompts.repeated_names([prompts.comparable(name) for name in names]):
+    raise UserError(f"class names occur more than once: {prompts.listed(repeated)}; type each once")
+  return names
+
+
+def read_template(text: str | None) -> str:
+  """Return a prompt template. Raises UserError: none, too long, or without a place for the class name."""
+  return prompts.resolve_templates((read_text(text, "template"),))[0]
+
+
+def read_whole(name: str, value: Any, *, at_least: int, at_most: int) -> int:
+  """Return the number of a slider or a field. Raises UserError: no whole number, or out of its range."""
+  check_number(name, value, ge=at_least, le=at_most)
+  if value != int(value):  # Gradio sends 3.0 for 3
+    raise UserError(f"{name} is {value}; it must be a whole number")
+  return int(value)
+
+
+def within(seconds: float, items: Iterable[T]) -> Iterator[T]:
+  """Yield the items for as long as there is time. Raises UserError once that is over."""
+  end = time.monotonic() + seconds
+  for item in items:
+    yield item
+    # Between items: a step that is under way cannot be stopped, and its result is shown.
+    if time.monotonic() > end:
+      raise UserError(f"this took longer than {seconds:g} s and was stopped; take fewer steps, noise samples or names")
