@@ -86,9 +86,14 @@ class Folder:
     return self.path / "logs" / f"{run.name}.log"
 
   def config(self, run: Run) -> dict[str, Any]:
-    """Return the config of a run's training. Its `init_from` is the workdir of what it starts from, if there is one."""
+    """Return the config of a run's training. Its `init_from` is the workdir of what it starts from, if there is one; in
+    a run that has a checkpoint it is the one from which the run began, since the folder may have moved."""
+    if run.start is None:
+      return run.config
     # Not in the plan's config: a path would make the run's hash, and so its name, depend on the folder.
-    return run.config | ({"init_from": self.workdir(run.start)} if run.start else {})
+    path = buckets.path(self.workdir(run))
+    began = files.read_object(path / "config.json").get("init_from") if workdir.latest_step(path) else None
+    return run.config | {"init_from": began or self.workdir(run.start)}
 
   def read(self, run: Run) -> Results | None:
     """Return its results, if every evaluation has one. Raises UserError: the file holds something else."""
