@@ -81,8 +81,7 @@ def push_weights(run: str, repo: str, out: str | None = None, *, private: bool =
     out: folder, absent or empty, that keeps the files; None keeps none.
     private: whether a repository that has to be made is private.
 
-  Raises:
-    UserError: as `export_weights`; or no token, no network, or the hub refuses it.
+  Raises UserError: as `export_weights`; or no token, no network, or the hub refuses it.
   """
   hub.check_token(repo)  # first: a missing token shows before the export
   with files.temporary_folder("diffdis-push") as temporary:
@@ -106,8 +105,7 @@ def export_weights(
     dtype: of the files, a key of to_torch.DTYPES.
     repo: `ORG/NAME` on the hub, for the model card.
 
-  Raises:
-    UserError: no such checkpoint, a CLIP that their libraries cannot hold, or `out` cannot be written.
+  Raises UserError: no such checkpoint, a CLIP that their libraries cannot hold, or `out` cannot be written.
   """
   # Whatever can be refused is, before gigabytes are read.
   if out.endswith((".ckpt", ".pt", ".pth", ".bin", one_file.SUFFIX)):

@@ -9,11 +9,10 @@ with each file's prompt and the sampling settings.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import shlex
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,7 +85,7 @@ def generate(
   batch_size: int = BATCH_SIZE,
   **protocol: Any,
 ) -> None:
-  """Generate images of the prompts and write the folder `out`.
+  """Generate images of the prompts and write the folder `out`, whole or not at all.
 
   Args:
     run: a workdir.
@@ -119,9 +118,19 @@ def generate(
     return
   start = {"noise": noise} if noise else {"seed": seed}
   how = {**model.generation_protocol, **start, "checkpoint": step, "ema": ema}
+  names = [f"{i:05d}.png" for i in range(count)]
+  listed = [{"file": name, "prompt": prompt} for name, prompt in zip(names, prompts, strict=True)]
   columns = num_images if 1 < num_images <= MOST_COLUMNS else COLUMNS  # a prompt a row, where a row can hold it
-  write(folder, images, prompts, protocol=how, columns=columns)
-  logging.info("images in %s: %d; side by side: %s", out, len(prompts), folder / "grid.png")
+  with files.whole_folder(folder) as temporary:
+    first = []
+    for name, image in zip(names, images, strict=True):  # each is written as it comes
+      Image.fromarray(image).save(temporary / name)
+      if len(first) < GRID:
+        first.append(image)
+    samples.save_grid(np.stack(first), prompts[: len(first)], temporary / "grid.png", columns=columns)
+    text = json.dumps({"protocol": how, "images": listed}, indent=2, ensure_ascii=False)
+    (temporary / "prompts.json").write_text(f"{text}\n", encoding="utf-8")
+  logging.info("images in %s: %d; side by side: %s", out, count, folder / "grid.png")
   logging.info("in a browser: diffdis app --workdir=%s", shlex.quote(run))
 
 
@@ -169,30 +178,6 @@ def read_noise(file: str) -> Float32[np.ndarray, "..."]:
     return np.asarray(noise, np.float32)
   except (OSError, ValueError, TypeError, AttributeError, EOFError, OverflowError) as error:
     raise UserError(f"cannot read --noise={file}: {error}; it should be an .npy file, [n, h, w, c]") from error
-
-
-def write(
-  out: str | os.PathLike[str],
-  images: Iterable[UInt8[np.ndarray, "h w 3"]],
-  prompts: Sequence[str],
-  *,
-  protocol: dict[str, Any],
-  columns: int = COLUMNS,
-) -> None:
-  """Write the folder, whole or not at all, each image as it comes. Raises UserError: it cannot be written."""
-  names = [f"{i:05d}.png" for i in range(len(prompts))]
-  manifest = {
-    "protocol": protocol,
-    "images": [{"file": name, "prompt": prompt} for name, prompt in zip(names, prompts, strict=True)],
-  }
-  with files.whole_folder(out) as temporary:
-    first = []
-    for name, image in zip(names, images, strict=True):
-      Image.fromarray(image).save(temporary / name)
-      if len(first) < GRID:
-        first.append(image)
-    samples.save_grid(np.stack(first), prompts[: len(first)], temporary / "grid.png", columns=columns)
-    (temporary / "prompts.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,6 @@ def compiled_functions(network: Network, how: Sampling) -> dict[str, Callable[..
     "class logits": class_logits,
     "generation": generate,
     "moments": moments,
-    "reconstruction": lambda model, images: model.decode_image(model.encode_image(images)),
   }
 
 
@@ -206,11 +205,9 @@ class Inference:
 
     Raises UserError: CLIP, which has no autoencoder, or images as `embed_images` refuses them.
     """
-    return self._run("moments", params, self._latent_images(images))
-
-  def reconstruct(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
-    """Send images through the autoencoder, by the posterior's mode. Raises as `moments`."""
-    return self._run("reconstruction", params, self._latent_images(images))
+    if self.network.is_clip:
+      raise UserError("this run is a CLIP model, which encodes no latents; take a run of DiffDis")
+    return self._run("moments", params, self._images(images))
 
   def conditions(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> BFloat16[np.ndarray, "n l d"]:
     """Return the text condition c of every token. Raises as `embed_texts`."""
@@ -264,12 +261,6 @@ class Inference:
       raise UserError(f"tokens {what}; give (n, {n}), as data.tokenizer.Tokenizer({n}) makes them of a list of texts")
     return tokens
 
-  def _latent_images(self, images: Any) -> Any:
-    """Return images. Raise UserError: CLIP, which has no autoencoder, or as `_images`."""
-    if self.network.is_clip:
-      raise UserError("this run is a CLIP model, which encodes no latents; take a run of DiffDis")
-    return self._images(images)
-
   def _images(self, images: Any) -> Any:
     """Return images. Raise UserError for numbers of 0 to 1, which would be black, and for another size, which many
     networks embed badly. What decodes its rows when they are asked for has no dtype, and passes."""
@@ -313,9 +304,8 @@ def load(
     batch_size, mesh: as `Inference` takes them.
     sampling: fields of Sampling that replace the run's own.
 
-  Raises:
-    UserError: no run or no checkpoint there, one that does not fit its config, an image size that the network cannot
-      take, or fields of Sampling for CLIP.
+  Raises UserError: no run or no checkpoint there, one that does not fit its config, an image size that the network
+  cannot take, or fields of Sampling for CLIP.
   """
   # From the network's shapes to its parameters in this order: nothing is allocated before the config has been checked.
   run = run_config.load(path)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffdis_jax.ablate import tables
-from diffdis_jax.ablate.tables import Column, percent
 from diffdis_jax.config import model
 from diffdis_jax.config.objectives import ALIGNED, GENERATIVE
 from diffdis_jax.data import sources
@@ -18,20 +17,22 @@ from replication.convolutional import LEVELS, ConvolutionalEncoder
 from replication.generation_accuracy import GenerationAccuracy
 from replication.hog import Hog
 
+of_shapes = tables.TITLES_OF["generation_accuracy"]
 
-def of_choice(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Return the columns of accuracy among a caption and its four negatives."""
+
+def of_choice(name: str, section: Mapping[str, Any]) -> dict[str, str]:
+  """Return the title of accuracy among a caption and its four negatives."""
   del section
-  return [percent("choice", name, "acc1", f"choice of five, {name}")]
+  return {"acc1": f"choice of five, {name} ↑"}
 
 
-def of_generated_images(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Return the columns of generated images; for scenes also the share of the five attributes that are right."""
-  found = tables.of_generated_images(name, section)
-  if section.get("data", {}).get("name") == "scenes":
-    title = f"generated images, {name}, of five attributes"
-    found.append(percent("generation_accuracy", name, "acc1_attributes", title))
-  return found
+def of_generated_images(name: str, section: Mapping[str, Any]) -> dict[str, str]:
+  """Return the titles of generated images; for scenes also of the share of the five attributes that are right."""
+  if "data" not in section:
+    return of_shapes(name, section)
+  title = f"generated images, {name}"
+  attributes = {"acc1_attributes": f"{title}, of five attributes ↑"} if section["data"].get("name") == "scenes" else {}
+  return {"acc1": f"{title} ↑", **attributes}
 
 
 def add() -> None:
@@ -41,4 +42,4 @@ def add() -> None:
   TASKS["choice"] = Task(Choice, ALIGNED)
   TASKS["hog"] = Task(Hog, (), compares=False)
   TASKS["generation_accuracy"] = Task(GenerationAccuracy, GENERATIVE, generates=True)
-  tables.COLUMNS_OF.update(generation_accuracy=of_generated_images, choice=of_choice)
+  tables.TITLES_OF.update(generation_accuracy=of_generated_images, choice=of_choice)

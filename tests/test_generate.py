@@ -183,13 +183,13 @@ def test_a_folder_in_use_is_left_alone(model, tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
 
 
-def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
+def test_nothing_is_left_when_writing_fails(model, tmp_path, monkeypatch):
   def full(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(generate.samples, "save_grid", full)
   with pytest.raises(OSError, match="No space left"):
-    generate.write(tmp_path / "out", np.zeros((1, 8, 8, 3), np.uint8), ["a star"], protocol={})
+    generate.generate("run", ["a star"], str(tmp_path / "out"))
   assert not list(tmp_path.iterdir())
 
 

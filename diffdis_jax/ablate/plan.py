@@ -87,9 +87,8 @@ def make(
     seeds: of every row.
     own_starts: each seed has an autoencoder of its own; else one serves all.
 
-  Raises:
-    UserError: the base has none of the evaluations that the rows' objectives need for a column; it lacks a field that a
-      row changes; or a seed is given twice.
+  Raises UserError: the base has none of the evaluations that the rows' objectives need for a column; it lacks a field
+  that a row changes; or a seed is given twice.
   """
   if not seeds or len(set(seeds)) < len(seeds):
     raise UserError(f"--seeds={','.join(map(str, seeds))} should be different numbers, such as 0,1,2")
@@ -106,7 +105,7 @@ def make(
   if not tables.measured(tables.columns_of(base["evals"]), (run.evals for run in known.values())):
     raise UserError(
       f"of the base's evaluations, {', '.join(base['evals']) or 'none'}, these rows measure none that has a column in a"
-      f" table; columns are of {', '.join((*tables.COLUMNS_OF, 'retrieval'))}"
+      f" table; columns are of {', '.join((*tables.TITLES_OF, 'retrieval'))}"
     )
   # `sorted` is stable: starts first, and all others in the order above.
   order = lambda run: (seeds.index(run.config["seed"]) if own_starts else 0, run.depth)

@@ -250,8 +250,7 @@ def run_all(plan: Plan, folder: Folder, command: Callable[[int], list[str]]) -> 
   One that fails is reported, and the others continue. `command` is that of a run's process, by its number. Return 0, or
   the exit code for runs that failed: 2 if each of them had bad input, else 1.
 
-  Raises:
-    Preempted: SIGTERM or, as Interrupted, Ctrl-C came, to this process or to a run's, which has saved and ended.
+  Raises Preempted: SIGTERM or, as Interrupted, Ctrl-C came, to this process or to a run's, which has saved and ended.
   """
   failed: dict[str, int] = {}
   states = {run: folder.state(run) for run in plan.runs}
@@ -279,8 +278,7 @@ def run_all(plan: Plan, folder: Folder, command: Callable[[int], list[str]]) -> 
 def call(command: Sequence[str], log: epath.Path) -> int:
   """Return the exit code of a process, whose output is appended to the file `log`.
 
-  Raises:
-    Preempted: it was stopped, or this process was, and it has saved; Interrupted, if by Ctrl-C.
+  Raises Preempted: it was stopped, or this process was, and it has saved; Interrupted, if by Ctrl-C.
   """
   with buckets.appended(log) as out:
     # Without a standard input: a run does not read a terminal.

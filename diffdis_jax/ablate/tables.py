@@ -23,7 +23,7 @@ from diffdis_jax.evals.results import Results
 GAMMA, SCHEDULE, TARGET = "text_diffusion.gamma", "text_diffusion.schedule", "text_diffusion.target"
 PAPER_METRICS = {"fid": "FID ↓", "imagenet/acc1": "ImageNet top-1 ↑", "recall@1": "mean R@1 ↑"}
 """What the paper's tables report: FID on MSCOCO, zero-shot top-1 in per cent, mean R@1 of MSCOCO and Flickr30k in per
-cent. The keys are the columns' names, as `columns.columns_of` gives them."""
+cent. The keys are the columns' names, as `columns_of` gives them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,8 +129,7 @@ def grid(text: str, base: Mapping[str, Any]) -> Table:
     base: the config of whose fields these are. Its own combination, if it is among them, is the base row; else the
       first one is.
 
-  Raises:
-    UserError: no such field, no value, one of another type or twice, or `seed`.
+  Raises UserError: no such field, no value, one of another type or twice, or `seed`.
   """
   axes: dict[str, list[Any]] = {}
   for entry in filter(None, (part.strip() for part in text.split(";"))):
@@ -160,8 +159,7 @@ def shown(value: Any) -> str:
 def field_of(config: Mapping[str, Any], field: str) -> Any:
   """Return the value of a field, or its section, by its dotted path.
 
-  Raises:
-    UserError: the config has none of this name; the message says which is near.
+  Raises UserError: the config has none of this name; the message says which is near.
   """
   guesses.check_key(config, field)
   value: Any = config
@@ -241,72 +239,47 @@ class Column:
 
 
 def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
-  """Return the columns of a config's `evals`, task by task in the order of COLUMNS_OF, and then R@1.
+  """Return the columns of a config's `evals`, task by task in the order of TITLES_OF, and then R@1.
 
   With a set `coco` and a set `flickr` of retrieval, as in the paper, the mean of their four R@1 is one column. R@1 of
   any other set is the mean of both ways.
   """
   found: list[Column] = []
-  for task, make in COLUMNS_OF.items():
+  for task, titles_of in TITLES_OF.items():
     for name, section in evaluations.items():
-      if section["task"] == task:
-        found += make(name, section)
+      for metric, title in titles_of(name, section).items() if section["task"] == task else ():
+        # FID is the paper's where the set is named as the task, and of no fewer than FEW images.
+        is_papers = name == metric == "fid" and (section.get("num_images") or FEW) >= FEW
+        column, cells = "fid" if is_papers else f"{name}/{metric}", ((task, name, metric),)
+        found.append(Column(name=column, title=title, cells=cells, scale=1.0 if metric == "fid" else 100.0))
   retrieval = [name for name, section in evaluations.items() if section["task"] == "retrieval"]
   paper = [name for name in ("coco", "flickr") if name in retrieval]
+  cells_of = lambda *names: tuple(("retrieval", name, metric) for name in names for metric in RECALL)
   # Both or neither: over one of them the mean would not be the paper's.
   if len(paper) == 2:
-    cells = tuple(("retrieval", name, metric) for name in paper for metric in RECALL)
-    found.append(Column(name="recall@1", title="mean R@1 ↑", cells=cells, scale=100.0))
+    found.append(Column(name="recall@1", title="mean R@1 ↑", cells=cells_of(*paper), scale=100.0))
   for name in retrieval:
     if len(paper) < 2 or name not in paper:
-      cells = tuple(("retrieval", name, metric) for metric in RECALL)
       title = f"R@1 {name.removesuffix('_retrieval')} ↑"
-      found.append(Column(name=f"{name}/recall@1", title=title, cells=cells, scale=100.0))
+      found.append(Column(name=f"{name}/recall@1", title=title, cells=cells_of(name), scale=100.0))
   return tuple(found)
 
 
-def of_generated_images(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Return the columns of generated images. Rendered shapes have a figure for pairs that training never saw."""
-  titles = {"acc1": name} if "data" in section else {"acc1_seen": "seen pairs", "acc1_unseen": "unseen pairs"}
-  return [
-    percent("generation_accuracy", name, metric, f"generated images, {title}") for metric, title in titles.items()
-  ]
+def of_zero_shot(name: str, section: Mapping[str, Any]) -> dict[str, str]:
+  """Return the titles of top-1, and of that of seen classes where there is a split of them."""
+  title = "ImageNet top-1" if name == "imagenet" else f"top-1 {name}"
+  seen = {"acc1_seen": f"top-1 {name}, seen classes ↑"} if section.get("seen_split") else {}
+  return {"acc1": f"{title} ↑", **seen}
 
 
-def of_fid(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Return the paper's column, which is that of a set named as its task, of no fewer than FEW images."""
-  count = section.get("num_images")
-  is_papers = name == "fid" and (count is None or count >= FEW)
-  column = "fid" if is_papers else f"{name}/fid"
-  return [Column(name=column, title="FID ↓", cells=(("fid", name, "fid"),), scale=1.0)]
-
-
-def of_zero_shot(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Return top-1, and that of seen classes where there is a split of them."""
-  found = [percent("zero_shot", name, "acc1", "ImageNet top-1" if name == "imagenet" else f"top-1 {name}")]
-  if section.get("seen_split"):
-    found.append(percent("zero_shot", name, "acc1_seen", f"top-1 {name}, seen classes"))
-  return found
-
-
-def of_long_tail(name: str, section: Mapping[str, Any]) -> list[Column]:
-  """Return the accuracy on all classes and on the low ones."""
-  del section
-  found = percent("long_tail", name, "acc", f"accuracy {name}")
-  return [found, percent("long_tail", name, "acc_low", f"accuracy {name}, low classes")]
-
-
-def percent(task: str, name: str, metric: str, title: str) -> Column:
-  """Return the column of a share, in per cent."""
-  return Column(name=f"{name}/{metric}", title=f"{title} ↑", cells=((task, name, metric),), scale=100.0)
-
-
-# Task -> the columns of one of its data sets, by its name and section.
-COLUMNS_OF: dict[str, Callable[[str, Mapping[str, Any]], list[Column]]] = {
-  "generation_accuracy": of_generated_images,
-  "fid": of_fid,
+# Task -> the columns of one of its data sets, by its name and section: metric -> title. All but FID are in per cent.
+TITLES_OF: dict[str, Callable[[str, Mapping[str, Any]], dict[str, str]]] = {
+  "generation_accuracy": lambda name, section: {
+    f"acc1_{pairs}": f"generated images, {pairs} pairs ↑" for pairs in ("seen", "unseen")
+  },
+  "fid": lambda name, section: {"fid": "FID ↓"},
   "zero_shot": of_zero_shot,
-  "long_tail": of_long_tail,
+  "long_tail": lambda name, section: {"acc": f"accuracy {name} ↑", "acc_low": f"accuracy {name}, low classes ↑"},
 }
 
 

@@ -1,4 +1,4 @@
-"""Serves a local web page to generate, classify and search, and to look inside a run.
+"""Serves a local web page to generate, classify and search.
 
   diffdis app --workdir=runs/demo/diffdis
 
@@ -103,8 +103,7 @@ def open_data(
   """Open what is searched: the folder, or else the first data set whose images the run's config measures; None without
   either.
 
-  Raises:
-    UserError: no such folder or split.
+  Raises UserError: no such folder or split.
   """
   if bool(data) != bool(split):
     raise UserError("--data and --split go together: a folder written by prepare_data, and one of its splits")

@@ -1,32 +1,56 @@
-"""Answers the tabs' requests, as tuples of values for Gradio's components: first a line of text."""
+"""Answers the tabs' requests, as tuples of values for Gradio's components: first a line of text.
+
+What a request sends is checked here: uploads, texts, numbers, and the time that it takes.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from scipy import special
 
-from diffdis_jax.app.limits import read_names, read_square, read_template, read_text, read_whole, within
 from diffdis_jax.app.search import SEED, Index
-from diffdis_jax.app.step_sampler import Estimate, StepSampler
+from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.config.section import check_number
+from diffdis_jax.data import image_files, records
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts
 
-MOST_STEPS, MOST_INSIDE_STEPS = 200, 50
+MOST_STEPS = 200
 MOST_GUIDANCE = 30
 MOST_SEED = 2**31 - 1
-MOST_SAMPLES, MOST_INSIDE_SAMPLES = 64, 16
+DECODING = 5  # seconds of computing that an image may take
+MOST_CHARACTERS = 500  # of a prompt, a class name or a template
+MOST_NAMES = 200  # class names of a request
+MOST_MEGAPIXELS = 25  # of an uploaded image; decoded, a pixel takes up to 4 bytes
 FRAMES = 20  # shown of one image; decoding a latent costs about as much as a step
 FOUND = 12  # images of a search
-BEST = 6  # names of which `inside` shows the scores
 
+T = TypeVar("T")
 Path = str | os.PathLike[str] | None
 Captioned = tuple[np.ndarray, str]
+
+# It runs in a process of its own, which the kernel ends after so many seconds of computing: no thread can be ended.
+_DECODER = """
+import math, resource, sys
+from diffdis_jax.data import records, transforms
+used = math.ceil(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+resource.setrlimit(resource.RLIMIT_CPU, (used + int(sys.argv[2]),) * 2)
+try:
+  image = transforms.resize(records.read_image(sys.stdin.buffer.read()), int(sys.argv[1]))
+except records.Unusable as error:
+  sys.exit(str(error))
+sys.stdout.buffer.write(image.convert("RGB").tobytes())
+"""
 
 
 def generate(
@@ -56,33 +80,20 @@ def generate(
 
 
 def classify(
-  sampler: StepSampler, path: Path, names: str | None, template: str | None, samples: Any, seed: Any
+  sampler: StepSampler, path: Path, names: str | None, template: str | None, seed: Any
 ) -> Iterator[tuple[str, dict[str, float]]]:
-  """Yield a line and each name's share. Raises UserError: no usable image, a field out of its range, or no time."""
+  """Yield the likeliest name and each name's share, the softmax over τ ⟨ê_0, e⟩.
+
+  Raises UserError: no usable image, or a field out of its range.
+  """
   classes, filled = read_names(names), read_template(template)
-  whole_samples = read_whole("noise samples", samples, at_least=1, at_most=MOST_SAMPLES)
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
   square = read_square(path, sampler.network.image_size)
   texts = sampler.text_queries([prompts.fill(filled, name) for name in classes])
-  queries = sampler.image_queries(square, seed=whole_seed, num_noise_samples=whole_samples)
-  *_, last = within(sampler.seconds, queries)
-  yield guess(classes, texts, last, sampler.temperature)
-
-
-def guess(
-  names: Sequence[str], texts: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "k d"], temperature: float
-) -> tuple[str, dict[str, float]]:
-  """Return the softmax over τ ⟨ê_0, e⟩ of the query averaged over the noise samples, and how far these agree."""
-  mean = queries.mean(axis=0)
-  # τ is for unit vectors, and the mean of several is shorter.
-  share = special.softmax(temperature * (mean / np.linalg.norm(mean)) @ texts.T)
-  best, count = int(share.argmax()), len(queries)
-  line = f"{names[best]}: {share[best]:.1%}."
-  if count > 1:
-    alone = special.softmax(temperature * queries @ texts.T, axis=-1)
-    first, (low, high) = (alone.argmax(axis=1) == best).sum(), (alone[:, best].min(), alone[:, best].max())
-    line += f" Of {count} noise samples {first} have it first, with {low:.1%} to {high:.1%}."
-  return line, dict(zip(names, share.tolist(), strict=True))
+  query = sampler.embed_images(square[None], seed=whole_seed)[0]
+  shares = special.softmax(sampler.temperature * query @ texts.T)
+  best = int(shares.argmax())
+  yield f"{classes[best]}: {shares[best]:.1%}.", dict(zip(classes, shares.tolist(), strict=True))
 
 
 def search_text(sampler: StepSampler, index: Index, text: str | None) -> Iterator[tuple[str, list[Captioned]]]:
@@ -92,11 +103,8 @@ def search_text(sampler: StepSampler, index: Index, text: str | None) -> Iterato
 
 def search_image(sampler: StepSampler, index: Index, path: Path) -> Iterator[tuple[str, list[Captioned]]]:
   """Yield a line and the images nearest to an upload. Raises UserError: no usable image, or nothing embedded yet."""
-  square, count = read_square(path, sampler.network.image_size), sampler.model.sampling.num_noise_samples
-  *_, queries = within(sampler.seconds, sampler.image_queries(square, seed=SEED, num_noise_samples=count))
-  # As `Inference.embed_images` does for the images that are searched.
-  mean = queries.mean(axis=0)
-  yield _nearest(index, mean / np.linalg.norm(mean))
+  square = read_square(path, sampler.network.image_size)
+  yield _nearest(index, sampler.embed_images(square[None], seed=SEED)[0])
 
 
 def _nearest(index: Index, query: Float[np.ndarray, " d"]) -> tuple[str, list[Captioned]]:
@@ -104,34 +112,79 @@ def _nearest(index: Index, query: Float[np.ndarray, " d"]) -> tuple[str, list[Ca
   return index.state(), [(record.image, f"{record.name} ({score:.3f})") for record, score in records]
 
 
-def inside(
-  sampler: StepSampler,
-  path: Path,
-  names: str | None,
-  template: str | None,
-  steps: Any,
-  samples: Any,
-  seed: Any,
-) -> Iterator[tuple[str, pd.DataFrame]]:
-  """Yield a line and the best names' scores over the steps, after each step. Raises UserError: as `classify`."""
-  classes, filled = read_names(names), read_template(template)
-  whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_INSIDE_STEPS)
-  whole_samples = read_whole("noise samples", samples, at_least=1, at_most=MOST_INSIDE_SAMPLES)
-  whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
-  square = read_square(path, sampler.network.image_size)
-  texts, shown = sampler.text_queries([prompts.fill(filled, name) for name in classes]), []
-  estimates = sampler.estimates(square, seed=whole_seed, steps=whole_steps, num_noise_samples=whole_samples)
-  for estimate in within(sampler.seconds, estimates):
-    shown.append(estimate)
-    yield look(shown, classes, texts)
+def read_square(path: str | os.PathLike[str] | None, side: int) -> UInt8[np.ndarray, "s s 3"]:
+  """Return an uploaded image's upright central square, as evaluations cut it.
+
+  Raises UserError: no file, too many pixels, one that shows no image, or that takes too long to decode.
+  """
+  if path is None:
+    raise UserError("there is no image yet; upload one, or pick one where some are shown")
+  try:
+    data = pathlib.Path(path).read_bytes()
+  except FileNotFoundError as error:  # deleted while its request waited
+    raise UserError("the upload has been deleted; upload it again") from error
+  if not data:
+    raise UserError("the file is empty; upload an image, such as a PNG or a JPEG")
+  most = f"at most {MOST_MEGAPIXELS} million"
+  # Pixels are counted before decoding: a file of some kB can decode to gigabytes (a decompression bomb).
+  try:
+    header = records.read_header(data)
+  except records.Unusable as error:
+    formats = f"{', '.join(image_files.FORMATS[:-1])} or {image_files.FORMATS[-1]}"
+    raise UserError(f"the file shows no image that can be read: {error}; {most} pixels of {formats} can be") from error
+  if header.width * header.height > MOST_MEGAPIXELS * 1e6:
+    raise UserError(f"the image has {header.width:,} x {header.height:,} pixels; {most} can be")
+  command = [sys.executable, "-c", _DECODER, str(side), str(DECODING)]
+  done = subprocess.run(command, input=data, capture_output=True)
+  if done.returncode == 1:
+    reason = done.stderr.decode(errors="replace").strip().splitlines()[-1]
+    raise UserError(f"the file cannot be used: {reason}; upload an image, such as a PNG or a JPEG")
+  if done.returncode:
+    raise UserError(f"the image takes more than {DECODING} s to decode; save it again, such as a plain PNG or JPEG")
+  return np.frombuffer(done.stdout, np.uint8).reshape(side, side, 3)
 
 
-def look(
-  estimates: Sequence[Estimate], names: Sequence[str], texts: Float[np.ndarray, "n d"]
-) -> tuple[str, pd.DataFrame]:
-  """Return a line and the mean scores ⟨ê_0, e⟩ of the names that are best after the last step."""
-  last, scores = estimates[-1], np.stack([estimate.queries.mean(axis=0) for estimate in estimates]) @ texts.T
-  best = [int(i) for i in np.argsort(-scores[-1], kind="stable")[:BEST]]
-  rows = [(each.step, names[i], float(scores[s, i])) for s, each in enumerate(estimates) for i in best]
-  line = f"Step {last.step} of {last.steps}, t = {last.t}: {names[best[0]]}, {scores[-1, best[0]]:.3f}."
-  return line, pd.DataFrame(rows, columns=["step", "name", "score"])
+def read_text(text: str | None, what: str) -> str:
+  """Return the text without surrounding white space; `what` names it. Raises UserError: none, or too long."""
+  text = (text or "").strip()
+  if not text:
+    raise UserError(f"there is no {what} yet; type one")
+  if len(text) > MOST_CHARACTERS:
+    raise UserError(f"the {what} has {len(text):,} characters; at most {MOST_CHARACTERS} are read")
+  return text
+
+
+def read_names(text: str | None) -> tuple[str, ...]:
+  """Split class names, between commas or on lines. Raises UserError: too few, too many, one twice, or one too long."""
+  names = tuple(name.strip() for name in re.split(r"[,\n]", text or "") if name.strip())
+  if not 2 <= len(names) <= MOST_NAMES:
+    raise UserError(f"there are {len(names)} class names; type 2 to {MOST_NAMES}, with commas between them")
+  for name in names:
+    read_text(name, "class name")
+  # Names that differ in case alone have one text query, and would halve each other's share.
+  if repeated := prompts.repeated_names([prompts.comparable(name) for name in names]):
+    raise UserError(f"class names occur more than once: {prompts.listed(repeated)}; type each once")
+  return names
+
+
+def read_template(text: str | None) -> str:
+  """Return a prompt template. Raises UserError: none, too long, or without a place for the class name."""
+  return prompts.resolve_templates((read_text(text, "template"),))[0]
+
+
+def read_whole(name: str, value: Any, *, at_least: int, at_most: int) -> int:
+  """Return the number of a slider or a field. Raises UserError: no whole number, or out of its range."""
+  check_number(name, value, ge=at_least, le=at_most)
+  if value != int(value):  # Gradio sends 3.0 for 3
+    raise UserError(f"{name} is {value}; it must be a whole number")
+  return int(value)
+
+
+def within(seconds: float, items: Iterable[T]) -> Iterator[T]:
+  """Yield the items for as long as there is time. Raises UserError once that is over."""
+  end = time.monotonic() + seconds
+  for item in items:
+    yield item
+    # Between items: a step that is under way cannot be stopped, and its result is shown.
+    if time.monotonic() > end:
+      raise UserError(f"this took longer than {seconds:g} s and was stopped; take fewer steps")

@@ -15,7 +15,7 @@ from gradio import themes
 from gradio_client import utils as client_utils
 
 from diffdis_jax.app import answers, search
-from diffdis_jax.app.limits import MOST_CHARACTERS, MOST_NAMES
+from diffdis_jax.app.answers import MOST_CHARACTERS, MOST_NAMES
 from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
@@ -80,7 +80,7 @@ class _Tabs:
     how, text = self._run.inference, [*self._run.sample_prompts, "a red star"][0]
     prompt = gr.Textbox(text, label="Prompt", max_length=MOST_CHARACTERS)
     with gr.Row():
-      steps = self._slider("Steps", answers.MOST_STEPS, min(how.generation_steps, answers.MOST_STEPS))
+      steps = gr.Slider(1, answers.MOST_STEPS, min(how.generation_steps, answers.MOST_STEPS), step=1, label="Steps")
       most = answers.MOST_GUIDANCE
       scale = gr.Slider(0, most, min(how.generation_guidance, most), step=0.5, label="Guidance")
       seed = self._seed()
@@ -93,11 +93,10 @@ class _Tabs:
       image = self._image("classify")
       with gr.Column(scale=3, min_width=300):
         names, template = self._names(), self._template()
-        with gr.Row(visible=not self._sampler.network.is_clip):
-          samples, seed = self._slider("Noise samples", answers.MOST_SAMPLES, 8), self._seed()
+        seed = self._seed()
         button = gr.Button("Classify", variant="primary", elem_id="classify-button")
         outputs = [self._line("classify"), gr.Label(label="Shares", num_top_classes=12, elem_id="classify-answer")]
-    self._ask(button, answers.classify, [image, names, template, samples, seed], outputs, name="classify")
+    self._ask(button, answers.classify, [image, names, template, seed], outputs, name="classify")
 
   def search(self) -> None:
     with gr.Row():
@@ -110,19 +109,6 @@ class _Tabs:
         outputs = [self._line("search"), self._gallery("Nearest first", 4)]
     self._ask(by_text, answers.search_text, [text], outputs, self._index, name="search_text")
     self._ask(by_image, answers.search_image, [image], outputs, self._index, name="search_image")
-
-  def inside(self) -> None:
-    with gr.Row():
-      image = self._image("inside")
-      with gr.Column(scale=3, min_width=300):
-        names, template = self._names(), self._template()
-        with gr.Row():
-          steps = self._slider("Steps", answers.MOST_INSIDE_STEPS, 10)
-          samples, seed = self._slider("Noise samples", answers.MOST_INSIDE_SAMPLES, 8), self._seed()
-        button = gr.Button("Look inside", variant="primary", elem_id="inside-button")
-    plot = gr.LinePlot(x="step", y="score", color="name", title="Score of each name", height=300)
-    inputs = [image, names, template, steps, samples, seed]
-    self._ask(button, answers.inside, inputs, [self._line("inside"), plot], name="inside")
 
   def _ask(
     self,
@@ -177,9 +163,6 @@ class _Tabs:
     single = self._zero_shot.get("single_template") or (not isinstance(templates, str) and templates and templates[0])
     text = single or prompts.TEMPLATES[0]
     return gr.Textbox(text, label="Template", info="{} is the name", max_length=MOST_CHARACTERS)
-
-  def _slider(self, label: str, most: int, value: int) -> gr.Slider:
-    return gr.Slider(1, most, value, step=1, label=label)
 
   def _seed(self) -> gr.Number:
     return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=answers.MOST_SEED)

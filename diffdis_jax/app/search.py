@@ -31,8 +31,7 @@ class Index:
     source: as `data.sources.open_source` gives it.
     num_images: that are searched, always the same ones; None for all.
 
-  Raises:
-    UserError: the source has no record.
+  Raises UserError: the source has no record.
   """
 
   def __init__(self, sampler: StepSampler, source: Any, num_images: int | None):
@@ -64,8 +63,7 @@ class Index:
     """Return the places of the images with the highest inner products, best first, and these, of those that are
     embedded by now.
 
-    Raises:
-      UserError: none is embedded yet.
+    Raises UserError: none is embedded yet.
     """
     if not self._parts:
       raise UserError(self._error or "no image is embedded yet; try again in a moment")

@@ -10,17 +10,12 @@ rows of the paper's Table 6, CLIP, Stable Diffusion and DiffDis; table6.md gets 
 
 from __future__ import annotations
 
-import os
-import pathlib
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -32,9 +27,8 @@ from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
-from diffdis_jax.structs import TrainingBatch
 from diffdis_jax.training import flops
-from diffdis_jax.training.step import Trainer, abstract_batch
+from diffdis_jax.training.step import Trainer
 
 FLAGS = flags.FLAGS
 OBJECTIVES = {
@@ -50,8 +44,6 @@ def define_flags() -> None:
   cli.config_flag()
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
   flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
-  flags.DEFINE_integer("images", 200, "of table6: how many distinct 512 px JPEGs", lower_bound=1)
-  flags.DEFINE_string("scratch", None, "of table6: folder for temporary files, about 3 MB for each image")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -66,15 +58,12 @@ def main(argv: Sequence[str]) -> None:
   files.check_out(FLAGS.out)
   if is_table and FLAGS.out.endswith(".md"):
     raise UserError(f"--out={FLAGS.out} should end in .json; the table is written beside it, as .md")
-  if FLAGS.scratch is not None and not os.path.isdir(FLAGS.scratch):
-    raise UserError(f"no folder --scratch={FLAGS.scratch}; create it first")
   # Before the measurement, during which the checkout may change.
   made = provenance.provenance(origin(FLAGS.config))
   if is_table:
     models = table6_models(FLAGS.config, sharding.make_mesh(**FLAGS.config.mesh))
     counts = {name: FLAGS.config[name] for name in ("generated", "classified")}
-    with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
-      results = table6.time_table6(models, pathlib.Path(folder), images=FLAGS.images, rounds=FLAGS.rounds, **counts)
+    results = table6.time_table6(models, rounds=FLAGS.rounds, **counts)
     files.write_out(f"{FLAGS.out.removesuffix('.json')}.md", table6.markdown(results))
   else:
     results = time_steps(trainers(Run.of(FLAGS.config)), rounds=FLAGS.rounds)
@@ -119,7 +108,7 @@ def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any
     rounds: timed steps of each.
   """
   first = next(iter(trainers.values()))
-  mesh, run, batch = first.mesh, first.run, random_batch(first)
+  mesh, run, batch = first.mesh, first.run, table6.random_batch(first)
   states, steps, operations = {}, {}, {}
   for name, step in trainers.items():
     states[name] = step.with_params(step.init_params(jax.random.key(0)))
@@ -154,21 +143,6 @@ def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any
     gigaflop={name: value / 1e9 for name, value in operations.items()},
     **ratios,
   )
-
-
-def random_batch(trainer: Trainer) -> TrainingBatch:
-  """Return a random batch of a run: of images, with a view of its own for discrimination where that has one, or of
-  latents."""
-  rng = np.random.default_rng(0)
-  makers = {
-    "uint8": lambda shape: rng.integers(0, 256, shape, np.uint8),
-    "int32": lambda shape: rng.integers(0, 49406, shape, np.int32),  # tokens of words
-    "bfloat16": lambda shape: rng.standard_normal(shape, np.float32).astype(jnp.bfloat16),
-  }
-  shapes = abstract_batch(trainer.run, trainer.network, trainer.mesh)
-  rows = {name: each and makers[each.dtype.name](each.shape) for name, each in vars(shapes).items()}
-  # On the devices before the clock starts: the loader's part is measured elsewhere.
-  return type(shapes)(**sharding.to_global(rows, trainer.mesh))
 
 
 if __name__ == "__main__":

@@ -151,11 +151,11 @@ def write_text(path: str, text: str) -> None:
   files.write_out(path, text)
 
 
-def differences(protocols: Iterable[Mapping[str, Any]], *, ignored: Iterable[str] = ()) -> dict[str, list[Any]]:
+def differences(protocols: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
   """Return field -> its value in each of the protocols, of the fields in which they differ; None where one lacks it."""
   # One of them was read from a file, where tuples are lists.
   plain = [json.loads(json.dumps(dict(protocol))) for protocol in protocols]
-  names = dict.fromkeys(field for protocol in plain for field in protocol if field not in {*ignored})
+  names = dict.fromkeys(field for protocol in plain for field in protocol)
   values = {field: [protocol.get(field) for protocol in plain] for field in names}
   return {field: each for field, each in values.items() if any(value != each[0] for value in each)}
 

@@ -26,8 +26,7 @@ def save_grid(
 ) -> None:
   """Write a PNG, row by row, whole or not at all. Small images are enlarged without smoothing.
 
-  Raises:
-    ValueError: not one caption an image, or no image.
+  Raises ValueError: not one caption an image, or no image.
   """
   files.write_whole(buckets.path(path), image_files.png(draw_grid(images, captions, columns=columns)))
 

@@ -41,9 +41,7 @@ METRICS = {
   "fid": ("fid", "kid", "num_images"),
   "long_tail": (*LONG_TAIL, "acc_many", "acc_median", "acc_low"),
 }
-AS_THEY_ARE = ("loss", "l2_", "evaluations", "head_evaluations", "head_similarity", "fid", "num_images")
-# The fields of a protocol that say how an image's text query is denoised: those of config.sections.Sampling.
-OF_DENOISING = ("steps", "num_noise_samples", "guidance", "normalize_query")
+AS_THEY_ARE = ("loss", "l2_", "evaluations", "head_similarity", "fid", "num_images")
 
 
 def compare(paths: Sequence[str], out: str) -> None:
@@ -133,12 +131,12 @@ def _mark(task: str, name: str, by_name: Mapping[str, Results], notes: list[str]
   protocols = {
     title: results[task][name]["protocol"] for title, results in by_name.items() if name in results.get(task, {})
   }
-  # Models differ in these by nature, and may still be measured alike.
-  different = differences(protocols.values(), ignored=OF_A_MODEL)
-  # So they do in whether they denoise: CLIP has none of these settings, and is no other way of denoising.
-  denoising = differences(each for each in protocols.values() if not {*OF_DENOISING}.isdisjoint(each))
-  different = {field: values for field, values in different.items() if field not in OF_DENOISING or field in denoising}
-  for field, values in different.items():
-    text = "; ".join(f"{title}: {json.dumps(value)[:80]}" for title, value in zip(protocols, values, strict=True))
-    notes.append(f"- {task}, {name}, {field}: {text}")
-  return " †" if different else ""
+  found = []
+  for field, values in differences(protocols.values()).items():
+    texts = [json.dumps(value) for value in values]
+    # Models differ by nature. What one lacks is no other way of measuring: CLIP has no settings of denoising.
+    if field not in OF_A_MODEL and len({*texts} - {"null"}) > 1:
+      text = "; ".join(f"{title}: {value[:80]}" for title, value in zip(protocols, texts, strict=True))
+      found.append(f"- {task}, {name}, {field}: {text}")
+  notes += found
+  return " †" if found else ""

@@ -222,8 +222,8 @@ def resized(sets: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
 def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[Section]:
   """Return the sections with these settings in place, wherever the task has them.
 
-  Raises:
-    UserError: a task is unknown, a setting has no effect on any section, or one reference is given for several sets.
+  Raises UserError: a task is unknown, a setting has no effect on any section, or one reference is given for several
+  sets.
   """
   taken = {section.task: settings_of(section.task) for section in sections}
   # A flag that no evaluation takes is a slip; one that some take and others do not is meant for those.

@@ -96,8 +96,7 @@ def check_kind(path: pathlib.Path) -> str:
 def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matched:
   """Find the parameters of a network, given as shapes by path. The source's components are emptied.
 
-  Raises:
-    UserError: a parameter that is missing, of another shape, or not of floats.
+  Raises UserError: a parameter that is missing, of another shape, or not of floats.
   """
   matched = Matched({}, {}, list(source.others))
   for component, tensors in source.components.items():

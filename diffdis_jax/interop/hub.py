@@ -41,9 +41,8 @@ class Fetched(NamedTuple):
 def fetch(address: str) -> Fetched:
   """Download what an import reads from `hf:ORG/NAME` or `hf:ORG/NAME@REV`, to where huggingface_hub keeps downloads.
 
-  Raises:
-    UserError: another form, no such repository or revision, one without safetensors or of a kind that is not read, no
-      network, or no right to read it.
+  Raises UserError: another form, no such repository or revision, one without safetensors or of a kind that is not read,
+  no network, or no right to read it.
   """
   match = re.fullmatch(rf"{PREFIX}({_NAME})(?:@(\S+))?", address)
   if match is None:

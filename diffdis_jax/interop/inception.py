@@ -61,8 +61,7 @@ def shapes() -> Params:
 def read(path: str) -> Weights:
   """Read the file, and log its SHA-256.
 
-  Raises:
-    UserError: no such file, one that cannot be read or would execute code, or other tensors than this network's.
+  Raises UserError: no such file, one that cannot be read or would execute code, or other tensors than this network's.
   """
   file = buckets.local(path, "--inception")
   tensors = {name: x for name, x in tensor_files.open_file(file).items() if not name.endswith(UNUSED)}

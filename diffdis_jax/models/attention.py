@@ -245,8 +245,7 @@ def _choose(q: Array, k: Array, mask: Array | None, *, with_lse: bool = False) -
   """Return the kernel that was asked for (`by`) where it can run, else the first that is fast on the platform that is
   traced for.
 
-  Raises:
-    UserError: one is asked for that this platform's compiler does not know.
+  Raises UserError: one is asked for that this platform's compiler does not know.
   """
   forced, compiled_for = _FORCED.get(), _compiled_for()
   if forced != AUTO and KERNELS[forced].alone and KERNELS[forced].platform != compiled_for:

@@ -103,8 +103,7 @@ class VisionEncoder(nnx.Module):
     """Return embeddings of normalised images, f32, of any length. Images of another size than the positions' get
     interpolated ones.
 
-    Raises:
-      UserError: patches do not tile the images.
+    Raises UserError: patches do not tile the images.
     """
     check_tiles(x, self.side)
     patches = self.patch(x)
@@ -161,11 +160,7 @@ class Clip(nnx.Module):
     self.logit_scale = nnx.Param(jnp.asarray(math.log(temperature), jnp.float32))
 
   def encode_image(self, image: UInt8[Array, "b H W 3"]) -> Float[Array, "b d"]:
-    """Return L2-normalised embeddings, f32.
-
-    Raises:
-      UserError: patches do not tile the images.
-    """
+    """Return L2-normalised embeddings, f32. Raises UserError: patches do not tile the images."""
     query = self.vision_encoder(normalise(image))
     return query * jax.lax.rsqrt(jnp.sum(query**2, axis=-1, keepdims=True) + 1e-12)
 
@@ -184,8 +179,7 @@ COMMON: Rules = (
 def initialise(key: jax.Array, shapes: Params, model: ClipModel) -> Params:
   """Return fresh parameters, f32, each sampled with a key of its own.
 
-  Raises:
-    UserError: a parameter that no rule matches.
+  Raises UserError: a parameter that no rule matches.
   """
   scale = (r"^logit_scale$", Start("constant", math.log(model.temperature)))
   rules = (scale, *COMMON, *_text(model.text_encoder), *_vision(model.vision_encoder))

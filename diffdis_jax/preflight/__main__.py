@@ -44,11 +44,7 @@ Changes = dict[str, Any]  # config field -> value, of --search
 
 
 def compile_step(run: Run, target: targets.Target, *, num_pairs: int, epochs: float) -> dict[str, Any]:
-  """Compile the train step and return its report.
-
-  Raises:
-    UserError: a network, mesh or batch that cannot run there.
-  """
+  """Compile the train step and return its report. Raises UserError: a network, mesh or batch that cannot run there."""
   # The mesh is of the target's devices, and the code traced for its platform, whatever this machine has: attention
   # picks its kernel by them.
   mesh = sharding.make_mesh(**vars(run.mesh), devices=target.devices)

@@ -60,11 +60,7 @@ class Run:
 
 
 def read(path: str, name: str) -> Run:
-  """Read a workdir, and change nothing.
-
-  Raises:
-    UserError: no folder of a run.
-  """
+  """Read a workdir, and change nothing. Raises UserError: no folder of a run."""
   folder, config = buckets.path(path), run_config.load(path).to_dict()
   # A run writes while it is read: each file is whole or a line short, and they need not be of one moment.
   metrics = folder / "metrics.jsonl"

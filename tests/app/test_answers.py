@@ -16,7 +16,7 @@ from PIL import Image
 from diffdis_jax.app import __main__ as app
 from diffdis_jax.app import answers, search, step_sampler
 from diffdis_jax.app.__main__ import open_data
-from diffdis_jax.app.step_sampler import Estimate, Frame
+from diffdis_jax.app.step_sampler import Frame
 from diffdis_jax.common import storage
 from diffdis_jax.config import Run
 from diffdis_jax.data import sources
@@ -41,7 +41,7 @@ class StepSampler(step_sampler.StepSampler):
 
   def __init__(self):
     self.network = SimpleNamespace(image_size=8, is_clip=False)
-    self.model = SimpleNamespace(batch_size=2, sampling=SimpleNamespace(num_noise_samples=1))
+    self.model = SimpleNamespace(batch_size=2)
     self.closed = threading.Event()
 
   def text_queries(self, texts):
@@ -52,15 +52,6 @@ class StepSampler(step_sampler.StepSampler):
 
   def embed_images(self, images, *, seed):
     return unit(np.stack([images[np.array([i])][0] for i in range(len(images))]).mean(axis=(1, 2)) + 1e-3)
-
-  def image_queries(self, image, *, seed, num_noise_samples):
-    for estimate in self.estimates(image, seed=seed, steps=1, num_noise_samples=num_noise_samples):
-      yield estimate.queries
-
-  def estimates(self, image, *, seed, steps, num_noise_samples):
-    noise = np.random.default_rng(seed).normal(0, 0.1, (num_noise_samples, 3))
-    for step in range(1, steps + 1):
-      yield Estimate(step, steps, 999 - step, unit(image.mean(axis=(0, 1)) / 255 + noise / step))
 
   def generate(self, prompt, *, seed, steps, guidance_scale, frames):
     for step in range(1, steps + 1):
@@ -87,28 +78,12 @@ def colour(tmp_path, name: str) -> str:
   return pictures.write(tmp_path, f"{name}.png", buffer.getvalue())
 
 
-def test_shares_are_the_softmax_of_the_mean_query_and_the_line_says_how_samples_agree():
-  texts, queries = unit(RNG.normal(size=(4, 5))), unit(RNG.normal(size=(3, 5)))
-  line, shares = answers.guess("abcd", texts, queries, 7.0)
-  alone = scipy.special.softmax(7 * queries.astype(np.float64) @ texts.T, axis=1)
-  mean = scipy.special.softmax(7 * unit(queries.mean(axis=0)).astype(np.float64) @ texts.T)
-  np.testing.assert_allclose([shares[name] for name in "abcd"], mean, rtol=1e-5)
-  best = int(mean.argmax())
-  first, low, high = (alone.argmax(axis=1) == best).sum(), alone[:, best].min(), alone[:, best].max()
-  expected = (
-    f"{'abcd'[best]}: {mean[best]:.1%}. Of 3 noise samples {first} have it first, with {low:.1%} to {high:.1%}."
-  )
-  assert line == expected
-
-
 def test_an_image_is_classified(tmp_path):
-  ask = lambda samples: [
-    *answers.classify(StepSampler(), colour(tmp_path, "red"), "red, green,blue", "a {}", samples, 0)
-  ][-1]
-  many, one = ask(8), ask(1)
-  assert many[0].startswith("red: ") and "Of 8 noise samples 8 have it first" in many[0]
-  assert list(many[1]) == ["red", "green", "blue"] and sum(many[1].values()) == pytest.approx(1)
-  assert "noise samples" not in one[0]
+  ((line, shares),) = answers.classify(StepSampler(), colour(tmp_path, "red"), "red, green,blue", "a {}", 0)
+  texts = np.eye(3, dtype=np.float32)  # of red, green and blue
+  expected = scipy.special.softmax(3.0 * unit(np.array([1, 0, 0]) + 1e-3) @ texts.T)
+  np.testing.assert_allclose([shares[name] for name in ("red", "green", "blue")], expected, rtol=1e-5)
+  assert line == f"red: {expected[0]:.1%}."
 
 
 @pytest.mark.parametrize(
@@ -117,12 +92,11 @@ def test_an_image_is_classified(tmp_path):
     ({"path": None}, "no image yet"),
     ({"names": "red"}, "1 class names"),
     ({"template": "a"}, "no place"),
-    ({"samples": 65}, "noise samples is 65"),
     ({"seed": 0.5}, "seed is 0.5"),
   ],
 )
 def test_wrong_inputs_of_classify(tmp_path, change, message):
-  given = {"path": colour(tmp_path, "red"), "names": "red, blue", "template": "{}", "samples": 2, "seed": 0} | change
+  given = {"path": colour(tmp_path, "red"), "names": "red, blue", "template": "{}", "seed": 0} | change
   with pytest.raises(UserError, match=message):
     next(answers.classify(StepSampler(), **given))
 
@@ -227,25 +201,6 @@ def test_a_data_set_that_is_away_while_it_is_embedded_ends_the_search_with_a_rea
   source.readable = 0
   with pytest.raises(UserError, match=reason):
     list(answers.search_text(sampler, index, "a green one"))
-
-
-def test_inside_shows_scores_and_paths_after_each_step(tmp_path):
-  shown = [*answers.inside(StepSampler(), colour(tmp_path, "blue"), "red, green, blue", "{}", 4, 3, 0)]
-  assert len(shown) == 4
-  line, scores = shown[-1]
-  assert line.startswith(("Step 4 of 4, t = 995: blue, 0.99", "Step 4 of 4, t = 995: blue, 1.0"))
-  assert sorted(scores.name.unique()) == ["blue", "green", "red"] and [*scores.step.unique()] == [1, 2, 3, 4]
-  assert scores.groupby("step").score.idxmax().map(scores.name).eq("blue").all()
-
-
-@pytest.mark.parametrize(
-  "place, value, message", [(3, 0, "steps is 0"), (4, 17, "noise samples is 17"), (1, "", "0 class")]
-)
-def test_wrong_inputs_of_inside(tmp_path, place, value, message):
-  given = [colour(tmp_path, "blue"), "red, blue", "{}", 2, 2, 0]
-  given[place] = value
-  with pytest.raises(UserError, match=message):
-    next(answers.inside(StepSampler(), *given))
 
 
 def test_a_taken_port_is_known_before_the_run_is_looked_for():

@@ -49,9 +49,9 @@ def config_of(*objectives: str):
 @pytest.mark.parametrize(
   "config, expected",
   [
-    (config_of("generation", "discrimination"), ["Generate", "Classify", "Search", "Inside"]),
+    (config_of("generation", "discrimination"), ["Generate", "Classify", "Search"]),
     (config_of("generation"), ["Generate"]),
-    (config_of("discrimination"), ["Classify", "Search", "Inside"]),
+    (config_of("discrimination"), ["Classify", "Search"]),
     (tiny_clip.get_config(), ["Classify", "Search"]),
   ],
   ids=["both", "generation", "discrimination", "clip"],
@@ -98,7 +98,7 @@ def test_the_class_names_are_the_runs_own_where_the_page_takes_them(classnames, 
 
 
 def test_without_a_folder_there_is_nothing_to_search():
-  assert tabs(config_of("discrimination"), source=None) == ["Classify", "Inside"]
+  assert tabs(config_of("discrimination"), source=None) == ["Classify"]
 
 
 def test_uploads_are_kept_for_ten_minutes_at_most():
@@ -119,7 +119,7 @@ def test_an_address_in_the_place_of_a_file_is_never_fetched(monkeypatch):
   blocks = built(config_of("discrimination"), source=None)
   function = next(each for each in blocks.fns.values() if each.api_name == "classify")
   file = {"path": "https://example.com/large.png", "meta": {"_type": "gradio.FileData"}}
-  for inputs in ([file, "a, b", "{}", 1, 0], [None, [file], "{}", 1, 0]):
+  for inputs in ([file, "a, b", "{}", 0], [None, [file], "{}", 0]):
     with pytest.raises(gradio.Error, match="not as an address"):
       asyncio.run(blocks.preprocess_data(function, inputs, None))
 

@@ -111,22 +111,15 @@ def test_an_image_is_generated_from_a_prompt(page):
   assert page.is_clean()
 
 
-def test_an_image_is_classified_and_looked_into(page, tmp_path):
+def test_an_image_is_classified(page, tmp_path):
   path = pictures.write(tmp_path, "a.png", pictures.png(40, 30))
   page.tab("Classify")
   page.upload("classify", path)
   page.wait(lambda: page.all("#classify-image img"))
   page.fill("Class names", "red star, blue ring, cat")
   page.click("#classify-button")
-  page.wait(lambda: "8 noise samples" in page.line("classify"))
+  page.wait(lambda: "%" in page.line("classify"))
   assert all(name in page.text("#classify-answer") for name in ("red star", "blue ring", "cat")) and page.is_clean()
-
-  page.tab("Inside")
-  page.upload("inside", path)
-  page.wait(lambda: page.all("#inside-image img"))
-  page.click("#inside-button")
-  page.wait(lambda: page.line("inside").startswith("Step 10 of 10, t = 99"))
-  assert page.is_clean()
 
 
 def test_images_are_found_by_text_and_by_an_upload(page, tmp_path):

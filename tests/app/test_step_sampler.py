@@ -57,31 +57,14 @@ def test_the_emptied_prediction_knows_nothing_of_the_prompt_and_the_guided_one_g
     assert np.abs(drawing.guided.astype(int) - drawing.emptied).max() <= 1
 
 
-def test_the_mean_of_the_noise_samples_is_the_query_that_embed_images_gives(sampler):
-  *_, last = sampler.estimates(IMAGE, seed=7, steps=2, num_noise_samples=3)
-  assert last.queries.shape == (3, 16) and (last.step, last.steps, last.t) == (2, 2, 499)
-  np.testing.assert_allclose(np.linalg.norm(last.queries, axis=1), 1, rtol=1e-5)
-  mean = last.queries.mean(axis=0)
-  expected = sampler.model.embed_images(sampler._params, IMAGE[None], seed=7)[0]
-  np.testing.assert_allclose(mean / np.linalg.norm(mean), expected, atol=1e-5)
-  *_, again = sampler.image_queries(IMAGE, seed=7, num_noise_samples=3)
-  np.testing.assert_array_equal(again, last.queries)
-
-
-def test_a_noise_samples_estimate_is_the_same_whatever_their_number(sampler):
-  few, many = ([*sampler.estimates(IMAGE, seed=7, steps=1, num_noise_samples=n)][-1].queries for n in (2, 11))
-  np.testing.assert_allclose(many[:2], few, atol=1e-6)
-  assert np.abs(np.diff(many, axis=0)).max(axis=1).min() > 1e-4
-
-
 def test_nothing_is_compiled_again_for_other_requests(sampler):
   sampler.warm_up()
-  programs = (sampler._conditions, sampler._generation_step, sampler._preview, sampler._latent, sampler._query_step)
-  for steps_, scale, samples in ((1, 0.0, 1), (5, 1.0, 9)):
+  programs = (sampler._conditions, sampler._generation_step, sampler._preview)
+  for steps_, scale in ((1, 0.0), (5, 1.0)):
     [*sampler.generate("a longer prompt of words", seed=9, steps=steps_, guidance_scale=scale, frames=2)]
-    [*sampler.estimates(IMAGE, seed=9, steps=steps_, num_noise_samples=samples)]
   sampler.text_queries(["a", "b", "c"])
-  assert [compiled(program) for program in programs] == [1] * 5
+  sampler.embed_images(IMAGE[None], seed=9)
+  assert [compiled(program) for program in programs] == [1] * 3
   assert compiled(sampler.model.programs["text embeddings"]) == compiled(sampler.model.programs["image queries"]) == 1
 
 
@@ -89,7 +72,6 @@ def test_a_model_that_diverged_is_a_message(sampler, monkeypatch):
   monkeypatch.setattr(sampler, "_params", {name: x * np.float32(np.nan) for name, x in sampler._params.items()})
   for ask in (
     lambda: list(sampler.generate("a", seed=0, steps=2, guidance_scale=2.0, frames=1)),
-    lambda: list(sampler.image_queries(IMAGE, seed=0, num_noise_samples=1)),
     lambda: sampler.text_queries(["a"]),
     lambda: sampler.embed_images(IMAGE[None], seed=0),
   ):
@@ -102,12 +84,8 @@ def test_a_step_takes_the_runs_form_of_attention():
   config = tiny.get_config()
   config.model.attention_kernel = "pallas"
   sampler = make(config)
-  for ask in (
-    lambda: list(sampler.generate("a", seed=0, steps=1, guidance_scale=2.0, frames=1)),
-    lambda: list(sampler.estimates(IMAGE, seed=0, steps=1, num_noise_samples=1)),
-  ):
-    with pytest.raises(UserError, match="attention_kernel is 'pallas', which runs on tpu alone, not on cpu"):
-      ask()
+  with pytest.raises(UserError, match="attention_kernel is 'pallas', which runs on tpu alone, not on cpu"):
+    list(sampler.generate("a", seed=0, steps=1, guidance_scale=2.0, frames=1))
   sampler.close()
 
 
@@ -116,10 +94,8 @@ def test_what_is_read_of_a_long_text(sampler):
   assert sampler.cut(" ".join(["star"] * 100)) == " ".join(["star"] * (sampler.model.max_length - 2))
 
 
-def test_a_clip_has_one_query_and_the_loss_temperature():
+def test_the_temperature_is_the_loss_temperature():
   sampler = make(tiny_clip.get_config())
-  (queries,) = sampler.image_queries(IMAGE, seed=0, num_noise_samples=8)
-  np.testing.assert_array_equal(queries, sampler.model.embed_images(sampler._params, IMAGE[None], seed=0))
   scale = float(sampler._params["logit_scale"])
   assert sampler.temperature == pytest.approx(min(np.exp(scale), 100), rel=1e-6)
   sampler.close()
@@ -128,9 +104,9 @@ def test_a_clip_has_one_query_and_the_loss_temperature():
 @pytest.mark.parametrize(
   "objectives, expected",
   [
-    (("generation", "discrimination"), ("draw", "classify", "search", "inside")),
+    (("generation", "discrimination"), ("draw", "classify", "search")),
     (("generation",), ("draw",)),
-    (("discrimination",), ("classify", "search", "inside")),
+    (("discrimination",), ("classify", "search")),
     (("contrastive",), ("classify", "search")),
   ],
 )
@@ -139,7 +115,7 @@ def test_a_run_has_the_tabs_that_it_can_serve(objectives, expected):
 
 
 def test_an_import_whose_head_was_never_trained_only_generates(sampler, monkeypatch):
-  assert sampler.tabs == ("draw", "classify", "search", "inside")
+  assert sampler.tabs == ("draw", "classify", "search")
   monkeypatch.setattr(sampler.model, "aligned", False)
   assert StepSampler(sampler.model, sampler._params, seconds=300).tabs == ("draw",)
 

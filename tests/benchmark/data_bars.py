@@ -24,7 +24,6 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from configs import diffdis_cc3m
-from diffdis_jax.benchmark import table6
 from diffdis_jax.common import files
 from diffdis_jax.config.data import Loading
 from diffdis_jax.config.model import TextEncoderSize
@@ -37,6 +36,7 @@ from diffdis_jax.data.transforms import random_square
 from diffdis_jax.parallel import sharding
 from diffdis_jax.training.step import Trainer
 from tests.benchmark import data_speed as data
+from tests.benchmark import photographs
 
 LATENT = (32, 32, 8)  # moments of a 256 px image in Stable Diffusion's autoencoder
 VIEWS = 2
@@ -65,7 +65,9 @@ def main(out: str, num_pairs: str = "200000", scratch: str | None = None) -> Non
   trainer = Trainer(run, sharding.make_mesh(**vars(run.mesh)))
   with tempfile.TemporaryDirectory(dir=scratch) as name:
     folder = pathlib.Path(name)
-    results: dict[str, Any] = data.prepare_speed(table6.write_photos(folder, IMAGES), folder, table6.REPEATS * IMAGES)
+    results: dict[str, Any] = data.prepare_speed(
+      photographs.write_photos(folder, IMAGES), folder, photographs.REPEATS * IMAGES
+    )
     write_latents(folder)
     results |= loader_speeds(folder, ROUNDS)
     results |= data.data_wait(trainer, folder / "reencoded")
@@ -164,9 +166,9 @@ def distant(loading: Loading, *, rows: int = 64, seconds: float = 20.0) -> dict[
 def first_batch(folder: pathlib.Path) -> dict[str, Any]:
   """Seconds to the first batch of 3 million records, at several positions: the same file is every shard."""
   long = folder / "long"
-  images = [table6.photo(np.random.default_rng(i), 64) for i in range(50)]
+  images = [photographs.photo(np.random.default_rng(i), 64) for i in range(50)]
   (folder / "one").mkdir()
-  table6.write_tar(folder / "one" / "train-00000.tar", images, LONG // SHARDS, seed=0)
+  photographs.write_tar(folder / "one" / "train-00000.tar", images, LONG // SHARDS, seed=0)
   prepare(parts.tars(folder / "one"), folder / "short")
   short = tfds.builder_from_directory(folder / "short")
   (file,) = short.info.splits["train"].filepaths
@@ -195,8 +197,8 @@ def memory(folder: pathlib.Path, num_pairs: int) -> dict[str, Any]:
   raw, out = folder / "many", folder / "prepared"
   raw.mkdir()
   each = 5000
-  table6.write_tar(
-    raw / "train-00000.tar", [table6.photo(np.random.default_rng(i), 96) for i in range(500)], each, seed=1
+  photographs.write_tar(
+    raw / "train-00000.tar", [photographs.photo(np.random.default_rng(i), 96) for i in range(500)], each, seed=1
   )
   for i in range(1, max(1, num_pairs // each)):
     os.link(raw / "train-00000.tar", raw / f"train-{i:05d}.tar")

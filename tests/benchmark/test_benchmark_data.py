@@ -11,14 +11,13 @@ import pytest
 from clu.metrics import Average
 from PIL import Image
 
-from diffdis_jax.benchmark import table6
 from diffdis_jax.config.data import Loading
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import sources
 from diffdis_jax.training import metrics
 from diffdis_jax.training.step import Trainer
 from tests import tiny
-from tests.benchmark import data_bars
+from tests.benchmark import data_bars, photographs
 from tests.benchmark import data_speed as data
 from tests.benchmark.read_ahead import Clock, ReadAhead
 from tests.steps import make_mesh
@@ -35,7 +34,7 @@ def small(monkeypatch):
 
 
 def test_every_way_is_timed(small, tmp_path):
-  speeds = data.prepare_speed(table6.write_photos(tmp_path, 4), tmp_path, 12)
+  speeds = data.prepare_speed(photographs.write_photos(tmp_path, 4), tmp_path, 12)
   assert speeds.keys() == {"prepare_kept_per_core", "prepare_reencoded_per_core"}
   sizes = {}
   for name in ("kept", "reencoded"):
@@ -51,7 +50,7 @@ def test_every_way_is_timed(small, tmp_path):
 
 
 def test_a_small_models_steps_wait_for_what_was_prepared(small, tmp_path):
-  data.prepare_speed(table6.write_photos(tmp_path, 4), tmp_path, 12)
+  data.prepare_speed(photographs.write_photos(tmp_path, 4), tmp_path, 12)
   # Of little to compile: the steps' time is what is measured, whatever they train.
   changes = {"batch_size": 4, "objectives": ("generation",), "model.unet.attention": (False,)}
   run = Run.of(tiny.get_config()).replace(changes)

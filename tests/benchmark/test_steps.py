@@ -9,6 +9,7 @@ import pytest
 
 from configs import places_lt
 from diffdis_jax.benchmark import __main__ as benchmark
+from diffdis_jax.benchmark import table6
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import provenance
@@ -32,7 +33,7 @@ def test_the_batch_is_one_that_the_run_trains_on(fields, names):
   """In its kind and in all of its shapes; else another step is timed than trains, and than preflight has compiled."""
   run = Run.of(tiny.get_config()).replace(fields)
   trainer = Trainer(run, make_mesh(1))
-  batch = benchmark.random_batch(trainer)
+  batch = table6.random_batch(trainer)
   assert {name for name, each in vars(batch).items() if each is not None} == names
   shapes = [
     [(each.shape, each.dtype, each.sharding) for each in jax.tree.leaves(found)]

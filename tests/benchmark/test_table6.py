@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import pathlib
-import types
-
 import pytest
 
 from configs import clip_cc3m, diffdis_cc3m
 from configs import table6 as config
 from diffdis_jax.benchmark import __main__ as benchmark
 from diffdis_jax.benchmark import table6
-from diffdis_jax.config.data import Loading
-from diffdis_jax.inference import Inference
-from diffdis_jax.training.step import Trainer
 from tests import steps
-from tests.benchmark.read_ahead import Clock, ReadAhead
 
 
 def results(**changes: float) -> dict:
@@ -47,7 +40,7 @@ def test_ratios_are_over_stable_diffusion_and_of_discrimination_over_clip():
 
 
 def test_columns_follow_from_seconds_an_image():
-  seconds = dict(training=0.5, training_step=9.0, generation=2.0, discrimination=0.01)
+  seconds = dict(training=0.5, generation=2.0, discrimination=0.01)
   found = table6._extrapolated(seconds, trained=7200, generated=30, classified=500)
   assert found == dict(training=1.0, generation=60.0, discrimination=5.0)
 
@@ -89,32 +82,6 @@ def test_the_record_names_each_of_the_three():
   assert len({each["config_hash"] for each in found.values()}) == 3
 
 
-def test_training_is_timed_at_the_speed_of_its_loader(monkeypatch, tmp_path):
-  """And not with what that has read while other models and ways had their turns."""
-  clock = Clock()
-  monkeypatch.setattr(table6, "time", clock)
-
-  def begin(self, model, prepared):
-    self._model, self._state = model, ()
-    batches = ReadAhead(clock, ahead=6, seconds=0.01)
-    self._draw, self._step = lambda: next(batches), lambda batch: clock.sleep(0.004)
-    other = lambda: clock.sleep(1.0) or 1
-    self.ways = dict(training=self._train_with_loader, generation=other, discrimination=other)
-
-  monkeypatch.setattr(table6._Timed, "__init__", begin)
-  monkeypatch.setattr(table6, "_write_images", lambda *args: "")
-  monkeypatch.setattr(table6, "_operations", lambda model: dict(training=1.0, generation=1.0, discrimination=1.0))
-  step, inference = object.__new__(Trainer), object.__new__(Inference)
-  data = types.SimpleNamespace(loader=Loading(prefetch=6))
-  run = types.SimpleNamespace(image_size=32, batch_size=4, data=data)
-  vars(step).update(run=run, mesh=steps.make_mesh(1), shapes={})
-  vars(inference).update(sampling=types.SimpleNamespace(generation_steps=1))
-  models = dict.fromkeys(table6.NAMES, table6.Model(step=step, inference=inference, trained=3600 * 400))
-  found = table6.time_table6(models, tmp_path, images=4, rounds=3, generated=1, classified=1)
-  # 400 images/s for an hour.
-  assert [each["extrapolated"]["training"] for each in found["models"].values()] == [pytest.approx(1.0)] * 3
-
-
 def models_of(argument: str) -> dict[str, table6.Model]:
   return benchmark.table6_models(config.get_config(argument), steps.make_mesh())
 
@@ -132,10 +99,10 @@ def test_operations_at_full_size_are_those_counted_by_hand():
 
 
 @pytest.mark.slow
-def test_everything_is_timed(tmp_path: pathlib.Path):
-  found = table6.time_table6(models_of("small=True,batch=4"), tmp_path, images=4, rounds=2, generated=10, classified=20)
+def test_everything_is_timed():
+  found = table6.time_table6(models_of("small=True,batch=4"), rounds=2, generated=10, classified=20)
   ways = {name: set(each["seconds"]) for name, each in found["models"].items()}
-  training, discrimination = {"training", "training_step"}, {"discrimination"}
+  training, discrimination = {"training"}, {"discrimination"}
   assert ways == {
     "clip": training | discrimination,
     "stable_diffusion": training | {"generation"},

@@ -291,7 +291,7 @@ def test_another_task_on_a_set_of_a_suite_is_shown_too():
 
 def test_side_by_side(tmp_path):
   """Different protocols are marked and named; what belongs to the model is none."""
-  a, b = fabricated(12, steps=1, weights="x"), fabricated(12, seed=1, steps=1, weights="y", checkpoint=7)
+  a, b = fabricated(12, seed=1, steps=1, weights="x"), fabricated(12, seed=1, steps=1, weights="y", checkpoint=7)
   paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
   out = str(tmp_path / "new/F.md")
 
@@ -302,13 +302,13 @@ def test_side_by_side(tmp_path):
     return (tmp_path / "new/F.md").read_text()
 
   assert "†" not in text() and rows_of(text())[""][:2] == ["a", "b"]
-  b["zero_shot"]["dtd"]["protocol"].update(steps=4, seed=1)
+  b["zero_shot"]["dtd"]["protocol"].update(steps=4, seed=2)
   marked = text()
   assert [row for row in rows_of(marked) if "†" in row] == [
     *("zero_shot, DTD, acc1 †", "zero_shot, DTD, acc1_single_template †"),
     *("zero_shot, mean, mean †", "zero_shot, mean, mean_single_template †"),
   ]
-  assert "- zero_shot, dtd, steps: a: 1; b: 4\n- zero_shot, dtd, seed: a: null; b: 1\n" in marked
+  assert "- zero_shot, dtd, steps: a: 1; b: 4\n- zero_shot, dtd, seed: a: 1; b: 2\n" in marked
   for wrong, message in (
     ([paths[0], paths[0]], "names a file twice"),
     ([paths[0], str(tmp_path / "c.json")], "cannot read results from"),

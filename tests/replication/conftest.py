@@ -16,7 +16,7 @@ from replication import extensions
 
 @pytest.fixture(scope="module", autouse=True)
 def extended() -> Iterator[None]:
-  changed = (sources.KINDS, TASKS, tables.COLUMNS_OF, model.TOWERS, clip.TOWERS)
+  changed = (sources.KINDS, TASKS, tables.TITLES_OF, model.TOWERS, clip.TOWERS)
   before = [{**table} for table in changed]
   extensions.add()
   yield

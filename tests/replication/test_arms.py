@@ -215,3 +215,9 @@ def test_a_claim_on_what_an_arm_does_not_train_is_refused_before_its_runs(read, 
   claim = dict(row="both", base="alone", column=column, bound=3.0)
   with pytest.raises(UserError, match=f"a claim names column '{column}', which arm alone lacks; it has "):
     read(arms=(dict(name="both"), alone), claims=(claim,))
+
+
+def test_the_columns_of_labelled_images_that_are_generated():
+  (column,) = tables.columns_of({"drawn": {"task": "generation_accuracy", "data": {}}})
+  results = {"generation_accuracy": {"drawn": {"metrics": {"acc1": 0.25, "judge_acc1": 0.5}}}}
+  assert (column.name, column.title, column.read(results)) == ("drawn/acc1", "generated images, drawn ↑", 25.0)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from diffdis_jax.app import limits as module
+from diffdis_jax.app import answers as module
 from diffdis_jax.data import records, transforms
 from diffdis_jax.errors import UserError
 from tests import studio_pictures as pictures
