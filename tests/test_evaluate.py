@@ -17,7 +17,7 @@ from diffdis_jax.evals import results, tasks
 from diffdis_jax.evals.tasks import Section
 from diffdis_jax.evals.zero_shot import ZeroShot
 from diffdis_jax.run import digests
-from tests.command_runs import ROOT, call
+from tests.command_runs import call
 
 pytest_plugins = ("tests.untrained", "tests.command_runs")
 
@@ -168,13 +168,6 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
   assert "zero_shot, retrieval, held_out_loss, diffusion_classifier, query_use: images to measure" in values[
     "num_images"
   ].help.replace("\n", " ")
-
-
-def test_the_page_has_every_task():
-  page = (ROOT / "docs/evaluation.md").read_text()
-  assert [task for task in tasks.TASKS if f"| `{task}` |" not in page] == []
-  reference = (ROOT / "docs/api.md").read_text().splitlines()
-  assert [task for task, row in tasks.TASKS.items() if f"::: {row.evaluation.__module__}" not in reference] == []
 
 
 @pytest.fixture

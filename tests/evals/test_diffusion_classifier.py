@@ -160,28 +160,6 @@ def test_ties_and_nans_are_wrong_and_classes_that_were_kept_come_first():
   np.testing.assert_array_equal(diffusion_classifier.ranks(found, np.array([2, 2, 2, 1])), [2, 2, 2, 0])
 
 
-@pytest.mark.parametrize("error", [1.0, np.nan])
-def test_a_network_that_tells_no_class_from_another_has_none_among_the_first_five(error):
-  """Of equal errors the first classes are kept, which is no merit of theirs."""
-  stages, labels = diffusion_classifier.read_stages(("10:5", "50:1")), np.arange(12)
-  same = lambda images, classes, t: np.full((len(images), len(t)), error)
-  found = diffusion_classifier.classify(same, stages, num_images=12, num_classes=12)
-  np.testing.assert_array_equal(diffusion_classifier.ranks(found, labels), 11)
-
-
-def test_a_class_that_was_left_out_by_a_tie_comes_before_that_which_was_kept():
-  """Classes 0 and 1 are equal for ten evaluations, of which one is kept with 2; then 0 is the better of the two."""
-  errors = np.ones((1, 4, 50)) * np.array([1.0, 1.0, 0.5, 3.0])[:, None]
-  errors[:, 0, np.setdiff1d(np.arange(50), np.arange(50)[2::5])] = 0.1
-  every = diffusion_classifier.timesteps(50).tolist()
-  of = lambda images, classes, t: errors[images, classes][:, [every.index(each) for each in t]]
-  found = diffusion_classifier.classify(
-    of, diffusion_classifier.read_stages(("10:2", "50:1")), num_images=1, num_classes=4
-  )
-  ranks = [diffusion_classifier.ranks(found, np.array([label]))[0] for label in range(4)]
-  assert ranks == [1, 2, 1, 3]  # 1 counts against 0, which is better than 2, as 2 is not tied with any
-
-
 @pytest.mark.parametrize("counts", [(10, 50), (50, 500), (25, 250), (50, 100, 500), (1000,)])
 def test_timesteps_of_the_stages_are_the_originals(counts):
   """Li et al.'s rule, by ranges: a grid of the last count, of which each stage takes every n-th."""

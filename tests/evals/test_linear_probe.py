@@ -124,12 +124,6 @@ def test_the_whole_of_it_with_scikit_learn(splits):
   assert expected.items() <= evaluation.protocol(Embedding()).items()
 
 
-def test_without_a_split_to_choose_on_a_fifth_is_held_out(splits):
-  evaluation = evals.create("linear_probe", data={"split": "test"})
-  places = {name: {*each.x.tolist()} for name, each in evaluation.examples.items()}
-  assert len(places["val"]) == 30 and len(places["train"]) == 120 and not places["val"] & places["train"]
-
-
 def test_no_class_is_held_out_whole(splits):
   """With few images of each, chance would leave the test without those that have one or two."""
   few = [{**splits["train"][0], "label": label} for label in [*"a" * 30, *"b" * 2, "c", "d", "e", "f"]]
@@ -165,11 +159,6 @@ def test_test_images_that_are_left_out_are_named(splits, caplog):
 def test_what_is_refused(splits, settings, message):
   with pytest.raises(UserError, match=message):
     evals.create("linear_probe", **{"data": {"split": "test"}, **settings})
-
-
-def test_data_without_a_split_are_those_trained_on():
-  with pytest.raises(UserError, match="would test on the split train, on which it trains"):
-    linear_probe.LinearProbe(data={})
 
 
 def test_an_autoencoder_alone_has_no_features():

@@ -125,14 +125,6 @@ def test_a_backbone_alone_has_three_figures():
   assert not [name for name in metrics if name.startswith("acc")]
 
 
-def test_the_protocol_says_how(measured):
-  evaluation, inference, _ = measured
-  protocol = evaluation.protocol(inference)
-  assert protocol["classes_of_groups"] | {"many": 10, "median": 22, "low": 32} == protocol["classes_of_groups"]
-  assert (protocol["num_images"], protocol["num_sentences"], protocol["crop_pct"]) == (1280, 64 * 140, 1.0)
-  assert protocol["visual_share"] == 0.2 and protocol["neighbours"] == 5 and protocol["split"] == "test"
-
-
 def test_the_table_has_the_papers_layout(measured):
   evaluation, inference, metrics = measured
   record = results.make_record(
@@ -196,11 +188,3 @@ def test_a_class_without_images_or_of_another_number():
 def test_settings_that_measure_nothing(settings, message):
   with pytest.raises(UserError, match=message):
     evals.create("long_tail", **settings)
-
-
-def test_the_middle_of_an_image():
-  image = np.zeros((32, 64, 3), np.uint8)
-  image[:, 16:48] = np.arange(32, dtype=np.uint8)[:, None]
-  middle = base.to_square(image, 28, crop_pct=0.875)
-  np.testing.assert_array_equal(middle, image[2:30, 18:46])
-  assert int(224 / 0.875) == 256

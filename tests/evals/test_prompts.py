@@ -45,17 +45,6 @@ def test_bad_files(tmp_path, value):
     prompts.resolve_classnames(write(tmp_path / "names.json", value))
 
 
-@pytest.mark.parametrize("typed", ["cat,dog", '["cat", "dog"]'])
-def test_names_typed_instead_of_a_path_are_answered_by_what_to_give(typed):
-  with pytest.raises(UserError, match="give the path of a file"):
-    prompts.resolve_classnames(typed)
-
-
-def test_templates_are_no_object(tmp_path):
-  with pytest.raises(UserError, match="templates as one JSON list"):
-    prompts.resolve_templates(write(tmp_path / "templates.json", {"0": "a {}"}))
-
-
 def test_names_compare_without_underscores_and_case():
   assert prompts.comparable("Polar_bear ") == prompts.comparable("polar  Bear") == "polar bear"
   assert prompts.comparable("polar-bear") != prompts.comparable("polar bear")
@@ -65,11 +54,6 @@ def test_an_accent_may_be_a_character_of_its_own():
   """As in names of folders that come from macOS; a list of names has it otherwise, and both are one text to the
   network."""
   assert prompts.comparable("cafe\u0301") == prompts.comparable("Caf\u00e9")
-
-
-def test_missing_file():
-  with pytest.raises(UserError, match="cannot read class names from nowhere.json"):
-    prompts.resolve_classnames("nowhere.json")
 
 
 def test_duplicates_are_named():

@@ -103,15 +103,6 @@ def test_every_figure_is_right_and_at_chance_when_images_are_shuffled(tmp_path):
     assert protocol["data"] == {"layout": "wds", "split": "test"} and protocol["ties"] == "count as wrong"
 
 
-def test_imagenets_equal_names_are_ties(tmp_path):
-  write_coloured(tmp_path, "imagenet1k")
-  ((_, evaluation),) = sections(tmp_path).items()
-  inference = Inference("imagenet1k")
-  protocol = evaluation.protocol(inference)
-  assert len(protocol["templates"]) == 80 and sorted(protocol["equal_names"]) == ["missile", "sunglasses"]
-  assert evaluation.run(inference, {})["acc1"] == pytest.approx(0.996)
-
-
 def source_of(count, *, absent=(), name="cifar10"):
   """As a reader gives it, without files."""
   known = class_lists.load()[name]
@@ -281,12 +272,6 @@ def test_the_papers_fid_stands_beside_mscoco_alone():
   assert rows["fid, MSCOCO val2014, fid"] == ["12.50", "9.80", "10.8"]
   assert rows["fid, MSCOCO val2014, num_images"] == ["100", "–", "–"]
   assert "the paper's DiffDis" not in tables.table({"mine": {"fid": {"test": record(50.0)}}})
-
-
-def test_another_task_on_a_set_of_a_suite_is_shown_too():
-  record = {"protocol": {}, "metrics": {"acc1": 0.125}}
-  rows = rows_of(tables.table({"mine": {"diffusion_classifier": {"dtd": record}, "held_out_loss": {"val": record}}}))
-  assert rows["diffusion_classifier, DTD, acc1"] == rows["held_out_loss, val, acc1"] == ["12.50"]
 
 
 def test_side_by_side(tmp_path):

@@ -11,7 +11,7 @@ from diffdis_jax.data.prepare import own
 from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import prompts, results
+from diffdis_jax.evals import prompts
 from diffdis_jax.evals import tasks as evals
 from tests.raw_pairs import picture
 
@@ -207,15 +207,6 @@ def test_numbers_are_checked_against_the_names_of_the_data(folder, fakes):
     create("")
 
 
-def test_numbers_of_the_seen_split_are_checked_too(use, fakes):
-  make = lambda *number: fakes.Source(["cat", "dog"], number=list(number), **{"class": ["cat", "dog"]})
-  use(test=make(0, 1), train=make(0, 1))
-  assert create(("cat", "dog"), seen_split="train")
-  use(test=make(0, 1), train=make(1, 0))
-  with pytest.raises(UserError, match="class 0 is 'dog' in the data"):
-    create(("cat", "dog"), seen_split="train")
-
-
 def test_folders_named_by_numbers(folder):
   """Their name is the place in the class list. Numbered by string, 10 is third: that is caught."""
   folder([0, 1, 2], ["0", "01", "2"], ["crow", "dog", "fox"])
@@ -267,15 +258,6 @@ def test_an_object_names_the_classes_of_the_data(folder, use, fakes, tmp_path):
   use(test=fakes.Source(["crane"], number=[0]))
   with pytest.raises(UserError, match="numbers without a name .*field 'class'.*; give a list"):
     create(str(file))
-
-
-def test_seen_classes_by_the_name_in_the_data(use, fakes, tmp_path):
-  source = lambda labels: fakes.Source(labels, **{"class": [f"N_{label}" for label in labels]})
-  use(test=source(["cat", "dog", "fox"]), train=source(["cat", "dog"]))
-  names = {f"n {label}": label for label in ("fox", "dog", "cat")}
-  evaluation = create(names, label_field="class", seen_split="train")
-  metrics = evaluation.run(fakes.Inference(["cat", "dog", "fox"]), {})
-  assert metrics["acc1_seen"] == metrics["acc1_unseen"] == 1
 
 
 def test_names_of_the_data_go_by_name_in_any_order(folder, fakes):
@@ -332,23 +314,3 @@ def test_bad_class_lists(use, fakes):
     evals.create("zero_shot", data=DATA, classnames=(*NAMES, "red fox"))
   with pytest.raises(UserError, match="2 labels of the data are not in the class list: 'green frog', 'white swan'"):
     evals.create("zero_shot", data=DATA, classnames=NAMES[:4])
-
-
-def test_other_class_names_are_another_protocol(use, fakes):
-  inference = fakes.Inference(LABELS)
-  other = dict(zip(NAMES, (*NAMES[:-1], "a whale"), strict=True))
-  use(test=fakes.Source(LABELS))
-  first, second = (
-    evals.create("zero_shot", data=DATA, classnames=names).protocol(inference) for names in (NAMES, other)
-  )
-  assert [*results.differences([first, second])] == ["classnames_sha256"]
-
-
-def test_few_classes_have_no_top_5_and_the_protocol_says_all(use, fakes):
-  use(test=fakes.Source(["cat", "dog"]))
-  evaluation = evals.create("zero_shot", data=DATA, seed=3)
-  inference = fakes.Inference(["cat", "dog"])
-  assert not any("acc5" in name for name in evaluation.run(inference, {}))
-  protocol = evaluation.protocol(inference)
-  expected = {"steps": 1, "num_noise_samples": 1, "guidance": 1.0, "seed": 3, "num_images": 2, "num_classes": 2}
-  assert expected.items() <= protocol.items() and protocol["templates"][0] == "a photo of a {}."

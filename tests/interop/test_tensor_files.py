@@ -51,23 +51,6 @@ def test_pickles_of_tensors(tmp_path, dtype, zipped, nested):
   assert_values(tensor_files.open_file(tmp_path / "x.ckpt"))
 
 
-class ModelCheckpoint:
-  """A stand-in for PyTorch Lightning's class, under its name."""
-
-
-def test_what_lightning_leaves_beside_the_tensors_is_passed_over(tmp_path, monkeypatch):
-  module = type(sys)("pytorch_lightning.callbacks.model_checkpoint")
-  module.ModelCheckpoint = ModelCheckpoint
-  monkeypatch.setattr(ModelCheckpoint, "__module__", module.__name__)
-  for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
-    monkeypatch.setitem(sys.modules, name, type(sys)(name))
-  monkeypatch.setitem(sys.modules, module.__name__, module)
-  score = {"best_model_score": np.float64(0.5), "best_model_path": "x"}
-  torch.save({"state_dict": as_torch(), "callbacks": {ModelCheckpoint: score}}, tmp_path / "x.ckpt")
-  monkeypatch.undo()
-  assert_values(tensor_files.open_file(tmp_path / "x.ckpt"))
-
-
 class Malicious:
   def __init__(self, path: pathlib.Path):
     self.path = path
@@ -118,21 +101,6 @@ def test_files_cut_short(tmp_path, name, left):
   path.write_bytes(content[: int(left * len(content))])
   with pytest.raises(UserError, match=rf"{name} (is no whole|cannot be read).*; copy it again"):
     tensor_files.open_file(path)
-
-
-@pytest.mark.parametrize("length", range(1, 225, 8))
-def test_an_old_pickle_cut_anywhere_is_one_line(tmp_path, length):
-  torch.save({"a": torch.zeros(3)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
-  (tmp_path / "x.bin").write_bytes((tmp_path / "x.bin").read_bytes()[:length])
-  with pytest.raises(UserError, match=r"x\.bin"):
-    tensor_files.open_file(tmp_path / "x.bin")
-
-
-def test_what_cannot_be_written_is_an_oserror(tmp_path):
-  tensor_files.save({"a": np.ones(3, np.float32)}, tmp_path / "x.safetensors")
-  np.testing.assert_array_equal(tensor_files.open_file(tmp_path / "x.safetensors")["a"].read(), np.ones(3))
-  with pytest.raises(OSError):
-    tensor_files.save({"a": np.ones(3, np.float32)}, tmp_path / "none" / "x.safetensors")
 
 
 def raising(error: Exception):

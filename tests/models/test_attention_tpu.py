@@ -125,19 +125,6 @@ def test_scores_beyond_what_exponentials_hold():
     assert networks.relative_error(a, b) < 1e-3
 
 
-@pytest.mark.parametrize("n, m, h", [(1024, 1024, 8), (4096, 4096, 8), (384, 128, 12), (256, 8192, 3)])
-def test_blocks_divide_what_they_split(n, m, h):
-  heads, queries = attention_tpu.choose_blocks(n, m, h)
-  assert h % heads == 0 and n % queries == 0 and queries % attention_tpu.LANES == 0
-  assert heads * queries * m <= attention_tpu.MAX_SCORES
-
-
-def test_blocks_are_the_largest():
-  assert attention_tpu.choose_blocks(1024, 1024, 8) == (1, 1024)
-  assert attention_tpu.choose_blocks(256, 256, 8) == (8, 256)
-  assert attention_tpu.choose_blocks(4096, 4096, 8) == (1, 256)
-
-
 @pytest.mark.parametrize("shape, heads", [((2, 2, 2), 2), ((1, 2, 4), 2)])
 def test_each_device_attends_for_its_own_rows_and_heads(shape, heads):
   """On a mesh, with gradients, to what one device computes, where `tensor` divides the heads and where it does not."""

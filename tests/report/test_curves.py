@@ -24,14 +24,6 @@ def test_each_metric_has_the_steps_at_which_it_was_written():
   assert (found["a/b"].steps.tolist(), found["a/b"].values.tolist()) == ([4], [7.0])
 
 
-@pytest.mark.parametrize("broken", ["{", "3", "", '{"loss": 1.0}', '{"step": null, "loss": 1.0}'])
-def test_lines_are_read_alike_whether_one_of_them_is_broken_or_not(broken):
-  lines = lines_of(*({"step": i, "loss": i / 7} for i in range(1, 2500)))
-  whole, rest = curves.read(lines), curves.read([*lines[:1200], broken, *lines[1200:]])
-  np.testing.assert_array_equal(rest["loss"].steps, whole["loss"].steps)
-  np.testing.assert_array_equal(rest["loss"].values, [i / 7 for i in range(1, 2500)])
-
-
 @pytest.mark.parametrize(
   "value",
   ['"<img src=x>"', "[1]", '{"a": 1}', "1" + "0" * 400, '[["a"]]'],
@@ -48,21 +40,6 @@ def test_lines_that_cannot_be_read_are_counted_but_for_the_last(caplog):
   assert not caplog.text
   curves.read(["{", '{"step":' * 20_000, *lines, "{"])
   assert "metrics.jsonl has 2 lines that cannot be read" in caplog.text
-
-
-@pytest.mark.parametrize(
-  "damaged", ['{"stfp": 2, "loss": 2.0}', '{"step": -2, "loss": 2.0}', '{"step": 2, "loss": 2.0', "3"]
-)
-def test_a_line_in_the_middle_is_not_lost_in_silence(damaged, caplog):
-  whole = lines_of({"step": 1, "loss": 2.0}, {"step": 3, "loss": 1.0})
-  curves.read([whole[0], damaged, whole[1], '{"step": 4, "lo'])
-  assert "metrics.jsonl has 1 lines that cannot be read; they are left out" in caplog.text
-
-
-@pytest.mark.parametrize("step", ['"x"', "true", "-1", "1e400", "1" + "0" * 30, "[1]"])
-def test_a_line_whose_step_is_no_number_of_steps_is_left_out(step):
-  found = curves.read(['{"step": 1, "loss": 2.0}', f'{{"step": {step}, "loss": 3.0}}', '{"step":' * 20_000])
-  assert found["loss"].values.tolist() == [2.0]
 
 
 def test_short_curves_stay_as_they_are():
@@ -103,10 +80,3 @@ def test_charts_keep_losses_quarters_evaluations_and_rates_together():
   sections = {title: chart["section"] for title, chart in by_title.items()}
   assert sections["acc"] == "evaluations" and sections["Steps a second"] == "speed" and sections["Loss"] == "losses"
   assert by_title["Share of the chips' peak (HFU)"]["format"] == "share"
-
-
-def test_what_is_no_loss_stands_under_none():
-  found = curves.group(["loss", "grad_norm", "slowest_host", "slowest_host_data_wait"])
-  assert [chart["title"] for chart in found if chart["section"] == "losses"] == ["Loss"]
-  speeds = {chart["series"][0][0]: chart["format"] for chart in found if chart["section"] == "speed"}
-  assert speeds == {"slowest_host": "number", "slowest_host_data_wait": "share"}

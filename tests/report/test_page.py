@@ -101,47 +101,8 @@ def test_texts_of_a_run_that_look_like_places_of_the_template_are_texts(tmp_path
   assert "<title>{{pictures}} {{data}}</title>" in text and len(parsed.scripts) == 3
 
 
-def luminance(colour: str) -> float:
-  """Relative, of #rrggbb (WCAG 2)."""
-  shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-  red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
-  return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def test_text_has_the_contrast_that_small_letters_need(pages):
-  """4.5 to 1 (WCAG 2, AA), in both themes."""
-  themes = [dict(re.findall(r"--(\w+): (#\w{6});", block)) for block in re.findall(r":root[^{]*{([^}]*)}", pages[0])]
-  assert len(themes) == 2
-  for theme in themes:
-    for text in ("ink", "soft", "faint", "accent", "good", "warn", "bad"):
-      for ground in ("paper", "card"):
-        dark, light = sorted(luminance(theme[name]) for name in (text, ground))
-        assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
-
-
 def test_numbers_that_are_not_finite_are_null():
   assert page.as_json({"a": [1.5, math.nan], "b": (math.inf, "<")}) == '{"a":[1.5,null],"b":[null,"\\u003c"]}'
-
-
-def test_results_of_which_some_are_none(tmp_path):
-  path = tmp_path / "run"
-  written_run.write(path)
-  results = {"zero_shot": {"a": {"metrics": {"acc1": math.nan}}, "b": {"metrics": None}, "c": 3}, "version": 3}
-  (path / "results.json").write_text(json.dumps(results))
-  (run,) = Scripts(page.render([read.read(str(path), "run")])).json("data")["runs"]
-  assert [(row["dataset"], row["metrics"]) for row in run["results"]] == [("a", {"acc1": None})]
-
-
-def test_texts_that_are_no_unicode(tmp_path):
-  """As the name of a folder of another encoding is, in an error's message too."""
-  path = tmp_path / "run"
-  written_run.write(path)
-  event = {"event": "end", "time": written_run.DAY + 700, "why": "failed", "message": "no folder \udce9t\udce9"}
-  (path / "history.jsonl").write_text(json.dumps(event))
-  text = page.render([read.read(str(path), "\udce9t\udce9 & <b>")], now=written_run.DAY)
-  (run,) = Scripts(text.encode().decode()).json("data")["runs"]
-  assert run["status"] == {"state": "failed", "message": "no folder \udce9t\udce9"}
-  assert "<title>?t? &amp; &lt;b&gt;</title>" in text
 
 
 def test_no_more_pictures_than_fit_and_the_last_among_them(runs, monkeypatch):

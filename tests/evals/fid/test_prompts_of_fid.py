@@ -48,17 +48,6 @@ def test_the_first_of_a_sample_are_the_smaller_sample():
   assert sample(num_images=13) == sample(num_images=30)[:13]
 
 
-def test_no_more_is_read_than_is_sampled():
-  source = Source(1000)
-  fid.sample_prompts(source, num_images=7)
-  assert len(source.read) == 7
-
-
-def test_the_usual_count(monkeypatch):
-  monkeypatch.setattr(fid, "MOST", 25)
-  assert len(sample()) == 25 and len(sample(20)) == 20
-
-
 @pytest.mark.parametrize(
   "how, message",
   [
