@@ -110,7 +110,8 @@ def make(
   # `sorted` is stable: starts first, and all others in the order above.
   order = lambda run: (seeds.index(run.config["seed"]) if own_starts else 0, run.depth)
   return Plan(
-    base=dict(base),
+    # --seeds may grow later: rows of more seeds belong to the same ablation.
+    base={field: value for field, value in base.items() if field != "seed"},
     tables=tuple(asked),
     seeds=tuple(seeds),
     rows={key: tuple(found) for key, found in rows.items()},

@@ -128,7 +128,7 @@ class Folder:
     if workdir.SECTIONS - there.keys():
       raise UserError(f"{file} is no base of ablations; take a new --out")
     # By what the numbers depend on: how often a run logs or saves may change between two calls.
-    if differing := workdir.differences(identity(there), identity(_without_seed(plan.base))):
+    if differing := workdir.differences(identity(there), identity(plan.base)):
       raise UserError(
         f"--out={self.path} holds ablations of another base: {', '.join(differing)}; take its base or a new --out"
       )
@@ -138,7 +138,7 @@ class Folder:
     self.check(plan)
     with files.writing(f"to --out={self.path}"):
       self.path.mkdir(parents=True, exist_ok=True)
-      files.write_json(self.path / "base.json", _without_seed(plan.base))
+      files.write_json(self.path / "base.json", plan.base)
 
 
 def to_do(plan: Plan, states: Mapping[Run, State]) -> set[Run]:
@@ -160,11 +160,6 @@ def seconds_per_step(path: epath.Path) -> float | None:
   # Times of equally many steps have a mean; the mean of speeds would favour the fast ones.
   seconds = [1 / speed for speed in speeds if speed]
   return sum(seconds) / len(seconds) if seconds else None
-
-
-def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
-  # --seeds may grow later: rows of more seeds belong to the same ablation.
-  return {field: value for field, value in config.items() if field != "seed"}
 
 
 def lines(plan: Plan, folder: Folder) -> list[str]:

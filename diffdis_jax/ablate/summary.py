@@ -47,6 +47,11 @@ def summarise(plan: Plan, folder: Folder, *, base: str) -> dict[str, Any]:
   names = {run: run.name if count[run.name] == 1 else f"{run.name}.{run.measurement}" for run in plan.runs}
   for (table, _), runs in plan.rows.items():
     check_protocols(table, runs, results, folder)
+  made = {}
+  for table in plan.tables:
+    rows = [(table.name, place) for place in range(len(table.rows))]
+    figures = [{column.name: by_seed(plan, row, results, column) for column in columns} for row in rows]
+    made[table.name] = table_of(table, figures, [[names[run] for run in plan.rows[row]] for row in rows])
   return {
     "base": provenance.public(base),
     "provenance": provenance.together(
@@ -55,7 +60,7 @@ def summarise(plan: Plan, folder: Folder, *, base: str) -> dict[str, Any]:
     "seeds": list(plan.seeds),
     "columns": {column.name: column.title for column in columns},
     "paper_columns": PAPER_METRICS,
-    "tables": {table.name: _table(plan, table, results, columns, names) for table in plan.tables},
+    "tables": made,
     "runs": {name: _run(run, results.get(run), folder, names) for run, name in names.items()},
   }
 
@@ -157,18 +162,6 @@ def _moments(values: Mapping[int, float]) -> dict[str, Any]:
   return {"values": {str(seed): value for seed, value in values.items()}, "mean": mean, "sd": sd, "n": len(numbers)}
 
 
-def _table(
-  plan: Plan,
-  table: Table,
-  results: Mapping[Run, Results | None],
-  columns: Sequence[Column],
-  names: Mapping[Run, str],
-) -> dict[str, Any]:
-  rows = [(table.name, place) for place in range(len(table.rows))]
-  figures = [{column.name: by_seed(plan, row, results, column) for column in columns} for row in rows]
-  return table_of(table, figures, [[names[run] for run in plan.rows[row]] for row in rows])
-
-
 def by_seed(
   plan: Plan, row: tuple[str, int], results: Mapping[Run, Results | None], column: Column
 ) -> dict[int, float]:
@@ -216,8 +209,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
   figures."""
   parts = [f"# Ablations of {summary['base']}, seeds {', '.join(map(str, summary['seeds']))}", NOTE]
   for name, table in summary["tables"].items():
+    title = f"Table {name}: {table['title']}" if name.isdecimal() else table["title"]
     text = render_table(table, columns=summary["columns"], paper=summary["paper_columns"])
-    parts.append(f"## {_title(name, table)}\n\n{text}")
+    parts.append(f"## {title}\n\n{text}")
   return "\n\n".join(parts) + "\n"
 
 
@@ -239,10 +233,6 @@ def render_table(table: Mapping[str, Any], *, columns: Mapping[str, str], paper:
   return f"{text}\n\n{_count(table['count'])}" if table["count"]["differences"] else text
 
 
-def _title(name: str, table: Mapping[str, Any]) -> str:
-  return f"Table {name}: {table['title']}" if name.isdecimal() else table["title"]
-
-
 def _count(count: Mapping[str, Any]) -> str:
   return (
     f"{count['significant']} of {count['differences']} differences bold; chance alone makes any bold in at most 5 % of"
@@ -258,7 +248,8 @@ def _rows(row: Mapping[str, Any], columns: Sequence[str], others: Sequence[str])
   if any(differences):
     lines.append(["− base", *(_difference(each) if each else BLANK for each in differences)])
   if row["paper"]:
-    lines.append(["*paper*", *(_number(row["paper"].get(name)) for name in (*columns, *others))])
+    figures = [row["paper"].get(name) for name in (*columns, *others)]
+    lines.append(["*paper*", *(BLANK if each is None else f"{each:z.2f}" for each in figures)])
   return lines
 
 
@@ -283,7 +274,3 @@ def _difference(difference: Mapping[str, Any]) -> str:
 
 def shown_p(value: float) -> str:
   return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _number(value: float | None) -> str:
-  return BLANK if value is None else f"{value:z.2f}"

@@ -127,9 +127,9 @@ def check(name: str, evaluation: Evaluation, *, incomplete: bool) -> None:
   Args:
     name: of the set.
     evaluation: made of its section.
-    incomplete: let pass another number of images, and classes without any.
+    incomplete: let pass another number of images.
 
-  Raises UserError: another number of images than the published one, another split, or a class without images.
+  Raises UserError: another number of images than the published one, or another split.
   """
   source = getattr(evaluation, "source", None)
   if not isinstance(source, Labelled | Captioned) or incomplete:
@@ -144,13 +144,6 @@ def check(name: str, evaluation: Evaluation, *, incomplete: bool) -> None:
   if len(source) not in published.sizes:
     sizes = " or ".join(f"{count:,}" for count in published.sizes)
     raise UserError(f"{there} has {len(source):,} images, and should have {sizes}; download it again, {remedy}")
-  if isinstance(source, Labelled):
-    absent = np.setdiff1d(np.arange(len(source.classnames)), source.labels)
-    if absent.size:
-      raise UserError(
-        f"{there} has no image of {absent.size} of {len(source.classnames)} classes, such as"
-        f" {source.classnames[absent[0]]!r}; download it again, {remedy}"
-      )
 
 
 def is_whole(name: str, record: Mapping[str, Any]) -> bool:

@@ -39,7 +39,7 @@ def test_rows_change_what_the_paper_says():
   there = workdir.flatten(plan.base)
   for (table, row), (run,) in plan.rows.items():
     here = workdir.flatten(run.config)
-    changed[table, row] = {field: here[field] for field in here if here[field] != there[field] and field != "seed"}
+    changed[table, row] = {field: here[field] for field in here if field != "seed" and here[field] != there[field]}
   one = {"text_diffusion.gamma": 1.0}
   assert changed == {
     ("2", 0): one | {"text_diffusion.target": "noise"},
