@@ -25,19 +25,12 @@ OF_AUTOENCODER = r"^(image_size$|mesh\.|model\.autoencoder\.|data\.(name|path|sp
 # By identity, so that runs can be keys: a dict, such as the config, has no hash.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-  """A training, and how it is measured.
+  """A training, and how it is measured."""
 
-  Attributes:
-    name: of its workdir: what it changes in the base, its seed, and its hash.
-    config: nested dicts; its `init_from` is empty where `start` says what the run starts from.
-    start: the run that has to end before this one starts, if there is one; it may have one itself.
-    evals: of its config, those that measure what its objectives train; none of what is a start alone.
-  """
-
-  name: str
-  config: dict[str, Any]
-  start: Run | None
-  evals: dict[str, Any]
+  name: str  # of its workdir: what it changes in the base, its seed, and its hash
+  config: dict[str, Any]  # nested; its `init_from` is empty where `start` says what the run starts from
+  start: Run | None  # the run that has to end before this one starts; it may have one itself
+  evals: dict[str, Any]  # of its config, those that measure what its objectives train; none of a start alone
 
   @property
   def measurement(self) -> str:
@@ -52,21 +45,13 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """Tables, and the runs of their rows.
+  """Tables, and the runs of their rows."""
 
-  Attributes:
-    base: the config that the rows change, without a seed.
-    tables: as they were asked for.
-    seeds: of every row.
-    rows: (name of a table, number of a row) -> its runs, in the order of the seeds.
-    runs: each once, in the order in which they are to be done: starts first, and all rows of one seed after another.
-  """
-
-  base: dict[str, Any]
+  base: dict[str, Any]  # the config that the rows change, without a seed
   tables: tuple[tables.Table, ...]
-  seeds: tuple[int, ...]
-  rows: Mapping[tuple[str, int], tuple[Run, ...]]
-  runs: tuple[Run, ...]
+  seeds: tuple[int, ...]  # of every row
+  rows: Mapping[tuple[str, int], tuple[Run, ...]]  # (name of a table, number of a row) -> its runs, by seed
+  runs: tuple[Run, ...]  # each once, in the order in which they are done: starts first, then seed by seed
 
 
 def make(
@@ -77,14 +62,11 @@ def make(
   *,
   own_starts: bool = False,
 ) -> Plan:
-  """Make the plan of some tables.
+  """Make the plan of the tables that are `asked` for.
 
   Args:
     base: the config that rows change, as nested dicts.
-    autoencoder: the config of the autoencoder that its runs start from; None where the base says
-      what they start from, or they start from nothing.
-    asked: tables.
-    seeds: of every row.
+    autoencoder: the config of the autoencoder that its runs start from; None where they start from something else.
     own_starts: each seed has an autoencoder of its own; else one serves all.
 
   Raises UserError: the base has none of the evaluations that the rows' objectives need for a column; it lacks a field
@@ -120,15 +102,12 @@ def make(
 
 
 def find_autoencoder(path: str, overrides: Mapping[str, Any], base: Config) -> dict[str, Any] | None:
-  """Return the config of the autoencoder that belongs to a base, by the argument `autoencoder` of its file.
+  """Return the config of the autoencoder that belongs to a base, by the argument `autoencoder` of its file; None where
+  the base starts from a run that `init_from` names, needs no autoencoder, or its file knows none.
 
   Args:
     path: FILE.py[:args] of the base.
     overrides: dotted path -> value, given for the base; the autoencoder takes those of OF_AUTOENCODER.
-    base: the config, overrides included.
-
-  Returns:
-    None where the base starts from a run that `init_from` names, needs no autoencoder, or its file knows none.
   """
   if base["init_from"] or not _needs_autoencoder(base["objectives"]):
     return None

@@ -34,33 +34,23 @@ BAD_INPUT = 2  # the exit code of a UserError
 
 @dataclasses.dataclass(frozen=True)
 class State:
-  """The progress of a run.
+  """The progress of a run."""
 
-  Attributes:
-    step: of its newest checkpoint.
-    num_steps: at which it is trained.
-    measured: True where every evaluation has its result.
-    seconds: of a step, where metrics.jsonl tells; without evaluations and saves.
-  """
-
-  step: int
+  step: int  # of its newest checkpoint
   num_steps: int
-  measured: bool
-  seconds: float | None
+  measured: bool  # every evaluation has its result
+  seconds: float | None  # of a step, where metrics.jsonl tells; without evaluations and saves
 
   @property
   def is_trained(self) -> bool:
-    """Return whether its last step is saved."""
     return self.step >= self.num_steps
 
   @property
   def is_finished(self) -> bool:
-    """Return whether there is nothing left to do."""
     return self.is_trained and self.measured
 
   @property
   def words(self) -> str:
-    """Describe the progress for people."""
     if self.is_trained:
       return "finished" if self.measured else "to measure"
     return f"step {self.step} of {self.num_steps}" if self.step else "missing"
@@ -104,8 +94,7 @@ class Folder:
     return found if whole else None
 
   def state(self, run: Run) -> State:
-    """Return the progress of a run. A run that has its results was trained to its end, also where its workdir was
-    removed since."""
+    """Return the progress of a run. One that has its results was trained to its end, though its workdir may be gone."""
     measured, num_steps, path = self.read(run) is not None, run.config["num_steps"], self.workdir(run)
     step = num_steps if run.evals and measured else workdir.latest_step(path) or 0
     return State(step, num_steps, measured, seconds_per_step(buckets.path(path)))
@@ -142,8 +131,7 @@ class Folder:
 
 
 def to_do(plan: Plan, states: Mapping[Run, State]) -> set[Run]:
-  """Return the runs of a plan that are left: rows that are not finished, and what these start from. A start has no
-  results of its own, so that it is not missed where those of all its rows are there."""
+  """Return the runs of a plan that are left: rows that are not finished, and what these start from."""
   wanted: set[Run] = set()
   for run in {run for runs in plan.rows.values() for run in runs}:
     each: Run | None = run
@@ -154,8 +142,7 @@ def to_do(plan: Plan, states: Mapping[Run, State]) -> set[Run]:
 
 
 def seconds_per_step(path: epath.Path) -> float | None:
-  """Return the mean over the lines of a workdir's metrics.jsonl, which stand for equally many steps; None without a
-  speed."""
+  """Return the mean over the lines of a workdir's metrics.jsonl; None without a speed."""
   speeds = [line.get("steps_per_sec") for line in provenance.metrics_of(files.lines(path / "metrics.jsonl"))]
   # Times of equally many steps have a mean; the mean of speeds would favour the fast ones.
   seconds = [1 / speed for speed in speeds if speed]
@@ -240,10 +227,10 @@ def as_first_sees(look: Callable[[], bool]) -> bool:
 
 
 def run_all(plan: Plan, folder: Folder, command: Callable[[int], list[str]]) -> int:
-  """Do the runs that are not finished, starts first, each in a process of its own whose output goes to its log.
+  """Do the runs that are not finished, starts first, each in a process of its own whose output goes to its log. Return
+  0, or the exit code for runs that failed: 2 if each of them had bad input, else 1.
 
-  One that fails is reported, and the others continue. `command` is that of a run's process, by its number. Return 0, or
-  the exit code for runs that failed: 2 if each of them had bad input, else 1.
+  One that fails is reported, and the others continue. `command` is that of a run's process, by its number.
 
   Raises Preempted: SIGTERM or, as Interrupted, Ctrl-C came, to this process or to a run's, which has saved and ended.
   """

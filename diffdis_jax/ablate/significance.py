@@ -21,29 +21,21 @@ ROUNDING = 1e-9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
-  """The mean of paired differences.
+  """The mean of n paired differences, in the unit of the figure.
 
-  Attributes:
-    mean: of the differences, in the unit of the figure.
-    n: how many pairs.
-    se: standard error of the mean, sd / √n; None of one pair.
-    low, high: the 95 % interval. None where there is nothing to judge by: of one pair, and where the difference is the
-      same in every pair, which coarse figures of few seeds often are by chance.
-    p: of no difference, two-sided; None as above.
-    detectable: the least true difference that this test, alone, finds with 80 % power; None as above.
-    p_holm: p after Holm's correction over the differences of a table.
-    is_significant: True where p_holm is below 5 %.
+  What is judged is None where there is nothing to judge by: of one pair, and where the difference is the same in every
+  pair, which coarse figures of few seeds often are by chance.
   """
 
   mean: float
   n: int
-  se: float | None
-  low: float | None = None
+  se: float | None  # standard error of the mean, sd / √n; None of one pair
+  low: float | None = None  # the 95 % interval
   high: float | None = None
-  p: float | None = None
-  detectable: float | None = None
-  p_holm: float | None = None
-  is_significant: bool = False
+  p: float | None = None  # of no difference, two-sided
+  detectable: float | None = None  # the least true difference that this test, alone, finds with 80 % power
+  p_holm: float | None = None  # after Holm's correction over the differences of a table
+  is_significant: bool = False  # p_holm is below 5 %
 
 
 def paired(pairs: Sequence[float]) -> Difference:

@@ -89,16 +89,10 @@ def check_protocols(table: str, runs: Sequence[Run], results: Mapping[Run, Resul
 
 
 def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[str]]) -> dict[str, Any]:
-  """Return the entry of a table in tables.json.
+  """Return the entry of a table in tables.json, given each row's figures and the names of its runs, finished or not.
 
-  Args:
-    table: title, rows and which row is the base.
-    figures: of each row.
-    runs: names of each row's runs, all of them, finished or not.
-
-  Returns:
-    title; rows, of which each cell is as `cells_of` gives it; and `count`, how many differences have a p, how many of
-    them are significant, and how many would be without Holm's correction, truly and by chance.
+  A cell is as `cells_of` gives it. `count` says how many differences have a p, how many of them are significant, and
+  how many would be without Holm's correction, truly and by chance.
   """
   cells = cells_of(figures, base=table.base)
   rows = [
@@ -124,16 +118,10 @@ def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[s
 
 
 def cells_of(figures: Sequence[Figures], *, base: int | None) -> list[dict[str, dict[str, Any]]]:
-  """Return, for each row, column -> cell.
+  """Return, for each row, column -> cell: values, mean, sd (of a sample; None of one value), n; and `difference`.
 
-  Args:
-    figures: of each row.
-    base: the number of the row that the others are compared with; None for no comparison.
-
-  Returns:
-    Cells of values, mean, sd (of a sample; None of one value), n; and `difference`, that to the base row over the seeds
-    that both have, as `significance.Difference` with Holm's correction over all of these cells; None without a common
-    seed, and in the base row.
+  That is the difference to the row of number `base` over the seeds that both have, as `significance.Difference` with
+  Holm's correction over all of these cells; None without a common seed, and in the base row.
   """
   places, pairs = [], []
   for place, row in enumerate(figures):
@@ -178,12 +166,8 @@ def by_seed(
 
 
 def _run(run: Run, results: Results | None, folder: Folder, names: Mapping[Run, str]) -> dict[str, Any]:
-  """Return the entry of a run: its config, and the metrics and protocols of its evaluations, None where it is not
-  finished. A metric that is not finite is None.
-
-  `minutes` are those of its own training steps, None where its workdir is gone.
-  `provenance` is the run's own, with what it began from; None in results that have none.
-  """
+  """Return the entry of a run. Its evaluations are None where it is not finished, a metric where it is not finite, and
+  the minutes of its training steps where its workdir is gone."""
   evaluations = origin = None
   if results is not None:
     records = _records(run, results)
@@ -216,13 +200,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def render_table(table: Mapping[str, Any], *, columns: Mapping[str, str], paper: Mapping[str, str]) -> str:
-  """Return a table of `table_of`, and below it how many differences are significant, and by chance.
-
-  Args:
-    table: as tables.json has it.
-    columns: name -> title.
-    paper: the same, of the paper's figures.
-  """
+  """Return a table of `table_of`, and below it how many differences are significant, and by chance. `columns` and
+  `paper`, the paper's figures, are name -> title."""
   # The paper's figures stand in the columns that measure the same; of those that nothing here measures, in their own.
   others = {name: f"{title} (paper)" for name, title in paper.items() if name not in columns}
   heads = ["", *columns.values(), *(others.values() if any(row["paper"] for row in table["rows"]) else ())]

@@ -28,39 +28,24 @@ cent. The keys are the columns' names, as `columns_of` gives them."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """A row, or what the runs of one start from.
-
-  Attributes:
-    label: of the row.
-    changes: dotted path of a field -> its value.
-    paper: the figures of PAPER_METRICS in its order, or none.
-    own_base: the config that `changes` are of, as nested dicts, where it is not that of all rows.
-    start: whose run of the same seed its runs start from; None for what the base starts from.
-    measured: False where its runs are starts alone.
-  """
+  """A row, or what the runs of one start from."""
 
   label: str
-  changes: Mapping[str, Any]
-  paper: tuple[float, ...] = ()
-  own_base: Mapping[str, Any] | None = None
-  start: Row | None = None
-  measured: bool = True
+  changes: Mapping[str, Any]  # dotted path of a field -> its value
+  paper: tuple[float, ...] = ()  # figures of PAPER_METRICS, in its order
+  own_base: Mapping[str, Any] | None = None  # the config that is changed, where it is not that of all rows
+  start: Row | None = None  # whose run of the same seed its runs start from; None for what the base starts from
+  measured: bool = True  # False where its runs are starts alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-  """A table.
-
-  Attributes:
-    name, title: of it.
-    rows: in their order.
-    base: the number of the row that the others are compared with; None for no comparison.
-  """
+  """A table of rows, which are compared with one of them."""
 
   name: str
   title: str
   rows: tuple[Row, ...]
-  base: int | None
+  base: int | None  # the number of the row that the others are compared with; None for no comparison
 
 
 def paper_tables(*, schedule: str) -> dict[str, Table]:
@@ -216,17 +201,11 @@ RECALL = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
-  """A figure of each run: the mean of one metric or of several, times `scale`.
+  """A figure of each run: the mean of one metric or of several, times `scale`."""
 
-  Attributes:
-    name: data set and metric, as in metrics.jsonl; `recall@1` is the mean over MSCOCO and Flickr30k.
-    title: with an arrow to the better side.
-    cells: (task, data set, metric).
-  """
-
-  name: str
-  title: str
-  cells: tuple[tuple[str, str, str], ...]
+  name: str  # data set and metric, as in metrics.jsonl; `recall@1` is the mean over MSCOCO and Flickr30k
+  title: str  # with an arrow to the better side
+  cells: tuple[tuple[str, str, str], ...]  # (task, data set, metric)
   scale: float
 
   def read(self, results: Results) -> float | None:
