@@ -82,7 +82,7 @@ def test_every_split_both_ways(tmp_path, monkeypatch):
   assert (drawn["acc1"], drawn["acc1_seen"], drawn["acc1_unseen"]) == (0.8, 1.0, 0.5)
   assert retrieval["emoji/openmoji"][ways[1]] == 0.8
   assert results["retrieval"]["emoji/val_concepts"]["protocol"]["duplicate_captions"] is True
-  assert "zero_shot, emoji/openmoji, acc1 | 80.00 |" in tables.table("mine", results)
+  assert "zero_shot, emoji/openmoji, acc1 | 80.00 |" in tables.table({"mine": results})
   table = emoji.table("mine", results)
   # One table of all artists who are not in training, the baseline under the run, and the mean without val_vendor.
   hog = [
