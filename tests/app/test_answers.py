@@ -81,7 +81,7 @@ def colour(tmp_path, name: str) -> str:
 def test_an_image_is_classified(tmp_path):
   ((line, shares),) = answers.classify(StepSampler(), colour(tmp_path, "red"), "red, green,blue", "a {}", 0)
   texts = np.eye(3, dtype=np.float32)  # of red, green and blue
-  expected = scipy.special.softmax(3.0 * unit(np.array([1, 0, 0]) + 1e-3) @ texts.T)
+  expected = scipy.special.softmax(3.0 * unit(np.array([255, 0, 0]) + 1e-3) @ texts.T)
   np.testing.assert_allclose([shares[name] for name in ("red", "green", "blue")], expected, rtol=1e-5)
   assert line == f"red: {expected[0]:.1%}."
 

@@ -272,7 +272,8 @@ def test_the_papers_fid_stands_beside_mscoco_alone():
 
 def test_side_by_side(tmp_path):
   """Different protocols are marked and named; what belongs to the model is none."""
-  a, b = fabricated(12, seed=1, steps=1, weights="x"), fabricated(12, seed=1, steps=1, weights="y", checkpoint=7)
+  how = {"steps": 1, "guidance": 1.0}
+  a, b = fabricated(12, weights="x", **how), fabricated(12, seed=1, weights="y", checkpoint=7, **how)
   paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
   out = str(tmp_path / "new/F.md")
 
@@ -283,13 +284,13 @@ def test_side_by_side(tmp_path):
     return (tmp_path / "new/F.md").read_text()
 
   assert "†" not in text() and rows_of(text())[""][:2] == ["a", "b"]
-  b["zero_shot"]["dtd"]["protocol"].update(steps=4, seed=2)
+  b["zero_shot"]["dtd"]["protocol"].update(steps=4, guidance=2.0)
   marked = text()
   assert [row for row in rows_of(marked) if "†" in row] == [
     *("zero_shot, DTD, acc1 †", "zero_shot, DTD, acc1_single_template †"),
     *("zero_shot, mean, mean †", "zero_shot, mean, mean_single_template †"),
   ]
-  assert "- zero_shot, dtd, steps: a: 1; b: 4\n- zero_shot, dtd, seed: a: 1; b: 2\n" in marked
+  assert "- zero_shot, dtd, steps: a: 1; b: 4\n- zero_shot, dtd, guidance: a: 1.0; b: 2.0\n" in marked
   for wrong, message in (
     ([paths[0], paths[0]], "names a file twice"),
     ([paths[0], str(tmp_path / "c.json")], "cannot read results from"),
