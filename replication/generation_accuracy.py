@@ -11,8 +11,7 @@ from jaxtyping import Int, UInt8
 from diffdis_jax.config.section import field, number
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, generation_accuracy
-from diffdis_jax.evals.classifiers import SIZE
-from diffdis_jax.evals.generation_accuracy import OF_SHAPES
+from diffdis_jax.evals.generation_accuracy import OF_SHAPES, SIZE
 from replication import copies
 from replication.label_judge import LabelJudge
 from replication.scene_judge import SceneJudge

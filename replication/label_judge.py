@@ -19,8 +19,8 @@ from PIL import Image
 
 from diffdis_jax.data import records, transforms
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, classifiers
-from diffdis_jax.evals.classifiers import SIZE, Examples, Trained
+from diffdis_jax.evals import base
+from diffdis_jax.evals.generation_accuracy import BATCH, SIZE, Examples, Trained, apply, fit
 
 PARTS = 4  # along each side: the classifier takes features' means over so many parts
 PEAK_RATE = 2.5e-3
@@ -141,7 +141,7 @@ def train_on_labels(
 ) -> LabelClassifier:
   """Train on varied views of the images by AdamW under a one-cycle schedule, which peaks at PEAK_RATE."""
   # What is left of an epoch is no batch, so that a step is compiled once; few images are one batch.
-  batch_size = min(classifiers.BATCH, len(images))
+  batch_size = min(BATCH, len(images))
   num_steps = epochs * (len(images) // batch_size)
   model = LabelClassifier(num_classes, rngs=nnx.Rngs(seed))
 
@@ -157,9 +157,7 @@ def train_on_labels(
 
   # BatchNorm takes the batch's moments while it trains, and their averages when it judges.
   model.train()
-  classifiers.fit(
-    model, optax.adamw(optax.cosine_onecycle_schedule(num_steps, PEAK_RATE), weight_decay=0.01), loss, batches()
-  )
+  fit(model, optax.adamw(optax.cosine_onecycle_schedule(num_steps, PEAK_RATE), weight_decay=0.01), loss, batches())
   model.eval()
   return model
 
@@ -178,7 +176,7 @@ def _view(image: Image.Image, *, seed: Sequence[int]) -> UInt8[np.ndarray, "s s 
 
 def classify(model: LabelClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n k"]:
   """Return the logits of the classes."""
-  return classifiers.apply(lambda model, image: model(image), model, images, batch_size=classifiers.BATCH)
+  return apply(lambda model, image: model(image), model, images, batch_size=BATCH)
 
 
 def text_labels(source: Any, name: str) -> Shaped[np.ndarray, " n"]:

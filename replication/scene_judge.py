@@ -16,9 +16,8 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from diffdis_jax.data import shapes, sources
-from diffdis_jax.evals import base, classifiers
-from diffdis_jax.evals.classifiers import COLOURS, SIZE, Examples, Trained
-from diffdis_jax.evals.generation_accuracy import require
+from diffdis_jax.evals import base, generation_accuracy
+from diffdis_jax.evals.generation_accuracy import COLOURS, SIZE, Examples, Trained, require
 from replication import scenes
 
 ATTRIBUTES = ("relation", "colour", "shape", "colour", "shape")  # of a scene, its first shape's before its second's
@@ -49,7 +48,7 @@ class SceneClassifier(nnx.Module):
     self.shape = nnx.Linear(2 * widths[-1], len(shapes.SHAPES), rngs=rngs)
 
   def __call__(self, image: UInt8[Array, "b h w 3"]) -> SceneLogits:
-    x = classifiers.with_contrast(image)
+    x = generation_accuracy.with_contrast(image)
     for conv, norm in zip(self.convs, self.norms, strict=True):
       x = nnx.relu(norm(conv(x)))
     b, h, w, c = x.shape
@@ -95,10 +94,10 @@ def train(*, image_size: int, seed: int, num_steps: int) -> Trained:
       total += cross_entropy(logits.shape[rows, first + place], target[:, 2 + 2 * place])
     return total.mean()
 
-  drawn = (rng.integers(NUM_RENDERS, size=classifiers.BATCH) for _ in range(num_steps))
+  drawn = (rng.integers(NUM_RENDERS, size=generation_accuracy.BATCH) for _ in range(num_steps))
   schedule = optax.cosine_onecycle_schedule(num_steps, PEAK_RATE)
   batches = (Examples(examples.images[rows], examples.targets[rows]) for rows in drawn)
-  classifiers.fit(model, optax.adam(schedule), loss, batches)
+  generation_accuracy.fit(model, optax.adam(schedule), loss, batches)
   fresh = render(image_size=image_size, num_images=NUM_MEASURED, seed=seed + 1)
   accuracy = float((attributes(model, fresh.images) == fresh.targets).all(axis=1).mean())
   return Trained(model, {"judge_acc1": accuracy})
@@ -114,7 +113,7 @@ def attributes(model: SceneClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> 
     at = lambda named, place: named[rows, 2 * relation + place]
     return jnp.stack([relation, at(colour, 0), at(shape, 0), at(colour, 1), at(shape, 1)], axis=-1)
 
-  return classifiers.apply(named, model, images, batch_size=256)
+  return generation_accuracy.apply(named, model, images, batch_size=256)
 
 
 def right(found: Int[np.ndarray, "n 5"], asked: Int[np.ndarray, "n 5"]) -> Bool[np.ndarray, "n 5"]:

@@ -22,9 +22,10 @@ from tests import tiny
 def get_config(arg=""):
   config = tiny.get_config(arg)
   if not arg:
-    from diffdis_jax.evals import classifiers
+    from diffdis_jax.evals import generation_accuracy
 
-    classifiers.train_on_shapes = functools.partial(classifiers.train_on_shapes, num_images=64)  # as it is one step
+    train = generation_accuracy.train_on_shapes
+    generation_accuracy.train_on_shapes = functools.partial(train, num_images=64)  # as it is one step
     config.evals.generated.update(per_class=1, required_accuracy=0.0, classifier_steps=1)
     config.train_evals = ("test",)
   return config

@@ -45,20 +45,14 @@ def tabs(objectives: Sequence[str], *, aligned: bool = True) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """An image after a step of Algorithm 2, decoded: step `step` of `steps`, at which the network was asked at t.
-
-  Attributes:
-    noisy: z at the next timestep; after the last step, the image.
-    emptied: ẑ_0 as the network predicts it under the empty prompt.
-    guided: ẑ_0 under the prompt, with guidance.
-  """
+  """An image after a step of Algorithm 2, decoded: step `step` of `steps`, at which the network was asked at t."""
 
   step: int
   steps: int
   t: int
-  noisy: UInt8[np.ndarray, "H W 3"]
-  emptied: UInt8[np.ndarray, "H W 3"]
-  guided: UInt8[np.ndarray, "H W 3"]
+  noisy: UInt8[np.ndarray, "H W 3"]  # z at the next timestep; after the last step, the image
+  emptied: UInt8[np.ndarray, "H W 3"]  # ẑ_0 as the network predicts it under the empty prompt
+  guided: UInt8[np.ndarray, "H W 3"]  # ẑ_0 under the prompt, with guidance
 
 
 class StepSampler:

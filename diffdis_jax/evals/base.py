@@ -220,20 +220,13 @@ def decoders() -> ThreadPoolExecutor:
 class Images:
   """Images of a source as squares, u8[n h w 3], decoded when they are asked for: a host decodes its own rows alone, on
   all of its cores.
-
-  Attributes:
-    source: its records have `image`, encoded or as u8[h w 3].
-    indices: which of them, in which order.
-    image_size: side of the squares, pixels.
-    crop_pct: as `to_square` takes it.
-    square: (PIL image, image_size) -> square, in the place of `to_square`.
   """
 
-  source: Any
-  indices: Int[np.ndarray, " n"]
-  image_size: int
-  crop_pct: float = 1.0
-  square: Any = None
+  source: Any  # its records have `image`, encoded or as u8[h w 3]
+  indices: Int[np.ndarray, " n"]  # which of them, in which order
+  image_size: int  # side of the squares, pixels
+  crop_pct: float = 1.0  # as `to_square` takes it
+  square: Any = None  # (PIL image, image_size) -> square, in the place of `to_square`
 
   def __len__(self) -> int:
     return len(self.indices)

@@ -38,17 +38,11 @@ def fill(template: str, classname: str) -> str:
 
 
 class ClassNames(NamedTuple):
-  """Classes in an order.
+  """Classes in an order."""
 
-  Attributes:
-    names: what goes into the prompts.
-    keys: what the data call the same classes.
-    by_key: whether keys alone tell the classes of the data, not numbers.
-  """
-
-  names: tuple[str, ...]
-  keys: tuple[str, ...]
-  by_key: bool = False
+  names: tuple[str, ...]  # what goes into the prompts
+  keys: tuple[str, ...]  # what the data call the same classes
+  by_key: bool = False  # whether keys alone tell the classes of the data, not numbers
 
 
 def comparable(name: str) -> str:

@@ -31,19 +31,12 @@ SINGLE_TEMPLATE = "a photo of a {}."
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkSet:
-  """A data set of a suite.
+  """A data set of a suite."""
 
-  Attributes:
-    title: of its column.
-    task: that is measured on it.
-    sizes: the numbers of images of the split that is measured; several where copies differ.
-    metric: of zero-shot classification, the figure that counts.
-  """
-
-  title: str
-  task: str
-  sizes: Sequence[int]
-  metric: str = "acc1"
+  title: str  # of its column
+  task: str  # that is measured on it
+  sizes: Sequence[int]  # the numbers of images of the split that is measured; several where copies differ
+  metric: str = "acc1"  # of zero-shot classification, the figure that counts
 
 
 def _labelled(title: str, *sizes: int, metric: str = "acc1") -> BenchmarkSet:

@@ -29,21 +29,13 @@ from diffdis_jax.evals.zero_shot import ZeroShot
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A row of TASKS.
+  """A row of TASKS."""
 
-  Attributes:
-    evaluation: its fields are the settings of the task, those that a flag can give its flags.
-    needs: objectives, of which a run must have been trained for one; none: any run will do.
-    generates: it generates images, on which `generation_steps` and `generation_guidance` have an effect.
-    compares: it denoises text queries, on which the other fields of Sampling have an effect.
-    on_sets_of: another task, on whose sets of a config it is measured where the config has none for it.
-  """
-
-  evaluation: type[Evaluation]
-  needs: Sequence[str]
-  generates: bool = False
-  compares: bool = True
-  on_sets_of: str = ""
+  evaluation: type[Evaluation]  # its fields are the settings of the task, those that a flag can give its flags
+  needs: Sequence[str]  # objectives, of which a run must have been trained for one; none: any run will do
+  generates: bool = False  # it generates images, on which `generation_steps` and `generation_guidance` have an effect
+  compares: bool = True  # it denoises text queries, on which the other fields of Sampling have an effect
+  on_sets_of: str = ""  # another task, on whose sets of a config it is measured where the config has none for it
 
   def fits(self, objectives: Collection[str]) -> bool:
     """Return whether a run with these objectives can be measured."""
@@ -154,17 +146,11 @@ def create(task: str, **settings: Any) -> Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """A task on a data set.
+  """A task on a data set."""
 
-  Attributes:
-    dataset: the name under which its record is kept.
-    task: one of TASKS.
-    settings: of the task.
-  """
-
-  dataset: str
-  task: str
-  settings: Mapping[str, Any]
+  dataset: str  # the name under which its record is kept
+  task: str  # one of TASKS
+  settings: Mapping[str, Any]  # of the task
 
   def create(self) -> Evaluation:
     """Create the evaluation. Raises UserError: no such task, or settings or data that it refuses."""

@@ -71,12 +71,9 @@ class VisionEncoder(nnx.Module):
 
   Args:
     remat: a key of remat.REMAT_POLICIES, applied to each layer.
-
-  Attributes:
-    RULES: how parameters start that other towers do not have.
   """
 
-  RULES: Rules = ()
+  RULES: Rules = ()  # how parameters start that other towers do not have
 
   def __init__(self, size: VisionEncoderSize, *, remat: str, dtype: DTypeLike, rngs: nnx.Rngs):
     self.side, self.spatial_pool, self.dtype, self.remat = size.patch, size.spatial_pool, dtype, remat

@@ -18,13 +18,9 @@ BUCKETS = 400
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """One metric over the steps of a run, as it was written. NaN where it was not finite.
+  """One metric over the steps of a run, as it was written. NaN where it was not finite."""
 
-  Attributes:
-    steps: ascending.
-  """
-
-  steps: Int[np.ndarray, " n"]
+  steps: Int[np.ndarray, " n"]  # ascending
   values: Float[np.ndarray, " n"]
 
 

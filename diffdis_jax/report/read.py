@@ -27,31 +27,18 @@ ALIVE = 60.0  # seconds since the last sign of life of a run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-  """A workdir, read.
+  """A workdir, read."""
 
-  Attributes:
-    name: of the folder, or more of its path where several runs are called the same.
-    config: nested.
-    curves: metric -> curve.
-    grids: name -> [(step, file)] of pictures in samples/, by step.
-    events: of history.jsonl.
-    checkpoints: step -> what was measured when it was saved.
-    results: what evaluate has left in the folder.
-    written: when metrics.jsonl was last written, seconds since 1970, as far as `provenance.reported` knows.
-    alive: whether a process has the workdir now.
-    restarted: whether that one has taken it after the last of `events`.
-  """
-
-  name: str
-  config: dict[str, Any]
-  curves: Mapping[str, curves.Curve]
-  grids: Mapping[str, list[tuple[int, epath.Path]]]
-  events: list[dict[str, Any]]
-  checkpoints: Mapping[int, Mapping[str, float]]
-  results: list[provenance.Result]
-  written: float | None
-  alive: bool
-  restarted: bool
+  name: str  # of the folder, or more of its path where several runs are called the same
+  config: dict[str, Any]  # nested
+  curves: Mapping[str, curves.Curve]  # metric -> curve
+  grids: Mapping[str, list[tuple[int, epath.Path]]]  # name -> [(step, file)] of pictures in samples/, by step
+  events: list[dict[str, Any]]  # of history.jsonl
+  checkpoints: Mapping[int, Mapping[str, float]]  # step -> what was measured when it was saved
+  results: list[provenance.Result]  # what evaluate has left in the folder
+  written: float | None  # when metrics.jsonl was last written, seconds since 1970, as far as it is known
+  alive: bool  # whether a process has the workdir now
+  restarted: bool  # whether that one has taken it after the last of `events`
 
   @property
   def step(self) -> int:

@@ -21,7 +21,7 @@ from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.common import cli, files
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.evals import base, classifiers, prompts, tasks
+from diffdis_jax.evals import base, generation_accuracy, prompts, tasks
 from diffdis_jax.evals.generation_accuracy import PAIRS, ShapeJudge
 from diffdis_jax.evals.zero_shot import ZeroShot, class_recalls
 from diffdis_jax.run import provenance
@@ -87,8 +87,8 @@ def best_of_n(run: pathlib.Path) -> dict[str, Any]:
   queries, e = model.embed_images(params, images, seed=0), model.embed_texts(params, tokens)
   scores = np.einsum("nd,nd->n", queries, e[asked]).reshape(CANDIDATES, len(texts))
   judge = ShapeJudge(0, classifier_steps=200).train(model.image_size).model
-  squares = np.stack([base.to_square(image, classifiers.SIZE) for image in images])
-  right = (classifiers.pairs_of(judge, squares) == PAIRS[asked]).all(axis=-1).astype(float)
+  squares = np.stack([base.to_square(image, generation_accuracy.SIZE) for image in images])
+  right = (generation_accuracy.pairs_of(judge, squares) == PAIRS[asked]).all(axis=-1).astype(float)
   ranked = np.take_along_axis(right.reshape(scores.shape), np.argsort(-scores, axis=0, kind="stable"), axis=0)
   seen = np.array([pair in shapes.SEEN for pair in shapes.PAIRS])
   made = {}

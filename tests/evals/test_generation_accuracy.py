@@ -12,7 +12,7 @@ import pytest
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import classifiers
+from diffdis_jax.evals import generation_accuracy
 from diffdis_jax.evals import tasks as evals
 
 
@@ -76,14 +76,14 @@ def test_wrong_shapes_wrong_colours_and_unseen_pairs_show(of_shapes):
 
 
 def test_a_bad_classifier_is_no_judge(monkeypatch):
-  few = functools.partial(classifiers.train_on_shapes, num_images=256)
-  monkeypatch.setattr(classifiers, "train_on_shapes", few)
+  few = functools.partial(generation_accuracy.train_on_shapes, num_images=256)
+  monkeypatch.setattr(generation_accuracy, "train_on_shapes", few)
   with pytest.raises(UserError, match="of real renders, below 98%"):
     evals.create("generation_accuracy", classifier_steps=2).run(Renderer(), {})
 
 
 def test_other_sizes_come_to_the_judge_at_its_own():
-  assert classifiers.render(image_size=64, num_images=3, seed=0).shape == (3, 32, 32, 3)
+  assert generation_accuracy.render(image_size=64, num_images=3, seed=0).shape == (3, 32, 32, 3)
 
 
 @pytest.mark.parametrize(

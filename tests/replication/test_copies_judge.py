@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax.data import sources
-from diffdis_jax.evals import base, classifiers
+from diffdis_jax.evals import base, generation_accuracy
 from diffdis_jax.evals import tasks as evals
 from replication import label_judge
 from tests.replication.test_label_judge import SPLITS, Painter, paint
@@ -32,7 +32,7 @@ def test_copies_of_training_images_are_counted(evaluation, monkeypatch):
     return np.mean([min(distance(image, x) for x in training) < least[k] for image, k in zip(images, labels)])
 
   monkeypatch.setattr(label_judge, "classify", lambda model, images: np.zeros((len(images), 4), np.float32))
-  monkeypatch.setattr(evaluation.named_by, "_trained", classifiers.Trained(None, {}))
+  monkeypatch.setattr(evaluation.named_by, "_trained", generation_accuracy.Trained(None, {}))
   painter = Painter()
   metrics = evaluation.run(painter, {})
   fresh = [base.to_square(paint(name, 1000 + i), 32) for i, name in enumerate(painter.asked)]

@@ -30,17 +30,11 @@ SHOULD = ("image_size", "images")
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """The statistics that generated images are compared with.
+  """The statistics that generated images are compared with."""
 
-  Attributes:
-    gaussian: of the real images' features.
-    features: themselves, in f32; None where a file does not have them, and then there is no KID.
-    protocol: how they were made; None where a file does not say.
-  """
-
-  gaussian: distances.Gaussian
-  features: Float[np.ndarray, "n d"] | None
-  protocol: dict[str, Any] | None
+  gaussian: distances.Gaussian  # of the real images' features
+  features: Float[np.ndarray, "n d"] | None  # in f32; None where a file lacks them, and then there is no KID
+  protocol: dict[str, Any] | None  # how they were made; None where a file does not say
 
   @property
   def sha256(self) -> str:
