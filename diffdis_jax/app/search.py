@@ -24,12 +24,7 @@ class Record(NamedTuple):
 
 
 class Index:
-  """Images of a source with their queries, which a thread embeds while requests are answered.
-
-  Args:
-    sampler: whose model embeds.
-    source: as `data.sources.open_source` gives it.
-    num_images: that are searched, always the same ones; None for all.
+  """`num_images` of a source, or all, with their queries, which a thread embeds while requests are answered.
 
   Raises UserError: the source has no record.
   """
@@ -61,10 +56,7 @@ class Index:
 
   def nearest(self, query: Float[np.ndarray, " d"], count: int) -> dict[int, float]:
     """Return the places of the images with the highest inner products, best first, and these, of those that are
-    embedded by now.
-
-    Raises UserError: none is embedded yet.
-    """
+    embedded by now. Raises UserError: none is."""
     if not self._parts:
       raise UserError(self._error or "no image is embedded yet; try again in a moment")
     scores = np.concatenate([*self._parts]) @ query

@@ -77,18 +77,14 @@ class QueryUse(ZeroShot):
     scores = {name: query @ classes.T for name, query in by_name.items()}
     accuracy = {name: float((score.argmax(axis=1) == self.labels).mean()) for name, score in scores.items()}
     temperature = float(losses.temperature(jnp.asarray(jax.device_get(params["logit_scale"]))))
-    for_loss = {f"noised_t{t}": temperature * scores[f"noised_t{t}"] for t in TIMESTEPS}
+    losses_of = lambda logits: -jax.nn.log_softmax(temperature * logits)[np.arange(n), self.labels]
     spread = lambda t: [accuracy[f"{name}_t{t}"] for name in inputs]
     return {
       **{f"acc1_{name}": value for name, value in accuracy.items()},
-      **{f"loss_{name}": _cross_entropy(logits, self.labels) for name, logits in for_loss.items()},
+      **{f"loss_noised_t{t}": float(losses_of(scores[f"noised_t{t}"]).mean()) for t in TIMESTEPS},
       "acc1_by_input": max(max(spread(t)) - min(spread(t)) for t in AT),
       "cosine_of_two_draws": float((by_name[f"noise_t{AT[0]}"] * by_name[f"other_noise_t{AT[0]}"]).sum(axis=1).mean()),
     }
-
-
-def _cross_entropy(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> float:
-  return float(-jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean())
 
 
 def _compile(inference: Any) -> Any:

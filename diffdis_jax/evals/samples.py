@@ -24,15 +24,12 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 def save_grid(
   images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], path: str | os.PathLike, *, columns: int = 8
 ) -> None:
-  """Write a PNG, row by row, whole or not at all. Small images are enlarged without smoothing.
-
-  Raises ValueError: not one caption an image, or no image.
-  """
+  """Write a PNG, row by row, whole or not at all. Small images are enlarged without smoothing."""
   files.write_whole(buckets.path(path), image_files.png(draw_grid(images, captions, columns=columns)))
 
 
 def draw_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], *, columns: int) -> Image.Image:
-  """Return the picture that `save_grid` writes. Raises as it does."""
+  """Return the picture that `save_grid` writes. Raises ValueError: not one caption an image, or no image."""
   if not len(images) or len(images) != len(captions):
     raise ValueError(f"{len(images)} images and {len(captions)} captions; each image needs one")
   count, height, width, _ = images.shape
