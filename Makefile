@@ -1,4 +1,4 @@
-# make demo, make emoji-small, make test, make check, make engines, make lint, make docs and make figures each set up
+# make demo, make shapes, make test, make check, make engines, make lint, make docs and make figures each set up
 # .venv by themselves.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,25 +11,29 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Python keeps what it compiles, also where the environment says otherwise: a command's imports take half as long then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo emoji-small test check engines lint docs figures lock clean
+.PHONY: demo shapes test check engines lint docs figures lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
 	$(BIN)/python -m diffdis_jax.report --workdir=$(RUNS)/diffdis --out=$(RUNS)/report.html
 
-# The model that comes with the package, from its data on: docs/weights.md. Stopped, it resumes.
+# The model that comes with the package: the demo's, longer. Stopped, it resumes.
+SHAPES ?= runs/shapes
+shapes: $(VENV)/.installed
+	$(BIN)/python -m diffdis_jax.train --config=shapes:autoencoder --workdir=$(SHAPES)/autoencoder \
+	  --config.num_steps=7200
+	$(BIN)/python -m diffdis_jax.train --config=shapes --workdir=$(SHAPES)/diffdis \
+	  --config.init_from=$(SHAPES)/autoencoder --config.num_steps=3000
+	$(BIN)/python -m diffdis_jax.evaluate --workdir=$(SHAPES)/diffdis --tasks=zero_shot,generation_accuracy,query_use \
+	  --out=$(SHAPES)/diffdis/evaluation.json
+	$(BIN)/python -c 'from diffdis_jax.data import shapes; print(*shapes.CLASSNAMES, "a picture of a", sep="\n")' \
+	  >$(SHAPES)/words.txt
+	$(BIN)/python -m diffdis_jax.export_weights --workdir=$(SHAPES)/diffdis --out=$(SHAPES)/shapes.safetensors \
+	  --dtype=bfloat16 --keep_tokens_of=$(SHAPES)/words.txt
+
+# The icons of the experiments on emoji.
 EMOJI ?= runs/emoji
 EMOJI_DATA ?= data/emoji
-TRAIN_EMOJI = $(BIN)/python -m diffdis_jax.train --config=replication/configs/emoji.py
-emoji-small: $(EMOJI_DATA)/dataset_info.json
-	$(TRAIN_EMOJI):autoencoder --workdir=$(EMOJI)/autoencoder --config.data.path=$(EMOJI_DATA)
-	$(TRAIN_EMOJI):objectives=generation,path=$(EMOJI_DATA) --workdir=$(EMOJI)/generation \
-	  --config.init_from=$(EMOJI)/autoencoder
-	$(TRAIN_EMOJI):path=$(EMOJI_DATA) --workdir=$(EMOJI)/both --config.init_from=$(EMOJI)/generation \
-	  --config.num_steps=1200
-	$(BIN)/python -m diffdis_jax.export_weights --workdir=$(EMOJI)/both --out=$(EMOJI)/emoji-small.safetensors \
-	  --dtype=bfloat16
-
 # npm has the icons. Each package is pinned by its hash.
 EMOJI_PACKAGES = from replication.emoji_packages import EMOJIBASE as e, ICONS as i; \
   print(*(f"{each.name}@{each.version}" for each in (e, *i.values())))

@@ -291,8 +291,8 @@ def test_a_start_lies_in_a_bucket_or_in_one_file(bucket, tmp_path):
   assert config.model.to_dict() == clip.model.to_dict() | OF_PLACES and config.init_from == start
   with pytest.raises(ValueError, match="init=gs://bucket/.*nowhere should be the workdir of a run: no folder"):
     get_config("places_lt", f"init={bucket}/nowhere")
-  config = get_config("shapes_lt", "init=emoji-small")
-  assert config.init_from == "emoji-small" and Run.of(config).model == load("emoji-small").model
+  config = get_config("shapes_lt", "init=shapes")
+  assert config.init_from == "shapes" and Run.of(config).model == load("shapes").model
 
 
 def test_latents_and_pairs_exclude_each_other():

@@ -45,8 +45,8 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   ),
   "python -m diffdis_jax.export_weights --workdir=RUN --out=DIR": ("", ("DIR/unet/config.json", "DIR/README.md")),
   "python -m diffdis_jax.generate --workdir=RUN": ("", ("images/00000.png", "images/00007.png", "images/grid.png")),
-  "python -m diffdis_jax.generate --workdir=emoji-small": ("", ("apples/00000.png", "apples/grid.png")),
-  "python -m diffdis_jax.generate --workdir=runs/demo/diffdis": ("", ("pictures/00001.png", "pictures/grid.png")),
+  "python -m diffdis_jax.generate --workdir=shapes": ("", ("pictures/00000.png", "pictures/grid.png")),
+  "python -m diffdis_jax.generate --workdir=runs/demo/diffdis": ("", ("more/00001.png", "more/grid.png")),
   "python -m diffdis_jax.export_weights --workdir=runs/demo/diffdis": ("", ("exported/unet/config.json",)),
 }
 # In this order. Compiling for real sizes takes minutes; what is put behind makes them short.
@@ -75,7 +75,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
   ),
   "trains for minutes to hours; tests/test_demo.py and tests/test_ablate.py run it with small networks": (
     "make demo",
-    "make emoji-small",
+    "make shapes",
     "python -m diffdis_jax.demo --out=runs/s1",
     "python -m diffdis_jax.ablate run --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2",
     "python -m replication evaluate",
@@ -100,7 +100,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
   ),
   "needs an extra": (
     "python -m diffdis_jax.app --workdir=RUN",
-    "python -m diffdis_jax.app --workdir=emoji-small",
+    "python -m diffdis_jax.app --workdir=shapes",
     "python -m diffdis_jax.train ... --tracker=wandb",
   ),
   "needs data or weights": (

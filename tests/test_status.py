@@ -55,9 +55,9 @@ def test_the_pace_is_the_last_that_is_known(tmp_path):
 
 
 def test_a_run_in_one_file_stands_at_the_step_of_its_weights():
-  assert status("emoji-small") == (
+  assert status("shapes") == (
     0,
-    "finished\nstep 1,200 of 1,200\nlast checkpoint: step 1,200\nno device-hours known; starts: 0\n",
+    "finished\nstep 3,000 of 3,000\nlast checkpoint: step 3,000\nno device-hours known; starts: 0\n",
     "",
   )
 

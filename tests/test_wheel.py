@@ -35,9 +35,7 @@ def test_it_has_the_command_and_every_config(installed):
   assert "diffdis = diffdis_jax.__main__:run" in entry.read_text().splitlines()
   names = {path.stem for path in (installed / "diffdis_jax/configs").glob("*.py")}
   assert names == {*cli.config_names(), "__init__", "common"}
-  assert (
-    {path.stem for path in (installed / "diffdis_jax/shipped").iterdir()} == {*one_file.models()} == {"emoji-small"}
-  )
+  assert {path.stem for path in (installed / "diffdis_jax/shipped").iterdir()} == {*one_file.models()} == {"shapes"}
   assert {path.name for path in installed.iterdir() if path.is_dir() and ".dist-info" not in path.name} == {
     "diffdis_jax"
   }
@@ -57,8 +55,8 @@ def test_a_config_is_trained_by_its_name_in_another_folder(installed, tmp_path):
 
   shown = diffdis("config", "show", "shapes", "--fields=batch_size")
   assert shown.returncode == 0 and shown.stdout.startswith("batch_size = 48"), shown.stderr
-  answered = diffdis("generate", "--workdir=emoji-smal", "--prompt=red apple", "--out=apples")
-  assert answered.returncode == 2 and "did you mean emoji-small?" in answered.stderr, answered.stderr
+  answered = diffdis("generate", "--workdir=shape", "--prompt=a red star", "--out=stars")
+  assert answered.returncode == 2 and "did you mean shapes?" in answered.stderr, answered.stderr
   refused = diffdis("train", "--config=diffdis_cc3m:path=nowhere", "--workdir=run")
   assert refused.returncode == 2 and "error: no prepared data set in 'nowhere'" in refused.stderr, refused.stderr
   assert "diffdis_jax" in diffdis("--version").stdout and not (tmp_path / "run").exists()

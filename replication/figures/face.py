@@ -1,0 +1,61 @@
+"""Draw README's picture with the included model `shapes`: what it generates, and how it classifies.
+
+  python -m replication.figures.face
+
+Nothing is chosen: the prompts are the eight pairs of colour and shape that training never saw, the noise is that of
+seed 0, and the classified images are the first two of the split `unseen`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import Any
+
+from matplotlib import pyplot as plt
+
+import diffdis_jax
+from diffdis_jax.data import shapes
+from replication.figures import style
+
+OUT = pathlib.Path(__file__).parents[2] / "docs/figures/shapes.png"
+ASKED, BARS = 2, 3
+
+
+def main(workdir: str = "shapes") -> None:
+  model = diffdis_jax.load(workdir)
+  names = [f"{colour} {shape}" for colour, shape in shapes.UNSEEN]
+  drawn = model.generate([f"a {name}" for name in names], seed=0)
+  source = shapes.Shapes(split="unseen", image_size=32, seed=1)
+  asked = [source[i]["image"] for i in range(ASKED)]
+  scores = model.classify(asked, shapes.CLASSNAMES).scores
+
+  figure = plt.figure(figsize=(12, 3.5), layout="none")
+  for column, (name, image) in enumerate(zip(names, drawn, strict=True)):
+    _show(figure.add_axes((0.006 + 0.125 * column, 0.53, 0.113, 0.387)), image, f"a {name}")
+  for i, image in enumerate(asked):
+    _show(figure.add_axes((0.006 + 0.5 * i, 0.01, 0.113, 0.387)), image, "what is it?")
+    _bars(figure.add_axes((0.25 + 0.5 * i, 0.01, 0.24, 0.387)), scores[i])
+  # Its own backend, since style's writes SVG.
+  figure.savefig(OUT, dpi=100, transparent=True, backend="agg")
+
+
+def _show(axes: plt.Axes, image: Any, title: str) -> None:
+  axes.imshow(image, interpolation="bicubic")
+  axes.set_title(title, fontsize=13, loc="center", pad=4)
+  axes.axis("off")
+
+
+def _bars(axes: plt.Axes, scores: Any) -> None:
+  best = (-scores).argsort()[:BARS]
+  axes.barh(range(BARS), scores[best], color=style.TEXT, height=0.6)
+  axes.set_yticks(range(BARS), [shapes.CLASSNAMES[i] for i in best], fontsize=13)
+  for row, i in enumerate(best):
+    axes.text(scores[i] + 0.03, row, f"{100 * scores[i]:.0f} %", va="center", fontsize=13)
+  axes.set(xlim=(0, 1.3), ylim=(BARS - 0.4, -0.9), xticks=[])
+  axes.tick_params(left=False)
+  axes.spines[:].set_visible(False)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
