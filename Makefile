@@ -24,7 +24,7 @@ shapes: $(VENV)/.installed
 	  --config.num_steps=7200
 	$(BIN)/python -m diffdis_jax.train --config=shapes --workdir=$(SHAPES)/diffdis \
 	  --config.init_from=$(SHAPES)/autoencoder --config.num_steps=3000
-	$(BIN)/python -m diffdis_jax.evaluate --workdir=$(SHAPES)/diffdis --tasks=zero_shot,generation_accuracy,query_use \
+	$(BIN)/python -m diffdis_jax.evaluate --workdir=$(SHAPES)/diffdis --tasks=zero_shot,generation_accuracy \
 	  --out=$(SHAPES)/diffdis/evaluation.json
 	$(BIN)/python -c 'from diffdis_jax.data import shapes; print(*shapes.CLASSNAMES, "a picture of a", sep="\n")' \
 	  >$(SHAPES)/words.txt
