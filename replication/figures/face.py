@@ -3,7 +3,7 @@
   python -m replication.figures.face
 
 Nothing is chosen: the prompts are the eight pairs of colour and shape that training never saw, the noise is that of
-seed 0, and the classified images are the first two of the split `unseen`.
+seed 0, and the classified image is the first of the split `unseen`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diffdis_jax.data import shapes
 from replication.figures import style
 
 OUT = pathlib.Path(__file__).parents[2] / "docs/figures/shapes.png"
-ASKED, BARS = 2, 3
+BARS = 3
 
 
 def main(workdir: str = "shapes") -> None:
@@ -27,31 +27,37 @@ def main(workdir: str = "shapes") -> None:
   names = [f"{colour} {shape}" for colour, shape in shapes.UNSEEN]
   drawn = model.generate([f"a {name}" for name in names], seed=0)
   source = shapes.Shapes(split="unseen", image_size=32, seed=1)
-  asked = [source[i]["image"] for i in range(ASKED)]
-  scores = model.classify(asked, shapes.CLASSNAMES).scores
+  asked = source[0]["image"]
+  (scores,) = model.classify(asked, shapes.CLASSNAMES).scores
 
-  figure = plt.figure(figsize=(12, 3.5), layout="none")
-  for column, (name, image) in enumerate(zip(names, drawn, strict=True)):
-    _show(figure.add_axes((0.006 + 0.125 * column, 0.53, 0.113, 0.387)), image, f"a {name}")
-  for i, image in enumerate(asked):
-    _show(figure.add_axes((0.006 + 0.5 * i, 0.01, 0.113, 0.387)), image, "what is it?")
-    _bars(figure.add_axes((0.25 + 0.5 * i, 0.01, 0.24, 0.387)), scores[i])
+  # Four columns, whose letters a phone shows.
+  figure = plt.figure(figsize=(style.WIDTH, 6.6), layout="none")
+  place = lambda column, row, width=0.235: (
+    0.0075 + 0.25 * column,
+    0.675 - 0.335 * row,
+    width,
+    0.235 * style.WIDTH / 6.6,
+  )
+  for i, (name, image) in enumerate(zip(names, drawn, strict=True)):
+    _show(figure.add_axes(place(i % 4, i // 4)), image, f"a {name}")
+  _show(figure.add_axes(place(0, 2)), asked, "what is it?")
+  _bars(figure.add_axes(place(2, 2, 0.48)), scores)
   # Its own backend, since style's writes SVG.
   figure.savefig(OUT, dpi=100, transparent=True, backend="agg")
 
 
 def _show(axes: plt.Axes, image: Any, title: str) -> None:
   axes.imshow(image, interpolation="bicubic")
-  axes.set_title(title, fontsize=13, loc="center", pad=4)
+  axes.set_title(title, fontsize=15, loc="center", pad=4)
   axes.axis("off")
 
 
 def _bars(axes: plt.Axes, scores: Any) -> None:
   best = (-scores).argsort()[:BARS]
   axes.barh(range(BARS), scores[best], color=style.TEXT, height=0.6)
-  axes.set_yticks(range(BARS), [shapes.CLASSNAMES[i] for i in best], fontsize=13)
+  axes.set_yticks(range(BARS), [shapes.CLASSNAMES[i] for i in best], fontsize=15)
   for row, i in enumerate(best):
-    axes.text(scores[i] + 0.03, row, f"{100 * scores[i]:.0f} %", va="center", fontsize=13)
+    axes.text(scores[i] + 0.03, row, f"{100 * scores[i]:.0f} %", va="center", fontsize=15)
   axes.set(xlim=(0, 1.3), ylim=(BARS - 0.4, -0.9), xticks=[])
   axes.tick_params(left=False)
   axes.spines[:].set_visible(False)
