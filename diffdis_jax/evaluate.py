@@ -110,6 +110,9 @@ def main(argv: Sequence[str]) -> None:
     results = evaluate(FLAGS.workdir, sections, kept=ResultFile(FLAGS.out, resumes=False), **protocol)
     if "long_tail" in results:
       tables.write(FLAGS.workdir, results, FLAGS.out)
+  logging.info(
+    "results in %s; side by side with others: diffdis evaluate --compare=%s,OTHER.json", FLAGS.out, FLAGS.out
+  )
 
 
 def evaluate(

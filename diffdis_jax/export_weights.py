@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -176,6 +177,7 @@ def write_one_file(
   tokens = None if texts is None else np.unique(Tokenizer(LONGEST)([*{*" ".join(texts).split()}])).tolist()
   one_file.write(path, params, record, dtype=to_torch.DTYPES[dtype], tokens=tokens)
   logging.info("step %d in %s, %.1f MB", step, out, path.stat().st_size / 1e6)
+  logging.info("it stands for a workdir: diffdis generate --workdir=%s --prompt=... --out=DIR", shlex.quote(out))
 
 
 def _texts_of(file: str | None) -> list[str] | None:
