@@ -1,4 +1,5 @@
-"""Name what the replication adds in the package's tables: a data source, tasks, judges, columns and a vision tower."""
+"""Name what the replication adds in the package's tables: data sources, tasks, judges, columns, a vision tower, a text
+stream and a noise schedule."""
 
 from __future__ import annotations
 
@@ -6,18 +7,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffdis_jax.ablate import tables
-from diffdis_jax.config import model
+from diffdis_jax.config import model, sections
 from diffdis_jax.config.objectives import ALIGNED, GENERATIVE
 from diffdis_jax.data import sources
+from diffdis_jax.evals.held_out_loss import TIMESTEPS
+from diffdis_jax.evals.query_use import STEPS
 from diffdis_jax.evals.tasks import TASKS, Task
+from diffdis_jax.method import network, schedules
 from diffdis_jax.models import clip
-from replication import scenes
+from replication import query, scenes
 from replication.choice import Choice
 from replication.convolutional import LEVELS, ConvolutionalEncoder
 from replication.generation_accuracy import GenerationAccuracy
 from replication.hog import Hog
 
 of_shapes = tables.TITLES_OF["generation_accuracy"]
+# Metrics of `query_use` that tables have -> what they are.
+QUERY_USE = {
+  "acc1_by_input": "largest difference between two e_t",
+  "cosine_of_two_draws": "100 × cosine of two draws of e_T",
+  "acc1_noise_t999": "top-1, e_t noise at t_e 999",
+  "acc1_zero_t999": "top-1, e_t zero at t_e 999",
+  **{f"acc1_{e}_1_t{t}": f"top-1, e_t of the {e} caption at t_e {t}" for t in (999, 0) for e in ("true", "wrong")},
+  **{f"acc1_steps_{steps}": f"top-1, {steps} steps" for steps in STEPS},
+  **{f"loss_noised_t{t}": f"100 × loss at t_e {t}" for t in TIMESTEPS},
+}
 
 
 def of_choice(name: str, section: Mapping[str, Any]) -> dict[str, str]:
@@ -35,11 +49,22 @@ def of_generated_images(name: str, section: Mapping[str, Any]) -> dict[str, str]
   return {"acc1": f"{title} ↑", **attributes}
 
 
+def of_query_use(name: str, section: Mapping[str, Any]) -> dict[str, str]:
+  """Return the titles of the figures that tell whether the noised text query is read."""
+  del name, section
+  return {metric: f"query use: {title}" for metric, title in QUERY_USE.items()}
+
+
 def add() -> None:
   """Add them; a second call changes nothing."""
   sources.KINDS["scenes"] = scenes.Section
+  sources.KINDS |= {f"{name}_twice": query.twice(sources.KINDS[name]) for name in ("scenes", "pairs")}
+  if "constant" not in network.TEXT_STREAMS:
+    model.TEXT_STREAMS.append("constant")
+    sections.SCHEDULES.append("late")
+  network.TEXT_STREAMS["constant"], schedules.BETAS["late"] = query.ConstantQuery, query.late_betas
   model.TOWERS["convolutional"], clip.TOWERS["convolutional"] = 2 ** (LEVELS - 1), ConvolutionalEncoder
   TASKS["choice"] = Task(Choice, ALIGNED)
   TASKS["hog"] = Task(Hog, (), compares=False)
   TASKS["generation_accuracy"] = Task(GenerationAccuracy, GENERATIVE, generates=True)
-  tables.TITLES_OF.update(generation_accuracy=of_generated_images, choice=of_choice)
+  tables.TITLES_OF.update(generation_accuracy=of_generated_images, choice=of_choice, query_use=of_query_use)

@@ -18,6 +18,7 @@ ATTENTION_KERNELS = (AUTO, "pallas", "cudnn", "xla_per_head", "xla")
 MATMUL_PRECISIONS = (AUTO, "default", "high", "highest")
 # CLIP's image towers, and of how many patches a side a position of their last map is; an extension may add others.
 TOWERS = {"transformer": 1}
+TEXT_STREAMS = ["paper"]  # kinds of DiffDis' text stream; an extension may add others
 TEMPERATURE, MAX_TEMPERATURE = 1 / 0.07, 100.0  # CLIP's τ at the start, and its limit
 HEADS = "attention heads of a layer"
 MLP = "hidden width of a layer's MLP"
@@ -123,6 +124,13 @@ class HeadSize(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TextStreamKind(Section):
+  """`model.text_stream`, of a run with an extension's text stream alone."""
+
+  kind: str = choice("paper", TEXT_STREAMS, help="kind of text stream")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Computing(Section):
   """The fields that both networks have."""
 
@@ -150,6 +158,7 @@ class Model(Computing):
   share_attention: bool = field(True, help="text and image tokens share a fusion block's attention (Table 5)")
   modality_ffn: bool = field(True, help="the text token has a feed-forward network of its own (Table 5)")
   query_init: float = number(1.0, ge=0, help="scale of FC_in's initial kernel; not stated by the paper")
+  text_stream: TextStreamKind | None = field(None, kind=TextStreamKind)
   unet: UNetSize = field(UNetSize())
   alignment: AlignmentSize = field(AlignmentSize())
   text_encoder: TextEncoderSize = field(TextEncoderSize())

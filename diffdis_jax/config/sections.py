@@ -11,7 +11,8 @@ from diffdis_jax.errors import UserError
 
 NUM_TIMESTEPS = 1000  # of both diffusion processes
 # Stable Diffusion's code and the appendix call `scaled_linear` linear; `linear` here is evenly spaced in β.
-SCHEDULES = ("scaled_linear", "linear", "cosine")
+# An extension may add others.
+SCHEDULES = ["scaled_linear", "linear", "cosine"]
 TARGETS = ("data", "noise")
 DUPLICATE_CAPTIONS = ("mask", "negatives")
 SCHEDULE_KINDS = ("constant", "cosine", "linear", "epoch_cosine")

@@ -32,6 +32,8 @@ from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.parallel import sharding
 
+# By `model.text_stream.kind`; an extension may add others.
+TEXT_STREAMS: dict[str, type[TextStream]] = {"paper": TextStream}
 HEAD_PREFIX = "head."  # of its parameters' paths
 
 
@@ -56,7 +58,8 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
   text_stream = alignment = None
   if task.aligned:
     # One fusion block for each attention block of the UNet's first half; none where fusion is off (Table 4).
-    text_stream = TextStream(unet.fused_widths if model.fusion else (), model, **common)
+    stream = TEXT_STREAMS[model.text_stream.kind if model.text_stream else "paper"]
+    text_stream = stream(unet.fused_widths if model.fusion else (), model, **common)
     alignment = AlignmentTransformer(
       model.alignment, query_width=model.query_width, image_width=model.unet.widths[-1], **common
     )

@@ -57,7 +57,7 @@ def _cosine(n: int) -> Float[np.ndarray, "T"]:
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], BETA_MAX)
 
 
-_BETAS = {"scaled_linear": _scaled_linear, "linear": _linear, "cosine": _cosine}  # SCHEDULES
+BETAS = {"scaled_linear": _scaled_linear, "linear": _linear, "cosine": _cosine}  # SCHEDULES
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def noise_schedule(name: str) -> Schedule:
     UserError: no schedule has that name.
   """
   check_choice("schedule", name, SCHEDULES)
-  betas = _BETAS[name](NUM_TIMESTEPS)
+  betas = BETAS[name](NUM_TIMESTEPS)
   return Schedule(betas=betas, alpha_bar=np.cumprod(1 - betas))
 
 

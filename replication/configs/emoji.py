@@ -25,6 +25,9 @@ autoencoder:
 Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train. test_vendor is a
 development set: spatial_pool, token_embedding_weight and τ were chosen by accuracy on it. On a GPU:
 --config.batch_size=512 --config.model.dtype=bfloat16 and more steps.
+
+For E10: `query_use` measures the task of that name too, `constant_query` makes a network that cannot read e_t, and
+`two_captions` trains on each image with two of its captions in one batch.
 """
 
 from typing import Any
@@ -55,7 +58,9 @@ PROMPTS = tuple(
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  args = common.parse_arg(arg, autoencoder=False, objectives="both", path="")
+  args = common.parse_arg(
+    arg, autoencoder=False, objectives="both", path="", query_use=False, constant_query=False, two_captions=False
+  )
   common.check_choices(args, objectives=NUM_STEPS)
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
@@ -105,6 +110,15 @@ def get_config(arg: str = "") -> ConfigDict:
   elif args.objectives != "both":
     config.objectives = (args.objectives,)
   add_evaluations(config, args.path)
+  if args.query_use:
+    data = dict(name="pairs", path=args.path, split="val_vendor", image_size=common.own_size(config))
+    config.evals["query_use"] = dict(
+      task="query_use", data=data, label_field="concept", templates=TEMPLATES[:1], num_images=512
+    )
+  if args.constant_query:
+    config.model.text_stream = dict(kind="constant")
+  if args.two_captions:
+    config.data.name = "pairs_twice"
   return config
 
 

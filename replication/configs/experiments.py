@@ -16,6 +16,8 @@ default of scenes.py. By its name each experiment has this base, where a FILE.py
   e7        which parts matter on emoji?           emoji.py:path=data/emoji
   e8        do both help discrimination on emoji?  emoji.py:path=data/emoji
   e9        which timestep on emoji?               emoji.py:path=data/emoji
+  e10       is the text query used?                scenes.py:measured=test,query_use
+  e10_emoji the same on emoji                      emoji.py:path=data/emoji
 
 With one --out for several of one base, they share runs: e3 finds its base runs among those of e1, and e4 its
 `discrimination` among those of e2, as does e8, whose `both` is that of e9; e7 shares the autoencoders. `table` then
@@ -64,6 +66,8 @@ CLIPS: dict[str, dict[str, Any]] = {
 # The fields of an evaluation's protocol that CLIP lacks.
 # The timesteps t_z of the clean image that Table 7 has beside the paper's 1000.
 TIMESTEPS: dict[str, dict[str, Any]] = {f"timestep {t_z}": dict(condition_timestep=t_z) for t_z in (0, 999)}
+QUERY_STEPS = 1800  # of E10
+NO_SIGNAL = 1e-12  # γ of the arm whose e_t is noise alone; γ has to be above 0
 # A run is measured when it has ended, and reports nothing before.
 QUIET = dict(train_evals=(), sample_prompts=(), save_every=450, sample_every=100_000, eval_every=100_000)
 
@@ -233,9 +237,40 @@ def e9() -> dict[str, Any]:
   return dict(title="Which timestep of the clean image on emoji?", arms=tuple(arms), claims=claims)
 
 
+def e10() -> dict[str, Any]:
+  """Ask whether the noised text query helps, by arms that cannot read it and arms that are made to read it."""
+  return _query("Is the text query used?", {}, "test_unseen/acc1", 3.0)
+
+
+def e10_emoji() -> dict[str, Any]:
+  """Ask the same of emoji, without spatial pooling, whose means of the feature map pass the text token by."""
+  return _query("Is the text query used, on emoji?", WITHOUT_PARTS, TOP1, 2.0)
+
+
+def _query(title: str, model: dict[str, Any], column: str, bound: float) -> dict[str, Any]:
+  """Return E10 on one of its testbeds."""
+  strong = dict(model=model | dict(query_init=1.0), text_diffusion=dict(gamma=1.0))
+  plain: dict[str, Any] = dict(model=model) if model else {}
+  fields: dict[str, dict[str, Any]] = {
+    "constant": plain | dict(args=",constant_query"),
+    "DiffDis": plain,
+    "noise": plain | dict(text_diffusion=dict(gamma=NO_SIGNAL)),
+    "strong query": strong,
+    "late query": strong | dict(text_diffusion=dict(gamma=1.0, schedule="late")),
+    "guided steps": strong | dict(loss=dict(image_dropout=0.3), inference=dict(steps=4, guidance=2.0)),
+    "two captions": strong | dict(args=",two_captions"),
+    "two captions, constant": plain | dict(args=",constant_query,two_captions"),
+  }
+  arms = tuple(_arm(name, "discrimination", num_steps=QUERY_STEPS, **each) for name, each in fields.items())
+  bases = {"two captions": "two captions, constant"}
+  asked = [name for name in fields if not name.endswith("constant")]
+  claims = tuple(_claim(name, bases.get(name, "constant"), column, bound) for name in asked)
+  return dict(title=title, arms=arms, claims=claims)
+
+
 TOP1 = "val_vendor/acc1"
 EXPERIMENTS = {"e1": e1, "e2": e2, "e3": e3, "e4_rates": e4_rates, "e4": e4, "e5": e5, "e6": e6, "e7": e7, "e8": e8}
-EXPERIMENTS |= {"e9": e9}
+EXPERIMENTS |= {"e9": e9, "e10": e10, "e10_emoji": e10_emoji}
 
 
 def _parts(*gammas: float) -> dict[str, dict[str, Any]]:
@@ -275,11 +310,12 @@ def _arm(
   start: str = "",
   minutes: float | None = None,
   measured: bool = True,
+  args: str = "",
   **changes: Any,
 ) -> dict[str, Any]:
-  """Return an arm with other values of some fields."""
+  """Return an arm with other values of some fields; `args` are appended to those of its config."""
   changes = dict(**QUIET, **changes)
-  args = f"objectives={objectives}"
+  args = f"objectives={objectives}{args}"
   return dict(name=name, args=args, changes=changes, start=start, minutes=minutes, measured=measured)
 
 

@@ -19,6 +19,9 @@ One objective alone; CLIP, which needs no autoencoder; and both objectives after
   ... --config=.../scenes.py:objectives=discrimination --config.init_from=runs/scenes/autoencoder
   ... --config=.../scenes.py:objectives=contrastive
   ... --config=.../scenes.py --config.init_from=runs/scenes/generation
+
+For E10: `query_use` measures the task of that name too, `constant_query` makes a network that cannot read e_t, and
+`two_captions` trains on each image with two of its captions in one batch.
 """
 
 from typing import Any
@@ -33,7 +36,9 @@ PAIRS = ("", "_unseen")
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  args = common.parse_arg(arg, autoencoder=False, objectives="both", measured="val")
+  args = common.parse_arg(
+    arg, autoencoder=False, objectives="both", measured="val", query_use=False, constant_query=False, two_captions=False
+  )
   common.check_choices(args, objectives=OBJECTIVES, measured=("val", "test"))
   # Network, rates and frozen parts are those of the shapes.
   config = shapes.get_config("autoencoder" if args.autoencoder else "")
@@ -53,6 +58,13 @@ def get_config(arg: str = "") -> ConfigDict:
   elif args.objectives != "both":
     config.objectives = (args.objectives,)
   add_evaluations(config, args.measured)
+  if args.query_use:
+    data = dict(name="scenes", split=f"{args.measured}_unseen", image_size=common.own_size(config), seed=1)
+    config.evals["query_use"] = dict(task="query_use", data=data, label_field="caption", templates=("{}",))
+  if args.constant_query:
+    config.model.text_stream = dict(kind="constant")
+  if args.two_captions:
+    config.data.name = "scenes_twice"
   return config
 
 

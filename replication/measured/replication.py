@@ -38,6 +38,8 @@ QUESTIONS = {
   "e7": "which parts matter on emoji?",
   "e8": "does joint training help discrimination on emoji?",
   "e9": "which timestep of the clean image on emoji?",
+  "e10": "is the text query used?",
+  "e10_emoji": "is the text query used, on emoji?",
 }
 
 

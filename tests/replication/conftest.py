@@ -7,19 +7,23 @@ from collections.abc import Iterator
 import pytest
 
 from diffdis_jax.ablate import tables
-from diffdis_jax.config import model
+from diffdis_jax.config import model, sections
 from diffdis_jax.data import sources
 from diffdis_jax.evals.tasks import TASKS
+from diffdis_jax.method import network, schedules
 from diffdis_jax.models import clip
 from replication import extensions
 
 
 @pytest.fixture(scope="module", autouse=True)
 def extended() -> Iterator[None]:
-  changed = (sources.KINDS, TASKS, tables.TITLES_OF, model.TOWERS, clip.TOWERS)
-  before = [{**table} for table in changed]
+  changed = (sources.KINDS, TASKS, tables.TITLES_OF, model.TOWERS, clip.TOWERS, network.TEXT_STREAMS, schedules.BETAS)
+  listed = (model.TEXT_STREAMS, sections.SCHEDULES)
+  before, names = [{**table} for table in changed], [[*names] for names in listed]
   extensions.add()
   yield
   for table, entries in zip(changed, before, strict=True):
     table.clear()
     table.update(entries)
+  for there, those in zip(listed, names, strict=True):
+    there[:] = those

@@ -56,7 +56,7 @@ def test_a_comparison_has_effect_interval_p_and_verdict(found):
   assert first[:4] == ["E1", "both − discrimination", "choice of five ↑", f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"]
   assert first[4] == "5" and first[-1] == "higher" and first[7] == "3"
   assert second[-1] == "no effect larger than 3"
-  assert [row[0] for row in others] == ["E2", "E3", "E4", "E5", "E6", "E7", "E8", "E9"] and {
+  assert [row[0] for row in others] == ["E2", "E3", "E4", "E5", "E6", "E7", "E8", "E9", "E10", "E10_EMOJI"] and {
     row[2] for row in others
   } == {"not run yet"}
 
