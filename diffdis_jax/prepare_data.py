@@ -18,7 +18,7 @@ again, and ends in the same records. card.json and card.png describe what was wr
   torchvision NAME    one of the twelve zero-shot sets, in the folder that torchvision's class reads
 
 `latents` stores a run's latents of --views augmented views of each image of a prepared data set, for training with
-data.name=latents at that image size; with --text also the output of its frozen text encoder:
+data.name=latents at that image size:
 
   diffdis prepare_data latents --workdir=RUN --data=DIR --out=DIR2 --views=4 \\
       --augment='{"crop": "random"}'
@@ -46,7 +46,6 @@ from diffdis_jax.data.layouts import find
 from diffdis_jax.data.layouts.tfds_folder import INFO
 from diffdis_jax.data.prepare import card, latents, own, parts, published, tables, zero_shot_sets
 from diffdis_jax.data.prepare.write import PAIRS, DataSet, Report, Stage, prepare
-from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
 
@@ -64,7 +63,7 @@ NAMES = (*(name for name in DATA_SETS if name not in find.LABELLED), "torchvisio
 # Flag -> the names that take it. Of any other name it would have no effect.
 TAKERS: dict[str, tuple[str, ...]] = {
   **dict.fromkeys(("caption_fields", "captions", "held_out"), ("files",)),
-  **dict.fromkeys(("workdir", "data", "views", "augment", "image_size", "batch_size", "text"), ("latents",)),
+  **dict.fromkeys(("workdir", "data", "views", "augment", "image_size", "batch_size"), ("latents",)),
   **dict.fromkeys(("source", "short_side", "num_processes", "beam_pipeline_options"), tuple(DATA_SETS)),
 }
 # Flags that change nothing in what is written.
@@ -114,7 +113,6 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer("image_size", None, "pixels of a view, as in the training to come; by default the run's")
   flags.DEFINE_integer("batch_size", 64, "views encoded at a time", lower_bound=1)
-  flags.DEFINE_boolean("text", False, "store the text encoder's output too: 118 kB a view at full size")
 
 
 def main(argv: list[str]) -> None:
@@ -226,18 +224,8 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   h, w, c = model.network.latent_shape
   sizes = model.network.model
   assert isinstance(sizes, Model)  # CLIP has no noise
-  text = None
-  if FLAGS.text:
-    if model.network.task.network == "autoencoder":
-      raise UserError(f"--workdir={run} is an autoencoder alone, which has no text encoder; leave out --text")
-    tokenizer, width = Tokenizer(model.max_length), sizes.text_encoder.width
-    text = latents.TextConditions(
-      encode=lambda captions: model.conditions(params, tokenizer(captions)),
-      shape=(model.max_length, width),
-      fingerprint=start.text_encoder_digest(params, sizes),
-    )
   augmentation = _augmentation(dataclasses.asdict(run_config.load(run).data.augment))
-  if FLAGS.views > 1 and not (augmentation.varies or text):  # with text, views may have other captions
+  if FLAGS.views > 1 and not augmentation.varies:
     raise UserError(
       f"--views={FLAGS.views} of an image would all be the same: by --augment, or else the run's data.augment, nothing"
       ' varies; give one that does, such as --augment=\'{"crop": "random"}\', or leave out --views'
@@ -255,7 +243,6 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       views=FLAGS.views,
       augmentation=augmentation,
       fingerprint=start.autoencoder_digest(params, sizes),
-      text=text,
       images=digests.fingerprint(data, part=digests.RECORDS),
     ),
   )

@@ -47,7 +47,6 @@ class LatentBatch:
   mean: BFloat16[AnyArray, "b h w c"]
   log_variance: BFloat16[AnyArray, "b h w c"]  # kept, so that each step samples the posterior again
   tokens: Int[AnyArray, "b l"]
-  condition: BFloat16[AnyArray, "b l d"] | None = None  # c, where it is stored too
 
 
 @struct.dataclass

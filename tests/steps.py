@@ -23,7 +23,7 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch, TrainState
 from diffdis_jax.training import step
 from diffdis_jax.training.metrics import Metrics
-from diffdis_jax.training.start import latent_shapes
+from diffdis_jax.training.start import latent_shape
 from diffdis_jax.training.step import step_keys
 from tests import tiny
 from tests.models.networks import random_params
@@ -96,7 +96,7 @@ def build_trainer(config: ConfigDict, mesh: Mesh) -> step.Trainer:
 def open_batches(config: ConfigDict, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
   """The batches that a run of this config trains on, as train opens them."""
   run = Run.of(config)
-  return open_loader(run, rows=rows, latents=latent_shapes(Network.of(run)))
+  return open_loader(run, rows=rows, latent_shape=latent_shape(Network.of(run)))
 
 
 class Trainer:

@@ -90,7 +90,7 @@ def test_batches_of_images_and_of_latents():
   config.data.discrimination_view = "own"
   assert shapes()["discrimination_image"] == (16, 16, 16, 3)
   config.data.name = "latents"
-  assert shapes() == dict(mean=(16, 4, 4, 4), log_variance=(16, 4, 4, 4), tokens=(16, 8), condition=None)
+  assert shapes() == dict(mean=(16, 4, 4, 4), log_variance=(16, 4, 4, 4), tokens=(16, 8))
 
 
 def test_the_step_of_a_clip():

@@ -99,16 +99,6 @@ def test_bad_input_is_one_line_and_exit_2(raw, tmp_path, monkeypatch, arguments,
   assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-def test_an_autoencoder_alone_has_no_text_conditions_to_store(tmp_path, monkeypatch):
-  model = steps.make_inference(steps.make_config("reconstruction"), mesh=steps.make_mesh())
-  monkeypatch.setattr(inference, "load", lambda *_, **__: (model, {}))
-  monkeypatch.setattr(prepare_data.latents, "find_parts", lambda data: [])
-  monkeypatch.setattr(prepare_data, "FLAGS", types.SimpleNamespace(image_size=None, batch_size=None, text=True))
-  with pytest.raises(UserError, match="--workdir=RUN is an autoencoder alone, which has no text encoder; leave out"):
-    prepare_data.write_latents("RUN", "DATA", tmp_path / "out")
-  assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
   ("changes", "flags", "same"),
   [
@@ -117,7 +107,6 @@ def test_an_autoencoder_alone_has_no_text_conditions_to_store(tmp_path, monkeypa
     ({}, {"augment": '{"reduced_decoding": false}'}, True),
     ({}, {"augment": '{"crop": "random"}'}, False),
     ({"data.augment.hue": 0.1}, {}, False),
-    ({}, {"text": True}, False),  # views have other captions
   ],
 )
 def test_views_that_would_all_be_the_same_are_refused(tmp_path, monkeypatch, changes, flags, same):
@@ -129,7 +118,7 @@ def test_views_that_would_all_be_the_same_are_refused(tmp_path, monkeypatch, cha
   monkeypatch.setattr(inference, "load", lambda *_, **__: (model, {}))
   monkeypatch.setattr(prepare_data.run_config, "load", lambda path: run)
   monkeypatch.setattr(prepare_data.latents, "find_parts", lambda data: [])
-  given = {"image_size": None, "batch_size": None, "text": False, "views": 4, "augment": None, **flags}
+  given = {"image_size": None, "batch_size": None, "views": 4, "augment": None, **flags}
   monkeypatch.setattr(prepare_data, "FLAGS", types.SimpleNamespace(**given))
   with pytest.raises(UserError, match="--views=4 of an image would all be the same" if same else "has no pair"):
     prepare_data.write_latents("RUN", "DATA", tmp_path / "out")

@@ -65,23 +65,15 @@ def _other_views(path: str, stored: Mapping[str, Any], asked: Augmentation) -> s
   return f"{path}: its views were made by {there}; data.augment, {here}, has no effect on latents"
 
 
-def has_conditions(data: Data) -> bool:
-  """Say whether the batches of latents have text conditions beside them. Latents that are not there yet have none."""
-  try:
-    return any("text" in facts for facts in latent_facts(data).values())
-  except UserError:
-    return False  # `open_loader` says why
-
-
 def open_loader(
-  run: Run, *, rows: Sequence[int] | None = None, latents: LatentShapes | None = None
+  run: Run, *, rows: Sequence[int] | None = None, latent_shape: tuple[int, int, int] | None = None
 ) -> grain.DatasetIterator:
   """Endless batches.
 
   Args:
     run: says what of, how many rows they have, and the seed of order and augmentation.
     rows: places of this process's rows in the global batch; None for all of them.
-    latents: what stored latents must fit; None for a run that cannot train from any.
+    latent_shape: [h, w, c], which stored latents must have; None for a run that cannot train from any.
 
   Raises:
     UserError: data that cannot be read or do not fit.
@@ -110,7 +102,7 @@ def open_loader(
   if batch_type(data) is LatentBatch:
     # The shapes stand in the folder's description: what does not fit ends here, before a step is compiled for it.
     opened = source.sources if isinstance(source, sources.Mixture) else (source,)
-    _check_latents(run, [each for each in opened if isinstance(each, Latents)], latents)
+    _check_latents(run, [each for each in opened if isinstance(each, Latents)], latent_shape)
   return loader.train_loader(
     source, tokenizer=Tokenizer(data.max_length), discrimination_augmentation=data.own_augment, **common
   )
@@ -134,41 +126,19 @@ def open_tokens(data: Data) -> Tokens:
   return long_tail.tokens_of(long_tail.open_corpus(**data.source), Tokenizer(data.max_length))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentShapes:
-  """The shapes that a network's encoders give.
-
-  Attributes:
-    latent: [h, w, c] of a latent.
-    text_width: of the text condition.
-  """
-
-  latent: tuple[int, int, int]
-  text_width: int
-
-
-def _check_latents(run: Run, cached: Sequence[Latents], expected: LatentShapes | None) -> None:
+def _check_latents(run: Run, cached: Sequence[Latents], shape: tuple[int, int, int] | None) -> None:
   """Refuse latents that a run cannot train from. Raises UserError."""
   # A stored latent is of one view, and has no pixels to take another one of.
-  if expected is None or run.data.own_augment is not None:
+  if shape is None or run.data.own_augment is not None:
     raise UserError(
       "objectives reconstruction and contrastive, and data.discrimination_view='own', need images; take another"
       " data.name"
     )
-  # A batch is of one structure: the step is compiled for one.
-  if len({each.has_conditions for each in cached}) > 1:
-    raise UserError("data.mixture has latents with text conditions and without; take either")
-  h, w, c = expected.latent
+  h, w, c = shape
   for each in cached:
     # The last axis has the mean, then the log variance.
     if each.shape != (h, w, 2 * c) or each.facts["image_size"] != run.image_size:
       raise UserError(
         f"these latents are of {each.facts['image_size']} px images and of shape {each.shape}; the config's are of"
         f" {run.image_size} px and {(h, w, 2 * c)}; prepare them with the same image_size and autoencoder"
-      )
-    length, width = each.facts["text"]["shape"] if each.has_conditions else (run.data.max_length, expected.text_width)
-    if (length, width) != (run.data.max_length, expected.text_width):
-      raise UserError(
-        f"these text conditions are of {length} tokens and {width} wide; the config's are of {run.data.max_length}"
-        f" and {expected.text_width}; prepare them with the same data.max_length and text encoder"
       )

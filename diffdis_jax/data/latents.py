@@ -14,9 +14,9 @@ from diffdis_jax.data import records
 from diffdis_jax.errors import UserError
 
 
-def is_finite(*arrays: BFloat16[np.ndarray, "..."] | UInt16[np.ndarray, "..."]) -> bool:
+def is_finite(x: BFloat16[np.ndarray, "..."] | UInt16[np.ndarray, "..."]) -> bool:
   """Say whether all numbers, bf16 or its bits, are finite. An exponent of ones marks those that are not."""
-  return not any(((x.view(np.uint16) & 0x7F80) == 0x7F80).any() for x in arrays)
+  return not ((x.view(np.uint16) & 0x7F80) == 0x7F80).any()
 
 
 class View(NamedTuple):
@@ -41,11 +41,6 @@ class Latents:
     self._stored, self.facts = stored, facts
     self.views, self.shape = facts["views"], tuple(facts["shape"])
 
-  @property
-  def has_conditions(self) -> bool:
-    """Say whether the text encoder's output is stored as well."""
-    return "text" in self.facts
-
   def __len__(self) -> int:
     return len(self._stored) // self.views
 
@@ -55,33 +50,23 @@ class Latents:
   def read(self, index: int, view: int) -> View:
     """Read a view. Raises the errors of records.Pairs, and records.Unusable where numbers are not finite."""
     found = self._view(index, view)
-    if not is_finite(found.moments, *([found.record["condition"]] if self.has_conditions else [])):
+    if not is_finite(found.moments):
       raise records.Unusable(records.NOT_FINITE)
     return found
 
   def _view(self, index: int, view: int) -> View:
     record = self._stored[index * self.views + view]
-    # By what the cache says: a field of the json beside an image may have that name too.
-    if self.has_conditions:
-      # Stored as 16-bit integers, for TFDS knows no bfloat16.
-      record["condition"] = record["condition"].view(ml_dtypes.bfloat16)
     return View(record.pop("moments").view(ml_dtypes.bfloat16), record)
 
 
 def open_latents(
   path: str | os.PathLike[str], *, split: str, num_images: int | None, caption_fields: Sequence[str] = ()
 ) -> Latents:
-  """A split of a latent cache.
-
-  Raises:
-    UserError: no latent cache there, no such split, or caption fields where text conditions are stored or that the
-      first record does not have.
-  """
+  """Open a split of a latent cache. Raises UserError: none there, no such split, or caption fields that its first
+  record does not have."""
   facts = (records.read_info(path).metadata or {}).get("latents")
   if facts is None:
     raise UserError(f"{path} holds no latents; write them with diffdis prepare_data latents")
-  if caption_fields and "text" in facts:
-    raise UserError(f"{path} stores the conditions of its own captions; leave caption_fields out")
   # The views of an image are records of their own, side by side.
   number = num_images and num_images * facts["views"]
   stored = records.open_pairs(path, split=split, num_images=number, caption_fields=caption_fields)

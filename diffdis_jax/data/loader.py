@@ -46,8 +46,7 @@ def train_loader(
 ) -> grain.DatasetIterator:
   """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED, ROWS} of this host, shuffled each epoch.
 
-  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', ...}, a random view each time;
-  'condition': bf16[b l d] where the cache has it.
+  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', ...}, a random view each time.
 
   Global batch k is made of the same records and augmentations for any number of hosts, of which each takes its `rows`.
   The position is saved by `grain.checkpoint.CheckpointSave(iterator)` and does not depend on the number of hosts or
@@ -301,19 +300,19 @@ class _LabelledExample(_Example):
 
 @dataclasses.dataclass(frozen=True)
 class _LatentExample(_Example):
-  """{'mean': bf16[h w c], 'log_variance': bf16[h w c], 'caption'} of one of the views, and 'condition': bf16[l d] of
-  that caption where it is stored."""
+  """{'mean': bf16[h w c], 'log_variance': bf16[h w c], 'caption'} of one of the views."""
 
   source: Latents
 
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     moments, record = self.source.read(place, int(rng.integers(self.source.views)))
     mean, log_variance = np.split(moments, 2, axis=-1)
-    example = {"mean": mean, "log_variance": log_variance, ROWS: name_of(record, place)}
-    # Such a condition is of this one caption: tokens of another would not be its text.
-    if self.source.has_conditions:
-      return {**example, "condition": record["condition"], "caption": record["caption"]}
-    return {**example, "caption": draw_caption(record, rng)}
+    return {
+      "mean": mean,
+      "log_variance": log_variance,
+      ROWS: name_of(record, place),
+      "caption": draw_caption(record, rng),
+    }
 
 
 def listed(missed: Int[np.ndarray, " r"]) -> str:

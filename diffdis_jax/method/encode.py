@@ -54,11 +54,8 @@ def encode_images(model: DiffDis, batch: AnyBatch, noise: StepNoise) -> Latents:
 
 
 def encode_captions(model: DiffDis, batch: AnyBatch) -> TextCondition:
-  """Compute T(y): c and e of the captions; of a stored c, e is what follows from it."""
-  if not isinstance(batch, LatentBatch) or batch.condition is None:
-    return model.encode_text(batch.tokens)
-  # e is not stored, since it follows from one row of c.
-  return model.text_encoder.with_query(batch.condition.astype(model.text_encoder.dtype), batch.tokens)
+  """Compute T(y): c and e of the captions."""
+  return model.encode_text(batch.tokens)
 
 
 def encode_rows(model: DiffDis, batch: AnyBatch, noise: StepNoise) -> Encoded:

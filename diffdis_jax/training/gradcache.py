@@ -111,7 +111,7 @@ class GradCache:
     found["z"] = encoded.latents.z
     if encoded.latents.z_discrimination is not None:
       found["z_discrimination"] = encoded.latents.z_discrimination
-    if _text_is_encoded_once(trainable, rows.batch):
+    if _text_is_encoded_once(trainable):
       found["c"] = encoded.text.c
     return Pass({}, found)
 
@@ -199,11 +199,9 @@ def _pairs(clip: Clip, rows: Microbatch) -> Rows:
   return {"query": pairs.image, "e": pairs.text}
 
 
-def _text_is_encoded_once(trainable: Params, batch: AnyBatch) -> bool:
-  """Tell whether the first pass encodes the text for both: a text tower in training has its gradient in the second, and
-  a stored c costs nothing."""
-  trained = any(path.startswith("text_encoder.") for path in trainable)
-  return not trained and (isinstance(batch, Batch) or batch.condition is None)
+def _text_is_encoded_once(trainable: Params) -> bool:
+  """Tell whether the first pass encodes the text for both: a text tower in training has its gradient in the second."""
+  return not any(path.startswith("text_encoder.") for path in trainable)
 
 
 def _encoded(model: DiffDis, rows: Microbatch, first: Rows) -> Encoded:

@@ -27,7 +27,7 @@ from diffdis_jax.common import buckets, files
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.model import Model
 from diffdis_jax.config.run import Run
-from diffdis_jax.data.build import LatentShapes, latent_facts, open_loader
+from diffdis_jax.data.build import latent_facts, open_loader
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import HEAD_PREFIX, Network
 from diffdis_jax.parallel import processes, sharding
@@ -43,15 +43,13 @@ UNSEEN = ("activation", "num_heads", "groups")
 def open_batches(trainer: Trainer) -> grain.DatasetIterator:
   """Open the data of a run, of which each process reads its own rows."""
   run, network = trainer.run, trainer.network
-  return open_loader(run, rows=sharding.local_rows(trainer.mesh, run.batch_size), latents=latent_shapes(network))
+  return open_loader(run, rows=sharding.local_rows(trainer.mesh, run.batch_size), latent_shape=latent_shape(network))
 
 
-def latent_shapes(network: Network) -> LatentShapes | None:
-  """Return the shapes of stored latents; None for the training of an autoencoder, of CLIP or on labels, which needs
+def latent_shape(network: Network) -> tuple[int, int, int] | None:
+  """Return the shape of stored latents; None for the training of an autoencoder, of CLIP or on labels, which needs
   images."""
-  if network.task.needs_images:
-    return None
-  return LatentShapes(latent=network.latent_shape, text_width=network.model.text_encoder.width)
+  return None if network.task.needs_images else network.latent_shape
 
 
 def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> int | None:
@@ -122,7 +120,7 @@ def restore_or_init(
   # Not before: the digests are of parameters, which are there only now.
   model = trainer.run.model
   if (stored := latent_facts(trainer.run.data)) and isinstance(model, Model):  # CLIP has no latents
-    check_stored(stored, restored.state.params, model, trainer.trainable)
+    check_stored(stored, restored.state.params, model)
   return restored
 
 
@@ -255,49 +253,26 @@ def parts_of(paths: Iterable[str]) -> str:
 
 # These decide which posterior an image has: not the decoder, nor shift and scale, which are applied after reading.
 _ENCODER = re.compile(r"autoencoder\.(conv_in|down|encoder\w*|quant)\.")
-# These decide which condition a caption has: not what makes the text query of it, which follows after reading.
-_CONDITION = re.compile(r"text_encoder\.(?!projection\.|query_tokens\.)")
-_AFTER_READING = {"shift", "scale", "projection", "token_embedding_weight"}  # fields of the config
+_AFTER_READING = {"shift", "scale"}  # fields of the config
 
 
 def autoencoder_digest(params: Params, model: Model) -> str:
-  """Return the digest of the parameters and fields that decide which posterior an image has."""
-  return _digest(params, _ENCODER, model.autoencoder)
-
-
-def text_encoder_digest(params: Params, model: Model) -> str:
-  """Return the digest of the parameters and fields that decide which condition a caption has."""
-  return _digest(params, _CONDITION, model.text_encoder)
-
-
-def _digest(params: Params, which: re.Pattern[str], size: Any) -> str:
-  """Return the SHA-256 of these parameters' bytes and of the config's fields, such as heads, that none of them shows;
-  the same on every process and for any mesh."""
-  fields = {name: value for name, value in dataclasses.asdict(size).items() if name not in _AFTER_READING}
+  """Return the SHA-256 of the parameters and fields that decide which posterior an image has: of the parameters' bytes,
+  and of the config's fields, such as heads, that none of them shows. It is the same on every process and any mesh."""
+  fields = {name: x for name, x in dataclasses.asdict(model.autoencoder).items() if name not in _AFTER_READING}
   digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
   for path, value in sorted(params.items()):
-    if which.match(path):
+    if _ENCODER.match(path):
       digest.update(f"{path} {value.shape} {value.dtype}".encode())
       digest.update(np.asarray(processes.whole(value)).tobytes())
   return digest.hexdigest()
 
 
-def check_stored(
-  facts: Mapping[str, Mapping[str, Any]], params: Params, model: Model, trained: Collection[str]
-) -> None:
-  """Raise UserError for stored latents or text conditions of other encoders than these, or of one in training. `facts`
-  has, by its path, what the preparation of latents wrote of them."""
+def check_stored(facts: Mapping[str, Mapping[str, Any]], params: Params, model: Model) -> None:
+  """Raise UserError for stored latents of another autoencoder than this. `facts` has, by its path, what the preparation
+  of latents wrote of them."""
   for path, fact in facts.items():
-    stored = [("latents", "autoencoder", fact["fingerprint"], autoencoder_digest)]
-    if "text" in fact:
-      if any(_CONDITION.match(name) for name in trained):
-        raise UserError(
-          "the text encoder is trained, and stored text conditions would not follow it; freeze it in optim.groups, or"
-          " prepare the latents without --text"
-        )
-      stored.append(("text conditions", "text encoder", fact["text"]["fingerprint"], text_encoder_digest))
-    for what, encoder, expected, digest in stored:
-      if expected != digest(params, model):
-        raise UserError(
-          f"the {what} in {path} were made by another {encoder}; set init_from to the workdir that they were made with"
-        )
+    if fact["fingerprint"] != autoencoder_digest(params, model):
+      raise UserError(
+        f"the latents in {path} were made by another autoencoder; set init_from to the workdir that they were made with"
+      )

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int, UInt32
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.run import Run
-from diffdis_jax.data.build import batch_type, has_conditions
+from diffdis_jax.data.build import batch_type
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import remat
@@ -271,8 +271,7 @@ def loss_of(network: Network, run: Run, build: Build) -> functools.partial[losse
 
 
 def abstract_batch(run: Run, network: Network, mesh: Mesh) -> TrainingBatch:
-  """Return the shapes of a run's global batch, of images or latents as its data section has it; with text conditions
-  where the latents have them, which is not known before they are here."""
+  """Return the shapes of a run's global batch, of images or latents as its data section has it."""
 
   def rows(dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct((run.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
@@ -281,9 +280,7 @@ def abstract_batch(run: Run, network: Network, mesh: Mesh) -> TrainingBatch:
   tokens = rows(jnp.int32, data.max_length)
   if batch_type(data) is LatentBatch:
     moments = rows(jnp.bfloat16, *network.latent_shape)
-    width = network.model.text_encoder.width
-    condition = rows(jnp.bfloat16, data.max_length, width) if has_conditions(data) else None
-    return LatentBatch(mean=moments, log_variance=moments, tokens=tokens, condition=condition)
+    return LatentBatch(mean=moments, log_variance=moments, tokens=tokens)
   image = rows(jnp.uint8, run.image_size, run.image_size, 3)
   if data.sampling is not None:
     return LabelledBatch(image=image, label=rows(jnp.int32), tokens=tokens if data.sampling.sentences else None)

@@ -16,7 +16,6 @@ from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
-from diffdis_jax.method import encode
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch, LatentBatch
@@ -25,7 +24,7 @@ from diffdis_jax.training.step import abstract_batch
 from tests import steps, tiny
 from tests.models.networks import random_params
 from tests.raw_pairs import picture, write_tar
-from tests.steps import build_trainer, network_of
+from tests.steps import network_of
 
 N = 20
 
@@ -52,12 +51,7 @@ def cache(data, params):
   return write_latents(data, data / "latents", params)
 
 
-@pytest.fixture(scope="module")
-def cache_with_text(data, params):
-  return write_latents(data, data / "latents_text", params, text=True)
-
-
-def write_latents(data, out, params, text=False):
+def write_latents(data, out, params):
   model = steps.make_inference(tiny.get_config(), mesh=steps.make_mesh(), batch_size=8)
   h, w, c = model.network.latent_shape
   prepare(
@@ -72,25 +66,14 @@ def write_latents(data, out, params, text=False):
       views=1,
       augmentation=Augmentation(),
       fingerprint=start.autoencoder_digest(params, model.network.model),
-      text=text_conditions(model, params) if text else None,
     ),
   )
   return out
 
 
-def text_conditions(model, params):
-  tokenizer = Tokenizer(model.max_length)
-  return latents.TextConditions(
-    encode=lambda captions: model.conditions(params, tokenizer(captions)),
-    shape=(model.max_length, model.network.model.text_encoder.width),
-    fingerprint=start.text_encoder_digest(params, model.network.model),
-  )
-
-
 def check_encoders(config, params):
-  trainer = build_trainer(config, steps.make_mesh())
   run = Run.of(config)
-  start.check_stored(latent_facts(run.data), params, run.model, trainer.trainable)
+  start.check_stored(latent_facts(run.data), params, run.model)
 
 
 def config_of(**changes):
@@ -125,60 +108,13 @@ def test_latents_are_the_posteriors_of_the_images(data, cache, params):
   check_encoders(config, decoder)
 
 
-FROZEN_ENCODERS = (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))
-
-
-def test_text_conditions_are_the_captions(cache_with_text, params):
-  config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": FROZEN_ENCODERS})
-  batch = jax.tree.map(jnp.asarray, LatentBatch(**loader.Substitutions().take(next(steps.open_batches(config)))))
-  model = network_of(config).with_params(params)
-  both = jax.jit(lambda batch: (model.encode_text(batch.tokens), encode.encode_captions(model, batch)))
-  expected, found = both(batch)
-  assert len({np.asarray(row).tobytes() for row in batch.condition}) == N
-  np.testing.assert_allclose(found.c, expected.c, rtol=0.01, atol=0.01)
-  np.testing.assert_allclose(found.e, expected.e, atol=0.005)
-  np.testing.assert_allclose(jnp.linalg.norm(found.e, axis=-1), 1.0, rtol=1e-5)
-  check_encoders(config, params)
-
-
-@pytest.mark.parametrize("stored", ["cache", "cache_with_text"])
-def test_a_step_is_compiled_for_the_batches_that_are_stored(stored, request):
-  path = str(request.getfixturevalue(stored))
-  config, mesh = config_of(**{"data.name": "latents", "data.path": path}), steps.make_mesh()
+def test_a_step_is_compiled_for_the_batches_that_are_stored(cache):
+  config, mesh = config_of(**{"data.name": "latents", "data.path": str(cache)}), steps.make_mesh()
   batch = LatentBatch(**loader.Substitutions().take(next(steps.open_batches(config))))
   compiled_for = abstract_batch(Run.of(config), network_of(config), mesh)
-  assert (compiled_for.condition is not None) == (stored == "cache_with_text")
   assert jax.tree.structure(compiled_for) == jax.tree.structure(batch)
   of = lambda batch: [(x.shape, x.dtype) for x in jax.tree.leaves(batch)]
   assert of(compiled_for) == of(batch)
-
-
-def test_text_conditions_of_another_encoder_are_refused(cache_with_text, cache, params):
-  config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": FROZEN_ENCODERS})
-  other = {path: value + (0.1 if path.startswith("text_encoder") else 0.0) for path, value in params.items()}
-  with pytest.raises(UserError, match="text conditions in .* were made by another text encoder"):
-    check_encoders(config, other)
-  config.optim.groups = (("^autoencoder", "frozen"), (".*", "new"))
-  with pytest.raises(UserError, match="the text encoder is trained, and stored text conditions would not follow it"):
-    check_encoders(config, params)
-  config.data.max_length -= 1
-  with pytest.raises(UserError, match="these text conditions are of 8 tokens and 16 wide; the config's are of 7"):
-    steps.open_batches(config)
-  config.data.path = ""
-  config.data.mixture = {name: {"name": "latents", "path": str(path)} for name, path in
-                         (("with", cache_with_text), ("without", cache))}  # fmt: skip
-  with pytest.raises(UserError, match="latents with text conditions and without; take either"):
-    steps.open_batches(config)
-
-
-def test_what_makes_a_query_of_text_conditions_is_no_part_of_their_encoder(cache_with_text, params):
-  """It is applied after reading: it may be trained, and be another one than where they were prepared, or none."""
-  query = {"model.text_encoder.projection": 12, "model.text_encoder.token_embedding_weight": 1.0}
-  groups = ((r"^text_encoder\.(projection|query_tokens)\.", "new"), *FROZEN_ENCODERS)
-  config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": groups}, **query)
-  added = random_params(network_of(config).shapes, seed=1)
-  assert len(added.keys() - params.keys()) == 2
-  check_encoders(config, added | params)
 
 
 def test_latents_that_do_not_fit(cache):
@@ -270,23 +206,11 @@ def test_digests_are_of_the_encoders_bits(params):
   assert start.autoencoder_digest({**params, path: jnp.nextafter(params[path], jnp.inf)}, model) != digest
 
 
-@pytest.mark.parametrize(
-  ("part", "after_reading", "changes"),
-  [
-    ("autoencoder", {"scale": 2.0}, {"groups": 2}),
-    ("text_encoder", {"projection": 3}, {"num_heads": 1, "activation": "gelu"}),
-  ],
-)
-def test_digests_are_of_what_no_parameter_shows(params, part, after_reading, changes):
-  model, digest = Run.of(config_of()).model, getattr(start, f"{part}_digest")
-
-  def changed(**fields):
-    return dataclasses.replace(model, **{part: dataclasses.replace(getattr(model, part), **fields)})
-
-  assert digest(params, changed(**after_reading)) == digest(params, model)
-  for name, value in changes.items():
-    assert getattr(getattr(model, part), name) != value
-    assert digest(params, changed(**{name: value})) != digest(params, model), name
+def test_digests_are_of_what_no_parameter_shows(params):
+  model, digest = Run.of(config_of()).model, start.autoencoder_digest
+  changed = lambda **fields: dataclasses.replace(model, autoencoder=dataclasses.replace(model.autoencoder, **fields))
+  assert digest(params, changed(scale=2.0)) == digest(params, model)
+  assert model.autoencoder.groups != 2 and digest(params, changed(groups=2)) != digest(params, model)
 
 
 def test_digests_are_the_same_for_split_parameters(params):

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import pathlib
 import threading
 
@@ -120,38 +119,6 @@ def test_the_images_licences_are_those_of_their_latents(data, tmp_path):
   assert not (tmp_path / "without" / "LICENSES.md").exists()
 
 
-def test_views_have_the_captions_in_turns_with_their_conditions(tmp_path):
-  (tmp_path / "raw").mkdir()
-  content = {}
-  for i in range(3):
-    said = {"captions": [f"a {i}", f"b {i}"]} if i < 2 else {}
-    content |= {f"{i}.png": picture(i), f"{i}.txt": f"a {i}".encode(), f"{i}.json": json.dumps(said).encode()}
-  write_tar(tmp_path / "raw" / "0.tar", content)
-  write.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
-  as_numbers = lambda captions: np.asarray([[[ord(c[0]), int(c[2])]] for c in captions], ml_dtypes.bfloat16)
-  text = latents.TextConditions(encode=as_numbers, shape=(1, 2), fingerprint="2.5")
-  prepare(tmp_path / "data", tmp_path / "out", text=text)
-
-  source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
-  assert source.facts["text"] == {"shape": [1, 2], "fingerprint": "2.5"}
-  for i in range(3):
-    captions = [source.read(i, k)[1]["caption"] for k in range(VIEWS)]
-    assert captions == ([f"a {i}", f"b {i}", f"a {i}"] if i < 2 else [f"a {i}"] * VIEWS)
-  iterator = train_loader(
-    source, tokenizer=Tokenizer(8), batch_size=3, image_size=8, seed=0, loading=Loading(num_threads=0)
-  )
-  spoken = set()
-  for _ in range(20):
-    batch = next(iterator)
-    assert batch["condition"].dtype == ml_dtypes.bfloat16 and batch["condition"].shape == (3, 1, 2)
-    captions = [f"{chr(int(letter))} {int(number)}" for letter, number in batch["condition"][:, 0].astype(np.int32)]
-    np.testing.assert_array_equal(batch["tokens"], Tokenizer(8)(captions))
-    spoken |= set(captions)
-  assert spoken == {"a 0", "b 0", "a 1", "b 1", "a 2"}
-  with pytest.raises(UserError, match="stores the conditions of its own captions; leave caption_fields out"):
-    sources.open_source(name="latents", path=tmp_path / "out", image_size=8, caption_fields=("caption",))
-
-
 def test_batches_draw_a_view_each_time(data, tmp_path):
   prepare(data, tmp_path / "out")
   source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
@@ -169,8 +136,7 @@ def test_batches_draw_a_view_each_time(data, tmp_path):
 
 def test_going_on_needs_the_same_images_autoencoder_and_views(tmp_path):
   stage, (part,) = make_stage(tmp_path), [latents.RecordsPart("train-00000", "train", "data", 0, 4)]
-  text = latents.TextConditions(encode=lambda captions: 1 / 0, shape=(1, 2), fingerprint="2.5")
-  changes = [{"views": 2}, {"fingerprint": "2.0"}, {"augmentation": Augmentation()}, {"image_size": 16}, {"text": text}]
+  changes = [{"views": 2}, {"fingerprint": "2.0"}, {"augmentation": Augmentation()}, {"image_size": 16}]
   for change in (*changes, {"shape": (4, 4, 4)}, {"images": "prepared again"}):
     assert make_stage(tmp_path, **change)._identity(part) != stage._identity(part)
   assert make_stage(tmp_path)._identity(part) == stage._identity(part)
@@ -219,18 +185,3 @@ def test_stored_numbers_that_are_not_finite_are_substituted_and_named(data, tmp_
   total = substitutions.report()[SUBSTITUTED]
   assert total > 0 and f"records that cannot be used: {total} numbers that are not finite" in caplog.text
   iterator.close()
-
-
-def test_a_field_that_is_called_as_the_stored_condition(tmp_path):
-  """As of used goods: metadata, not the text encoder's output."""
-  (tmp_path / "raw").mkdir()
-  content = {}
-  for i in range(2):
-    content |= {f"{i}.png": picture(i), f"{i}.txt": b"a chair", f"{i}.json": b'{"condition": "new", "moments": 3}'}
-  write_tar(tmp_path / "raw" / "0.tar", content)
-  write.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
-  prepare(tmp_path / "data", tmp_path / "out")
-  source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
-  assert source[0]["condition"] == "new" and source.read(1, 2).moments.shape == (2, 2, 4)
-  batch = next(train_loader(source, tokenizer=Tokenizer(8), batch_size=2, image_size=8, seed=0))
-  assert batch.keys() == {"mean", "log_variance", "tokens", SUBSTITUTED, ROWS}

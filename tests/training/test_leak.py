@@ -17,7 +17,7 @@ import pytest
 from scipy import linalg, special
 
 from diffdis_jax.method.diffdis import DiffDis
-from diffdis_jax.structs import LatentBatch
+from diffdis_jax.structs import LatentBatch, TextCondition
 from diffdis_jax.training.step import step_keys
 from tests import steps
 
@@ -42,15 +42,20 @@ def predicted(schedule: str, gamma: float) -> np.ndarray:
   return np.exp((N - 1) * special.log_ndtr(x + d[:, None])) @ density
 
 
-def orthonormal_captions(config: Any) -> LatentBatch:
-  """N captions of two words, each stored with a text condition, so that e is a row of Hadamard's matrix."""
+def numbered_captions(config: Any) -> LatentBatch:
+  """N captions of two words, which are their numbers."""
   i = np.arange(N)
   tokens = np.full((N, config.data.max_length), steps.EOS, np.int32)
   tokens[:, 0], tokens[:, 1], tokens[:, 2] = steps.BOS, i // steps.BOS, i % steps.BOS
-  condition = np.zeros((*tokens.shape, N), ml_dtypes.bfloat16)
-  condition[:, 3] = linalg.hadamard(N)
   latent = np.zeros((N, 4, 4, 4), ml_dtypes.bfloat16)
-  return LatentBatch(mean=latent, log_variance=latent, tokens=tokens, condition=condition)
+  return LatentBatch(mean=latent, log_variance=latent, tokens=tokens)
+
+
+def orthonormal(self: DiffDis, tokens: jax.Array) -> TextCondition:
+  """Make e of the numbered captions a row of Hadamard's matrix each."""
+  rows = jnp.asarray(linalg.hadamard(N), jnp.float32)[(tokens[:, 1] * steps.BOS + tokens[:, 2]) % N]
+  c = jnp.zeros((*tokens.shape, N)).at[:, 3].set(rows)
+  return self.text_encoder.with_query(c.astype(self.text_encoder.dtype), tokens)
 
 
 @pytest.mark.parametrize("schedule, gamma", RATES)
@@ -58,7 +63,7 @@ def test_e_t_tells_its_caption_as_often_as_noise_of_its_timestep_allows(monkeypa
   changes = {"text_diffusion.schedule": schedule, "text_diffusion.gamma": gamma, "batch_size": N}
   changes |= {"model.text_encoder.width": N, "loss.image_dropout": 0.0}
   config = steps.make_config("discrimination", **changes)
-  loss, batch = steps.Loss(config, trained="^$"), orthonormal_captions(config)
+  loss, batch = steps.Loss(config, trained="^$"), numbered_captions(config)
   seen = {}
 
   def hand_through(self: DiffDis, **inputs: jax.Array) -> jax.Array:
@@ -66,6 +71,7 @@ def test_e_t_tells_its_caption_as_often_as_noise_of_its_timestep_allows(monkeypa
     return inputs["e_t"]
 
   monkeypatch.setattr(DiffDis, "discrimination", hand_through)
+  monkeypatch.setattr(DiffDis, "encode_text", orthonormal)
 
   def train(batch, step):
     _, metrics = loss({}, batch, step_keys(config.seed, step, jnp.int32(0)))

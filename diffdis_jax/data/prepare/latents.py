@@ -1,9 +1,7 @@
 """The latent cache: the autoencoder's posterior over several augmented views of each image, in place of the image.
 
 A record is one view: {moments: bf16[h w 2c], mean then log-variance, as u16; caption; key; metadata}. The views of an
-image follow one another, so that training reads no more than the view it samples. With the text condition, a record has
-{condition: bf16[l d], as u16} too, and its caption is the one that the condition is of: of an image's several captions
-the views have one each, in turns.
+image follow one another, so that training reads no more than the view it samples.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import BFloat16, UInt8
@@ -43,7 +40,6 @@ LATENTS = _LatentCache(
 IMAGES = 1024  # of a part
 CHUNK = 256  # views encoded at a time
 Encode = Callable[[UInt8[np.ndarray, "n H W 3"]], BFloat16[np.ndarray, "n h w d"]]
-EncodeText = Callable[[Sequence[str]], BFloat16[np.ndarray, "n l d"]]
 
 
 @dataclasses.dataclass
@@ -76,42 +72,20 @@ def find_parts(data: str | os.PathLike[str]) -> list[Part]:
   ]
 
 
-def features(shape: tuple[int, int, int], text_shape: tuple[int, int] | None = None) -> tfds.features.FeaturesDict:
+def features(shape: tuple[int, int, int]) -> tfds.features.FeaturesDict:
   """Return the features of a record. bf16 is stored as the u16 of the same bits."""
   # As bytes, since TFDS's records hold numbers as int64 else.
-  shapes = {"moments": shape} if text_shape is None else {"moments": shape, "condition": text_shape}
+  moments = tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes")
   return tfds.features.FeaturesDict(
-    {
-      **{name: tfds.features.Tensor(shape=each, dtype=np.uint16, encoding="bytes") for name, each in shapes.items()},
-      **{name: tfds.features.Text() for name in ("caption", "key", "metadata")},
-    }
+    {"moments": moments, **{name: tfds.features.Text() for name in ("caption", "key", "metadata")}}
   )
 
 
-def as_stored(x: BFloat16[np.ndarray, "..."]) -> np.ndarray:
-  return np.asarray(x, ml_dtypes.bfloat16).view(np.uint16)
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConditions:
-  """The way in which captions are encoded.
-
-  Attributes:
-    encode: captions -> conditions of shape `shape`.
-    fingerprint: the digest of the text encoder.
-  """
-
-  encode: EncodeText
-  shape: tuple[int, int]
-  fingerprint: str
-
-
 class _Views(NamedTuple):
-  """The views of one image, what else is in its record, and each view's caption."""
+  """The views of one image, and what else is in its record."""
 
   images: UInt8[np.ndarray, "k H W 3"]
   record: dict[str, Any]
-  captions: list[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +96,6 @@ class LatentStage(write.Stage):
     encode: squares of `image_size` pixels -> moments of shape `shape`.
     augmentation: of a view; view k of image i is the same each time.
     fingerprint: the digest of the autoencoder, by which training tells whether it has the same one.
-    text: how captions are encoded; None to leave that to training.
     images: what tells the data set's records from those that were in its folder before; empty where nothing does.
   """
 
@@ -132,20 +105,18 @@ class LatentStage(write.Stage):
   views: int
   augmentation: Augmentation
   fingerprint: str
-  text: TextConditions | None = None
   images: str = ""
   _opened: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
   def features(self) -> tfds.features.FeaturesDict:
-    return features(self.shape, self.text and self.text.shape)
+    return features(self.shape)
 
   def identity(self) -> dict[str, Any]:
     return {**self.facts(), "images": self.images}
 
   def facts(self) -> dict[str, Any]:
-    own = dict(views=self.views, image_size=self.image_size, shape=self.shape, fingerprint=self.fingerprint)
-    text = self.text and {"text": dict(shape=self.text.shape, fingerprint=self.text.fingerprint)}
-    return {"latents": {**own, **(text or {}), "augmentation": dataclasses.asdict(self.augmentation)}}
+    facts = dict(views=self.views, image_size=self.image_size, shape=self.shape, fingerprint=self.fingerprint)
+    return {"latents": {**facts, "augmentation": dataclasses.asdict(self.augmentation)}}
 
   def serialized(self, part: Part, report: write.Report) -> Iterator[bytes]:
     assert isinstance(part, RecordsPart)
@@ -168,19 +139,13 @@ class LatentStage(write.Stage):
           continue  # nothing to stack
         # One call for the views of all images of the chunk: the network has a batch of its own.
         moments = self.encode(np.concatenate([each.images for each in usable]))
-        fields = [{**text, "caption": caption} for _, text, captions in usable for caption in captions]
-        # Each view's own caption, as training would encode it: conditions differ where views have other captions.
-        if self.text is not None:
-          conditions = self.text.encode([text["caption"] for text in fields])
-          fields = [{**text, "condition": as_stored(c)} for text, c in zip(fields, conditions, strict=True)]
-        fields = [{"moments": as_stored(one), **text} for one, text in zip(moments, fields, strict=True)]
         # All of an image's views or none, since they are found by their number.
-        for of_image in (fields[i : i + self.views] for i in range(0, len(fields), self.views)):
-          if all(is_finite(each[name]) for each in of_image for name in ("moments", "condition") if name in each):
-            report.pairs += len(of_image)
-            yield from map(serialize, of_image)
+        for each, of_image in zip(usable, np.split(np.asarray(moments), len(usable)), strict=True):
+          if is_finite(of_image):
+            report.pairs += self.views
+            yield from (serialize({"moments": view.view(np.uint16), **each.record}) for view in of_image)
           else:
-            report.skip(of_image[0]["key"].decode(errors="replace"), records.NOT_FINITE)
+            report.skip(each.record["key"].decode(errors="replace"), records.NOT_FINITE)
 
   def _source(self, part: RecordsPart) -> records.Pairs:
     """Opened once for all parts of a split: CC3M has 2,838, and each time all files of records are looked for."""
@@ -196,15 +161,10 @@ class LatentStage(write.Stage):
       record = source.stored(place)
       needed = needed_side(self.image_size, self.augmentation)
       image = records.read_decoded(record.pop("image"), at_least=needed)
-      captions = [records.read_caption(record.pop("caption"))]
-      if self.text is not None:
-        captions = records.captions_of(records.read_metadata(record["metadata"])) or captions
+      record["caption"] = records.read_caption(record["caption"])
     except records.Unusable as error:
       return error
     # Seeded by place and view, so that it makes no difference which thread, process or attempt samples it.
     rngs = [np.random.default_rng((place, k)) for k in range(self.views)]
-    return _Views(
-      np.stack([augment(image, rng, size=self.image_size, how=self.augmentation) for rng in rngs]),
-      record,
-      [captions[k % len(captions)] for k in range(self.views)],
-    )
+    views = [augment(image, rng, size=self.image_size, how=self.augmentation) for rng in rngs]
+    return _Views(np.stack(views), record)
