@@ -7,10 +7,9 @@ Fine-tuning all of Stable Diffusion, on one GPU of 24 GB or more:
   diffdis import_weights --source=SD --out=SD_RUN
   diffdis train --config=own:path=DATA,from=SD_RUN,memory=24 --workdir=RUN
 
-From scratch at 64 px, on a CPU too. Its autoencoder comes first:
+From scratch at 64 px, on a CPU too. Its autoencoder is trained first, in RUN/first:
 
-  diffdis train --config=own:path=DATA,autoencoder --workdir=RUNS/autoencoder
-  diffdis train --config=own:path=DATA,from=RUNS/autoencoder --workdir=RUNS/diffdis
+  diffdis train --config=own:path=DATA --workdir=RUN
 
 Of 24 GB it takes 17.9 GiB by XLA's buffer assignment for L4, A10G and RTX 4090, before convolutions' workspaces, so
 have JAX take 90 % of the card instead of its default of 75 %: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, which the launchers
@@ -43,6 +42,7 @@ STEPS = {"pretrained": (500, 10_000), "scratch": (2000, 40_000), "autoencoder": 
 # GB of one device -> images of 256 px that a step takes at a time; of 512 px a quarter. Compiled for 24 and 40 GB.
 AT_A_TIME = {24: 8, 40: 16, 80: 32}
 PROMPTS = 8
+FEW = 300  # pictures
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -58,6 +58,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if args.autoencoder:
       raise ValueError("from=DIR has an autoencoder; leave out one of autoencoder and from")
     start = take_start(config, args["from"])
+  elif start == "scratch":
+    size = f",size={args.size}" if args.size else ""
+    config.init_from = f"config:own:path={args.path},autoencoder{size}"
   if args.size:
     config.image_size = args.size
   config.data.update(name="pairs", path=args.path)
@@ -118,6 +121,10 @@ def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
   config.save_every = config.eval_every = config.sample_every = -(-config.num_steps // 10)
   held_out = f", {pairs['val']:,} held out" if pairs.get("val") else ""
   passes = config.num_steps * size / train
+  if train < FEW and start != "autoencoder":
+    logging.warning(
+      "own: of fewer than %d pictures a network learns each by heart; look at what it draws beside them", FEW
+    )
   logging.info(
     f"own: {train:,} pairs{held_out}: batch_size {size}, {config.num_steps:,} steps, {passes:.0f} passes over the pairs"
   )

@@ -13,15 +13,17 @@ stopped; on another number of processes, devices or CPU cores they differ by rou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax.common import cli
 from diffdis_jax.config import Run
-from diffdis_jax.run import watch, writers
+from diffdis_jax.run import watch, workdir, writers
 
 FLAGS = flags.FLAGS
+OF_CONFIG, FIRST = "config:", "first"  # what init_from begins with, and the folder in the workdir of what it trains
 
 
 def define_flags() -> None:
@@ -51,7 +53,12 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  run = Run.of(run_config.with_evals(FLAGS.config, FLAGS.eval))
+  run, first = Run.of(run_config.with_evals(FLAGS.config, FLAGS.eval)), None
+  if run.init_from.startswith(OF_CONFIG):
+    first = Run.of(cli.read_config(run.init_from.removeprefix(OF_CONFIG), "config.init_from"))
+    # Each says how long it takes after its first steps: before those nothing is known of this machine.
+    steps = f"{first.num_steps:,} steps of {', '.join(first.objectives)} in {FLAGS.workdir}/{FIRST}"
+    logging.info("first %s, then %s of %s", steps, f"{run.num_steps:,}", ", ".join(run.objectives))
 
   # Not at the top: these take seconds, and what is wrong with the command line is said before.
   import jax
@@ -63,13 +70,13 @@ def main(argv: Sequence[str]) -> None:
   cli.use_all_cores()  # before the first device is asked for, as must be processes.start
   jax.config.update("jax_numpy_dtype_promotion", "strict")  # bf16 with f32 by accident is an error
   processes.start()
-  loop.train_and_evaluate(
-    run,
-    FLAGS.workdir,
-    tracker=FLAGS.tracker or "",
-    profiled=FLAGS.profile or "",
-    hang_timeout=FLAGS.hang_timeout,
-  )
+  how: dict[str, Any] = dict(tracker=FLAGS.tracker or "", hang_timeout=FLAGS.hang_timeout)
+  if first:
+    path = f"{FLAGS.workdir.rstrip('/')}/{FIRST}"
+    if workdir.latest_step(path) != first.num_steps:  # or else it is there, as after a restart
+      loop.train_and_evaluate(first, path, **how)
+    run = run.replace({"init_from": path})
+  loop.train_and_evaluate(run, FLAGS.workdir, profiled=FLAGS.profile or "", **how)
   if processes.is_first():
     run_info.log_end(run, FLAGS.workdir)
 

@@ -443,3 +443,21 @@ def test_a_run_that_fails_reads_no_further_batches(tmp_path, monkeypatch):
     loop.train_and_evaluate(Run.of(tiny.get_config()), str(tmp_path))
   with pytest.raises(ValueError, match="closed"):
     next(opened[0])
+
+
+@pytest.mark.slow
+def test_what_a_run_starts_from_is_trained_first_and_once(tmp_path, environment):
+  """As own pictures from scratch: one command, whose second call resumes."""
+  run, config = tmp_path / "run", "tests/tiny.py"
+  flags = [f"--config={config}", f"--workdir={run}", f"--config.init_from=config:{config}:autoencoder"]
+  done = call("train", environment, *flags, "--config.num_steps=4")
+  assert done.returncode == 0, done.stderr
+  first, second = (provenance.read(str(path)) for path in (run / "first", run))
+  assert [event["event"] for event in first] == [event["event"] for event in second] == ["start", "end"]
+  assert second[0]["init_from"][0]["objectives"] == ["reconstruction"]
+  before, after = restore.restore_params(str(run / "first")), restore.restore_params(str(run))
+  name = next(name for name in after if name.startswith("autoencoder") and np.ndim(after[name]) == 4)
+  np.testing.assert_array_equal(before[name], after[name])
+  done = call("train", environment, *flags, "--config.num_steps=8")
+  assert done.returncode == 0, done.stderr
+  assert len(provenance.read(str(run / "first"))) == 2 and workdir.latest_step(run) == 8

@@ -47,7 +47,9 @@ class Run(Section):
   batch_size: int = number(64, ge=1, le=MOST_ROWS, help="images of a step, over all devices")
   num_steps: int = number(1000, ge=1, le=MOST_STEPS, help="training steps of the whole run")
   objectives: tuple[str, ...] = choice(("generation", "discrimination"), TABLE, help="what the run is trained for")
-  init_from: str = field("", help="workdir of the run to take matching parameters from; empty for none")
+  init_from: str = field(
+    "", help="workdir of the run to take matching parameters from, or config:NAME:args to train that first; or empty"
+  )
   model: Model | ClipModel = field(kind=network_of)
   image_diffusion: ImageDiffusion = field(ImageDiffusion())
   text_diffusion: TextDiffusion = field(TextDiffusion())

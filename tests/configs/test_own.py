@@ -112,7 +112,19 @@ def test_from_scratch_is_an_autoencoder_and_then_the_network_around_it(tmp_path)
   assert second.init_from == str(workdir) and second.model.to_dict() == first.model.to_dict()
   assert second.image_size == 64 and second.optim.rates.to_dict() == dict(new=5e-4, drawing=1e-3)
   changed = lambda config: {k: v for k, v in Run.of(config).to_dict().items() if k != "init_from"}
-  assert changed(second) == changed(own.get_config(f"path={path}"))  # the same but for where it starts
+  alone = own.get_config(f"path={path}")
+  assert changed(second) == changed(alone)  # the same but for where it starts
+  assert alone.init_from == f"config:own:path={path},autoencoder"  # which train makes first
+  assert own.get_config(f"path={path},size=32").init_from == f"config:own:path={path},autoencoder,size=32"
+
+
+def test_few_pictures_are_warned_of(tmp_path, monkeypatch):
+  warned: list[str] = []
+  monkeypatch.setattr(logging, "warning", lambda text, *values: warned.append(text % values))
+  own.get_config(f"path={prepared(tmp_path / 'data', train=299)}")
+  own.get_config(f"path={prepared(tmp_path / 'more', train=300)}")
+  (line,) = warned
+  assert "fewer than 300 pictures a network learns each by heart" in line
 
 
 def test_data_and_start_in_a_bucket(tmp_path, bucket):
