@@ -97,19 +97,6 @@ def test_latents_read_back(data, tmp_path, monkeypatch):
   assert len(seen) == VIEWS * (N - 1)
 
 
-def test_a_split_is_opened_once_for_all_of_its_parts(data, tmp_path, monkeypatch):
-  opened, open_source = [], sources.open_source
-
-  def counted(**fields):
-    opened.append(fields["split"])
-    return open_source(**fields)
-
-  monkeypatch.setattr(latents, "IMAGES", 5)
-  monkeypatch.setattr(sources, "open_source", counted)
-  prepare(data, tmp_path / "out")
-  assert len(latents.find_parts(data)) == 3 and opened == ["train"]
-
-
 def test_the_images_licences_are_those_of_their_latents(data, tmp_path):
   (data / "LICENSES.md").write_text("CC-BY-4.0, by Zoë\n", encoding="utf-8")
   prepare(data, tmp_path / "out")

@@ -95,13 +95,6 @@ def by_timm(image, name, level):
   return randaugment.OPERATIONS[name](image, randaugment.TIMM[name](level) * side, randaugment.BICUBIC)
 
 
-def test_the_operations_are_those_of_inc1():
-  assert all(theirs.removesuffix("Increasing").removesuffix("Rel") == ours for ours, theirs in NAMES.items())
-  assert {op.prob for op in INC1.ops} == {randaugment.PROBABILITY} and INC1.num_layers == 2
-  # As its transforms_factory makes the fill colour of CLIP's mean.
-  assert tuple(min(255, round(255 * x)) for x in randaugment.MEAN) == randaugment.FILL
-
-
 @pytest.mark.parametrize("name", randaugment.TIMM)
 @pytest.mark.parametrize("magnitude", [0.0, 3.3, 8.7, 10.0])
 def test_an_operation_gives_timms_pixels(name, magnitude, monkeypatch):

@@ -43,18 +43,6 @@ def test_members_in_any_order(tmp_path, seed):
   assert all(found[key] == {ENDINGS[e]: files[f"{key}.{e}"] for e in ENDINGS} for key in found)
 
 
-def test_a_folder_packed_by_tar(tmp_path):
-  """Which takes the files in the order of the folder, and puts a header of the folder before them."""
-  (tmp_path / "pairs").mkdir()
-  for i in (5, 1, 3, 7, 0, 2, 6, 4):
-    for ending in random.Random(i).sample(sorted(ENDINGS), 2):
-      (tmp_path / "pairs" / f"{i}.{ending}").write_text(f"{i} {ending}")
-  for options in (["--format=gnu"], ["--format=pax"]):
-    subprocess.run(["tar", *options, "-cf", "0.tar", "-C", "pairs", "."], cwd=tmp_path, check=True)
-    expected = {f"./{i}": {"image": f"{i} jpg".encode(), "caption": f"{i} txt".encode()} for i in range(8)}
-    assert read(tmp_path / "0.tar") == expected
-
-
 @pytest.mark.parametrize("second", ["a.jpg", "a.JPG"])
 def test_two_files_of_one_field_and_key(tmp_path, second):
   with tarfile.open(tmp_path / "0.tar", "w") as tar:

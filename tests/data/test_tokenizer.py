@@ -1,15 +1,13 @@
 """The tokenizer against open_clip's, id by id, and against what transformers reads back."""
 
-import html
 import pickle
 import subprocess
 import sys
 
-import ftfy
 import numpy as np
 import pytest
 
-from diffdis_jax.data.tokenizer import END_ID, START_ID, VOCAB_SIZE, Tokenizer, clean, load
+from diffdis_jax.data.tokenizer import END_ID, START_ID, Tokenizer, clean
 from diffdis_jax.errors import UserError
 
 SENTENCES = (
@@ -107,13 +105,6 @@ def test_what_is_left_of_a_caption_that_is_too_long(length):
   assert (tokenizer([" ".join([*words, "star"])]) == tokenizer([" ".join(words)])).all()
 
 
-def test_vocabulary(tokenizer):
-  assert len(load()["model"]["merges"]) == 48894
-  assert sorted(tokenizer.vocab.values()) == list(range(VOCAB_SIZE))
-  assert tokenizer.vocab["<|startoftext|>"] == 49406 and tokenizer.vocab["<|endoftext|>"] == END_ID
-  assert tokenizer([]).shape == (0, 77)
-
-
 def test_clean_and_decode(tokenizer):
   assert clean(" Tom &amp;amp;\n JERRY’s ") == "tom & jerry's"
   assert tokenizer.decode(tokenizer(["A small  RED star"])[0]) == "a small red star"
@@ -152,13 +143,3 @@ def test_workers_import_no_framework():
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.stderr.strip() == "", done.stderr
-
-
-def test_plain_captions_need_no_repair():
-  """What is taken as it is, is what the repair leaves as it is."""
-  rng = np.random.default_rng(0)
-  printable = [chr(i) for i in range(32, 127) if chr(i) != "&"]
-  for _ in range(300):
-    text = "".join(rng.choice(printable, 30))
-    assert ftfy.fix_text(text) == text == html.unescape(text)
-  assert clean("Fish &amp;amp; Chips") == "fish & chips" and clean("a\x1b[31m b") == "a b"

@@ -21,32 +21,20 @@ from diffdis_jax.errors import UserError
 
 SHORT_SIDE = 288  # pixels, of CC3M: squares of 256 px are still made smaller, never larger
 _COCO_FILE = re.compile(r"captions_([a-z]+)(\d{4})\.json")
-_KARPATHY = (
-  "@inproceedings{karpathy2015deep, title = {Deep Visual-Semantic Alignments for Generating Image Descriptions}, "
-  "author = {Karpathy, Andrej and Fei-Fei, Li}, booktitle = {CVPR}, year = {2015}}"
-)
 CC3M = DataSet(
   "cc3m",
   "Conceptual Captions: images from the web with their alternative texts, cleaned; about 3.3 million pairs when "
   "published, of which 2,905,954 for training were still to be had in img2dataset's layout.",
-  "@inproceedings{sharma2018conceptual, title = {Conceptual Captions: A Cleaned, Hypernymed, Image Alt-text Dataset "
-  "For Automatic Image Captioning}, author = {Sharma, Piyush and Ding, Nan and Goodman, Sebastian and Soricut, "
-  "Radu}, booktitle = {Proceedings of ACL}, year = {2018}}",
   "https://ai.google.com/research/ConceptualCaptions",
 )
 COCO = DataSet(
   "coco",
   "MSCOCO: photographs of everyday scenes, five captions each, by the splits of the files it is made from.",
-  "@article{chen2015microsoft, title = {Microsoft COCO Captions: Data Collection and Evaluation Server}, author = "
-  "{Chen, Xinlei and Fang, Hao and Lin, Tsung-Yi and Vedantam, Ramakrishna and Gupta, Saurabh and Dollar, Piotr and "
-  "Zitnick, C. Lawrence}, journal = {arXiv:1504.00325}, year = {2015}}\n" + _KARPATHY,
   "https://cocodataset.org",
 )
 FLICKR30K = DataSet(
   "flickr30k",
   "Flickr30k: photographs of people and animals, five captions each, in Karpathy's splits.",
-  "@article{young2014image, title = {From image descriptions to visual denotations}, author = {Young, Peter and Lai, "
-  "Alice and Hodosh, Micah and Hockenmaier, Julia}, journal = {TACL}, year = {2014}}\n" + _KARPATHY,
   "https://shannon.cs.illinois.edu/DenotationGraph",
 )
 

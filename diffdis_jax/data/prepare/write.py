@@ -46,7 +46,6 @@ class DataSet:
 
   name: str
   description: str
-  citation: str = ""
   homepage: str = ""
 
   def notices(self, parts: Sequence[Part]) -> dict[str, str]:
@@ -58,8 +57,6 @@ class DataSet:
 PAIRS = DataSet(
   "pairs",
   "Image-caption pairs prepared from webdataset tars in img2dataset's layout.",
-  "@misc{beaumont2021img2dataset, author = {Romain Beaumont}, year = {2021}, title = {img2dataset: Easily turn large "
-  "sets of image urls to an image dataset}, url = {https://github.com/rom1504/img2dataset}}",
   "https://github.com/rom1504/img2dataset",
 )
 
@@ -405,7 +402,6 @@ def _fill(
     filename_template=template and template.replace(split=None),
     check_data=False,  # by TensorFlow
     description=data_set.description,
-    citation=data_set.citation,
     homepage=data_set.homepage or None,
     disable_shuffling=True,
     metadata=tfds.core.MetadataDict({**as_json, **stage.facts()}),

@@ -1,6 +1,5 @@
 import json
 
-import numpy as np
 import pytest
 
 from diffdis_jax import prepare_data
@@ -28,21 +27,3 @@ def test_card(tmp_path):
   assert json.loads((tmp_path / "out" / "card.json").read_bytes())["captions"] == ["short", "long caption"]
   with pytest.raises(UserError, match="no prepared data set in"):
     card.describe(tmp_path)
-
-
-def test_captions_that_are_no_strings_do_not_count(tmp_path):
-  (tmp_path / "raw").mkdir()
-  odd = ({"captions": [{"text": "x"}, 3]}, {"captions": "abc"}, {"captions": 7}, {"captions": ["one", "another"]})
-  content = {}
-  for i, metadata in enumerate(odd):
-    content |= {f"{i}.png": picture(i), f"{i}.txt": b"four", f"{i}.json": json.dumps(metadata).encode()}
-  write_tar(tmp_path / "raw" / "0.tar", content)
-  write.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
-  facts = card.describe(tmp_path / "out").splits["train"]
-  assert facts["caption_characters"] == {"least": 3, "median": 4, "most": 7}
-
-
-def test_places_are_spread():
-  assert card.spread(3, 64).tolist() == [0, 1, 2]
-  places = card.spread(1000, 64)
-  assert len(places) == 64 and places[0] == 0 and places[-1] == 999 and np.ptp(np.diff(places)) <= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import itertools
 import json
 import pathlib
@@ -109,31 +108,6 @@ def test_a_file_beside_folders_that_are_splits_mixes_none_of_them(tmp_path, stra
   assert {split: report.pairs for split, report in reports.items()} == {"train": 4, "val": 4}
   lacks = {} if table and stray.endswith(".txt") else {f"missing {'caption' if stray.endswith('.png') else 'image'}": 1}
   assert reports["train"].skipped == lacks and not reports["val"].skipped
-
-
-def test_folders_of_splits_that_lie_deeper_are_no_splits(tmp_path, caplog):
-  for i, folder in enumerate(("own/train/a", "own/test")):
-    put(tmp_path / "raw" / folder / f"{i}.png", picture(i))
-    put(tmp_path / "raw" / folder / f"{i}.txt", b"a")
-  (tmp_path / "raw" / "own" / "more").symlink_to(tmp_path / "raw" / "own" / "train")
-  assert {part.split for part in own.find_parts(tmp_path / "raw", Asked())} == {"train", "val"}
-  (link,) = (record.getMessage() for record in caplog.records)
-  assert link.endswith("raw/own/more is a link to a folder, and left out; copy or mount it there")
-  inner = tmp_path / "raw" / "own"
-  assert {part.split for part in own.find_parts(inner, Asked(held_out=0))} == {"train", "test"}
-
-
-def test_a_picture_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
-  source, read_bytes = beside(tmp_path / "raw"), pathlib.Path.read_bytes
-
-  def failing(path):
-    if path.name == "003.png":
-      raise PermissionError(errno.EACCES, "Permission denied", str(path))
-    return read_bytes(path)
-
-  monkeypatch.setattr(pathlib.Path, "read_bytes", failing)
-  with pytest.raises(UserError, match="cannot read --source: .*Permission denied: .*003.png"):
-    prepared(source, tmp_path / "out")
 
 
 def five_captions(folder: pathlib.Path, layout: str, count: int = COUNT) -> pathlib.Path:
@@ -300,13 +274,6 @@ def test_a_killed_preparation_takes_no_part_of_files_that_were_edited(tmp_path, 
   prepared(source, tmp_path / "direct")
   for split in ("train", "val"):
     assert load(tmp_path / "out", split) == load(tmp_path / "direct", split)
-
-
-def test_a_table_whose_rows_end_in_a_comma(tmp_path):
-  put(tmp_path / "raw" / "0.png", picture(0))
-  put(tmp_path / "raw" / "metadata.csv", 'file_name,text\n0.png,"a ""red"", \nstar", \n')
-  prepared(tmp_path / "raw", tmp_path / "out", held_out=0.0)
-  assert captions(tmp_path / "out", "train") == {"0.png": 'a "red", \nstar'}
 
 
 def write_table(path: pathlib.Path, kind: str, count: int = COUNT, *, seed: int = 0) -> None:

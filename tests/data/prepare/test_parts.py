@@ -94,15 +94,6 @@ def test_a_key_twice(tmp_path):
     read(path)
 
 
-def test_garbage(tmp_path):
-  path = tmp_path / "0.tar"
-  path.write_bytes(b"<html>not found</html>" * 100)
-  assert read(path) == ([], True)
-  whole = write_tar(tmp_path / "1.tar", FILES)
-  whole.write_bytes(whole.read_bytes()[:3584] + b"?" * 4096)
-  assert read(whole) == (PAIRS[:1], True)
-
-
 @pytest.mark.parametrize(
   ("name", "split"),
   [
