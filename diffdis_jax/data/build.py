@@ -42,7 +42,7 @@ def describe(data: Data) -> list[str]:
 
 
 def latent_facts(data: Data) -> dict[str, Mapping[str, Any]]:
-  """Path -> what the preparation of the latents there wrote of them; empty for images."""
+  """Return, by path, what the preparation of latents wrote of them; nothing for images."""
   if batch_type(data) is not LatentBatch:
     return {}
   paths = [str(section["path"]) for section in data.sources.values()]
@@ -68,7 +68,7 @@ def _other_views(path: str, stored: Mapping[str, Any], asked: Augmentation) -> s
 def open_loader(
   run: Run, *, rows: Sequence[int] | None = None, latent_shape: tuple[int, int, int] | None = None
 ) -> grain.DatasetIterator:
-  """Endless batches.
+  """Open endless batches.
 
   Args:
     run: says what of, how many rows they have, and the seed of order and augmentation.
@@ -122,7 +122,7 @@ def _open_labelled(data: Data, sampling: ClassSampling, **common: Any) -> grain.
 
 
 def open_tokens(data: Data) -> Tokens:
-  """The sentences of a long-tailed set's classes, in tokens. Raises UserError: damaged data."""
+  """Read the sentences of a long-tailed set's classes, in tokens. Raises UserError: damaged data."""
   return long_tail.tokens_of(long_tail.open_corpus(**data.source), Tokenizer(data.max_length))
 
 

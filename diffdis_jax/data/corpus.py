@@ -37,12 +37,12 @@ class Corpus:
 
   @property
   def flat(self) -> list[str]:
-    """All sentences, class by class."""
+    """Return all sentences, class by class."""
     return [sentence for own in self.sentences for sentence in own]
 
   @property
   def labels(self) -> Int[np.ndarray, " m"]:
-    """The class of each of `flat`."""
+    """Return the class of each of `flat`."""
     return np.repeat(np.arange(len(self.sentences)), [len(own) for own in self.sentences])
 
 
@@ -59,7 +59,7 @@ class Tokens:
   starts: Int[np.ndarray, " k1"]
 
   def draw(self, label: int, rng: np.random.Generator) -> Int[np.ndarray, " l"]:
-    """One of the class's sentences, uniformly."""
+    """Sample one of the class's sentences, uniformly."""
     return self.ids[rng.integers(self.starts[label], self.starts[label + 1])]
 
 
@@ -88,7 +88,7 @@ def read_corpus(path: pathlib.Path, *, wordnet: bool) -> Corpus:
 
 
 def sentences_of(name: str, text: str) -> tuple[str, ...]:
-  """OpenAI's 80 prompts with the class's name, and the sentences of its text.
+  """Return OpenAI's 80 prompts with the class's name, and the sentences of its text.
 
   The name has a space behind it, and the text follows the last prompt without one, as in VL-LTR: a text that does not
   begin with a capital is one sentence with the last prompt.
@@ -98,12 +98,12 @@ def sentences_of(name: str, text: str) -> tuple[str, ...]:
 
 
 def split(text: str) -> tuple[str, ...]:
-  """Sentences, without white space around them."""
+  """Split a text into sentences, without white space around them."""
   return tuple(sentence.strip() for sentence in _BORDER.split(text) if sentence.strip())
 
 
 def page_text(page: str) -> str:
-  """Summary and sections of a page, in which a line `== Title ==` begins a section; without those of LEFT_OUT.
+  """Return a page's summary and sections, without those of LEFT_OUT. A line `== Title ==` begins a section.
 
   Titles are left out, too. Of two sections of one title the later text stands in the earlier one's place, as in VL-LTR.
   """
@@ -134,7 +134,7 @@ def _read_page(file: pathlib.Path) -> str:
 
 
 def read_names(file: pathlib.Path, *, wordnet: bool) -> list[str]:
-  """Class names in the order of their numbers. Raises UserError: a file that cannot be read, or with a gap in them."""
+  """Read class names in the order of their numbers. Raises UserError: a file that cannot be read, or a gap in them."""
   try:
     rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
   except (OSError, UnicodeDecodeError) as error:

@@ -28,7 +28,7 @@ class TooManyScans(ValueError):
 
 
 def open_image(data: bytes) -> Image.Image:
-  """The image of encoded bytes, of which only the header is read so far.
+  """Open the image of encoded bytes, of which only the header is read so far.
 
   Raises:
     Image.DecompressionBombError: more pixels than MAX_PIXELS, or a side longer than MAX_SIDE.
@@ -61,7 +61,7 @@ def _has_too_many_scans(data: bytes) -> bool:
 
 
 def png(image: Image.Image) -> bytes:
-  """The image's file, without loss."""
+  """Encode an image without loss."""
   file = io.BytesIO()
   image.save(file, "PNG")
   return file.getvalue()

@@ -44,7 +44,8 @@ def train_loader(
   rows: Sequence[int] | None = None,
   loading: Loading = _LOADING,
 ) -> grain.DatasetIterator:
-  """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED, ROWS} of this host, shuffled each epoch.
+  """Return endless batches of this host, shuffled each epoch: {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED,
+  ROWS}.
 
   Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', ...}, a random view each time.
 
@@ -112,8 +113,8 @@ def labelled_loader(
   rows: Sequence[int] | None = None,
   loading: Loading = _LOADING,
 ) -> grain.DatasetIterator:
-  """Endless batches {'image': u8[b h w 3], 'label': i32[b], SUBSTITUTED, ROWS}, and 'tokens': i32[b l], a sentence of
-  each image's class, where `tokens` has them. Images are sampled with replacement.
+  """Return endless batches {'image': u8[b h w 3], 'label': i32[b], SUBSTITUTED, ROWS}, and 'tokens': i32[b l], a
+  sentence of each image's class, where `tokens` has them. Images are sampled with replacement.
 
   What stands at each place of each global batch follows from (seed, place) alone; for all else see `train_loader`.
 
@@ -236,7 +237,7 @@ def name_of(record: Mapping[str, Any], place: int) -> str:
 
 
 def draw_caption(record: Mapping[str, Any], rng: np.random.Generator) -> str:
-  """The record's caption, or a random one of its captions where it has several."""
+  """Return the record's caption, or a random one where it has several."""
   captions = records.captions_of(record)
   return captions[rng.integers(len(captions))] if captions else record["caption"]
 
@@ -316,7 +317,7 @@ class _LatentExample(_Example):
 
 
 def listed(missed: Int[np.ndarray, " r"]) -> str:
-  """ "2 corrupt image, 1 missing caption": counts by reason."""
+  """Say "2 corrupt image, 1 missing caption"."""
   return ", ".join(f"{n} {reason}" for n, reason in zip(missed, records.REASONS) if n)
 
 
@@ -335,14 +336,14 @@ class Substitutions:
     self.rows = np.empty(0, np.str_)
 
   def take(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Counts those of a batch; returns it without them."""
+    """Count those of a batch, and return it without them."""
     rest = dict(batch)
     self.new += rest.pop(SUBSTITUTED).sum(axis=0)
     self.rows = rest.pop(ROWS)
     return rest
 
   def report(self, over_hosts: Callable[[np.ndarray], np.ndarray] = lambda own: own) -> dict[str, int]:
-    """Logs the new ones; returns their number as `substituted`. `over_hosts` adds up those of all hosts."""
+    """Log the new ones, and return their number as `substituted`. `over_hosts` adds up those of all hosts."""
     new = over_hosts(self.new)
     self.total, self.new = self.total + new, np.zeros_like(new)
     if new.any():

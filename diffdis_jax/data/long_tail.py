@@ -38,14 +38,14 @@ def is_sampled(*, name: str, split: str = "train", **_: Any) -> bool:
 
 
 def open_corpus(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, **_: Any) -> Corpus:
-  """The sentences of the set's classes; takes what `sources.open_source` takes. Raises UserError: damaged data."""
+  """Read the sentences of a set's classes. Takes what `sources.open_source` takes. Raises UserError: damaged data."""
   if name == "shapes_lt":
     return shapes_lt.make_corpus(seed)
   return long_tailed.open_corpus(buckets.local(path, "data.path"), name)
 
 
 def train_counts(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, **_: Any) -> Int[np.ndarray, " k"]:
-  """Training images of each class; takes what `sources.open_source` takes. Raises UserError: damaged data."""
+  """Count each class's training images. Takes what `sources.open_source` takes. Raises UserError: damaged data."""
   if name == "shapes_lt":
     return shapes_lt.counts(seed)
   labels = long_tailed.train_labels(buckets.local(path, "data.path"), name)

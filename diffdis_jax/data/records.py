@@ -198,7 +198,7 @@ class Recaptioned:
 
   @property
   def together(self) -> int:
-    """The number of records that follow each other in training, as `sources.Grouped` has it."""
+    """Return the number of records that follow each other in training, as `sources.Grouped` has it."""
     return getattr(self.source, "together", 1)
 
   def __getitem__(self, index: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ Points = list[tuple[float, float]]
 
 
 def _regular(n: int, *, inner: float = 1.0) -> Points:
-  """A regular polygon's corners, the first on top; with `inner` < 1 every second one is drawn in to that radius."""
+  """Return a regular polygon's corners, the first on top; with `inner` < 1 every second one is on that radius."""
   radii = [inner if i % 2 and inner < 1 else 1.0 for i in range(n)]
   return [(r * math.sin(2 * math.pi * i / n), -r * math.cos(2 * math.pi * i / n)) for i, r in enumerate(radii)]
 
@@ -70,7 +70,7 @@ def _cross(arm: float = 0.3, reach: float = 0.95) -> Points:
 
 
 def _heart(n: int = 48) -> Points:
-  """The parametric curve x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, moved and scaled to radius 1."""
+  """Return x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, moved and scaled to radius 1."""
   t = np.linspace(0, 2 * np.pi, n, endpoint=False)
   x = 16 * np.sin(t) ** 3
   y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
@@ -78,13 +78,13 @@ def _heart(n: int = 48) -> Points:
 
 
 def _arc(radius: float, centre: float, start: float, stop: float, n: int = 32) -> Points:
-  """Points on a circle around (centre, 0), from angle `start` to `stop` in radians."""
+  """Return points on a circle around (centre, 0), from angle `start` to `stop` in radians."""
   angles = np.linspace(start, stop, n)
   return [(centre + radius * math.cos(a), radius * math.sin(a)) for a in angles]
 
 
 def _crescent(depth: float = 0.45) -> Points:
-  """A unit disc without the disc of radius 0.8 around (depth, 0)."""
+  """Return a unit disc without the disc of radius 0.8 around (depth, 0)."""
   bite = 0.8
   x = (1 - bite**2 + depth**2) / (2 * depth)
   outer, inner = math.acos(x), math.atan2(math.sqrt(1 - x**2), x - depth)
@@ -124,7 +124,7 @@ class Scene:
 
 
 def make_scene(rng: np.random.Generator, *, colour: str, shape: str) -> Scene:
-  """Draws background, size, rotation and a position that keeps the whole shape inside."""
+  """Sample background, size, rotation and a position that keeps the whole shape inside."""
   radius = rng.uniform(*RADIUS)
   room = 0.5 - MARGIN - radius
   x, y, rotation = rng.uniform(-1, 1, 3)
@@ -133,7 +133,7 @@ def make_scene(rng: np.random.Generator, *, colour: str, shape: str) -> Scene:
 
 
 def position(scene: Scene) -> str:
-  """The side on which the shape clearly is, "in the middle", or "" where neither is plain."""
+  """Name the side on which the shape clearly is, "in the middle", or "" where neither is plain."""
   distance = max(abs(scene.x), abs(scene.y))
   if distance < OFF_CENTRE / 3:
     return "in the middle"
@@ -145,17 +145,17 @@ def position(scene: Scene) -> str:
 
 
 def size(scene: Scene) -> str:
-  """ "small", "large", or "" in between."""
+  """Return "small", "large", or "" in between."""
   return "small" if scene.radius < SMALL else "large" if scene.radius > LARGE else ""
 
 
 def tone(background: str) -> str:
-  """ "light" or "dark"."""
+  """Return "light" or "dark"."""
   return "light" if sum(BACKGROUNDS[background]) > 384 else "dark"
 
 
 def describe(rng: np.random.Generator, scene: Scene) -> str:
-  """Colour and shape; size, position and background are each named a tenth of the time, and always truly."""
+  """Name colour and shape, and each of size, position and background a tenth of the time, always truly."""
   sized, placed, on_ground, by_tone = rng.random(4) < (DETAIL, DETAIL, DETAIL, 0.5)
   words = [size(scene) if sized else "", scene.colour, scene.shape, position(scene) if placed else ""]
   if on_ground:
@@ -182,7 +182,7 @@ def coverage(
 
 
 def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-  """Draws the scene with antialiased edges; `rng` gives the slight jitter of both colours."""
+  """Draw the scene with antialiased edges; `rng` gives the slight jitter of both colours."""
   covered = coverage(
     scene.shape, x=scene.x, y=scene.y, radius=scene.radius, rotation=scene.rotation, image_size=image_size
   )

@@ -63,7 +63,7 @@ OTHERS = 20
 
 
 def counts(seed: int) -> Int[np.ndarray, " k"]:
-  """Training images of each class; which class is frequent depends on the seed."""
+  """Return how many training images each class has. Which class is frequent depends on the seed."""
   ranks = np.random.default_rng((seed, 0)).permutation(len(PAIRS))
   return np.round(MOST * RATIO ** (ranks / (len(PAIRS) - 1))).astype(np.int64)
 
@@ -104,7 +104,7 @@ class LongTailedShapes:
     return {**fields, "image": render(scene, image_size=self._image_size, rng=rng)}
 
   def fields(self, index: int) -> dict[str, Any]:
-    """The record without its image."""
+    """Return the record without its image."""
     if not 0 <= index < len(self):
       raise IndexError(f"index {index} outside of {len(self)} images")
     label = int(self.labels[index])
@@ -112,7 +112,7 @@ class LongTailedShapes:
 
 
 def make_corpus(seed: int) -> Corpus:
-  """140 sentences of each class: 80 prompts and 20 about it, then 40 distractors; in half of the classes shuffled."""
+  """Make 140 sentences of each class: 80 prompts, 20 about it, 40 distractors; in half of the classes shuffled."""
   rng = np.random.default_rng((seed, 2))
   sentences = []
   for number, (colour, shape) in enumerate(PAIRS):

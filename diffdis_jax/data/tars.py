@@ -34,7 +34,7 @@ class Member:
   size: int | None
 
   def read(self, most: int, file: BinaryIO | None = None) -> bytes:
-    """The bytes.
+    """Read the bytes.
 
     Args:
       most: of them.

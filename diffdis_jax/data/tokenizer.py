@@ -27,7 +27,7 @@ VOCAB_SIZE = 49408
 
 
 def clean(caption: str) -> str:
-  """Repairs mojibake, unescapes HTML twice, collapses white space, lowers: open_clip's default cleaning."""
+  """Clean as open_clip does: repair mojibake, unescape HTML twice, collapse white space, lower."""
   if caption.isascii() and caption.isprintable() and "&" not in caption:
     unescaped = caption  # as most are: nothing to repair
   else:
@@ -49,7 +49,7 @@ def load_vocab() -> dict[str, int]:
 
 
 def spell_out(text: str) -> str:
-  """The lower-case text with a space inside of each START and END, so that these are read as the characters they are.
+  """Put a space inside of each START and END of a lower-case text, so that they are read as the characters they are.
 
   CLIP's pattern begins a new piece at the same places, so that the spaces change no id.
   """
@@ -93,11 +93,11 @@ class Tokenizer:
     return Tokenizer, (self.max_length,)
 
   def decode(self, tokens: Int[np.ndarray, " l"]) -> str:
-    """Ids -> cleaned caption, without start, end and padding."""
+    """Return the cleaned caption of ids, without start, end and padding."""
     return self._clip.decode(tokens.tolist(), skip_special_tokens=True).replace("</w>", " ").strip()
 
   def save(self, folder: str | pathlib.Path) -> None:
-    """Writes what `CLIPTokenizer.from_pretrained(folder)` reads, vocab.json and merges.txt of older versions too."""
+    """Write what `CLIPTokenizer.from_pretrained(folder)` reads, vocab.json and merges.txt of older versions too."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch when imported
     from transformers import CLIPTokenizer  # only here: it takes seconds
 

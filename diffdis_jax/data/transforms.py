@@ -47,17 +47,17 @@ class Decoded(NamedTuple):
 
   @classmethod
   def of(cls, image: Image.Image | Decoded) -> Decoded:
-    """The same, or an image with all of its pixels."""
+    """Return the same, or take an image with all of its pixels."""
     return image if isinstance(image, Decoded) else cls(image, *image.size)
 
   @property
   def sides(self) -> tuple[float, float]:
-    """Width and height in pixels of `image`, to a fraction of one where `factor` does not divide them."""
+    """Return width and height in pixels of `image`, to a fraction of one where `factor` does not divide them."""
     return self.width / self.factor, self.height / self.factor
 
 
 def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
-  """Encoded bytes or an RGB array -> RGB image, upright by EXIF, transparency composited on white.
+  """Decode bytes, or take an RGB array, as an RGB image, upright by EXIF, transparency composited on white.
 
   Palettes, grey, 16 bit grey, grey of floats (to 1, or else as of 16 bits) and CMYK are converted.
 
@@ -109,7 +109,7 @@ def _turn(opened: Image.Image) -> Image.Transpose | None:
 
 
 def _reduce(opened: Image.Image, at_least: int) -> int:
-  """Has a JPEG decoded at a fraction of its size; returns by how much it is smaller."""
+  """Have a JPEG decoded at a fraction of its size, and return by how much it is smaller."""
   if not isinstance(opened, JpegImageFile) or min(opened.size) < FACTORS[-1] * at_least:
     return 1
   # Turning would bring the partial last pixel to the left or the top.
@@ -138,7 +138,7 @@ def _to_rgb(upright: Image.Image) -> Image.Image:
 
 
 def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-  """`convert`, which gives an RGB image, strip after strip."""
+  """Convert to RGB by `convert`, strip after strip."""
   if image.width * image.height <= STRIP:
     return convert(image)
   converted, height = Image.new("RGB", image.size), max(1, STRIP // image.width)
@@ -179,7 +179,7 @@ def _needed_side(size: int, how: Augmentation) -> int:
 
 
 def resize(image: Image.Image | Decoded, size: int, *, place: float = 0.5) -> Image.Image:
-  """Short side to `size` pixels (bicubic, antialiased), then a square. Both sides have one scale: nothing is stretched.
+  """Resize the short side to `size` pixels (bicubic, antialiased), then cut a square. Nothing is stretched.
 
   Args:
     image: of any size.
@@ -199,7 +199,7 @@ def resize(image: Image.Image | Decoded, size: int, *, place: float = 0.5) -> Im
 def augment(
   image: Image.Image | Decoded, rng: np.random.Generator, *, size: int, how: Augmentation
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """A varied view of the image, `size` pixels square; at any factor of `Decoded` the same part of it."""
+  """Return a varied view of the image, `size` pixels square; the same part of it at any factor of `Decoded`."""
   whole = Decoded.of(image)
   if how.shift or how.zoom or how.rotation:
     moved = random_affine(whole, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
@@ -223,7 +223,7 @@ def augment(
 
 
 def random_square(image: Image.Image | Decoded, rng: np.random.Generator, *, size: int) -> Image.Image:
-  """Short side to `size` pixels, then a square from a uniformly random place, as Stable Diffusion's training cuts it.
+  """Resize the short side to `size` pixels, then cut a square at a uniformly random place, as Stable Diffusion does.
 
   The place is any fraction of a pixel, and the scale exactly that of the short side. A square image is only resized.
   """
@@ -242,7 +242,7 @@ class Box(NamedTuple):
 def draw_box(
   width: int, height: int, rng: np.random.Generator, *, scale: Sequence[float], ratio: Sequence[float]
 ) -> Box:
-  """A box in an image of this width and height, in pixels, by the rule of torchvision's RandomResizedCrop.get_params.
+  """Sample a box in an image of this size, in pixels, by the rule of torchvision's RandomResizedCrop.get_params.
 
   The area is uniform in `scale`, a fraction of the image's, and the log of width over height uniform in that of
   `ratio`; sides are rounded, and the place is uniform. After ten tries that do not fit, it is the largest box in the
@@ -265,7 +265,7 @@ def draw_box(
 def random_resized_crop(
   image: Image.Image | Decoded, rng: np.random.Generator, *, size: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> Image.Image:
-  """A random box, stretched to a square of `size` pixels: torchvision's RandomResizedCrop, bicubic and antialiased.
+  """Stretch a random box to a square of `size` pixels: torchvision's RandomResizedCrop, bicubic and antialiased.
 
   `scale` and `ratio` are those of `draw_box`, in pixels of the file. No pixel outside of the box has a part in the
   result.
@@ -283,7 +283,7 @@ def random_resized_crop(
 def random_affine(
   image: Image.Image | Decoded, rng: np.random.Generator, *, shift: float, zoom: float, rotation: float
 ) -> Image.Image:
-  """Turns and scales about the middle, then moves; log of the scale uniform, uncovered pixels white."""
+  """Turn and scale about the middle, then move; log of the scale uniform, uncovered pixels white."""
   whole = Decoded.of(image)
   width, height = whole.sides
   angle = math.radians(rng.uniform(-rotation, rotation))
@@ -299,7 +299,7 @@ def random_affine(
 
 
 def jitter_colour(image: Image.Image, rng: np.random.Generator, *, how: Augmentation) -> Image.Image:
-  """Brightness, contrast and saturation by random factors, then hue by a random turn."""
+  """Change brightness, contrast and saturation by random factors, then hue by a random turn."""
   enhancers = (
     (ImageEnhance.Brightness, how.brightness),
     (ImageEnhance.Contrast, how.contrast),

@@ -40,7 +40,7 @@ class ClassList(NamedTuple):
 
 @functools.cache
 def load() -> dict[str, ClassList]:
-  """Set -> its classes, in the order of the suite's table. The file's sources and licences: zero_shot_sets.LICENSE."""
+  """Read the classes of each set, in the order of the suite's table. zero_shot_sets.LICENSE has its sources."""
   text = importlib.resources.files("diffdis_jax.data.layouts").joinpath("zero_shot_sets.json").read_text("utf-8")
   return {
     name: ClassList(name, **{field: tuple(values) for field, values in lists.items()})
@@ -56,7 +56,7 @@ def normalised(name: str) -> str:
 
 
 def match(found: Sequence[str], known: ClassList, *, where: str) -> Int[np.ndarray, " k"]:
-  """The place in `known` of each class of the data.
+  """Find the place in `known` of each class of the data.
 
   Args:
     found: the data's names in the data's order; not all of the classes need be there.

@@ -24,7 +24,7 @@ NAMES = (*LABELLED, *CAPTIONED)
 
 
 def folders(set_name: str) -> list[str]:
-  """Names that the set's folder may have under the root, in the order in which they are looked for."""
+  """Return names that the set's folder may have under the root, in the order in which they are looked for."""
   if set_name == "mscoco_val2014":
     return [set_name, *CAPTIONED[set_name]]
   own = [set_name, *CAPTIONED.get(set_name, ())]

@@ -148,7 +148,7 @@ class LatentStage(write.Stage):
             report.skip(each.record["key"].decode(errors="replace"), records.NOT_FINITE)
 
   def _source(self, part: RecordsPart) -> records.Pairs:
-    """Opened once for all parts of a split: CC3M has 2,838, and each time all files of records are looked for."""
+    """Open a split once for all of its parts: CC3M has 2,838, and each opening looks for all files of records."""
     where = part.data, part.split
     if where not in self._opened:
       source = sources.open_source(name="pairs", path=part.data, split=part.split, image_size=self.image_size)
