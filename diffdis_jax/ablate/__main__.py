@@ -39,7 +39,6 @@ from diffdis_jax.run import workdir
 from diffdis_jax.training import loop
 
 FLAGS = flags.FLAGS
-
 VERBS = ("plan", "run", "table")
 
 
@@ -50,9 +49,7 @@ def define_flags() -> None:
   flags.DEFINE_list("tables", [], "tables of the paper's appendix, any of 2,3,4,5,7")
   flags.DEFINE_string("grid", None, "field=value,value;field=value: a table of every combination")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of every row")
-  flags.DEFINE_integer(
-    "only", None, "number of a run, as plan lists it, which `run` does in this process", lower_bound=0
-  )
+  flags.DEFINE_integer("only", None, "number of the one run, as plan lists it, that `run` does", lower_bound=0)
   cli.process_flags()
 
 
@@ -124,7 +121,7 @@ def make_plan(asked: Sequence[tables.Table], *, own_starts: bool = False) -> Pla
 
 
 def _check_overrides(plan: Plan, overrides: Mapping[str, Any]) -> None:
-  """Refuse an override that no run has, since every row or arm has a value of its own. Raises UserError for it."""
+  """Raise UserError for an override that no run has, since every row or arm has a value of its own."""
   fields = {run: workdir.flatten(run.config) for run in plan.runs}
   of_rows = [fields[run] for runs in plan.rows.values() for run in runs]
   for field, value in workdir.flatten(overrides).items():
@@ -138,7 +135,7 @@ def _check_overrides(plan: Plan, overrides: Mapping[str, Any]) -> None:
 
 
 def check_evaluations(config: Mapping[str, Any]) -> None:
-  """Refuse an evaluation that could not be run, before hours of training. Raises UserError for it."""
+  """Raise UserError for an evaluation that could not be run, before hours of training."""
   for name, section in config["evals"].items():
     try:
       tasks.check(**section)

@@ -50,13 +50,10 @@ def read(path: str) -> Results:
     raise UserError(f"cannot read results from {path}: {error}; it should be what evaluate --out wrote") from error
   tasks = content.values() if isinstance(content, dict) and content else [None]
   records = [record for task in tasks for record in (task.values() if isinstance(task, dict) else [None])]
-  is_record = lambda each: (
-    isinstance(each, dict)
-    and RECORD <= each.keys()
-    and isinstance(each["metrics"], dict)
-    and isinstance(each["protocol"], dict)
-  )
-  if not all(map(is_record, records)):
+  are_dicts = lambda *values: all(isinstance(value, dict) for value in values)
+  if not all(
+    are_dicts(each) and RECORD <= each.keys() and are_dicts(each["metrics"], each["protocol"]) for each in records
+  ):
     raise UserError(f"{path} holds no results of evaluate, which are {{task: {{data set: record}}}}")
   return _with_metrics(content, lambda value: math.nan if value is None else value)
 

@@ -138,9 +138,9 @@ class Fid(base.Evaluation):
     return {name: float(value) for name, value in zip(MEASURES, sent) if not np.isnan(value)}
 
   def _fewest(self) -> int:
-    """Return the number of generated or of real images, whichever is smaller."""
+    """Return the number of generated or of real images, whichever is smaller; another tool's file does not say."""
     real = len(self.source) if self.real is None else self.real.gaussian.count
-    return len(self.prompts) if real is None else min(len(self.prompts), real)  # another tool's file does not say
+    return min(len(self.prompts), real or len(self.prompts))
 
   def _compile(self, inference: Any) -> Extract:
     return inception_features.Extractor(
