@@ -89,14 +89,6 @@ class Inference:
     mesh: devices that share the rows of a call, as `sharding.make_mesh` arranges them; all of them by default.
     batch_size: rows a compiled call, as `batches.Batches` has it; by default 64 a chip, on CPUs 64 in all.
     after_batch: called after each compiled call, on every process equally often; what it raises ends the sampling.
-
-  Attributes:
-    protocol: how images are embedded; of DiffDis, how text queries are denoised.
-    generation_protocol: how images are generated.
-    shapes: of the parameters.
-    aligned: whether it compares images with texts, by a head that was trained.
-    duplicate_captions: what equal captions are to each other in its contrastive loss, as config.sections.Loss has it.
-    batched: runs what `compiled` gives over rows of any number, as `batches.Batches` has it.
   """
 
   def __init__(
@@ -109,8 +101,8 @@ class Inference:
     after_batch: Callable[[], None] = lambda: None,
   ):
     self.network, self.sampling = network, sampling
-    self.aligned = network.task.aligned
-    self.duplicate_captions = Loss.duplicate_captions
+    self.aligned = network.task.aligned  # whether it compares images with texts, by a head that was trained
+    self.duplicate_captions = Loss.duplicate_captions  # what equal captions are to each other in its contrastive loss
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
     # With every figure goes what decides on it, in effect: CLIP denoises nothing, and noise targets are not normalised.
     precision = dict(matmul_precision=network.matmul_precision)
@@ -127,7 +119,7 @@ class Inference:
     if batch_size is not None:
       check_number("batch_size", batch_size, ge=1, le=MOST_ROWS)
     self.after_batch = after_batch
-    self.batched = batches.Batches(self.mesh, batch_size, after_batch)
+    self.batched = batches.Batches(self.mesh, batch_size, after_batch)  # runs what `compiled` gives over any rows
     self.batch_size = self.batched.size
     # Parameters are arguments and no constants: an evaluation during training takes the newest without compiling again.
     on_params = lambda f: lambda params, *rows: f(network.with_params(params), *rows)
