@@ -68,5 +68,6 @@ def clip_medium() -> ConfigDict:
 
 
 def _section_of(model: Model | ClipModel) -> ConfigDict:
-  """Return a model's section without the head, which only a long-tailed run has."""
-  return ConfigDict({name: value for name, value in dataclasses.asdict(model).items() if name != "head"})
+  """Return a model's section without what few runs have: a long-tailed run's head, and an extension's text stream."""
+  few = ("head", "text_stream")
+  return ConfigDict({name: value for name, value in dataclasses.asdict(model).items() if name not in few})
