@@ -27,9 +27,8 @@ from absl import flags, logging
 
 from diffdis_jax.common import cli, files
 from diffdis_jax.errors import UserError
-from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
-from diffdis_jax.preflight import gpus
+from diffdis_jax.preflight import chips, gpus
 from diffdis_jax.preflight.times import Traffic
 
 FLAGS = flags.FLAGS

@@ -19,10 +19,8 @@ from jax.sharding import SingleDeviceSharding
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.models import attention
-from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
-from diffdis_jax.preflight import gpus, hlo, targets, times
-from diffdis_jax.training import flops
+from diffdis_jax.preflight import chips, flops, gpus, hlo, targets, times
 from diffdis_jax.training.step import Trainer, abstract_batch
 from tests import pages, steps, tiny_clip
 from tests.command_runs import call

@@ -26,8 +26,8 @@ from diffdis_jax.common import cli, files
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
+from diffdis_jax.preflight import flops
 from diffdis_jax.run import provenance
-from diffdis_jax.training import flops
 from diffdis_jax.training.step import Trainer
 
 FLAGS = flags.FLAGS
@@ -97,7 +97,8 @@ def trainers(run: Run) -> dict[str, Trainer]:
     )
   mesh = sharding.make_mesh(**vars(run.mesh))
   kinds = OF_CLIP if run.task.network == "clip" else OBJECTIVES
-  return {name: Trainer(run.trained_for(*objectives), mesh) for name, objectives in kinds.items()}
+  plain = run.replace({"loss.snr_gamma": 0.0})  # which changes generation alone
+  return {name: Trainer(plain.replace({"objectives": objectives}), mesh) for name, objectives in kinds.items()}
 
 
 def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any]:

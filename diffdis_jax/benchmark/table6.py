@@ -22,8 +22,8 @@ from absl import logging
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import sharding
+from diffdis_jax.preflight import flops
 from diffdis_jax.structs import TrainingBatch
-from diffdis_jax.training import flops
 from diffdis_jax.training.step import Trainer, abstract_batch
 
 NAMES = {"clip": "CLIP", "stable_diffusion": "Stable Diffusion", "diffdis": "DiffDis"}

@@ -20,10 +20,9 @@ from diffdis_jax.common import cli, files
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError, install
 from diffdis_jax.models import attention
-from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.parallel.chips import GIB
-from diffdis_jax.preflight import targets
-from diffdis_jax.training import flops
+from diffdis_jax.parallel import sharding
+from diffdis_jax.preflight import chips, flops, targets
+from diffdis_jax.preflight.chips import GIB
 from diffdis_jax.training.step import Trainer
 
 FLAGS = flags.FLAGS

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from diffdis_jax.parallel.chips import Chip
+from diffdis_jax.preflight.chips import Chip
 
 KIB, MIB = 2**10, 2**20
 
 
 class Gpu(NamedTuple):
-  """The figures of one kind of GPU that the compiler asks for beyond parallel/chips.py, by NVIDIA's data sheets and the
+  """The figures of one kind of GPU that the compiler asks for beyond chips.py, by NVIDIA's data sheets and the
   CUDA programming guide's table of compute capabilities."""
 
   capability: tuple[int, int]  # CUDA's compute capability

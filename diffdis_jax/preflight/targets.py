@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from diffdis_jax.errors import UserError, not_installed
-from diffdis_jax.parallel.chips import Chip, Topology
 from diffdis_jax.preflight import gpus, hlo, times
+from diffdis_jax.preflight.chips import Chip, Topology
 
 PLATFORMS = ("tpu", "cpu", "cuda")
 # The TPU compiler loads without a TPU, beside another process that has loaded it, and asks no metadata server.

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffdis_jax.common import files
-from diffdis_jax.parallel.chips import Chip
 from diffdis_jax.preflight import hlo
+from diffdis_jax.preflight.chips import Chip
 
 # What the TPU compiler has no estimate for, and puts into its sum of seconds with -1 each; they take next to nothing.
 _COUNTED_AS_MINUS_ONE = ("ZeroCrop", "ConcatBitcast")

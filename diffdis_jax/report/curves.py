@@ -79,9 +79,6 @@ SPEED = {
   "images_per_sec": ("Images a second", "number"),
   "steps_per_sec": ("Steps a second", "number"),
   "data_wait": ("Time spent waiting for data", "share"),
-  "hfu": ("Share of the chips' peak (HFU)", "share"),
-  "slowest_host_data_wait": ("Time spent waiting for data, slowest host", "share"),
-  "slowest_host": ("Slowest host, which waits longest for data", "number"),
 }
 OPTIMISATION = {
   "grad_norm": ("Norm of the gradient", "number"),

@@ -13,7 +13,6 @@ from diffdis_jax.errors import Diverged, Preempted, UserError
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.run import checkpoint, provenance, watch, writers
 from diffdis_jax.training import anchors, evaluator, run_info, start
-from diffdis_jax.training.flops import rate_at_peak
 from diffdis_jax.training.metrics import Meters
 from diffdis_jax.training.step import Trainer
 
@@ -55,13 +54,13 @@ def train_and_evaluate(
     choose = functools.partial(anchors.Selection(run).params, inference, path) if run.task.head else None
     run_info.log(trainer)
     run_info.check_same_on_all(run)
-    before = start.open_workdir(path, trainer, stack)  # locked until the end
+    start.open_workdir(path, trainer, stack)  # locked until the end
     checkpoints = stack.enter_context(checkpoint.Checkpointer(path, run.checkpoint))
     # It compiles while parameters are read or initialised, each of which may take a minute.
     program = trainer.step if checkpoints.latest_step() != run.num_steps else None
     state, meta = start.restore_or_init(trainer, checkpoints, data, choose)
     first, is_writer, evaluated = int(state.step), processes.is_first(), meta.get("evaluated", True)
-    run_info.log_changes(run, path, before=before, step=first)
+    run_info.log_changes(run, path, step=first)
 
     # What is entered closes from the last to the first: trace, lines, history; then a pending save, and the lock.
     info = run_info.of_start(trainer, begins=not first)
@@ -73,7 +72,7 @@ def train_and_evaluate(
     # A run that was stopped in the middle of an evaluation saved without it. What was due then is done now.
     if not evaluated:
       evaluations.after_step(first, state, out, last=first == run.num_steps)
-    meters = Meters(run, start_step=first, meta=meta, peak_rate=rate_at_peak(trainer) if program else None)
+    meters = Meters(run, start_step=first, meta=meta)
     train_step, metrics = program.compiled() if program else trainer.train_step, None
     stop.begin()  # until now there was nothing to save, and a signal ended the process at once
 

@@ -38,11 +38,10 @@ class Meters:
     run: the run's config.
     start_step: the steps that are finished.
     meta: what `to_meta` returned when the run was saved; empty for a new run.
-    peak_rate: steps a second at the chips' peak; None where it is not known.
   """
 
-  def __init__(self, run: Run, *, start_step: int, meta: Mapping[str, Any], peak_rate: float | None = None):
-    self._run, self._first, self._peak_rate = run, start_step + 1, peak_rate
+  def __init__(self, run: Run, *, start_step: int, meta: Mapping[str, Any]):
+    self._run, self._first = run, start_step + 1
     saved = meta.get("totals") or {}
     self._totals: Metrics = {
       name: Average(total=np.float32(total), count=np.float32(count)) for name, (total, count) in saved.items()
@@ -99,11 +98,9 @@ class Meters:
     rate = (step - self._begun_at) / seconds or math.nan
     speeds = {"steps_per_sec": rate, "images_per_sec": rate * self._run.batch_size}
     speeds["data_wait"] = math.nan if math.isnan(rate) else min(self._waited / seconds, 1.0)
-    if self._peak_rate is not None:
-      speeds["hfu"] = rate / self._peak_rate
     logging.info("%s", progress_line(step, self._run.num_steps, means | speeds))
     self._restart(step)
-    return means | speeds | slowest_host(speeds["data_wait"]) | self._replaced.report(processes.over_hosts)
+    return means | speeds | self._replaced.report(processes.over_hosts)
 
   def to_meta(self) -> dict[str, Any]:
     """Return JSON values for a checkpoint, so that the next line is that of a run that was never stopped."""
@@ -113,15 +110,6 @@ class Meters:
 
   def _restart(self, step: int) -> None:
     self._begun_at, self._begin, self._waited = step, time.monotonic(), 0.0
-
-
-def slowest_host(data_wait: float) -> dict[str, float]:
-  """Return which of several hosts waits for data longest, and its share of time: the others wait for it in every step.
-  Every process calls this."""
-  if jax.process_count() == 1:
-    return {}
-  shares = np.nan_to_num(processes.gathered(np.float32(data_wait)))
-  return {"slowest_host": float(shares.argmax()), "slowest_host_data_wait": float(shares.max())}
 
 
 # What a loss adds up; its quarters of the timestep are in metrics.jsonl.

@@ -6,7 +6,6 @@ average. With optim.ema_decay of 0 nothing has one.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from typing import Any, cast
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from clu.metrics import Average
-from jax.extend import core
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
@@ -25,7 +23,6 @@ from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import batch_type
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
-from diffdis_jax.models import remat
 from diffdis_jax.parallel import programs, sharding
 from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch, TrainingBatch, TrainState
 from diffdis_jax.training import gradcache, long_tail, losses
@@ -64,8 +61,6 @@ class Trainer:
     mesh: devices.
 
   Attributes:
-    run, mesh: as given.
-    network: of the run.
     shapes: parameter path -> ShapeDtypeStruct.
     groups: parameter path -> group of the optimizer.
     trainable: paths of the parameters that are trained.
@@ -179,12 +174,10 @@ class Trainer:
   def _trainable(self, params: Params) -> Params:
     return {path: params[path] for path in self.trainable}
 
-  def _train_step(
-    self, state: TrainState, batch: TrainingBatch, *, microbatches: int | None = None
-  ) -> tuple[TrainState, Metrics]:
+  def _train_step(self, state: TrainState, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
     section, trainable = self.run.optim, self._trainable(state.params)
     with self.network.tracing(self.mesh):
-      gradient, metrics, statistics = self.gradient(state, batch, microbatches=microbatches)
+      gradient, metrics, statistics = self.gradient(state, batch)
       with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, trainable, step=state.step)
       trainable = cast(Params, optax.apply_updates(trainable, updates))
@@ -201,21 +194,12 @@ class Trainer:
       )
       return _unless_bad(new, state, metrics)
 
-  def gradient(self, state: TrainState, batch: TrainingBatch, *, microbatches: int | None = None) -> Gradient:
-    """Compute the gradient of the whole batch, or the mean over microbatches that are batches of their own.
-
-    Args:
-      microbatches: None for as many as the run has.
-
-    Returns:
-      the gradient; the metrics, added up; and the new latent statistics.
-
-    Raises:
-      UserError: images that are not uint8.
-    """
+  def gradient(self, state: TrainState, batch: TrainingBatch) -> Gradient:
+    """Compute the gradient of the whole batch, or the mean over microbatches that are batches of their own; metrics are
+    added up. Raises UserError: images that are not uint8."""
     _check_images(batch)
     network, run = self.network, self.run
-    n = microbatches or run.optim.accumulate
+    n = run.optim.accumulate
     trainable = self._trainable(state.params)
     fixed = {path: value for path, value in state.params.items() if path not in trainable}
     keys = functools.partial(step_keys, state.seed, state.step)
@@ -253,16 +237,6 @@ class Trainer:
     mean = functools.partial(jax.tree.map, lambda x: x / n)
     # Metrics are sums and counts, and so are added; the parts are equal, so that the mean of their means is the mean.
     return Gradient(mean(total.gradient), total.metrics, mean(total.statistics))
-
-  def counted(self) -> core.ClosedJaxpr:  # pyright: ignore[reportPrivateImportUsage]
-    """Trace the step by which operations are counted: nothing is computed twice, and none of them is inside a kernel.
-    A batch that is one whole in several microbatches is taken at once, without the pass that GradCache adds."""
-    plain = copy.copy(self)
-    plain.network = self.network.counted()
-    whole = self.run.optim.contrastive_batch == "whole"
-    step = functools.partial(plain._train_step, microbatches=1 if whole else None)
-    with remat.keeping_all():
-      return jax.jit(step).trace(self.abstract_state, abstract_batch(self.run, self.network, self.mesh)).jaxpr
 
 
 def loss_of(network: Network, run: Run, build: Build) -> functools.partial[losses.Result]:

@@ -74,7 +74,7 @@ def test_a_tpus_flags_come_behind_those_of_the_user(programs, given, kept):
 def test_the_tpu_compiler_knows_its_flags():
   """Which ends the process at one that it does not know."""
   compiled = (
-    "from diffdis_jax.parallel import chips; from diffdis_jax.preflight import targets;"
+    "from diffdis_jax.preflight import chips; from diffdis_jax.preflight import targets;"
     "print(len(targets.tpu_devices(chips.parse('v5p:2x2x1'), 1)))"
   )
   environment = {**os.environ, "LIBTPU_INIT_ARGS": " ".join(TPU_FLAGS.values()), "JAX_PLATFORMS": "cpu"}

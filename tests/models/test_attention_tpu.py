@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from diffdis_jax.errors import UserError
 from diffdis_jax.models import attention, attention_tpu
 from diffdis_jax.models.attention import Projected
-from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.preflight import targets
+from diffdis_jax.parallel import sharding
+from diffdis_jax.preflight import chips, targets
 from tests import steps
 from tests.models import networks
 

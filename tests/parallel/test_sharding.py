@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import diffdis_cc3m
 from diffdis_jax.common.params import first_match
 from diffdis_jax.errors import UserError
-from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.preflight import hlo, targets
+from diffdis_jax.parallel import sharding
+from diffdis_jax.preflight import chips, hlo, targets
 from diffdis_jax.training.step import abstract_batch
 from tests import steps
 from tests.steps import build_trainer, network_of

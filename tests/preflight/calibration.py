@@ -21,9 +21,7 @@ from absl import logging
 from jaxtyping import Array
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.parallel import chips
-from diffdis_jax.preflight import targets
-from diffdis_jax.training import flops
+from diffdis_jax.preflight import chips, flops, targets
 
 ESTIMATES = {"seconds": "its sum", "seconds_by_cycles": "by cycles"}
 

@@ -8,8 +8,7 @@ import jax
 import pytest
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.parallel import chips
-from diffdis_jax.preflight import targets
+from diffdis_jax.preflight import chips, targets
 from tests.preflight import calibration
 
 

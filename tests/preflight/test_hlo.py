@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffdis_jax.parallel import chips
-from diffdis_jax.preflight import hlo, times
+from diffdis_jax.preflight import chips, hlo, times
 from tests import steps
 
 GROUPS = "channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"

@@ -8,9 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
-from diffdis_jax.preflight import times
+from diffdis_jax.preflight import chips, times
 from replication import scaling
 from replication.scaling import Plan
 from tests.replication.test_commands import command

@@ -70,7 +70,7 @@ def test_a_bucket_has_mean_least_and_most_of_its_finite_values():
 
 def test_charts_keep_losses_quarters_evaluations_and_rates_together():
   names = ["loss", "loss_generation", *(f"loss_generation_q{i}" for i in (1, 2, 3, 4)), "grad_norm", "temperature"]
-  names += ["steps_per_sec", "hfu", "coco/recall", "flickr/recall", "coco/acc", "substituted"]
+  names += ["steps_per_sec", "coco/recall", "flickr/recall", "coco/acc", "substituted"]
   found = curves.group(names)
   assert sorted(metric for chart in found for metric, _ in chart["series"]) == sorted(names), "each in one chart"
   by_title = {chart["title"]: chart for chart in found}
@@ -79,4 +79,3 @@ def test_charts_keep_losses_quarters_evaluations_and_rates_together():
   assert by_title["recall"]["series"] == [["coco/recall", "coco"], ["flickr/recall", "flickr"]]
   sections = {title: chart["section"] for title, chart in by_title.items()}
   assert sections["acc"] == "evaluations" and sections["Steps a second"] == "speed" and sections["Loss"] == "losses"
-  assert by_title["Share of the chips' peak (HFU)"]["format"] == "share"

@@ -36,7 +36,7 @@ def of_step(loss=1.5):
 
 def test_speed_counts_steps_and_waiting_and_leaves_out_pauses(clock, monkeypatch):
   run = Run.of(tiny.get_config()).replace({"batch_size": 32, "num_steps": 110})
-  meters = metrics.Meters(run, start_step=10, meta={}, peak_rate=8.0)
+  meters = metrics.Meters(run, start_step=10, meta={})
   monkeypatch.setattr(metrics.loader.Substitutions, "take", lambda self, batch: batch)
 
   def batches():
@@ -48,7 +48,7 @@ def test_speed_counts_steps_and_waiting_and_leaves_out_pauses(clock, monkeypatch
   clock.now += 1000.0  # the first step compiles
   meters.add(11, of_step())
   speeds = meters.report(11)
-  assert all(math.isnan(speeds[name]) for name in ("steps_per_sec", "images_per_sec", "data_wait", "hfu"))
+  assert all(math.isnan(speeds[name]) for name in ("steps_per_sec", "images_per_sec", "data_wait"))
   with meters.paused():
     clock.now += 1000.0
   for step in range(12, 22):
@@ -57,7 +57,7 @@ def test_speed_counts_steps_and_waiting_and_leaves_out_pauses(clock, monkeypatch
     meters.add(step, of_step(step))
   speeds = meters.report(21)
   assert speeds == pytest.approx(
-    {"loss": 16.5, "steps_per_sec": 2.0, "images_per_sec": 64.0, "data_wait": 0.4, "hfu": 0.25, "substituted": 0}
+    {"loss": 16.5, "steps_per_sec": 2.0, "images_per_sec": 64.0, "data_wait": 0.4, "substituted": 0}
   )
   busy = types.SimpleNamespace(is_ready=lambda: False)  # while the devices work, nobody waits for data
   monkeypatch.setattr(meters, "_last", {"loss": busy})
@@ -94,11 +94,3 @@ def test_the_progress_line_fits_a_terminal(names, seconds, expected):
   values |= {"steps_per_sec": 1 / seconds, "data_wait": 0.2}
   line = metrics.progress_line(1_000_000, 2_000_000, values)
   assert line == expected and len(line) <= 100
-
-
-def test_the_host_that_waits_longest_for_data_is_named(monkeypatch):
-  assert metrics.slowest_host(0.5) == {}
-  gathered = lambda own: jnp.array([own, jnp.nan, 0.75], jnp.float32)
-  monkeypatch.setattr(metrics.jax, "process_count", lambda: 3)
-  monkeypatch.setattr(metrics, "processes", types.SimpleNamespace(gathered=gathered))
-  assert metrics.slowest_host(0.25) == {"slowest_host": 2.0, "slowest_host_data_wait": 0.75}

@@ -5,6 +5,7 @@ XLA's own count takes a loop's body once, and adds what a layout pads and what r
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from jax.extend import core
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.inference import Inference
-from diffdis_jax.parallel import chips
-from diffdis_jax.training.step import Trainer
+from diffdis_jax.models import remat
+from diffdis_jax.training.step import Trainer, abstract_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,17 @@ class Program:
 
 
 def trace_train(trainer: Trainer) -> Program:
-  """Trace the train step. Operations are those of `Trainer.counted`."""
-  return _program(trainer.traced, trainer.run.batch_size, trainer.shapes, trainer.counted())
+  """Trace the train step. Nothing is counted that is computed twice, and nothing is inside a kernel. A batch that is
+  one whole in several microbatches is counted at once, without the pass that GradCache adds."""
+  plain = copy.copy(trainer)
+  plain.network = trainer.network.counted()
+  if trainer.run.optim.contrastive_batch == "whole":
+    plain.run = trainer.run.replace({"optim.accumulate": 1})
+  with remat.keeping_all():
+    counted = jax.jit(plain._train_step).trace(
+      trainer.abstract_state, abstract_batch(trainer.run, trainer.network, trainer.mesh)
+    )
+  return _program(trainer.traced, trainer.run.batch_size, trainer.shapes, counted.jaxpr)
 
 
 def trace_inference(name: str, inference: Inference) -> Program:
@@ -48,16 +58,6 @@ def trace_inference(name: str, inference: Inference) -> Program:
     inference.network.counted(), inference.sampling, mesh=inference.mesh, batch_size=inference.batch_size
   )
   return _program(inference.trace(name), inference.batch_size, inference.shapes, counted.trace(name).jaxpr)
-
-
-def rate_at_peak(trainer: Trainer) -> float | None:
-  """Return the steps a second at the chips' peak in bf16, of which a run's HFU is a share; None on unknown chips.
-
-  HFU is hardware FLOPs utilisation (Chowdhery et al., 2022): operations that are repeated to save memory count each
-  time. `preflight` traces the step once more without them, and gives MFU.
-  """
-  chip = chips.find(jax.devices()[0].device_kind)
-  return None if chip is None else chip.flops * trainer.mesh.size / count(trainer.traced.jaxpr)
 
 
 def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.ClosedJaxpr) -> Program:  # pyright: ignore[reportPrivateImportUsage]

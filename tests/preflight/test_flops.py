@@ -8,7 +8,7 @@ import pytest
 
 from configs import clip_cc3m, diffdis_cc3m
 from diffdis_jax.config import Run
-from diffdis_jax.training import flops
+from diffdis_jax.preflight import flops
 from diffdis_jax.training.step import Trainer, abstract_batch
 from tests import steps
 from tests.steps import build_trainer
