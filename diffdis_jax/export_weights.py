@@ -29,7 +29,7 @@ from diffdis_jax.common import buckets, cli, files, one_file
 from diffdis_jax.config.objectives import task_of
 from diffdis_jax.data.tokenizer import END, START, Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.interop import hub, model_card, to_torch
+from diffdis_jax.interop import hub, model_card, packed, to_torch
 from diffdis_jax.run import digests, provenance, restore
 
 FLAGS = flags.FLAGS
@@ -175,7 +175,7 @@ def write_one_file(
   params = jax.device_get(restore.restore_params(run, step=step, ema=ema))
   # Word by word, so that nothing is too long.
   tokens = None if texts is None else np.unique(Tokenizer(LONGEST)([*{*" ".join(texts).split()}])).tolist()
-  one_file.write(path, params, record, dtype=to_torch.DTYPES[dtype], tokens=tokens)
+  packed.write(path, params, record, dtype=to_torch.DTYPES[dtype], tokens=tokens)
   logging.info("step %d in %s, %.1f MB", step, out, path.stat().st_size / 1e6)
   logging.info("it stands for a workdir: diffdis generate --workdir=%s --prompt=... --out=DIR", shlex.quote(out))
 

@@ -217,7 +217,7 @@ def log_total(reports: Mapping[str, Report]) -> None:
 def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   """Encode every image of a prepared data set by a run's autoencoder, in this process."""
   from diffdis_jax import inference  # here, since the processes of the preparation import this file too
-  from diffdis_jax.training import start
+  from diffdis_jax.data import encoders
 
   found = latents.find_parts(data)  # first: a wrong folder shows before weights are read
   model, params = inference.load(run, image_size=FLAGS.image_size, batch_size=FLAGS.batch_size)
@@ -242,7 +242,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       image_size=model.image_size,
       views=FLAGS.views,
       augmentation=augmentation,
-      fingerprint=start.autoencoder_digest(params, sizes),
+      fingerprint=encoders.autoencoder_digest(params, sizes),
       images=digests.fingerprint(data, part=digests.RECORDS),
     ),
   )

@@ -15,6 +15,7 @@ from diffdis_jax.data import transforms
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts
+from diffdis_jax.interop import packed as packing
 from tests.untrained import run as run
 
 NAMES = ["red star", "blue ring", "green dot"]
@@ -70,7 +71,7 @@ def test_the_templates_are_the_runs_own(tmp_path, run, model, pictures):
   export_weights.write_one_file(run, str(packed))
   record = one_file.read_record(packed)
   own = {**record.config, "evals": {"few": {**record.config["evals"]["few"], "templates": ["a {}"]}}}
-  one_file.write(packed, one_file.read_params(packed), dataclasses.replace(record, config=own), dtype=np.float32)
+  packing.write(packed, one_file.read_params(packed), dataclasses.replace(record, config=own), dtype=np.float32)
   other = diffdis_jax.load(packed)
   assert other.classify(pictures, NAMES).scores.tolist() == model.classify(pictures, NAMES, ["a {}"]).scores.tolist()
 

@@ -1,7 +1,7 @@
 """A run in one file: its config, one set of its weights, and where both come from, as safetensors. Without jax.
 
 Such a file, FILE.safetensors or the name of one that comes with the package, in `diffdis_jax/shipped`, is given where a
-workdir is read. Vectors of tokens that training never reached may be left out, and one stands for all of them.
+workdir is read; interop/packed.py writes it. One vector may stand for those of all tokens that training never reached.
 """
 
 from __future__ import annotations
@@ -9,18 +9,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Shaped
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from diffdis_jax.common import files
 from diffdis_jax.errors import UserError, parse_json
 
 SUFFIX = ".safetensors"
@@ -28,7 +25,7 @@ IMPORT_FIRST = "; weights of PyTorch take diffdis import_weights first"
 # In a folder of diffusers, of open_clip and of transformers, whose config has the name of a run's.
 _OF_PYTORCH = ("model_index.json", "open_clip_config.json", "model.safetensors", "pytorch_model.bin")
 KEPT = "kept_tokens"  # i32[n], the tokens whose vectors are there; the last row of each table is of all others
-_TABLES = ("tokens.embedding", "query_tokens.embedding")  # how the names of the tables of token vectors end
+TABLES = ("tokens.embedding", "query_tokens.embedding")  # how the names of the tables of token vectors end
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
 
@@ -80,50 +77,6 @@ def meant(given: str | os.PathLike[str]) -> str:
   return f"; did you mean {near[0]}?" if near else ""
 
 
-def write(
-  path: str | os.PathLike[str],
-  params: Mapping[str, Shaped[np.ndarray, "..."]],
-  record: Record,
-  *,
-  dtype: Any,
-  tokens: Iterable[int] | None = None,
-) -> None:
-  """Write the weights, flat, and what the record says of them, whole or not at all.
-
-  All but logit_scale are of this `dtype`: the exponential of logit_scale would move by up to 1.6 % in bf16.
-
-  Args:
-    tokens: ids of the tokens whose vectors are kept; None keeps all that training may have reached.
-
-  Raises:
-    UserError: it cannot be written, or a weight is not finite, or beyond the dtype's range.
-  """
-  arrays = {}
-  for name, value in _without_unread(params, record, tokens).items():
-    if name == KEPT:
-      arrays[name] = value
-      continue
-    with np.errstate(over="ignore"):  # what became of it is looked at
-      arrays[name] = np.asarray(value, dtype if np.ndim(value) else np.float32, order="C")
-    check_written(name, np.asarray(params[name]), arrays[name])
-  run = json.dumps(dataclasses.asdict(record), sort_keys=True)
-  text = {"format": "diffdis_jax", "run": run, "sha256": _digest(run, arrays)}
-  with files.writing(f"--out={path}"):
-    files.write_whole(pathlib.Path(path), save(arrays, metadata=text))
-
-
-def check_written(name: str, value: Shaped[np.ndarray, "..."], written: Shaped[np.ndarray, "..."]) -> None:
-  """Raise UserError unless a parameter's numbers, as they are `written` in a dtype of their own, are finite."""
-  # In f32, for bfloat16, which is not numpy's own.
-  if np.isfinite(written.astype(np.float32)).all():
-    return
-  if np.isfinite(value.astype(np.float32)).all():
-    raise UserError(f"parameter {name} is beyond the range of {written.dtype}; take another --dtype")
-  raise UserError(
-    f"parameter {name} is not finite, as after training that diverged; take an earlier checkpoint, --step"
-  )
-
-
 def read_record(path: pathlib.Path) -> Record:
   """Read what a file says, and none of its arrays. Raise UserError: it is damaged, or holds no run."""
   return _read(path)[0]
@@ -146,7 +99,7 @@ def read_params(path: pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
   params = {name: array.astype(np.float32) for name, array in arrays.items()}
   if kept is not None:
     size = record.config["model"]["text_encoder"]["vocab_size"]
-    for name in (name for name in arrays if name.endswith(_TABLES)):
+    for name in (name for name in arrays if name.endswith(TABLES)):
       table, params[name] = params[name], np.repeat(params[name][-1:], size, axis=0)
       params[name][kept] = table[:-1]
   return params
@@ -159,45 +112,14 @@ def _read(path: pathlib.Path, *, arrays: bool = False) -> tuple[Record, Arrays]:
       text, found = file.metadata() or {}, {name: file.get_tensor(name) for name in (file.keys() if arrays else ())}
     if "run" not in text:
       raise UserError(f"{path} holds no run; it should be as export_weights wrote it{IMPORT_FIRST}")
-    if arrays and _digest(text["run"], found) != text.get("sha256"):
+    if arrays and digest(text["run"], found) != text.get("sha256"):
       raise ValueError("it holds other bytes than were written")
     return Record(**parse_json(text["run"], "its run")), found
   except (SafetensorError, OSError, TypeError, ValueError) as error:
     raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; copy it again") from error
 
 
-def _without_unread(
-  params: Mapping[str, Shaped[np.ndarray, "..."]], record: Record, tokens: Iterable[int] | None
-) -> Arrays:
-  """Leave out the vectors of all tokens but these; their mean becomes the last row.
-
-  By default they are those that were never trained. The token vectors that are added to the text query begin at zero
-  (models/text_encoder.py), and those of tokens that discrimination never read are zero still. A run that trained none
-  of these, or began from an import, keeps all tokens.
-  """
-  text = record.config["model"].get("text_encoder", {})
-  if tokens is not None:
-    kept = np.zeros(text.get("vocab_size", 0), bool)
-    kept[[*tokens]] = True
-  else:
-    added = next((each for name, each in params.items() if name.endswith(_TABLES[1])), np.zeros((1, 1)))
-    kept = (np.asarray(added) != 0).any(axis=1)
-    origin = (record.provenance, *record.provenance.get("init_from", ()))
-    if not kept.any() or any("imported" in each for each in origin):
-      return dict(params)
-  if kept.all():
-    return dict(params)
-  # They are read as all others, and not added to the query.
-  kept[[text[name] for name in ("bos_id", "eos_id")]] = True
-  short = {
-    name: np.concatenate([each[kept], each[~kept].mean(axis=0, keepdims=True)])
-    for name, each in params.items()
-    if name.endswith(_TABLES)
-  }
-  return {**params, **short, KEPT: np.flatnonzero(kept).astype(np.int32)}
-
-
-def _digest(run: str, arrays: Arrays) -> str:
+def digest(run: str, arrays: Arrays) -> str:
   """Return the SHA-256 of the record and of every array, whatever their order in the file."""
   digest = hashlib.sha256(run.encode())
   for name, array in sorted(arrays.items()):

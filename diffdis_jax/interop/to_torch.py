@@ -20,9 +20,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from diffdis_jax.common.one_file import check_written
 from diffdis_jax.common.params import Params
 from diffdis_jax.interop import mapping, openclip, sections, tensor_files
+from diffdis_jax.interop.packed import check_written
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD, resize_positions
 from diffdis_jax.structs import AnyArray
 

@@ -7,14 +7,9 @@ or random text while its loss looks healthy.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 import re
-import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
 
 import grain
 import jax
@@ -27,6 +22,7 @@ from diffdis_jax.common import buckets, files
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.model import Model
 from diffdis_jax.config.run import Run
+from diffdis_jax.data import encoders
 from diffdis_jax.data.build import latent_facts, open_loader
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import HEAD_PREFIX, Network
@@ -52,43 +48,26 @@ def latent_shape(network: Network) -> tuple[int, int, int] | None:
   return None if network.task.needs_images else network.latent_shape
 
 
-def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> int | None:
-  """Make the workdir this run's, and lock it until `stack` closes. Returns the number of steps that it had before it
-  was made longer; None where it was not."""
+def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> None:
+  """Make the workdir this run's, and lock it until `stack` closes."""
   # As process 0 sees it. A new run that could not start from its `init_from` leaves no workdir.
   if bool(processes.from_first(np.uint8(workdir.latest_step(path) is None))):
     find_initial(trainer.run.init_from, trainer)
   fields, moved = trainer.run.to_dict(), run_info.moved(trainer.run, path)
-  # open_for_training does it again, when no other process can change the folder.
-  workdir.check_config(path, fields, moved=moved)
-  check_shared(path)
   # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
   processes.on_first(lambda: stack.enter_context(lock.Lock(path)))
-  before = workdir.lengthened(path, fields)
   workdir.open_for_training(path, fields, is_writer=processes.is_first(), moved=moved)
   if processes.is_first():
     # Without statistics, which need values: there are only shapes yet.
     table = parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
     files.write_whole(buckets.path(path) / "parameters.txt", table.encode())
-  return before
+  check_shared(path)
 
 
 def check_shared(path: str) -> None:
-  """Create the folder. Raise UserError, on every process, where the hosts do not share it."""
-  if jax.process_count() == 1:
-    return
-  mark = buckets.path(path) / f".shared-{processes.from_first(np.uint32(secrets.randbits(32))).item():08x}"
-
-  def write() -> None:
-    with files.writing(f"to --workdir={path}"):
-      mark.parent.mkdir(parents=True, exist_ok=True)
-      mark.write_text("")
-
-  processes.on_first(write)
-  blind = "" if processes.shows(mark.exists) else f"host {jax.process_index()}"
-  blind = processes.first_message(blind)
-  processes.on_first(mark.unlink)
-  if blind:
+  """Raise UserError, on every process, where one does not see the config.json that process 0 wrote into this folder."""
+  sees = processes.shows((buckets.path(path) / "config.json").exists)
+  if blind := processes.first_message("" if sees else f"host {jax.process_index()}"):
     raise UserError(
       f"--workdir={path} is not shared: {blind} does not see a file that host 0 wrote there; give a folder that all"
       " hosts see, such as gs://BUCKET/RUN or one on NFS"
@@ -120,7 +99,7 @@ def restore_or_init(
   # Not before: the digests are of parameters, which are there only now.
   model = trainer.run.model
   if (stored := latent_facts(trainer.run.data)) and isinstance(model, Model):  # CLIP has no latents
-    check_stored(stored, restored.state.params, model)
+    encoders.check_stored(stored, restored.state.params, model)
   return restored
 
 
@@ -249,30 +228,3 @@ def load_initial(path: str, trainer: Trainer) -> Params:
 def parts_of(paths: Iterable[str]) -> str:
   """Count these parameters by part of the network, such as `unet 686, autoencoder 250`."""
   return ", ".join(f"{part} {n}" for part, n in sorted(Counter(path.split(".")[0] for path in paths).items()))
-
-
-# These decide which posterior an image has: not the decoder, nor shift and scale, which are applied after reading.
-_ENCODER = re.compile(r"autoencoder\.(conv_in|down|encoder\w*|quant)\.")
-_AFTER_READING = {"shift", "scale"}  # fields of the config
-
-
-def autoencoder_digest(params: Params, model: Model) -> str:
-  """Return the SHA-256 of the parameters and fields that decide which posterior an image has: of the parameters' bytes,
-  and of the config's fields, such as heads, that none of them shows. It is the same on every process and any mesh."""
-  fields = {name: x for name, x in dataclasses.asdict(model.autoencoder).items() if name not in _AFTER_READING}
-  digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-  for path, value in sorted(params.items()):
-    if _ENCODER.match(path):
-      digest.update(f"{path} {value.shape} {value.dtype}".encode())
-      digest.update(np.asarray(processes.whole(value)).tobytes())
-  return digest.hexdigest()
-
-
-def check_stored(facts: Mapping[str, Mapping[str, Any]], params: Params, model: Model) -> None:
-  """Raise UserError for stored latents of another autoencoder than this. `facts` has, by its path, what the preparation
-  of latents wrote of them."""
-  for path, fact in facts.items():
-    if fact["fingerprint"] != autoencoder_digest(params, model):
-      raise UserError(
-        f"the latents in {path} were made by another autoencoder; set init_from to the workdir that they were made with"
-      )

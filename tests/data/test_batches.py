@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax.config import Run
-from diffdis_jax.data import loader
+from diffdis_jax.data import encoders, loader
 from diffdis_jax.data.build import batch_type, describe, doubts, latent_facts, open_loader
 from diffdis_jax.data.prepare import latents, parts
 from diffdis_jax.data.prepare.write import prepare
@@ -19,7 +19,6 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch, LatentBatch
-from diffdis_jax.training import start
 from diffdis_jax.training.step import abstract_batch
 from tests import steps, tiny
 from tests.models.networks import random_params
@@ -65,7 +64,7 @@ def write_latents(data, out, params):
       image_size=16,
       views=1,
       augmentation=Augmentation(),
-      fingerprint=start.autoencoder_digest(params, model.network.model),
+      fingerprint=encoders.autoencoder_digest(params, model.network.model),
     ),
   )
   return out
@@ -73,7 +72,7 @@ def write_latents(data, out, params):
 
 def check_encoders(config, params):
   run = Run.of(config)
-  start.check_stored(latent_facts(run.data), params, run.model)
+  encoders.check_stored(latent_facts(run.data), params, run.model)
 
 
 def config_of(**changes):
@@ -199,15 +198,15 @@ def test_what_is_wrong_with_a_source_of_a_mixture_names_it(section, message):
 
 def test_digests_are_of_the_encoders_bits(params):
   model = Run.of(config_of()).model
-  digest = start.autoencoder_digest(params, model)
+  digest = encoders.autoencoder_digest(params, model)
   bits = params | {path: params[path] + 1 for path in ("autoencoder.scale", "autoencoder.post_quant.bias")}
-  assert start.autoencoder_digest(bits, model) == digest
+  assert encoders.autoencoder_digest(bits, model) == digest
   path = "autoencoder.quant.kernel"
-  assert start.autoencoder_digest({**params, path: jnp.nextafter(params[path], jnp.inf)}, model) != digest
+  assert encoders.autoencoder_digest({**params, path: jnp.nextafter(params[path], jnp.inf)}, model) != digest
 
 
 def test_digests_are_of_what_no_parameter_shows(params):
-  model, digest = Run.of(config_of()).model, start.autoencoder_digest
+  model, digest = Run.of(config_of()).model, encoders.autoencoder_digest
   changed = lambda **fields: dataclasses.replace(model, autoencoder=dataclasses.replace(model.autoencoder, **fields))
   assert digest(params, changed(scale=2.0)) == digest(params, model)
   assert model.autoencoder.groups != 2 and digest(params, changed(groups=2)) != digest(params, model)
@@ -218,4 +217,4 @@ def test_digests_are_the_same_for_split_parameters(params):
   spread = jax.device_put(params, sharding.shardings(params, mesh, params))
   kernel = spread["autoencoder.conv_in.kernel"]
   assert len({str(shard.index) for shard in kernel.addressable_shards}) > 1
-  assert start.autoencoder_digest(spread, model) == start.autoencoder_digest(params, model)
+  assert encoders.autoencoder_digest(spread, model) == encoders.autoencoder_digest(params, model)

@@ -19,6 +19,7 @@ from diffdis_jax import export_weights, inference, verify
 from diffdis_jax.common import one_file
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.interop import packed as packing
 from diffdis_jax.run import checkpoint, provenance, restore, workdir
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
@@ -114,7 +115,7 @@ def test_every_token_is_kept_where_none_is_known_to_be_untrained(tmp_path, weigh
   if weight:
     params[QUERY][np.setdiff1d(np.arange(99), read)] = 0
   record = one_file.Record(config=config.to_dict(), step=1, ema=False, provenance=origin, licences="")
-  one_file.write(tmp_path / "F.safetensors", params, record, dtype=np.float32)
+  packing.write(tmp_path / "F.safetensors", params, record, dtype=np.float32)
   after = one_file.read_params(tmp_path / "F.safetensors")
   assert one_file.read_record(tmp_path / "F.safetensors").licences == ""
   for name, value in params.items():
@@ -129,7 +130,7 @@ def test_only_the_tokens_of_given_texts_are_kept(run, tmp_path):
   params = random_params(network_of(config).shapes, 0)
   record = one_file.Record(config=config.to_dict(), step=1, ema=False, provenance={}, licences="")
   ids = sorted({int(x) for x in Tokenizer(16)([text.replace("\n", " ")])[0]})
-  one_file.write(tmp_path / "F.safetensors", params, record, dtype=np.float32, tokens=ids)
+  packing.write(tmp_path / "F.safetensors", params, record, dtype=np.float32, tokens=ids)
   after = one_file.read_params(tmp_path / "F.safetensors")
   np.testing.assert_array_equal(after[TOKENS][ids], params[TOKENS][ids])
   others = np.setdiff1d(np.arange(49408), [*ids, BOS, EOS])
@@ -272,8 +273,8 @@ def test_weights_beyond_the_dtype_leave_no_file(tmp_path):
   params["unet.conv_in.bias"] = np.full_like(params["unet.conv_in.bias"], 1e6)
   record = one_file.Record(config=config.to_dict(), step=1, ema=False, provenance={}, licences="")
   with pytest.raises(UserError, match="unet.conv_in.bias is beyond the range of float16"):
-    one_file.write(tmp_path / "F.safetensors", params, record, dtype=np.float16)
+    packing.write(tmp_path / "F.safetensors", params, record, dtype=np.float16)
   params["unet.conv_in.bias"] *= np.float32(np.nan)
   with pytest.raises(UserError, match="unet.conv_in.bias is not finite, .*; take an earlier checkpoint, --step"):
-    one_file.write(tmp_path / "F.safetensors", params, record, dtype=np.float32)
+    packing.write(tmp_path / "F.safetensors", params, record, dtype=np.float32)
   assert not list(tmp_path.iterdir())
