@@ -64,14 +64,14 @@ def test_what_is_given_of_the_data_stays():
 @pytest.mark.parametrize(
   "texts, message",
   [
-    (["{"], '--eval={ is not JSON: .*; write it as \'{"name": "coco", "task": "retrieval"'),
-    (['{"a":' * 20_000], "maximum recursion depth exceeded.*; write it as"),
-    (["3"], "--eval=3 should be an object with a name and a task, such as"),
-    (['{"name": "a"}'], "should be an object with a name and a task"),
-    (['{"task": "retrieval"}'], "has the name None; it should be a word"),
-    (['{"name": "a/b", "task": "retrieval"}'], "has the name 'a/b'; it should be a word"),
-    (['{"name": "test", "task": "retrieval"}'], "the config has an evaluation test already; take another name"),
-    ([SECTION, SECTION], "the config has an evaluation birds already"),
+    (["{"], "--eval={ is not JSON: "),
+    (['{"a":' * 20_000], "maximum recursion depth exceeded"),
+    (["3"], "--eval=3 should be an object with a task and a name"),
+    (['{"name": "a"}'], "should be an object with a task and a name"),
+    (['{"task": "retrieval"}'], "should be an object with a task and a name"),
+    (['{"name": "a/b", "task": "retrieval"}'], "a name of letters, digits, - and _, "),
+    (['{"name": "test", "task": "retrieval"}'], "which no evaluation of the config has"),
+    ([SECTION, SECTION], "which no evaluation of the config has"),
   ],
 )
 def test_mistakes_are_one_line(texts, message):

@@ -37,7 +37,6 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.config show": ("", ()),
   "python -m diffdis_jax.verify --workdir=RUN": ("", ()),
   "python -m diffdis_jax.status RUN": ("", ()),
-  "python -m diffdis_jax.config diff": ("", ()),
   "python -m diffdis_jax.ablate plan --base=shapes": ("", ()),
   "python -m diffdis_jax.ablate table --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2": (
     "",

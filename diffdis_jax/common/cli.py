@@ -135,7 +135,7 @@ def _stop_for(error: Exception) -> NoReturn:
   raise error
 
 
-def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHolder[ConfigDict]:
+def config_flag(alias: str = "config") -> flags.FlagHolder[ConfigDict]:
   """Define the flag --config=NAME[:args] or FILE.py[:args], with --config.a.b=value for single fields.
 
   `alias` is another name of the flag, by which the file is asked for; its fields stay --config.a.b.
@@ -148,8 +148,7 @@ def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHo
     flags.DEFINE_alias(alias, "config")
     flags.FLAGS[alias].help = flags.FLAGS["config"].help
     flags.FLAGS["config"].help = f"the same as --{alias}; --config.a.b=value sets a field of it"
-  if required:
-    flags.mark_flag_as_required(alias)
+  flags.mark_flag_as_required(alias)
   return holder
 
 

@@ -55,8 +55,12 @@ def check_key(config: Mapping[str, Any], key: str, flags: Collection[str] = ()) 
 def guess_field(key: str, known: Collection[str], flags: Collection[str] = ()) -> str:
   """Say which of the known fields, or of the command's flags, a config key may mean; or list the fields near it."""
   section, _, leaf = key.rpartition(".")
+  leaves = {path.split(".")[-1]: path for path in known}
   near = [section] if section in known else _same(leaf, known, flags)  # a field has no fields of its own
-  for name, candidates in ((key, {path: path for path in [*known, *_sections(known)]}), (leaf, _leaves(known))):
+  for name, candidates in (
+    (key, {path: path for path in [*known, *_sections(known)]}),
+    (leaf, leaves),
+  ):
     near = near or [candidates[x] for x in difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)]
   if near:
     return _ask(near)
@@ -83,10 +87,6 @@ def fields_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _sections(known: Iterable[str]) -> set[str]:
   return {".".join(path.split(".")[:n]) for path in known for n in range(1, path.count(".") + 1)}
-
-
-def _leaves(known: Iterable[str]) -> dict[str, str]:
-  return {path.split(".")[-1]: path for path in known}
 
 
 def _same(leaf: str, fields: Collection[str], flags: Collection[str], *, flags_first: bool = False) -> list[str]:

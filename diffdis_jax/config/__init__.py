@@ -101,18 +101,15 @@ def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
   """
   config = config.copy_and_resolve_references().unlock()  # --config locks it, against misspelt fields
   for text in texts:
-    try:
-      settings = parse_json(text, f"--eval={text}")
-    except UserError as error:
-      raise UserError(f"{error}; write it as '{EXAMPLE}'") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("task"), str):
-      raise UserError(f"--eval={text} should be an object with a name and a task, such as '{EXAMPLE}'")
-    name = settings.pop("name", None)
+    settings = parse_json(text, f"--eval={text}")
+    name = settings.pop("name", None) if isinstance(settings, dict) else None
     # The name stands before the slash in its metrics' names.
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-      raise UserError(f"--eval={text} has the name {name!r}; it should be a word of letters, digits, - and _")
-    if name in config.evals:
-      raise UserError(f"--eval={text}: the config has an evaluation {name} already; take another name")
+    is_new = isinstance(name, str) and re.fullmatch(r"[\w-]+", name) and name not in config.evals
+    if not is_new or not isinstance(settings.get("task"), str):
+      raise UserError(
+        f"--eval={text} should be an object with a task and a name of letters, digits, - and _, which no evaluation of"
+        f" the config has, such as '{EXAMPLE}'"
+      )
     if isinstance(settings.get("data"), dict):
       # Here, since what looks through flags and fields for addresses does not look into JSON.
       buckets.check(str(settings["data"].get("path", "")))

@@ -1,7 +1,6 @@
-"""Prints a config, field by field: value, range and meaning; or what two configs differ in.
+"""Prints a config, field by field: value, range and meaning.
 
   diffdis config show shapes [--fields=optim]
-  diffdis config diff shapes shapes:objectives=contrastive
 
 A config is NAME[:args] of one that comes with the package, FILE.py[:args], or the workdir of a run, which may be one
 file. Nothing runs.
@@ -22,17 +21,13 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Define the command line."""
-  flags.DEFINE_string("fields", "", "of show: only fields whose dotted path begins so, such as optim or model.unet")
+  flags.DEFINE_string("fields", "", "only fields whose dotted path begins so, such as optim or model.unet")
 
 
 def main(argv: Sequence[str]) -> None:
-  verb, configs = next(iter(argv[1:]), ""), argv[2:]
-  if (verb, len(configs)) not in (("show", 1), ("diff", 2)):
-    given = " ".join(argv[1:])
-    raise UserError(f"config {given}: write config show CONFIG [--fields=PREFIX], or config diff CONFIG CONFIG")
-  runs = [read(given) for given in configs]
-  lines = show(*runs, prefix=FLAGS.fields) if verb == "show" else differences(*runs)
-  cli.write("".join(f"{line}\n" for line in lines))
+  if len(argv) != 3 or argv[1] != "show":
+    raise UserError(f"config {' '.join(argv[1:])}: write config show CONFIG [--fields=PREFIX]")
+  cli.write("".join(f"{line}\n" for line in show(read(argv[2]), prefix=FLAGS.fields)))
 
 
 def read(given: str) -> Run:
@@ -58,17 +53,6 @@ def show(run: Run, *, prefix: str = "") -> Iterator[str]:
       yield f"    {line.meaning}"
 
 
-def differences(one: Run, other: Run) -> Iterator[str]:
-  """Yield a line for each field that differs, or that one of them lacks."""
-  # A config file may have lists, of which a run's config.json makes tuples.
-  left, right = (guesses.fields_of(section.normalise(run.to_dict())) for run in (one, other))
-  shown = lambda fields, path: repr(fields[path]) if path in fields else "not there"
-  paths = [path for path in {**left, **right} if shown(left, path) != shown(right, path)]
-  yield from (f"{path}: {shown(left, path)} -> {shown(right, path)}" for path in paths)
-  if not paths:
-    yield "no field differs"
-
-
 if __name__ == "__main__":
   define_flags()
-  cli.run(main, positional=3)
+  cli.run(main, positional=2)

@@ -20,24 +20,8 @@ TERMINAL_EVERY, LOG_EVERY = 4.0, 60.0  # seconds between two lines while a progr
 _COMPILER = "compiler"  # how the names of threads begin that compile, for which Python would wait at its end
 
 
-def compiled(name: str, f: Any, *args: Any) -> jax.stages.Compiled:
-  """Compile a jitted function for these arguments, and return when every process has done so.
-
-  Args:
-    name: for the log, such as "the training step".
-    f: what jax.jit returns.
-    args: arrays, or shapes with shardings; nothing is run, and nothing donated.
-  """
-  return AheadOfTime(name, f.lower(*args)).compiled()
-
-
 class AheadOfTime:
-  """A program that a thread compiles, while this one does what comes before the first call.
-
-  Args:
-    name: for the log.
-    lowered: what `jax.jit(...).lower` returns. It is traced where its reader calls it, and not in that thread.
-  """
+  """A program that a thread compiles, while this one, which has traced it, does what comes before the first call."""
 
   def __init__(self, name: str, lowered: jax.stages.Lowered):
     self._name, self._met, self._begin = name, False, time.monotonic()
@@ -66,7 +50,7 @@ class AheadOfTime:
 
 
 class Program:
-  """A jitted function, `compiled` at its first call, and at the first with arguments of other shapes or places.
+  """A jitted function, compiled at its first call, and at the first with arguments of other shapes or places.
 
   Every process calls it equally often, with arrays of the same shapes.
   """
@@ -81,7 +65,7 @@ class Program:
     # Places too: the compiled program takes no array that lies elsewhere, where jax.jit would compile again by itself.
     key = tree, tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
     if key not in self._compiled:
-      self._compiled[key] = compiled(self.name, self._f, *args)
+      self._compiled[key] = AheadOfTime(self.name, self._f.lower(*args)).compiled()
     return self._compiled[key](*args)
 
   def trace(self, *args: Any) -> jax.stages.Traced:

@@ -48,7 +48,7 @@ class Checkpointer:
   def _prepare_folder(self) -> None:
     """Take away what an interrupted save leaves in a bucket, which Orbax would trust, and could not save again.
 
-    On a disk, where an interrupted save has another name, such a folder may be a copy that was not finished: it stays
+    On a disk an interrupted save has another name. There such a folder may be a copy that was not finished: it stays
     under another name.
     """
     for path in workdir.all_steps(self._folder):
@@ -151,19 +151,15 @@ class Checkpointer:
     """Return when the save in progress is committed. Raises what went wrong with it."""
     self._manager.wait_until_finished()
 
-  def close(self) -> None:
-    """Wait, and free the background threads."""
-    self.wait()
-    self._manager.close()
-
   def __enter__(self) -> Checkpointer:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     # A UserError, such as a loss that is not finite, reaches every process; after a bug in one process the others
-    # will not reach the barrier at which `close` waits for them.
+    # will not reach the barrier at which this one would wait for them.
     if kind is None or issubclass(kind, (UserError, Preempted, Diverged)) or jax.process_count() == 1:
-      self.close()
+      self.wait()
+      self._manager.close()
 
 
 class Best(NamedTuple):
@@ -177,10 +173,7 @@ def best(run: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
   """Find the best checkpoint by `kept.best_metric`; the earliest of equals, None where none was measured by it."""
   folder, found = workdir.checkpoints(run), {}
   for step in workdir.committed_steps(folder) if kept.best_metric else ():
-    try:
-      found[step] = workdir.metrics_of(folder, step)
-    except (OSError, UserError) as error:  # of one candidate, beside which the others can be found
-      logging.warning("what checkpoint %d was measured at cannot be read: %s", step, error)
+    found[step] = workdir.metrics_of(folder, step)
   # The steps come in order, and `max` keeps the first of equals.
   step = max(found, key=lambda step: _rank(found[step], kept=kept), default=0)
   value = found.get(step, {}).get(kept.best_metric, math.nan)

@@ -52,9 +52,6 @@ class UnknownMetric(UserError):
 class Evaluator:
   """Evaluations and sample images during training.
 
-  Args:
-    inference: of the network in training.
-
   Raises:
     UserError: evaluations of what the run's objectives do not train, or of one checkpoint; or bad settings or data of
       one.

@@ -48,11 +48,8 @@ def _epoch_schedule(section: Optim, peak: float, num_steps: int) -> optax.Schedu
 
 
 def rate_schedule(section: Optim, group: str, *, num_steps: int) -> optax.Schedule:
-  """Return the learning rate of a group, as its section says; the first step is taken at the schedule's 0.
-
-  Args:
-    num_steps: of the whole run, in optimizer steps.
-  """
+  """Return the learning rate of a group over the whole run, as its section says; the first step is taken at the
+  schedule's 0."""
   peak, warmup, final = section.rates[group], section.warmup_steps, section.final_fraction
   if section.schedule_kind == "epoch_cosine":
     return _epoch_schedule(section, peak, num_steps)
@@ -70,11 +67,6 @@ def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> 
 
   Its `update` takes the number of finished steps as `step`, which the rates follow: a count of the optimizer's own
   would stand still at steps that are left out, and the schedule would end short.
-
-  Args:
-    paths: of the trainable parameters.
-    section: the run's settings.
-    num_steps: of the whole run, in optimizer steps.
 
   Raises:
     UserError: an unmatched parameter, or a group without a rate.
