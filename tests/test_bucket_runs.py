@@ -311,9 +311,9 @@ def test_a_copy_is_made_once_and_again_where_the_data_have_changed(tmp_path, url
 def test_a_copy_that_arrives_damaged_is_none(tmp_path, url, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   (buckets.path(url) / "dataset_info.json").write_text("info")
-  checksum = copies.google_crc32c.Checksum
+  checksum = buckets.google_crc32c.Checksum
   with monkeypatch.context() as patched:
-    patched.setattr(copies.google_crc32c, "Checksum", lambda: checksum(b"a flipped bit"))
+    patched.setattr(buckets.google_crc32c, "Checksum", lambda: checksum(b"a flipped bit"))
     with pytest.raises(Gone, match="dataset_info.json arrived damaged"):
       copies.folder_of(url)
   assert (pathlib.Path(copies.folder_of(url)) / "dataset_info.json").read_text() == "info"

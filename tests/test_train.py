@@ -312,6 +312,7 @@ def test_a_run_that_is_made_longer_ends_in_the_bits_of_one_that_was_as_long(tmp_
   for num_steps in (4, 6):
     config.num_steps = num_steps
     loop.train_and_evaluate(Run.of(config), longer)
+  assert "the run gets longer: 6 steps instead of 4, by its constant schedule" in caplog.messages
   expected, found = (restore.restore_params(run, ema=False) for run in (whole, longer))
   assert expected.keys() == found.keys()
   assert [name for name in expected if expected[name].tobytes() != found[name].tobytes()] == []

@@ -7,6 +7,7 @@ which reads and writes a checkpoint's arrays, has TENSORSTORE_GCS_HTTP_URL. Both
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import importlib.util
@@ -19,10 +20,11 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import IO, Any
 
+import google_crc32c
 from absl import logging
 from etils import epath
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import Gone, UserError
 
 # Where TensorFlow is installed, etils would read buckets by it, as it decides at the first path.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -113,6 +115,30 @@ def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = 
       _system().put([os.fspath(folder / name) for name in group], urls, batch_size=_AT_ONCE)
 
 
+@functools.cache
+def _checked() -> Any:
+  from gcsfs import GCSFileSystem
+
+  class Checked(GCSFileSystem):
+    async def _get_file(self, rpath: str, lpath: str, **options: Any) -> None:
+      await super()._get_file(rpath, lpath, **options)
+      facts: Any = await self._info(rpath)
+      there, digest = facts.get("crc32c"), google_crc32c.Checksum()
+      with open(lpath, "rb") as copied:
+        for _ in digest.consume(copied, 1 << 20):
+          pass
+      if there not in (None, base64.b64encode(digest.digest()).decode()):
+        raise Gone(f"{rpath} arrived damaged")
+
+  return Checked
+
+
+def checked() -> Any:
+  """Return a file system of buckets whose listings are kept, and whose `get` raises Gone for a damaged copy."""
+  _configure()
+  return _checked()(use_listings_cache=True, skip_instance_cache=True)
+
+
 def create(where: epath.Path, content: bytes) -> bool:
   """Write an object unless there is one already, and return whether it was written."""
   try:
@@ -137,10 +163,14 @@ def remove(where: epath.Path, *, generation: int) -> None:
 
 
 class Mirror:
-  """A local folder, in which files are appended to, and its copy `to` a bucket, which begins with the files `of` it.
+  """A local folder, in which files are appended to, and its copy in a bucket.
 
   A copy is made every EVERY seconds, and whenever it is asked for. A bucket that is away for a while ends no run: what
   fails is tried again at the next copy.
+
+  Args:
+    to: the folder in the bucket.
+    of: files there to append to.
   """
 
   def __init__(self, to: epath.Path, *, of: Sequence[str] = ()):
@@ -148,7 +178,7 @@ class Mirror:
     self.folder = pathlib.Path(self._temporary.name)
     for name in of:
       if (to / name).exists():
-        _system().get_file(os.fspath(to / name), os.fspath(self.folder / name))
+        checked().get_file(os.fspath(to / name), os.fspath(self.folder / name))
     self._copied = {file.name: file.stat().st_size for file in self.folder.iterdir()}
     self._last = time.monotonic()
 

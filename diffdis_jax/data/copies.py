@@ -5,20 +5,16 @@ Records are read in random order, a few kB each, which a bucket answers in tens 
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
 import os
 import pathlib
-from typing import Any
 
-import google_crc32c
 from absl import logging
 from fsspec.core import OpenFile, OpenFiles
 from fsspec.implementations.cached import WholeFileCacheFileSystem
 
 from diffdis_jax.common import buckets, files
-from diffdis_jax.errors import Gone
 
 _AT_ONCE = 8  # files
 _RECORDS = ".array_record"
@@ -36,27 +32,9 @@ def folder_of(path: str | os.PathLike[str], *, split: str | None = None) -> str:
   return str(_copied(os.fspath(buckets.path(path)), split))  # with single slashes, as objects are named
 
 
-def _checked() -> Any:
-  """Return a file system of buckets whose listings are kept, and whose `get` raises Gone for a damaged copy."""
-  from gcsfs import GCSFileSystem
-
-  class Checked(GCSFileSystem):
-    async def _get_file(self, rpath: str, lpath: str, **options: Any) -> None:
-      await super()._get_file(rpath, lpath, **options)
-      facts: Any = await self._info(rpath)
-      there, digest = facts.get("crc32c"), google_crc32c.Checksum()
-      with open(lpath, "rb") as copied:
-        for _ in digest.consume(copied, 1 << 20):
-          pass
-      if there not in (None, base64.b64encode(digest.digest()).decode()):
-        raise Gone(f"{rpath} arrived damaged")
-
-  return Checked(use_listings_cache=True, skip_instance_cache=True)
-
-
 @functools.cache
 def _copied(url: str, split: str | None) -> pathlib.Path:
-  system = _checked()
+  system = buckets.checked()
   there = {name: facts["size"] for name, facts in system.find(url, detail=True).items()}
   wanted = [name for name in there if _RECORDS not in name or f"-{split}{_RECORDS}" in name]
   # A hash: an address may be longer than a file's name, and has slashes.

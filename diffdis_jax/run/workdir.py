@@ -76,18 +76,24 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: C
   if not (path / "config.json").exists():
     return []
   config_there = read_json_object(path)
-  before, after = config_there.get("num_steps"), config.get("num_steps")
-  is_longer = isinstance(before, int) and isinstance(after, int) and before < after
-  is_saved = latest_step(workdir) is not None
-  may_differ = {*moved, "num_steps"} if is_longer and is_saved else {*moved}
+  may_differ = {*moved} if lengthened(workdir, config) is None else {*moved, "num_steps"}
   there, here = (
     {field: value for field, value in identity(fields).items() if field not in may_differ}
     for fields in (config_there, config)
   )
   differing = differences(there, here)
-  if differing and (is_saved or not SECTIONS <= config_there.keys()):
+  if differing and not (SECTIONS <= config_there.keys() and latest_step(workdir) is None):
     raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")
   return differing
+
+
+def lengthened(workdir: epath.PathLike, config: Mapping[str, Any]) -> int | None:
+  """Return the `num_steps` of the run there, if it has a checkpoint and this config makes it longer; else None."""
+  path = buckets.path(workdir)
+  if not (path / "config.json").exists() or latest_step(workdir) is None:
+    return None
+  before, after = read_json_object(path).get("num_steps"), config.get("num_steps")
+  return before if isinstance(before, int) and isinstance(after, int) and before < after else None
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

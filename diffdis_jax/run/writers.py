@@ -25,7 +25,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diffdis_jax.common import buckets, files
-from diffdis_jax.errors import not_installed
+from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.run import provenance
 
 TRACKERS = ("wandb", "trackio")
@@ -35,7 +35,13 @@ MOST_EVENTS = 2**23  # bytes of a file of TensorBoard's: a bucket gets all of it
 
 
 class Tracker:
-  """A run of a tracker: a new one, or the one that was begun before in the same workdir. `kind` is one of TRACKERS."""
+  """A run of a tracker: a new one, or the one that was begun before in the same workdir.
+
+  Args:
+    kind: one of TRACKERS.
+    workdir: folder of the run.
+    config: of the run.
+  """
 
   def __init__(self, kind: str, workdir: epath.PathLike, config: Mapping[str, Any]):
     path, self._kind, self._module = buckets.path(workdir), kind, importlib.import_module(kind)
@@ -67,14 +73,26 @@ class Tracker:
 
 
 def check_tracker(kind: str) -> None:
-  """Raise UserError, before a program is compiled: the tracker is not installed. An empty kind is no tracker."""
+  """Raise UserError, before a program is compiled: the tracker is not installed, or there is no account that the
+  numbers go to. An empty kind is no tracker."""
   if kind and importlib.util.find_spec(kind) is None:
     raise not_installed(f"--tracker={kind}", f"the package {kind}", kind)
+  if kind == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+    wandb: Any = importlib.import_module("wandb")
+    try:
+      wandb.login(verify=False)  # a server that does not answer now may do so later
+    except wandb.Error as error:
+      raise UserError(f"--tracker=wandb: {error} With WANDB_MODE=offline the numbers stay here.") from error
 
 
 class Writer:
-  """Writes scalars and images of a run to files, to TensorBoard and to a tracker. `mirror` keeps the files that are
-  appended to, if the folder is in a bucket."""
+  """Writes scalars and images of a run to files, to TensorBoard and to a tracker.
+
+  Args:
+    path: the run's folder.
+    mirror: where files that are appended to are kept, if that folder is in a bucket.
+    tracker: that gets the same.
+  """
 
   def __init__(self, path: epath.Path, mirror: buckets.Mirror | None = None, tracker: Tracker | None = None) -> None:
     self._path, self._mirror, self._tracker = path, mirror, tracker

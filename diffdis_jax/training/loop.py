@@ -54,13 +54,13 @@ def train_and_evaluate(
     choose = functools.partial(anchors.Selection(run).params, inference, path) if run.task.head else None
     run_info.log(trainer)
     run_info.check_same_on_all(run)
-    start.open_workdir(path, trainer, stack)  # locked until the end
+    before = start.open_workdir(path, trainer, stack)  # locked until the end
     checkpoints = stack.enter_context(checkpoint.Checkpointer(path, run.checkpoint))
     # It compiles while parameters are read or initialised, each of which may take a minute.
     program = trainer.step if checkpoints.latest_step() != run.num_steps else None
     state, meta = start.restore_or_init(trainer, checkpoints, data, choose)
     first, is_writer, evaluated = int(state.step), processes.is_first(), meta.get("evaluated", True)
-    run_info.log_changes(run, path, step=first)
+    run_info.log_changes(run, path, before=before, step=first)
 
     # What is entered closes from the last to the first: trace, lines, history; then a pending save, and the lock.
     info = run_info.of_start(trainer, begins=not first)

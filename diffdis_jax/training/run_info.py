@@ -96,8 +96,15 @@ def check_same_on_all(run: Run) -> None:
     raise UserError(f"{message}; start the same command, with the same code, packages and data, on every host")
 
 
-def log_changes(run: Run, path: str, *, step: int) -> None:
-  """Log whether the data differ from those of the last start of a run that resumes at this step."""
+def log_changes(run: Run, path: str, *, before: int | None, step: int) -> None:
+  """Log what differs from the last start of a run that resumes at this step.
+
+  Args:
+    before: its number of steps before it was made longer; None where it was not.
+  """
+  if before is not None:
+    schedule = run.optim.schedule_kind
+    logging.info("the run gets longer: %d steps instead of %d, by its %s schedule", run.num_steps, before, schedule)
   if not step or not processes.is_first():
     return
   # By the records' digests where there are some; it does not matter where they lie.
@@ -109,12 +116,20 @@ def log_changes(run: Run, path: str, *, step: int) -> None:
 
 
 def log_end(run: Run, path: str) -> None:
-  """Log where the results of a finished run are."""
+  """Log where the results of a finished run are, and what to type next."""
   if run.checkpoint.best_metric and (best := checkpoint.best(path, run.checkpoint)):
     name = run.checkpoint.best_metric
     logging.info("best %s %.4f at step %d: evaluate --best measures it", name, best.value, best.step)
   logging.info("finished at step %d: metrics and samples in %s", run.num_steps, path)
-  logging.info("to see all of it: diffdis report --workdir=%s --out=report.html", shlex.quote(path))
+  workdir_flag = f"--workdir={shlex.quote(path)}"
+  if run.task.network == "autoencoder":
+    logging.info("to train DiffDis with this autoencoder: --config.init_from=%s", shlex.quote(path))
+  elif run.task.generates:
+    prompt = shlex.quote(next(iter(run.sample_prompts), "a red star"))
+    logging.info("to generate images: diffdis generate %s --prompt=%s --out=images", workdir_flag, prompt)
+  elif run.evals:
+    logging.info("to measure it: diffdis evaluate %s --out=results.json", workdir_flag)
+  logging.info("to see all of it: diffdis report %s --out=report.html", workdir_flag)
 
 
 def log(trainer: Trainer) -> None:

@@ -48,20 +48,23 @@ def latent_shape(network: Network) -> tuple[int, int, int] | None:
   return None if network.task.needs_images else network.latent_shape
 
 
-def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> None:
-  """Make the workdir this run's, and lock it until `stack` closes."""
+def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> int | None:
+  """Make the workdir this run's, and lock it until `stack` closes. Returns the number of steps that it had before it
+  was made longer; None where it was not."""
   # As process 0 sees it. A new run that could not start from its `init_from` leaves no workdir.
   if bool(processes.from_first(np.uint8(workdir.latest_step(path) is None))):
     find_initial(trainer.run.init_from, trainer)
   fields, moved = trainer.run.to_dict(), run_info.moved(trainer.run, path)
   # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
   processes.on_first(lambda: stack.enter_context(lock.Lock(path)))
+  before = workdir.lengthened(path, fields)
   workdir.open_for_training(path, fields, is_writer=processes.is_first(), moved=moved)
   if processes.is_first():
     # Without statistics, which need values: there are only shapes yet.
     table = parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
     files.write_whole(buckets.path(path) / "parameters.txt", table.encode())
   check_shared(path)
+  return before
 
 
 def check_shared(path: str) -> None:

@@ -407,6 +407,7 @@ def test_of_a_thousand_checkpoints_the_newest_is_found_at_one_look(tmp_path, mon
   monkeypatch.setattr(type(folder), "exists", look)
   assert workdir.latest_step(tmp_path) == 999
   assert restore.find(tmp_path).name == "999" and restore.find(tmp_path, 7).name == "7"
+  assert workdir.lengthened(tmp_path, {}) is None
   assert looks.count(digests.COMMIT_MARK) <= 5
   (folder / "999" / digests.COMMIT_MARK).unlink()
   assert workdir.latest_step(tmp_path) == 998

@@ -9,6 +9,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 
 import numpy as np
@@ -103,6 +104,37 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
   with pytest.raises(
     UserError, match=r"--tracker=wandb needs the package wandb, which is not installed; pip install -e '\.\[wandb\]'"
   ):
+    writers.check_tracker("wandb")
+
+
+class SignedOut(types.SimpleNamespace):
+  """wandb where nobody has signed in."""
+
+  class Error(Exception):
+    pass
+
+  def login(self, *, verify: bool):
+    assert not verify
+    raise self.Error("No API key configured. Use `wandb login` to log in.")
+
+
+def test_without_an_account_a_run_does_not_begin(monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", SignedOut())
+  monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: object())
+  monkeypatch.delenv("WANDB_MODE", raising=False)
+  with pytest.raises(UserError, match="--tracker=wandb: No API key .* With WANDB_MODE=offline the numbers stay here"):
+    writers.check_tracker("wandb")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  for kind in ("wandb", "trackio", ""):
+    writers.check_tracker(kind)
+
+
+@pytest.mark.slow
+def test_wandb_says_that_nobody_has_signed_in(tmp_path, monkeypatch):
+  for name in ("WANDB_MODE", "WANDB_API_KEY"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  with pytest.raises(UserError, match="--tracker=wandb: No API key"):
     writers.check_tracker("wandb")
 
 

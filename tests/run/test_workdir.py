@@ -81,10 +81,10 @@ def test_other_config_is_refused_with_every_differing_field(tmp_path):
 def test_a_run_with_a_checkpoint_may_get_longer_and_not_shorter(tmp_path):
   workdir.open_for_training(tmp_path, make_config().to_dict())
   longer = make_config(num_steps=150).to_dict()
-  # Without a checkpoint it is another run's config.
-  assert workdir.check_config(tmp_path, longer) == ["num_steps is 100 there and 150 here"]
+  assert workdir.lengthened(tmp_path, longer) is None  # without a checkpoint it is another run's config
   commit(tmp_path)
-  assert workdir.check_config(tmp_path, longer) == []
+  assert workdir.lengthened(tmp_path, make_config().to_dict()) is None
+  assert workdir.lengthened(tmp_path, longer) == 100 and workdir.check_config(tmp_path, longer) == []
   workdir.open_for_training(tmp_path, longer)
   assert read_fields(tmp_path)["num_steps"] == 150
   with pytest.raises(UserError, match="num_steps is 150 there and 100 here; take"):

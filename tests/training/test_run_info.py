@@ -10,6 +10,7 @@ import pytest
 from absl import logging
 from ml_collections import ConfigDict
 
+from diffdis_jax import __main__ as main_module
 from diffdis_jax.config import Run
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.write import prepare
@@ -17,32 +18,45 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import digests, provenance, workdir
 from diffdis_jax.training import run_info
-from tests import tiny
+from tests import tiny, tiny_clip
 from tests.raw_pairs import picture, write_tar
 
 
-def test_a_finished_run_says_where_its_results_are(tmp_path, caplog):
+@pytest.mark.parametrize(
+  "config, next_one",
+  [
+    (tiny.get_config("autoencoder"), "--config.init_from="),
+    (tiny.get_config(), "diffdis generate --workdir="),
+    (tiny_clip.get_config(), "diffdis evaluate --workdir="),
+  ],
+)
+def test_a_finished_run_says_where_its_results_are_and_what_to_type_next(tmp_path, caplog, config, next_one):
   caplog.set_level("INFO")
   logging.set_verbosity(logging.INFO)
-  run, path = Run.of(tiny.get_config()), str(tmp_path / "a run")
+  run, path = Run.of(config), str(tmp_path / "a run")
   run_info.log_end(run, path)
-  where, report = caplog.messages
+  where, second, third = caplog.messages
   assert where == f"finished at step {run.num_steps}: metrics and samples in {path}"
+  assert next_one in second and "diffdis report --workdir=" in third
   # What it says can be typed, though the folder's name has a space.
-  assert shlex.split(report.split(": ", 1)[1])[:3] == ["diffdis", "report", f"--workdir={path}"]
+  for line in (second, third):
+    words = shlex.split(line.split(": ", 1)[1])
+    assert f"--workdir={path}" in words or f"--config.init_from={path}" in words
+    if not words[0].startswith("--config.init_from="):
+      assert words[0] == "diffdis" and words[1] in main_module.commands()
 
 
 def test_a_run_that_resumes_with_other_data_says_so(tmp_path, monkeypatch, caplog):
   run = Run.of(tiny.get_config())
   said = lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-  run_info.log_changes(run, str(tmp_path), step=1)  # without a history
+  run_info.log_changes(run, str(tmp_path), before=None, step=1)  # without a history
   for lines in (["shapes, split train: 8 records"], run_info.describe(run.data)):
     with provenance.recorded(tmp_path, step=0, is_writer=True, facts={"data": lines}):
       pass
-  run_info.log_changes(run, str(tmp_path), step=1)
+  run_info.log_changes(run, str(tmp_path), before=None, step=1)
   assert said() == []
   monkeypatch.setattr(run_info, "describe", lambda data: ["shapes, split train: 9 records"])
-  run_info.log_changes(run, str(tmp_path), step=1)
+  run_info.log_changes(run, str(tmp_path), before=None, step=1)
   (line,) = said()
   assert "since the last start: ['shapes, split train'] then, ['shapes, split train: 9 records'] now; the order" in line
 
@@ -76,7 +90,7 @@ def test_a_run_goes_on_where_its_data_have_been_moved(tmp_path, caplog, mixture)
     with allowed:
       workdir.open_for_training(tmp_path / "run", config_of(path, mixture).to_dict(), moved=moved)
     caplog.clear()
-    run_info.log_changes(Run.of(config_of(path, mixture)), str(tmp_path / "run"), step=1)
+    run_info.log_changes(Run.of(config_of(path, mixture)), str(tmp_path / "run"), before=None, step=1)
     assert sum("the data have changed" in line for line in caplog.messages) == (not may)
   assert str(copy) in (tmp_path / "run" / "config.json").read_text()
 
