@@ -97,8 +97,7 @@ def trainers(run: Run) -> dict[str, Trainer]:
     )
   mesh = sharding.make_mesh(**vars(run.mesh))
   kinds = OF_CLIP if run.task.network == "clip" else OBJECTIVES
-  plain = run.replace({"loss.snr_gamma": 0.0})  # which changes generation alone
-  return {name: Trainer(plain.replace({"objectives": objectives}), mesh) for name, objectives in kinds.items()}
+  return {name: Trainer(run.trained_for(*objectives), mesh) for name, objectives in kinds.items()}
 
 
 def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any]:

@@ -120,6 +120,11 @@ class Run(Section):
       functools.reduce(lambda inner, name: inner.setdefault(name, {}), sections, fields)[name] = value
     return Run.of(fields)
 
+  def trained_for(self, *names: str) -> Run:
+    """Return this with these objectives, without what changes another one alone. Raises UserError: as `of`."""
+    off = {} if "generation" in names else {"loss.snr_gamma": 0.0}
+    return self.replace({"objectives": names, **off})
+
   @property
   def task(self) -> Objective:
     """Return what the objectives ask for together."""
