@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     verify(path)
 
 
-def verify(run: epath.PathLike) -> None:
+def verify(run: epath.Path) -> None:
   """Write a line for each checkpoint of a run. Raises UserError: there is none, one is damaged, or config.json is."""
   folder, digest = workdir.checkpoints(run), workdir.run_digest(run)
   paths, damaged = workdir.all_steps(folder), 0

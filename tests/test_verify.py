@@ -138,3 +138,8 @@ def test_without_a_checkpoint(tmp_path):
   code, lines, errors = verify(tmp_path)
   assert (code, lines) == (2, [])
   assert errors == [f"error: no checkpoint in {tmp_path}/checkpoints; train first, or wait for the first save"]
+
+
+def test_a_run_in_one_file_is_read_whole():
+  code, (line,), _ = verify("shapes")
+  assert code == 0 and "whole: 1 file" in line

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes  # noqa: F401  which teaches numpy, and so safetensors, bfloat16
 import numpy as np
 from jaxtyping import Float32, Shaped
 from safetensors import SafetensorError, safe_open

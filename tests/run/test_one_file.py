@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from diffdis_jax import config as run_config
-from diffdis_jax import export_weights, inference, verify
+from diffdis_jax import export_weights, inference
 from diffdis_jax.common import one_file
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
@@ -76,7 +76,6 @@ def test_the_file_stands_for_its_workdir(run, packed):
   # Without the folders of this machine, as all that leaves it.
   assert run_config.load(packed) == run_config.load(run).replace({"data.path": "data"})
   assert restore.choose(packed, None, ema=True) == restore.choose(run, None, ema=True) == (6, True)
-  assert [found.state[:13] for found in verify.verify(packed)] == ["whole: 1 file"]
   assert provenance.of_run(str(packed), step=6) == provenance.of_run(run, step=6)
   before, after = restore.restore_params(run), restore.restore_params(packed)
   assert before.keys() == after.keys() == restore.saved_params(packed).keys()
