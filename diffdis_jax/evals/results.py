@@ -49,7 +49,7 @@ def read(path: str) -> Results:
   except UserError as error:
     raise UserError(f"cannot read results from {path}: {error}; it should be what evaluate --out wrote") from error
   tasks = content.values() if isinstance(content, dict) and content else [None]
-  records = [record for task in tasks for record in (task.values() if isinstance(task, dict) else [None])]
+  records: list[Any] = [record for task in tasks for record in (task.values() if isinstance(task, dict) else [None])]
   are_dicts = lambda *values: all(isinstance(value, dict) for value in values)
   if not all(
     are_dicts(each) and RECORD <= each.keys() and are_dicts(each["metrics"], each["protocol"]) for each in records

@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 import diffdis_jax
 from diffdis_jax.data import shapes
@@ -46,13 +47,13 @@ def main(workdir: str = "shapes") -> None:
   figure.savefig(OUT, dpi=100, transparent=True, backend="agg")
 
 
-def _show(axes: plt.Axes, image: Any, title: str) -> None:
+def _show(axes: Axes, image: Any, title: str) -> None:
   axes.imshow(image, interpolation="bicubic")
   axes.set_title(title, fontsize=15, loc="center", pad=4)
   axes.axis("off")
 
 
-def _bars(axes: plt.Axes, scores: Any) -> None:
+def _bars(axes: Axes, scores: Any) -> None:
   best = (-scores).argsort()[:BARS]
   axes.barh(range(BARS), scores[best], color=style.TEXT, height=0.6)
   axes.set_yticks(range(BARS), [shapes.CLASSNAMES[i] for i in best], fontsize=15)
