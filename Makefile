@@ -63,7 +63,7 @@ check: lint
 
 # The launchers under real engines, as root, in minutes. What is not installed is skipped, with the line that installs it.
 engines: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m slow -rs tests/engines
+	$(BIN)/python -m pytest -q -m full -rs tests/engines
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

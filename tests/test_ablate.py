@@ -83,7 +83,7 @@ def test_killed_once_it_ends_in_the_same_table(tmp_path, environment, joint_run,
     assert str(tmp_path.parent) not in file.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_five_times_with_its_autoencoder_it_ends_in_the_same_table(tmp_path, environment):
   chance = random.Random(time.time())
   whole, killed, flags = tmp_path / "whole", tmp_path / "killed", [BASE, GRID, "--seeds=0,1", "--config.log_every=1"]
@@ -106,7 +106,7 @@ def test_killed_five_times_with_its_autoencoder_it_ends_in_the_same_table(tmp_pa
   assert plan[-1] == "5 runs, 5 finished" and plan[0].split()[1].startswith("autoencoder-")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("how, code", [("SIGTERM", 75), ("Ctrl-C", 130)])
 def test_it_saves_when_it_is_stopped(tmp_path, environment, autoencoder_run, how, code):
   out = tmp_path / "out"

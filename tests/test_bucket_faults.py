@@ -1,6 +1,6 @@
 """Runs in a bucket whose server fails, and runs that are killed inside a save to it: they end in the same bits.
 
-DIFFDIS_KILLS=30 pytest -m slow tests/test_bucket_faults.py --log-cli-level=INFO
+DIFFDIS_KILLS=30 pytest -m full tests/test_bucket_faults.py --log-cli-level=INFO
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.test_bucket_runs import assert_same_end
 
 pytest_plugins = ("tests.command_runs",)
 pytestmark = [
-  pytest.mark.slow,
+  pytest.mark.full,
   pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 KILLS = int(os.environ.get("DIFFDIS_KILLS", "10"))

@@ -128,7 +128,7 @@ def test_two_processes_one_of_which_is_killed(tmp_path, url, on_a_bucket, enviro
   assert_same_end(buckets.path(url), tmp_path / "whole")
 
 
-@pytest.mark.parametrize("seconds", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [4, pytest.param(20, marks=pytest.mark.full)])
 def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
   tmp_path, environment, monkeypatch, joint_run, autoencoder_run, seconds
 ):

@@ -242,7 +242,7 @@ def test_a_wrong_tower_ends_the_command_in_one_line(tmp_path, environment):
   assert "error: model.text_encoder.projection is 12 and vision_encoder.projection 16" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["vit_b32", "vit_l14"])
 def test_a_released_size_leaves_for_both_libraries_and_comes_back(tmp_path, name):
   config = clip_cc3m.get_config(f"model={name}")

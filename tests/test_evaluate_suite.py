@@ -47,7 +47,7 @@ def test_the_paper_suite(run, environment, tmp_path):
   assert sorted(path.name for path in out.parent.iterdir()) == ["F.json", "F.md"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_fid_suite(run, inception_file, environment, tmp_path):
   root, out = tmp_path / "root", tmp_path / "F.json"
   benchmark_sets.captioned_wds(root / "mscoco_val2014", CAPTIONS)

@@ -1,6 +1,6 @@
 """Every command, killed at random moments: what it writes is whole or absent, and the same command ends in the same.
 
-pytest -m slow tests/test_kills.py --log-cli-level=INFO [-k prepare]
+pytest -m full tests/test_kills.py --log-cli-level=INFO [-k prepare]
 
 A run of two processes, started again by launch/local.sh, is killed DIFFDIS_KILLS times; DIFFDIS_KILLS_SEED gives other
 moments.
@@ -80,7 +80,7 @@ def wait_for_a_moment(launcher: subprocess.Popen, run: pathlib.Path, chance: ran
   return kind
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_at_random_moments_it_ends_in_the_same_bits(tmp_path, environment):
   chance = random.Random(0)
   whole = tmp_path / "whole"
@@ -161,7 +161,7 @@ def moments(course: Course, count: int, chance: random.Random) -> list[float]:
   return found[:count]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", killed_commands.MAKERS)
 def test_killed_anywhere_it_is_whole_or_absent_and_goes_on(name, request, tmp_path, environment):
   """50 SIGKILLs and 50 SIGTERMs in all, with test_the_page."""
@@ -216,7 +216,7 @@ def assert_goes_on(killer: Killer, course: Course) -> None:
   killer.clear()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["train", "pairs", "import_weights"])
 def test_of_two_at_once_one_is_refused(name, request, tmp_path, environment):
   (tmp_path / "raw").mkdir()
@@ -231,7 +231,7 @@ def test_of_two_at_once_one_is_refused(name, request, tmp_path, environment):
   assert_goes_on(killer, course)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_page_killed_as_it_starts_and_ends(tmp_path, environment, joint_run):
   """Six times. What is uploaded to the page that follows, and was to the killed ones, is gone at its end."""
   chance, uploads, log = random.Random(SEED), tmp_path / "uploads", tmp_path / "log"

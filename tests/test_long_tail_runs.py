@@ -70,7 +70,7 @@ def saved(path: str) -> dict[str, np.ndarray]:
   return {name: np.asarray(value) for name, value in restore.restore_params(path).items()}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_first_stage_starts_from_the_run_and_distils_from_it(run, first):
   before, after = saved(run), saved(first)
   assert after.keys() < before.keys() and not [name for name in after if name.startswith("unet.up")]
@@ -86,7 +86,7 @@ def test_the_first_stage_starts_from_the_run_and_distils_from_it(run, first):
   assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_second_stage_keeps_the_backbone_and_its_anchors(first, second):
   backbone, both = saved(first), saved(second)
   for name, value in backbone.items():
@@ -101,7 +101,7 @@ def test_the_second_stage_keeps_the_backbone_and_its_anchors(first, second):
   np.testing.assert_allclose(np.linalg.norm(anchors, axis=-1), 1.0, rtol=1e-5)  # text queries
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_second_stage_is_measured_in_table_8s_columns(second, environment, tmp_path):
   done = call("evaluate", environment, f"--workdir={second}", "--tasks=long_tail", f"--out={tmp_path / 'F.json'}")
   assert done.returncode == 0, done.stderr
@@ -118,7 +118,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
   return untrained(tmp_path_factory.mktemp("long_tail") / "clip", tiny_clip.get_config(), 8)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_once_it_ends_in_the_same_bits(clip, environment, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   train(environment, 1, clip, whole)
@@ -133,7 +133,7 @@ def test_killed_once_it_ends_in_the_same_bits(clip, environment, tmp_path):
   assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 2])
 def test_killed_five_times_at_random_it_ends_in_the_same_bits(stage, run, first, second, environment, tmp_path):
   """At any moment: while anchors are chosen, steps are taken, a checkpoint is written."""
@@ -177,7 +177,7 @@ def clip_with_head(config: ConfigDict) -> ConfigDict:
   return config
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_clip_goes_through_both_stages(clip, environment, tmp_path):
   one, two = tmp_path / "one", tmp_path / "two"
   train(environment, 1, clip, one)
@@ -197,7 +197,7 @@ def test_a_clips_head_leaves_beside_it(tmp_path):
   assert sorted(from_torch.open_source(tmp_path / "out").others) == sorted(f"head/{name}" for name in head)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_wrong_start_ends_the_command_in_one_line(run, environment, tmp_path):
   done = call("train", environment, *flags(2, run, tmp_path / "out"))
   assert done.returncode == 2 and not (tmp_path / "out").exists()

@@ -272,7 +272,7 @@ def test_the_blocks_of_python_run(folder, typed):
   assert re.fullmatch(r"(\['(red star|blue ring)', '(red star|blue ring)'\]\n){2}\(3,\)\n", said)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_long_commands_run_one_after_the_other(folder, typed):
   for beginning, (behind, files) in RUN_SLOWLY.items():
     if beginning == README_TRAINS:

@@ -19,7 +19,7 @@ from tests.command_runs import ROOT, call
 from tests.test_resume import metrics, restore_training, steps_logged
 
 pytest_plugins = ("tests.command_runs",)
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 STEPS = 20
 
 

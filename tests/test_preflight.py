@@ -375,7 +375,7 @@ def test_search_tries_the_cheapest_first():
   assert "nothing tried fits" in preflight.describe_search(trials[:3])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology, slices", [("v5e:2x2", 1), ("v6e:2x4", 1), ("v4:2x2x1", 2), ("v5p:2x2x1", 1)])
 def test_the_tpu_compiler(quick, tmp_path, topology, slices):
@@ -390,7 +390,7 @@ def test_the_tpu_compiler(quick, tmp_path, topology, slices):
   assert (result["seconds_between_chips"] is None) == (slices > 1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not targets.is_installed("cuda"), reason="jax's CUDA plugin is not installed")
 @pytest.mark.parametrize(
   "topology", ["a100:1", "a100-40:2", "h100:4x2", "h200:2", "b200:2", "l4:1", "a10g:1", "rtx4090:2"]
@@ -405,7 +405,7 @@ def test_the_gpu_compiler(quick, tmp_path, topology):
   assert bool(result["collectives_gib"]) == (result["chips"] > 1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
 def test_what_the_compiler_charges_for_kernels(chip):
@@ -428,7 +428,7 @@ def test_what_the_compiler_charges_for_kernels(chip):
     assert program.cost_analysis()["optimal_seconds"] == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_loops_as_the_tpu_compiler_writes_them():
   """Eight turns of two kernels that are alike, with a product after each."""

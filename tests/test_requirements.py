@@ -96,7 +96,7 @@ def test_the_lock_has_a_version_of_all_that_is_asked_for():
       assert version.operator == "==" and wanted.specifier.contains(version.version), text
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_lock_resolves(python):
   for extra in ("cuda", "tpu", "test", "docs"):
@@ -105,7 +105,7 @@ def test_the_lock_resolves(python):
     run([*command, "pyproject.toml"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_extra_resolves():
   """All of them together, so that any choice of them does."""
   asked = [each for listed in EXTRAS.values() for each in listed if not each.startswith("diffdis_jax[")]
@@ -124,7 +124,7 @@ def run(command: Sequence[str | pathlib.Path], **environment: str) -> str:
   return done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_lowest_versions_prepare_train_resume_and_draw(tmp_path):
   """Those of a machine that has them already: pip leaves what a range allows as it is."""
   python = tmp_path / "venv" / "bin" / "python"
@@ -152,7 +152,7 @@ def test_the_lowest_versions_prepare_train_resume_and_draw(tmp_path):
   diffdis("export_weights", f"--workdir={tmp_path / 'joint'}", f"--out={tmp_path / 'x.safetensors'}")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_lowest_diffusers_loads_a_pipeline_beside_the_lowest_transformers(tmp_path):
   floors = [re.sub("[<,].*", "", each).replace(">=", "==") for each in EXTRAS["torch"] if each.startswith("diffusers")]
   asked = (ROOT / "requirements.txt").read_text()

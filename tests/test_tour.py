@@ -111,7 +111,7 @@ def run_notebook(environment, tmp_path, monkeypatch):
 
 # The kernel's, which speaks to this process alone.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-@pytest.mark.slow
+@pytest.mark.full
 def test_it_runs_from_top_to_bottom_and_learns(notebook, run_notebook):
   said = run_notebook(nbformat.from_dict(notebook))
   accuracy, chance = map(float, re.findall(r"not trained on: ([\d.]+)%\nchance: ([\d.]+)%", said)[0])

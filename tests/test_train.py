@@ -441,7 +441,7 @@ def test_a_run_that_fails_reads_no_further_batches(tmp_path, monkeypatch):
     next(opened[0])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_a_run_starts_from_is_trained_first_and_once(tmp_path, environment):
   """As own pictures from scratch: one command, whose second call resumes."""
   run, config = tmp_path / "run", "tests/tiny.py"

@@ -17,7 +17,7 @@ from tests.app.test_answers import Source
 from tests.app.test_answers import StepSampler as TabsSampler
 from tests.models.networks import random_params
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # of Gradio's own imports
+pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("default")]  # of Gradio's own imports
 
 
 def built(config, *, source: Source | None):

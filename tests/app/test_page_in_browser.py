@@ -10,7 +10,7 @@ import pytest
 from tests import studio_pictures as pictures
 from tests.served_app import serve
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 pytest_plugins = ("tests.untrained",)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync")

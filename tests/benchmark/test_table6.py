@@ -86,7 +86,7 @@ def models_of(argument: str) -> dict[str, table6.Model]:
   return benchmark.table6_models(config.get_config(argument), steps.make_mesh())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_operations_at_full_size_are_those_counted_by_hand():
   """Of SD's UNet, CLIP's towers and the autoencoder, multiply-adds counted in PyTorch: training 1.21 times Stable
   Diffusion's, discrimination in one step 2.05 times CLIP-L/14's."""
@@ -98,7 +98,7 @@ def test_operations_at_full_size_are_those_counted_by_hand():
   assert found["clip"]["training"] == pytest.approx(2 * 263, rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_everything_is_timed():
   found = table6.time_table6(models_of("small=True,batch=4"), rounds=2, generated=10, classified=20)
   ways = {name: set(each["seconds"]) for name, each in found["models"].items()}

@@ -113,7 +113,7 @@ def flip(data: bytes, rng: random.Random) -> bytes:
   return data[:place] + bytes([data[place] ^ change]) + data[place + 1 :]
 
 
-@pytest.mark.parametrize("seed", [pytest.param(0, id="few"), pytest.param(1, marks=pytest.mark.slow, id="many")])
+@pytest.mark.parametrize("seed", [pytest.param(0, id="few"), pytest.param(1, marks=pytest.mark.full, id="many")])
 def test_a_flip_in_a_small_file_is_refused_in_one_line(tmp_path, seed):
   """It would be read as another split, another number of records, or as views that are not there."""
   (tmp_path / "raw").mkdir()

@@ -15,7 +15,7 @@ import pytest
 
 from tests.command_runs import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 PROGRAMS = ("buildah", "mmdebstrap")
 BASE = "localhost/python"
 _BASE = "FROM scratch\nADD base.tar /\nRUN python3 -m venv /usr/local\n"

@@ -15,7 +15,7 @@ from tests.engines.slurm import Slurm, command_of, pids, wait_until
 from tests.test_resume import steps_logged
 
 pytest_plugins = ("tests.command_runs",)
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 MANY = 100_000
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.launch.programs import ROOT, Programs
 from tests.launch.test_gke import SETTINGS, TRAIN
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 PACKAGES = {
   "kubernetes": ("kubernetes-validate>=1.37", "kubeflow-trainer-api>=2.3", "pyyaml"),
   "skypilot": ("skypilot>=0.14",),

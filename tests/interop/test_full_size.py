@@ -1,6 +1,6 @@
 """Stable Diffusion v1 at full size with random weights: parity, and time and memory of both verbs.
 
-  python -m pytest -m slow tests/interop/test_full_size.py --log-cli-level=INFO
+  python -m pytest -m full tests/interop/test_full_size.py --log-cli-level=INFO
 
 It takes about 15 GB of memory and of disk, and logs every figure.
 """
@@ -32,7 +32,7 @@ from tests.command_runs import ROOT
 from tests.interop.test_mapping import TEXT_L14
 from tests.models import from_torch, networks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 MODEL = Model()
 LEVELS = 4

@@ -176,7 +176,7 @@ def test_new_parameters_at_full_size_are_ours():
   assert sum(math.prod(shape) for shape in found.values()) == 126_067_201
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   "arg",
   ["", "fusion=False", "share_attention=False", "modality_ffn=False", "target=noise", "condition_timestep=999"],

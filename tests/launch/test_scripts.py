@@ -69,7 +69,7 @@ def test_a_tpus_flags_come_behind_those_of_the_user(programs, given, kept):
   assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not targets.is_installed("tpu"), reason="libtpu is not installed")
 def test_the_tpu_compiler_knows_its_flags():
   """Which ends the process at one that it does not know."""

@@ -67,8 +67,8 @@ def of_value(attend, q, k, v, g):
     (1024, 1024, 1, 40),
     (257, 257, 1, 64),
     (130, 77, 2, 8),
-    pytest.param(4096, 4096, 1, 40, marks=pytest.mark.slow),
-    pytest.param(1025, 4095, 2, 80, marks=pytest.mark.slow),
+    pytest.param(4096, 4096, 1, 40, marks=pytest.mark.full),
+    pytest.param(1025, 4095, 2, 80, marks=pytest.mark.full),
   ],
 )
 def test_value_and_gradients_of_the_kernel(n, m, heads, channels, dtype):
@@ -95,7 +95,7 @@ def test_sharp_scores_are_as_exact_as_in_the_plain_form(n, m, channels):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("n", [256, 257, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [256, 257, pytest.param(4096, marks=pytest.mark.full)])
 def test_one_more_key_is_merged_exactly_with_the_kernel(monkeypatch, n, dtype):
   """Value and gradients, those of the one key and its value too, of attention over all keys side by side."""
   q, k, v, g, _ = inputs(n, n + 1, dtype=dtype)
@@ -225,7 +225,7 @@ def test_what_cudnn_is_given(monkeypatch, n, m):
   assert set(asked) == {("cudnn", 0, 0)}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("n", [1024, 257])
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100:4", "a100:4", "b200:4"])
 def test_compiled_programs_contain_the_kernel(topology, n):

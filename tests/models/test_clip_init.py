@@ -73,7 +73,7 @@ def test_every_parameter_draws_with_a_key_of_its_own():
   assert len(set(drawn)) == len(drawn)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("model, name", [("vit_b32", "ViT-B-32"), ("vit_l14", "ViT-L-14")])
 def test_a_released_size_starts_as_open_clips(model, name):
   torch.manual_seed(0)

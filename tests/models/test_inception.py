@@ -66,7 +66,7 @@ def test_features_of_four_sizes(extractor, theirs):
   check_features(extractor, theirs, each=2)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_features_of_64_images(extractor, theirs):
   check_features(extractor, theirs, each=16)
 

@@ -1,4 +1,4 @@
-"""Our CLIP against transformers' CLIPModel, same weights: tiny in CI, OpenAI's sizes with -m slow."""
+"""Our CLIP against transformers' CLIPModel, same weights: tiny in CI, OpenAI's sizes with -m full."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_released_size_has_transformers_parameters(section, config, count):
   assert sum(math.prod(shape) for shape in found.values()) == count
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("section, config, count", RELEASED)
 def test_a_released_size_equals_transformers(section, config, count):
   theirs = from_torch.randomise(CLIPModel(config), seed=0)

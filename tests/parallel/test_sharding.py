@@ -92,7 +92,7 @@ def test_attention_at_several_levels_on_eight_devices_equals_that_on_one():
     assert_same(each, expected, str(shape))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_mesh_shape_with_two_levels_and_accumulation():
   changes = {"model.unet.widths": (8, 16), "model.unet.attention": (True, True), "image_size": 32}
   changes |= {"optim.accumulate": 2}
@@ -273,7 +273,7 @@ def test_only_data_crosses_slices(shape):
   assert (slices[:half] == 0).all() and (slices[half:] == 1).all()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("name", ["v4:2x2x4", "v5e:8x8", "v5p:2x2x4", "v6e:4x4"])

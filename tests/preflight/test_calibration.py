@@ -39,7 +39,7 @@ def test_a_compiler_without_estimates_is_refused():
     calibration.calibrate(target)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_large_plain_programs_are_estimated_at_up_to_half_more_than_the_least(topology, monkeypatch):

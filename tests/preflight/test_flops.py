@@ -56,7 +56,7 @@ def multiply_adds(*objectives: str) -> float:
   return program.operations / 2 / config.batch_size / 1e9
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_papers_network_costs_what_arithmetic_says():
   """The multiply-adds of docs/method.md, of one sample, in billions: UNet 90.1, text tower 6.65 (with the null prompt's
   for every second sample here, and forward alone), down path, middle, alignment and fusion 28.6 + 0.74 + 0.11."""
@@ -67,7 +67,7 @@ def test_the_papers_network_costs_what_arithmetic_says():
   assert both - generation == pytest.approx(3 * (28.6 + 0.74 + 0.11), rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
   "name, config, expected",
   [

@@ -53,7 +53,7 @@ def test_wrong_arms_are_one_line(tmp_path, environment, flags, said):
   assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_arms_start_from_each_other(tmp_path, environment):
   """Two seeds of four runs each; the same command does nothing again, and the table has the comparison."""
   flags = [BASE, "--arms=tests/replication/tiny_arms.py", "--seeds=0,1", f"--out={tmp_path / 'out'}"]
@@ -71,7 +71,7 @@ def test_arms_start_from_each_other(tmp_path, environment):
   assert {each["seed"] for each in chain} == {1} and runs["alone"]["minutes"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_arms_of_two_networks_in_three_stages(tmp_path, environment):
   """The protocol's fifth experiment on tiny networks, one seed: CLIP has no protocol of denoising."""
   flags = [

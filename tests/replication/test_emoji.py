@@ -175,7 +175,7 @@ def test_the_documented_command_fetches_the_expected_versions():
   assert names == [f"{each.name}@{each.version}" for each in (emoji.EMOJIBASE, *emoji_packages.ICONS.values())]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif("EMOJI_SOURCE" not in os.environ, reason="EMOJI_SOURCE names no folder of npm packages")
 def test_the_published_packages_give_the_published_pairs(tmp_path):
   reports = prepare(pathlib.Path(os.environ["EMOJI_SOURCE"]), tmp_path / "out")

@@ -10,7 +10,7 @@ import pytest
 from diffdis_jax.report import __main__ as report
 from tests.report import written_run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
 FLAGS += (
   "--disable-background-networking",

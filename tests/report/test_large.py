@@ -21,7 +21,7 @@ NAMES = ("loss", "loss_generation", "loss_discrimination", *QUARTERS, "alignment
 NAMES += ("steps_per_sec", "images_per_sec", "data_wait", "substituted")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_hundred_thousand_lines_and_two_hundred_grids_are_ten_seconds_and_ten_megabytes(tmp_path):
   run, out = written_run.write(tmp_path / "run", num_steps=10 * LINES), tmp_path / "report.html"
   rng = np.random.default_rng(0)

@@ -57,7 +57,7 @@ def log_records(data: bytes) -> Iterator[bytes]:
       record = b""
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_wandb_offline_has_the_same_numbers_and_goes_on_with_the_same_run(tmp_path):
   from wandb.proto import wandb_internal_pb2
 
@@ -82,7 +82,7 @@ def test_wandb_offline_has_the_same_numbers_and_goes_on_with_the_same_run(tmp_pa
   assert len(list((folder / "wandb").glob("offline-run-*/files/media/images/samples_*.png"))) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_trackio_has_the_same_numbers_and_goes_on_with_the_same_run(tmp_path):
   folder, kept = tmp_path / "run", tmp_path / "trackio"
   for start in (0, 1):
@@ -129,7 +129,7 @@ def test_without_an_account_a_run_does_not_begin(monkeypatch):
     writers.check_tracker(kind)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_wandb_says_that_nobody_has_signed_in(tmp_path, monkeypatch):
   for name in ("WANDB_MODE", "WANDB_API_KEY"):
     monkeypatch.delenv(name, raising=False)

@@ -125,7 +125,7 @@ def test_microbatches_have_the_gradient_and_the_metrics_of_their_batch(case, n, 
   check(case, n, *shape)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [ONE, DATA, FSDP, ALL], ids=str)
 @pytest.mark.parametrize("n", [1, 2, 4])
 @pytest.mark.parametrize("case", CASES)
