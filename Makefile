@@ -11,7 +11,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Python keeps what it compiles, also where the environment says otherwise: a command's imports take half as long then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo shapes test check engines lint docs figures lock clean
+.PHONY: demo shapes test test-all test-slow check engines lint docs figures lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
@@ -43,23 +43,29 @@ $(EMOJI_DATA)/dataset_info.json: | $(VENV)/.installed
 	cd $(EMOJI)/icons && npm pack --silent $$(PYTHONPATH="$(CURDIR)" "$(abspath $(BIN))/python" -c '$(EMOJI_PACKAGES)')
 	$(BIN)/python -m replication.prepare_emoji --source=$(EMOJI)/icons --out=$(EMOJI_DATA)
 
-# As many processes as there are cores and memory for, and the longest files first: tests/conftest.py says both. A file's
-# tests stay in one process, since they share what they make.
-PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+# As many processes as there are cores and memory for. The tests of a file stay in one process, where they share what
+# they compile.
+PYTEST = $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=25
 
+# The tests of every module and six runs from end to end: minutes. A case that takes over 20 s of CPU time fails.
 test: $(VENV)/.installed-test
 	$(PYTEST) $(TESTS)
 
-# Of each equation the fastest proof, beside style and types: what one waits for between two edits.
+# Kills, buckets, several processes, resizing, pages, records, launchers, the wheel: what CI runs behind `make test`.
+test-slow: $(VENV)/.installed-test
+	$(PYTEST) -m 'slow and not full' $(TESTS)
+
+# Everything, with full size and what compiles for other machines: hours.
+test-all: test test-slow
+	$(PIP) --editable '.[slow]'
+	$(PYTEST) -m full --ignore=tests/engines $(TESTS)
+
+# Before each commit: style, types, imports, the fastest test of each equation, and a training step.
 EQUATIONS := method/test_schedules.py method/test_samplers.py method/test_losses.py method/test_guidance.py \
-  method/test_fusion.py method/test_alignment.py method/test_joint.py \
-  method/test_diffdis.py::test_discrimination_equals_the_papers models/test_attention.py models/test_layers.py \
-  training/test_contrastive.py::test_loss_and_gradients_equal_open_clips training/test_optim.py \
-  training/test_long_tail.py::test_class_wise_contrast_equals_torchs_cross_entropy \
-  training/test_long_tail.py::test_distillation_equals_torchs_cross_entropy_with_the_teachers_softmax \
-  data/test_transforms.py data/test_randaugment.py evals/test_distances.py evals/test_retrieval.py
+  method/test_fusion.py method/test_alignment.py method/test_joint.py method/test_algorithms.py \
+  models/test_attention.py models/test_layers.py training/test_step.py::test_joint_loss_is_the_equations_on_the_same_keys
 check: lint
-	$(PYTEST) $(addprefix tests/,$(EQUATIONS))
+	$(PYTEST) tests/test_imports.py $(addprefix tests/,$(EQUATIONS))
 
 # The launchers under real engines, as root, in minutes. What is not installed is skipped, with the line that installs it.
 engines: $(VENV)/.installed-test

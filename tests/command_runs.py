@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.once import made_once, shared_folder
+from tests.once import made_once
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 16, 4
@@ -20,13 +20,9 @@ MEASURED, GENERATED = ("--tasks=zero_shot",), ("--prompt=a red star", "--prompt=
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-  """Of the commands: what one of them compiled, quickly rather than well, the others find."""
-  cache = str(shared_folder(tmp_path_factory) / "xla")
+  """Return the commands' environment variables: they compile for one device, quickly rather than well."""
   quick = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-  kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  kept["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # as tests/conftest.py
-  kept["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-  return {**os.environ, **quick, **kept}
+  return {**os.environ, **quick, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
 
 
 def start(

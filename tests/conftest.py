@@ -1,9 +1,15 @@
-"""Eight CPU devices, strict dtype promotion, warnings as errors, and every annotation of the package checked."""
+"""Eight CPU devices, strict dtype promotion, warnings as errors, and every annotation of the package checked.
 
+`make test` runs what is marked neither `slow` nor `full`, CI what is not marked `full`, `make test-all` everything.
+"""
+
+import contextlib
 import gc
+import hashlib
 import importlib.metadata
 import logging
 import os
+import pathlib
 import signal
 from collections.abc import Iterator
 
@@ -23,10 +29,6 @@ import jaxtyping
 import pytest
 from absl import logging as absl_logging
 
-from tests import compiled
-from tests.machine import memory
-from tests.once import made_once
-
 jaxtyping.install_import_hook("diffdis_jax", "tests.check")  # before any module of the package is imported
 # Under nohup, the commands that the tests start would inherit that this signal is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -34,6 +36,22 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The files of fixtures, which test files name as plugins, before one of them is imported.
 pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.untrained", "tests.inception_weights")
 pytest.register_assert_rewrite("tests.hub_server", "tests.bucket_server")
+
+# What is compiled is written at once to the user's cache, where the tests, what they start and later runs find it. A
+# program that was compiled for one processor need not run on another: their features name the folder.
+_CPUINFO = pathlib.Path("/proc/cpuinfo")
+_LINES = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
+_FEATURES = sorted({line for line in _LINES if line.startswith(("flags", "Features", "model name"))})
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "diffdis_jax", "tests")
+CACHE /= hashlib.sha256(repr(_FEATURES).encode()).hexdigest()[:16]
+CACHED = {
+  "jax_compilation_cache_dir": str(CACHE),
+  "jax_persistent_cache_min_compile_time_secs": 0,
+  "jax_persistent_cache_enable_xla_caches": "none",  # they put the folder's path into each key
+}
+for _name, _value in CACHED.items():
+  jax.config.update(_name, _value)
+  os.environ[_name.upper()] = str(_value)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -44,47 +62,42 @@ jax.config.update("jax_disable_most_optimizations", True)  # of the compiler, ag
 gc.set_threshold(100_000, 50, 50)
 
 
-# Files that take a minute or about as long. They come first, so that no process is left alone with one at the end. The
-# first makes the runs that the third needs too, for which it would wait in the second's place.
-LONGEST = (
-  "test_bucket_runs.py",
-  "test_sharding.py",
-  "test_train.py",
-  "test_preflight.py",
-  "test_import_weights.py",
-  "test_step.py",
-  "test_demo.py",
-  "test_pages.py",
-  "test_ablate.py",
-  "test_tour.py",
-  "test_processes.py",
-  "test_configs.py",
-  "test_generation_accuracy.py",
-  "test_requirements.py",
-  "test_resume.py",
-  "test_gradcache.py",
-  "test_inference.py",
-  "test_torch_pipeline.py",
-  "test_evaluate_fid.py",
-  # Half as long, but the last in the order of folders.
-  "test_gradient_meter.py",
-  "test_long_tail.py",
-  "test_skips.py",
-)
+PROCESS_BYTES = 5 * 2**30  # the memory that one process of the tests may take
+CACHE_BYTES = 2 * 2**30  # of compiled programs, several times what one run of the tests needs
+MOST_SECONDS = 20  # of CPU time, its child processes' included, that a case of `make test` may take
 
 
-PROCESS_BYTES = 5 * 2**30  # of memory, that one process of the tests may take
+def pytest_sessionstart(session: pytest.Session) -> None:
+  """Remove the oldest compiled programs beyond CACHE_BYTES, before the workers start."""
+  if not hasattr(session.config, "workerinput"):
+    size = 0
+    for entry in sorted(CACHE.glob("*-cache"), key=lambda entry: -entry.stat().st_mtime):
+      size += entry.stat().st_size
+      if size > CACHE_BYTES:
+        entry.unlink()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-  """What is compiled is found again: by the tests, by what they start, and by the next run of the tests."""
-  folder = made_once(tmp_path_factory, "xla", compiled.restore)
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-  jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they put the folder's path into each key
+@contextlib.contextmanager
+def limited(item: pytest.Item) -> Iterator[None]:
+  """Fail a case that takes longer than MOST_SECONDS, unless it is marked slow or full."""
+  before = sum(os.times()[:4])
   yield
-  compiled.keep(folder)
+  seconds = sum(os.times()[:4]) - before
+  longer = item.get_closest_marker("slow") or item.get_closest_marker("full")
+  if seconds > MOST_SECONDS and not longer:
+    pytest.fail(f"{seconds:.0f} s of CPU time; mark it slow, or make it take {MOST_SECONDS} s at most", pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+  with limited(item):
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+  with limited(item):
+    return (yield)
 
 
 @pytest.fixture(autouse=True)
@@ -99,17 +112,14 @@ def verbosity_stays() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-  """A process a core, while each has its memory: what jax has compiled and traced stays there."""
-  from diffdis_jax.common.machine import cores  # only now, as in tests/machine.py
-
-  return max(1, min(cores(), memory() // PROCESS_BYTES))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+  """Return one worker a core, if there is memory for it: jax keeps what it has compiled and traced there."""
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return max(1, min(len(os.sched_getaffinity(0)), memory // PROCESS_BYTES))
 
 
 def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line("filterwarnings", "error")
+  # An entry that another process is writing, or that one left in part when it was killed, is compiled again.
+  config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
   # Of annotations that are flax's own.
   config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")

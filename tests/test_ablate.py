@@ -20,6 +20,8 @@ from diffdis_jax.run import provenance
 from tests.command_runs import ROOT, STEPS, call, joint_flags
 from tests.interrupting import Terminal
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("tests.command_runs",)
 BASE = "--base=tests/tiny_ablation.py"
 GRID = "--grid=loss.ita_weight=0.01,0.3"

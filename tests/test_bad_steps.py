@@ -19,6 +19,8 @@ from diffdis_jax.training.step import Trainer
 from tests import steps, tiny
 from tests.test_resume import metrics, restore_training
 
+pytestmark = pytest.mark.slow
+
 
 def make_config(**changes):
   config = tiny.get_config("autoencoder")

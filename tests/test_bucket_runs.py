@@ -29,7 +29,10 @@ from tests.test_resume import kill_when, metrics, restore_training
 
 pytest_plugins = ("tests.command_runs", "tests.bucket_server")
 # Of sessions that gcsfs's own thread holds to the end.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture

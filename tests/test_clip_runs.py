@@ -80,6 +80,7 @@ def test_a_run_measures_itself_and_keeps_its_best(run):
   assert best is not None and best.value == pytest.approx(max(accuracy.values()))
 
 
+@pytest.mark.slow
 def test_gone_on_with_from_its_first_save_it_ends_in_the_same_bits(run, environment, tmp_path):
   resumed = tmp_path / "resumed"
   shutil.copytree(run, resumed)
@@ -177,6 +178,7 @@ def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path,
   assert not before
 
 
+@pytest.mark.slow
 def test_a_run_on_larger_images_and_shorter_texts_than_its_towers_take_leaves_as_it_is(tmp_path):
   """Its positions are interpolated, and those behind its captions were never trained."""
   config = tiny_clip.get_config()

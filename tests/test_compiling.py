@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from tests import slow_compiling
 from tests.command_runs import ROOT, call
 from tests.test_resume import steps_logged
+
+pytestmark = pytest.mark.slow
 
 pytest_plugins = ("tests.command_runs",)
 

@@ -16,6 +16,8 @@ from diffdis_jax.errors import UserError
 from tests import steps, tiny
 from tests.raw_pairs import faults, load, picture, write_tar
 
+pytestmark = pytest.mark.slow
+
 FAULTS = faults()
 N = 300
 SHARE = 100  # a fault of each kind in so many

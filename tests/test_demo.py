@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
 import diffdis_jax
 from diffdis_jax.report import read
 from tests.command_runs import ROOT
+
+pytestmark = pytest.mark.slow
 
 pytest_plugins = ("tests.command_runs",)
 

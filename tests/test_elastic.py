@@ -19,6 +19,8 @@ from tests import steps
 from tests.models.networks import random_params
 from tests.steps import build_trainer
 
+pytestmark = pytest.mark.slow
+
 SAVED_ON = (2, 2, 2)
 STEPS = 3
 

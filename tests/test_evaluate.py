@@ -199,6 +199,7 @@ def test_command_line(command, tmp_path):
   assert [path.name for path in out.parent.iterdir()] == ["out.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "flags, message",
   [

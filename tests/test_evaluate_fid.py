@@ -67,6 +67,7 @@ def test_its_features_are_torch_fidelitys(run, inception_file, monkeypatch):
   assert protocol["dtype"] == config.model.dtype and protocol["reference"]["num_images"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "flags, message",
   [

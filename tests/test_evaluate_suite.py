@@ -15,6 +15,8 @@ from diffdis_jax.evals.zero_shot import ZeroShot
 from tests import benchmark_sets
 from tests.command_runs import call
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("tests.untrained", "tests.inception_weights", "tests.command_runs")
 CAPTIONS = {1: ["a red star", "a star"], 2: ["a blue ring"]}
 

@@ -154,6 +154,7 @@ def test_the_tokenizer_gives_the_runs_tokens(exported):
   np.testing.assert_array_equal(given, Tokenizer(pipelines.LENGTH)(pipelines.PROMPTS))
 
 
+@pytest.mark.slow
 def test_the_pages_code_generates_and_classifies(exported, environment, tmp_path):
   (tmp_path / "DIR").symlink_to(exported)
   block = pages.python_block("docs/weights.md", "from_pretrained")
@@ -185,6 +186,7 @@ def test_the_model_card(exported):
   assert (exported / "samples.png").read_bytes() == b"of step 4"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema, dtype", [(True, "float32"), (False, "float32"), (False, "bfloat16"), (True, "float16")])
 def test_averaged_or_raw_weights_in_any_dtype(run, tmp_path, ema, dtype):
   export_weights.export_weights(run, str(tmp_path / "out"), ema=ema, dtype=dtype)
@@ -216,6 +218,7 @@ def test_an_autoencoder_alone_is_diffusers_own(imported, tmp_path, caplog):
   assert "\n" not in str(error.value) and not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_a_card_names_the_import_behind_a_run(sd, imported, tmp_path):
   run = make_run(tmp_path / "run", imported, init_from="second")
   behind = [{"steps": 4}, {"steps": 0, "imported": "hf:org/sd@abc"}]
@@ -254,6 +257,7 @@ def test_bad_arguments(run, tmp_path):
   refused(run, tmp_path / "x.ckpt", "x.ckpt should be a folder: PyTorch's libraries read an export as one")
 
 
+@pytest.mark.slow
 def test_values_that_do_not_fit_leave_nothing(imported, tmp_path):
   run = make_run(tmp_path / "run", imported)
   params = dict(restore.restore_params(run, ema=False))
@@ -275,6 +279,7 @@ def test_command_line(run, environment, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_damaged_export_is_named(exported, tmp_path):
   folder = tmp_path / "copy"
   shutil.copytree(exported, folder)

@@ -20,7 +20,7 @@ from tests.hub_server import READER, TOKEN, Hub
 
 pytest_plugins = ("tests.command_runs", "tests.pipelines", "tests.hub_server")
 # huggingface_hub's own, at each upload of a large file.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")]
 
 WEIGHTS = {
   "unet/diffusion_pytorch_model.safetensors",

@@ -11,10 +11,14 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from diffdis_jax.run import provenance, workdir
 from tests.command_runs import ROOT, call
 from tests.interrupting import Terminal
 from tests.test_kills import steps_logged
+
+pytestmark = pytest.mark.slow
 
 pytest_plugins = ("tests.command_runs",)
 

@@ -30,6 +30,8 @@ from tests.command_runs import ROOT
 from tests.killing import Course, Killer
 from tests.test_resume import metrics, restore_training, steps_logged
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("tests.command_runs",)
 KILLS = int(os.environ.get("DIFFDIS_KILLS", "6"))
 STEPS, SAVE_EVERY = 60, 10

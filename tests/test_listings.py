@@ -143,6 +143,7 @@ def expected_parts(config: ConfigDict) -> dict[str, int]:
   return {**theirs, "text_stream": text_stream(model), "alignment": alignment(model), "logit_scale": 1, **head(model)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, arg", CASES)
 def test_listings_hold_as_many_parameters_as_others_count(name, arg):
   found: dict[str, int] = {}

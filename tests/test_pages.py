@@ -25,6 +25,8 @@ from diffdis_jax.run import provenance
 from tests import pages
 from tests.once import made_once
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("tests.command_runs",)
 
 SOURCES = ("Makefile", "README.md", "LICENSE", "NOTICE", "requirements.txt", "pyproject.toml", "configs", "diffdis_jax")

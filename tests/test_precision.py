@@ -54,6 +54,7 @@ def trace(name: str, **changes: Any) -> core.ClosedJaxpr:
 PROGRAMS = ("train", "generation", "discrimination")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_product_of_a_float32_program_is_one(name):
   found = precisions(trace(name))
@@ -63,6 +64,7 @@ def test_every_product_of_a_float32_program_is_one(name):
     assert {precision for _, precision in precisions(trace(name, **accumulated))} == {Precision.HIGHEST}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_bfloat16_program_asks_for_nothing_more(name):
   """Except for the contrastive loss's logits, which are f32 in any program: forwards, and backwards to both sides."""

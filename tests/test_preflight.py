@@ -38,6 +38,7 @@ def quick(environment, tmp_path_factory):
   return ours | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
 
 
+@pytest.mark.slow
 def test_the_train_step_on_cpu_devices_and_again_from_the_cache(quick, tmp_path):
   out = tmp_path / "out.json"
   flags = [CONFIG, "--topology=v5e:2x2", "--platform=cpu", "--config.model.unet.attention=(False,)"]
@@ -59,6 +60,7 @@ def test_the_train_step_on_cpu_devices_and_again_from_the_cache(quick, tmp_path)
   assert again.returncode == 0 and json.loads(out.read_text()) == results
 
 
+@pytest.mark.slow
 def test_accumulated_steps_are_traced_with_as_many_operations():
   mesh = steps.make_mesh(2, 2, 2)
   trace = lambda **changes: flops.trace_train(Trainer(Run.of(steps.make_config(**changes)), mesh))
@@ -106,6 +108,7 @@ def test_the_step_of_a_clip():
   assert twice.operations == counted.operations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "flags, message",
   [
@@ -123,6 +126,7 @@ def test_bad_input_is_one_line(quick, flags, message):
   assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "arguments, message",
   [

@@ -65,6 +65,7 @@ def test_own_pictures(raw, tmp_path):
   assert report["train"]["pairs"] + report["val"]["pairs"] == 19
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [

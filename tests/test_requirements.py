@@ -18,6 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 LINUX = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28")

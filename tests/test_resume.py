@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import pytest
 
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.structs import TrainState
@@ -20,6 +21,8 @@ from diffdis_jax.training import start
 from tests import command_runs, steps
 from tests.command_runs import SAVE_EVERY, STEPS, joint_flags
 from tests.steps import build_trainer, config_of
+
+pytestmark = pytest.mark.slow
 
 pytest_plugins = ("tests.command_runs",)
 

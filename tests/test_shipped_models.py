@@ -45,6 +45,7 @@ def test_its_figures_stand_in_the_file():
   assert round(100 * found["generated"]["acc1_unseen"], 1) == value("generated_unseen")
 
 
+@pytest.mark.slow
 def test_it_names_what_it_never_saw_and_what_it_draws():
   """By chance it names a sixty-fourth. Processors round differently: a few of the images may change sides."""
   model = diffdis_jax.load(NAME)

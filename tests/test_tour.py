@@ -22,6 +22,8 @@ from docs import tour_page
 from tests import pages
 from tests.command_runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("tests.command_runs",)
 
 PICTURES = 8  # of its cells

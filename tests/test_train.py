@@ -232,6 +232,7 @@ def test_the_step_of_the_best_recorded_metric_is_kept(watched_run, recorded):
   assert last == WATCHED and by_step[best] == min(by_step.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "flags, message",
   [
@@ -301,6 +302,7 @@ def test_a_workdir_of_another_config_names_every_field_and_both_values(joint_run
   refused(config, pathlib.Path(joint_run), message)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_longer_ends_in_the_bits_of_one_that_was_as_long(tmp_path, caplog):
   """With rates that do not fall, so that its length changes nothing before its end."""
   caplog.set_level(logging.INFO)
@@ -373,6 +375,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
   assert not list((tmp_path / "checkpoints").glob("*tmp*"))
 
 
+@pytest.mark.slow
 def test_accuracy_falls_to_chance_with_images_shuffled_against_labels():
   """The leak test: whatever else than an image's pixels tells its label would keep accuracy up.
 

@@ -13,6 +13,8 @@ import pytest
 from diffdis_jax.common import cli, one_file
 from tests.command_runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:

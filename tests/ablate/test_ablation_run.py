@@ -246,6 +246,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_lets_the_run_save(tmp_path):
   (tmp_path / "saving.py").write_text(SAVING)
   (tmp_path / "all.py").write_text(ALL)

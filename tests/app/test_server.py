@@ -12,8 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 
 from tests.served_app import started
+
+pytestmark = pytest.mark.slow
 
 REQUESTS, AT_ONCE = 200, 10
 GROWTH = 20  # MB that may be added after the first quarter

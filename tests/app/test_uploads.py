@@ -23,6 +23,7 @@ def test_an_image_is_read_as_evaluations_cut_it(tmp_path):
   np.testing.assert_array_equal(module.read_square(path, 8), np.asarray(expected))
 
 
+@pytest.mark.slow
 def test_a_decoding_that_takes_too_long_is_ended(tmp_path, monkeypatch):
   path = pictures.write(tmp_path, "a.png", pictures.png(20, 10))
   monkeypatch.setattr(module, "_DECODER", module._DECODER.replace("records.read_image(", "[[] for _ in iter(int, 1)]("))

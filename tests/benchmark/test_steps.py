@@ -18,6 +18,8 @@ from tests import tiny
 from tests.command_runs import call
 from tests.steps import make_mesh
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("tests.command_runs",)
 
 

@@ -111,7 +111,7 @@ def run(folder, *flags: str, **environment: str) -> tuple[int, str, str]:
 def test_a_good_command_line_is_quiet_and_has_its_overrides(folder):
   flags = ["--config=tiny.py:runlocal,gamma=2", "--workdir=good"]
   overrides = ["--config.optim.rate=1", "--config.optim.betas=(0, 1)", "--config.init_from=X"]
-  code, out, err = run(folder, *flags, *overrides, XDG_CACHE_HOME=str(folder / "home"))
+  code, out, err = run(folder, *flags, *overrides, XDG_CACHE_HOME=str(folder / "home"), JAX_COMPILATION_CACHE_DIR="")
   assert (code, err) == (0, "")
   cache, _, config = out.partition(" ")
   assert cache == f"{folder}/home/diffdis_jax/jax"
@@ -127,6 +127,7 @@ def test_the_cache_folder_can_be_chosen(folder):
 GOOD = ("--config=tiny.py", "--workdir=run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "flags, message",
   [
@@ -174,11 +175,13 @@ def test_bad_input_is_one_line(folder, flags, message):
   assert not (folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_on_which_launchers_try_again(folder):
   said = "error: No space left on device (run/file); make room, and run the same command again\n"
   assert run(folder, *GOOD, "--fail=full") == (1, "", said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, said", [("net", "Connection refused"), ("server", "Forbidden: b/run someone does not")])
 def test_what_may_pass_is_one_line_on_which_launchers_try_again(folder, kind, said):
   code, out, err = run(folder, *GOOD, f"--fail={kind}")
@@ -186,12 +189,14 @@ def test_what_may_pass_is_one_line_on_which_launchers_try_again(folder, kind, sa
   assert err.startswith("error: ") and said in err
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_traceback(folder):
   code, _, err = run(folder, *GOOD, "--fail=bug")
   assert code == 1
   assert "Traceback" in err and "RuntimeError: a bug" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "kind, code, message", [("bug", 1, "RuntimeError: a bug"), ("user", 2, "error: first line second line\n")]
 )
@@ -238,6 +243,7 @@ def helps() -> dict[str, str]:
   return {command: text for command, (_, text) in zip(COMMANDS, answers, strict=True)}
 
 
+@pytest.mark.slow
 def test_every_help_begins_with_its_command_and_an_example_whose_flags_exist():
   for command, shown in helps().items():
     assert " ".join(shown.split()).startswith(main_module.commands()[command]), shown
@@ -249,6 +255,7 @@ def test_every_help_begins_with_its_command_and_an_example_whose_flags_exist():
     assert "quiet" in names and not names & {"alsologtostderr", "verbosity", "tfds_dir"}
 
 
+@pytest.mark.slow
 def test_a_flag_that_a_command_needs_is_named_where_it_is_missing(tmp_path):
   lines = [(command, *line.split()) for (command, _), (line, _) in ASKED_FOR.items()]
   for (name, (_, message)), (code, error) in zip(
@@ -258,6 +265,7 @@ def test_a_flag_that_a_command_needs_is_named_where_it_is_missing(tmp_path):
   assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_the_version_of_every_command(capsys):
   expected = f"diffdis_jax {diffdis_jax.__version__}\n"
   assert said(*[(command, "--version") for command in COMMANDS]) == [(0, expected)] * len(COMMANDS)
@@ -296,6 +304,7 @@ def test_nobody_who_reads_what_is_said_is_no_error(command):
   assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+@pytest.mark.slow
 def test_quiet_leaves_warnings(folder):
   code, out, err = run(folder, *GOOD, "--quiet", "--say")
   assert code == 0 and "a warning" in err and "host 0 of 1" not in err

@@ -114,6 +114,7 @@ def test_text_that_unpacks_to_much_is_a_corrupt_image():
     records.read_image(png[:33] + whole + png[33:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["1", "RGBA", "I;16"])
 def test_memory_of_a_decode_at_the_limit(tmp_path, mode):
   """These took 1.1 to 1.6 GB at 88 million pixels; the file has some kilobytes."""

@@ -435,6 +435,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_run_that_is_killed():
   """Else they wait for ever with a full queue, and the next start has its own beside them."""
   env = {**os.environ, "PYTHONPATH": str(ROOT)}

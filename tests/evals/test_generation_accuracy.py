@@ -55,6 +55,7 @@ def of_shapes():
   return evals.create("generation_accuracy", per_class=2)
 
 
+@pytest.mark.slow
 def test_renders_of_what_was_asked_for_are_accurate(of_shapes):
   metrics = of_shapes.run(Renderer(), {})
   assert metrics["judge_acc1"] >= 0.99

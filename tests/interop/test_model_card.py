@@ -18,6 +18,8 @@ from tests.hub_server import Hub
 from tests.interop.test_torch_pipeline import export_config, export_of
 from tests.test_requirements import EXTRAS
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("tests.hub_server",)
 
 # Not to be imported, since a PyTorch user has none of them.

@@ -8,6 +8,8 @@ import pytest
 
 from tests.launch.programs import Programs
 
+pytestmark = pytest.mark.slow
+
 yaml = pytest.importorskip("yaml")
 TPU_NODES = "{cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 8x8}"
 SETTINGS = {"NAME": "run", "IMAGE": "image:1", "HOSTS": "16", "CHIPS": "4", "RESOURCE": "google.com/tpu"}

@@ -14,6 +14,8 @@ import pytest
 
 from tests.launch.programs import ROOT, wait_for
 
+pytestmark = pytest.mark.slow
+
 # A process of a run. FOLDER/plan says, attempt by attempt, what process 1 does; process 0 runs until it is asked to
 # stop, and saves then, which the plan's word "stubborn" denies it. Without a plan left, both finish.
 PROCESS = """

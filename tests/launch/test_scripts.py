@@ -17,6 +17,8 @@ from diffdis_jax.common import buckets
 from diffdis_jax.preflight import targets
 from tests.launch.programs import ROOT, Programs
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("tests.bucket_server",)
 SCRIPTS = sorted(path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch"))
 FLAGS = sorted((ROOT / "launch/flags").iterdir())

@@ -10,6 +10,8 @@ import pytest
 
 from tests.launch.programs import ROOT, Answer, Programs
 
+pytestmark = pytest.mark.slow
+
 TRAIN = ["python", "-m", "diffdis_jax.train", "--workdir=/runs/a", "--config.a=x 'y'"]
 SRUN = ["srun", "--wait=60", "--kill-on-bad-exit=0", "--label", *TRAIN]
 REQUEUE = ["scontrol", "requeue", "17"]

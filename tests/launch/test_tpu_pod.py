@@ -13,6 +13,8 @@ import pytest
 from tests.interrupting import is_alive, not_ignored
 from tests.launch.programs import ROOT, Answer, Programs, wait_for
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"NAME": "run", "ZONE": "us-west4-a", "TYPE": "v5litepod-64", "RUNTIME": "v2", "POLL": "0"}
 TRAIN = ["python", "-m", "diffdis_jax.train", "--workdir=gs://bucket/run", "--config.a=x 'y'"]
 STATE, RUN, DONE = "queued-resources describe", "DIFFDIS_LAUNCHED=1", "grep -qx"

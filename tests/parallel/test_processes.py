@@ -26,6 +26,8 @@ from tests import command_runs, steps
 from tests.command_runs import ROOT
 from tests.interrupting import not_ignored
 
+pytestmark = pytest.mark.slow
+
 NOTHING = {"coordinator_address": None, "num_processes": None, "process_id": None}
 SLURM = {"SLURM_JOB_ID": "5000", "SLURM_STEP_NODELIST": "gpu[007-009,12],big1", "SLURM_STEP_NUM_TASKS": "5"}
 SLURM |= {"SLURM_STEP_NUM_NODES": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "0"}

@@ -73,6 +73,7 @@ def assert_same(found: Measured, expected: Measured, name: str) -> None:
     assert error < 1e-3, f"{name}: {path}: {error:.1e}"
 
 
+@pytest.mark.slow
 def test_five_joint_steps_on_eight_devices_equal_those_on_one():
   expected, *found = measure_on((1, 1, 1), *IN_CI)
   assert len(set(expected.losses[:, 0])) == STEPS
@@ -80,6 +81,7 @@ def test_five_joint_steps_on_eight_devices_equal_those_on_one():
     assert_same(each, expected, str(shape))
 
 
+@pytest.mark.slow
 def test_attention_at_several_levels_on_eight_devices_equals_that_on_one():
   """Losses and gradients of discrimination, whose text token joins the image's at two levels and in the middle."""
   shapes = [(2, 2, 2), (1, 1, 8)]

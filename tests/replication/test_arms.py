@@ -19,6 +19,8 @@ from replication.measured import records, replication
 from tests import pages, tiny
 from tests.ablate.synthetic import write
 
+pytestmark = pytest.mark.slow
+
 BASE = "tests/tiny.py"
 CLAIM = dict(row="after", base="alone", column="test/acc1", bound=3.0)
 ARMS = (

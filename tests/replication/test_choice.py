@@ -12,6 +12,8 @@ from diffdis_jax.evals import tasks as evals
 from replication import choice
 from replication.scenes import KINDS
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 16
 
 

@@ -9,6 +9,8 @@ from scipy import stats
 from diffdis_jax.ablate import significance
 from replication import claims
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("mean", [0.0, 1.0, -1.0, 4.0])
 def test_equivalence_is_two_one_sided_tests_of_scipy(mean):

@@ -11,6 +11,8 @@ import pytest
 
 from tests.command_runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("tests.command_runs",)
 BASE = "--base=tests/tiny_ablation.py"
 SCENES, EXPERIMENTS = "replication/configs/scenes.py", "replication/configs/experiments.py"

@@ -16,6 +16,8 @@ from tests.models import networks
 from tests.models.test_parity_clip import boxes, random_images, torch_of
 from tests.steps import network_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("parts", [0, 2])
 def test_it_equals_torch_in_float64(parts):

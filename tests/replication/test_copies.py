@@ -7,6 +7,8 @@ import pytest
 
 from replication import copies
 
+pytestmark = pytest.mark.slow
+
 
 def brute_force(images, labels, training, training_labels) -> float:
   """The share by the definition, in Python's whole numbers."""

@@ -11,6 +11,8 @@ from diffdis_jax.evals import tasks as evals
 from replication import label_judge
 from tests.replication.test_label_judge import SPLITS, Painter, paint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def evaluation(monkeypatch):

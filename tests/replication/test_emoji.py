@@ -20,6 +20,8 @@ from replication import emoji, emoji_packages
 from tests.raw_pairs import load
 from tests.replication.emoji_packages import write_packages
 
+pytestmark = pytest.mark.slow
+
 COUNTS = {"train": 5_726, "val_vendor": 895, "val_concepts": 757, "test_vendor": 1_364}
 # As first published: SHA-256 of the captions of a split, one a line.
 CAPTIONS = {

@@ -18,6 +18,8 @@ from replication import arms
 from replication.configs import emoji, experiments, scenes
 from replication.measured import replication as page
 
+pytestmark = pytest.mark.slow
+
 PAGE = (pathlib.Path(__file__).parents[2] / "replication/protocol.md").read_text()
 SCENES, EMOJI, SHAPES_LT = (
   "replication/configs/scenes.py:measured=test",

@@ -13,6 +13,8 @@ import pytest
 from replication.figures import __main__ as figures
 from replication.figures import measure_demo, plots, style
 
+pytestmark = pytest.mark.slow
+
 SVG = "{http://www.w3.org/2000/svg}"
 
 

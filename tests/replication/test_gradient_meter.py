@@ -15,6 +15,8 @@ from replication import gradient_meter
 from tests import steps
 from tests.models.networks import random_params
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("tests.untrained",)
 # Of each block a path's beginnings, and which gradients it has.
 BLOCKS = {

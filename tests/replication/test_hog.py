@@ -10,6 +10,8 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import tasks as evals
 from replication import hog
 
+pytestmark = pytest.mark.slow
+
 
 def smooth(seed: int, n: int = 3) -> np.ndarray:
   rng = np.random.default_rng(seed)

@@ -15,6 +15,8 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import tasks as evals
 from replication import label_judge
 
+pytestmark = pytest.mark.slow
+
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "grey": (120, 120, 120)}
 
 

@@ -15,6 +15,8 @@ from replication import emoji as prepared
 from replication import measure_emoji as emoji
 from tests.replication.emoji_packages import CONCEPTS, write_packages
 
+pytestmark = pytest.mark.slow
+
 SIZE = 8
 NAMES = [label.replace(":", "") for _, label, _ in CONCEPTS.values()]
 COLOURS = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for _, _, colour in CONCEPTS.values()])

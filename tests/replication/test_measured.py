@@ -12,6 +12,8 @@ from scipy import stats
 from diffdis_jax.errors import UserError
 from replication.measured import paired, records, replication, tables
 
+pytestmark = pytest.mark.slow
+
 SHAPES = [name for name, measured in paired.TABLES.items() if measured.topic == "shapes"]
 LOG = sorted(path for path in (tables.ROOT / "replication/log").glob("*.md") if path.name != "index.md")
 

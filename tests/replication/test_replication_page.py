@@ -14,6 +14,8 @@ from replication.figures import forest, plots
 from replication.measured import replication
 from tests.replication.test_figures import check_a_phone_can_read
 
+pytestmark = pytest.mark.slow
+
 COLUMN = "test_unseen/acc1"
 FIGURES = {
   "both": (54.0, 55.5, 56.0, 54.5, 55.0),

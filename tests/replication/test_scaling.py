@@ -14,6 +14,8 @@ from replication import scaling
 from replication.scaling import Plan
 from tests.replication.test_commands import command
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ("tests.command_runs",)
 
 GIB = 2**30

@@ -15,6 +15,8 @@ from diffdis_jax.evals import tasks as evals
 from replication import scene_judge, scenes
 from replication.scenes import CONVERSES, RELATIONS, Scene
 
+pytestmark = pytest.mark.slow
+
 STAR, RING, HEART = ("red", "star"), ("blue", "ring"), ("green", "heart")
 
 

@@ -11,6 +11,8 @@ from diffdis_jax.errors import UserError
 from replication import scenes
 from replication.scenes import SPLITS, Scene, scenes_of
 
+pytestmark = pytest.mark.slow
+
 MEASURED = [split for split in SPLITS if split not in ("train", "all")]
 CHOICES = [split for split in SPLITS if split.startswith("choice_")]
 

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.command_runs import ROOT
 
 _STACK = """
@@ -27,6 +29,7 @@ cli.run(train.main)
 """
 
 
+@pytest.mark.slow
 def test_few_frames_stand_between_the_command_and_algorithm_1(tmp_path):
   allowed = "--config.optim.allow_uninitialized=."
   command = [sys.executable, "-c", _STACK, "--config=tests/tiny.py", f"--workdir={tmp_path}/run", allowed]

@@ -47,6 +47,7 @@ def prepare(config):
   return Trainer(run, sharding.make_mesh(**vars(run.mesh)))
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monkeypatch):
   config = tiny.get_config("autoencoder")
   config.update(num_steps=6, save_every=3, log_every=3)
@@ -81,6 +82,7 @@ class TwoProcesses:
     return (lambda: 2) if name == "process_count" else getattr(jax, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, saved", [(evaluator.UnknownMetric, 4), (UserError, 3)])
 def test_several_processes_save_what_all_of_them_refuse_alike(tmp_path, monkeypatch, kind, saved):
   """Of a damaged record only those know that have read it, while the others wait for them."""

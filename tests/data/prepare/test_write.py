@@ -76,6 +76,7 @@ def test_prepared_pairs_read_back(raw, tmp_path):
   assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_records(raw, tmp_path):
   reports = [prepare(raw, tmp_path / name, num_processes=n) for name, n in (("one", 1), ("two", 2))]
   assert reports[0] == reports[1]
@@ -218,6 +219,7 @@ write.prepare(parts.tars(pathlib.Path(sys.argv[2])), pathlib.Path(sys.argv[3]))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_it_ends_in_the_same_records(many, tmp_path):
   """The second kill hits the moving of the parts. Those that were moved are made again."""
   prepare(many, tmp_path / "whole")
@@ -254,6 +256,7 @@ def unhurried(tmp_path_factory):
   return {**os.environ, "PYTHONPATH": f"{folder}:{pathlib.Path(__file__).parents[3]}:{known}"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_is_one_line_and_the_same_command_goes_on(many, tmp_path, unhurried, number):
   """From a terminal or a scheduler it reaches the workers as well; SIGKILL, as for memory, one of them alone."""
