@@ -31,6 +31,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,12 @@ from diffdis_jax.data.prepare.write import PAIRS, DataSet, Report, Stage, prepar
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
 
+# name -> the config that trains on it, up to its folder
+NEXT = {
+  **dict.fromkeys(("files", "folder"), "own:path="),
+  **dict.fromkeys(("pairs", "cc3m"), "diffdis_cc3m:path="),
+  "latents": "diffdis_cc3m:latents=",
+}
 # name -> how its raw data are found, what it is
 DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], DataSet]] = {
   "files": (lambda source: own.find_parts(source, _asked()), own.OWN),
@@ -125,7 +132,9 @@ def main(argv: list[str]) -> None:
   else:
     write = functools.partial(write_pairs, name, buckets.local(_given("source", name), "--source"))
   decide = {flag: FLAGS[flag].value for flag in TAKERS if flag not in _HOW}
-  publish(write, _given("out", name), asked={"data set": name, **decide})
+  publish(write, out := _given("out", name), asked={"data set": name, **decide})
+  if name in NEXT:
+    logging.info("to train on it: diffdis train --config=%s --workdir=RUN", shlex.quote(NEXT[name] + out))
 
 
 def _name(words: Sequence[str]) -> str:

@@ -224,12 +224,16 @@ def items(source: pathlib.Path, listed: Sequence[str], names: Sequence[str], ask
     folder, column, captions = posixpath.dirname(table), "", ()
     for number, row in enumerate(_list(source / table), 1):
       if not found or not column:
-        column = next((name for name in FILES if name in row), "")
+        usual = [name for name in FILES if name in row]
+        column = next((name for name in (*usual, *row) if form(posixpath.join(folder, f"{row[name]}")) in there), "")
+        column = column or next(iter(usual), "")
         if not column:
           raise UserError(
             f"{source / table} has no column of files, such as {FILES[0]}; its columns are {', '.join(row)}"
           )
-        captions = caption_fields(f"{source / table}", [name for name in row if name != column], asked)
+        others = [name for name in row if name != column]
+        is_clear = len(others) == 1 and not asked.caption_fields
+        captions = (others[0],) if is_clear else caption_fields(f"{source / table}", others, asked)
       file = row.get(column)
       if not isinstance(file, str) or not file:
         raise UserError(f"{source / table}, row {number} has no {column}; its columns are {', '.join(row)}")

@@ -188,6 +188,17 @@ def rows(count: int = COUNT) -> list[dict]:
   return [{"file_name": f"images/{i}.png", "text": f"picture {i}", "short": f"{i}", "stars": i} for i in range(count)]
 
 
+@pytest.mark.parametrize("more, flags", [("", {}), (",7", {"caption_fields": ("beschreibung",)})])
+def test_a_table_with_headings_of_its_own(tmp_path, more, flags):
+  """A column whose first value is a picture there has the files; the only other one has the captions."""
+  for i in range(4):
+    put(tmp_path / "raw" / f"{i}.png", picture(i))
+  rows = "".join(f"{i}.png,bild {i}{more}\n" for i in range(4))
+  put(tmp_path / "raw" / "tabelle.csv", f"bild,beschreibung{',n' if more else ''}\n{rows}")
+  prepared(tmp_path / "raw", tmp_path / "out", held_out=0, **flags)
+  assert captions(tmp_path / "out", "train") == {f"{i}.png": f"bild {i}" for i in range(4)}
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_hugging_faces_metadata(tmp_path, kind):
   source = tmp_path / "raw"
