@@ -11,7 +11,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Python keeps what it compiles, also where the environment says otherwise: a command's imports take half as long then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo shapes test test-all test-slow check engines lint docs figures lock clean
+.PHONY: demo shapes test test-all test-slow check mutations engines lint docs figures lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
@@ -66,6 +66,10 @@ EQUATIONS := method/test_schedules.py method/test_samplers.py method/test_losses
   models/test_attention.py models/test_layers.py training/test_step.py::test_joint_loss_is_the_equations_on_the_same_keys
 check: lint
 	$(PYTEST) tests/test_imports.py $(addprefix tests/,$(EQUATIONS))
+
+# Forty changes of the equations, drawn at random, of which the tests must find nearly all; half a minute each.
+mutations: $(VENV)/.installed-test
+	$(BIN)/python tests/mutate.py --count=40
 
 # The launchers under real engines, as root, in minutes. What is not installed is skipped, with the line that installs it.
 engines: $(VENV)/.installed-test
