@@ -45,12 +45,6 @@ def test_the_book_is_short():
   assert sum(counts.values()) <= MOST_WORDS["book"], counts
 
 
-@pytest.mark.parametrize("path", [README, *pages.DOCS], ids=name_of)
-def test_no_line_of_prose_begins_with_a_comment(path):
-  """With which Markdown ends the paragraph before it."""
-  assert re.findall(r"^\s*<!--=.*", path.read_text(encoding="utf-8"), re.M) == []
-
-
 def test_every_page_is_in_the_navigation_once():
   def of(entries: list) -> Iterator[str]:
     for entry in entries:

@@ -41,11 +41,6 @@ def texts() -> list[tuple[pathlib.Path, str]]:
   return found
 
 
-def test_nobody_is_sent_to_an_index_for_the_project():
-  as_from_an_index = re.compile(r"""install\b[^\n]*[ '"]diffdis[-_]jax\b(?!/)""")
-  assert [path.name for path, text in texts() if as_from_an_index.search(text)] == []
-
-
 def test_every_extra_that_is_named_exists():
   named = {(path.name, extra) for path, text in texts() for extra in re.findall(r"""['"]\.\[([\w,]+)\]""", text)}
   assert {extra for _, extra in named} >= {"app", "torch", "tpu", "cuda", "tour", "wandb"}

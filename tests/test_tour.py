@@ -6,20 +6,15 @@ from __future__ import annotations
 import base64
 import io
 import json
-import pathlib
 import re
-import shutil
-from types import SimpleNamespace
 
 import nbclient
 import nbformat
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from docs import tour_page
-from tests import pages
 from tests.command_runs import ROOT
 
 pytestmark = pytest.mark.slow
@@ -73,25 +68,6 @@ def test_the_site_shows_it_as_a_page(notebook):
   page = tour_page.markdown(json.loads((ROOT / "docs" / "tour.ipynb").read_text()))
   assert page.startswith("# ") and page.count("```python\n") == sum(cell.cell_type == "code" for cell in notebook.cells)
   assert page.count('src="data:image/png;base64,') == PICTURES and "top-1 of 64 classes" in page
-
-
-def test_what_it_writes_beside_itself_is_no_page(notebook):
-  """Or else the tests and the site would take the export's model card for one, and git the weights."""
-  assert any('OUT = pathlib.Path("tour")' in cell.source for cell in notebook.cells)
-  assert pages.WRITTEN == ROOT / "docs" / "tour"
-  assert "/docs/tour/" in (ROOT / ".gitignore").read_text().splitlines()
-  assert "tour/" in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["exclude_docs"].split()
-
-
-def test_an_export_of_the_run_as_it_was_before_is_made_again(notebook, tmp_path):
-  """Of a run that was stopped, and has gone on since, PyTorch's images would be others than JAX's."""
-  (cell,) = (cell.source for cell in notebook.cells if "export_weights.export_weights(" in cell.source)
-  lines = cell[cell.index("disable_progress_bar()\n") : cell.index("pipeline = ")].partition("\n")[2]
-  (old := tmp_path / "export" / "old").parent.mkdir()
-  old.touch()
-  verb = SimpleNamespace(export_weights=lambda run, out: pathlib.Path(out, "new").mkdir(parents=True))
-  exec(lines, {"OUT": tmp_path, "export_weights": verb, "shutil": shutil})
-  assert [path.name for path in (tmp_path / "export").iterdir()] == ["new"]
 
 
 @pytest.fixture

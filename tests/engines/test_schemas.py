@@ -67,22 +67,6 @@ def test_kubernetes_and_jobset_know_what_kubectl_is_given(manifests, settings):
   assert done.stdout.startswith("Kubernetes 1.31 and 1.") and text.count("kind: Secret") == ("ENV" in settings)
 
 
-@pytest.mark.parametrize(
-  "old, new, said",
-  [
-    ("podReplacementPolicy:", "podReplacement:", "'podReplacement' was unexpected"),
-    ("containerPort: 8476", 'containerPort: "8476"', "'8476' is not of type 'integer'"),
-    ("maxRestarts:", "maxRestart:", "JobSet knows of"),
-    ("name: badInputOrInterrupt", "names: badInput", "failurePolicy.rules.0.name"),
-  ],
-)
-def test_what_they_do_not_know_is_noticed(manifests, old, new, said):
-  text = manifests()
-  assert text.count(old) == 1
-  done = check("kubernetes", text.replace(old, new))
-  assert done.returncode == 1 and said in done.stderr
-
-
 def test_kubectl_knows_what_it_is_told(tmp_path):
   """It looks at flags and YAML before it looks for a cluster, of which there is none."""
   if (kubectl := shutil.which("kubectl")) is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from scipy import stats
@@ -12,7 +11,6 @@ from scipy import stats
 from replication import claims as judging
 from replication.figures import forest, plots
 from replication.measured import replication
-from tests.replication.test_figures import check_a_phone_can_read
 
 pytestmark = pytest.mark.slow
 
@@ -106,15 +104,6 @@ def test_a_run_that_experiments_share_keeps_the_minutes_of_the_first(found):
   assert kept["runs"] == found["runs"] and kept["records"][f"e3/both/{COLUMN}"] == base
   again = replication.merged(kept, {**new, "settings": {"e1": {}}, "records": {}, "claims": {"e1": []}})
   assert again["runs"]["both-0"]["minutes"] == 4.0, "since e3 has it too"
-
-
-@pytest.mark.parametrize("draw", [forest.replication_forest, plots.replication_minutes])
-def test_figures_can_be_read(found, draw):
-  svg = draw(found).svg()
-  check_a_phone_can_read(svg)
-  words = ["".join(each.itertext()) for each in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
-  assert any("E1: " in each for each in words)
-  assert draw is forest.replication_forest or any("3  discrimination as long as both" in each for each in words)
 
 
 def test_the_forest_has_the_intervals_and_the_minutes_have_the_seeds(found):
