@@ -36,7 +36,7 @@ TESTS = {
   "method/schedules.py": "method/test_schedules.py method/test_samplers.py",
   "method/step_noise.py": "method/test_algorithms.py method/test_diffdis.py test_inference.py evals",
   "training/losses.py": "training/test_contrastive.py training/test_step.py training/test_metrics.py",
-  "training/long_tail.py": "training/test_long_tail.py",
+  "training/long_tail.py": "training/test_mixing.py training/test_long_tail.py",
   "training/optim.py": "training/test_optim.py training/test_step.py",
 }
 OPPOSITE = {
