@@ -56,6 +56,8 @@ README_TRAINS = "python -m diffdis_jax.train --config=diffdis_cc3m:runlocal --wo
 RUN_SLOWLY: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --out=": ("", ("emoji.json",)),
   "python -m diffdis_jax.evaluate --workdir=runs/demo/diffdis --tasks=zero_shot": ("", ("F.json",)),
+  "python -m diffdis_jax.evaluate --workdir=shapes --tasks=zero_shot": ("--out=S.json", ("S.json",)),
+  "python -m diffdis_jax.evaluate --workdir=RUN --tasks=generation_accuracy --out=": ("--out=G.json", ("G.json",)),
   README_TRAINS: ("", ("RUN/samples/samples_00000020.png", "RUN/checkpoints/20/commit_success.txt")),
   "python -m diffdis_jax.train --config=shapes:autoencoder --workdir=runs/lt/autoencoder": (SHORT, ()),
   "python -m diffdis_jax.train --config=shapes --workdir=runs/lt/diffdis": (SHORT, ()),
@@ -68,6 +70,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
   "is these tests themselves, and needs their extras": (
     "make test",
     "make check",
+    "make mutations",
     "make lint",
     "make docs",
     "make figures",
@@ -117,7 +120,6 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.train --workdir=RUN --config=clip_cc3m",
     "python -m diffdis_jax.train --config=NAME --workdir=RUN --eval=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --data=",
-    "python -m diffdis_jax.evaluate --workdir=RUN --tasks=generation_accuracy --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=fid --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=median_rank --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --suite=",
