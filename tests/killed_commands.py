@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 import sys
@@ -18,7 +17,7 @@ from diffdis_jax.evals import results
 from diffdis_jax.run import digests, restore, workdir
 from tests import benchmark_sets
 from tests.command_runs import call, joint_flags
-from tests.data.prepare import test_own_pictures, test_published
+from tests.data.prepare import test_own_pictures
 from tests.raw_pairs import picture, write_tar
 from tests.report import written_run
 from tests.test_ablate import BASE
@@ -70,37 +69,14 @@ def simple(kills: int, command: Sequence[str], name: str = "out") -> Case:
 # --- prepare_data: raw data are written into a folder, and the command's words are returned ---
 
 
-def _pictures(raw: pathlib.Path, *names: str) -> None:
-  for i, name in enumerate(names):
-    test_own_pictures.put(raw / name, picture(i))
-
-
 def files_beside(raw: pathlib.Path) -> list[str]:
   test_own_pictures.beside(raw)
-  return ["files"]
-
-
-def files_jsonl(raw: pathlib.Path) -> list[str]:
-  _pictures(raw, *(f"images/{i}.png" for i in range(COUNT)))
-  rows = test_own_pictures.rows(COUNT)
-  (raw / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  return ["files"]
-
-
-def files_csv(raw: pathlib.Path) -> list[str]:
-  _pictures(raw, *(f"{i}.png" for i in range(COUNT)))
-  (raw / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.png,picture {i}\n" for i in range(COUNT)))
   return ["files"]
 
 
 def files_parquet(raw: pathlib.Path) -> list[str]:
   for shard in ("00000", "00001"):
     test_own_pictures.write_table(raw / f"{shard}.parquet", "img2dataset")
-  return ["files"]
-
-
-def files_arrow(raw: pathlib.Path) -> list[str]:
-  test_own_pictures.rows_of(COUNT).save_to_disk(str(raw))
   return ["files"]
 
 
@@ -111,40 +87,12 @@ def pairs(raw: pathlib.Path) -> list[str]:
   return ["pairs"]
 
 
-def cc3m(raw: pathlib.Path) -> list[str]:
-  pairs(raw)
-  return ["cc3m", "--short_side=6"]
-
-
-def coco(raw: pathlib.Path) -> list[str]:
-  benchmark_sets.write_coco(raw, {i: [f"a {i}", f"b {i}"] for i in range(COUNT)}, "captions_val2014.json")
-  return ["coco"]
-
-
-def flickr30k(raw: pathlib.Path) -> list[str]:
-  _pictures(raw, *(f"images/{i}.png" for i in range(COUNT)))
-  images = [test_published.karpathy("train" if i % 4 else "test", f"{i}.png", i) for i in range(COUNT)]
-  (raw / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
-  return ["flickr30k"]
-
-
-def folder(raw: pathlib.Path) -> list[str]:
-  _pictures(raw, *(f"class {i % 3}/{i}.png" for i in range(COUNT)))
-  return ["folder"]
-
-
-def torchvision_pets(raw: pathlib.Path) -> list[str]:
-  benchmark_sets.pets(raw)
-  return ["torchvision", "pets"]
-
-
 def torchvision_dtd(raw: pathlib.Path) -> list[str]:
   benchmark_sets.dtd(raw)
   return ["torchvision", "dtd"]
 
 
-READERS = [files_beside, files_jsonl, files_csv, files_parquet, files_arrow, pairs, cc3m, coco, flickr30k, folder]
-READERS += [torchvision_pets, torchvision_dtd]
+READERS = [files_beside, files_parquet, pairs, torchvision_dtd]  # one of each kind; all write by prepare/write.py
 
 
 def prepared(kills: int, command: Sequence[str]) -> Case:
@@ -168,7 +116,7 @@ def of_reader(write: Callable[[pathlib.Path], list[str]]) -> Callable[[pytest.Fi
     del request
     words = [*write(raw), f"--source={raw}", f"--out={OUT}"]
     words.append("--num_processes=2" if write is pairs else "--num_processes=1")
-    return prepared(2, module("prepare_data", *words))
+    return prepared(6, module("prepare_data", *words))
 
   return make
 
