@@ -103,7 +103,6 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.train ...",
   ),
   "needs an extra": (
-    "python -m diffdis_jax.app --workdir=RUN",
     "python -m diffdis_jax.app --workdir=shapes",
     "python -m diffdis_jax.train ... --tracker=wandb",
   ),
