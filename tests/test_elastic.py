@@ -137,10 +137,10 @@ def test_totals_keep_their_bits_through_json(config):
   rng, run = np.random.default_rng(0), Run.of(config)
   pairs = rng.normal(size=(100, 2)).astype(np.float32)
   totals = {f"m{i}": Average(total=total, count=count) for i, (total, count) in enumerate(pairs)}
-  meters = Meters(run, start_step=0, meta={}, peak_rate=None)
+  meters = Meters(run, start_step=0, meta={})
   meters.add(1, totals)
   meta = json.loads(json.dumps(meters.to_meta()))
-  resumed = Meters(run, start_step=1, meta=meta, peak_rate=None)
+  resumed = Meters(run, start_step=1, meta=meta)
   assert resumed.to_meta() == meta and len(meta["totals"]) == 100
   assert meta["totals"] == {name: [float(x.total), float(x.count)] for name, x in totals.items()}
 
