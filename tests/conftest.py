@@ -3,7 +3,6 @@
 `make test` runs what is marked neither `slow` nor `full`, CI what is not marked `full`, `make test-all` everything.
 """
 
-import contextlib
 import gc
 import hashlib
 import importlib.metadata
@@ -77,27 +76,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         entry.unlink()
 
 
-@contextlib.contextmanager
-def limited(item: pytest.Item) -> Iterator[None]:
-  """Fail a case that takes longer than MOST_SECONDS, unless it is marked slow or full."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+  """Fail a case that takes longer than MOST_SECONDS, beside the runs that it shares, unless it is marked."""
   before = sum(os.times()[:4])
-  yield
+  result = yield
   seconds = sum(os.times()[:4]) - before
   longer = item.get_closest_marker("slow") or item.get_closest_marker("full")
   if seconds > MOST_SECONDS and not longer:
     pytest.fail(f"{seconds:.0f} s of CPU time; mark it slow, or make it take {MOST_SECONDS} s at most", pytrace=False)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-  with limited(item):
-    return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-  with limited(item):
-    return (yield)
+  return result
 
 
 @pytest.fixture(autouse=True)

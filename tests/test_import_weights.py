@@ -140,6 +140,7 @@ def differing(one: Params, other: Params) -> set[str]:
   return {path for path in one if not np.array_equal(one[path], other[path])}
 
 
+@pytest.mark.slow
 def test_what_an_import_did_not_load_is_drawn_by_the_runs_own_seed(imported, trainer, tmp_path):
   saved, origin = restore.restore_params(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
   first, second = (started(imported, tmp_path / str(seed), trainer, seed=seed) for seed in (0, 1))

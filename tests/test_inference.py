@@ -63,6 +63,7 @@ def test_programs_are_traced_for_the_devices_of_the_mesh(monkeypatch):
     assert asked and not any(asked)
 
 
+@pytest.mark.slow
 def test_a_network_trained_with_rematerialisation_samples_alike(inference):
   params, images = params_of(inference), BATCH.image[:4]
   other = make(generation_steps=3, generation_guidance=2.0, changes={"model.remat": "full"})
@@ -154,6 +155,7 @@ def test_several_steps_noise_samples_and_guidance_are_ddim_by_hand(target, norma
   np.testing.assert_allclose(found, unit(np.mean(draws, axis=0)), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_one_step_gives_the_same_whether_the_query_is_normalised_in_it_or_not():
 
   def embed(**sampling) -> np.ndarray:

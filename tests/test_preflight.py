@@ -71,6 +71,7 @@ def test_accumulated_steps_are_traced_with_as_many_operations():
   assert trace(**{"optim.accumulate": 2}).operations == once.operations
 
 
+@pytest.mark.slow
 def test_a_program_is_rematerialised_as_its_config_says():
   """And not as that in which operations are counted, whose config once shared its sections with it."""
   config, mesh = steps.make_config("discrimination", **{"model.remat": "full"}), steps.make_mesh()

@@ -349,6 +349,7 @@ def test_a_damaged_record_file_costs_its_records_alone(prepared):
   assert 0 < sum(batch[SUBSTITUTED].sum() for batch in batches) < 60
 
 
+@pytest.mark.slow
 def test_saved_position_resumes_with_workers(tmp_path, prepared):
   """Over an epoch's border, which lies within batch 3."""
   source = sources.open_source(name="pairs", path=prepared, image_size=8)

@@ -113,6 +113,7 @@ def test_a_residual_on_a_mesh_with_three_axes():
   np.testing.assert_allclose(residual(x, a, b), x @ a + (x @ a) @ b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_parameters_are_born_sharded_and_their_state_lies_with_them():
   config = steps.make_config("discrimination")
   mesh = steps.make_mesh(2, 2, 2)
@@ -225,6 +226,7 @@ def test_rows_go_to_the_devices_whole_and_in_order():
   assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4)}
 
 
+@pytest.mark.slow
 def test_only_parameters_and_embeddings_are_gathered_in_a_step():
   """No image and no activation: whatever is made whole has a parameter's shape, or is a row's vector or two numbers."""
   # The same program as one of the joint steps above, which is compiled once.

@@ -342,6 +342,7 @@ def test_accumulation_applies_the_mean_gradient_of_the_microbatches():
   np.testing.assert_allclose(means["grad_norm"], optax.tree.norm(gradient), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient():
   trained = r"^unet\.(conv_in|down)|^text_stream"
   config = steps.make_config("discrimination")
@@ -358,6 +359,7 @@ def test_rematerialisation_changes_no_gradient():
       np.testing.assert_allclose(gradient[name], expected[name], rtol=1e-3, atol=1e-5, err_msg=f"{policy} {name}")
 
 
+@pytest.mark.slow
 def test_bf16_compute_keeps_f32_parameters_and_is_close():
   """The gradient of every part points where f32's does.
 
