@@ -158,6 +158,7 @@ def test_an_import_in_one_file_says_what_is_random_in_it(imported, tmp_path):
   assert restore.initialised(file) == restore.initialised(imported) != set()
 
 
+@pytest.mark.slow
 def test_new_parameters_are_drawn_by_the_runs_own_config(imported, trainer, tmp_path):
   saved, params = restore.restore_params(imported), started(imported, tmp_path, trainer)
   kernels = [path for path in saved if path.endswith("fc_in.kernel")]
