@@ -6,7 +6,7 @@
 Not run at full size. From cached latents `preflight` estimates 16 chip-hours by the compiler's sum on 16 v5p at batch
 1024, at most 51 on 64 v5e, and at least 3.6 on 8 H100 (docs/preflight.md).
 
-From latents, whose encoding is a third of the cost of a step (with --text the captions' too, at 118 kB a view):
+From latents, whose encoding is a third of the cost of a step:
 
   diffdis prepare_data latents --workdir=SD_WORKDIR --data=DIR --out=LATENTS --image_size=256 --views=4 \
       --augment='{"crop": "random", "flip": true}'

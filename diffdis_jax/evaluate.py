@@ -195,8 +195,7 @@ def _check_same_on_all(sections: Sequence[Section]) -> None:
   paths = [str((section.settings.get("data") or {}).get("path") or "") for section in sections]
   marks = [digests.fingerprint(path, part=digests.RECORDS) if path else "" for path in paths]
   names = ", ".join(f"{each.task} on {each.dataset} {mark}".strip() for each, mark in zip(sections, marks, strict=True))
-  first, *others = processes.texts(names)
-  if hosts := [i for i, other in enumerate(others, 1) if other != first]:
+  if hosts := processes.differing(names):
     raise UserError(
       f"these hosts find other data sets than host 0: {', '.join(map(str, hosts))}; this host finds {names}; put the"
       " same ones where every host finds them"

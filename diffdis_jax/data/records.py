@@ -38,7 +38,7 @@ NOT_PLAIN = "file that is not a plain one"  # a link or a sparse file in a tar, 
 TOO_LARGE = "file of too many bytes"
 OUTSIDE = "file outside of the folder"  # by its name, such as ../x, or a link
 TOO_MANY_SCANS = f"JPEG of more than {image_files.MAX_SCANS} scans"
-NOT_FINITE = "numbers that are not finite"  # of latents or a text condition; an image's are whole numbers
+NOT_FINITE = "numbers that are not finite"  # of latents; an image's are whole numbers
 MOST_BYTES = 2**28  # of an image's file: four for each of the most pixels that are decoded
 MOST_TEXT_BYTES = 2**22  # of a caption's, or of the json beside it
 

@@ -197,6 +197,12 @@ def first_message(message: str) -> str:
   return message if jax.process_count() == 1 else next(filter(None, texts(message)), "")
 
 
+def differing(value: str) -> list[int]:
+  """List the processes that have another text than process 0, the same list on each."""
+  first, *others = texts(value)
+  return [i for i, other in enumerate(others, 1) if other != first]
+
+
 def on_first(action: Callable[[], Any]) -> None:
   """Run the action on process 0. Raises UserError on every process if it raises that. One with another code than 2
   ends process 0, and so the others."""

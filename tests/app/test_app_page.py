@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import pytest
 
 from tests import studio_pictures as pictures
 from tests.served_app import serve
@@ -63,6 +64,7 @@ def outcome(address: str, number: int) -> tuple[str, str]:
     return expected, ask(client, name, inputs)
 
 
+@pytest.mark.slow
 def test_no_request_is_lost_and_bad_ones_are_messages(run, tmp_path):
   """Afterwards the page ends by SIGTERM, and leaves no upload."""
   with serve(run, tmp_path / "log", {}) as served, ThreadPoolExecutor(AT_ONCE) as pool:

@@ -64,6 +64,7 @@ def test_renders_of_what_was_asked_for_are_accurate(of_shapes):
   assert expected.items() <= of_shapes.protocol(Renderer()).items()
 
 
+@pytest.mark.slow
 def test_wrong_shapes_wrong_colours_and_unseen_pairs_show(of_shapes):
   colours = list(shapes.COLOURS)
   wrong_shape = of_shapes.run(Renderer(lambda c, s: (c, "star" if s == "circle" else "circle")), {})
