@@ -20,7 +20,8 @@ from diffdis_jax.errors import UserError
 from replication.measured import paired, records, replication
 
 ROOT = pathlib.Path(__file__).parents[2]
-README, RESULTS, WEIGHTS, SCALING = "README.md", "docs/results.md", "docs/weights.md", "replication/scaling.md"
+README, RESULTS, WEIGHTS = "README.md", "docs/results.md", "docs/weights.md"
+SCALING, EMOJI = "replication/scaling.md", "replication/emoji.md"
 REPLICATION = replication.PAGE
 NORMAL = statistics.NormalDist().inv_cdf(1 - significance.ALPHA / 2)  # half of a 95 % interval, in standard errors
 
@@ -268,11 +269,11 @@ PLACES: dict[str, tuple[str, Callable[[], str]]] = {
   "accuracy of the demo": (RESULTS, demo),
   "the paper's claims": (RESULTS, claimed),
   "neighbours": (RESULTS, neighbours),
-  "icons": (RESULTS, icons),
+  "icons": (EMOJI, icons),
   "costs": (RESULTS, costs),
   "weak scaling": (SCALING, weak_scaling),
-  "paper": (RESULTS, paper),
-  "paper costs": (RESULTS, paper_costs),
+  "paper": (REPLICATION, paper),
+  "paper costs": (REPLICATION, paper_costs),
   **{
     f"replication {make.__name__}": (REPLICATION, lambda make=make: make(replication.stored()))
     for make in (replication.claims, replication.pictures, replication.arms, replication.paper, replication.cost)

@@ -58,8 +58,8 @@ def multiply_adds(*objectives: str) -> float:
 
 @pytest.mark.full
 def test_the_papers_network_costs_what_arithmetic_says():
-  """The multiply-adds of docs/method.md, of one sample, in billions: UNet 90.1, text tower 6.65 (with the null prompt's
-  for every second sample here, and forward alone), down path, middle, alignment and fusion 28.6 + 0.74 + 0.11."""
+  """Count the multiply-adds of one sample, in billions: UNet 90.1, text tower 6.65 (with the null prompt's for every
+  second sample here, and forward alone), down path, middle, alignment and fusion 28.6 + 0.74 + 0.11."""
   text = 6.65 * 1.5
   generation = multiply_adds("generation")
   assert generation == pytest.approx(3 * 90.1 + text, rel=0.01)
