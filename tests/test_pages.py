@@ -141,8 +141,9 @@ LINES = [*dict.fromkeys(pages.as_module(command.line.removeprefix(".venv/bin/"))
 MEANT = {
   "--config=NAME": "--config=shapes",
   # Which needs data at once, to count them.
-  "--config=own:path=data/own,from=SD": "--config=shapes",
   "--config=own:path=DATA,from=SD,memory=24": "--config=shapes",
+  "--config=own:path=data/own": "--config=shapes",
+  "--config=own:path=DATA": "--config=shapes",
   "steps=N": "steps=2",
   "train ...": "train --config=shapes --workdir=RUN",
   "ablate run ...": "ablate run --base=shapes --tables=4",
