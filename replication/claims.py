@@ -74,11 +74,16 @@ def verdicts(pairs: Sequence[Sequence[float]], bounds: Sequence[float], *, named
   adjusted = significance.holm(p_values, named=named)
   found = []
   for difference, bound, p, p_holm in zip(differences, bounds, p_values, adjusted, strict=True):
-    words = [("higher" if difference.mean > 0 else "lower")] if difference.is_significant else []
-    words += [f"no effect larger than {bound:g}"] if p_holm is not None and p_holm < ALPHA else []
-    judged = ", ".join(words) or "undecided"
-    found.append(Verdict(difference=difference, bound=bound, p_equivalent=p, p_equivalent_holm=p_holm, words=judged))
+    words = in_words(difference.mean, difference.p_holm, p_holm, bound)
+    found.append(Verdict(difference=difference, bound=bound, p_equivalent=p, p_equivalent_holm=p_holm, words=words))
   return found
+
+
+def in_words(mean: float, p: float | None, p_equivalent: float | None, bound: float) -> str:
+  """Return the words of a verdict by its corrected p of no difference, and of one of `bound` or more."""
+  words = [("higher" if mean > 0 else "lower")] if p is not None and p < ALPHA else []
+  words += [f"no effect larger than {bound:g}"] if p_equivalent is not None and p_equivalent < ALPHA else []
+  return ", ".join(words) or "undecided"
 
 
 def judge(claims: Sequence[Claim], plan: Plan, results: Mapping[Run, Results | None]) -> list[dict[str, Any]]:

@@ -131,3 +131,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """Return a Markdown table as the pages have it."""
   lines = [head, ["---"] * len(head), *rows]
   return "\n".join(f"|{'|'.join(line)}|" for line in lines)
+
+
+def interval(mean: float, half: float, *, sign: str = "", unit: str = "") -> str:
+  """Return `12.3 ± 0.4`, a mean and half of its 95 % interval."""
+  # Rounded first, so that no -0.0 is left.
+  rounded = round(mean, 1)
+  text = f"{rounded or 0.0:{sign if rounded else ''}.1f}".replace("-", "−")
+  return f"{text} ± {half:.1f}{unit}"

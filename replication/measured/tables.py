@@ -59,14 +59,6 @@ def loose_numbers(text: str) -> list[str]:
   return _NUMBER.findall(NAMES.sub(" ", text))
 
 
-def interval(mean: float, half: float, *, sign: str = "", unit: str = "") -> str:
-  """Return `12.3 ± 0.4`, a mean and half of its 95 % interval."""
-  # Rounded first, so that no -0.0 is left.
-  rounded = round(mean, 1)
-  text = f"{rounded or 0.0:{sign if rounded else ''}.1f}".replace("-", "−")
-  return f"{text} ± {half:.1f}{unit}"
-
-
 def of_seeds(*names: str, unit: str = " %") -> tuple[str, str]:
   """Return mean and 95 % interval over seeds, and how many there are. Of a seed, the mean over these records of the
   demo: its runs on several machines are not independent."""
@@ -74,7 +66,7 @@ def of_seeds(*names: str, unit: str = " %") -> tuple[str, str]:
   values = [statistics.fmean(values) for values in zip(*(run.values() for run in runs), strict=True)]
   if len({tuple(run) for run in runs}) > 1:
     raise UserError(f"{', '.join(names)} should have the same seeds")
-  return interval(statistics.fmean(values), _half(significance.paired(values)), unit=unit), f"{len(values)}"
+  return records.interval(statistics.fmean(values), _half(significance.paired(values)), unit=unit), f"{len(values)}"
 
 
 def _half(found: significance.Difference) -> float:
@@ -139,7 +131,7 @@ def _both(name: str) -> tuple[str, str]:
 def _points(comparison: tuple[str, str, str]) -> tuple[str, str]:
   """Return the difference of a primary comparison of the replication, with its experiment, and n."""
   change, _ = _verdict(*comparison)
-  return f"{interval(change.mean, _half(change), sign='+')} points ({comparison[0].upper()})", str(change.n)
+  return f"{records.interval(change.mean, _half(change), sign='+')} points ({comparison[0].upper()})", str(change.n)
 
 
 def _verdict(experiment: str, row: str, base: str) -> tuple[significance.Difference, str]:
@@ -163,14 +155,7 @@ def demo() -> str:
 
 def claimed() -> str:
   """Return what the paper claims, by the replication."""
-  rows, there = [], replication.stored()["claims"]
-  for claim in replication.PAPER:
-    said = ("", replication.NOT_RUN)
-    if claim.experiment in there:
-      found, words = _verdict(claim.experiment, claim.row, claim.base)
-      said = (interval(found.mean, _half(found), sign="+"), replication.judged(words, claim.expected))
-    rows.append((claim.words, f"{claim.experiment.upper()}: {claim.row} − {claim.base}", *said))
-  return records.table(("the paper's claim", "tested by", "points ± 95 % interval", "at this scale"), rows)
+  return replication.paper(replication.stored())
 
 
 def neighbours() -> str:
@@ -184,12 +169,12 @@ def neighbours() -> str:
     ("nearest neighbours", *(_binomial(known["neighbours"][split], split) for split in best)),
     ("the same, icons cut to their content", "", _binomial(known["neighbours_cut"]["test_vendor"], "test_vendor")),
   ]
-  return records.table(("top-1, one run", "`val_vendor`", "`test_vendor`"), rows)
+  return records.table(("top-1, one run", "`val_vendor`", "`test_vendor`, by which settings were chosen"), rows)
 
 
 def _binomial(percent: float, split: str) -> str:
   share, n = percent / 100, records.value("emoji", split)
-  return interval(percent, 100 * NORMAL * (share * (1 - share) / n) ** 0.5, unit=" %")
+  return records.interval(percent, 100 * NORMAL * (share * (1 - share) / n) ** 0.5, unit=" %")
 
 
 def icons() -> str:

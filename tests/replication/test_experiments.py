@@ -294,7 +294,7 @@ def test_the_protocols_list_has_figure_and_bound_of_every_experiment(name):
 )
 def test_a_claim_of_the_paper_that_the_page_judges_is_a_primary_comparison(timed, name, base):
   primaries = {(claim.row, claim.base) for claim in timed(name, base).claims}
-  judged = {(claim.row, claim.base) for claim in page.PAPER if claim.experiment == name}
+  judged = {(look.row, look.base) for claim in page.PAPER for look in claim.looks if look.experiment == name}
   assert judged and judged <= primaries
 
 
