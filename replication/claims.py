@@ -12,7 +12,7 @@ from diffdis_jax.ablate.significance import ALPHA, Difference
 from diffdis_jax.ablate.tables import columns_of
 from diffdis_jax.evals.results import Results
 
-HEADS = ("comparison", "figure", "difference, 95 % interval", "n", "p, Holm", "MDE", "bound", "p, Holm", "verdict")
+HEADS = ("comparison", "verdict", "figure", "difference, 95 % interval", "n", "p, Holm", "MDE", "bound", "p, Holm")
 NOTE = (
   "Paired by seed. The first p is of no difference, by the t-test; the second of a true difference of the bound or"
   " more, by two one-sided tests. Each stands beside its value after Holm's correction over this table, by which the"
@@ -119,19 +119,20 @@ def markdown(judged: Sequence[Mapping[str, Any]]) -> str:
 
 def cells(claim: Mapping[str, Any]) -> list[str]:
   """Return a row of that table."""
-  return [f"{claim['row']} − {claim['base']}", claim["column"], *_verdict(claim["verdict"], claim["bound"])]
+  words, *numbers = _verdict(claim["verdict"], claim["bound"])
+  return [f"{claim['row']} − {claim['base']}", words, claim["column"], *numbers]
 
 
 def _verdict(verdict: Mapping[str, Any] | None, bound: float) -> list[str]:
   if verdict is None:
-    return [""] * 4 + [f"{bound:g}", "", ""]
+    return [""] * 5 + [f"{bound:g}", ""]
   difference, n = verdict["difference"], str(verdict["difference"]["n"])
   if difference["p"] is None:
-    return [f"{difference['mean']:+z.2f}", n, "", "", f"{bound:g}", "", verdict["words"]]
+    return [verdict["words"], f"{difference['mean']:+z.2f}", n, "", "", f"{bound:g}", ""]
   interval = f"{difference['mean']:+z.2f} [{difference['low']:+z.2f}, {difference['high']:+z.2f}]"
   p, q = summary.shown_p, verdict
   of_none, of_bound = (
     f"{p(difference['p'])}, {p(difference['p_holm'])}",
     f"{p(q['p_equivalent'])}, {p(q['p_equivalent_holm'])}",
   )
-  return [interval, n, of_none, f"{difference['detectable']:.1f}", f"{bound:g}", of_bound, verdict["words"]]
+  return [verdict["words"], interval, n, of_none, f"{difference['detectable']:.1f}", f"{bound:g}", of_bound]

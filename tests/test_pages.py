@@ -83,6 +83,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.demo --out=runs/s1",
     "python -m diffdis_jax.ablate run --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2",
     "python -m replication evaluate",
+    "python -m replication.ablate run",
     "python -m replication.measure_emoji",
   ),
   "writes the records and the pages of this checkout, as tests/test_replication_page.py and test_measured.py check": (

@@ -170,17 +170,27 @@ def stored() -> dict[str, Any]:
 
 
 def claims(found: Mapping[str, Any]) -> str:
-  """Return a table of every primary comparison."""
-  rows = []
-  for name, question in QUESTIONS.items():
-    if name not in found["claims"]:
-      rows.append((name.upper(), question, NOT_RUN, *[""] * (len(judging.HEADS) - 2)))
-    for claim in found["claims"].get(name, ()):
-      comparison, _, *others = judging.cells(claim)
+  """Return the tables of the primary comparisons of each experiment."""
+  rows: dict[str, list[Sequence[str]]] = {name: [] for name in QUESTIONS}
+  for name, compared in found["claims"].items():
+    for claim in compared:
+      comparison, verdict, _, *numbers = judging.cells(claim)
       if claim["row"].startswith(("gamma", "schedule")):
-        others[-1] += f"; {UNREAD}"
-      rows.append((name.upper(), comparison, title(found, name, claim["row"], claim["column"]), *others))
-  return records.table(("", *judging.HEADS), rows)
+        verdict += f"; {UNREAD}"
+      rows[name].append((comparison, verdict, title(found, name, claim["row"], claim["column"]), *numbers))
+  return _by_experiment(judging.HEADS, rows)
+
+
+def _by_experiment(heads: Sequence[str], rows: Mapping[str, Sequence[Sequence[str]]]) -> str:
+  """Return the tables of each experiment below its question: one for each figure, whose title, the third column, stands
+  above it."""
+  parts = []
+  for name, lines in rows.items():
+    parts.append(f"**{name.upper()}: {QUESTIONS[name]}**" + ("" if lines else f" {NOT_RUN.capitalize()}."))
+    for measured_as in dict.fromkeys(line[2] for line in lines):
+      head, *kept = [(*line[:2], *line[3:]) for line in (heads, *lines) if line is heads or line[2] == measured_as]
+      parts.append(f"{measured_as}:\n\n{records.table(head, kept)}")
+  return "\n\n".join(parts)
 
 
 def paper(found: Mapping[str, Any]) -> str:
@@ -192,30 +202,33 @@ def paper(found: Mapping[str, Any]) -> str:
     )
     cells: dict[str, list[str]] = {testbed: [] for testbed in TESTBEDS}
     for look, text in zip(claim.looks, looked(claim, found), strict=True):
-      cells[look.testbed].append(f"{look.experiment.upper()}: {text}")
-    rows.append((claim.words, "; ".join(differences), *("; ".join(cells[testbed]) for testbed in TESTBEDS)))
-  return records.table(("the paper's claim", "points of", *TESTBEDS), rows)
+      cells[look.testbed].append(text)
+    rows.append((claim.words, *("; ".join(cells[testbed]) for testbed in TESTBEDS), "; ".join(differences)))
+  return records.table(("the paper's claim", *TESTBEDS, "points of"), rows)
 
 
 def looked(claim: Claim, found: Mapping[str, Any]) -> list[str]:
-  """Return difference and judgement of each of a claim's looks, corrected by Holm over these as well: a question that
-  was asked twice has two chances."""
+  """Return judgement, experiment and difference of each of a claim's looks.
+
+  Holm's correction is over the looks as well: a question that was asked twice has two chances.
+  """
   verdicts = [_verdict_of(look, found) for look in claim.looks]
   known = [verdict for verdict in verdicts if verdict]
   p_values = significance.holm([each["difference"]["p_holm"] for each in known], named=len(verdicts))
   p_bounds = significance.holm([each["p_equivalent_holm"] for each in known], named=len(verdicts))
   corrected = iter(zip(p_values, p_bounds, strict=True))
   said = []
-  for verdict in verdicts:
+  for look, verdict in zip(claim.looks, verdicts, strict=True):
+    experiment = look.experiment.upper()
     if verdict is None:
-      said.append(NOT_RUN)
+      said.append(f"{NOT_RUN} ({experiment})")
       continue
     difference = verdict["difference"]
     words = judging.in_words(difference["mean"], *next(corrected), verdict["bound"])
     too_coarse = (difference["detectable"] or 0) > 2 * verdict["bound"]
     text = COARSE if words == "undecided" and too_coarse else judged(words, claim.expected)
     half = ((difference["high"] or 0) - (difference["low"] or 0)) / 2
-    said.append(f"{records.interval(difference['mean'], half, sign='+')}, {text}")
+    said.append(f"{text} ({experiment}: {records.interval(difference['mean'], half, sign='+')})")
   return said
 
 
@@ -235,15 +248,16 @@ def judged(words: str, expected: str) -> str:
 
 
 def arms(found: Mapping[str, Any]) -> str:
-  """Return mean and interval of every arm in the figures that are compared, and its minutes."""
-  rows = []
+  """Return mean and interval of every arm in the figures that are compared, and its minutes, by experiment."""
+  rows: dict[str, list[Sequence[str]]] = {}
   for arm in measured(found):
     mean = significance.paired(arm.values)  # of one sample, the same interval
     spread = "" if mean.low is None or mean.high is None else f" ± {(mean.high - mean.low) / 2:.1f}"
     minutes = "" if arm.minutes is None else f"{arm.minutes:.1f}"
-    rows.append((arm.experiment.upper(), arm.name, arm.title, f"{mean.mean:.1f}{spread}", str(mean.n), minutes))
-  heads = ("", "arm", "figure", "mean ± 95 % interval", "n", "minutes of training")
-  return records.table(heads, rows) if rows else NOT_RUN.capitalize() + "."
+    row = (arm.name, f"{mean.mean:.1f}{spread}", arm.title, str(mean.n), minutes)
+    rows.setdefault(arm.experiment, []).append(row)
+  heads = ("arm", "mean ± 95 % interval", "figure", "n", "minutes of training")
+  return _by_experiment(heads, rows) if rows else NOT_RUN.capitalize() + "."
 
 
 def cost(found: Mapping[str, Any]) -> str:

@@ -106,9 +106,9 @@ def test_a_claim_of_the_paper_is_decided_by_its_runs(line, claim):
   corrected, row = holm(p_values), table_of("the paper's claims")[line]
   assert row[0] == claim.words
   for i, (look, (low, high)) in enumerate(zip(claim.looks, differences, strict=True)):
-    cell = row[2 + replication.TESTBEDS.index(look.testbed)]
-    said = f"{look.experiment.upper()}: {(low + high) / 2:+.1f} ± {(high - low) / 2:.1f}, ".replace("-", "−")
-    text = cell.split(said.replace("+0.0", "0.0").replace("−0.0", "0.0"))[1].split("; ")[0]
+    cell = row[1 + replication.TESTBEDS.index(look.testbed)]
+    said = f" ({look.experiment.upper()}: {(low + high) / 2:+.1f} ± {(high - low) / 2:.1f})".replace("-", "−")
+    text = cell.split(said.replace("+0.0", "0.0").replace("−0.0", "0.0"))[0].split("; ")[-1]
     direction = "higher" if low + high > 0 else "lower"
     kind = "supported" if direction == claim.expected else "refuted"
     assert text.startswith(f"{kind}: {direction}") == (corrected[i] < 0.05)

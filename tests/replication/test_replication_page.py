@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -44,33 +45,34 @@ def found() -> dict[str, Any]:
   return {"settings": {}, "records": records, "runs": runs, "claims": {"e1": claims}}
 
 
-def rows(table: str) -> list[list[str]]:
-  return [line.split("|")[1:-1] for line in table.splitlines()[2:]]
+def rows(text: str) -> list[list[str]]:
+  """Return the rows of all tables of a text, without their heads."""
+  tables = re.findall(r"^\|.*\n\|---.*\n((?:\|.*\n?)*)", text, re.M)
+  return [line.split("|")[1:-1] for table in tables for line in table.splitlines()]
 
 
 def test_a_comparison_has_effect_interval_p_and_verdict(found):
-  first, second, *others = rows(replication.claims(found))
+  text = replication.claims(found)
+  first, second = rows(text)
   test = stats.ttest_rel(FIGURES["both"], FIGURES["discrimination"])
   low, high = test.confidence_interval(0.95)
   mean = sum(FIGURES["both"]) / 5 - sum(FIGURES["discrimination"]) / 5
-  assert first[:4] == ["E1", "both − discrimination", "choice of five ↑", f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"]
-  assert first[4] == "5" and first[-1] == "higher" and first[7] == "3"
-  assert second[-1] == "no effect larger than 3"
-  assert [row[0] for row in others] == ["E2", "E3", "E4", "E5", "E6", "E7", "E8", "E9", "E10", "E10_EMOJI"] and {
-    row[2] for row in others
-  } == {"not run yet"}
+  assert first[:3] == ["both − discrimination", "higher", f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"]
+  assert first[3] == "5" and first[6] == "3"
+  assert second[1] == "no effect larger than 3"
+  assert text.startswith("**E1: do the two tasks help each other?**\n\nchoice of five ↑:\n\n|comparison|verdict|diff")
+  missing = re.findall(r"^\*\*(\w+): .*\*\* Not run yet\.$", text, re.M)
+  assert missing == ["E2", "E3", "E4", "E5", "E6", "E7", "E8", "E9", "E10", "E10_EMOJI"]
 
 
 def test_a_claim_of_the_paper_is_judged_by_its_comparisons(found):
   """Holm over both looks: with p of 0.03 in each of two experiments neither is significant alone at 0.025."""
   table = rows(replication.paper(found))
-  assert table[0][:2] == ["joint training helps discrimination", "both − discrimination"]
-  assert "supported: higher" in table[0][2] and table[0][3] == "E8: not run yet"
-  assert len(table) == 11 and {cell.partition(": ")[2] for row in table[2:] for cell in row[2:]} - {""} <= {
-    "not run yet",
-    "not run yet; E3: not run yet",
-    "not run yet; E9: not run yet",
-  }
+  words, rendered, emoji, points = table[0]
+  assert (words, points) == ("joint training helps discrimination", "both − discrimination")
+  assert rendered.startswith("supported: higher") and emoji == "not run yet (E8)"
+  verdicts = {text.partition(" (")[0] for row in table[2:] for cell in row[1:3] for text in cell.split("; ")}
+  assert len(table) == 11 and verdicts == {"not run yet", ""}
 
 
 @pytest.mark.parametrize(
@@ -90,9 +92,9 @@ def test_a_verdict_supports_refutes_or_leaves_open(words, expected, said):
 
 def test_arms_have_minutes_with_their_start_and_without_the_autoencoder(found):
   table = rows(replication.arms(found))
-  assert [row[1] for row in table] == [*FIGURES] and [row[-1] for row in table] == ["6.0", "7.0", "8.0"]
+  assert [row[0] for row in table] == [*FIGURES] and [row[-1] for row in table] == ["6.0", "7.0", "8.0"]
   half = stats.t.ppf(0.975, 4) * stats.tstd(FIGURES["both"]) / 5**0.5
-  assert table[0][3:5] == [f"{sum(FIGURES['both']) / 5:.1f} ± {half:.1f}", "5"]
+  assert table[0][1:3] == [f"{sum(FIGURES['both']) / 5:.1f} ± {half:.1f}", "5"]
 
 
 def test_costs_count_each_run_once(found):
@@ -124,5 +126,6 @@ def test_the_forest_has_the_intervals_and_the_minutes_have_the_seeds(found):
 
 def test_without_records_it_says_so():
   assert replication.pictures(NOTHING) == replication.arms(NOTHING) == "Not run yet."
-  for make in (replication.claims, replication.paper, replication.cost):
+  assert rows(replication.claims(NOTHING)) == []
+  for make in (replication.paper, replication.cost):
     assert all(any("not run yet" in cell for cell in row) for row in rows(make(NOTHING)))
