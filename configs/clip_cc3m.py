@@ -9,18 +9,17 @@ Zero-shot ImageNet there, after 20 epochs in batches of 1024 by AdamW, rate 1e-3
   recipe=paper     random crop and RandAugment                 vit_b32 16.7 %   vit_l14 21.1 %
   recipe=openclip  open_clip's code: its crop, nothing else    vit_b32 14.7 %   vit_l14 19.1 %
 
-Those are the paper's figures. Not run at full size: `preflight` estimates 37 chip-hours for vit_l14 on v5p at batch
-256, and at most 20 for vit_b32 on v5e at batch 1024 (replication/log/compilers.md).
+These are the paper's figures. Nothing was run at full size: `preflight` estimates 37 chip-hours for vit_l14 on v5p at
+batch 256, and at most 20 for vit_b32 on v5e at batch 1024 (replication/log/compilers.md).
 
-All else is not stated by the paper: betas, epsilon, warm-up, schedule, crops, activation. What stands here is
-open_clip's, except a warm-up shorter than its 10,000 steps, and for the paper's recipe a crop of half of the image or
-more and 2 operations of magnitude 9. Both recipes have the exact GELU, so that they differ in the images, and in
-whether equal captions are negatives, as open_clip has them.
+The rest is not stated by the paper: betas, epsilon, warm-up, schedule, crops, activation. The values here are
+open_clip's, with two exceptions: the warm-up is shorter than its 10,000 steps, and the paper's recipe crops half of the
+image or more and has 2 operations of magnitude 9. Both recipes have the exact GELU. They differ in the images, and in
+equal captions, which are negatives of each other in open_clip's.
 
 CLIP overfits CC3M: its best checkpoint comes well before the last. After each epoch the data sets that
 imagenet=DIR,coco=DIR,flickr=DIR,held_out=DIR name are measured, as in diffdis_cc3m.py, and the checkpoint of the
-highest top-1 on ImageNet is kept beside the newest. Whether Table 1 is of the best or of the last is not stated: report
-both.
+highest top-1 on ImageNet is kept beside the newest. The paper does not say which of them Table 1 reports: report both.
 
 On a laptop, 20 steps of small towers on rendered shapes, or with path=DIR on pairs of one's own:
 
@@ -40,7 +39,7 @@ RECIPES = {
 }
 BATCH = 1024
 EPOCHS = 20
-# Steps, rounded up, so that the last epoch's evaluation is that of the last step.
+# The number of steps is rounded up, so that the last evaluation is at the last step.
 EPOCH = -(-common.CC3M_PAIRS // BATCH)
 
 
@@ -93,7 +92,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def run_local(config: ConfigDict, path: str) -> None:
-  """Make it a run of small towers, 32 px, 20 steps, which shows only that it runs."""
+  """Turn the config into a smoke test: small towers, 32 px, 20 steps."""
   activation = config.model.text_encoder.activation
   config.model = clip_small()
   for tower in (config.model.text_encoder, config.model.vision_encoder):

@@ -16,7 +16,7 @@ from diffdis_jax.config import read_fields
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.errors import UserError
 
-CC3M_PAIRS = 2_905_954  # that the paper counts; links expire, and prepare_data says how many there were
+CC3M_PAIRS = 2_905_954  # the paper's count; links expire, and prepare_data counts those that are left
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDict:
@@ -39,7 +39,7 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
       raise ValueError(f"unknown argument {key!r}; known: {', '.join(sorted(defaults)) or 'none'}{guess}")
     if key in seen:
       raise ValueError(f"argument {key!r} is given twice")
-    # Behind an = too, where a variable of the shell that is not set leaves nothing.
+    # A value may also be empty because a variable of the shell is not set.
     if not text and isinstance(defaults[key], str):
       raise ValueError(f"argument {key!r} has no value; write it as {key}=VALUE")
     seen.add(key)
@@ -65,7 +65,7 @@ def _read(key: str, text: str, kind: type) -> Any:
   raise ValueError(f"argument {key}={text} should be of type {kind.__name__}")
 
 
-# The fields of a run's config that say what its weights mean.
+# These fields of a run's config define what its weights mean.
 OF_NETWORK = ("model", "image_size", "image_diffusion", "text_diffusion", "condition_timestep", "inference")
 
 
@@ -80,7 +80,7 @@ def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> di
     fields = read_fields(path)
     put_network(config, fields)
   except (OSError, UserError, ValueError, KeyError, TypeError) as error:
-    # A mistake in the path is a sentence. A damaged config's error may be a name alone, so its kind is told too.
+    # The error of a wrong path is a sentence. That of a damaged config may be a bare name, so its type is added.
     message = error if isinstance(error, (OSError, UserError)) else repr(error)
     raise ValueError(f"argument {argument}={path} should be the workdir of a run: {message}") from error
   config.init_from = path
@@ -88,8 +88,8 @@ def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> di
 
 
 def take_start(config: ConfigDict, args: ConfigDict) -> dict[str, Any]:
-  """Call `take_network` with argument init. Raise ValueError: no run there, or none of CLIP, which argument backbone
-  asks for."""
+  """Call `take_network` with argument init. Raise ValueError if there is no run, or no run of CLIP although argument
+  backbone asks for one."""
   fields = take_network(config, args.init)
   if args.backbone == "clip" and "vision_encoder" not in config.model:
     raise ValueError(f"argument backbone=clip: init={args.init} is a run of DiffDis; give one of CLIP there")
@@ -122,7 +122,7 @@ def num_pairs(path: str) -> dict[str, int]:
     raise ValueError(f"{path}/dataset_info.json is damaged: {error!r}; prepare the data set again") from error
   if "train" not in found:
     there = f"no split train in {path}, only {', '.join(found)}" if found else f"no prepared data set in {path}"
-    # What is there, such as the pictures themselves, prepare_data would not write over.
+    # prepare_data would not overwrite what is there, such as the pictures themselves.
     out = "NEW_FOLDER" if buckets.path(path).exists() else shlex.quote(path)
     raise ValueError(f"{there}; write one with diffdis prepare_data files --source=PICTURES --out={out}")
   return found
@@ -138,14 +138,14 @@ def read_prepared(path: str, name: str) -> dict[str, Any]:
 
 
 def own_size(config: ConfigDict) -> Any:
-  """Return the run's image_size, for data that are measured: also one that is set later, as --config.image_size is."""
-  # Each caller gets a reference of its own, so that setting it sets no other one, nor the run's.
+  """Return a reference to the run's image_size, so that measured data follow a later --config.image_size."""
+  # Each caller gets its own reference: setting it changes neither another one nor the run's.
   return config.get_ref("image_size") + 0
 
 
 def evaluations(args: ConfigDict, image_size: Any) -> ConfigDict:
-  """Return evaluations of the sets that the arguments imagenet, coco and flickr name: zero-shot classification, and
-  retrieval on Karpathy's test splits; of held_out, the losses on its split `val`."""
+  """Return evaluations of the sets that the arguments name: zero-shot classification on imagenet, retrieval on
+  Karpathy's test splits of coco and flickr, and the losses on split `val` of held_out."""
 
   def data(path: str, split: str) -> dict[str, Any]:
     return dict(name="pairs", path=path, split=split, image_size=image_size + 0)  # as of own_size
@@ -159,10 +159,10 @@ def evaluations(args: ConfigDict, image_size: Any) -> ConfigDict:
       data=data(args.imagenet, "val"),
       classnames=args.imagenet_names,
       label_field="label" if args.imagenet_names else "caption",
-      # As `evaluate --suite` has them; the paper's are not stated.
+      # These are the names and templates of `evaluate --suite`; the paper does not state its own.
       templates=class_lists.load()["imagenet1k"].templates,
       single_template="a photo of a {}.",
-      # The set has 50,000; these are the same each time, since training waits. evaluate --num_images=50000 takes all.
+      # Training waits, so it measures the same 5,000 of 50,000 images each time. evaluate --num_images=50000 takes all.
       num_images=5000,
     )
   for name in ("coco", "flickr"):
@@ -174,5 +174,5 @@ def evaluations(args: ConfigDict, image_size: Any) -> ConfigDict:
 
 
 def held_out_loss(data: dict[str, Any]) -> dict[str, Any]:
-  """Measure the losses of at most 256 pairs that are not trained on, the same ones each time, since training waits."""
+  """Measure the losses of the same 256 held-out pairs each time; no more, since training waits."""
   return dict(task="held_out_loss", data=data, num_images=256)

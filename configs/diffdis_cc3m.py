@@ -6,7 +6,7 @@
 Not run at full size. From cached latents `preflight` estimates 16 chip-hours by the compiler's sum on 16 v5p at batch
 1024, at most 51 on 64 v5e, and at least 3.6 on 8 H100 (docs/preflight.md).
 
-From latents, whose encoding is a third of the cost of a step:
+Cached latents save the encoding, a third of a step's cost:
 
   diffdis prepare_data latents --workdir=SD_WORKDIR --data=DIR --out=LATENTS --image_size=256 --views=4 \
       --augment='{"crop": "random", "flip": true}'
@@ -48,7 +48,7 @@ from ml_collections import ConfigDict
 from diffdis_jax.configs import common
 from diffdis_jax.models.sizes import sd_v1, small
 
-# The first four are those of the paper's Figure 4; the others are of the same kind.
+# The first four prompts are from the paper's Figure 4; the others resemble them.
 PROMPTS = (
   "A river with boats docked and houses in the background",
   "A piece of chocolate swirled cake on a plate",
@@ -103,7 +103,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.update(name="latents" if args.latents else "pairs", path=args.latents or args.path, max_length=77)
   # Generation takes an undistorted square, as in Stable Diffusion's training. The view is shared by both
   # objectives, since the paper states none for DiffDis; with --config.data.discrimination_view=own, discrimination gets
-  # its own, by what the paper's CLIP baseline is trained on: random crop and RandAugment.
+  # the views of the paper's CLIP baseline: random crop and RandAugment.
   config.data.augment.update(crop="random", flip=True)
   config.data.discrimination_augment.update(crop="random_resized", randaugment_operations=2)
   config.data.loader.update(num_threads=16, prefetch=16)
@@ -138,8 +138,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def fid(args: ConfigDict, image_size: Any) -> dict[str, Any]:
-  """Return the evaluation of FID on the captions of a prepared set, of 1,000 images of 50 steps, since training waits.
-  `evaluate --num_images=30000` takes as many as others do."""
+  """Return the evaluation of FID on the captions of a prepared set. Training waits, so it generates 1,000 images in 50
+  steps; `evaluate --num_images=30000` takes the usual number."""
   if not (args.fid and args.inception):
     raise ValueError("fid=DIR and inception=FILE go together: a set with captions, and the weights of FID's network")
   data = dict(name="pairs", path=args.fid, split="val", image_size=image_size)
@@ -148,7 +148,7 @@ def fid(args: ConfigDict, image_size: Any) -> dict[str, Any]:
 
 
 def run_local(config: ConfigDict, path: str) -> None:
-  """Make it a run of a small network, 32 px, 20 steps; from random parameters, so that it shows only that it runs."""
+  """Turn the config into a smoke test: a small network of random parameters, 32 px, 20 steps."""
   switches = {name: config.model[name] for name in ("fusion", "share_attention", "modality_ffn")}
   config.model = small()
   config.model.update(switches)

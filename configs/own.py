@@ -1,4 +1,4 @@
-"""Pictures of one's own with captions: Stable Diffusion's weights fine-tuned on them, or a small network from scratch.
+"""Train on your own captioned pictures: fine-tune Stable Diffusion's weights, or train a small network from scratch.
 
   diffdis prepare_data files --source=PICTURES --out=DATA
 
@@ -11,14 +11,14 @@ From scratch at 64 px, on a CPU too. Its autoencoder is trained first, in RUN/fi
 
   diffdis train --config=own:path=DATA --workdir=RUN
 
-Of 24 GB it takes 17.9 GiB by XLA's buffer assignment for L4, A10G and RTX 4090, before convolutions' workspaces, so
-have JAX take 90 % of the card instead of its default of 75 %: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, which the launchers
-set. Not run.
+On L4, A10G and RTX 4090 it takes 17.9 GiB of 24 GB by XLA's buffer assignment, before convolutions' workspaces. So let
+JAX take 90 % of the card instead of its default of 75 %: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, which the launchers set.
+This was not run.
 
-Batch and steps follow from the number of pairs. What a step keeps in memory follows from memory=GB, that of one device:
-below 80 GB no averaged weights and a first moment in bf16; everywhere rematerialisation, and as many images at a time
-as fit. `train` logs each choice, and --config.batch_size=N and the like override it. size=PIXELS is that of the images,
-by default of the run in `from`; half of it takes a quarter of the time.
+Batch and steps follow from the number of pairs. What a step keeps in memory follows from memory=GB of one device: below
+80 GB there are no averaged weights and the first moment is in bf16. Rematerialisation is always on, and a step takes as
+many images at a time as fit. `train` logs each choice, and --config.batch_size=N and the like override it. size=PIXELS
+is the images' size, by default that of the run in `from`; half of it takes a quarter of the time.
 
 The losses on split `val` are measured ten times, and the checkpoint with the lowest generation loss is kept beside the
 newest: evaluate --best. None of these sizes and rates was tuned; rates of fine-tuning are those of diffdis_cc3m.py,
@@ -46,7 +46,7 @@ FEW = 300  # pictures
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  # `from` is a word of Python's own.
+  # `from` is a keyword of Python, so it cannot be written as an argument.
   args = common.parse_arg(arg, **{"path": "", "from": "", "autoencoder": False, "memory": 24, "size": 0})
   if not args.path:
     raise ValueError("argument path=DIR is missing, the folder that prepare_data files wrote")
@@ -86,7 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def scratch_network(config: ConfigDict) -> None:
-  """Set a network for 64 px: latents of 16 x 16, as those of emoji.py, whose text process it has too."""
+  """Set a network for 64 px with latents of 16 x 16 and the text process, both as in emoji.py."""
   config.model.query_init = 0.0
   config.model.autoencoder.widths = (16, 32, 64)
   config.model.text_encoder.max_length = config.data.max_length = 32
@@ -95,8 +95,7 @@ def scratch_network(config: ConfigDict) -> None:
 
 
 def take_start(config: ConfigDict, path: str) -> str:
-  """Take the network of the run there, and return `pretrained`, or `scratch` where it has trained an autoencoder
-  alone."""
+  """Take the network of the run there. Return `scratch` if that run trained only an autoencoder, else `pretrained`."""
   objectives = common.take_network(config, path, argument="from")["objectives"]
   if "vision_encoder" in config.model:
     raise ValueError(f"argument from={path} is a CLIP; it should be import_weights' folder of Stable Diffusion")
@@ -110,7 +109,7 @@ def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
     raise ValueError(
       f"path={config.data.path} has {train} pairs in split train, fewer than the smallest batch, {SMALLEST}"
     )
-  # An eighth, so that a pass has steps; of a power of two, so that devices and microbatches divide it.
+  # An eighth of the pairs gives a pass several steps; a power of two is divisible by devices and microbatches.
   size = SMALLEST
   while 2 * size <= min(LARGEST, train // 8):
     size *= 2

@@ -4,13 +4,13 @@
   diffdis train --config=places_lt:stage=2,path=PLACES,init=STAGE1 --workdir=STAGE2
   diffdis evaluate --workdir=STAGE2 --tasks=long_tail --out=F.json
 
-START is any run with an image and a text side: DiffDis, CLIP, an imported CLIP; the network is that of its config, but
-in bf16 and with full rematerialisation, however START computes.
-Without init=, as for preflight, backbone=diffdis|clip takes DiffDis at 256 px or CLIP ViT-L/14 at 224 px, the paper's
-two. PLACES holds the published lists, the text corpus and the images (docs/long_tail.md). set=imagenet is ImageNet-LT.
+START is any run with an image and a text side: DiffDis, CLIP, an imported CLIP. Its config gives the network, which
+here computes in bf16 with full rematerialisation. Without init=, as for preflight, backbone=diffdis|clip takes one of
+the paper's two: DiffDis at 256 px or CLIP ViT-L/14 at 224 px. PLACES holds the published lists, the text corpus and the
+images (docs/long_tail.md). set=imagenet is ImageNet-LT.
 
 Stage 1 is class-wise contrast and distillation from START; stage 2 the language-guided head on the frozen backbone.
-Every rate is that of VL-LTR's ViT-B/16; for DiffDis and for ViT-L/14 none is stated by the paper. text=False freezes
+Every rate is that of VL-LTR's ViT-B/16; the paper states none for DiffDis or ViT-L/14. text=False freezes
 the text tower in stage 1.
 
 Not run at full size. For stage 1 of DiffDis `preflight` estimates 5 chip-hours on 16 v5e by cycles, which is too few,
@@ -59,7 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config = common.base(model(), image_size=image_size)
   if args.init:
     common.take_start(config, args)
-  # After the start's network, of which an import computes in f32 and keeps all activations: too much for these batches.
+  # Set after the start's network: an import computes in f32 and keeps all activations, too much for these batches.
   config.model.update(dtype="bfloat16", remat="full")
   known = SETS[args.set]
   epoch = known.images // BATCH
@@ -75,7 +75,7 @@ def get_config(arg: str = "") -> ConfigDict:
     erase=0.25,
   )
   config.data.loader.update(num_threads=16, prefetch=16)
-  # Weights, moments and the frozen start over all chips: whole, they do not fit on a v5e beside 64 images.
+  # Split weights, moments and the frozen start over all chips: whole, they do not fit on a v5e beside 64 images.
   config.mesh.update(data=1, fsdp=-1)
   config.optim.update(epoch_steps=epoch, weight_decay=0.05)
   if args.stage == 1:
@@ -91,7 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def long_tailed(config: ConfigDict) -> None:
-  """Set what both stages, and any long-tailed set, have in common."""
+  """Set the fields that both stages of every long-tailed set share."""
   config.sample_posterior = False  # as where images are embedded
   sentences = "class_contrastive" in config.objectives
   config.data.sampling = dataclasses.asdict(ClassSampling(sentences=sentences))
@@ -101,7 +101,7 @@ def long_tailed(config: ConfigDict) -> None:
 
 
 def first_stage(config: ConfigDict, *, rate: float, text: bool) -> None:
-  """Train all but the autoencoder, and the text tower where it is not frozen."""
+  """Train everything except the autoencoder, and the text tower unless it is frozen."""
   config.objectives = ("class_contrastive",)
   long_tailed(config)
   config.optim.groups = (("^autoencoder" if text else "^autoencoder|^text_encoder", "frozen"), (".*", "backbone"))
@@ -109,7 +109,7 @@ def first_stage(config: ConfigDict, *, rate: float, text: bool) -> None:
 
 
 def second_stage(config: ConfigDict, *, classes: int, anchors: int, visual: float, language: float) -> None:
-  """Train a new head alone: its visual branch, and the attention of its language branch."""
+  """Train only a new head: its visual branch, and the attention of its language branch."""
   config.objectives = ("long_tail_head",)
   long_tailed(config)
   config.model.head = dict(classes=classes, anchors=anchors)

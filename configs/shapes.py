@@ -31,25 +31,25 @@ def get_config(arg: str = "") -> ConfigDict:
   config.text_diffusion.schedule = "scaled_linear"
   if args.autoencoder:
     config.objectives = ("reconstruction",)
-    # Many small batches: from 22,400 images L1 was 0.073 in batches of 32, 0.062 of 16 and 0.051 of 8.
+    # Small batches learn more: after 22,400 images L1 was 0.073 in batches of 32, 0.062 of 16 and 0.051 of 8.
     config.num_steps, config.batch_size = 2400, 8
     config.optim.update(groups=((".*", "new"),), rates=dict(new=3e-3))
     config.save_every = 1200
     return config
 
   config.num_steps, config.batch_size = 1500, 48
-  # Seen pairs are soon classified, and the loss says little more. On unseen pairs one seed of three then stayed at 75 %
-  # with a decay of 0.01; with 0.5 none of four did. Generated images are noisier for it (replication/log/shapes.md).
+  # Seen pairs are soon classified, and the loss says little more. With a decay of 0.01 one seed of three then stayed at
+  # 75 % on unseen pairs; with 0.5 none of four did, but generated images are noisier (replication/log/shapes.md).
   config.optim.weight_decay = 0.5
-  # One caption a class: two that differ are negatives of each other, and accuracy on unseen pairs was lower.
+  # One caption a class: two different ones are negatives of each other, which lowered accuracy on unseen pairs.
   config.data.caption_fields = ("plain_caption",)
-  # From scratch, L_ITA's gradient is tens of times that of L_IG in all that they share. At a weight of 0.3 instead of
-  # 0.05 both tasks were learned more slowly, and accuracy on unseen pairs was lower; at 0.03 instead of 0.01, it was 92
+  # From scratch, L_ITA's gradient is tens of times that of L_IG in the shared layers. With a weight of 0.3 instead of
+  # 0.05 both tasks learned more slowly, and accuracy on unseen pairs was lower. With 0.03 instead of 0.01, it was 92
   # and 88 % instead of 96 and 98 % (two seeds).
   config.loss.ita_weight = 0.01
-  # The UNet learns fastest at a rate that the transformers do not survive. The text tower gives L_ITA its targets: a
-  # slow one is easier to follow. Its 49,408 random token vectors, of which the captions use some sixty, are good as
-  # they are; training them costs a twelfth of the step.
+  # The UNet learns fastest at a rate at which the transformers diverge. The text tower gives L_ITA its targets: a slow
+  # one is easier to follow. Its 49,408 random token vectors need no training, since the captions use some sixty of
+  # them; it would cost a twelfth of the step.
   config.optim.groups = (
     ("^autoencoder|^text_encoder.tokens", "frozen"),
     ("^text_encoder", "text"),
@@ -73,7 +73,7 @@ def get_config(arg: str = "") -> ConfigDict:
       task="retrieval",
       data=data("test"),
       caption_field="plain_caption",
-      duplicate_captions=True,  # else each of the 16 images of a class is wrong for the captions of the other 15
+      duplicate_captions=True,  # otherwise an image would be wrong for the captions of the other 15 of its class
     ),
   )
   config.train_evals = ("test", "unseen", "held_out")
@@ -86,7 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def to_clip(config: ConfigDict) -> None:
-  """Make it CLIP, whose text tower trains as it does beside the UNet."""
+  """Turn the config into CLIP, whose text tower trains as it does beside the UNet."""
   config.objectives = ("contrastive",)
   config.model = clip_small()
   config.optim.update(

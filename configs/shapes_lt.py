@@ -7,12 +7,12 @@
 START is a run of configs/shapes.py, either network, trained shorter than there: --config.num_steps=300 for DiffDis
 after its autoencoder, or for CLIP with :objectives=contrastive. seed=N also decides which classes are rare.
 
-Without init= the network is that of such a start.
+Without init= the network is the one that such a start has.
 
 Result of three seeds, with a wider small network than now: top-1 61.0 ± 7.1 % for DiffDis and 40.4 ± 3.8 % for CLIP, on
 low classes 49.2 ± 5.7 and 20.4 ± 5.7 % (replication/log/shapes.md). Hours were not recorded.
 
-They are rare in these two stages alone: START has seen some 257 images with captions of each of 56 of the 64
+The classes are rare in these two stages only: START has seen some 257 images with captions of each of 56 of the 64
 classes, 27 of the 32 low ones (at most 20 training images) among them. A START that has seen no image of the low
 classes: replication/configs/shapes_lt.py.
 """
@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config = common.base(BACKBONES[args.backbone](), image_size=32)
   if args.init:
     data = common.take_start(config, args)["data"]
-    # Its rare classes would be frequent here, and the accuracy on low classes not what it is called.
+    # Otherwise its rare classes would be frequent here, and accuracy on low classes would have the wrong name.
     if data.get("name") == "shapes_lt" and data["seed"] != args.seed:
       raise ValueError(
         f"argument init={args.init} is a run of seed={data['seed']}, whose rare classes are not those of"

@@ -1,12 +1,12 @@
-"""What the paper's Table 6 compares: the three models, to be timed in turns.
+"""Describe the three models of the paper's Table 6, which `benchmark table6` times in turns.
 
   diffdis benchmark table6 --config=table6 --out=table6.json
 
-at full size, CLIP-L/14 at 224 px, Stable Diffusion and DiffDis at 256 px, `batch=N` images in all; or small=True, the
-networks of `runlocal` at 32 px, for a laptop. The paper's hours are of 20 epochs of CC3M for CLIP; of how many for the
-others it does not state, here as many as configs/diffdis_cc3m.py has.
+At full size these are CLIP-L/14 at 224 px, and Stable Diffusion and DiffDis at 256 px, with `batch=N` images in all.
+small=True takes the networks of `runlocal` at 32 px, for a laptop. The paper's hours for CLIP are those of 20 epochs of
+CC3M. It does not state the epochs of the others; here they are those of configs/diffdis_cc3m.py.
 
-Not run at full size; small=True shows that it runs.
+Nothing was run at full size; small=True is a smoke test.
 """
 
 from ml_collections import ConfigDict

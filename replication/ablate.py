@@ -3,7 +3,7 @@
   python -m replication.ablate plan --base=replication/configs/scenes.py:measured=test \\
       --arms=replication/configs/experiments.py:e1 --seeds=0,1,2,3,4 --out=runs/e1
 
-`run` and `table` take the same flags, and work as those of `diffdis ablate`. Each seed has its own starts.
+`run` and `table` take the same flags and work like those of `diffdis ablate`. Each seed has its own starts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""An experiment planned before its runs: arms, which may start from each other, and which of them are compared.
+"""Read an experiment that was planned before its runs: arms, which may start from each other, and their comparisons.
 
-Its file has a `get_config` as a run's config has. replication/configs/experiments.py is one.
+Its file has a `get_config`, like the config of a run. replication/configs/experiments.py is one.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Arm:
   """One of the `arms` of such a file.
 
   Attributes:
-    name: of the row and, in part, of its runs.
-    args: appended to the base's arguments, such as `objectives=generation`; the arm's base is the config of both.
-    changes: fields of it, nested as they are there.
+    name: name of the row, and part of the names of its runs.
+    args: arguments that are appended to those of the base, such as `objectives=generation`.
+    changes: fields of the config that differ, nested as they are there.
     start: the arm whose run of the same seed its runs start from; by default what the base starts from.
-    minutes: of training on one core, in place of `num_steps`, by `step_seconds`; None for the steps of the config.
-    speed: which of `step_seconds` is its own; by default that of its objectives, joined with "+".
-    measured: whether it is a row of the table; else it is a start alone.
+    minutes: minutes of training on one core, which give `num_steps` by `step_seconds`; None for the config's steps.
+    speed: key of `step_seconds`; by default its objectives, joined with "+".
+    measured: True for a row of the table, False for a start only.
   """
 
   name: str
@@ -52,9 +52,9 @@ class Experiment:
 
   Attributes:
     title: the question.
-    arms: each with the fields of `Arm`.
-    step_seconds: of a training step on one core, by the arms' `speed`; needed where an arm has `minutes`.
-    claims: comparisons, each with the fields of `claims.Claim`.
+    arms: the arms, each with the fields of `Arm`.
+    step_seconds: seconds of a training step on one core, by the arms' `speed`; needed if an arm has `minutes`.
+    claims: the comparisons, each with the fields of `claims.Claim`.
   """
 
   title: str
@@ -69,7 +69,7 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-  """The table of the arms, and what is compared in it."""
+  """The table of the arms, and the comparisons in it."""
 
   table: Table
   claims: tuple[Claim, ...]
@@ -79,9 +79,9 @@ def read(path: str, *, base: str, overrides: Mapping[str, Any]) -> Read:
   """Read the experiment of FILE.py[:args].
 
   Args:
-    path: of the experiment.
+    path: path of the experiment.
     base: FILE.py[:args] of the config that all arms change.
-    overrides: dotted path -> value, given for the base.
+    overrides: dotted path -> value of the base's fields that the command line sets.
 
   Raises:
     UserError: no such file; an unknown field, arm, row or column; arms that start from each other in a circle; or no
@@ -110,8 +110,8 @@ def read(path: str, *, base: str, overrides: Mapping[str, Any]) -> Read:
     raise UserError(f"--arms={path} has no arm that is measured")
   claims = tuple(read_section(Claim, each, "claims") for each in experiment.claims)
   _check(claims, measured)
-  file, _, argument = path.partition(":")  # as `read_config` has it
-  # Not the path, since tables.json is published.
+  file, _, argument = path.partition(":")  # the form that `read_config` takes
+  # The name and not the path, since tables.json is published.
   name = argument or pathlib.PurePath(file).stem
   return Read(Table(name=name, title=experiment.title, rows=measured, base=None), claims)
 
@@ -144,7 +144,7 @@ def _check(claims: Sequence[Claim], rows: Sequence[Row]) -> None:
     for label in (claim.row, claim.base):
       if label not in by_label:
         raise UserError(f"a claim names arm {label!r}; measured are {', '.join(by_label)}")
-      # Only what its runs measure: an evaluation of what an arm does not train is left out of them.
+      # Only what its runs measure: they leave out evaluations of objectives that the arm does not train.
       config = tables.changed(by_label[label].own_base or {}, by_label[label].changes)
       known = [column.name for column in tables.columns_of(plan.measured(config))]
       if claim.column not in known:

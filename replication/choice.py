@@ -18,8 +18,8 @@ TIES = "the truth has its share"
 class Choice(base.OfImages):
   """Task `choice`: how often an image is nearer to its caption than to all of its hard negatives, and to each kind.
 
-  Source: none; after the probes of word order in ARO (Yuksekgonul et al., 2023) and SugarCrepe (Hsieh et al., 2023).
-  The records of `data` have `negatives`, {kind: false caption}, of the same kinds each.
+  Source: none; it follows the probes of word order in ARO (Yuksekgonul et al., 2023) and SugarCrepe (Hsieh et al.,
+  2023). Each record of `data` has `negatives`, {kind: false caption}, with the same kinds.
   """
 
   task = "choice"
@@ -33,12 +33,12 @@ class Choice(base.OfImages):
     return {**super().protocol(inference), **own}
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """Return acc1, among the caption and a negative of each kind, and acc1_KIND, between the caption and the one of
-    this kind."""
+    """Return acc1, the accuracy among the caption and a negative of each kind, and acc1_KIND, the accuracy between the
+    caption and the negative of this kind."""
     images = self.embed_images(inference, params)
-    # Texts are few and recur: each is embedded once.
+    # The same few texts recur, so each is embedded once.
     places = {text: i for i, text in enumerate(dict.fromkeys(text for texts in self.texts for text in texts))}
-    # A caption and its negative that differ only beyond what is read are a tie.
+    # A caption and a negative that differ only after the last token that is read are a tie.
     prompts.warn_of_long(tuple(places), inference.max_length, what="captions")
     embedded = base.embed_texts(inference, params, [*places])
     chosen = embedded[np.array([[places[text] for text in texts] for texts in self.texts])]
@@ -49,15 +49,14 @@ class Choice(base.OfImages):
 
 
 def share_right(own: Float[np.ndarray, "n 1"], others: Float[np.ndarray, "n k"]) -> float:
-  """Return how often a row's own score is the highest. One of m equal ones counts 1/m, so ties are chance; NaN is
-  wrong."""
-  # "Not smaller" instead of "equal or larger": a NaN is neither.
+  """Return how often a row's own score is the highest. A tie of m scores counts 1/m, as chance would; NaN is wrong."""
+  # The test is "not smaller" instead of "equal or larger", because a NaN is neither.
   above = ~(others <= own)
   return float(np.where(above.any(axis=1), 0.0, 1 / (1 + (others == own).sum(axis=1))).mean())
 
 
 def _read(source: Any, indices: Sequence[int]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-  """Read the kinds of negatives, and of each record the caption, then a negative of each kind."""
+  """Read the kinds of negatives, and the caption and a negative of each kind from every record."""
   kinds: tuple[str, ...] = ()
   texts = []
   for i in indices:

@@ -22,8 +22,8 @@ NOTE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
-  """A comparison that was named before the runs: labels of two rows, the name of a figure, and the largest difference
-  in its unit that counts as none."""
+  """A comparison that was named before the runs: labels of two rows, the name of a figure, and `bound`, the largest
+  difference that counts as none."""
 
   row: str
   base: str
@@ -36,12 +36,12 @@ class Verdict:
   """The verdict on a comparison.
 
   Attributes:
-    difference: corrected over all comparisons of the experiment.
+    difference: the difference, corrected over all comparisons of the experiment.
     bound: the largest difference that counts as none.
-    p_equivalent: of a true difference of `bound` or more; None where the difference has no p.
-    p_equivalent_holm: after Holm's correction over the experiment's.
-    words: "higher" or "lower" where the difference is significant, "no effect larger than BOUND" where that is, both
-      where both are, "undecided" where neither.
+    p_equivalent: p of a true difference of `bound` or more; None if the difference has no p.
+    p_equivalent_holm: the same after Holm's correction over the experiment's comparisons.
+    words: "higher" or "lower" if the difference is significant, "no effect larger than BOUND" if p_equivalent_holm is,
+      both words if both are, and "undecided" if neither is.
   """
 
   difference: Difference
@@ -52,7 +52,7 @@ class Verdict:
 
 
 def equivalent(pairs: Sequence[float], bound: float) -> float | None:
-  """Return p of a true difference outside of ± bound: the larger of two one-sided tests' (Schuirmann, 1987)."""
+  """Return p of a true difference outside of ± bound: the larger p of two one-sided tests (Schuirmann, 1987)."""
   from scipy import stats
 
   if significance.paired(pairs).p is None:
@@ -67,7 +67,7 @@ def equivalent(pairs: Sequence[float], bound: float) -> float | None:
 def verdicts(pairs: Sequence[Sequence[float]], bounds: Sequence[float], *, named: int | None = None) -> list[Verdict]:
   """Return the verdict on each comparison of an experiment, from its paired differences and its bound.
 
-  `named` is how many comparisons the experiment has, by which all are corrected, as `significance.holm` has it.
+  `named` is the number of comparisons of the experiment, as `significance.holm` takes it for the correction.
   """
   differences = significance.correct([significance.paired(each) for each in pairs], named=named)
   p_values = [equivalent(each, bound) for each, bound in zip(pairs, bounds, strict=True)]
@@ -89,8 +89,8 @@ def in_words(mean: float, p: float | None, p_equivalent: float | None, bound: fl
 def judge(claims: Sequence[Claim], plan: Plan, results: Mapping[Run, Results | None]) -> list[dict[str, Any]]:
   """Return, for each claim, its fields, `values`, the figures of both rows by seed, and its `Verdict`.
 
-  A claim without a seed that both rows have finished has no verdict. The others are corrected for it all the same: how
-  many comparisons there are was named before the runs, and does not depend on which of them are done or diverged.
+  A claim without a seed that both rows have finished has no verdict. The others are still corrected for it: the number
+  of comparisons was fixed before the runs, and does not depend on which of them finished.
   """
   rows = {row.label: (table.name, place) for table in plan.tables for place, row in enumerate(table.rows)}
   found, pairs = [], []
@@ -111,7 +111,7 @@ def judge(claims: Sequence[Claim], plan: Plan, results: Mapping[Run, Results | N
 
 
 def markdown(judged: Sequence[Mapping[str, Any]]) -> str:
-  """Return a table of what `judge` gives."""
+  """Return a table of the claims that `judge` returned."""
   lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
   lines += ["| " + " | ".join(cells(claim)) + " |" for claim in judged]
   return "\n".join(["## Comparisons named before the runs", "", *lines]) + f"\n\n{NOTE}\n"

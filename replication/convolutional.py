@@ -1,4 +1,4 @@
-"""A vision tower for CLIP that is no transformer, to compare encoders (E4). Not the paper's."""
+"""A convolutional vision tower for CLIP, to compare encoders (E4). It is not in the paper."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LEVELS = 3
 
 
 class ConvolutionalEncoder(nnx.Module):
-  """Patches, the UNet's way down without attention and timestep, and the mean of its last map through a projection.
+  """The UNet's down path on patches, without attention and timestep; the mean of its last map is projected.
 
   Each level has `size.depth` blocks, and twice the channels of the one before; the last has `size.width`.
 
   Args:
-    remat: a key of remat.REMAT_POLICIES, applied to each block.
+    remat: key of remat.REMAT_POLICIES, applied to each block.
 
   Attributes:
-    RULES: how parameters start that a transformer does not have.
+    RULES: initial values of the parameters that a transformer lacks.
   """
 
   RULES: Rules = (
@@ -56,7 +56,7 @@ class ConvolutionalEncoder(nnx.Module):
       self.map_out = dense(size.spatial_pool**2 * size.width, size.projection)
 
   def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
-    """Return embeddings of normalised images, f32, of any length.
+    """Return embeddings of normalised images in f32, not normalised.
 
     Raises:
       UserError: the tower's patches and levels do not halve the images evenly.

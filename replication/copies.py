@@ -1,6 +1,6 @@
 """Count how many images are nearer to a training image than training images of one class are to each other.
 
-A judge that was trained on a generator's training images names copies of them right, so that this share belongs beside
+A judge that was trained on a generator's training images names copies of them correctly, so this share belongs beside
 its accuracy. Distances are Euclidean, over all pixels and channels.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-ROWS = 256  # whose distances to all others are in memory at a time
+ROWS = 256  # images whose distances to all others are in memory at a time
 
 
 def squared_distances(
   images: UInt8[np.ndarray, "n h w 3"], others: UInt8[np.ndarray, "m h w 3"]
 ) -> Float[np.ndarray, "n m"]:
-  """Return exact squared distances: sums of products of bytes are whole numbers, which f64 holds."""
+  """Return exact squared distances: f64 holds the sums of products of bytes, which are whole numbers."""
   a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (images, others))
   return (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
 
@@ -26,7 +26,7 @@ class OwnDistances:
   Args:
     images: all training images.
     labels: their classes.
-    num_classes: how many there are, with images or without.
+    num_classes: number of classes, including those without images.
   """
 
   def __init__(self, images: UInt8[np.ndarray, "m h w 3"], labels: Int[np.ndarray, " m"], *, num_classes: int):
@@ -40,17 +40,17 @@ class OwnDistances:
         self._least[k] = own[np.triu_indices(len(own), 1)].min()
 
   def share_nearer(self, images: UInt8[np.ndarray, "n h w 3"], labels: Int[np.ndarray, " n"]) -> float | None:
-    """Return the share of images whose nearest training image, of any class, is nearer than any two of their own class
-    are.
+    """Return the share of images that are nearer to some training image than any two training images of their own class
+    are to each other.
 
-    Images of a class with fewer than two training images are left out; None where all are.
+    Images of a class with fewer than two training images are left out; None if that leaves none.
     """
-    # With one image of a class, the distance within the class is unknown.
+    # A class with one image has no distance within the class.
     judged = ~np.isnan(self._least[labels])
     if not judged.any():
       return None
     images, least = images[judged], self._least[labels[judged]]
-    # In blocks: the distances of all images to all others may not fit in memory.
+    # Blocks of rows, since the distances of all images to all others may not fit in memory.
     blocks = range(0, len(images), ROWS)
     nearest = [squared_distances(images[start : start + ROWS], self._images).min(axis=1) for start in blocks]
     return float((np.concatenate(nearest) < least).mean())

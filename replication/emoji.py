@@ -1,13 +1,13 @@
 """Emoji of several artists with captions, rendered from icon sets that are published as npm packages.
 
-A concept is an emoji of Unicode by its English name in emojibase: skin tones, flags, and most of what differs in gender
-or trade alone are left out. Six artists' drawings of 1,206 concepts are `train`, their drawings of 158 others
-`val_concepts`; `val_vendor` and `test_vendor` are one artist each who is not in train. OpenMoji, where its package is
+A concept is an emoji of Unicode by its English name in emojibase. Skin tones, flags, and most emoji that differ only in
+gender or trade are left out. Six artists' drawings of 1,206 concepts are `train`, and their drawings of 158 others are
+`val_concepts`. `val_vendor` and `test_vendor` are one artist each who is not in train. OpenMoji, if its package is
 there, is the split `openmoji`, with the captions of `test_vendor`.
 
-What was drawn by chance when the pairs were first published lies in `emoji.json.gz`: the concepts by their code points,
-which of them are held out, by their places, and for each artist the icon of a concept where it is not called as the
-concept is, and the number in `TEMPLATES` of the caption of each concept's icon, or - where there is none.
+`emoji.json.gz` keeps the random choices that were made when the pairs were first published: the concepts by their code
+points, the places of those that are held out, and for each artist the icons whose names differ from their concept's,
+and the number in `TEMPLATES` of each icon's caption, or - if there is no icon.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from replication.emoji_packages import EMOJIBASE, ICONS, Package
 
 CHOICES = pathlib.Path(__file__).with_name("emoji.json.gz")
 SIZE = 64  # pixels
-# Artists whose icons are rendered larger and made smaller: hard edges of masks are not smoothed by the renderer.
+# Icons of these artists are rendered larger and then shrunk: the renderer does not smooth hard edges of masks.
 SUPERSAMPLED = {"fluent-emoji": 2}
 ITEMS = 2500  # of a part
 SPLITS = {
@@ -103,7 +103,7 @@ def _row(vendor: str, package: Package, splits: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-  """The entry of emojibase for an emoji; `concept_id` is its name in ASCII, as icons are called."""
+  """The entry of emojibase for an emoji; `concept_id` is its name in ASCII, like the names of icons."""
 
   concept: str
   concept_id: str
@@ -140,7 +140,7 @@ class Icon:
 
 @dataclasses.dataclass
 class IconsPart:
-  """Some icons of a split. Keys are PART/KEY, as those of webdataset tars."""
+  """Some icons of a split. Keys are PART/KEY, as in webdataset tars."""
 
   name: str
   split: str
@@ -170,7 +170,7 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   with_openmoji = (source / ICONS[OPENMOJI].file).is_file()
   needed = [package for vendor, package in ICONS.items() if vendor != OPENMOJI or with_openmoji]
   emoji_packages.check(source, [EMOJIBASE, *needed])
-  _renderer()  # for its error, before minutes of reading
+  _renderer()  # it raises its error before minutes of reading
   chosen, concepts = read_choices(), read_concepts(source)
   found: list[Part] = []
   for split in SPLITS:
@@ -183,7 +183,7 @@ def find_parts(source: pathlib.Path) -> list[Part]:
 
 
 def read_concepts(source: pathlib.Path) -> list[Concept]:
-  """Read the concepts in the order of `emoji.json.gz`, which is that of their ids."""
+  """Read the concepts in the order of `emoji.json.gz`, the order of their ids."""
   read = functools.partial(emoji_packages.read_json, source, EMOJIBASE)
   messages, by_code = read("en/messages.json"), {each["hexcode"]: each for each in read("en/data.json")}
   groups, subgroups = ({each["order"]: each["key"] for each in messages[kind]} for kind in ("groups", "subgroups"))
@@ -198,20 +198,20 @@ def read_concepts(source: pathlib.Path) -> list[Concept]:
 
 def icons_of(split: str, concepts: Sequence[Concept], chosen: Mapping[str, Any]) -> list[Icon]:
   """Return the icons of a split of `SPLITS`, artist by artist, by name."""
-  # Held out for every artist alike: a concept that one of them shows is one that training has seen.
+  # A concept is held out for every artist: otherwise training would have seen it.
   held_out = {int(place) for place in chosen["held_out"].split()}
   every = {*range(len(concepts))}
   wanted = {"test_vendor": every, "val_concepts": held_out}.get(split, every - held_out)
   found = []
   for vendor in SPLITS[split]:
     icons = _icons_of_vendor(vendor, concepts, chosen["vendors"][vendor], wanted)
-    # By name, as they were first published: the order in which they are dealt out below depends on it.
+    # The parts below depend on this order by name, in which the icons were first published.
     found += sorted(icons, key=lambda icon: icon.name)
   return found
 
 
 def icons_of_openmoji(concepts: Sequence[Concept], chosen: Mapping[str, Any], there: Mapping[str, str]) -> list[Icon]:
-  """Return the concepts of `test_vendor` with its captions, of those that OpenMoji has an icon for, by its name."""
+  """Return OpenMoji's icons of the concepts of `test_vendor` that it has, with the captions of `test_vendor`."""
   icons = icons_of("test_vendor", concepts, chosen)
   renamed = [dataclasses.replace(icon, vendor=OPENMOJI, name=icon.concept.concept_id) for icon in icons]
   return [icon for icon in renamed if icon.name in there]
@@ -243,7 +243,7 @@ def read_icons(source: pathlib.Path, vendor: str) -> dict[str, str]:
   content = emoji_packages.read_json(source, ICONS[vendor], "icons.json")
   default = {"left": 0, "top": 0, "width": content.get("width", 16), "height": content.get("height", 16)}
   svgs = {}
-  # Iconify's icons lack the outer element; a box that an icon does not state is the set's.
+  # Iconify's icons lack the outer element. An icon without a box has that of its set.
   for name, icon in content["icons"].items():
     box = " ".join(str(icon.get(side, default[side])) for side in default)
     svgs[name] = (
@@ -254,8 +254,8 @@ def read_icons(source: pathlib.Path, vendor: str) -> dict[str, str]:
 
 
 def render(svg: str, *, scale: int = 1) -> bytes:
-  """Render a PNG of `SIZE` on white, from a drawing `scale` times as large. What cannot be drawn comes back, and is no
-  image."""
+  """Render a PNG of `SIZE` on white, from a drawing `scale` times as large. An SVG that cannot be drawn is returned as
+  it is, so that it counts as no image."""
   side = scale * SIZE
   try:
     drawn = _renderer().svg_to_bytes(
@@ -264,7 +264,7 @@ def render(svg: str, *, scale: int = 1) -> bytes:
   except ValueError:
     return svg.encode()
   image = image_files.open_image(bytes(drawn)).convert("RGB")
-  # A box, so that each pixel is the mean of those that it covers and nothing rings.
+  # A box filter makes each pixel the mean of those that it covers, without ringing.
   if scale > 1:
     image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
   file = io.BytesIO()
@@ -285,6 +285,6 @@ def read_choices() -> dict[str, Any]:
 
 
 def _in_ascii(name: str) -> str:
-  # As icon sets call their files: an apostrophe goes without a hyphen, accents go, all else becomes one hyphen.
+  # Icon sets name their files so: apostrophes and accents are dropped, and all else becomes one hyphen.
   plain = unicodedata.normalize("NFKD", name.replace("’", "")).encode("ascii", "ignore").decode()
   return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

@@ -1,4 +1,4 @@
-"""The npm packages that the emoji pairs are made of: tarballs as `npm pack` writes them, checked by their hashes."""
+"""The npm packages of the emoji pairs: tarballs that `npm pack` writes, checked by their hashes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Package:
   """A version of an npm package.
 
   Attributes:
-    name, version: in npm's registry.
-    sha256: of its tarball.
-    licence: of what is taken from it, an SPDX identifier.
-    author, url: to be named with it.
+    name, version: name and version in npm's registry.
+    sha256: digest of its tarball.
+    licence: SPDX identifier of the licence of the files that are taken.
+    author, url: author and address to name with it.
   """
 
   name: str
@@ -93,7 +93,7 @@ def check(source: pathlib.Path, packages: Sequence[Package]) -> None:
   if missing := [package for package in packages if not (source / package.file).is_file()]:
     named = ", ".join(f"{package.name} {package.version}" for package in missing)
     raise UserError(f"{source} lacks {named}; in this folder: {_fetch(missing)}")
-  # Missing ones are named all at once, since one command fetches them.
+  # All missing tarballs are named at once, since one command fetches them.
   for package in packages:
     path = source / package.file
     try:

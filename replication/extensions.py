@@ -1,4 +1,4 @@
-"""Name what the replication adds in the package's tables: data sources, tasks, judges, columns, a vision tower, a text
+"""Add the replication's parts to the package's tables: data sources, tasks, judges, columns, a vision tower, a text
 stream and a noise schedule."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from replication.generation_accuracy import GenerationAccuracy
 from replication.hog import Hog
 
 of_shapes = tables.TITLES_OF["generation_accuracy"]
-# Metrics of `query_use` that tables have -> what they are.
+# Metric of `query_use` -> its title in tables.
 QUERY_USE = {
   "acc1_by_input": "largest difference between two e_t",
   "cosine_of_two_draws": "100 × cosine of two draws of e_T",
@@ -35,13 +35,13 @@ QUERY_USE = {
 
 
 def of_choice(name: str, section: Mapping[str, Any]) -> dict[str, str]:
-  """Return the title of accuracy among a caption and its four negatives."""
+  """Return the title of the accuracy among a caption and its four negatives."""
   del section
   return {"acc1": f"choice of five, {name} ↑"}
 
 
 def of_generated_images(name: str, section: Mapping[str, Any]) -> dict[str, str]:
-  """Return the titles of generated images; for scenes also of the share of the five attributes that are right."""
+  """Return the titles of figures of generated images; for scenes also that of the share of correct attributes."""
   if "data" not in section:
     return of_shapes(name, section)
   title = f"generated images, {name}"
@@ -50,13 +50,13 @@ def of_generated_images(name: str, section: Mapping[str, Any]) -> dict[str, str]
 
 
 def of_query_use(name: str, section: Mapping[str, Any]) -> dict[str, str]:
-  """Return the titles of the figures that tell whether the noised text query is read."""
+  """Return the titles of the figures that show whether the noised text query is read."""
   del name, section
   return {metric: f"query use: {title}" for metric, title in QUERY_USE.items()}
 
 
 def add() -> None:
-  """Add them; a second call changes nothing."""
+  """Add all parts; a second call changes nothing."""
   sources.KINDS["scenes"] = scenes.Section
   sources.KINDS |= {f"{name}_twice": query.twice(sources.KINDS[name]) for name in ("scenes", "pairs")}
   if "constant" not in network.TEXT_STREAMS:

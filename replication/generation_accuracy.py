@@ -1,4 +1,4 @@
-"""The task `generation_accuracy` with two more judges: of rendered scenes, and of icons, where copies are counted."""
+"""The task `generation_accuracy` with two more judges: one of rendered scenes, and one of icons that counts copies."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ OF_LABELS = ("splits", "label_field", "epochs", "held_out")  # settings of the j
 class GenerationAccuracy(generation_accuracy.GenerationAccuracy):
   """Task `generation_accuracy`: the share of generated images that show what was asked for, as a classifier judges.
 
-  With `data` of `scenes` images are generated for its captions, one each, and right are those on which both colours,
-  both shapes and the relation are (`scene_judge`). Metrics are then also acc1_attributes, the share of the five that
-  are right, acc1_relation, acc1_colour and acc1_shape.
+  With `data` of `scenes` it generates one image for each caption. An image is right if both colours, both shapes and
+  the relation are (`scene_judge`). Further metrics are acc1_attributes, the share of the five that are right,
+  acc1_relation, acc1_colour and acc1_shape.
 
-  Of labelled images there is also nearer_than_own, the share of generated images whose nearest image in the split of
-  `data` is nearer than any two of their class there are to each other; and real_nearer_than_own, the same of real
-  images of the other splits. Each is left out where no class has two images.
+  With labelled images there is also nearer_than_own: the share of generated images that are nearer to an image in the
+  split of `data` than any two images of their class there are to each other. real_nearer_than_own is the same share of
+  real images of the other splits. Both are left out if no class has two images.
   """
 
   data: Mapping[str, Any] | None = field(None, help="section of a data source")
@@ -53,13 +53,13 @@ class GenerationAccuracy(generation_accuracy.GenerationAccuracy):
     return CopiesJudge(self.data, self.seed, **self.given(OF_LABELS))
 
   def refuse(self, names: Sequence[str], where: str) -> None:
-    """Raise UserError where one of these settings is given, which has no effect `where`."""
+    """Raise UserError if one of these settings is given, since it has no effect `where`."""
     for name in self.given(names):
       raise UserError(f"{name} has no effect where {where}")
 
 
 class CopiesJudge(LabelJudge):
-  """Name labelled images' classes, and count images that are as near to a training image as copies are."""
+  """A judge that names the classes of labelled images, and counts images as near to a training image as copies are."""
 
   _own: copies.OwnDistances | None = None
   _real_nearer: Mapping[str, float] = {}

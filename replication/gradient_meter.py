@@ -1,4 +1,4 @@
-"""Measure how the two tasks pull at the network: cosine and norms of the gradients of L_IG and L_ITA, by block.
+"""Measure the gradients of L_IG and L_ITA in each block of the network: their norms and their cosine.
 
 python -m replication.gradient_meter --workdir=RUN --batches=4 --out=gradients.json
 """
@@ -30,7 +30,7 @@ from diffdis_jax.training.step import Trainer
 
 FLAGS = flags.FLAGS
 TASKS = ("generation", "discrimination")
-# Block -> its parameters' paths, and the tasks whose loss reaches it. Both losses reach all of `shared`.
+# Block -> paths of its parameters, and the tasks whose loss reaches it. Both losses reach all of `shared`.
 BLOCKS = {
   "down": (r"^unet\.(conv_in|down)\.", TASKS),
   "middle": (r"^unet\.middle\.", TASKS),
@@ -49,7 +49,7 @@ def compiled(trainer: Trainer) -> Callable[[TrainState, TrainingBatch], dict[str
 
 
 def compare(trainer: Trainer, state: TrainState, batch: TrainingBatch) -> dict[str, Float[Array, ""]]:
-  """Return, of each block, the norm of each task's gradient, their cosine, and the ratio of L_ITA's norm to L_IG's.
+  """Return the norm of each task's gradient in each block, their cosine, and the ratio of L_ITA's norm to L_IG's.
 
   L_IG has its weights, and L_ITA is taken before λ.
   """

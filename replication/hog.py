@@ -1,7 +1,7 @@
-"""A baseline that learns nothing: an image's class is that of the training image with the nearest edges and colours.
+"""A baseline that learns nothing: it gives an image the class of the training image with the nearest edges and colours.
 
-Of held-out artists' icons it says how easy an artist is, whatever was trained: a figure of a model without it does not
-carry over from one artist to another.
+It shows how easy the icons of a held-out artist are. Without it, a model's accuracy on one artist does not carry over
+to another.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from replication.label_judge import text_labels
 
 SIDE = 32  # pixels: images are compared at this size
 CELL, BINS, BLOCK = 8, 9, 2  # pixels of a cell, directions of 180°, and cells of a block, along each side
-CLIP = 0.2  # of a block's values, of length 1, before it is given that length again (Dalal and Triggs, L2-Hys)
-COLOUR_WEIGHT = 0.25  # of the cosine of colours, beside that of edges
+CLIP = 0.2  # limit of a block's values between two normalisations to length 1 (Dalal and Triggs, L2-Hys)
+COLOUR_WEIGHT = 0.25  # weight of the cosine of colours; that of edges has weight 1
 
 
 @base.settings()
@@ -55,12 +55,12 @@ class Hog(base.Evaluation):
       )
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    del inference  # which takes no part
+    del inference  # it takes no part
     counts = {"num_images": len(self._labels), "num_training_images": len(self._known)}
     return {"train_split": self.train_split, **counts}
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """Return acc1 of all images, and acc1_seen of those whose class the training images have."""
+    """Return acc1 on all images, and acc1_seen on those whose class the training images have."""
     del inference, params
     queries = base.Images(self.source, self._indices, SIDE)[np.arange(len(self._indices))]
     keys = base.Images(self._train, np.arange(len(self._known)), SIDE)[np.arange(len(self._known))]
@@ -70,16 +70,15 @@ class Hog(base.Evaluation):
 
 def nearest(queries: UInt8[np.ndarray, "n s s 3"], keys: UInt8[np.ndarray, "m s s 3"]) -> np.ndarray:
   """Return the place of each query's nearest key: the cosine of edges, and a quarter of that of colours."""
-  # Colours about the training images' mean: nearly all icons stand on white.
+  # Subtract the training images' mean colours, since nearly all icons stand on white.
   centre = colours(keys).mean(axis=0)
   edges = unit(gradients(queries)) @ unit(gradients(keys)).T
   return (edges + COLOUR_WEIGHT * unit(colours(queries) - centre) @ unit(colours(keys) - centre).T).argmax(axis=1)
 
 
 def gradients(images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n d"]:
-  """Return histograms of oriented gradients, f32: of each cell, in blocks of 2 x 2 that overlap, each of length about
-  1."""
-  # The root evens out contrast; a pixel's gradient is that of its strongest channel.
+  """Return histograms of oriented gradients in f32: overlapping blocks of 2 x 2 cells, each of length about 1."""
+  # The square root evens out contrast. A pixel takes the gradient of its strongest channel.
   x = np.sqrt(images.astype(np.float32) / 255)
   dy, dx = np.zeros_like(x), np.zeros_like(x)
   dy[:, 1:-1], dx[:, :, 1:-1] = x[:, 2:] - x[:, :-2], x[:, :, 2:] - x[:, :, :-2]
@@ -102,5 +101,5 @@ def colours(images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n d"]:
 
 
 def unit(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-  """Return rows of length 1; a row of zeros stays one."""
+  """Scale rows to length 1; a row of zeros stays zero."""
   return x / np.sqrt((x**2).sum(axis=1, keepdims=True) + 1e-10)

@@ -2,7 +2,7 @@
 
   python -m replication benchmark --config=replication/configs/benchmark.py --out=benchmark.json
 
-For timing alone: nothing was trained by it. What it measured: replication/log/compilers.md.
+It is for timing only; nothing was trained with it. Its measurements are in replication/log/compilers.md.
 """
 
 from ml_collections import ConfigDict

@@ -9,8 +9,8 @@
   diffdis evaluate --workdir=runs/emoji/diffdis --tasks=zero_shot,retrieval --out=emoji.json
   python -m replication.measure_emoji --workdir=runs/emoji/diffdis --data_root=data --out=suite.json
 
-Generation first, then both objectives from there, since the paper also starts from a generative model: accuracy was a
-third higher than of both alone for as many steps (one run).
+Train generation first, then both objectives from there: the paper also starts from a generative model. Accuracy was a
+third higher than after as many steps of both alone (one run).
 
 Autoencoder and generation took 9 and 24 min on two cores of an AMD EPYC, the run itself 118 min on one: 1.5 hours of
 two cores. Result, seed 0, one run: zero-shot top-1 45.1 % of 895 concepts on val_vendor and 58.0 % of 1,364 on
@@ -26,8 +26,8 @@ Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, co
 development set: spatial_pool, token_embedding_weight and τ were chosen by accuracy on it. On a GPU:
 --config.batch_size=512 --config.model.dtype=bfloat16 and more steps.
 
-For E10: `query_use` measures the task of that name too, `constant_query` makes a network that cannot read e_t, and
-`two_captions` trains on each image with two of its captions in one batch.
+E10 has three arguments: `query_use` also measures the task of that name, `constant_query` makes a network that cannot
+read e_t, and `two_captions` trains on each image with two of its captions in one batch.
 """
 
 from typing import Any
@@ -37,11 +37,11 @@ from ml_collections import ConfigDict
 from configs import common
 from diffdis_jax.models.sizes import clip_medium, medium
 
-# How each task's view of an image varies. Where colours do, the white ground does, so that it would be generated grey.
+# The views of each task. Generation's keep their colours: otherwise the white ground would be generated grey.
 GENERATED = dict(shift=0.06, zoom=0.15, rotation=10.0)
 ENCODED = GENERATED | dict(brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04)
 DISCRIMINATED = dict(shift=0.08, zoom=0.2, rotation=12.0, brightness=0.3, contrast=0.3, saturation=0.5, hue=0.05)
-# τ is fixed. If learned, it grows to 36, and captions then fit the training images alone (replication/log/emoji.md).
+# τ is fixed: if learned, it grows to 36, and captions then fit only the training images (replication/log/emoji.md).
 TEMPERATURE = 12.0
 NUM_STEPS = dict(both=3600, generation=1800, discrimination=5400, contrastive=5400)
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
   common.check_choices(args, objectives=NUM_STEPS)
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
-  # Neither is the paper's. Both were chosen by accuracy on test_vendor (replication/log/emoji.md).
+  # Neither is in the paper. Both were chosen by accuracy on test_vendor (replication/log/emoji.md).
   config.model.alignment.spatial_pool = 4
   config.model.text_encoder.token_embedding_weight = 8.0
   config.model.temperature = TEMPERATURE
@@ -85,7 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.discrimination_augment.update(DISCRIMINATED)
   else:
     config.data.augment.update(GENERATED if args.objectives == "generation" else DISCRIMINATED)
-  # A caption mostly names the drawing style too; half of the time the concept stands alone, as in classification.
+  # Captions mostly name the drawing style too. Half of the time the concept stands alone, as in classification.
   config.data.caption_fields = ("caption", "concept")
   config.loss.ita_weight = 0.3
   # Discrimination alone, seed 0: L_ITA after 300 steps was 3.2 at UNet's rate of 2e-3, 3.0 at 1e-3 and 2.6 at 5e-4.
@@ -93,7 +93,7 @@ def get_config(arg: str = "") -> ConfigDict:
     groups=(
       ("^autoencoder", "frozen"),
       ("^logit_scale", "temperature"),
-      (r"^unet\.(up|norm_out|conv_out)", "drawing"),  # the UNet's way up, which generation has for itself
+      (r"^unet\.(up|norm_out|conv_out)", "drawing"),  # the UNet's up path, which only generation uses
       (".*", "new"),
     ),
     rates=dict(new=5e-4, temperature=0.0, drawing=1e-3),
@@ -123,7 +123,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def add_evaluations(config: ConfigDict, path: str) -> None:
-  """Add what evaluate measures of a run: how it classifies images, and how many generated ones a judge names."""
+  """Add the evaluations of a run: how well it classifies images, and how many generated ones a judge names."""
 
   def data(split: str) -> dict[str, Any]:
     return dict(name="pairs", path=path, split=split, image_size=common.own_size(config))
@@ -152,7 +152,7 @@ def add_evaluations(config: ConfigDict, path: str) -> None:
 
 
 def to_clip(config: ConfigDict) -> None:
-  """Make it CLIP. Its text tower has one layer more, CLIP's projection, and trains as it does beside the UNet."""
+  """Turn the config into CLIP. Its text tower has one more layer, CLIP's projection, and trains as beside the UNet."""
   config.objectives = ("contrastive",)
   token_embedding_weight = config.model.text_encoder.token_embedding_weight
   config.model = clip_medium()

@@ -1,10 +1,10 @@
-"""Experiments that replication/protocol.md has planned, as replication.ablate takes them.
+"""Define the experiments of replication/protocol.md for replication.ablate.
 
   python -m replication.ablate plan --base=replication/configs/scenes.py:measured=test \
       --arms=replication/configs/experiments.py:e1 --seeds=0,1,2,3,4 --out=runs/e1
 
-`run` in the place of `plan` runs or resumes them, and `table` writes their tables. What is chosen is chosen on val, the
-default of scenes.py. By its name each experiment has this base, where a FILE.py lies beside this file:
+`run` instead of `plan` runs or resumes them, and `table` writes their tables. Settings are chosen on val, the default
+of scenes.py. Each experiment has this base, a file beside this one:
 
   e1        do the tasks help each other?          scenes.py:measured=test
   e2        why does generation first help?        emoji.py:path=data/emoji
@@ -19,9 +19,9 @@ default of scenes.py. By its name each experiment has this base, where a FILE.py
   e10       is the text query used?                scenes.py:measured=test,query_use
   e10_emoji the same on emoji                      emoji.py:path=data/emoji
 
-With one --out for several of one base, they share runs: e3 finds its base runs among those of e1, and e4 its
-`discrimination` among those of e2, as does e8, whose `both` is that of e9; e7 shares the autoencoders. `table` then
-writes over the other's tables.
+Experiments of one base share runs if they have one --out: e3 finds its base runs among those of e1, e4 and e8 find
+`discrimination` among those of e2, e9 finds `both` among those of e8, and e7 shares the autoencoders. `table` then
+overwrites the tables of the other.
 """
 
 from typing import Any
@@ -31,15 +31,15 @@ from ml_collections import ConfigDict
 from configs import clip_cc3m, common
 
 STEPS = 900  # of 64 images; equal samples
-# Seconds of a step on one core of which nothing else ran, by objectives: medians of 15 rounds in turns, by
+# Seconds of a step on one idle core, by objectives: medians of 15 rounds in turns, measured by
 # `python -m replication benchmark --config=scenes.py --rounds=15 --out=F.json`, before the first run.
 STEP_SECONDS = {"generation": 0.251, "discrimination": 0.157, "generation+discrimination": 0.356}
 EMOJI_STEPS = 600  # of 64 images; equal samples
-# The same of emoji.py, by what is trained: with `path=data/emoji`; of that with
+# The same for emoji.py, by what is trained: with `path=data/emoji`; with
 # `--config.model.alignment.spatial_pool=0 --config.model.text_encoder.token_embedding_weight=0`, as "discrimination
 # without additions"; and with `objectives=contrastive,path=data/emoji`, as "CLIP" with that last field,
-# and as "CLIP with parts" and "convolutional CLIP" with CLIPS's. The other core worked.
-# Both objectives were timed later, by the first of these commands: 2.744 of discrimination's, here in its seconds.
+# and as "CLIP with parts" and "convolutional CLIP" with CLIPS's. The other core was busy.
+# Both objectives were timed later, by the first of these commands: 2.744 times discrimination, here in its seconds.
 EMOJI_STEP_SECONDS = {
   "generation": 0.972,
   "discrimination": 0.519,
@@ -50,12 +50,12 @@ EMOJI_STEP_SECONDS = {
   "convolutional CLIP": 0.250,
 }
 RATES = (3e-4, 1e-3, 3e-3)
-# The best of RATES for each CLIP, by top-1 on val_vendor in the table of e4_rates (measured/e4_rates_runs.tar.xz).
+# The best rate of RATES for each CLIP, by top-1 on val_vendor in the table of e4_rates (measured/e4_rates_runs.tar.xz).
 CLIP_RATES: dict[str, float] = {"CLIP": 1e-3, "CLIP with parts": 1e-3, "convolutional CLIP": 1e-3}
-# The two additions of emoji.py that the paper's model lacks, off.
+# Turn off the two additions of emoji.py that the paper's model lacks.
 WITHOUT_PARTS: dict[str, Any] = dict(alignment=dict(spatial_pool=0))
 WITHOUT_TOKENS: dict[str, Any] = dict(text_encoder=dict(token_embedding_weight=0.0))
-# name of a CLIP -> what differs in its model: parts of its tokens as DiffDis's head has them, or its UNet's levels
+# Map the name of a CLIP to what differs in its model: parts of its tokens, as in DiffDis's head, or its UNet's levels.
 CLIPS: dict[str, dict[str, Any]] = {
   "CLIP": WITHOUT_TOKENS,
   "CLIP with parts": dict(vision_encoder=dict(spatial_pool=4)),
@@ -63,12 +63,12 @@ CLIPS: dict[str, dict[str, Any]] = {
     vision_encoder=dict(tower="convolutional", patch=2, depth=2, width=128),
   ),
 }
-# The fields of an evaluation's protocol that CLIP lacks.
-# The timesteps t_z of the clean image that Table 7 has beside the paper's 1000.
+# CLIP lacks these fields of an evaluation's protocol.
+# Table 7 compares these timesteps t_z of the clean image with the paper's 1000.
 TIMESTEPS: dict[str, dict[str, Any]] = {f"timestep {t_z}": dict(condition_timestep=t_z) for t_z in (0, 999)}
 QUERY_STEPS = 1800  # of E10
 NO_SIGNAL = 1e-12  # γ of the arm whose e_t is noise alone; γ has to be above 0
-# A run is measured when it has ended, and reports nothing before.
+# Measure a run at its end only.
 QUIET = dict(train_evals=(), sample_prompts=(), save_every=450, sample_every=100_000, eval_every=100_000)
 
 
@@ -105,8 +105,8 @@ def e1() -> dict[str, Any]:
 
 
 def e3() -> dict[str, Any]:
-  """Ask which parts matter. The timestep t_z of the clean image needs both objectives, or nothing else has a
-  timestep."""
+  """Ask which parts matter. The arms of the clean image's timestep t_z train both objectives: without generation, no
+  other image has a timestep."""
   arms, claims = [], []
   for base, changes in (("discrimination", _parts(1.0, 0.1)), ("both", TIMESTEPS)):
     arms.append(_arm(base, base, num_steps=STEPS))
@@ -137,13 +137,13 @@ def e2() -> dict[str, Any]:
 
 
 def e4_rates() -> dict[str, Any]:
-  """Choose the rate of each CLIP, by a seed that is in no table. Nothing is compared by a test."""
+  """Choose the rate of each CLIP, by a seed that is in no table. No test compares them."""
   arms = [_clip(name, f"{name}, rate {rate:g}", rate=rate, num_steps=EMOJI_STEPS) for name in CLIPS for rate in RATES]
   return dict(title="Which rate is each CLIP's?", arms=tuple(arms))
 
 
 def e4() -> dict[str, Any]:
-  """Ask whether the lead over CLIP is fair. Each comparison is of two with the same text tower and head."""
+  """Ask whether the lead over CLIP is fair. Each comparison is of two networks with the same text tower and head."""
   if missing := [name for name in CLIPS if name not in CLIP_RATES]:
     raise ValueError(f"no rate is chosen for {', '.join(missing)}; run e4_rates and add it to CLIP_RATES")
   alone = {"CLIP": "discrimination without additions"}  # as long as which DiffDis, if not that with its additions
@@ -170,8 +170,7 @@ def e4() -> dict[str, Any]:
 
 
 def e5() -> dict[str, Any]:
-  """Measure rare classes that are rare in the start too, on the set of shapes_lt.py:seed=0, whatever the run's
-  seed."""
+  """Measure classes that are rare in the start too. Every seed measures the set of shapes_lt.py:seed=0."""
   arms = []
   for classes, seen in (("all classes", "stage=0,all_classes"), ("no low classes", "stage=0")):
     for model, backbone in (("DiffDis", "diffdis"), ("CLIP", "clip")):
@@ -193,8 +192,8 @@ def e5() -> dict[str, Any]:
 
 
 def e6() -> dict[str, Any]:
-  """Ask whether stronger augmentation makes the better CLIP. Its images alone differ; those of emoji.py are in
-  none."""
+  """Ask whether stronger augmentation makes the better CLIP. The arms differ only in their views of the images; none
+  has those of emoji.py."""
   plain = common.base(clip_cc3m.clip_small(), image_size=32).data.augment.to_dict()
   arms = [
     _clip("CLIP", recipe, num_steps=EMOJI_STEPS, data=dict(augment=plain | clip_cc3m.RECIPES[recipe]))
@@ -205,8 +204,7 @@ def e6() -> dict[str, Any]:
 
 
 def e7() -> dict[str, Any]:
-  """Ask which parts matter on emoji, without spatial pooling, whose means of the feature map pass the fusion block
-  by."""
+  """Ask which parts matter on emoji, without spatial pooling: its means of the feature map bypass the fusion block."""
   base = "discrimination, no spatial pooling"
   arms, claims = [_arm(base, "discrimination", num_steps=EMOJI_STEPS, model=WITHOUT_PARTS)], []
   for name, change in _parts(1.0, 0.3).items():  # the config's own γ is 0.1
@@ -243,7 +241,7 @@ def e10() -> dict[str, Any]:
 
 
 def e10_emoji() -> dict[str, Any]:
-  """Ask the same of emoji, without spatial pooling, whose means of the feature map pass the text token by."""
+  """Ask the same on emoji, without spatial pooling: its means of the feature map bypass the text token."""
   return _query("Is the text query used, on emoji?", WITHOUT_PARTS, TOP1, 2.0)
 
 
@@ -274,7 +272,7 @@ EXPERIMENTS |= {"e9": e9, "e10": e10, "e10_emoji": e10_emoji}
 
 
 def _parts(*gammas: float) -> dict[str, dict[str, Any]]:
-  """Return name -> what differs in discrimination alone, of the fusion block and of the text diffusion."""
+  """Return name -> what an arm of discrimination alone changes in the fusion block or the text diffusion."""
   return {
     "without fusion": dict(model=dict(fusion=False)),
     "own attention": dict(model=dict(share_attention=False)),

@@ -3,7 +3,7 @@
   diffdis train --config=replication/configs/shapes_lt.py:stage=0,autoencoder --workdir=AUTOENCODER
   diffdis train --config=replication/configs/shapes_lt.py:stage=0 --workdir=START --config.init_from=AUTOENCODER
 
-For CLIP it is the second line alone, with backbone=clip. To compare with, all_classes in both lines makes one that has
+For CLIP take the second line only, with backbone=clip. For comparison, all_classes in both lines makes a start that has
 seen all classes, in as many images. Stages 1 and 2 with init=START are those of the package.
 """
 
@@ -30,14 +30,14 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def start(args: ConfigDict) -> ConfigDict:
-  """Return the run that stage 1 starts from: a short run of configs/shapes.py on pairs of which none, or as many as of
-  all others, are of the low classes."""
+  """Return the run that stage 1 starts from: a short run of configs/shapes.py. Its pairs have none of the low classes,
+  or as many of them as of all others."""
   config = shapes.get_config("autoencoder" if args.autoencoder else shapes_lt.OBJECTIVES[args.backbone])
   config.seed = args.seed
-  # Without caption_fields: a record's one caption is its class.
+  # No caption_fields are needed: a record's one caption is its class.
   split = "start_all" if args.all_classes else "start"
   config.data.update(name="shapes_lt", split=split, seed=args.seed, caption_fields=())
-  # Those of configs/shapes.py are of the pairs that it holds out itself.
+  # The evaluations of configs/shapes.py measure the pairs that it holds out itself.
   config.evals, config.train_evals = {}, ()
   if not args.autoencoder:
     config.num_steps = config.save_every = config.sample_every = 300
