@@ -33,8 +33,8 @@ class OwnDistances:
     self._images = images
     self._least = np.full(num_classes, np.nan)
     for k in np.unique(labels):
-      # Two images of one class in different styles: how near different pictures of a thing are to each other. What is
-      # nearer than that to a training image shares more with it than the class.
+      # This is how near two images of one class in different styles are. An image that is nearer to a training image
+      # shares more with it than the class.
       own = squared_distances(images[labels == k], images[labels == k])
       if len(own) > 1:
         self._least[k] = own[np.triu_indices(len(own), 1)].min()

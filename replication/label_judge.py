@@ -1,7 +1,7 @@
-"""A small classifier of labelled images, which judges generated ones, and its training.
+"""Train a small classifier of labelled images, which judges generated ones.
 
-It shares nothing with the model that it judges: neither weights nor layers. It is not the paper's. It errs too, so its
-own accuracy on real images that it was not trained on stands beside every figure.
+It shares neither weights nor layers with the model that it judges. It is not in the paper. It makes errors too, so its
+own accuracy on held-out real images stands beside every figure.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 from diffdis_jax.evals.generation_accuracy import BATCH, SIZE, Examples, Trained, apply, fit
 
-PARTS = 4  # along each side: the classifier takes features' means over so many parts
+PARTS = 4  # parts along each side, over which the classifier takes the mean of its features
 PEAK_RATE = 2.5e-3
 VIEW = transforms.Augmentation(
   shift=0.08, zoom=0.15, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.3, hue=0.02
@@ -30,7 +30,7 @@ VIEW = transforms.Augmentation(
 
 
 class LabelJudge:
-  """Names labelled images' classes, after training on several splits. Settings as GenerationAccuracy has them.
+  """Names the classes of labelled images, after training on several splits. `GenerationAccuracy` explains the settings.
 
   Raises:
     UserError: a label that is no text, fewer than two classes, or so few images that none or all are held out.
@@ -59,7 +59,7 @@ class LabelJudge:
       raise UserError(f"field {label_field!r} names {', '.join(self.classnames)} alone; a judge needs two classes")
     self.asked = np.unique(self.labels[: len(names[split])])
     self._seed, self._epochs = seed, epochs
-    # The order is of the seed alone, so that the judge of another call is the same one.
+    # The order depends on the seed alone, so that another call trains the same judge.
     order, count = np.random.default_rng(seed).permutation(len(self.labels)), round(held_out * len(self.labels))
     if not 0 < count < len(order):
       share, size = ("all of them", "smaller") if count else ("none", "larger")
@@ -68,22 +68,22 @@ class LabelJudge:
     self._trained: Trained | None = None
 
   def protocol(self) -> dict[str, Any]:
-    """Return how the classifier is trained, and on how many images."""
+    """Return the settings of the classifier's training, and its number of images."""
     counts = {"trained_on": len(self._trained_on), "measured_on": len(self._measured_on)}
     return {"splits": list(self._splits), "epochs": self._epochs, **counts}
 
   def train(self, image_size: int = SIZE) -> Trained:
-    """Train the classifier for generated images of any size, once, on the images that are not held out."""
+    """Train the classifier once, on the images that are not held out. It serves generated images of any size."""
     del image_size
     if self._trained is None:
-      # Read once and kept as they are: every epoch takes other views of them.
+      # The images are read once; every epoch takes other views of them.
       images = [
         records.read_image(base.read(source, i)["image"]) for source in self.sources for i in range(len(source))
       ]
       of_training, labels = [images[i] for i in self._trained_on], self.labels[self._trained_on]
       how = dict(num_classes=len(self.classnames), epochs=self._epochs, seed=self._seed)
       model = train_on_labels(of_training, labels, **how)
-      # Held-out images are judged as generated ones are: as a whole, in one view.
+      # Held-out images are judged like generated ones: whole, in one view.
       real = np.stack([np.asarray(transforms.resize(images[i], SIZE)) for i in self._measured_on])
       places = ranks(classify(model, real), self.labels[self._measured_on])
       self._trained = Trained(model, _accuracy("judge_", places))
@@ -95,15 +95,15 @@ class LabelJudge:
   def measure(
     self, images: UInt8[np.ndarray, "n h w 3"], classes: Int[np.ndarray, " n"], *, image_size: int
   ) -> dict[str, float]:
-    """Return acc1 and acc5, and the judge's own."""
+    """Return acc1 and acc5 of the images, and the judge's own accuracy."""
     trained = self.train(image_size)
     squares = np.stack([base.to_square(image, SIZE) for image in images])
     return {**_accuracy("", ranks(classify(trained.model, squares), classes)), **trained.accuracy}
 
 
 def ranks(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-  """Count the other classes that are as likely as each row's own, or likelier; 0 is right. A NaN ranks before all."""
-  # As in base.ranks a tie is wrong, so that a classifier that says the same of all is right on none.
+  """Count the classes that are at least as likely as each row's own; 0 is right. A NaN ranks before all."""
+  # As in base.ranks a tie is wrong: a classifier with equal logits for all classes is never right.
   own = np.take_along_axis(logits, labels[:, None], axis=1)
   others = np.arange(logits.shape[1]) != labels[:, None]
   return (others & ~(logits < own)).sum(axis=1)
@@ -130,7 +130,7 @@ class LabelClassifier(nnx.Module):
     x = image.astype(jnp.float32) / 127.5 - 1.0
     for conv, norm in zip(self.convs, self.norms, strict=True):
       x = nnx.relu(norm(conv(x)))
-    # A mean over the whole image would lose where things are, by which many icons differ alone.
+    # A mean over the whole image would lose positions, in which alone many icons differ.
     b, h, w, c = x.shape
     parts = x.reshape(b, PARTS, h // PARTS, PARTS, w // PARTS, c).mean((2, 4))
     return self.head(self.dropout(parts.reshape(b, -1)))
@@ -140,7 +140,7 @@ def train_on_labels(
   images: Sequence[Image.Image], labels: Int[np.ndarray, " n"], *, num_classes: int, epochs: int, seed: int
 ) -> LabelClassifier:
   """Train on varied views of the images by AdamW under a one-cycle schedule, which peaks at PEAK_RATE."""
-  # What is left of an epoch is no batch, so that a step is compiled once; few images are one batch.
+  # The rest of an epoch is dropped, so that one step is compiled. Few images make one batch.
   batch_size = min(BATCH, len(images))
   num_steps = epochs * (len(images) // batch_size)
   model = LabelClassifier(num_classes, rngs=nnx.Rngs(seed))
@@ -155,7 +155,7 @@ def train_on_labels(
       if number % 500 == 0:
         logging.info("training the judge: step %d of %d", number, num_steps)
 
-  # BatchNorm takes the batch's moments while it trains, and their averages when it judges.
+  # BatchNorm uses the batch's moments in training, and their averages in judging.
   model.train()
   fit(model, optax.adamw(optax.cosine_onecycle_schedule(num_steps, PEAK_RATE), weight_decay=0.01), loss, batches())
   model.eval()
@@ -163,7 +163,7 @@ def train_on_labels(
 
 
 def _epochs(n: int, batch_size: int, *, num_steps: int, seed: int) -> Iterator[Int[np.ndarray, " b"]]:
-  """Yield the rows of each step: all in random order, then all again. What is left of an epoch is left out."""
+  """Yield the rows of each step: all in random order, epoch after epoch. The rest of an epoch is dropped."""
   rng = np.random.default_rng(seed)
   for _ in range(0, num_steps, n // batch_size):
     order = rng.permutation(n)
@@ -180,7 +180,7 @@ def classify(model: LabelClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Fl
 
 
 def text_labels(source: Any, name: str) -> Shaped[np.ndarray, " n"]:
-  """Return each record's class by its name. Raises UserError: one that is no text."""
+  """Return each record's class by its name. Raises UserError if one is no text."""
   labels = [base.get_field(base.fields(source, i), name) for i in range(len(source))]
   if wrong := [label for label in labels if not isinstance(label, str)]:
     raise UserError(f"field {name!r} holds {wrong[0]!r}; a label should be a class's name: give another label_field")

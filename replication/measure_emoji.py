@@ -1,4 +1,4 @@
-"""Measure a run on the emoji: held-out artists and concepts, and OpenMoji where it is there, beside a baseline.
+"""Measure a run on the emoji: held-out artists and concepts, and OpenMoji if it is there, beside a baseline.
 
   python -m replication.measure_emoji --workdir=RUN --data_root=data --out=suite.json
 
@@ -27,21 +27,21 @@ from replication import extensions
 
 FLAGS = flags.FLAGS
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
-# Split -> images of it.
+# Split -> its number of images.
 COUNTS = {"test_vendor": 1_364, "val_vendor": 895, "val_concepts": 757, "openmoji": 1_364}
 OPTIONAL = "openmoji"
-# Whose artists training saw. Every other split is of an artist who is not in it.
+# Training saw the artists of these splits. Every other split is by an artist who is not in training.
 OF_TRAINING = ("train", "val_concepts")
-CHOSEN_ON = "val_vendor"  # settings are, and so it is no part of the mean over held-out artists
+CHOSEN_ON = "val_vendor"  # settings are chosen on it, so the mean over held-out artists leaves it out
 SETS = {f"emoji/{split}": count for split, count in COUNTS.items()}
 AGAIN = "prepare it again with python -m replication.prepare_emoji"
 
 
 def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
-  """Return zero-shot classification and retrieval on each split that is there, those of further artists included; for
-  each artist who is not in training also the baseline `hog`, on the same images.
+  """Return the evaluations: zero-shot classification and retrieval on each split that is there, also those of further
+  artists, and for each artist who is not in training the baseline `hog` on the same images.
 
-  In retrieval, whatever bears the query's caption is right: in `val_concepts` several artists' images have the same.
+  In retrieval every image with the query's caption is right: in `val_concepts` images by several artists share one.
 
   Args:
     root: the prepared folder, or one that holds it as `emoji`.
@@ -54,7 +54,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
   if path is None:
     raise UserError(f"no emoji in --data_root={root}, neither in it nor in its folder emoji; {AGAIN}")
   there = records.read_info(path).splits
-  # A partial set would give a partial table without a word; only OpenMoji is a package of its own.
+  # A partial set would silently give a partial table. Only OpenMoji may be absent: it is a package of its own.
   if missing := [split for split in ("train", *COUNTS) if split not in there and split != OPTIONAL]:
     raise UserError(f"{path} has no split {missing[0]}; {AGAIN}")
   splits = [*(split for split in COUNTS if split in there), *sorted({*there} - {"train", *COUNTS})]
@@ -64,7 +64,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
   for split in splits:
     data = {"name": "pairs", "path": str(path), "split": split, "image_size": image_size}
     zero_shot: dict[str, Any] = {"data": data, "label_field": "concept", "templates": TEMPLATES}
-    # Its icons have concepts that training saw in other styles, and concepts that it never saw.
+    # Some concepts of its icons were seen in training in other styles, and others were never seen.
     if split not in OF_TRAINING:
       zero_shot["seen_split"] = "train"
     found.append(Section(f"emoji/{split}", "zero_shot", zero_shot))
@@ -75,12 +75,12 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
 
 
 def held_out(names: Iterable[str]) -> list[str]:
-  """Return those of these data sets that are of an artist who is not in training."""
+  """Return the data sets by artists who are not in training."""
   return [name for name in names if name.startswith("emoji/") and name.split("/")[1] not in OF_TRAINING]
 
 
 def check(name: str, evaluation: Evaluation, *, incomplete: bool) -> None:
-  """Raise UserError: the split has not as many images as published, unless that may be."""
+  """Raise UserError if the split has another number of images than published, unless `--incomplete` allows it."""
   count, expected = len(evaluation.source), SETS.get(name)  # pyright: ignore[reportAttributeAccessIssue]
   if expected is not None and count != expected and not incomplete:
     raise UserError(
@@ -90,7 +90,7 @@ def check(name: str, evaluation: Evaluation, *, incomplete: bool) -> None:
 
 
 def table(title: str, results: Results) -> str:
-  """Return each artist who is not in training, in per cent, and below the run the baseline on the same images."""
+  """Return a table in per cent: a column for each artist who is not in training, and the baseline below the run."""
   names = held_out(results.get("zero_shot", {}))
   lines = [["", *(name.removeprefix("emoji/") for name in names), "mean of the test artists"]]
   lines.append(["---"] * len(lines[0]))

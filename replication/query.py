@@ -1,4 +1,4 @@
-"""Arms of E10, which asks whether a network uses the noised text query e_t. None of them is the paper's."""
+"""Define arms of E10, which asks whether a network uses the noised text query e_t. None of them is in the paper."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from diffdis_jax.data import records, sources
 from diffdis_jax.method import schedules
 from diffdis_jax.method.fusion import TextStream
 
-LATE = 900  # the first timestep of `scaled_linear` that the schedule `late` has
+LATE = 900  # the first timestep of `scaled_linear` in the schedule `late`
 LAST = NUM_TIMESTEPS - 1
 
 
 class ConstantQuery(TextStream):
-  """A text stream that has a learned constant in the place of e_t: the network is a plain image encoder.
+  """A text stream with a learned constant in the place of e_t: the network is a plain image encoder.
 
-  The constant is the embedder's vector of the last timestep, which any vector can be. Neither e_t nor t_e is read.
+  The constant is the embedder's vector of the last timestep, which is free to be any vector. Neither e_t nor t_e is
+  read.
   """
 
   def time_conditioned(self, e_t: Float[Array, "b d"], t_e: Int[Array, "b"]) -> Float[Array, "b d"]:
@@ -31,7 +32,7 @@ class ConstantQuery(TextStream):
 
 
 def late_betas(n: int) -> Float[np.ndarray, "T"]:
-  """Return the schedule that has the noise levels of `scaled_linear` from LATE on alone, each for equally long."""
+  """Return the schedule of the noise levels of `scaled_linear` from LATE on, each for equally many timesteps."""
   alpha_bar = schedules.noise_schedule("scaled_linear").alpha_bar[LATE + np.arange(n) * (NUM_TIMESTEPS - LATE) // n]
   return 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
 
@@ -40,14 +41,14 @@ def late_betas(n: int) -> Float[np.ndarray, "T"]:
 class TwoCaptions:
   """A source that has each image twice in a row, with the first and with the last of its captions.
 
-  In a batch both are there, so that the image alone does not tell which of them a row has; e_t does.
+  A batch holds both, so the image alone does not tell which caption a row has; e_t does.
   """
 
   source: Any
 
   @property
   def together(self) -> int:
-    """The number of records that follow each other in training, as `sources.Grouped` has it."""
+    """The number of records that stay next to each other in training (`sources.Grouped`)."""
     return 2 * getattr(self.source, "together", 1)
 
   def __len__(self) -> int:
@@ -60,7 +61,7 @@ class TwoCaptions:
 
 
 def twice(kind: type[sources.Section]) -> type[sources.Section]:
-  """Return the kind of data source that is `kind` with each image twice."""
+  """Return the kind of data source that gives each image of `kind` twice."""
 
   class Twice(kind):
     def open(self) -> sources.Source:

@@ -1,19 +1,19 @@
-"""Estimate weak scaling: one config on more and more chips, each of which keeps its share of the batch.
+"""Estimate weak scaling: one config on more and more chips, with a constant share of the batch for each.
 
   python -m replication.scaling --config=diffdis_cc3m:latents=none --topology=h100 --scaling=8,16,32,64,128,256 \\
       --fit_above=64 --config.mesh.fsdp=8 --config.model.remat=none --out=scaling.json
 
-The batch is that of the smallest topology. Small topologies are compiled, as `diffdis preflight` does it. Larger ones
-are fitted, by least squares of as many terms as topologies are compiled:
+The config's batch is that of the smallest topology. Small topologies are compiled, as in `diffdis preflight`. Larger
+ones are fitted by least squares, with as many terms as compiled topologies:
 
-  computing   a                        a chip has as much to do; that of the largest compiled
-  bytes       a (n - 1) / n + b + c n  a of groups that grow with n chips, by ring algorithms, such as gradients' sums;
-                                       b of groups of a fixed size; c of the batch, such as the embeddings of a loss
-  hops        a + b n                  from one chip to the next of a ring, one after another: through the last two
-  memory      a + b / n                b of what is split over all chips
+  computing   a                        constant for a chip; taken from the largest compiled topology
+  bytes       a (n - 1) / n + b + c n  a: groups that grow with n chips, in rings, such as sums of gradients;
+                                       b: groups of a fixed size; c: the batch, such as the embeddings of a loss
+  hops        a + b n                  from one chip of a ring to the next, one after another: by the last two
+  memory      a + b / n                b: arrays that are split over all chips
 
-Parts of a step do not overlap here: it takes as long as computing, the bytes at all that links or the network can
-carry, and the latency of all hops.
+Parts of a step do not overlap here: its time is the sum of computing, of moving the bytes at full speed, and of the
+latency of all hops.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ BYTES: Terms = (lambda n: (n - 1) / n, lambda n: 1, lambda n: n)
 HOPS: Terms = (lambda n: 1, lambda n: n)
 MEMORY: Terms = (lambda n: 1, lambda n: 1 / n)
 
-# Seconds of a hop, whatever it carries. TPUs: "How To Scale Your Model" (Google DeepMind, 2025), section 3. GPUs: what
-# NCCL chooses algorithms by, of rings and its protocol Simple (src/graph/tuning.cc, 2.2x).
+# Latency of a hop in seconds. TPUs: "How To Scale Your Model" (Google DeepMind, 2025), section 3. GPUs: what
+# NCCL assumes for rings and its protocol Simple (src/graph/tuning.cc, 2.2x).
 TPU_HOP, NVLINK_HOP, PCIE_HOP, NETWORK_HOP = 1e-6, 3.4e-6, 5.7e-6, 14e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """The topologies to compile, and those to fit to them.
+  """The topologies to compile, and the larger ones to fit.
 
   Attributes:
-    topologies: of one kind of chip, the smallest first.
-    compiled: the first of them.
-    base: chips that the config's batch is for.
+    topologies: topologies of one kind of chip, the smallest first.
+    compiled: the first ones, which are compiled.
+    base: number of chips for which the config's batch is meant.
   """
 
   topologies: tuple[chips.Topology, ...]
@@ -61,7 +61,7 @@ class Plan:
     """Read the plan from --topology, --scaling and --fit_above.
 
     Raises:
-      UserError: unknown chips, numbers of them that cannot be had, or too few to compile.
+      UserError: unknown chips, an impossible number of them, or too few topologies to compile.
     """
     kind, _, layout = (topology or "CHIP").partition(":")
     if kind not in chips.LAYOUTS:
@@ -84,18 +84,18 @@ class Plan:
     return plan
 
   def like(self, topology: chips.Topology) -> list[chips.Topology]:
-    """Return the compiled topologies to fit it to: a network between hosts changes what moves."""
+    """Return the compiled topologies to fit a topology to: a network between hosts changes the exchanges."""
     return [each for each in self.compiled if (len(each.shape) > 1) == (len(topology.shape) > 1)]
 
   def batch_size(self, topology: chips.Topology, configured: int) -> int:
-    """Return the batch size of a topology. Raises UserError: the config's does not divide over its chips."""
+    """Return the batch size of a topology. Raises UserError if the config's batch does not divide over its chips."""
     if configured % self.base:
       raise UserError(f"batch_size is {configured}, for {self.base} chips; --scaling needs a multiple of {self.base}")
     return configured // self.base * topology.size
 
 
 def fitted(numbers: Sequence[int], values: Sequence[float], at: int, terms: Terms) -> float:
-  """Return the value at a number of chips, by least squares of the first terms, as many as there are numbers."""
+  """Return the value at a number of chips, by a least-squares fit with as many terms as there are numbers."""
   basis = np.array([[float(term(n)) for term in terms[: len(numbers)]] for n in (*numbers, at)])
   return max(0.0, float(basis[-1] @ np.linalg.lstsq(basis[:-1], np.array(values))[0]))
 
@@ -105,11 +105,11 @@ class Row:
   """One topology.
 
   Attributes:
-    images: of a step, on all chips.
-    is_fitted: and not compiled.
-    computing: seconds of a step.
-    memory: of a chip, GiB.
-    room: of which a program may have this.
+    images: images of a step, on all chips.
+    is_fitted: True if it is fitted, False if it is compiled.
+    computing: seconds of computing in a step.
+    memory: GiB that a chip needs.
+    room: GiB that a program may use.
   """
 
   topology: chips.Topology
@@ -134,7 +134,7 @@ class Row:
     return self.computing + moving + self.latency
 
   def as_json(self, first: Row) -> dict[str, Any]:
-    """Return seconds of a step, bytes and hops of a chip, GiB of a chip; efficiency over the first row."""
+    """Return a step's seconds, a chip's bytes, hops and GiB, and the efficiency relative to the first row."""
     rate = self.images / self.seconds
     return dict(
       row="fitted" if self.is_fitted else "compiled",
@@ -154,7 +154,7 @@ class Row:
 
 
 def check(topology: chips.Topology, found: Mapping[str, Any]) -> None:
-  """Check that the train step's report (preflight.summarise) is of a program. Raises UserError where it is of none."""
+  """Raise UserError if the report of the train step (preflight.summarise) has no program."""
   memory = found["memory_gib"]
   if not memory["arguments"]:
     needed = f"{memory['total']:.2f} GiB a chip of {memory['chip']:.0f}"
@@ -162,10 +162,9 @@ def check(topology: chips.Topology, found: Mapping[str, Any]) -> None:
 
 
 def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Return rows of all topologies, and what the time of computing goes by: the first estimate that all compiled ones
-  have.
+  """Return rows of all topologies, and the estimate that computing time follows: the first that all compiled ones have.
 
-  Takes the train step's report, which passed `check`, of each of plan.compiled.
+  It takes the report of the train step for each of plan.compiled, after `check`.
   """
   compiled: dict[chips.Topology, Row] = {}
   by = next((each for each in preflight.BOUNDS if all(found[each] for found in reports)), "")
@@ -189,7 +188,7 @@ def _fit(topology: chips.Topology, rows: Sequence[Row]) -> Row:
   at = lambda values, terms: fitted(numbers, values, topology.size, terms)
   moved = {name: [vars(row.traffic)[name] for row in rows] for name in vars(last.traffic)}
   traffic = {name: at(values, BYTES) for name, values in moved.items()}
-  # The smallest program may have more hops: without an axis `data` XLA joins fewer sums. Never fewer than the last.
+  # Never take fewer hops than the last: without an axis `data` XLA joins fewer sums, so the smallest may have more.
   for name in ("links_hops", "network_hops"):
     traffic[name] = max(moved[name][-1], fitted(numbers[-2:], moved[name][-2:], topology.size, HOPS))
   return dataclasses.replace(
@@ -203,7 +202,7 @@ def _fit(topology: chips.Topology, rows: Sequence[Row]) -> Row:
 
 
 def lines(table: Mapping[str, Any]) -> Iterator[str]:
-  """Yield lines for reading."""
+  """Yield the lines of a readable table."""
   by = preflight.ESTIMATES.get(table["planned_by"], "the chips' peak, a lower bound")
   yield f"weak scaling; nothing overlaps, computing by {by}"
   yield "topology       images  step, ms  GiB into one chip  GiB a chip  images/s  efficiency"
@@ -216,8 +215,10 @@ def lines(table: Mapping[str, Any]) -> Iterator[str]:
 
 
 def scale(platform: str, plan: Plan) -> dict[str, Any]:
-  """Return the table of a weak scaling, and the report of each topology that was compiled for it. Raises UserError at
-  the first that has no program, before those are compiled, for as long, that would be compared with it."""
+  """Return the table of a weak scaling, and the report of each compiled topology.
+
+  Raises UserError at the first topology without a program, before the next ones are compiled.
+  """
   reports = {}
   for topology in plan.compiled:
     config = FLAGS.config.copy_and_resolve_references()
@@ -234,7 +235,7 @@ def main(argv: object) -> None:
   if FLAGS.search or FLAGS.slices > 1:
     raise UserError("weak scaling is of one slice; leave out --search and --slices")
   plan = Plan.of(FLAGS.topology, FLAGS.scaling, FLAGS.fit_above)
-  plan.batch_size(plan.topologies[0], FLAGS.config.batch_size)  # refused before anything is compiled
+  plan.batch_size(plan.topologies[0], FLAGS.config.batch_size)  # a wrong size is refused before anything is compiled
   if FLAGS.out:
     files.check_out(FLAGS.out)
   results = scale(preflight.prepare(plan.compiled[-1]), plan)

@@ -1,6 +1,6 @@
-"""Name both shapes of a rendered scene and how they stand to each other, after training on renders of any two pairs.
+"""Train a judge that names both shapes of a rendered scene and their relation, on renders of any two pairs.
 
-It shares nothing with the model that it judges, and its renders none of that model's images. None of it is the paper's.
+It shares nothing with the model that it judges, and its renders are not that model's images. It is not in the paper.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from diffdis_jax.evals import base, generation_accuracy
 from diffdis_jax.evals.generation_accuracy import COLOURS, SIZE, Examples, Trained, require
 from replication import scenes
 
-ATTRIBUTES = ("relation", "colour", "shape", "colour", "shape")  # of a scene, its first shape's before its second's
-CROSSWISE = [0, 3, 4, 1, 2]  # the same attributes with the two shapes in each other's place
+# The attributes of a scene: the relation, then those of its first shape, then those of its second.
+ATTRIBUTES = ("relation", "colour", "shape", "colour", "shape")
+CROSSWISE = [0, 3, 4, 1, 2]  # the same attributes with the two shapes swapped
 NUM_RENDERS, NUM_MEASURED = 8192, 2048
 PEAK_RATE = 3e-3
 
@@ -61,15 +62,14 @@ class SceneClassifier(nnx.Module):
 
 
 def attributes_of(scene: scenes.Scene) -> tuple[int, ...]:
-  """Return the numbers of ATTRIBUTES."""
+  """Return the attributes of a scene as numbers, in the order of ATTRIBUTES."""
   pairs = (scene.first, scene.second)
   named = (number for colour, shape in pairs for number in (COLOURS.index(colour), shapes.SHAPES.index(shape)))
   return (scenes.RELATIONS.index(scene.relation), *named)
 
 
 def render(*, image_size: int, num_images: int, seed: int) -> Examples:
-  """Return real images, rendered at the generator's size and then brought to the judge's, and their attributes [n,
-  5]."""
+  """Return real images, rendered at the generator's size and resized to the judge's, and their attributes [n, 5]."""
   source = scenes.Scenes(split="all", image_size=image_size, seed=seed, num_images=num_images)
   images = np.stack([base.to_square(source[i]["image"], SIZE) for i in range(num_images)])
   return Examples(images, np.array([attributes_of(source.scene(i)) for i in range(num_images)]))
@@ -77,7 +77,7 @@ def render(*, image_size: int, num_images: int, seed: int) -> Examples:
 
 @functools.cache
 def train(*, image_size: int, seed: int, num_steps: int) -> Trained:
-  """Train the judge of images of this size: once in a process, by Adam under a cosine schedule.
+  """Train the judge for images of this size, once in a process, by Adam under a cosine schedule.
 
   Its accuracy, judge_acc1, is the share of new renders on which all five attributes are right.
   """
@@ -104,7 +104,7 @@ def train(*, image_size: int, seed: int, num_steps: int) -> Trained:
 
 
 def attributes(model: SceneClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Int[np.ndarray, "n 5"]:
-  """Return the numbers of ATTRIBUTES, as the classifier sees them."""
+  """Return the attributes that the classifier names, as numbers in the order of ATTRIBUTES."""
 
   def named(model: SceneClassifier, image: Array) -> Int[Array, "b 5"]:
     logits = model(image)
@@ -119,8 +119,8 @@ def attributes(model: SceneClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> 
 def right(found: Int[np.ndarray, "n 5"], asked: Int[np.ndarray, "n 5"]) -> Bool[np.ndarray, "n 5"]:
   """Return which attributes are right.
 
-  The two shapes are compared in the places that were asked for, or in each other's where more is right so. Then the
-  relation is wrong: it is the converse of the one asked for, or another one.
+  The two shapes are compared in the places that were asked for, or swapped if more attributes are right that way. In a
+  swapped scene the relation is wrong.
   """
   straight, crosswise = found == asked, found[:, CROSSWISE] == asked
   crosswise[:, 0] = False
@@ -133,13 +133,13 @@ def _scene(record: Mapping[str, Any]) -> scenes.Scene:
 
 
 class SceneJudge:
-  """Judges images that were generated for the captions of a split of scenes, as `GenerationAccuracy` asks it.
+  """Judges images that were generated for the captions of a split of scenes, for `GenerationAccuracy`.
 
   Args:
     data: section of a data source, of scenes.
-    seed: of the classifier.
-    classifier_steps: of its training.
-    required_accuracy: that it must reach on new renders.
+    seed: seed of the classifier.
+    classifier_steps: steps of its training.
+    required_accuracy: accuracy that it must reach on new renders.
   """
 
   template, per_class = "{}", 1
@@ -156,11 +156,11 @@ class SceneJudge:
     self._seed, self._steps, self._required = seed, classifier_steps, required_accuracy
 
   def protocol(self) -> dict[str, Any]:
-    """Return how the classifier is trained, and whose captions it judges."""
+    """Return the settings of the classifier's training, and of the data whose captions it judges."""
     return {"steps": self._steps, "split": self._split}
 
   def train(self, image_size: int) -> Trained:
-    """Train the judge for generated images of this size. Raises UserError: its accuracy is below what is required."""
+    """Train the judge for generated images of this size. Raises UserError if its accuracy is below the required one."""
     trained = train(image_size=image_size, seed=self._seed, num_steps=self._steps)
     require(trained, self._required, self._steps)
     return trained

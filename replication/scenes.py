@@ -1,12 +1,12 @@
 """Procedural captioned images of two coloured shapes and a relation, "a red star left of a blue ring".
 
 16 of the 64 pairs of colour and shape are never in training, two of each colour and two of each shape. Each image has
-two true captions, of which the other one is the converse: "a blue ring right of a red star". Its hard negatives, false
-captions, differ from the true one in one thing. In two kinds the words are the same and their order is not.
+two true captions, which are converses: the other one is "a blue ring right of a red star". Its hard negatives are false
+captions that differ from the true one in one thing. In two kinds only the order of the words differs.
 
-A caption alone does not tell that it is false. Where negatives are, in the splits `choice_...`, the scenes that they
-describe are there too, and equally often, so that any score of texts alone is right on half of the swapped ones. Every
-negative names as many pairs from outside of training as the truth. None of it is the paper's.
+A caption alone does not show that it is false. The splits `choice_...`, which have negatives, also have the scenes that
+these describe, equally often: a score of texts alone is right on half of the swapped ones. Every negative names as many
+unseen pairs as the true caption. None of this is in the paper.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Pair = tuple[str, str]  # colour and shape
 
 CONVERSES = {"left of": "right of", "above": "below"}
 RELATIONS = tuple(CONVERSES)
-KINDS = ("other_colour", "other_shape", "swapped_colours", "swapped_objects")  # of negatives
+KINDS = ("other_colour", "other_shape", "swapped_colours", "swapped_objects")  # kinds of negatives
 
-# All in parts of the image's side. No two shapes touch, and none leaves the image.
+# All lengths are fractions of the image's side. No two shapes touch, and none leaves the image.
 RADIUS = (0.18, 0.22)  # to the outermost point of a shape
-APART = (0.22, 0.26)  # from the middle of a scene to that of either shape, along the relation's axis
-ASIDE = 0.12  # most of either shape, across that axis
-OFF_CENTRE = 0.02  # most of a scene's middle, along either axis
+APART = (0.22, 0.26)  # distance from a scene's centre to that of either shape, along the relation's axis
+ASIDE = 0.12  # largest offset of either shape, across that axis
+OFF_CENTRE = 0.02  # largest offset of a scene's centre, along either axis
 
-# 3 and 8 have no common factor, and 2 and 5 differ: each shape is held out twice, as each colour is.
+# 3 and 8 have no common factor, and 2 and 5 differ, so each shape and each colour is held out twice.
 UNSEEN = tuple((colour, SHAPES[(3 * i + j) % len(SHAPES)]) for i, colour in enumerate(COLOURS) for j in (2, 5))
 SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
-# Number of images. `val` and `test` have no scene in common; what chooses a setting is measured on the former.
+# Number of images. `val` and `test` share no scene; settings are chosen on `val`.
 MEASURED = tuple(f"{part}{pairs}" for part in ("val", "test") for pairs in ("", "_unseen"))
 SPLITS = {
   "train": 65536,
@@ -66,7 +66,7 @@ class Scene:
 
   @property
   def unseen(self) -> int:
-    """Return how many of its pairs are never in training."""
+    """Return how many of the scene's pairs are never in training."""
     return (self.first in UNSEEN) + (self.second in UNSEEN)
 
   @property
@@ -81,11 +81,11 @@ class Scene:
     return Scene(self.second, self.first, self.relation)
 
   def others(self, part: int) -> list[Scene]:
-    """Return the scenes with another colour (0) or shape (1) of one of the two, which no shape here has, and as many
-    unseen pairs.
+    """Return the scenes in which one of the two has another colour or shape that neither has, with as many unseen
+    pairs.
 
     Args:
-      part: of a pair.
+      part: 0 to change a colour, 1 to change a shape.
     """
     found = []
     for value in (COLOURS, SHAPES)[part]:
@@ -98,7 +98,7 @@ class Scene:
 
 
 def say(first: Pair, relation: str, second: Pair) -> str:
-  """Return a caption."""
+  """Word the caption of two shapes and their relation."""
   return f"a {' '.join(first)} {relation} a {' '.join(second)}"
 
 
@@ -106,11 +106,11 @@ def say(first: Pair, relation: str, second: Pair) -> str:
 def scenes_of(split: str) -> tuple[Scene, ...]:
   """Return the scenes of a split, each once.
 
-  `train` has all of two seen pairs that share neither colour nor shape, those that differ in little after each other:
-  unless they meet in a batch, relations and shapes are learned late, or in some runs only. `val` and `test` have such
-  scenes too, and `val_unseen` and `test_unseen` those with one unseen pair. Of each of these four, `choice_...` has the
-  scenes whose swapped colours name as many unseen pairs: all eight of an orbit, one after another. `all`, from which a
-  judge of images learns, has every two pairs, equal ones too.
+  `train` has every scene of two seen pairs that share neither colour nor shape. Similar scenes follow each other:
+  unless they meet in a batch, relations and shapes are learned late, or only in some runs. `val` and `test` have such
+  scenes too, and `val_unseen` and `test_unseen` those with one unseen pair. For each of these four, `choice_...` has
+  the scenes whose swapped colours name as many unseen pairs: all eight of an orbit, one after another. `all`, from
+  which a judge of images learns, has every two pairs, also equal ones.
   """
   pairs = {"train": SEEN, "all": PAIRS}.get(split)
   if pairs is not None:
@@ -128,8 +128,7 @@ def scenes_of(split: str) -> tuple[Scene, ...]:
 
 
 def _alike_together(found: Sequence[Scene]) -> list[Scene]:
-  """Order scenes so that those of the same two colours follow each other, and among these the four of the same two
-  objects."""
+  """Put scenes of the same two colours after each other, and among these the four of the same two objects."""
   by_colours: dict[frozenset[str], dict[Scene, None]] = {}
   for scene in found:
     orders = sorted((scene, scene.swapped_objects), key=lambda each: (each.first, each.second))
@@ -144,21 +143,21 @@ def _differs(scene: Scene) -> bool:
 
 @functools.cache
 def _orbits() -> list[tuple[Scene, ...]]:
-  """Return all orbits, in random order. `val` and `test` have every second one each, and so no scene in common."""
+  """Return all orbits, in random order. `val` and `test` have every second one each, so they share no scene."""
   every = [Scene(first, second, RELATIONS[0]) for first in PAIRS for second in PAIRS]
   found = [*dict.fromkeys(_orbit(scene) for scene in every if _differs(scene))]
   return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
 
 def _orbit(scene: Scene) -> tuple[Scene, ...]:
-  """Return the eight scenes that swaps make of one, in an order that is the same for each of them."""
+  """Return the eight scenes that swaps make of one. Each of the eight gives the same order."""
   own = (scene, scene.swapped_colours)
   four = sorted((*own, *(each.swapped_objects for each in own)), key=lambda each: (each.first, each.second))
   return tuple(dataclasses.replace(each, relation=relation) for each in four for relation in RELATIONS)
 
 
 def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-  """Draw a scene; `rng` gives the background, places, sizes and turns, and the slight jitter of all colours."""
+  """Draw a scene; `rng` decides background, places, sizes, rotations, and a slight jitter of all colours."""
   background = tuple(shapes.BACKGROUNDS.values())[rng.integers(len(shapes.BACKGROUNDS))]
   image = np.broadcast_to(_jittered(background, shapes.BACKGROUND_JITTER, rng), (image_size, image_size, 3))
   axis = RELATIONS.index(scene.relation)
@@ -183,18 +182,18 @@ def _jittered(colour: Sequence[int], reach: int, rng: np.random.Generator) -> np
 
 
 class Scenes:
-  """Random access source of `num_images` records, each a function of (seed, split, index) alone.
+  """A random-access source of `num_images` records, each a function of (seed, split, index) alone.
 
-  A record is {image: u8[h w 3], caption, captions: both true ones, first: "red star", second, relation, seen: whether
-  both of its pairs are, key}, and in the splits `choice_...` negatives: {kind: false caption} of KINDS. `caption` is
-  one of the two; negatives are worded as it is. The scenes of `scenes_of` follow in turn, in other
-  images each time; those of `val`, `val_unseen`, `test` and `test_unseen` are more than 1,024, whose captions differ.
-  `seed` changes images, not scenes. In training TOGETHER images follow each other.
+  A record is {image: u8[h w 3], caption, captions: both true ones, first: "red star", second, relation, seen: True if
+  both of its pairs are seen, key}. In the splits `choice_...` it also has negatives: {kind: false caption} of KINDS.
+  `caption` is one of the two true ones, and the negatives have its wording. The scenes of `scenes_of` take turns, in
+  new images each time. `val`, `val_unseen`, `test` and `test_unseen` have more than 1,024 scenes, with different
+  captions. `seed` changes images, not scenes. In training TOGETHER images follow each other.
   """
 
   def __init__(self, *, split: str, image_size: int, seed: int = 0, num_images: int | None = None):
     self._scenes = scenes_of(split)
-    # With the split, or two splits of one scene would share images.
+    # The split is part of the seed, or two splits of one scene would share images.
     self._seed = (seed, tuple(SPLITS).index(split))
     self._has_negatives = split.startswith("choice_")
     self._image_size = image_size
@@ -210,7 +209,7 @@ class Scenes:
     return {**fields, "image": render(self.scene(index), image_size=self._image_size, rng=rng)}
 
   def scene(self, index: int) -> Scene:
-    """Return what the image shows. Raises IndexError: there is no such image."""
+    """Return the scene of an image. Raises IndexError if there is no such image."""
     if not 0 <= index < self._num_images:
       raise IndexError(f"index {index} outside of {self._num_images} images")
     return self._scenes[index % len(self._scenes)]
@@ -218,7 +217,7 @@ class Scenes:
   def fields(self, index: int) -> dict[str, Any]:
     """Return the record without its image."""
     scene = self.scene(index)
-    # One wording for all eight scenes of an orbit: the negatives of one are then the true captions of others.
+    # All eight scenes of an orbit have one wording: the negatives of one are the true captions of others.
     converse = bool(index // ORBIT % 2)
     caption, other = scene.caption(converse=converse), scene.caption(converse=not converse)
     negatives = {"negatives": self._negatives(scene, index, converse=converse)} if self._has_negatives else {}
@@ -244,7 +243,7 @@ class Section(sources.Section):
   """The data source `scenes` of a config; `split` is one of SPLITS."""
 
   def open(self) -> sources.Source:
-    if path := str(self.path):  # whose images would be left out in silence
+    if path := str(self.path):  # its images would silently be left out
       raise UserError(f"data.path is {path!r}, and scenes are rendered, from no file: leave the path empty")
     if self.split not in SPLITS:
       raise UserError(f"scenes has no split {self.split!r}; there are {', '.join(SPLITS)}")

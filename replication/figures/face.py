@@ -2,8 +2,8 @@
 
   python -m replication.figures.face
 
-Nothing is chosen: the prompts are the eight pairs of colour and shape that training never saw, the noise is that of
-seed 0, and the classified image is the first of the split `unseen`.
+Nothing is chosen: the prompts are the eight unseen pairs of colour and shape, the noise has seed 0, and the classified
+image is the first of the split `unseen`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(workdir: str = "shapes") -> None:
   asked = source[0]["image"]
   (scores,) = model.classify(asked, shapes.CLASSNAMES).scores
 
-  # Four columns, whose letters a phone shows.
+  # With four columns the letters can be read on a phone.
   figure = plt.figure(figsize=(style.WIDTH, 6.6), layout="none")
   place = lambda column, row, width=0.235: (
     0.0075 + 0.25 * column,
@@ -43,7 +43,7 @@ def main(workdir: str = "shapes") -> None:
     _show(figure.add_axes(place(i % 4, i // 4)), image, f"a {name}")
   _show(figure.add_axes(place(0, 2)), asked, "what is it?")
   _bars(figure.add_axes(place(2, 2, 0.48)), scores)
-  # Its own backend, since style's writes SVG.
+  # This figure needs its own backend, since that of style.py writes SVG.
   figure.savefig(OUT, dpi=100, transparent=True, backend="agg")
 
 

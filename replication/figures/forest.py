@@ -1,4 +1,4 @@
-"""Plots of paired differences with their intervals: of the ablations, the emoji and the replication."""
+"""Plot paired differences with their intervals, for the ablations, the emoji and the replication."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
 
 
 def forest(comparisons: Sequence[Comparison], panels: Sequence[str], title: str) -> Figure:
-  """Plot differences, one panel a figure that was measured; hollow and without interval where one seed gives none."""
+  """Plot differences, one panel for each measured figure. One seed gives no interval: its mark is hollow."""
   rows, y, last = [], 0.0, ""
   for each in comparisons:
     heading, last = each.group if each.group != last else "", each.group
@@ -34,7 +34,7 @@ def forest(comparisons: Sequence[Comparison], panels: Sequence[str], title: str)
     y += (1.6 if heading else 0.3) + len(lines) + 0.95
     rows.append((y, heading, lines))
   height = y + 0.6
-  # Titles above, values and a legend of three lines below.
+  # The height leaves room for titles above, and for values and a legend of three lines below.
   figure, grid = plt.subplots(1, len(panels), figsize=(WIDTH, LINE * (height + 5)), squeeze=False, sharey=True)
   for i, (axes, panel) in enumerate(zip(grid[0], panels, strict=True)):
     found = [(y, each.differences[i], each.bound) for (y, _, _), each in zip(rows, comparisons, strict=True)]
@@ -49,7 +49,7 @@ def forest(comparisons: Sequence[Comparison], panels: Sequence[str], title: str)
     for significant, colour in ((False, SOFT), (True, TEXT)):
       shown = [(y, each) for y, each, _ in found if each is not None and each["is_significant"] == significant]
       whole = [(y, each) for y, each in shown if each["low"] is not None]
-      # One line with gaps, which is a fifth of the size of many.
+      # One line with gaps takes a fifth of the bytes of many lines.
       x = [value for _, each in whole for value in (each["low"], each["high"], math.nan)]
       axes.plot(x, [y for y, _ in whole for _ in range(3)], color=colour, lw=2)
       axes.plot([each["mean"] for _, each in whole], [y for y, _ in whole], "o", color=colour)

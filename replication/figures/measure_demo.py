@@ -1,6 +1,7 @@
-"""Measures the run of `make demo` for the figures: python -m replication.figures.measure_demo --demo=runs/demo
+"""Measure the run of `make demo` for the figures: python -m replication.figures.measure_demo --demo=runs/demo
 
-Write replication/measured/demo_run.json and denoising.png there, in some minutes of one core; --parts=LIST does a part.
+It writes demo_run.json and denoising.png into replication/measured, in some minutes of one core; --parts=LIST does a
+part.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from replication.measured import records
 
 FLAGS = flags.FLAGS
 CURVES = ("loss", "loss_generation", "loss_discrimination")
-POINTS = 75  # of a curve, at most
+POINTS = 75  # largest number of points of a curve
 PROMPTS = ("a red circle", "a green star", "a purple ring")  # training never saw the second pair
 FRAMES = 6
 CANDIDATES = 16  # images generated for each prompt
@@ -43,7 +44,7 @@ def define_flags() -> None:
 
 
 def training(run: pathlib.Path) -> dict[str, Any]:
-  """Return loss and parts over steps, means of neighbouring lines of metrics.jsonl."""
+  """Return the loss and its parts over steps, as means of neighbouring lines of metrics.jsonl."""
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   lines = [line for line in lines if "loss" in line]
   width = math.ceil(len(lines) / POINTS)
@@ -58,7 +59,7 @@ def training(run: pathlib.Path) -> dict[str, Any]:
 
 
 def classes(run: pathlib.Path) -> dict[str, Any]:
-  """Return the zero-shot accuracy of each class, as the demo's own evaluation measures all of them."""
+  """Return the zero-shot accuracy of each class, measured like the demo's own evaluation of all of them."""
   model, params = inference.load(str(run))
   found: dict[str, float] = {}
   for section in tasks.of_config(run_config.load(str(run)).evals, tasks=("zero_shot",)):
@@ -75,7 +76,7 @@ def classes(run: pathlib.Path) -> dict[str, Any]:
 
 
 def best_of_n(run: pathlib.Path) -> dict[str, Any]:
-  """Return the accuracy of the image that the model itself ranks first of n: by ê_0 of the image and e of its prompt.
+  """Return the accuracy of the image that the model itself ranks first of n, by ê_0 of the image and e of its prompt.
 
   It is the mean over all choices of n of a prompt's CANDIDATES images.
   """
@@ -105,13 +106,12 @@ def best_of_n(run: pathlib.Path) -> dict[str, Any]:
 
 
 def first_of(n: int, total: int) -> list[float]:
-  """Return, for each rank, 0 the best, how often its image is the best of n that are chosen out of all."""
+  """Return, for each rank from 0, the best, how often its image is the best of n random ones."""
   return [math.comb(total - 1 - rank, n - 1) / math.comb(total, n) for rank in range(total)]
 
 
 def denoising(run: pathlib.Path) -> dict[str, Any]:
-  """Return the images of denoising.png: for each prompt a row of z_t, decoded, and below it a row of predictions of
-  z_0."""
+  """Return the images of denoising.png: for each prompt a row of decoded z_t, and below it a row of predicted z_0."""
   model, params = inference.load(str(run), batch_size=8)
   how, sampler = model.sampling, StepSampler(model, params, seconds=600)
   rows, times = [], []
@@ -120,7 +120,7 @@ def denoising(run: pathlib.Path) -> dict[str, Any]:
     drawn = sampler.generate(prompt, seed=0, steps=steps, guidance_scale=how.generation_guidance, frames=steps)
     frames = [*drawn]
     places = np.linspace(0, len(frames) - 1, FRAMES + 1).round().astype(int)
-    # What a step gives is z at the timestep of the next one, and after the last one the image.
+    # A step gives z at the timestep of the next step; the last one gives the image.
     times = [frames[i + 1].t if i + 1 < len(frames) else 0 for i in places]
     rows += [np.concatenate([frames[i].noisy for i in places], axis=1)]
     rows += [np.concatenate([frames[i].guided for i in places], axis=1)]

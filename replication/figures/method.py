@@ -1,4 +1,4 @@
-"""The figure of the method: one UNet, four uses of it, one a strip."""
+"""Draw the figure of the method: four uses of one UNet, one strip each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from replication.figures.style import IMAGE, INK, OFF, SOFT, TEXT, WIDTH, Figure
 
-UNITS, STRIP, GAP = 720, 262, 26  # of the figure's width, of a strip's height, between two of them
+UNITS, STRIP, GAP = 720, 262, 26  # width of the figure, height of a strip, distance between two strips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Strip:
   """One use of the UNet.
 
   Attributes:
-    title: what it is.
+    title: name of the use.
     image: what enters the image stream.
     caption: what cross-attention reads.
     query: what enters the text stream; None where there is none, and the UNet is Stable Diffusion's.
@@ -57,7 +57,8 @@ STRIPS = (
 
 def draw(axes: Any, strip: Strip, top: float) -> None:
   """Draw a strip, with its upper edge at `top`."""
-  discriminates, middle, below = strip.query is not None, top + 118, top + 212  # of the image stream, the text stream
+  # Heights of the image stream and of the text stream.
+  discriminates, middle, below = strip.query is not None, top + 118, top + 212
 
   def text(x: float, y: float, words: str, colour: str = SOFT, **how: Any) -> None:
     axes.text(x, y, words, color=colour, **{"ha": "center", "va": "center", **how})
@@ -73,7 +74,7 @@ def draw(axes: Any, strip: Strip, top: float) -> None:
   text(4, top + 20, strip.title, INK, fontsize=19, ha="left")
   text(300, top + 50, strip.caption)
   arrow((300, top + 62), (300, middle - 38))
-  # The UNet: down path, middle, up path, which discrimination does not run.
+  # Draw the UNet: down path, middle, and up path, which discrimination does not run.
   block([(216, middle - 52), (356, middle - 24), (356, middle + 24), (216, middle + 52)], IMAGE)
   block([(362, middle - 24), (418, middle - 24), (418, middle + 24), (362, middle + 24)], IMAGE)
   up = [(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)]

@@ -1,4 +1,4 @@
-"""The plots of the book, each from measured records (replication/measured) alone. `make figures` draws them."""
+"""Draw the plots of the book, only from measured records (replication/measured). `make figures` calls them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from replication.measured import paired, records, replication
 
 
 def emoji_generation_first() -> Figure:
-  """Plot top-1 over steps of generation alone before discrimination; a dot a seed, a line through the means."""
+  """Plot top-1 over the steps of generation before discrimination: a dot for each seed, a line through the means."""
   runs = {
     5400: {
       0: "no_generation_discrimination_5400",
@@ -56,7 +56,7 @@ def emoji_generation_first() -> Figure:
 
 
 def long_tail() -> Figure:
-  """Plot accuracy by how many training images a class has, DiffDis and CLIP, mean and standard deviation."""
+  """Plot accuracy by the number of a class's training images, for DiffDis and CLIP: mean and standard deviation."""
   groups = {"all": "all", "many": "many\n> 99", "median": "median\n21–99", "low": "low\n≤ 20"}
   figure, axes = plt.subplots(figsize=(WIDTH, 5))
   for shift, model, colour in ((-0.2, "DiffDis", TEXT), (0.2, "CLIP", SOFT)):
@@ -75,15 +75,15 @@ def long_tail() -> Figure:
   )
 
 
-# Compilers' estimates.
+# ---- estimates of compilers
 
 SIGNS = {"at least": "≥ ", "at most": "≤ ", "about": "≈ "}
-INVERSE = {"at least": "≤ ", "at most": "≥ ", "about": "≈ "}  # of a time, where the sign is a rate's
+INVERSE = {"at least": "≤ ", "at most": "≥ ", "about": "≈ "}  # sign of a time, by the sign of the rate
 NOTE = "Empty bars: upper bounds.\nCompilers' estimates; nothing was run on these chips."
 
 
 class Estimate(NamedTuple):
-  """The estimate of preflight for a layout: memory in GiB, step in ms, images a second of all chips."""
+  """The estimate of preflight for a layout: memory in GiB, step in ms, and images a second on all chips."""
 
   chip: str
   chips: int
@@ -97,7 +97,7 @@ class Estimate(NamedTuple):
 
 
 def estimates() -> list[Estimate]:
-  """Return the estimates of the paper's joint step, by replication/measured/estimates.json."""
+  """Return the estimates of the paper's joint step, from replication/measured/estimates.json."""
   made = []
   for record in records.load("estimates").values():
     if record.what.startswith("joint step of the paper"):
@@ -106,9 +106,9 @@ def estimates() -> list[Estimate]:
       chips = math.prod(int(part) for part in layout.split("x"))
       fsdp = dict(part.split("=") for part in of.get("mesh", "fsdp=4").split(","))[
         "fsdp"
-      ]  # 4 in preflight.md's command
+      ]  # preflight.md's command has 4
       rate, memory, available = values["images/s"], values["memory a chip, GiB"], values["of GiB"]
-      # Where no time is recorded it follows from the rate.
+      # A time that is not recorded follows from the rate.
       times = [values[name] for name in ("optimal_seconds, ms", "cycles, ms") if name in values]
       step = times[0] if times else 1000 * of["batch"] / rate
       bound = next((bound for bound in SIGNS if of.get("bound", "").startswith(bound)), "about")
@@ -118,7 +118,7 @@ def estimates() -> list[Estimate]:
 
 
 def bars(axes: Any, y: Any, widths: Any, rows: list[Estimate]) -> None:
-  """Draw bars with their rates, full for an estimate and a lower bound, empty for an upper one."""
+  """Draw bars with their rates: full for an estimate or a lower bound, empty for an upper bound."""
   full = ["none" if row.bound == "at most" else TEXT for row in rows]
   drawn = axes.barh(y, widths, 0.42, color=full, edgecolor=TEXT, lw=1.5)
   axes.bar_label(drawn, [f"{SIGNS[row.bound]}{row.rate:,.0f}" for row in rows], padding=6, color=SOFT)
@@ -127,7 +127,7 @@ def bars(axes: Any, y: Any, widths: Any, rows: list[Estimate]) -> None:
 
 
 def chips() -> Figure:
-  """Plot memory a chip, images a second and chip, and the step's time; of each number of chips the first layout."""
+  """Plot memory a chip, images a second and chip, and the step's time, for the first layout of each number of chips."""
   chosen: dict[tuple[str, int], Estimate] = {}
   for row in estimates():
     chosen.setdefault((row.chip, row.chips), row)
@@ -152,7 +152,7 @@ def chips() -> Figure:
 
 
 def mesh() -> Figure:
-  """Plot images a second and memory a chip, of the chips that were asked about in several layouts."""
+  """Plot images a second and memory a chip, for chips with estimates of several layouts."""
   layouts = estimates()
   names = [name for name, count in Counter(row.chip for row in layouts).items() if count > 1]
   groups = {name: [row for row in layouts if row.chip == name] for name in names}
@@ -173,7 +173,7 @@ def mesh() -> Figure:
 
 
 def scaling() -> Figure:
-  """Plot what the parts of a joint step take as chips are added, each with its share of the batch; a panel a kind."""
+  """Plot the time of the parts of a joint step over the number of chips, at a constant batch a chip; a panel a kind."""
   kinds: dict[str, list[records.Record]] = {}
   for name, each in records.load("estimates").items():
     if name.startswith("weak scaling/"):
@@ -202,11 +202,11 @@ def scaling() -> Figure:
   )
 
 
-# The demo.
+# ---- the demo
 
 
 def demo_seeds() -> Figure:
-  """Plot accuracy of each seed on two kinds of processor, a line a figure, with their means."""
+  """Plot the accuracy of each seed on two kinds of processor, a line for each figure, with the means."""
   rows = {
     "seen": "zero-shot, seen pairs",
     "unseen": "zero-shot, unseen pairs",
@@ -234,7 +234,7 @@ def demo_seeds() -> Figure:
 
 
 def demo_training() -> Figure:
-  """Plot the loss and its two parts over the steps of the demo, on an axis of decades."""
+  """Plot the loss and its two parts over the steps of the demo, on a logarithmic axis."""
   figure, axes = plt.subplots(figsize=(WIDTH, 5.4))
   names = (("$L_{ITA}$", "loss_discrimination", TEXT), ("$L_{IG}$", "loss_generation", IMAGE), ("loss", "loss", INK))
   for words, name, colour in names:
@@ -271,7 +271,7 @@ def demo_by_class() -> Figure:
 
 
 def best_of_n() -> Figure:
-  """Plot accuracy of the generated image whose own text query is nearest to the prompt's, of n."""
+  """Plot the accuracy of the best of n generated images, the one whose text query is nearest to the prompt's."""
   figure, axes = plt.subplots(figsize=(WIDTH, 5))
   for name, colour in (("seen", IMAGE), ("unseen", TEXT)):
     curve = records.record("demo_run", f"best of n/{name}").values
@@ -290,10 +290,10 @@ def best_of_n() -> Figure:
 
 
 def denoising() -> Figure:
-  """Plot generation over denoising steps: the latent as it is, and what the network predicts from it."""
+  """Plot generation over denoising steps: the decoded latent, and the network's prediction from it."""
   of = records.record("demo_run", "denoising").of
   prompts, steps, pixels = of["prompts"], of["t"], of["image_size"]
-  # Steps of 8 out of 256, which no eye sees, take half the bytes.
+  # Colours in steps of 8 of 256 take half the bytes and look the same.
   picture = np.asarray(Image.open(records.HERE / "denoising.png").convert("RGB")) // 8 * 8 + 4
   figure, grid = plt.subplots(len(prompts), 1, figsize=(WIDTH, 8.8))
   for i, (axes, prompt) in enumerate(zip(grid, prompts, strict=True)):
@@ -312,24 +312,24 @@ def denoising() -> Figure:
   )
 
 
-# The replication.
+# ---- the replication
 
 
 def replication_minutes(found: Mapping[str, Any] | None = None) -> Figure:
-  """Plot the figures that are compared, over minutes of training; a dot a seed, a number an arm."""
+  """Plot the compared figures over minutes of training: a dot for each seed, a number for each arm."""
   timed = (
     "e1",
     "e2",
     "e4",
     "e8",
-  )  # which have arms of equal minutes; the arms of the others take as long as each other
+  )  # experiments with arms of equal minutes; all arms of the others take the same time
   arms = [arm for arm in replication.measured(found or replication.stored()) if arm.minutes and arm.experiment in timed]
   key = lambda arm: (arm.experiment, arm.column)
   groups = [(name, [*group]) for (name, _), group in itertools.groupby(sorted(arms, key=key), key)]
   heights = [4.0 + 0.3 * len(group) for _, group in groups]
   figure, grid = plt.subplots(len(groups), 1, figsize=(WIDTH, sum(heights)), height_ratios=heights, squeeze=False)
   for axes, (name, group) in zip(grid[:, 0], groups, strict=True):
-    # A split's name says again what is measured: test_unseen_generated is generated images of unseen pairs.
+    # A split's name repeats what is measured: test_unseen_generated has generated images of unseen pairs.
     words = re.sub(r"\b(test|val)_(\w+?)(_generated)?\b(?=[, ])", r"\2", group[0].title.strip("↑↓ "))
     seeds = [(arm.minutes, value) for arm in group for value in arm.values]
     means = [(arm.minutes or 0.0, float(np.mean(arm.values))) for arm in group]

@@ -1,4 +1,4 @@
-"""Share what all figures need: colours that read on light and dark pages, and letters that a phone shows."""
+"""Set the style of all figures: colours for light and dark pages, and letters that can be read on a phone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib import pyplot as plt
 
 WIDTH = 8.0  # inches of 72 units; on a phone of 390 px a letter of 16 units is 11 px high
-# In tones that have a contrast of about four to one on white and on black. The image stream's colour is also that of
+# These tones have a contrast of about four to one on white and on black. The image stream's colour is also that of
 # generation, the text stream's that of classification.
 INK, SOFT, OFF = "#757d87", "#7d8590", "#8b949e73"
 IMAGE, TEXT = "#c26a12", "#3a82d2"
@@ -24,7 +24,7 @@ matplotlib.rcParams.update(
   {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "diffdis",
-    "font.sans-serif": ["DejaVu Sans"],  # for widths: no font of a reader's machine is wider
+    "font.sans-serif": ["DejaVu Sans"],  # sets the widths, since no common font is wider
     "mathtext.default": "regular",
     "font.size": 16,
     "axes.titlesize": 16,
@@ -52,13 +52,13 @@ matplotlib.rcParams.update(
 
 
 class Figure(NamedTuple):
-  """A figure, and in words what it shows."""
+  """A figure, and a description of it in words."""
 
   figure: Any
   title: str
 
   def svg(self) -> str:
-    """Return the figure as SVG, without what no reader sees: two thirds of its bytes."""
+    """Return the figure as SVG, without invisible parts, which are two thirds of its bytes."""
     file = io.StringIO()
     self.figure.savefig(file, format="svg", metadata={"Date": None, "Title": self.title})
     plt.close(self.figure)
@@ -87,13 +87,13 @@ _USELESS = (
 
 
 def ends(difference: Mapping[str, Any] | None) -> list[float]:
-  """Return the ends of a difference's interval, or its mean twice where one seed gives none."""
+  """Return the ends of a difference's interval, or its mean twice if there is one seed and so no interval."""
   if difference is None:
     return []
   return [difference["mean"] if difference[key] is None else difference[key] for key in ("low", "high")]
 
 
 def reach(value: float) -> float:
-  """Return the least of 1, 2, 3, 4, 5, 6 and 8 times a power of ten that is not below it; 1 of 0."""
+  """Return the least number that is not below `value` among 1, 2, 3, 4, 5, 6, 8 times powers of ten; for 0 it is 1."""
   power = 10.0 ** math.floor(math.log10(value)) if value else 1.0
   return next(step * power for step in (1, 2, 3, 4, 5, 6, 8, 10) if step * power >= value)

@@ -1,7 +1,7 @@
-"""Tables of paired differences, from the runs in emoji.json and shapes.json.
+"""Make tables of paired differences from the runs in emoji.json and shapes.json.
 
-`ablate table` makes the tables of runs that lie in an --out. These were trained by earlier configs, whose runs today's
-code would name otherwise. Statistics and layout are the same.
+`ablate table` makes the tables of runs in an --out folder. The runs here were trained by earlier configs, and today's
+code would give them other names. Statistics and layout are the same.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SHAPES_TITLES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-  """A table.
+  """The description of a table.
 
   Attributes:
-    page: from the repository's root.
-    topic: of the records.
-    rows: label -> how the names of its runs begin, before `-seed_N`.
+    page: path of the page from the repository's root.
+    topic: topic of the records.
+    rows: label -> beginning of the names of its runs, before `-seed_N`.
     base: label of the row that the others are compared with.
-    columns: figures.
+    columns: figures of the table.
   """
 
   page: str
@@ -158,7 +158,7 @@ TABLES = {
 
 
 def figures_of(measured: Measured, start: str) -> dict[str, dict[int, float]]:
-  """Return column -> seed -> figure, of the runs of a row.
+  """Return column -> seed -> figure for the runs of a row.
 
   Raises:
     UserError: there is none.
@@ -177,7 +177,7 @@ def figures_of(measured: Measured, start: str) -> dict[str, dict[int, float]]:
 
 @functools.cache
 def table(name: str) -> dict:
-  """Return what tables.json would hold of it."""
+  """Return the table in the form of tables.json."""
   measured = TABLES[name]
   rows = tuple(Row(label=label, changes={}) for label in measured.rows)
   asked = ablation_tables.Table(name=name, title=name, rows=rows, base=[*measured.rows].index(measured.base))
@@ -188,6 +188,6 @@ def table(name: str) -> dict:
 
 
 def whole(name: str) -> str:
-  """Return one of TABLES with all of its columns, as the log has it."""
+  """Return one of TABLES with all of its columns, in the form of the log."""
   titles = {each.name: each.title for each in TABLES[name].columns}
   return summary.render_table(table(name), columns=titles, paper={})

@@ -1,9 +1,9 @@
-"""Read what was measured, a JSON file of records a topic, for tables.py, the figures and the tests.
+"""Read the measured records, one JSON file for each topic, for tables.py, the figures and the tests.
 
 Two kinds of topics:
 
-  emoji, shapes: what `evaluate` wrote for each run. `results` gives it as its file had it, with today's names.
-  all others: records of figures, by name. `load` gives them as `Record`.
+  emoji, shapes: the results of `evaluate` for each run. `results` returns them with today's names.
+  all others: records of figures, by name. `load` returns them as `Record`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from diffdis_jax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
-TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}  # as clip_benchmark names them
+TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}  # clip_benchmark's names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,13 @@ class Record:
   """A figure that was measured, or read in the paper.
 
   Attributes:
-    what: is measured.
-    unit: of the values; "" for a number without one.
-    values: by seed, where each is known; else of the only run.
-    mean, sd, n: where each seed's value was not kept. Else they follow from values.
-    se, p: of a mean of paired differences, as above.
-    page: from the repository's root, or the paper, where it stands.
-    of: command, processor, commit, ..., each where it is known. In the file a name in `settings` can stand for these.
+    what: the measured quantity.
+    unit: unit of the values; "" for a plain number.
+    values: values by seed, if they are known; else the value of the only run.
+    mean, sd, n: statistics for which the values of the seeds were not kept; otherwise they follow from values.
+    se, p: standard error and p of a mean of paired differences, under the same rule.
+    page: page that shows it, from the repository's root, or the paper.
+    of: command, processor, commit, ..., as far as they are known. In the file a name in `settings` can stand for these.
   """
 
   what: str
@@ -60,7 +60,7 @@ class Record:
 
 @functools.cache
 def read(topic: str) -> dict[str, Any]:
-  """Read the file of a topic. Raises UserError: there is none."""
+  """Read the file of a topic. Raises UserError if there is none."""
   path = HERE / f"{topic}.json"
   if not path.exists():
     known = ", ".join(sorted(each.stem for each in HERE.glob("*.json")))
@@ -70,7 +70,7 @@ def read(topic: str) -> dict[str, Any]:
 
 @functools.cache
 def load(topic: str) -> dict[str, Record]:
-  """Load name -> record, of a topic of figures. Raises UserError: there is no such topic."""
+  """Load name -> record for a topic of figures. Raises UserError if there is no such topic."""
   stored = read(topic)
   settings = stored.get("settings", {})
   return {
@@ -86,7 +86,7 @@ def _settings(of: str | Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
 
 
 def record(topic: str, name: str) -> Record:
-  """Return one of `load`. Raises UserError: there is none of this name."""
+  """Return a record of a topic by its name. Raises UserError if there is none."""
   found = load(topic)
   if name not in found:
     raise UserError(f"replication/measured/{topic}.json has no record {name!r}; it has {', '.join(found)}")
@@ -94,7 +94,7 @@ def record(topic: str, name: str) -> Record:
 
 
 def value(topic: str, name: str, seed: str = "") -> float:
-  """Return the value of a record: of a seed, or of the only run. Raises UserError: there is none."""
+  """Return the value of a record for a seed, or for the only run. Raises UserError if there is none."""
   found = record(topic, name)
   if not seed:
     return found.value
@@ -105,7 +105,7 @@ def value(topic: str, name: str, seed: str = "") -> float:
 
 @functools.cache
 def results(topic: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-  """Return run -> what `evaluate` wrote for it, {task: {data set: record}}; `emoji` or `shapes`."""
+  """Return run -> its results of `evaluate`, {task: {data set: record}}, for the topic `emoji` or `shapes`."""
   stored = read(topic)
   return {name: _results_of(run, stored["protocols"]) for name, run in stored["runs"].items()}
 
@@ -128,14 +128,14 @@ def _results_of(run: Mapping[str, Any], protocols: list[dict[str, Any]]) -> dict
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Return a Markdown table as the pages have it."""
+  """Return a Markdown table."""
   lines = [head, ["---"] * len(head), *rows]
   return "\n".join(f"|{'|'.join(line)}|" for line in lines)
 
 
 def interval(mean: float, half: float, *, sign: str = "", unit: str = "") -> str:
   """Return `12.3 ± 0.4`, a mean and half of its 95 % interval."""
-  # Rounded first, so that no -0.0 is left.
+  # Round first, so that no -0.0 is left.
   rounded = round(mean, 1)
   text = f"{rounded or 0.0:{sign if rounded else ''}.1f}".replace("-", "−")
   return f"{text} ± {half:.1f}{unit}"

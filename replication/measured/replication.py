@@ -1,10 +1,10 @@
-"""Keeps what an experiment of replication/protocol.md has measured, and says it on replication/index.md.
+"""Keep the figures of an experiment of replication/protocol.md, and make the tables of replication/index.md.
 
   python -m replication.measured.replication --tables=runs/e1/tables.json
 
-writes the figures of every arm by seed into replication.json beside this file, with where they come from: the
-provenance of all, and of each run its config hash, seed, steps, minutes and the runs that it started from. Then
-`python -m replication.measured.tables` writes the page's tables, and `make figures` its figures.
+writes the figures of every arm by seed into replication.json beside this file. It also keeps their origin: the
+provenance of all, and for each run its config hash, seed, steps, minutes and the runs that it started from. Then
+`python -m replication.measured.tables` writes the page's tables, and `make figures` draws its figures.
 """
 
 from __future__ import annotations
@@ -117,13 +117,13 @@ PAPER = (
 
 
 def records_of(summary: Mapping[str, Any]) -> dict[str, Any]:
-  """Return what is kept of a tables.json.
+  """Return the part of a tables.json that is kept.
 
   Returns:
     records: `EXPERIMENT/ARM/COLUMN` -> a `records.Record`'s fields.
     settings: EXPERIMENT -> what its records have in common.
-    runs: of each run, by name.
-    claims: as the table has them.
+    runs: name of a run -> its minutes, start, objectives and provenance.
+    claims: EXPERIMENT -> the claims of the table.
   """
   (experiment, table), *_ = summary["tables"].items()
   settings = {"base": summary["base"], "seeds": summary["seeds"], **summary["provenance"]}
@@ -150,23 +150,23 @@ def records_of(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(there: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-  """Return the file's content with the records of another experiment, or in place of its older ones."""
+  """Return the file's content with the records of an experiment added, or in the place of its older ones."""
   (experiment,) = new["settings"]
   kept = {name: each for name, each in there.get("records", {}).items() if not name.startswith(f"{experiment}/")}
   whole = {part: {**there.get(part, {}), **new[part]} for part in ("settings", "runs", "claims")}
-  # A run that another experiment shares stays as that one has it: repeated elsewhere, it took other minutes.
+  # A run that two experiments share keeps the minutes of the first: repeated elsewhere, it took other minutes.
   firsts = (run for each in kept.values() for run in each.get("of", {}).get("runs", ()))
   whole["runs"] |= {run: there["runs"][run] for first in firsts for run in _chain(there, first)}
   return {"about": ABOUT, **whole, "records": {**kept, **new["records"]}}
 
 
 def stored() -> dict[str, Any]:
-  """Return the file's content, without an experiment where there is no file."""
+  """Return the file's content; without a file it has no experiment."""
   empty: dict[str, Any] = {"settings": {}, "records": {}, "runs": {}, "claims": {}}
   return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else empty
 
 
-# ---- the page's tables; `found` is as `stored` gives it
+# ---- the page's tables; `found` is the content that `stored` returns
 
 
 def claims(found: Mapping[str, Any]) -> str:
@@ -182,8 +182,8 @@ def claims(found: Mapping[str, Any]) -> str:
 
 
 def _by_experiment(heads: Sequence[str], rows: Mapping[str, Sequence[Sequence[str]]]) -> str:
-  """Return the tables of each experiment below its question: one for each figure, whose title, the third column, stands
-  above it."""
+  """Return the tables of each experiment below its question. Each figure has a table of its own; its title, the third
+  column of the rows, stands above the table."""
   parts = []
   for name, lines in rows.items():
     parts.append(f"**{name.upper()}: {QUESTIONS[name]}**" + ("" if lines else f" {NOT_RUN.capitalize()}."))
@@ -194,7 +194,7 @@ def _by_experiment(heads: Sequence[str], rows: Mapping[str, Sequence[Sequence[st
 
 
 def paper(found: Mapping[str, Any]) -> str:
-  """Return a table of what of the paper is supported, refuted or open at this scale, a claim a row."""
+  """Return a table of the paper's claims, with the verdict on each testbed: supported, refuted, bounded or open."""
   rows = []
   for claim in PAPER:
     differences = dict.fromkeys(
@@ -251,7 +251,7 @@ def arms(found: Mapping[str, Any]) -> str:
   """Return mean and interval of every arm in the figures that are compared, and its minutes, by experiment."""
   rows: dict[str, list[Sequence[str]]] = {}
   for arm in measured(found):
-    mean = significance.paired(arm.values)  # of one sample, the same interval
+    mean = significance.paired(arm.values)  # the interval of one sample is computed in the same way
     spread = "" if mean.low is None or mean.high is None else f" ± {(mean.high - mean.low) / 2:.1f}"
     minutes = "" if arm.minutes is None else f"{arm.minutes:.1f}"
     row = (arm.name, f"{mean.mean:.1f}{spread}", arm.title, str(mean.n), minutes)
@@ -261,7 +261,7 @@ def arms(found: Mapping[str, Any]) -> str:
 
 
 def cost(found: Mapping[str, Any]) -> str:
-  """Return runs and core-hours of each experiment, those that it shares with another in both."""
+  """Return the runs and core-hours of each experiment. Shared runs count in both experiments."""
   rows = []
   for name in QUESTIONS:
     firsts = (run for arm in _arms(found, name) for run in arm["of"]["runs"])
@@ -276,10 +276,10 @@ class Arm(NamedTuple):
   """A figure of an arm.
 
   Attributes:
-    experiment, name, column, title: what of.
-    values: of the seeds.
-    minutes: of training, with what it started from but without the shared autoencoder; the median over seeds, or None
-      where a run does not tell.
+    experiment, name, column, title: the experiment, the arm, and the key and title of the figure. values: values of the
+    seeds. minutes: minutes of training, including the run that it started from, without the shared autoencoder: the
+    median over
+      seeds, or None if a run has none.
   """
 
   experiment: str
@@ -299,25 +299,25 @@ def measured(found: Mapping[str, Any]) -> Iterator[Arm]:
       if experiment == name and column in columns:
         minutes = [_minutes(found, run) for run in record["of"]["runs"]]
         known = [each for each in minutes if each is not None]
-        # Not the mean, of which a run that waits for its core would be most.
+        # The median, since a run that waited for its core would dominate a mean.
         median = statistics.median(known) if minutes and len(known) == len(minutes) else None
         values = tuple(record["values"].values())
         yield Arm(name, label, column, title(found, name, label, column), values, median)
 
 
 def title(found: Mapping[str, Any], experiment: str, label: str, column: str) -> str:
-  """Return the title of a column, from a record of it; else its name."""
+  """Return the title of a column from its record, or else its name."""
   record = found["records"].get(f"{experiment}/{label}/{column}")
   return record["what"].removeprefix(f"{label}: ") if record else column
 
 
 def has_verdicts(found: Mapping[str, Any]) -> bool:
-  """Return whether a comparison has a seed that both of its arms have finished."""
+  """Return whether both arms of some comparison have finished a seed."""
   return any(claim["verdict"] for claims in found["claims"].values() for claim in claims)
 
 
 def pictures(found: Mapping[str, Any]) -> str:
-  """Return the figures, where there is something to show."""
+  """Return links to the figures, if there is something to show."""
   if not has_verdicts(found):
     return NOT_RUN.capitalize() + "."
   names = {"replication_forest": "Primary comparisons", "replication_minutes": "Accuracy over minutes of training"}
@@ -329,7 +329,7 @@ def _arms(found: Mapping[str, Any], experiment: str) -> list[Mapping[str, Any]]:
 
 
 def _chain(found: Mapping[str, Any], run: str | None) -> Iterator[str]:
-  """Yield a run and those that it started from."""
+  """Yield a run and the runs that it started from."""
   while run:
     yield run
     run = found["runs"][run]["start"]

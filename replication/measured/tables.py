@@ -2,8 +2,9 @@
 
   python -m replication.measured.tables
 
-writes it into the pages. A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, a number in the text
-between `<!--=TOPIC/RECORD-->` and `<!--=-->`. tests/test_measured.py fails where page and records differ.
+writes them into the pages. A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, a number in the text
+between `<!--=TOPIC/RECORD-->` and `<!--=-->`. tests/replication/test_measured.py fails if a page and the records
+differ.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SCALING, EMOJI = "replication/scaling.md", "replication/emoji.md"
 REPLICATION = replication.PAGE
 NORMAL = statistics.NormalDist().inv_cdf(1 - significance.ALPHA / 2)  # half of a 95 % interval, in standard errors
 
-# What holds digits and is no measured number. Everything else has to come from a record.
+# These texts hold digits that are no measured numbers. All other numbers must come from a record.
 NAMES = re.compile(
   r"""<!--.*?-->|\]\([^)]*\)|`[^`]*`|\btop-[15]\b|\bR@1\b|\b95\x20%(?=\s(interval|CI))|\bCC3M\b|\bViT-[BL]/\d\d\b
   |\b[Tt]ables?\s\d(,\s\d)*((\sto|\sand)\s\d)*|\bStable\sDiffusion\sv1\b|\bTPU\sv4\b|\bê_0\b|\bFlickr30k\b""",
@@ -60,7 +61,7 @@ def loose_numbers(text: str) -> list[str]:
 
 
 def of_seeds(*names: str, unit: str = " %") -> tuple[str, str]:
-  """Return mean and 95 % interval over seeds, and how many there are. Of a seed, the mean over these records of the
+  """Return mean and 95 % interval over seeds, and their number. A seed counts as the mean over these records of the
   demo: its runs on several machines are not independent."""
   runs = [records.record("demo", name).values for name in names]
   values = [statistics.fmean(values) for values in zip(*(run.values() for run in runs), strict=True)]
@@ -79,7 +80,7 @@ def _half(found: significance.Difference) -> float:
 
 
 def shown() -> str:
-  """Return README's table: questions, the verdict first in each answer."""
+  """Return README's table of questions. Each answer begins with the verdict."""
   (top1, n), (generated, _) = of_seeds(*_both("unseen")), of_seeds(*_both("generated_unseen"))
   (joint, joint_n), (scenes, _), (lead, lead_n), (rare, _) = map(_points, (NO_HELP, TOGETHER, LEAD, RARE))
   rows = [
@@ -142,7 +143,7 @@ def _verdict(experiment: str, row: str, base: str) -> tuple[significance.Differe
 
 
 def demo() -> str:
-  """Show that one network classifies and generates."""
+  """Return the accuracies of the demo, which classifies and generates."""
   rows = [
     (say("top-1, seen pairs"), *of_seeds(*_both("seen"))),
     (say("top-1, unseen pairs"), *of_seeds(*_both("unseen"))),
@@ -154,13 +155,12 @@ def demo() -> str:
 
 
 def claimed() -> str:
-  """Return what the paper claims, by the replication."""
+  """Return the table of the paper's claims."""
   return replication.paper(replication.stored())
 
 
 def neighbours() -> str:
-  """Compare the best run on emoji with a baseline without training; of one run, so that the interval is the binomial
-  one."""
+  """Compare the best run on emoji with a baseline without training. There is one run, so the interval is binomial."""
   run = records.results("emoji")["generation_5400_first_discrimination-seed_0"]["zero_shot"]
   best = {split: 100 * run[split]["metrics"]["acc1"] for split in ("val_vendor", "test_vendor")}
   known = {name: records.record("emoji", f"others/{name}").values for name in ("neighbours", "neighbours_cut")}
@@ -211,7 +211,7 @@ def costs() -> str:
 
 
 def weak_scaling() -> str:
-  """Return a joint step where each chip keeps its share of the batch."""
+  """Return the table of weak scaling: a joint step with a constant batch a chip."""
   rows = []
   for name, each in records.load("estimates").items():
     if name.startswith("weak scaling/"):
@@ -265,7 +265,7 @@ PLACES: dict[str, tuple[str, Callable[[], str]]] = {
   },
   **{name: (each.page, lambda name=name: paired.whole(name)) for name, each in paired.TABLES.items()},
 }
-PAGES = [*dict.fromkeys(page for page, _ in PLACES.values()), WEIGHTS]  # which has numbers, and no table
+PAGES = [*dict.fromkeys(page for page, _ in PLACES.values()), WEIGHTS]  # it has numbers, but no table
 
 
 def written(page: str, text: str) -> str:
@@ -286,7 +286,7 @@ def written(page: str, text: str) -> str:
 
 
 def unrecorded(text: str) -> list[str]:
-  """Return the numbers of a page that stand in no place, and are no part of a name."""
+  """Return the numbers of a page that come from no record and belong to no name."""
   outside = _INLINE.sub(" ", text)
   for name in PLACES:
     outside = re.sub(f"<!-- {re.escape(name)} -->.*?<!-- end of {re.escape(name)} -->", " ", outside, flags=re.S)
