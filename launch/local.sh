@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Runs a command as several processes on this machine, on CPU devices: for trying what a pod does.
+# Run a command as several processes on this machine, on CPU devices, to rehearse a pod.
 #
 #   launch/local.sh -n 2 -d 4 -- python -m diffdis_jax.train --config=... --workdir=...
 #
 #   -n N             processes
-#   -d DEVICES       CPU devices of each; 1
-#   --restarts R     after crashes without a new checkpoint between them; 3. Also --max-restarts
+#   -d DEVICES       CPU devices of each process; 1
+#   --restarts R     restarts after crashes without a new checkpoint between them; 3. Also --max-restarts
 #   --dry-run        print the commands
 #
-# When one process fails, the others are stopped and all are started again; not after code 2, bad input, or 130, Ctrl-C
-# to a process. SIGTERM or Ctrl-C here is passed to all, so that they save, and nothing is started again; a second one
-# kills them.
+# When one process fails, the others are stopped and all are started again. After code 2, bad input, or 130, Ctrl-C to a
+# process, they are not. SIGTERM or Ctrl-C to this script is passed to all, so that they save, and nothing is started
+# again; a second one kills them.
 set -euo pipefail
 # shellcheck source=launch/supervise.sh
 source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
 
-GRACE=${GRACE:-20} # seconds from the first failure, in which the others may save or say what they died of
+GRACE=${GRACE:-20} # seconds after the first failure, in which the others may save or report their errors
 processes='' devices=1 dry_run='' stopping='' pids=()
 
 while (($#)); do
@@ -52,7 +52,7 @@ environment_of() {
     "DIFFDIS_COORDINATOR_ADDRESS=127.0.0.1:$2" "DIFFDIS_NUM_PROCESSES=$processes" "DIFFDIS_PROCESS_ID=$1"
 }
 
-signal_all() { # SIGNAL; each process leads a group, which SIGKILL empties of its workers
+signal_all() { # signal_all SIGNAL; each process leads a group, and SIGKILL also ends the workers in it
   local pid target=
   [[ $1 != KILL ]] || target=-
   for pid in "${pids[@]}"; do kill "-$1" -- "$target$pid" 2>/dev/null || true; done
@@ -63,7 +63,7 @@ stop() {
   stopping=1
 }
 
-# Its code is that of the first process to fail; of several at once, 2, 130 or 75 rather than what others died of.
+# The code is that of the first process to fail. If several fail at once, 2, 130 or 75 goes before other codes.
 attempt() {
   local port index code first=0 deadline='' variables
   port=$(free_port)

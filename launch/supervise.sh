@@ -1,35 +1,35 @@
 # shellcheck shell=bash
-# Sourced by the launchers: one way to refuse a command line, and one rule for what an exit code asks for.
+# The launchers source this file. It has one way to refuse a command line, and one rule for each exit code.
 #
 #   0    finished                    75, 143   preempted, 143 before there was anything to save: start it again
 #   2    bad input: never again      130       interrupted by Ctrl-C: never again
-#   anything else                    a crash or a dead host: again, unless it makes no progress
+#   anything else                    a crash or a dead host: start it again, unless it makes no progress
 
-MAX_RESTARTS=${MAX_RESTARTS:-3} # after crashes without a new checkpoint between them
+MAX_RESTARTS=${MAX_RESTARTS:-3} # restarts after crashes without a new checkpoint between them
 PREEMPTED=75
 TERMINATED=143
 BAD_INPUT=2
 INTERRUPTED=130
 
-# What JAX may take of a GPU's memory, as preflight counts on it (docs/preflight.md); its own default is 0.75. JAX refuses
-# its older and its newer variable together.
+# The share of a GPU's memory that JAX may take. Preflight assumes it (docs/preflight.md); JAX's own default is 0.75.
+# JAX refuses its older and its newer variable together.
 if [[ ! ${XLA_CLIENT_MEM_FRACTION:-}${XLA_PYTHON_CLIENT_MEM_FRACTION:-} ]]; then
   export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
 fi
-export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # huge pages, where the kernel leaves them to programs
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # huge pages, if the kernel lets programs ask for them
 
 note() { echo "$(basename "$0"): $*" >&2; }
 refuse() { note "error: $*" && exit "$BAD_INPUT"; }
 
-# Before anything that an older one lacks: macOS has 3.2. RHEL 8 has 4.4, and so no EPOCHSECONDS.
+# This check stands before anything that an older bash lacks: macOS has 3.2. RHEL 8 has 4.4, which lacks EPOCHSECONDS.
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   refuse "bash 4.4 or newer is needed, and this is $BASH_VERSION; on a Mac: brew install bash"
 fi
 
-# The comment at the top of the script.
+# help prints the comment at the top of the script.
 help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
-# Whether a run means to say this code: others of its processes may have died of its end, by any.
+# is_meant CODE: succeed if a run chose this exit code itself. Its other processes may have died of its end, with any.
 is_meant() { (($1 == BAD_INPUT || $1 == INTERRUPTED || $1 == PREEMPTED)); }
 
 # refuse_unless_number NAME VALUE LEAST
@@ -37,9 +37,9 @@ refuse_unless_number() {
   if ! [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || (($2 < $3)); then refuse "$1 is '$2'; it should be a whole number from $3 up"; fi
 }
 
-case ${ENV:=} in */*) ENV='' ;; esac # with a slash it is a shell's own, the file that it starts with
+case ${ENV:=} in */*) ENV='' ;; esac # with a slash it is a shell's own variable, its start file
 
-# refuse_unless_set ENV: names of variables, with commas between them, of which each must have a value.
+# refuse_unless_set ENV: refuse if one of these variables, whose names are separated by commas, has no value.
 refuse_unless_set() {
   local name
   for name in ${1//,/ }; do
@@ -49,16 +49,17 @@ refuse_unless_set() {
   done
 }
 
-# call COMMAND...: runs it; with --dry-run ($dry_run) prints it instead.
+# call COMMAND...: run it, or print it with --dry-run ($dry_run).
 call() { if [[ ${dry_run:-} ]]; then printf '%q ' "$@" && echo; else "$@"; fi; }
 
-# Sleeps, but not through a signal that is trapped.
+# pause SECONDS: sleep, but not through a trapped signal.
 pause() {
   sleep "$1" &
   wait $! || true
 }
 
-# The value of --workdir in a command, or nothing; for `ablate run`, that of $ABLATION_RUN, or else a pattern of all.
+# Print the value of --workdir in a command, or nothing. For `ablate run` it is the workdir of $ABLATION_RUN, or else a
+# pattern of all.
 workdir_of() {
   local name=workdir runs=''
   case " $* " in *" ablate run "* | *.ablate" run "*) name=out runs="/runs/${ABLATION_RUN:-*}" ;; esac
@@ -71,11 +72,11 @@ workdir_of() {
   done
 }
 
-# The Python that a command starts with, or else the machine's.
+# Print the Python that a command starts with, or else the machine's.
 python_of() { case $(basename "${1:-}") in python*) echo "$1" ;; *) echo python3 ;; esac; }
 
-# The newest committed step in $workdir, of all that fit it in sum, or 0 where it cannot be seen from here. A bucket is
-# asked by gcloud or, where that is missing, by $python with this package.
+# Print the newest committed step in $workdir: the sum if several folders fit, 0 if it cannot be seen from here. A
+# bucket is read by gcloud or, if that is missing, by $python with this package.
 newest_step() {
   local steps='' marks
   workdir=${workdir:-} marks="${workdir%/}/checkpoints/*/commit_success.txt"
@@ -95,8 +96,8 @@ newest_step() {
     END { for (run in newest) sum += newest[run]; print sum + 0 }' <<<"$steps"
 }
 
-# supervise DELAY PROGRESS ATTEMPT...: runs ATTEMPT until it is done or $stopping is set, DELAY seconds apart. PROGRESS
-# prints a step; $MAX_RESTARTS counts what crashed since that step last grew.
+# supervise DELAY PROGRESS ATTEMPT...: run ATTEMPT until it is done or $stopping is set, DELAY seconds apart. PROGRESS
+# prints a step; $MAX_RESTARTS limits the crashes since that step last grew.
 supervise() {
   local delay=$1 progress=$2 crashes=0 code reached now
   shift 2

@@ -2,10 +2,10 @@
 # A run on a Cloud TPU slice, or several, as a queued resource.
 #
 #   launch/tpu_pod.sh create              ask for the slice, and wait until it is there
-#   launch/tpu_pod.sh setup               this commit and its environment onto every host, once
+#   launch/tpu_pod.sh setup               copy this commit to every host and install it, once
 #   launch/tpu_pod.sh run -- COMMAND...   all three: the command on every host, again after a preemption or a dead host
 #   launch/tpu_pod.sh run --each=0-27 -- COMMAND...   one after another with --only=0 to --only=27, as ablate run takes it
-#   launch/tpu_pod.sh logs                follow what the hosts say
+#   launch/tpu_pod.sh logs                follow the output of the hosts
 #   launch/tpu_pod.sh stop                SIGTERM to the command, so that it saves
 #   launch/tpu_pod.sh delete              give the slice back
 #
@@ -71,7 +71,7 @@ esac
 # shellcheck disable=SC2206  # words, as the user wrote them
 NAME=${NAME:?} where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"}) through=(${SSH_FLAGS:-})
 
-# As gcloud names the nodes of a request for several.
+# gcloud names the nodes of a request for several so.
 if ((SLICES > 1)); then mapfile -t nodes < <(seq -f "$NAME-%.0f" 0 $((SLICES - 1))); else nodes=("$NAME"); fi
 
 resource() { call gcloud compute tpus queued-resources "$1" "$NAME" "${where[@]}" "${@:2}"; }
@@ -84,7 +84,7 @@ copy_to() { call gcloud compute tpus tpu-vm scp "$2" "$1:$3" "${where[@]}" --wor
 on_all() { on_slices ssh_to "$@"; }
 copy_to_all() { on_slices copy_to "$@"; }
 
-# A function with each slice's name before its arguments, on all of them at once. Fails where one fails.
+# Call a function for all slices at once, with the slice's name before the other arguments. It fails if one call fails.
 on_slices() {
   local node pid pids=() code=0
   if [[ $dry_run ]] || ((SLICES == 1)); then # one after another, so that what is printed is in order
@@ -96,7 +96,7 @@ on_slices() {
   return "$code"
 }
 
-# ACTIVE, SUSPENDED, ..., or NONE where there is no such resource. Fails, and says why, where gcloud cannot tell.
+# Print ACTIVE, SUSPENDED, ..., or NONE if there is no such resource. If gcloud cannot tell, fail with its reason.
 state() {
   local said
   if said=$(resource describe --format='value(state.state)' 2>&1); then
@@ -137,8 +137,8 @@ create() {
   done
 }
 
-# uv brings a Python of its own: that of a TPU VM may be older than this package asks for. A command that still runs there
-# keeps its code and its environment to its end. What is left of an earlier commit would count as code of this one.
+# uv brings a Python of its own, since that of a TPU VM may be too old for this package. A command that still runs there
+# keeps its code and its environment to its end. Files of an earlier commit are removed: they would count as this one's.
 setup() {
   local installed="$commit $EXTRAS" folder
   if [[ ! $dry_run ]] && on_all "grep -qx '$installed' diffdis/.commit" >/dev/null 2>&1; then return; fi
@@ -153,8 +153,8 @@ setup() {
   rm -r "$folder"
 }
 
-# The variables that ENV names, as a file of the hosts that nobody else there may read. The command's shell removes it
-# once it has read it.
+# Copy the variables that ENV names into a file on the hosts that nobody else there may read. The command's shell reads
+# and removes it.
 hand_over() {
   local folder name
   [[ $ENV ]] || return 0
@@ -174,11 +174,11 @@ on_every_host='began() { sed -n "s/.*) \([^Z]\) /\1 /p" "/proc/$1/stat" 2>/dev/n
 ' take_lock() { flock -n 9 && ! is_running || { echo "waiting for the command that runs here";'\
 ' flock 9; while is_running; do sleep 1; done; }; };'
 
-# What every host does with the command in attempt $1. The lock waits for an attempt that is still ending; where the
-# connection is lost the command keeps running, and gcloud connects and asks for the same attempt again: the answer is how
-# it ended. The command does not get the lock, which a process that it leaves behind would keep; it leads a group, of
-# which nothing is left afterwards. Should the shell with the lock die, the next one waits for the command itself. The
-# last line tells the launcher this host's code: ssh to several hosts returns one for all of them.
+# Print what every host runs for the command in attempt $1. The lock waits for an attempt that is still ending. If the
+# connection is lost, the command keeps running; gcloud connects again and asks for the same attempt, and the host
+# answers how it ended. The command does not inherit the lock, since a process that it leaves behind would keep it. It
+# leads a group, which is killed afterwards. If the shell with the lock dies, the next one waits for the command itself.
+# The last line tells the launcher this host's code, because ssh to several hosts returns one code for all of them.
 on_host() {
   local attempt=$1
   shift
@@ -202,8 +202,8 @@ finish() {
   on_all "$interrupt" </dev/null >/dev/null 2>&1 &
 }
 
-# Code 2, 130 or 75 of any host, or else the highest: others may have died of its end. Ctrl-C in a terminal ends gcloud,
-# too: asked again, the hosts tell how the attempt ended, and one that has not begun it does nothing.
+# Return code 2, 130 or 75 of any host, or else the highest: other hosts may have died of its end. Ctrl-C in a terminal
+# ends gcloud too. Then the hosts are asked again how the attempt ended; a host that has not begun it does nothing.
 run_once() {
   local said pid code attempt asked again=''
   attempt="$(date +%s)-$RANDOM$RANDOM"

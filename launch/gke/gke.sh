@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A run on GKE as a JobSet (https://jobset.sigs.k8s.io, which must be installed in the cluster).
+# A run on GKE as a JobSet (https://jobset.sigs.k8s.io), which must be installed in the cluster.
 #
 #   launch/gke/gke.sh run -- COMMAND...   start it; Kubernetes restarts it after a preemption or a dead host
-#   launch/gke/gke.sh logs                follow what the hosts say
+#   launch/gke/gke.sh logs                follow the output of the hosts
 #   launch/gke/gke.sh stop                delete it: SIGTERM, so that it saves; also one that has ended, before the next
 #
 # Settings: NAME, IMAGE (with this repository in its working directory), HOSTS (of a slice), SLICES (1; of TPUs, joined by
