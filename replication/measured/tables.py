@@ -111,7 +111,7 @@ def shown() -> str:
       "At which scale?",
       say(
         "{demo/image_size} pixels, CPUs. The paper's run is **neither confirmed nor refuted**; on TPU v4 it takes at"
-        " least {estimates/v4-32#chip-hours of six epochs} chip-hours by [preflight](docs/preflight.md)"
+        " most {estimates/v4-32#chip-hours of six epochs} chip-hours by [preflight](docs/preflight.md)"
       ),
       "",
     ),
