@@ -177,16 +177,19 @@ def write_one_file(
   tokens = None if texts is None else np.unique(Tokenizer(LONGEST)([*{*" ".join(texts).split()}])).tolist()
   packed.write(path, params, record, dtype=to_torch.DTYPES[dtype], tokens=tokens)
   logging.info("step %d in %s, %.1f MB", step, out, path.stat().st_size / 1e6)
-  logging.info("it stands for a workdir: diffdis generate --workdir=%s --prompt=... --out=DIR", shlex.quote(out))
+  logging.info("it stands for a workdir: --workdir=%s", shlex.quote(out))
 
 
 def _texts_of(file: str | None) -> list[str] | None:
   if not file:
     return None
   try:
-    return pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+    texts = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
   except (OSError, ValueError) as error:
     raise UserError(f"cannot read --keep_tokens_of={file}: {error}; it should be a text file") from error
+  if not "".join(texts).split():
+    raise UserError(f"no word in --keep_tokens_of={file}; it should hold the words that the model is to read")
+  return texts
 
 
 def licences_of(run: str) -> str:

@@ -62,7 +62,10 @@ class Pipeline:
     self._model, self._params = inference.load(path, batch_size=1)
     self._tokenize = Tokenizer(self._model.max_length)
     zero_shot = (each for each in run_config.load(path).evals.values() if each["task"] == "zero_shot")
-    self._templates = next((each["templates"] for each in zero_shot if each.get("templates")), prompt_texts.TEMPLATES)
+    templates = (each.get("templates") for each in zero_shot)
+    # A text is the path of a file, which may lie on another machine.
+    own = (each for each in templates if each and not isinstance(each, str))
+    self._templates: Sequence[str] = next(own, prompt_texts.TEMPLATES)
     self._compiled: dict[tuple[int, Sampling], inference.Inference] = {}
 
   def generate(

@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
 
   # Not at the top: these take seconds, and what is wrong with the command line is said before.
   import jax
+  import numpy as np
 
   from diffdis_jax.parallel import processes
   from diffdis_jax.training import loop, run_info
@@ -73,7 +74,10 @@ def main(argv: Sequence[str]) -> None:
   how: dict[str, Any] = dict(tracker=FLAGS.tracker or "", hang_timeout=FLAGS.hang_timeout)
   if first:
     path = f"{FLAGS.workdir.rstrip('/')}/{FIRST}"
-    if workdir.latest_step(path) != first.num_steps:  # or else it is there, as after a restart
+    # As process 0 sees it. A run that has begun needs it no more, and may have been moved since.
+    if processes.from_first(np.uint8(workdir.latest_step(FLAGS.workdir) is not None)):
+      path = run_config.read_fields(FLAGS.workdir)["init_from"]
+    else:
       loop.train_and_evaluate(first, path, **how)
     run = run.replace({"init_from": path})
   loop.train_and_evaluate(run, FLAGS.workdir, profiled=FLAGS.profile or "", **how)

@@ -74,6 +74,9 @@ def test_the_templates_are_the_runs_own(tmp_path, run, model, pictures):
   packing.write(packed, one_file.read_params(packed), dataclasses.replace(record, config=own), dtype=np.float32)
   other = diffdis_jax.load(packed)
   assert other.classify(pictures, NAMES).scores.tolist() == model.classify(pictures, NAMES, ["a {}"]).scores.tolist()
+  own["evals"]["few"]["templates"] = "templates.json"  # which may lie on another machine
+  packing.write(packed, one_file.read_params(packed), dataclasses.replace(record, config=own), dtype=np.float32)
+  assert diffdis_jax.load(packed)._templates == prompts.TEMPLATES
 
 
 def test_an_image_is_the_same_in_whatever_it_comes(model, pictures, tmp_path):

@@ -457,6 +457,8 @@ def test_what_a_run_starts_from_is_trained_first_and_once(tmp_path, environment)
   before, after = restore.restore_params(str(run / "first")), restore.restore_params(str(run))
   name = next(name for name in after if name.startswith("autoencoder") and np.ndim(after[name]) == 4)
   np.testing.assert_array_equal(before[name], after[name])
+  run = run.rename(tmp_path / "moved")
+  flags[1] = f"--workdir={run}"
   done = call("train", environment, *flags, "--config.num_steps=8")
   assert done.returncode == 0, done.stderr
   assert len(provenance.read(str(run / "first"))) == 2 and workdir.latest_step(run) == 8

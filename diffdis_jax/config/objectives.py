@@ -1,4 +1,4 @@
-"""What a run may be trained for: one table of what each objective asks of network, data, loss and evaluation."""
+"""The objectives of a run: one table of what each asks of network, data, loss and evaluation."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class LongTail(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointPolicy(Section):
-  """Which checkpoints stay; a config's `checkpoint` section.
+  """The checkpoints that stay; a config's `checkpoint` section.
 
   Raises:
     UserError: a number is out of its range, or the policy contradicts itself.

@@ -1,4 +1,4 @@
-"""Which paths of a data set are files of its own, and how many may be open."""
+"""Tell which paths of a data set are files of its own, and how many may be open."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from diffdis_jax.structs import AnyArray, AnyBatch, DiscriminationPass, Generati
 
 @struct.dataclass
 class TrainingLosses:
-  """What Algorithm 1 gives. None of a task that the network is not trained for.
+  """The losses of Algorithm 1. None of a task that the network is not trained for.
 
   Attributes:
     total: L.
@@ -185,7 +185,7 @@ def denoise_latents(
 
 @struct.dataclass
 class GenerationStep:
-  """What a step of Algorithm 2 gives.
+  """The results of a step of Algorithm 2.
 
   Attributes:
     z_prev: z at the timestep before.

@@ -173,7 +173,10 @@ def best(run: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
   """Find the best checkpoint by `kept.best_metric`; the earliest of equals, None where none was measured by it."""
   folder, found = workdir.checkpoints(run), {}
   for step in workdir.committed_steps(folder) if kept.best_metric else ():
-    found[step] = workdir.metrics_of(folder, step)
+    try:
+      found[step] = workdir.metrics_of(folder, step)
+    except (OSError, UserError) as error:  # a run in training removes some, and beside a damaged one are others
+      logging.warning("what checkpoint %d was measured at cannot be read: %s", step, error)
   # The steps come in order, and `max` keeps the first of equals.
   step = max(found, key=lambda step: _rank(found[step], kept=kept), default=0)
   value = found.get(step, {}).get(kept.best_metric, math.nan)

@@ -1,4 +1,4 @@
-"""What happened to a run, and where a figure comes from. It names no path of a machine.
+"""Record what happened to a run, and where a figure comes from. The record names no path of a machine.
 
 history.jsonl has one object a line, with `event` and `time` (seconds since 1970). A `start` says from which step, on
 which devices, with what it trains; `reached` and `until` are the last step that was reported before, and when: steps

@@ -102,8 +102,8 @@ def shown() -> str:
     (
       "Does it use the text query?",
       say(
-        "**No**: `shapes` names {included/query_lowest} % of unseen pairs,"
-        " whatever it is given as [e_t](docs/method.md#what-the-network-does-with-e_t)"
+        "**Not in `shapes`**, which names {included/query_lowest} % of unseen pairs,"
+        " whatever is given as [e_t](docs/method.md#what-the-network-does-with-e_t)"
       ),
       "1",
     ),

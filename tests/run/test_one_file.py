@@ -139,6 +139,16 @@ def test_only_the_tokens_of_given_texts_are_kept(run, tmp_path):
   assert (tmp_path / "F.safetensors").stat().st_size < 4 * params[TOKENS].size
 
 
+@pytest.mark.parametrize(
+  "content, message", [(b" \n", "no word in"), (b"\xff\xfe", "it should be a text file"), (None, "cannot")]
+)
+def test_texts_that_say_no_token_are_one_line(tmp_path, content, message):
+  if content is not None:
+    (tmp_path / "texts").write_bytes(content)
+  with pytest.raises(UserError, match=message):
+    export_weights._texts_of(str(tmp_path / "texts"))
+
+
 def test_results_of_its_checkpoint_stand_in_the_file(run, tmp_path):
   """Those of another checkpoint are left out."""
   record = dict(metrics={"acc1": 0.5}, dataset="few", model="m", pretrained="", task="zeroshot", language="en")
