@@ -1,4 +1,4 @@
-"""What the tests make once: the processes that run them side by side share it."""
+"""Let the processes that run the tests side by side share a folder that one of them makes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 
 def shared_folder(factory: pytest.TempPathFactory) -> pathlib.Path:
-  """Of this run of the tests, whichever of its processes asks."""
+  """Return the folder that all processes of this run of the tests share."""
   base = factory.getbasetemp()
   return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
-  """The shared folder's `name`, which the first process that asks lets `make` write, while the others wait."""
+  """Return the shared folder's `name`. The first process that asks calls `make` for it, and the others wait."""
   path = shared_folder(factory) / name
   finished = path.with_name(f"{name}.finished")
   with filelock.FileLock(f"{path}.lock"):

@@ -1,9 +1,9 @@
-"""Parses command lines with the commands' own flags, and goes no further; for an environment without the tests' own.
+"""Parse command lines by the commands' own flags and stop there, in an environment without the tests' packages.
 
   python tests/parse_commands.py [--run] <LINES.json
 
-LINES.json: a list of lists, each a command's name and its flags, or `--help`. Writes a list with, for each of them, its
-exit code and what it said. With --run, of commands that refuse what they are given, each is run.
+LINES.json is a list of lists: a command's name and its flags, or `--help`. The output is a list of exit codes and
+outputs. With --run the commands are also run, which is meant for commands that refuse their input.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ RUN = "--run" in sys.argv[1:]
 
 
 def parse_alone(main: Callable[[list[str]], Any], *, flags_parser: Callable[[list[str]], list[str]]) -> None:
-  """In the place of absl's `app.run`."""
+  """Take the place of absl's `app.run`."""
   rest = flags_parser(sys.argv)
   if RUN:
     main(rest)
 
 
 def outcome(command: Sequence[str]) -> tuple[int, str]:
-  """Exit code, and what was said."""
-  known, code, said = {*flags.FLAGS}, 0, io.StringIO()
+  """Return the exit code and the output of a command."""
+  known, code, output = {*flags.FLAGS}, 0, io.StringIO()
   sys.argv = [command[0], *command[1:]]
-  with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+  with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
     try:
       runpy.run_module(f"diffdis_jax.{command[0]}", run_name="__main__", alter_sys=True)
     except SystemExit as ended:
@@ -41,9 +41,9 @@ def outcome(command: Sequence[str]) -> tuple[int, str]:
   flags.FLAGS.unparse_flags()
   for name in {*flags.FLAGS} - known:  # the next command has its own of these names
     delattr(flags.FLAGS, name)
-  return code, said.getvalue()
+  return code, output.getvalue()
 
 
 app.run = parse_alone
-warnings.simplefilter("ignore", RuntimeWarning)  # of runpy: one command has imported the next
+warnings.simplefilter("ignore", RuntimeWarning)  # runpy warns if one command has imported the next
 json.dump([outcome(command) for command in json.load(sys.stdin)], sys.stdout)

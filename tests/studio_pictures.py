@@ -1,4 +1,4 @@
-"""Uploads, good and bad, for the tests of the page."""
+"""Make good and bad uploads for the tests of the app's page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def png(width: int, height: int, seed: int = 0) -> bytes:
-  """Noise."""
+  """Make a picture of noise."""
   pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, format="PNG")
@@ -22,7 +22,7 @@ def png(width: int, height: int, seed: int = 0) -> bytes:
 
 @functools.cache
 def bomb(side: int) -> bytes:
-  """A PNG of a few kilobytes that says, and has, side x side pixels of one bit."""
+  """Make a PNG of a few kilobytes that has side x side pixels of one bit."""
   chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
   header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
   packer, row = zlib.compressobj(9), bytes(1 + (side + 7) // 8)

@@ -1,4 +1,4 @@
-"""The package's import rule: downwards only, by parsing every file."""
+"""Test the package's import rule, downwards only, by parsing every file."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import diffdis_jax
 from diffdis_jax import __main__ as main_module
 
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
-# The rooms of the package, from the ground up: a folder, or a file at the root. It may import those before it.
+# The rooms of the package from the ground up. A room is a folder, or a file at the root, and imports those before it.
 CORE = (
   *("errors", "structs", "common", "config", "__init__"),
   *("parallel", "run", "data", "models", "method"),
   *("interop", "inference", "evals", "pipeline", "training"),
   *("train", "evaluate", "generate", "prepare_data", "import_weights", "export_weights", "verify", "demo"),
 )
-# Each in one room with a __main__.py of its own, or one file. The core imports none of them.
+# A tool is a room with a __main__.py, or one file. The core imports none of them.
 TOOLS = ("app", "preflight", "report", "status", "benchmark", "ablate")
 ROOMS = (*CORE, *TOOLS, "__main__")
 COMMANDS = {*CORE[-8:], *TOOLS, "config"}
-# Torch is an extra: for these alone, of which the one outside SHIPPED asks for it only to read a pickle.
+# Torch is an extra. Only these files use it, and the one outside SHIPPED only to read a pickle.
 SHIPPED = {f"interop/torch_{name}.py" for name in ("diffdis", "parts", "pipeline")}  # with what export_weights writes
 TORCH_FILES = {"interop/tensor_files.py", *SHIPPED}
-# Lines of a room at most. One grows by a decision: raise its number in the same change, and say why there.
+# A room has at most so many lines. To let it grow, raise its number in the same change, and say why there.
 MOST_LINES = {
   "ablate": 1300,
   "app": 950,
@@ -51,24 +51,24 @@ NAMES = {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__") f
 
 
 def name_of(path: pathlib.Path) -> str:
-  """`models/unet`; a room's own __init__.py is the room."""
+  """Return the file's name, such as `models/unet`. A room's own __init__.py has the room's name."""
   return str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__")
 
 
 def room_of(name: str) -> str:
-  """`models`, of models/unet; a file at the root is a room of its own."""
+  """Return `models` for models/unet. A file at the root is a room of its own."""
   return name.partition("/")[0]
 
 
 def file_of(module: str) -> str:
-  """The file that a dotted name below the package means: its longest beginning that is one."""
+  """Return the file of a dotted name below the package: its longest beginning that is a file."""
   parts = (module or "__init__").split(".")
   names = ("/".join(parts[:n]) for n in range(len(parts), 0, -1))
   return next((name for name in names if name in NAMES), "__init__")
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
-  """Dotted names, `from a import b` as a.b, wherever in the file they stand."""
+  """Yield the dotted names that a file imports anywhere, a.b for `from a import b`."""
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
@@ -84,28 +84,28 @@ def tree_of(path: pathlib.Path) -> ast.Module:
 
 @functools.cache
 def modules_of(path: pathlib.Path) -> frozenset[str]:
-  """Dotted names, wherever in the file they stand."""
+  """Return the dotted names that a file imports anywhere."""
   return frozenset(imported_modules(tree_of(path)))
 
 
 @functools.cache
 def own_imports(path: pathlib.Path) -> set[str]:
-  """Files of the package that this one imports, wherever in it."""
+  """Return the files of the package that this one imports anywhere."""
   modules = (module.partition(".") for module in modules_of(path))
   return {file_of(rest) for package, _, rest in modules if package == "diffdis_jax"}
 
 
 def other_rooms(path: pathlib.Path) -> set[str]:
-  """That this file imports from."""
+  """Return the other rooms that this file imports from."""
   return {room_of(name) for name in own_imports(path)} - {room_of(name_of(path))}
 
 
 def test_rooms_import_rooms_below_them():
-  """Lazy imports too."""
+  """The rule is also for lazy imports."""
   assert {room_of(name_of(path)) for path in FILES} <= {*ROOMS}, "a room has no place; give it one in ROOMS"
   is_below = lambda other, path: ROOMS.index(other) < ROOMS.index(room_of(name_of(path)))
-  found = [(name_of(path), other) for path in FILES for other in other_rooms(path) if not is_below(other, path)]
-  assert found == [], "the first imports the second, which is no room below it"
+  wrong = [(name_of(path), other) for path in FILES for other in other_rooms(path) if not is_below(other, path)]
+  assert wrong == [], "the first imports the second, which is no room below it"
 
 
 def test_the_core_imports_no_tool():
@@ -119,11 +119,11 @@ def test_no_circle_inside_a_room():
 
 
 def roots_of(path: pathlib.Path) -> set[str]:
-  """The packages that it imports."""
+  """Return the packages that a file imports."""
   return {module.split(".")[0] for module in modules_of(path)}
 
 
-def test_none_imports_what_is_not_in_it():
+def test_the_package_imports_neither_configs_nor_the_replication():
   assert not {name_of(path) for path in FILES if roots_of(path) & {"configs", "replication"}}
 
 
@@ -142,8 +142,8 @@ def test_no_print():
 
 def test_only_sharding_names_mesh_axes():
   axes = (".PartitionSpec", ".NamedSharding")
-  found = {name_of(path) for path in FILES if any(module.endswith(axes) for module in modules_of(path))}
-  assert found <= {"parallel/sharding"}
+  files = {name_of(path) for path in FILES if any(module.endswith(axes) for module in modules_of(path))}
+  assert files <= {"parallel/sharding"}
 
 
 def test_every_room_exists():
@@ -155,7 +155,7 @@ def test_every_command_is_listed():
 
 
 def test_no_room_outgrows_its_budget():
-  """`configs` is a link to the repository's folder."""
+  """The package's `configs` is a link to the repository's folder."""
   lines = dict.fromkeys(MOST_LINES, 0)
   for path in [*FILES, *(ROOT / "configs").glob("*.py")]:
     room = room_of(name_of(path))

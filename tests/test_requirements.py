@@ -1,4 +1,4 @@
-"""requirements.txt and every extra resolve on every Python and machine that they say, to wheels alone."""
+"""Test that requirements.txt and every extra resolve to wheels on every Python and machine that they claim."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 
 
 def resolve(machine: tuple[str, str], more: Sequence[str] = ()) -> dict[str, str] | str:
-  """Package -> version, or why it cannot be done. `more`: than requirements.txt asks for."""
+  """Return each package's version, or the error, for requirements.txt and `more`."""
   python, platform = machine
   command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
   # promise, which tensorflow-datasets needs, has no wheel anywhere and is pure Python.
@@ -42,12 +42,12 @@ def resolve(machine: tuple[str, str], more: Sequence[str] = ()) -> dict[str, str
 
 def resolve_all(machines: Sequence[tuple[str, str]], more: Sequence[str] = ()) -> dict[tuple[str, str], dict[str, str]]:
   with concurrent.futures.ThreadPoolExecutor(len(machines)) as pool:
-    found = dict(zip(machines, pool.map(functools.partial(resolve, more=more), machines), strict=True))
-  errors = {machine: each for machine, each in found.items() if isinstance(each, str)}
+    versions = dict(zip(machines, pool.map(functools.partial(resolve, more=more), machines), strict=True))
+  errors = {machine: error for machine, error in versions.items() if isinstance(error, str)}
   if re.search("error sending request|dns error|Failed to fetch|Could not connect", " ".join(errors.values())):
     pytest.skip("no package index can be reached")
   assert not errors, errors
-  return found
+  return versions
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def resolved() -> dict[tuple[str, str], dict[str, str]]:
 
 @pytest.mark.parametrize("machine", MACHINES, ids="-".join)
 def test_a_fresh_machine_resolves(resolved, machine):
-  found = resolved[machine]
-  numbers = lambda name: tuple(map(int, re.findall(r"\d+", found[name])[:2]))
+  versions = resolved[machine]
+  numbers = lambda name: tuple(map(int, re.findall(r"\d+", versions[name])[:2]))
   assert (0, 10) <= numbers("jax") < (0, 13) and numbers("array-record") >= (0, 8)
-  assert {"flax", "optax", "orbax-checkpoint", "transformers", "grain", "clu", "ml-collections"} <= found.keys()
-  assert not [name for name in found if name in ("tensorflow", "tensorflow-cpu", "torch")]
+  assert {"flax", "optax", "orbax-checkpoint", "transformers", "grain", "clu", "ml-collections"} <= versions.keys()
+  assert not [name for name in versions if name in ("tensorflow", "tensorflow-cpu", "torch")]
 
 
 def test_the_pythons_that_are_claimed_are_those_that_ci_tests():
@@ -71,9 +71,9 @@ def test_the_pythons_that_are_claimed_are_those_that_ci_tests():
 
 
 def test_what_ci_and_the_image_take_from_elsewhere_is_pinned():
-  """By a commit or a digest, which nobody can move."""
+  """A commit or a digest pins it, which nobody can move."""
   used = re.findall(r"uses: (\S+)", CI.read_text())
-  assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", each) for each in used)
+  assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in used)
   dockerfile = (ROOT / "Dockerfile").read_text()
   assert re.findall(r"^FROM (.+)$", dockerfile, re.M) == re.findall(
     r"python:3\.12-slim@sha256:[0-9a-f]{64}", dockerfile
@@ -83,12 +83,15 @@ def test_what_ci_and_the_image_take_from_elsewhere_is_pinned():
 
 
 def test_the_lock_has_a_version_of_all_that_is_asked_for():
-  """Where it does not: make lock."""
+  """`make lock` mends it."""
   lock = (ROOT / "requirements.lock").read_text()
   assert "://" not in lock
   lines = [Requirement(line) for line in lock.splitlines() if not line.startswith("#")]
-  locked = {each.name: each for each in lines if each.marker is None or each.marker.evaluate()}
-  asked = (ROOT / "requirements.txt").read_text().splitlines() + [each for listed in EXTRAS.values() for each in listed]
+  locked = {line.name: line for line in lines if line.marker is None or line.marker.evaluate()}
+  asked = [
+    *(ROOT / "requirements.txt").read_text().splitlines(),
+    *(line for lines in EXTRAS.values() for line in lines),
+  ]
   for text in asked:
     if text.startswith(("#", "diffdis_jax[")):
       continue
@@ -109,12 +112,12 @@ def test_the_lock_resolves(python):
 
 @pytest.mark.full
 def test_every_extra_resolves():
-  """All of them together, so that any choice of them does."""
-  asked = [each for listed in EXTRAS.values() for each in listed if not each.startswith("diffdis_jax[")]
+  """All of them resolve together, so that any choice of them does."""
+  asked = [line for lines in EXTRAS.values() for line in lines if not line.startswith("diffdis_jax[")]
   machines = [(python, machine) for python in PYTHONS for machine in NEWER_LINUX]
-  for (_, machine), found in resolve_all(machines, asked).items():
-    assert {"jax-cuda12-plugin", "torch", "gradio", "wandb", "mkdocs", "pyright"} <= found.keys()
-    assert ("libtpu" in found) == machine.startswith("x86_64")
+  for (_, machine), versions in resolve_all(machines, asked).items():
+    assert {"jax-cuda12-plugin", "torch", "gradio", "wandb", "mkdocs", "pyright"} <= versions.keys()
+    assert ("libtpu" in versions) == machine.startswith("x86_64")
 
 
 def run(command: Sequence[str | pathlib.Path], **environment: str) -> str:
@@ -127,8 +130,8 @@ def run(command: Sequence[str | pathlib.Path], **environment: str) -> str:
 
 
 @pytest.mark.full
-def test_the_lowest_versions_prepare_train_resume_and_draw(tmp_path):
-  """Those of a machine that has them already: pip leaves what a range allows as it is."""
+def test_the_lowest_versions_prepare_train_resume_and_generate(tmp_path):
+  """A machine may have them already: pip keeps a version that a range allows."""
   python = tmp_path / "venv" / "bin" / "python"
   run([sys.executable, "-m", "uv", "venv", f"--python={sys.version_info[0]}.{sys.version_info[1]}", tmp_path / "venv"])
   install = ["-m", "uv", "pip", "install", "--resolution=lowest-direct", "--python", str(python)]
@@ -156,13 +159,13 @@ def test_the_lowest_versions_prepare_train_resume_and_draw(tmp_path):
 
 @pytest.mark.full
 def test_the_lowest_diffusers_loads_a_pipeline_beside_the_lowest_transformers(tmp_path):
-  floors = [re.sub("[<,].*", "", each).replace(">=", "==") for each in EXTRAS["torch"] if each.startswith("diffusers")]
+  floors = [re.sub("[<,].*", "", line).replace(">=", "==") for line in EXTRAS["torch"] if line.startswith("diffusers")]
   asked = (ROOT / "requirements.txt").read_text()
-  floors += [f"transformers=={found}" for found in re.findall(r"^transformers>=(\S+)$", asked, re.M)]
+  floors += [f"transformers=={version}" for version in re.findall(r"^transformers>=(\S+)$", asked, re.M)]
   install = ["-m", "uv", "pip", "install", "--target", str(tmp_path)]
   run([sys.executable, *install, *floors], UV_HTTP_TIMEOUT="300")
-  said = run(
+  shown = run(
     [sys.executable, "-c", "import diffusers; print(diffusers.StableDiffusionPipeline, diffusers.__file__)"],
     PYTHONPATH=str(tmp_path),
   )
-  assert "pipeline_stable_diffusion" in said and str(tmp_path) in said
+  assert "pipeline_stable_diffusion" in shown and str(tmp_path) in shown

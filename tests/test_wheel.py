@@ -1,4 +1,4 @@
-"""The wheel: a command and configs by name, anywhere."""
+"""Test that the wheel brings a command and configs, which work by name in any folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """What `pip install .` puts beside other packages, from a copy of what git tracks."""
+  """Unpack the wheel of a copy of what git tracks."""
   copy, folder = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
   archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE)
   if archive.returncode:
@@ -45,7 +45,7 @@ def test_it_has_the_command_and_every_config(installed):
 
 
 def test_a_config_is_trained_by_its_name_in_another_folder(installed, tmp_path):
-  """Up to the first check that needs data, which comes after the config is read."""
+  """The command stops at the first check that needs data, after it has read the config."""
   script = tmp_path / "bin" / "diffdis"  # as pip writes it
   script.parent.mkdir()
   script.write_text("import sys\nfrom diffdis_jax.__main__ import run\nsys.exit(run())\n")

@@ -1,5 +1,7 @@
-"""A real Slurm on this machine: munged, slurmctld and slurmd in a folder of their own, as root. Debian's packages
-slurmctld, slurmd, slurm-client and munge."""
+"""A real Slurm on this machine: munged, slurmctld and slurmd run as root in a folder of their own.
+
+Debian's packages slurmctld, slurmd, slurm-client and munge bring them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from typing import Any
 from tests.command_runs import ROOT
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
-CPUS = 4  # that Slurm believes in, so that two tasks fit on any machine
+CPUS = 4  # Slurm assumes as many, so that two tasks fit on any machine
 _CONFIG = """
 ClusterName=t
 SlurmctldHost={host}(127.0.0.1)
@@ -54,7 +56,7 @@ PartitionName=high Nodes={host} PriorityTier=10 State=UP
 
 
 class Slurm:
-  """The cluster: one node, and a partition whose jobs preempt those of the other."""
+  """The cluster has one node, and two partitions. The jobs of one preempt those of the other."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
@@ -71,7 +73,7 @@ class Slurm:
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
-    # --force: a test's folder lies below /tmp, which others may write to.
+    # --force, since a test's folder lies below /tmp, where others may write.
     self._munged = subprocess.Popen(
       ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]
       + [f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munged.seed", f"--log-file={folder}/munged.log"],
@@ -79,7 +81,7 @@ class Slurm:
       stderr=subprocess.DEVNULL,
     )
     wait_until(lambda: (folder / "munge.socket").exists(), 20, "munged")
-    # By an absolute path, or else srun in a job does not find the file.
+    # An absolute path, or else srun in a job does not find the file.
     subprocess.run(["slurmctld", "-f", str(folder / "slurm.conf")], check=True, env=self.environment)
     self.start_node()
 
@@ -88,7 +90,7 @@ class Slurm:
     wait_until(lambda: "idle" in self.run("sinfo", "-h", "-o", "%T"), 60, "the node")
 
   def kill_node(self, workdir: pathlib.Path) -> None:
-    """The daemon with all that runs there, at once, as a machine that loses its power."""
+    """Kill the daemon and all that runs there at once, like a machine that loses its power."""
     for pattern in (str(self.folder / "slurm.conf"), "slurmstepd", str(workdir)):
       for pid in pids(pattern):
         if "slurmctld" not in command_of(pid):
@@ -105,37 +107,37 @@ class Slurm:
       self._munged.wait()
 
   def run(self, *command: str) -> str:
-    """What a command of Slurm says."""
+    """Run a command of Slurm and return its output."""
     done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
     return done.stdout.strip()
 
   def submit(self, environment: dict[str, str], *flags: str, command: list[str], script: str = "slurm.sbatch") -> str:
-    """The job's number."""
+    """Submit a job and return its number."""
     asked = ["sbatch", "--parsable", f"--output={self.folder}/%j.log", *flags, f"launch/{script}", "--", *command]
-    # No pause between a crash and the next start, as the launchers' tests have it.
+    # DELAY=0: no pause between a crash and the next start.
     given = {**environment, "SLURM_CONF": self.environment["SLURM_CONF"], "DELAY": "0"}
     done = subprocess.run(asked, cwd=ROOT, env=given, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().split(";")[0]
 
   def facts(self, job: str) -> dict[str, str]:
-    """What Slurm knows of a job."""
-    said = self.run("scontrol", "show", "job", job)
-    return dict(word.split("=", 1) for word in said.split() if "=" in word)
+    """Return what Slurm shows of a job."""
+    shown = self.run("scontrol", "show", "job", job)
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
   def hasten(self, job: str) -> None:
-    """A job that was queued again waits for two minutes, lest a bad node take it at once; this one need not."""
+    """Start a job that was queued again at once. Slurm makes it wait for two minutes, in case the node is bad."""
     wait_until(lambda: self.facts(job)["JobState"] == "PENDING", 90, f"job {job} queued again")
     time.sleep(10)  # for a moment the node refuses a job that it has just killed
     self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
   def log(self, job: str) -> str:
-    """Of all its starts."""
+    """Return the output of all its starts."""
     return (self.folder / f"{job}.log").read_text()
 
   def wait_for_end(self, job: str, seconds: float = 180) -> dict[str, str]:
-    """The job's facts when it has ended for good."""
+    """Wait until the job has ended for good, and return its facts."""
     ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
     wait_until(lambda: self.facts(job)["JobState"] in ended, seconds, f"the end of job {job}")
     return self.facts(job)
@@ -149,13 +151,13 @@ def wait_until(ready: Callable[[], Any], seconds: float, what: str) -> None:
 
 
 def pids(text: str) -> list[int]:
-  """Of processes whose command line has the text, but for this one."""
-  found = (int(path.name) for path in pathlib.Path("/proc").iterdir() if path.name.isdigit())
-  return [pid for pid in found if pid != os.getpid() and text in command_of(pid)]
+  """Return the numbers of the processes, except for this one, whose command line has the text."""
+  numbers = (int(path.name) for path in pathlib.Path("/proc").iterdir() if path.name.isdigit())
+  return [pid for pid in numbers if pid != os.getpid() and text in command_of(pid)]
 
 
 def command_of(pid: int) -> str:
-  """Empty where it has ended."""
+  """Return the command line of a process, or nothing if it has ended."""
   try:
     return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
   except OSError:
@@ -163,6 +165,6 @@ def command_of(pid: int) -> str:
 
 
 def _free_port() -> int:
-  with socket.socket() as found:
-    found.bind(("127.0.0.1", 0))
-    return found.getsockname()[1]
+  with socket.socket() as listener:
+    listener.bind(("127.0.0.1", 0))
+    return listener.getsockname()[1]

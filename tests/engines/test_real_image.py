@@ -1,6 +1,6 @@
-"""The Dockerfile under a real builder, buildah, as root. Minutes long: it installs what the image holds.
+"""Test the Dockerfile under a real builder, buildah, as root. It takes minutes: it installs what the image holds.
 
-python:3.12-slim lies in a registry. In its place stands the same Debian with its own Python.
+The base, python:3.12-slim, lies in a registry. The same Debian with its own Python takes its place here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BUILDS = (*_LIMITS, "--volume=/etc/ssl/certs:/etc/ssl/certs:ro")
 
 
 class Builder:
-  """buildah, with images in a folder of its own."""
+  """buildah keeps its images in a folder of its own here."""
 
   def __init__(self, folder: pathlib.Path):
     self._stores = [f"--root={folder / 'images'}", f"--runroot={folder / 'run'}"]
@@ -40,7 +40,7 @@ class Builder:
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
-  """With the base. Skips where it is not installed, or cannot be started by this user."""
+  """Return a builder that has the base. Skip the tests if it is not installed, or this user cannot start it."""
   missing = [name for name in PROGRAMS if shutil.which(name) is None]
   if missing:
     pytest.skip(f"no {', '.join(missing)}: apt-get install buildah netavark mmdebstrap")
@@ -50,13 +50,13 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
   packages = "--include=python3,python3-venv,ca-certificates"
   subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", packages, "trixie", folder / "base.tar"], check=True)
   (folder / "Dockerfile").write_text(_BASE)
-  found = Builder(folder)
+  buildah = Builder(folder)
   try:
-    found("build", *_BUILDS, f"--tag={BASE}", folder)
-    yield found
+    buildah("build", *_BUILDS, f"--tag={BASE}", folder)
+    yield buildah
   finally:
-    found("rm", "--all")
-    found("rmi", "--all", "--force")
+    buildah("rm", "--all")
+    buildah("rmi", "--all", "--force")
 
 
 @pytest.fixture(scope="module")

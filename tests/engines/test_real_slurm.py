@@ -1,4 +1,4 @@
-"""The scripts for Slurm under a real one. Minutes long: each job starts Python and compiles."""
+"""Test the scripts for Slurm under a real one. It takes minutes: each job starts Python and compiles."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def run(tmp_path: pathlib.Path, slurm: Slurm) -> pathlib.Path:
 
 def test_two_tasks_of_a_node_find_each_other(slurm, environment, run):
   job = slurm.submit(environment, "--ntasks-per-node=2", command=train(run, num_steps=4, batch_size=16))
-  found = slurm.wait_for_end(job)
-  assert found["JobState"] == "COMPLETED" and found["Restarts"] == "0", slurm.log(job)
+  facts = slurm.wait_for_end(job)
+  assert facts["JobState"] == "COMPLETED" and facts["Restarts"] == "0", slurm.log(job)
   assert "host 0 of 2" in slurm.log(job) and "host 1 of 2" in slurm.log(job)
   assert steps_logged(run) == [1, 2, 3, 4]
 
 
 def test_bad_input_is_never_queued_again(slurm, environment, run):
   job = slurm.submit(environment, command=train(run, batchsize=4))
-  found = slurm.wait_for_end(job)
-  assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "2:0", "0")
+  facts = slurm.wait_for_end(job)
+  assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0")
   assert "batch_size" in slurm.log(job) and not run.exists()
 
 
@@ -80,7 +80,7 @@ def test_a_preempted_job_saves_and_loses_no_step(slurm, environment, run):
   wait_until(lambda: slurm.facts(job)["Restarts"] == "1", 120, "another start")
   slurm.hasten(job)
   first, second = wait_for_starts(run, 2)
-  assert (first["step"], second["step"]) == (0, second["reached"]), "nothing is taken again"
+  assert (first["step"], second["step"]) == (0, second["reached"]), "a step ran twice"
   assert events(run)[1]["why"] == "stopped"
   assert slurm.facts(other)["JobState"] == "COMPLETED"
 
@@ -98,8 +98,8 @@ def test_scancel_saves_and_nothing_is_queued_again(slurm, environment, run):
   job = slurm.submit(environment, command=train(run))
   wait_for_steps(run, 5)
   slurm.run("scancel", job)
-  found = slurm.wait_for_end(job)
-  assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0")
+  facts = slurm.wait_for_end(job)
+  assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
   wait_until(lambda: len(events(run)) == 2, 30, "end of the run")
   saved = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
   assert events(run)[1]["why"] == "stopped" and saved == max(steps_logged(run))

@@ -1,4 +1,4 @@
-"""What the launchers hand over, by the schemas of Kubernetes, JobSet and SkyPilot; and the Dockerfile by its linter.
+"""Test what launchers hand over by the schemas of Kubernetes, JobSet and SkyPilot, and the Dockerfile by its linter.
 
 uv brings each of these in an environment of its own, from its cache or from the index.
 """
@@ -15,18 +15,22 @@ import sys
 import pytest
 
 from tests.launch.programs import ROOT, Programs
-from tests.launch.test_gke import SETTINGS, TRAIN
 
 pytestmark = pytest.mark.full
 PACKAGES = {
   "kubernetes": ("kubernetes-validate>=1.37", "kubeflow-trainer-api>=2.3", "pyyaml"),
   "skypilot": ("skypilot>=0.14",),
 }
+SETTINGS = {"NAME": "run", "IMAGE": "image:1", "HOSTS": "16", "CHIPS": "4", "RESOURCE": "google.com/tpu"}
+SETTINGS["SELECTOR"] = (
+  "{cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 8x8}"
+)
+TRAIN = ["python", "-m", "diffdis_jax.train", "--workdir=gs://b/r", "--config.a='x' \"&\\n@NAME@\"\n\ty: {z, # w"]
 SCHEMAS = pathlib.Path(__file__).with_name("schemas.py")
 
 
 def run(packages: tuple[str, ...], *command: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-  """A command in an environment of these packages; skips where no index brings them."""
+  """Run a command in an environment of these packages. Skip the test if no index brings them."""
   asked = [f"--with={package}" for package in packages]
   uv = [sys.executable, "-m", "uv", "run", "--quiet", "--no-project", f"--python={sys.executable}", *asked]
   done = subprocess.run([*uv, *map(str, command)], cwd=ROOT, input=stdin, capture_output=True, text=True)
@@ -42,7 +46,7 @@ def check(reader: str, text: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def manifests(tmp_path: pathlib.Path):
   def of(**settings: str) -> str:
-    """All that kubectl is given for a run."""
+    """Return all that kubectl gets for a run."""
     programs = Programs(tmp_path)
     done = programs.run("gke/gke.sh", "run", "--", *TRAIN, **{**SETTINGS, **settings})
     assert done.returncode == 0, done.stderr
@@ -68,23 +72,25 @@ def test_kubernetes_and_jobset_know_what_kubectl_is_given(manifests, settings):
 
 
 def test_kubectl_knows_what_it_is_told(tmp_path):
-  """It looks at flags and YAML before it looks for a cluster, of which there is none."""
+  """kubectl looks at flags and YAML before it looks for a cluster. There is no cluster here."""
   if (kubectl := shutil.which("kubectl")) is None:
     pytest.skip("no kubectl: apt-get install kubectl")
   programs = Programs(tmp_path)
   settings = SETTINGS | {"ENV": "WANDB_API_KEY", "WANDB_API_KEY": "x"}
   for arguments in (["run", "--", *TRAIN], ["logs"], ["stop"]):
     assert programs.run("gke/gke.sh", *arguments, **settings).returncode == 0
-  told = [(record["call"][1:], record["stdin"]) for record in programs.records]
-  assert [call[0] for call, _ in told] == ["apply", "create", "logs", "delete", "delete"]
+  calls = [(record["call"][1:], record["stdin"]) for record in programs.records]
+  assert [call[0] for call, _ in calls] == ["apply", "create", "logs", "delete", "delete"]
 
-  def said(call: list[str], stdin: str | None) -> str:
+  def errors_of(call: list[str], stdin: str | None) -> str:
     command, environment = [kubectl, "--server=http://127.0.0.1:9", *call], {**os.environ, "KUBECONFIG": os.devnull}
     return subprocess.run(command, env=environment, input=stdin or "", capture_output=True, text=True).stderr
 
-  for call, stdin in told:
-    assert re.search("connection refused|was refused", said(call, stdin)), call
-  assert "unknown flag" in said(["logs", "--follows"], None) and "error parsing" in said(["create", "-f", "-"], "{a")
+  for call, stdin in calls:
+    assert re.search("connection refused|was refused", errors_of(call, stdin)), call
+  assert "unknown flag" in errors_of(["logs", "--follows"], None) and "error parsing" in errors_of(
+    ["create", "-f", "-"], "{a"
+  )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,7 @@ def test_skypilot_takes_the_task(name, expected):
 
 
 def test_skypilot_knows_the_exit_codes():
-  """Its client lets unknown fields pass, but not another value of one that it knows."""
+  """SkyPilot's client ignores a field that it does not know, but refuses a wrong value of one that it knows."""
   done = check("skypilot", (ROOT / "launch/skypilot.yaml").read_text().replace("[75, 143]", "[many]"))
   assert done.returncode == 1 and "recover_on_exit_codes" in done.stderr and "not of type 'integer'" in done.stderr
 

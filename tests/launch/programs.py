@@ -1,4 +1,4 @@
-"""Programs that stand in for gcloud, srun, scontrol and kubectl: they record what they are asked."""
+"""Programs that stand in for gcloud and kubectl: they record how they are called."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("gcloud", "srun", "scontrol", "kubectl")
@@ -22,20 +23,19 @@ with (folder / "calls.jsonl").open("a") as file:
   file.write(json.dumps({{"call": call, "stdin": stdin}}) + chr(10))
 for number, (key, answers) in enumerate(json.loads((folder / "answers.json").read_text()).items()):
   if key in " ".join(call):
-    seen = folder / f"seen{{number}}"
-    count = len(seen.read_text()) if seen.exists() else 0
-    seen.write_text("." * (count + 1))
+    with (folder / f"seen{{number}}").open("a+") as seen:
+      seen.seek(0)
+      count = len(seen.read())
+      seen.write(".")
     answer = answers[min(count, len(answers) - 1)]
-    sys.stdout.write(answer.get("stdout", ""))
-    sys.stderr.write(answer.get("stderr", ""))
-    sys.exit(answer.get("code", 0))
+    sys.stdout.write(answer["stdout"])
+    sys.exit(answer["code"])
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
   stdout: str = ""
-  stderr: str = ""
   code: int = 0
 
 
@@ -50,23 +50,17 @@ class Programs:
     self.answer({})
 
   def answer(self, answers: Mapping[str, Sequence[Answer]]) -> None:
-    """Of calls that contain the first such key, the n-th gets the n-th answer, later ones the last. Others succeed."""
-    told = {key: [dataclasses.asdict(answer) for answer in queue] for key, queue in answers.items()}
-    (self.folder / "answers.json").write_text(json.dumps(told))
+    """Give the n-th call that contains a key that key's n-th answer, and later ones the last. Other calls succeed."""
+    written = {key: [dataclasses.asdict(answer) for answer in queue] for key, queue in answers.items()}
+    (self.folder / "answers.json").write_text(json.dumps(written))
 
   def environment(self, **variables: str) -> dict[str, str]:
     return {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}", "DELAY": "0", **variables}
 
   def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-      ["bash", f"launch/{script}", *arguments],
-      cwd=ROOT,
-      env=self.environment(**variables),
-      capture_output=True,
-      text=True,
-      stdin=subprocess.DEVNULL,
-      timeout=60,
-    )
+    options: dict[str, Any] = dict(capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    command = ["bash", f"launch/{script}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=self.environment(**variables), **options)
 
   @property
   def records(self) -> list[dict]:

@@ -1,4 +1,4 @@
-"""What the replication adds to the package's tables is there for its own tests alone."""
+"""Add the replication's parts to the package's tables for its own tests alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from replication import extensions
 @pytest.fixture(scope="module", autouse=True)
 def extended() -> Iterator[None]:
   changed = (sources.KINDS, TASKS, tables.TITLES_OF, model.TOWERS, clip.TOWERS, network.TEXT_STREAMS, schedules.BETAS)
-  listed = (model.TEXT_STREAMS, sections.SCHEDULES)
-  before, names = [{**table} for table in changed], [[*names] for names in listed]
+  lists = (model.TEXT_STREAMS, sections.SCHEDULES)
+  before, names = [{**table} for table in changed], [[*entries] for entries in lists]
   extensions.add()
   yield
   for table, entries in zip(changed, before, strict=True):
     table.clear()
     table.update(entries)
-  for there, those in zip(listed, names, strict=True):
-    there[:] = those
+  for entries, original in zip(lists, names, strict=True):
+    entries[:] = original

@@ -1,4 +1,4 @@
-"""The replication's commands as they are typed in a checkout."""
+"""Test the replication's commands as a user types them in a checkout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ pytestmark = pytest.mark.slow
 
 pytest_plugins = ("tests.command_runs",)
 BASE = "--base=tests/tiny_ablation.py"
-SCENES, EXPERIMENTS = "replication/configs/scenes.py", "replication/configs/experiments.py"
 
 
 def command(module: str, environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
@@ -27,37 +26,14 @@ def ablate(environment: dict[str, str], *flags: str) -> subprocess.CompletedProc
   return command("replication.ablate", environment, *flags)
 
 
-def test_an_experiment_is_planned(tmp_path, environment):
-  flags = [f"--base={SCENES}:measured=test", f"--arms={EXPERIMENTS}:e1", "--seeds=0", f"--out={tmp_path / 'out'}"]
-  done = ablate(environment, "plan", *flags)
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.splitlines()[-1].startswith("10 runs, 0 finished")
-
-
 def test_a_command_of_the_package_knows_what_the_replication_adds(environment):
   tasks = [command(name, environment, "evaluate", "--help").stdout for name in ("replication", "diffdis_jax")]
   assert [bool(re.search(r"\bhog\b", text)) for text in tasks] == [True, False]
 
 
-ARMS = "--arms=tests/replication/tiny_arm"
-
-
-@pytest.mark.parametrize(
-  "flags, said",
-  [
-    ([f"{ARMS}s.py", "--tables=2"], "--arms is an experiment of its own; leave out --tables and --grid"),
-    ([f"{ARMS}.py"], "no config tests/replication/tiny_arm.py; did you mean tests/replication/tiny_arms.py[?]"),
-  ],
-)
-def test_wrong_arms_are_one_line(tmp_path, environment, flags, said):
-  done = ablate(environment, "run", BASE, *flags, f"--out={tmp_path / 'out'}")
-  assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(f"error: {said}\n", done.stderr)
-  assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.full
 def test_arms_start_from_each_other(tmp_path, environment):
-  """Two seeds of four runs each; the same command does nothing again, and the table has the comparison."""
+  """Two seeds have four runs each. The command does nothing the second time, and the table has the comparison."""
   flags = [BASE, "--arms=tests/replication/tiny_arms.py", "--seeds=0,1", f"--out={tmp_path / 'out'}"]
   done = ablate(environment, "run", *flags)
   assert done.returncode == 0, done.stderr
@@ -69,26 +45,20 @@ def test_arms_start_from_each_other(tmp_path, environment):
   assert (claim["row"], claim["verdict"]["difference"]["n"]) == ("generation first", 2)
   runs = {name.partition("-seed_")[0]: run for name, run in table["runs"].items() if "seed_1" in name}
   chain = runs["generation_first"]["provenance"]["init_from"]
-  assert [each["objectives"] for each in chain] == [["generation"], ["reconstruction"]]
-  assert {each["seed"] for each in chain} == {1} and runs["alone"]["minutes"] > 0
+  assert [start["objectives"] for start in chain] == [["generation"], ["reconstruction"]]
+  assert {start["seed"] for start in chain} == {1} and runs["alone"]["minutes"] > 0
 
 
 @pytest.mark.full
 def test_arms_of_two_networks_in_three_stages(tmp_path, environment):
-  """The protocol's fifth experiment on tiny networks, one seed: CLIP has no protocol of denoising."""
-  flags = [
-    "--base=tests/tiny_lt.py",
-    "--arms=replication/configs/experiments.py:e5",
-    "--seeds=0",
-    f"--out={tmp_path / 'out'}",
-  ]
-  done = ablate(environment, "run", *flags)
-  assert done.returncode == 0, done.stderr
-  done = ablate(environment, "table", *flags)
-  assert done.returncode == 0, done.stderr
+  """Run the fifth experiment on tiny networks with one seed. CLIP has no protocol of denoising."""
+  flags = ["--base=tests/tiny_lt.py", "--arms=replication/configs/experiments.py:e5", "--seeds=0"]
+  for verb in ("run", "table"):
+    done = ablate(environment, verb, *flags, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
   table = json.loads((tmp_path / "out" / "tables.json").read_text())
   assert len(table["runs"]) == 14 and [claim["verdict"]["difference"]["n"] for claim in table["claims"]] == [1, 1]
   rows = {row["label"]: row["cells"] for row in table["tables"]["e5"]["rows"]}
   assert {name: cells["test/acc_low"]["n"] for name, cells in rows.items()} == dict.fromkeys(rows, 1)
   protocols = [run["evaluations"]["test"]["protocol"] for run in table["runs"].values() if run["evaluations"]]
-  assert sorted("num_noise_samples" in each for each in protocols) == [False, False, True, True]
+  assert sorted("num_noise_samples" in protocol for protocol in protocols) == [False, False, True, True]

@@ -1,4 +1,4 @@
-"""Against loops over whole numbers."""
+"""Test the share of copies against loops over whole numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 
 def brute_force(images, labels, training, training_labels) -> float:
-  """The share by the definition, in Python's whole numbers."""
+  """Compute the share by its definition, in Python's whole numbers."""
   distance = lambda a, b: sum((int(x) - int(y)) ** 2 for x, y in zip(a.flat, b.flat, strict=True))
   nearer = []
   for image, label in zip(images, labels, strict=True):
@@ -23,7 +23,7 @@ def brute_force(images, labels, training, training_labels) -> float:
 
 
 def test_the_share_is_that_of_brute_force(monkeypatch):
-  """Five classes, of which the last has one image and is left out; several blocks of rows; both answers occur."""
+  """The last of five classes has one image and does not count. There are several blocks of rows."""
   monkeypatch.setattr(copies, "ROWS", 7)
   rng = np.random.default_rng(0)
   labels = np.array([0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4])
@@ -32,9 +32,9 @@ def test_the_share_is_that_of_brute_force(monkeypatch):
   training, asked = painted(labels), rng.integers(0, 5, 40)
   images = painted(asked)
   images[:15] = np.clip(training[rng.integers(0, 11, 15)] + rng.integers(0, 30, (15, 4, 4, 3)), 0, 255)
-  found = copies.OwnDistances(training, labels, num_classes=5).share_nearer(images, asked)
-  assert found == brute_force(images, asked, training, labels)
-  assert 0.1 < found < 0.9
+  share = copies.OwnDistances(training, labels, num_classes=5).share_nearer(images, asked)
+  assert share == brute_force(images, asked, training, labels)
+  assert 0.1 < share < 0.9
 
 
 def test_a_copy_of_any_training_image_counts_and_a_tie_does_not():
@@ -47,14 +47,8 @@ def test_a_copy_of_any_training_image_counts_and_a_tie_does_not():
   assert own.share_nearer(training[3:], np.array([1])) == 1.0
 
 
-def test_without_pairs_there_is_no_share():
-  training = np.zeros((2, 2, 2, 3), np.uint8)
-  own = copies.OwnDistances(training, np.array([0, 2]), num_classes=4)
-  assert own.share_nearer(training, np.array([0, 3])) is None
-
-
 def test_distances_are_exact():
-  """Where f32 would be off by hundreds: white images that differ by 1 in one byte."""
+  """White images that differ by 1 in one byte would be hundreds apart in f32."""
   white = np.full((1, 32, 32, 3), 255, np.uint8)
   other = white.copy()
   other[0, 5, 5, 1] = 254

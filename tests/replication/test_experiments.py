@@ -1,4 +1,4 @@
-"""The experiments of replication/configs/experiments.py are as replication/protocol.md has them."""
+"""Test that the plans of replication/configs/experiments.py are those of replication/protocol.md."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from configs import clip_cc3m, common
 from diffdis_jax import config as run_config
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.common import cli
-from diffdis_jax.errors import UserError
 from diffdis_jax.run import workdir
 from replication import arms
-from replication.configs import emoji, experiments, scenes
-from replication.measured import replication as page
+from replication.configs import emoji, experiments
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +43,7 @@ def plan_of_replication(name, base=SCENES):
   return types.SimpleNamespace(**vars(plan), claims=experiment.claims)
 
 
-def test_the_first_experiment_is_as_the_protocol_has_it():
+def test_the_plan_of_the_first_experiment():
   plan = plan_of_replication("e1")
   for run in plan.runs[:10]:
     run_config.Run.of(run.config)
@@ -60,7 +58,7 @@ def test_the_first_experiment_is_as_the_protocol_has_it():
   both = rows["generation, then both"]
   assert both.changes["num_steps"] == both.start.changes["num_steps"] == 450
   for name, sections in ((run.name, run.evals) for run in plan.runs[:10]):
-    assert all("test" in each["data"]["split"] for key, each in sections.items() if key != "held_out"), name
+    assert all("test" in section["data"]["split"] for key, section in sections.items() if key != "held_out"), name
 
 
 def test_the_third_experiment_has_its_base_runs_from_the_first():
@@ -79,7 +77,7 @@ def test_the_third_experiment_has_its_base_runs_from_the_first():
 
 @pytest.fixture
 def timed(monkeypatch, tmp_path):
-  """timed(name): the plan of an experiment of emoji, with made-up seconds and rates."""
+  """Return timed(name), which makes the plan of an experiment on emoji with invented seconds and rates."""
   file = tmp_path / "timed.py"
   file.write_text("from replication.configs.experiments import get_config\n")
   monkeypatch.setattr(experiments, "EMOJI_STEP_SECONDS", SECONDS)
@@ -91,13 +89,13 @@ def timed(monkeypatch, tmp_path):
 
 
 def of_first_seed(plan):
-  """Its runs, by their arms."""
+  """Return the runs of seed 0 by their arms."""
   for run in plan.runs:
     run_config.Run.of(run.config)
   return {run.name.partition("-seed_0")[0]: run for run in plan.runs if "-seed_0-" in run.name}
 
 
-def test_the_second_experiment_is_as_the_protocol_has_it(timed):
+def test_the_plan_of_the_second_experiment(timed):
   plan = timed("e2")
   runs = of_first_seed(plan)
   assert len(plan.runs) == 5 * len(runs) == 35
@@ -116,7 +114,7 @@ def test_the_second_experiment_is_as_the_protocol_has_it(timed):
   assert {(claim.column, claim.bound) for claim in plan.claims} == {("val_vendor/acc1", 2.0)}
 
 
-def test_the_fourth_experiment_is_as_the_protocol_has_it(timed):
+def test_the_plan_of_the_fourth_experiment(timed):
   plan = timed("e4")
   runs = of_first_seed(plan)
   steps = {name: run.config["num_steps"] for name, run in runs.items()}
@@ -150,30 +148,8 @@ def test_each_clip_has_its_rate_from_a_plan_of_its_own():
   assert {*CHOSEN} == {*experiments.CLIPS}
 
 
-@pytest.mark.parametrize(
-  "name, seconds, message",
-  [
-    (
-      "e2",
-      {},
-      "no step is timed for generation, discrimination; time it by `diffdis benchmark --config=replication",
-    ),
-    ("e4", {}, "no step is timed for discrimination, discrimination without additions, CLIP, CLIP with parts, conv"),
-    ("e4", None, "no rate is chosen for CLIP, CLIP with parts, convolutional CLIP; run e4_rates and add it to CLIP_R"),
-  ],
-)
-def test_what_is_not_measured_is_not_planned(monkeypatch, timed, name, seconds, message):
-  if seconds is None:
-    monkeypatch.setattr(experiments, "CLIP_RATES", {})
-  else:
-    monkeypatch.setattr(experiments, "EMOJI_STEP_SECONDS", seconds)
-  with pytest.raises(UserError, match=message) as error:
-    timed(name)
-  assert "\n" not in str(error.value)
-
-
-def test_the_fifth_experiment_is_as_the_protocol_has_it():
-  """Chains of a seed: an autoencoder for DiffDis, a start, two stages."""
+def test_the_plan_of_the_fifth_experiment():
+  """A seed has a chain of runs: an autoencoder for DiffDis, a start, two stages."""
   plan = plan_of_replication("e5", SHAPES_LT)
   runs = of_first_seed(plan)
   assert len(plan.runs) == 5 * len(runs) == 70
@@ -185,7 +161,7 @@ def test_the_fifth_experiment_is_as_the_protocol_has_it():
       assert run.start.config["objectives"] == ("class_contrastive",)
       assert before.config["data"]["split"] == split and before.config["num_steps"] == 300
       assert not before.start or before.start.config["data"]["split"] == split
-      # The network of its start, whose weights it takes.
+      # It has the network of its start, since it takes those weights.
       own = {**run.config["model"]}
       assert own.pop("head") and own == run.start.config["model"] == before.config["model"]
       assert run.config["text_diffusion"] == before.config["text_diffusion"]
@@ -195,7 +171,7 @@ def test_the_fifth_experiment_is_as_the_protocol_has_it():
   ]
 
 
-def test_the_sixth_experiment_is_as_the_protocol_has_it():
+def test_the_plan_of_the_sixth_experiment():
   plan = plan_of_replication("e6", EMOJI)
   runs = of_first_seed(plan)
   plain = common.base(clip_cc3m.clip_small(), image_size=32).data.augment.to_dict()
@@ -211,8 +187,8 @@ def test_the_sixth_experiment_is_as_the_protocol_has_it():
   assert (claim.row, claim.base, claim.bound) == ("paper", "openclip", 2.0) and len(plan.runs) == 10
 
 
-def test_the_seventh_experiment_is_as_the_protocol_has_it(timed):
-  """One change an arm, nothing that passes the fusion block by, and the autoencoders of E2."""
+def test_the_plan_of_the_seventh_experiment(timed):
+  """Each arm changes one thing, nothing bypasses the fusion block, and the autoencoders are those of E2."""
   plan = plan_of_replication("e7", EMOJI)
   runs = of_first_seed(plan)
   base = workdir.identity(runs["discrimination_no_spatial_pooling"].config)
@@ -223,24 +199,24 @@ def test_the_seventh_experiment_is_as_the_protocol_has_it(timed):
     for name, run in runs.items()
     if name not in ("autoencoder", "discrimination_no_spatial_pooling")
   ]
-  asked = [
+  expected = [
     *({f"model.{name}": False} for name in ("fusion", "share_attention", "modality_ffn")),
     {"text_diffusion.target": "noise"},
     *({"text_diffusion.gamma": gamma} for gamma in (1.0, 0.3)),
     *({"text_diffusion.schedule": name} for name in ("cosine", "linear")),
   ]
-  assert all(change in changed for change in asked) and len(changed) == len(asked) == len(plan.claims)
+  assert all(change in changed for change in expected) and len(changed) == len(expected) == len(plan.claims)
   assert {run.config["num_steps"] for name, run in runs.items() if name != "autoencoder"} == {600}
   assert {(claim.base, claim.column, claim.bound) for claim in plan.claims} == {
     ("discrimination, no spatial pooling", "val_vendor/acc1", 2.0)
   }
   assert len(plan.runs) == 50 and runs["autoencoder"].name in {run.name for run in timed("e2").runs}
-  for field, value in (each for change in asked for each in change.items()):
+  for field, value in (item for change in expected for item in change.items()):
     assert f"`{field}={value}`" in section_of("E7") or f"`{field}` " in section_of("E7")
 
 
-def test_the_eighth_experiment_is_as_the_protocol_has_it(timed):
-  """Equal steps, then equal minutes; `discrimination` is E2's run."""
+def test_the_plan_of_the_eighth_experiment(timed):
+  """The arms have equal steps, then equal minutes. `discrimination` is the run of E2."""
   plan = timed("e8")
   runs = of_first_seed(plan)
   seconds = experiments.EMOJI_STEP_SECONDS
@@ -257,8 +233,8 @@ def test_the_eighth_experiment_is_as_the_protocol_has_it(timed):
   }
 
 
-def test_the_ninth_experiment_is_as_the_protocol_has_it(timed):
-  """The timestep of the clean image alone differs from E8's `both`."""
+def test_the_plan_of_the_ninth_experiment(timed):
+  """Only the timestep of the clean image differs from `both` of E8."""
   plan = timed("e9")
   runs = of_first_seed(plan)
   config = {name: workdir.identity(run.config) for name, run in runs.items()}
@@ -281,50 +257,18 @@ def test_the_protocols_list_has_figure_and_bound_of_every_experiment(name):
   words = {"val_vendor/acc1": "top-1", "test/acc_low": "low", "test_unseen_generated/acc1_attributes": "attributes"}
   (line,) = (line for line in PAGE.splitlines() if line.startswith((f"| {name.upper()} |", f"| {name.upper()}, ")))
   *_, figures, bound, _ = line.split("|")
-  assert {each["bound"] for each in claims} == {float(bound)}
-  assert all(words.get(each["column"], "5-way") in figures for each in claims)
-
-
-@pytest.mark.parametrize(
-  "name, base",
-  [
-    *(("e1", SCENES), ("e2", EMOJI), ("e3", SCENES), ("e4", EMOJI)),
-    *(("e5", SHAPES_LT), ("e7", EMOJI), ("e8", EMOJI), ("e9", EMOJI)),
-  ],
-)
-def test_a_claim_of_the_paper_that_the_page_judges_is_a_primary_comparison(timed, name, base):
-  primaries = {(claim.row, claim.base) for claim in timed(name, base).claims}
-  judged = {(look.row, look.base) for claim in page.PAPER for look in claim.looks if look.experiment == name}
-  assert judged and judged <= primaries
-
-
-@pytest.mark.parametrize("measured", ["val", "test"])
-def test_scenes_are_measured_for_what_is_trained_on_one_part(measured):
-  sets = {"": {"choice"}, "_retrieval": {"retrieval"}, "_generated": {"generation_accuracy"}}
-  of = {"generation": ("_generated",), "discrimination": ("", "_retrieval"), "contrastive": ("", "_retrieval")}
-  for objectives, kinds in (of | {"both": (*sets,)}).items():
-    config = scenes.get_config(f"objectives={objectives},measured={measured}")
-    assert {*config.evals} == {"held_out", *(f"{measured}{pairs}{kind}" for pairs in ("", "_unseen") for kind in kinds)}
-    for name, section in config.evals.items():
-      assert (
-        name == "held_out" or measured in section.data.split and ("unseen" in name) == ("unseen" in section.data.split)
-      )
-
-
-@pytest.mark.parametrize("arg", ["objectives=x", "measured=train"])
-def test_arguments_that_are_no_choice(arg):
-  with pytest.raises(ValueError, match=f"argument {arg} should be"):
-    scenes.get_config(arg)
+  assert {claim["bound"] for claim in claims} == {float(bound)}
+  assert all(words.get(claim["column"], "5-way") in figures for claim in claims)
 
 
 def test_the_emoji_clip_shares_all_that_it_can_with_the_diffdis():
-  """Text tower except for its projection, data, images, batch, what is measured; beside one task samples too."""
+  """They share the text tower except for its projection, data, images, batch and evaluations."""
   joint, alone, clip = (
     workdir.flatten(emoji.get_config(f"objectives={name}").to_dict())
     for name in ("both", "discrimination", "contrastive")
   )
   joint = {key: value for key, value in joint.items() if not key.startswith("evals.drawn.")}
-  # The view that discrimination has for itself beside generation is the one that all have without it.
+  # Beside generation, discrimination has a view of its own. It is the view of all without generation.
   own_view = "data.discrimination_augment."
   for key in [key for key in joint if key.startswith(own_view)]:
     joint["data.augment." + key.removeprefix(own_view)] = joint[key]
@@ -335,14 +279,3 @@ def test_the_emoji_clip_shares_all_that_it_can_with_the_diffdis():
   differing = {key for key in joint.keys() | clip.keys() if joint.get(key) != clip.get(key)}
   assert not {key for key in differing if not re.match(own, key)}
   assert clip["optim.rates.new"] == joint["optim.rates.new"]
-
-
-def test_the_emoji_are_measured_for_what_is_trained():
-  tasks = lambda config: {section.task for section in config.evals.values()}
-  both, generation, discrimination, clip = (
-    emoji.get_config(arg)
-    for arg in ("", "objectives=generation", "objectives=discrimination", "objectives=contrastive")
-  )
-  assert tasks(both) == {"zero_shot", "retrieval", "generation_accuracy", "held_out_loss"}
-  assert tasks(generation) == {"generation_accuracy", "held_out_loss"} and generation.train_evals == ("held_out",)
-  assert tasks(discrimination) == tasks(clip) == {"zero_shot", "retrieval", "held_out_loss"}

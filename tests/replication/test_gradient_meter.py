@@ -1,9 +1,8 @@
-"""Cosine and norms of the two tasks' gradients, against float64 and the whole loss at two values of λ."""
+"""Test the cosine and norms of the two tasks' gradients against float64 and the whole loss at two values of λ."""
 
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import numpy as np
@@ -17,8 +16,7 @@ from tests.models.networks import random_params
 
 pytestmark = pytest.mark.slow
 
-pytest_plugins = ("tests.untrained",)
-# Of each block a path's beginnings, and which gradients it has.
+# A block has the parameters whose paths begin so.
 BLOCKS = {
   "down": ("unet.conv_in.", "unet.down."),
   "middle": ("unet.middle.",),
@@ -36,7 +34,7 @@ def make_config(**changes):
 
 @functools.cache
 def expected() -> dict[str, float]:
-  """The gradient of L = L_IG + λ L_ITA is linear in λ: at 0 it is L_IG's, and at 1 L_ITA's is added."""
+  """Compute the figures from the gradient of L = L_IG + λ L_ITA, which is linear in λ, at 0 and at 1."""
   gradients = []
   for ita_weight in (0.0, 1.0):
     config = make_config(**{"loss.ita_weight": ita_weight})
@@ -45,20 +43,20 @@ def expected() -> dict[str, float]:
     gradients.append({path: value.astype(np.float64) for path, value in gradient.items()})
   of_ig, both = gradients
   of_ita = {path: both[path] - value for path, value in of_ig.items()}
-  found = {}
+  figures = {}
   for block, starts in BLOCKS.items():
     paths = [path for path in both if path.startswith(starts)]
-    a, b = (np.concatenate([each[path].ravel() for path in paths]) for each in (of_ig, of_ita))
+    a, b = (np.concatenate([gradient[path].ravel() for path in paths]) for gradient in (of_ig, of_ita))
     norms = {"generation": np.linalg.norm(a), "discrimination": np.linalg.norm(b)}
     reached = {"up": ("generation",), "fusion": ("discrimination",)}.get(block, tuple(norms))
-    found |= {f"grad_norm_{task}_{block}": norms[task] for task in reached}
+    figures |= {f"grad_norm_{task}_{block}": norms[task] for task in reached}
     if len(reached) == 2:
-      found[f"grad_cosine_{block}"] = a @ b / np.prod([*norms.values()])
-      found[f"grad_ratio_{block}"] = norms["discrimination"] / norms["generation"]
+      figures[f"grad_cosine_{block}"] = a @ b / np.prod([*norms.values()])
+      figures[f"grad_ratio_{block}"] = norms["discrimination"] / norms["generation"]
     else:
       (other,) = norms.keys() - {*reached}
       assert norms[other] < 1e-4 * norms[reached[0]]
-  return found
+  return figures
 
 
 @pytest.mark.parametrize(
@@ -69,7 +67,7 @@ def expected() -> dict[str, float]:
   ],
 )
 def test_cosines_and_norms_equal_those_of_the_whole_loss_in_float64(changes, mesh):
-  """Whatever λ is, without other terms of the loss; in microbatches by GradCache, over devices."""
+  """This holds for any λ, without other terms of the loss, in microbatches by GradCache, and over devices."""
   config = make_config(**changes)
   trainer = steps.build_trainer(config, steps.make_mesh(*mesh))
   params = jax.device_put(random_params(trainer.shapes, seed=0), trainer.param_shardings)
@@ -81,10 +79,3 @@ def test_cosines_and_norms_equal_those_of_the_whole_loss_in_float64(changes, mes
   assert found.keys() == expected().keys()
   for name, value in expected().items():
     np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=1e-5 if "cosine" in name else 0, err_msg=name)
-
-
-def test_it_measures_a_run_at_its_newest_checkpoint(run):
-  found = gradient_meter.measure(run, 1)
-  assert found.keys() == expected().keys()
-  assert all(math.isfinite(value) for value in found.values())
-  assert all(abs(value) <= 1 for name, value in found.items() if "cosine" in name)

@@ -1,4 +1,4 @@
-"""The arms of E10 are what replication/protocol.md says of them."""
+"""Test that the arms of E10 are those of replication/protocol.md."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_arms_differ_in_what_the_protocol_names(name):
   inner = {arm: run.start for arm, run in runs.items()}
   assert {inner[arm] for arm in runs if arm != "autoencoder"} == {runs["autoencoder"]}
   base = fields["DiffDis"]
-  differing = lambda arm: {each for each in fields[arm].keys() | base.keys() if fields[arm].get(each) != base.get(each)}
+  differing = lambda arm: {name for name in fields[arm].keys() | base.keys() if fields[arm].get(name) != base.get(name)}
   strong = {"text_diffusion.gamma"} | ({"model.query_init"} if name == "e10_emoji" else set())
   assert differing("constant") == {"model.text_stream.kind"}
   assert differing("noise") == {"text_diffusion.gamma"}
@@ -67,7 +67,7 @@ def test_arms_differ_in_what_the_protocol_names(name):
 
 
 def gradient_of_query_noise(**changes):
-  """Of Algorithm 1's loss, and the queries of two draws of e_T."""
+  """Return the largest gradient of Algorithm 1's loss, and how far the queries of two draws of e_T are apart."""
   config = steps.make_config("discrimination", **changes)
   run, images = run_config.Run.of(config), steps.make_batch(config)
   batch = jax.tree.map(jnp.asarray, images)
@@ -93,20 +93,20 @@ def gradient_of_query_noise(**changes):
 
 
 def test_the_constant_arm_reads_no_query():
-  assert all(each > 0 for each in gradient_of_query_noise())
+  assert all(largest > 0 for largest in gradient_of_query_noise())
   assert gradient_of_query_noise(**{"model.text_stream": {"kind": "constant"}}) == (0.0, 0.0)
 
 
 def test_the_noise_arm_has_no_signal():
   e = np.random.default_rng(0).standard_normal((3, 8, 16)).astype(np.float32)
   process, t = TextDiffusion(gamma=experiments.NO_SIGNAL), jnp.arange(8) * 142
-  noised = [schedules.add_noise(process, jnp.asarray(each), noise=jnp.asarray(e[2]), t=t) for each in e[:2]]
+  noised = [schedules.add_noise(process, jnp.asarray(clean), noise=jnp.asarray(e[2]), t=t) for clean in e[:2]]
   np.testing.assert_allclose(*noised, rtol=0, atol=1e-11)
 
 
 def test_the_late_arm_has_the_last_noise_levels_alone():
-  found, whole = (schedules.noise_schedule(name).alpha_bar for name in ("late", "scaled_linear"))
-  np.testing.assert_allclose(found, whole[900:].repeat(10), rtol=1e-9)
+  late, whole = (schedules.noise_schedule(name).alpha_bar for name in ("late", "scaled_linear"))
+  np.testing.assert_allclose(late, whole[900:].repeat(10), rtol=1e-9)
 
 
 def test_two_captions_of_an_image_are_in_one_batch():

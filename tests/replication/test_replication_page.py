@@ -1,4 +1,4 @@
-"""Tables and figures of replication/index.md, on made-up records."""
+"""Test the tables and figures of replication/index.md on invented records."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ FIGURES = {
   "discrimination": (50.0, 51.0, 51.0, 50.5, 52.0),
   "discrimination as long as both": (54.5, 55.0, 56.2, 54.1, 55.4),
 }
-NOTHING: dict[str, Any] = {"settings": {}, "records": {}, "runs": {}, "claims": {}}
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-  """As replication.json would hold two comparisons of e1. Each arm started from 2 min of generation."""
+  """Return two comparisons of e1 as replication.json holds them. Each arm starts from 2 min of generation."""
   bases = [name for name in FIGURES if name != "both"]
   pairs = [[a - b for a, b in zip(FIGURES["both"], FIGURES[base], strict=True)] for base in bases]
   verdicts = judging.verdicts(pairs, [3.0, 3.0])
@@ -38,7 +37,7 @@ def found() -> dict[str, Any]:
   for place, (name, values) in enumerate(FIGURES.items()):
     names = [f"{name}-{seed}" for seed in range(5)]
     runs[f"{name}, start"] = dict(minutes=2.0, start="autoencoder", objectives=["generation"])
-    runs |= {each: dict(minutes=4.0 + place, start=f"{name}, start", objectives=["discrimination"]) for each in names}
+    runs |= {run: dict(minutes=4.0 + place, start=f"{name}, start", objectives=["discrimination"]) for run in names}
     by_seed = {str(seed): value for seed, value in enumerate(values)}
     records[f"e1/{name}/{COLUMN}"] = dict(what=f"{name}: choice of five ↑", values=by_seed, of=dict(runs=names))
     records[f"e1/{name}/held_out/x"] = dict(what=f"{name}: not compared", values=by_seed, of=dict(runs=names))
@@ -66,7 +65,7 @@ def test_a_comparison_has_effect_interval_p_and_verdict(found):
 
 
 def test_a_claim_of_the_paper_is_judged_by_its_comparisons(found):
-  """Holm over both looks: with p of 0.03 in each of two experiments neither is significant alone at 0.025."""
+  """The correction counts both experiments: a p of 0.03 in each is not significant at 0.025."""
   table = rows(replication.paper(found))
   words, rendered, emoji, points = table[0]
   assert (words, points) == ("joint training helps discrimination", "both − discrimination")
@@ -76,7 +75,7 @@ def test_a_claim_of_the_paper_is_judged_by_its_comparisons(found):
 
 
 @pytest.mark.parametrize(
-  "words, expected, said",
+  "words, expected, verdict",
   [
     ("higher", "higher", "supported: higher"),
     ("higher, no effect larger than 3", "higher", "supported: higher, no effect larger than 3"),
@@ -86,8 +85,8 @@ def test_a_claim_of_the_paper_is_judged_by_its_comparisons(found):
     ("undecided", "higher", "open"),
   ],
 )
-def test_a_verdict_supports_refutes_or_leaves_open(words, expected, said):
-  assert replication.judged(words, expected) == said
+def test_a_verdict_supports_refutes_or_leaves_open(words, expected, verdict):
+  assert replication.judged(words, expected) == verdict
 
 
 def test_arms_have_minutes_with_their_start_and_without_the_autoencoder(found):
@@ -104,7 +103,7 @@ def test_costs_count_each_run_once(found):
 
 
 def test_a_run_that_experiments_share_keeps_the_minutes_of_the_first(found):
-  """Repeated for the other one, on a machine with other work, it has the same figures in other minutes."""
+  """On a busy machine the run for the second experiment has the same figures and takes other minutes."""
   runs = {name: {**run, "minutes": None} for name, run in found["runs"].items() if "both" in name}
   base = {**found["records"][f"e1/both/{COLUMN}"]}
   new = {"settings": {"e3": {}}, "records": {f"e3/both/{COLUMN}": base}, "runs": {"autoencoder": {}, **runs}}
@@ -118,14 +117,7 @@ def test_the_forest_has_the_intervals_and_the_minutes_have_the_seeds(found):
   differences = [claim["verdict"]["difference"] for claim in found["claims"]["e1"] if claim["verdict"]]
   lines = forest.replication_forest(found).figure.axes[0].lines
   assert {x for line in lines for x in line.get_xdata()} >= {
-    each[key] for each in differences for key in ("mean", "low")
+    difference[key] for difference in differences for key in ("mean", "low")
   }
   seeds, _ = plots.replication_minutes(found).figure.axes[0].lines
   assert len(seeds.get_xdata()) == 15
-
-
-def test_without_records_it_says_so():
-  assert replication.pictures(NOTHING) == replication.arms(NOTHING) == "Not run yet."
-  assert rows(replication.claims(NOTHING)) == []
-  for make in (replication.paper, replication.cost):
-    assert all(any("not run yet" in cell for cell in row) for row in rows(make(NOTHING)))

@@ -1,4 +1,4 @@
-"""Rendered scenes: what is held out, what captions say, and that no score of texts alone solves the swaps."""
+"""Test which scenes are held out, what captions say, and that no score of texts alone solves the swaps."""
 
 import collections
 import hashlib
@@ -6,10 +6,9 @@ import hashlib
 import numpy as np
 import pytest
 
-from diffdis_jax.data import shapes, sources
-from diffdis_jax.errors import UserError
+from diffdis_jax.data import shapes
 from replication import scenes
-from replication.scenes import SPLITS, Scene, scenes_of
+from replication.scenes import SPLITS, scenes_of
 
 pytestmark = pytest.mark.slow
 
@@ -44,17 +43,6 @@ def test_training_has_no_pair_that_is_held_out():
   assert named == {*scenes.SEEN} and len(scenes_of("train")) == len({*scenes_of("train")}) == 3552
 
 
-def test_training_has_scenes_together_that_differ_in_little():
-  groups = np.array(scenes_of("train"), object).reshape(-1, scenes.TOGETHER)
-  assert scenes.TOGETHER == 8 and len(make("train")) % 8 == 0
-  of_objects = [{frozenset((scene.first, scene.second)) for scene in four} for four in groups.reshape(-1, 4)]
-  assert {len(each) for each in of_objects} == {1} and len(set(map(frozenset, of_objects))) == len(of_objects)
-  colours = [len({frozenset((scene.first[0], scene.second[0])) for scene in group}) for group in groups]
-  assert colours.count(1) == 436 and colours.count(2) == 8  # where two colours have an odd number of pairs of objects
-  assert [make(split).together for split in ("train", "val", "choice_val", "all")] == [8, 1, 1, 1]
-  assert sources.open_source(name="scenes", image_size=8, caption_fields=("caption",)).together == 8
-
-
 @pytest.mark.parametrize("split", MEASURED)
 def test_what_is_measured_has_one_unseen_pair_or_none(split):
   assert {scene.unseen for scene in scenes_of(split)} == {int(split.endswith("_unseen"))}
@@ -62,8 +50,8 @@ def test_what_is_measured_has_one_unseen_pair_or_none(split):
 
 
 def test_validation_and_test_have_no_scene_in_common():
-  of = lambda part: {scene for split in MEASURED if part in split for scene in scenes_of(split)}
-  assert of("val") and of("test") and not of("val") & of("test")
+  scenes_with = lambda part: {scene for split in MEASURED if part in split for scene in scenes_of(split)}
+  assert scenes_with("val") and scenes_with("test") and not scenes_with("val") & scenes_with("test")
 
 
 @pytest.mark.parametrize("split", scenes.MEASURED)
@@ -75,7 +63,7 @@ def test_1024_captions_differ_and_no_two_mean_the_same(split):
 
 @pytest.mark.parametrize("split", CHOICES)
 def test_a_score_of_texts_alone_is_right_on_half_of_the_swaps(split):
-  """Whatever the score, a bag of words or a random number for each text; ties are halves."""
+  """The score may be a bag of words or a random number for each text. A tie counts one half."""
   records = fields(split, len(scenes_of(split)))
   assert SPLITS[split] == 4096 and len(records) % scenes.ORBIT == 0
   bag = lambda text: sum(hashlib.sha256(word.encode()).digest()[0] for word in text.split())
@@ -85,7 +73,7 @@ def test_a_score_of_texts_alone_is_right_on_half_of_the_swaps(split):
     for kind in ("swapped_colours", "swapped_objects"):
       own, other = ([score(text) for text in texts] for texts in _truths_and(kind, records))
       assert np.mean(np.sign(np.subtract(own, other))) == 0.0
-  # Nor does what training has seen tell the others.
+  # The pairs seen in training do not distinguish the other negatives either.
   for kind in scenes.KINDS:
     assert all(seen_pairs(own) == seen_pairs(other) for own, other in zip(*_truths_and(kind, records), strict=True))
 
@@ -111,20 +99,9 @@ def test_negatives_differ_from_the_truth_in_what_their_kind_says():
     assert not {*record["captions"]} & {*record["negatives"].values()}
 
 
-def test_both_captions_are_true():
-  scene = Scene(("red", "star"), ("blue", "ring"), "above")
-  assert scene.caption() == "a red star above a blue ring"
-  assert scene.caption(converse=True) == "a blue ring below a red star"
-  for record in fields("train", 40):
-    (first, second), (other, another) = (pairs_of(caption) for caption in record["captions"])
-    assert (first, second) == (another, other)
-  wordings = collections.Counter(record["caption"].split()[3] for record in fields("train", 4000))
-  assert wordings.keys() == {"left", "right", "above", "below"} and min(wordings.values()) > 900
-
-
 @pytest.mark.parametrize("image_size", [32, 64])
 def test_every_image_shows_its_scene(image_size):
-  """Each colour's pixels lie on the side that the caption says; no shape touches the other or leaves the image."""
+  """Each colour's pixels lie on the side that the caption says. No shape touches the other or leaves the image."""
   assert scenes.OFF_CENTRE + scenes.APART[1] + scenes.RADIUS[1] <= 0.5 + 1e-9 and scenes.APART[0] >= scenes.RADIUS[1]
   rng = np.random.default_rng(0)
   for scene in scenes_of("train")[::7]:
@@ -150,16 +127,3 @@ def test_a_record_depends_on_seed_split_and_index_alone():
   assert {frozenset(image["captions"]) for image in images} == {frozenset(first["captions"])}
   with pytest.raises(IndexError):
     make("train", num_images=5)[5]
-
-
-def test_as_a_source():
-  source = sources.open_source(name="scenes", split="choice_val", image_size=24, num_images=5)
-  assert len(source) == 5 and source[4]["image"].shape == (24, 24, 3) and {*source[4]["negatives"]} == {*scenes.KINDS}
-  assert "negatives" not in sources.open_source(name="scenes", image_size=24)[0]
-  with pytest.raises(UserError, match="scenes has no split 'unseen'; there are train, val, val_unseen"):
-    sources.open_source(name="scenes", split="unseen", image_size=24)
-
-
-def test_a_path_is_refused_as_scenes_are_rendered():
-  with pytest.raises(UserError, match="data.path is '/data', and scenes are rendered, from no file"):
-    sources.open_source(name="scenes", split="train", path="/data", image_size=32)
