@@ -41,6 +41,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
   assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_its_features_are_torch_fidelitys(run, inception_file, monkeypatch):
   # The distance itself takes seconds at this width, and has its own tests.
   monkeypatch.setattr(distances, "frechet", lambda a, b: float(np.square(a.mean - b.mean).sum()))

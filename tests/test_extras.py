@@ -19,7 +19,9 @@ NAMED_LATER["__main__.py"] = NAMED_LATER["targets.py"]
 
 
 def test_every_extra_that_is_named_exists():
-  listed = subprocess.run(["git", "grep", "-hoIE", r"['\"]\.\[[a-z0-9,_]+\]"], cwd=ROOT, capture_output=True, text=True)
+  listed = subprocess.run(
+    ["git", "grep", "-hoIE", r"['\"]\.\[[a-z,_]+\]['\"]"], cwd=ROOT, capture_output=True, text=True
+  )
   if listed.returncode:
     pytest.skip("no checkout of git")
   named = {extra for line in listed.stdout.split() for extra in line.strip("'\".[]").split(",")}

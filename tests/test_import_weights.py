@@ -159,6 +159,7 @@ def test_an_import_in_one_file_says_what_is_random_in_it(imported, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_new_parameters_are_drawn_by_the_runs_own_config(imported, trainer, tmp_path):
   saved, params = restore.restore_params(imported), started(imported, tmp_path, trainer)
   kernels = [path for path in saved if path.endswith("fc_in.kernel")]
@@ -511,6 +512,7 @@ def test_the_noise_schedule_is_the_sources(sd, tmp_path, scheduler, schedule):
   assert import_weights.make_config(found).image_diffusion.schedule == schedule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said, length", [(7, 7), (10**30, pipelines.LENGTH), (float("inf"), pipelines.LENGTH)])
 def test_captions_are_as_long_as_the_tokenizer_and_the_encoder_allow(sd, tmp_path, said, length):
   config = copied(sd, tmp_path / "sd") / "tokenizer" / "tokenizer_config.json"

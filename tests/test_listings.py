@@ -178,7 +178,11 @@ def matrices(name: str, arg: str) -> set[str]:
 
 @pytest.mark.parametrize(
   "name, arg",
-  [case for case in CASES if case[0] != "benchmark" and case[1] in REPRESENTATIVE],
+  [
+    pytest.param(name, arg, marks=() if name in ("shapes", "shapes_lt", "clip_cc3m") else pytest.mark.slow)
+    for name, arg in CASES
+    if name != "benchmark" and arg in REPRESENTATIVE
+  ],
 )
 def test_weight_decay_is_of_matrices_alone(name, arg):
   assert decayed(name, arg) == matrices(name, arg) != set()

@@ -129,6 +129,7 @@ def test_the_run_is_evaluated_and_generates_through_the_command_line(
   assert first.shape == second.shape == (16, 16, 3) and (first != second).any()
 
 
+@pytest.mark.slow
 def test_a_run_takes_what_was_compiled_before_it_for_the_devices_it_was_compiled_for(autoencoder_run, tmp_path, caplog):
   caplog.set_level("INFO")
   logging.set_verbosity(logging.INFO)

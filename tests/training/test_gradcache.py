@@ -116,7 +116,7 @@ def check(case: str, n: int, *shape: int) -> None:
   [
     ("clip", 2, ONE),
     ("clip", 4, FSDP),
-    ("joint", 4, DATA),
+    pytest.param("joint", 4, DATA, marks=pytest.mark.slow),
     ("joint, beside the paper", 2, ONE),
     ("discrimination, text frozen", 2, ONE),
   ],
@@ -133,6 +133,7 @@ def test_every_objective_number_and_mesh(case, n, shape):
   check(case, n, *shape)
 
 
+@pytest.mark.slow
 def test_other_noise_in_the_second_pass_is_another_gradient(monkeypatch):
   """So that the tests above would see it."""
   original = GradCache.second_pass

@@ -326,6 +326,7 @@ def test_a_clips_sentences_have_any_length_in_the_head():
   np.testing.assert_allclose(features / lengths, queries, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 2])
 def test_eight_devices_do_what_one_does(stage):

@@ -52,7 +52,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  "case", ["plain", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "plain")]
+)
 def test_a_step_that_is_not_finite_changes_nothing(case):
   changes, mesh = CASES[case]
   state, program, (first, second, not_finite) = compiled(
@@ -71,6 +73,7 @@ def test_a_step_that_is_not_finite_changes_nothing(case):
   assert bits(state) != before and metrics["skipped"].total == 0 and int(state.skipped) == 0
 
 
+@pytest.mark.slow
 def test_a_step_that_is_left_out_does_not_delay_the_schedule():
   """A linear schedule of three steps has rate 0 from then on, whichever of them were left out."""
   changes = {"optim.schedule_kind": "linear", "num_steps": 3}

@@ -237,7 +237,9 @@ def test_timesteps_of_image_and_text_are_independent():
 @pytest.mark.parametrize(
   "objective, frozen, absent",
   [
-    ("generation", "^autoencoder|^text_encoder", "^(text_stream|alignment|logit_scale)"),
+    pytest.param(
+      *("generation", "^autoencoder|^text_encoder", "^(text_stream|alignment|logit_scale)"), marks=pytest.mark.slow
+    ),
     ("discrimination", "^autoencoder|^text_encoder", r"^unet\.(up|norm_out|conv_out)"),
     ("reconstruction", r"^autoencoder\.(shift|scale)$", "^(unet|text_encoder|text_stream|alignment|logit_scale)"),
   ],
@@ -268,6 +270,7 @@ def test_one_objective_trains_its_own_parts_and_averages_them(objective, frozen,
     np.testing.assert_allclose(state.ema[name], average[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_without_an_average_the_state_is_smaller_and_all_else_the_same():
   # Of few parts: the compiler's time is what this test costs.
   groups = ((r"^unet\.(middle|norm_out|conv_out)", "new"), (".*", "frozen"))
@@ -282,6 +285,7 @@ def test_without_an_average_the_state_is_smaller_and_all_else_the_same():
     np.testing.assert_allclose(value, expected.params[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_latent_statistics_end_at_zero_mean_and_unit_variance():
   config = steps.make_config("reconstruction", **{"optim.rates.new": 0.0, "optim.weight_decay": 0.0})
   trainer = steps.Trainer(config)
