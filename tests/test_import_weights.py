@@ -159,7 +159,6 @@ def test_an_import_in_one_file_says_what_is_random_in_it(imported, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_new_parameters_are_drawn_by_the_runs_own_config(imported, trainer, tmp_path):
   saved, params = restore.restore_params(imported), started(imported, tmp_path, trainer)
   kernels = [path for path in saved if path.endswith("fc_in.kernel")]
@@ -168,6 +167,7 @@ def test_new_parameters_are_drawn_by_the_runs_own_config(imported, trainer, tmp_
     assert np.std(params[path]) / np.std(saved[path]) == pytest.approx(QUERY_INIT, rel=0.05), path
 
 
+@pytest.mark.slow
 def test_without_import_json_all_that_fits_is_taken(imported, trainer, tmp_path):
   copy = copied(pathlib.Path(imported), tmp_path / "copy")
   (copy / "import.json").unlink()
@@ -512,7 +512,6 @@ def test_the_noise_schedule_is_the_sources(sd, tmp_path, scheduler, schedule):
   assert import_weights.make_config(found).image_diffusion.schedule == schedule
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("said, length", [(7, 7), (10**30, pipelines.LENGTH), (float("inf"), pipelines.LENGTH)])
 def test_captions_are_as_long_as_the_tokenizer_and_the_encoder_allow(sd, tmp_path, said, length):
   config = copied(sd, tmp_path / "sd") / "tokenizer" / "tokenizer_config.json"
@@ -520,6 +519,7 @@ def test_captions_are_as_long_as_the_tokenizer_and_the_encoder_allow(sd, tmp_pat
   assert from_torch.open_source(tmp_path / "sd").fields["data.max_length"] == length
 
 
+@pytest.mark.slow
 def test_command_line(sd, environment, tmp_path):
   flags = [f"--source={sd}", f"--out={tmp_path / 'run'}"]
   done = call("import_weights", environment, *flags)

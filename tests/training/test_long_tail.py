@@ -326,7 +326,6 @@ def test_a_clips_sentences_have_any_length_in_the_head():
   np.testing.assert_allclose(features / lengths, queries, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 2])
 def test_eight_devices_do_what_one_does(stage):
@@ -338,6 +337,7 @@ def test_eight_devices_do_what_one_does(stage):
     assert second[name] == pytest.approx(first[name], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_head_stays_in_f32_where_the_network_is_split_and_in_bfloat16():
   config = make_config(2, clip=True, **{"model.dtype": "bfloat16"})
   batch = make_batch(config)
