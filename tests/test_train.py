@@ -194,6 +194,7 @@ def recorded(watched_run) -> dict[int, dict[str, float]]:
   return evaluations_of(watched_run)
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_as_evaluate_does_it_with_averaged_parameters(watched_run, recorded, monkeypatch):
   config = json.loads((pathlib.Path(watched_run) / "config.json").read_text())
   assert config["evals"]["a"]["data"]["image_size"] == 16
@@ -226,6 +227,7 @@ def test_a_run_is_evaluated_as_evaluate_does_it_with_averaged_parameters(watched
   assert np.abs(differences).max() > 1.5 / 64, "else it would not show which parameters were measured"
 
 
+@pytest.mark.slow
 def test_the_step_of_the_best_recorded_metric_is_kept(watched_run, recorded):
   by_step = {step: values[BEST] for step, values in recorded.items()}
   kept = [int(path.name) for path in (pathlib.Path(watched_run) / "checkpoints").iterdir() if path.name.isdigit()]
@@ -413,6 +415,7 @@ def test_accuracy_falls_to_chance_with_images_shuffled_against_labels():
     assert accuracy(shuffle_labels=True, seed=seed)["acc1"] < bound
 
 
+@pytest.mark.slow
 def test_operations_that_are_repeated_to_save_memory_count_once():
   """Operations of a convolution and a product are in test_flops; here, which step is counted."""
   config = tiny.get_config()
