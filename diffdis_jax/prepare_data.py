@@ -4,8 +4,7 @@
 
 The data set is a TFDS folder, which data.name=pairs reads. Every image is decoded. Pairs that cannot be used are
 skipped and counted by reason in report.json and in the data set's metadata. A killed command resumes when it is run
-again, and ends in the same records. card.json and card.png describe what was written. The first argument says what
---source is:
+again, and ends in the same records. card.png shows some of the pairs. The first argument says what --source is:
 
   files               your own pictures: x.jpg with x.txt or x.caption, CLASS/x.jpg, a .csv or
                       .jsonl of file names and captions, parquet, or a folder of Hugging Face
@@ -36,6 +35,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags, logging
 
 from diffdis_jax import config as run_config
@@ -43,10 +43,11 @@ from diffdis_jax.common import buckets, cli, files, machine
 from diffdis_jax.config.data import Augmentation
 from diffdis_jax.config.model import Model
 from diffdis_jax.config.section import check_type, read_section
+from diffdis_jax.data import records, transforms
 from diffdis_jax.data.layouts import find
-from diffdis_jax.data.layouts.tfds_folder import INFO
-from diffdis_jax.data.prepare import card, latents, own, parts, published, tables, zero_shot_sets
+from diffdis_jax.data.prepare import latents, own, parts, published, tables, zero_shot_sets
 from diffdis_jax.data.prepare.write import PAIRS, DataSet, Report, Stage, prepare
+from diffdis_jax.data.records import INFO
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
 
@@ -76,7 +77,8 @@ TAKERS: dict[str, tuple[str, ...]] = {
 # Flags that change nothing in what is written.
 _HOW = ("num_processes", "beam_pipeline_options", "batch_size")
 
-EXAMPLES = 16  # captions that card.json has
+SHEET, TILE = 64, 128  # pairs of card.png, and pixels of a picture in it
+EXAMPLES = 16  # captions of card.json
 
 FLAGS = flags.FLAGS
 
@@ -200,17 +202,18 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def finish(folder: pathlib.Path) -> None:
-  """Log the card of a prepared data set, and write it into its folder: card.png of 64 pairs, and card.json. The digests
+  """Write card.png of a prepared data set, some pairs of its first split, and card.json of their captions. The digests
   of all files come last."""
   from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
 
-  made = card.describe(folder)
-  for line in made.lines():
-    logging.info("%s", line)
-  if made.captions:
-    samples.save_grid(made.images, made.captions, folder / "card.png")
-  captions = list(dict.fromkeys(made.captions))[:EXAMPLES]
-  files.write_json(folder / "card.json", {"splits": made.splits, "captions": captions})
+  source = records.open_pairs(folder, split=next(iter(records.read_info(folder).splits)), num_images=None)
+  # Evenly apart and not at random, so that the same folder has the same card.
+  places = np.unique(np.linspace(0, len(source) - 1, min(len(source), SHEET)).astype(int))
+  pairs = [source[place] for place in places.tolist()]
+  captions = [pair["caption"] for pair in pairs]
+  images = [np.asarray(transforms.resize(records.read_image(pair["image"]), TILE)) for pair in pairs]
+  samples.save_grid(np.stack(images), captions, folder / "card.png")
+  files.write_json(folder / "card.json", {"captions": list(dict.fromkeys(captions))[:EXAMPLES]})
   digests.write(folder)
 
 
@@ -228,7 +231,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   from diffdis_jax import inference  # here, since the processes of the preparation import this file too
   from diffdis_jax.data import encoders
 
-  found = latents.find_parts(data)  # first: a wrong folder shows before weights are read
+  parts_of_data = latents.find_parts(data)  # first: a wrong folder shows before weights are read
   model, params = inference.load(run, image_size=FLAGS.image_size, batch_size=FLAGS.batch_size)
   h, w, c = model.network.latent_shape
   sizes = model.network.model
@@ -240,9 +243,9 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       ' varies; give one that does, such as --augment=\'{"crop": "random"}\', or leave out --views'
     )
   reports = prepare(
-    found,
+    parts_of_data,
     out,
-    data_set=latents.LATENTS,
+    data_set=latents.data_set(data),
     finish=digests.write,
     make_stage=functools.partial(
       latents.LatentStage,

@@ -68,30 +68,26 @@ TEMPLATES = (
 )
 
 
-class _Emoji(DataSet):
-  def notices(self, parts: Sequence[Part]) -> dict[str, str]:
-    """Return the licences of the artists' icons."""
-    there = dict.fromkeys(part.split for part in parts)
-    splits = {vendor: [split for split in there if vendor in SPLITS.get(split, (OPENMOJI,))] for vendor in ICONS}
-    lines = [
-      "# Licences",
-      "",
-      "The images are icons by the authors below, rendered at 64 px on white. A record's fields `vendor` and `licence`",
-      "say whose it is. Names, groups and tags of the concepts are those of emojibase.",
-      "",
-      "| field `vendor` | splits | author | package | licence |",
-      "|---|---|---|---|---|",
-      *(_row(vendor, package, splits[vendor]) for vendor, package in ICONS.items() if splits[vendor]),
-      _row("", EMOJIBASE, ["all"]),
-    ]
-    return {LICENSES: "\n".join(lines) + "\n"}
-
-
-EMOJI = _Emoji(
-  "emoji",
-  "Emoji of several artists at 64 px on white, with captions made of the concept's name, the artist's style, and"
-  f" Unicode's group or emojibase's tags. Licences: {LICENSES}.",
-)
+def data_set(parts: Sequence[Part]) -> DataSet:
+  """Describe the data set, with the licences of the artists' icons."""
+  there = dict.fromkeys(part.split for part in parts)
+  splits = {vendor: [split for split in there if vendor in SPLITS.get(split, (OPENMOJI,))] for vendor in ICONS}
+  lines = [
+    "# Licences",
+    "",
+    "The images are icons by the authors below, rendered at 64 px on white. A record's fields `vendor` and `licence`",
+    "say whose it is. Names, groups and tags of the concepts are those of emojibase.",
+    "",
+    "| field `vendor` | splits | author | package | licence |",
+    "|---|---|---|---|---|",
+    *(_row(vendor, package, splits[vendor]) for vendor, package in ICONS.items() if splits[vendor]),
+    _row("", EMOJIBASE, ["all"]),
+  ]
+  description = (
+    "Emoji of several artists at 64 px on white, with captions made of the concept's name, the artist's style, and"
+    f" Unicode's group or emojibase's tags. Licences: {LICENSES}."
+  )
+  return DataSet("emoji", description, licenses="\n".join(lines) + "\n")
 
 
 def _row(vendor: str, package: Package, splits: Sequence[str]) -> str:

@@ -26,8 +26,9 @@ def main(argv: object) -> None:
   source = pathlib.Path(FLAGS.source)
 
   def write(out: pathlib.Path) -> None:
-    how: Any = dict(data_set=emoji.EMOJI, num_processes=machine.cores(), finish=prepare_data.finish)
-    reports = prepare(emoji.find_parts(source), out, **how)
+    parts = emoji.find_parts(source)
+    how: Any = dict(data_set=emoji.data_set(parts), num_processes=machine.cores(), finish=prepare_data.finish)
+    reports = prepare(parts, out, **how)
     prepare_data.log_total(reports)
 
   prepare_data.publish(write, FLAGS.out)

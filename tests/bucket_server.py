@@ -27,7 +27,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(root: pathlib.Path, port: int, public: int | None = None) -> Iterator[str]:
-  """The address of a server whose buckets are the folders in `root`. `public`: the port that its clients see."""
+  """Yield the address of a server whose buckets are the folders in `root`. Its clients see the port `public`."""
   (binary,) = BINARIES.iterdir()
   options = {"scheme": "http", "host": "127.0.0.1", "port": port, "public-host": f"127.0.0.1:{public or port}"}
   options |= {"backend": "filesystem", "filesystem-root": root, "log-level": "error"}
@@ -44,7 +44,7 @@ def serving(root: pathlib.Path, port: int, public: int | None = None) -> Iterato
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-  """Its address. The environment of this process does not name it: see `bucket_environment`."""
+  """Yield the server's address. The environment of this process does not name it: see `bucket_environment`."""
   root = tmp_path_factory.mktemp("buckets")
   (root / "bucket").mkdir()
   with serving(root, free_port()) as address:
@@ -68,13 +68,13 @@ def bucket_environment(server: str) -> dict[str, str]:
 
 
 def environment_of(address: str) -> dict[str, str]:
-  """What points gcsfs and TensorStore at a server."""
+  """Return the variables that point gcsfs and TensorStore at a server."""
   return {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
 
 
 @pytest.fixture
 def bucket(bucket_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-  """gs://bucket, which this process and what it starts reach."""
+  """Return gs://bucket, which this process and what it starts reach."""
   buckets.path("gs://bucket")  # first, since it says how gcsfs is imported
   from gcsfs import GCSFileSystem
 

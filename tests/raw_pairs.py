@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 from PIL import Image
 
 from diffdis_jax.data import sources
@@ -25,6 +27,28 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 def picture(seed: int, kind: str = "PNG", size: tuple[int, int] = (8, 8)) -> bytes:
   pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
   return encode(Image.fromarray(pixels), kind)
+
+
+def put(path: pathlib.Path, content: bytes | str) -> None:
+  """Write a file, and its folder if there is none."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def columns(**values: Any) -> bytes:
+  """Return the bytes of a parquet file with these columns."""
+  file = pyarrow.BufferOutputStream()
+  pyarrow.parquet.write_table(pyarrow.table(values), file, row_group_size=7)
+  return file.getvalue().to_pybytes()
+
+
+def write_pairs(folder: pathlib.Path, count: int, *, first: int = 0, tar: str = "0.tar", **how: Any) -> None:
+  """Write a tar of pictures, whose captions are their numbers, into a folder that may be new."""
+  folder.mkdir(parents=True, exist_ok=True)
+  numbers = range(first, first + count)
+  of_pair = lambda i: {f"{i:03d}.png": picture(i, **how), f"{i:03d}.txt": b"%d" % i}
+  files = {name: data for i in numbers for name, data in of_pair(i).items()}
+  write_tar(folder / tar, files)
 
 
 def write_tar(path: pathlib.Path, files: Mapping[str, bytes]) -> None:

@@ -14,17 +14,15 @@ import uuid
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from diffdis_jax import prepare_data
-from diffdis_jax.ablate import run as ablation_run
 from diffdis_jax.common import buckets
 from diffdis_jax.data import copies, sources
 from diffdis_jax.errors import Gone, UserError
 from diffdis_jax.run import checkpoint, digests, restore, workdir
 from tests import command_runs, raw_pairs
 from tests.command_runs import GENERATED, MEASURED, ROOT, SAVE_EVERY, STEPS, call, joint_flags
-from tests.run.test_checkpoint import make_iterator, make_state, save
+from tests.run.test_checkpoint import make_iterator, make_state
 from tests.test_resume import kill_when, metrics, restore_training
 
 pytest_plugins = ("tests.command_runs", "tests.bucket_server")
@@ -135,7 +133,7 @@ def test_two_processes_one_of_which_is_killed(tmp_path, url, on_a_bucket, enviro
 def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
   tmp_path, environment, monkeypatch, joint_run, autoencoder_run, seconds
 ):
-  """While the run saves, and where the next one starts."""
+  """It is away while the run saves, and where the next one starts."""
   from tests import bucket_server  # here, or else pytest warns that it is imported before it is made a plugin
 
   (tmp_path / "bucket").mkdir()
@@ -192,18 +190,10 @@ def test_an_export_from_and_to_a_bucket(tmp_path, bucket, url, on_a_bucket, expo
       assert (buckets.path(f"{url}-out") / name).read_bytes() == path.read_bytes(), name
 
 
-def write_raw(folder, pairs):
-  folder.mkdir()
-  files = {}
-  for i in range(pairs):
-    files |= {f"{i:03d}.png": raw_pairs.picture(i), f"{i:03d}.txt": f"picture {i}".encode()}
-  raw_pairs.write_tar(folder / "train-00000.tar", files)
-
-
 def test_data_are_prepared_to_a_bucket_and_read_back(tmp_path, url, on_a_bucket, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   on_a_bucket = on_a_bucket | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-  write_raw(tmp_path / "raw", 24)
+  raw_pairs.write_pairs(tmp_path / "raw", 24)
   source = f"--source={tmp_path / 'raw'}"
   succeed("prepare_data", on_a_bucket, "pairs", source, f"--out={tmp_path / 'out'}", "--num_processes=1")
   succeed("prepare_data", on_a_bucket, "pairs", source, f"--out={url}", "--num_processes=1")
@@ -249,34 +239,11 @@ def test_a_preparation_that_was_not_copied_whole_is_copied(tmp_path, url, monkey
 
 
 def test_a_bucket_that_there_is_not_is_refused_before_anything_is_prepared(tmp_path, bucket, monkeypatch):
-  """What was prepared for a mistyped bucket would be prepared again for the right one."""
+  """Data prepared for a mistyped bucket would be prepared again for the right one."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   with pytest.raises(UserError, match="cannot write --out=gs://missing/data"):
     prepare_data.publish(lambda folder: pytest.fail("it was prepared"), "gs://missing/data")
   assert not list(tmp_path.iterdir())
-
-
-def test_what_another_command_has_prepared_is_not_copied(tmp_path, url, monkeypatch):
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-  def write(folder):
-    folder.mkdir(parents=True)
-    for name in ("dataset_info.json", "card.json"):
-      (folder / name).write_text(name)
-
-  publish = lambda short_side: prepare_data.publish(write, url, asked={"short_side": short_side})
-  with monkeypatch.context() as patched:
-    patched.setattr(buckets, "upload", _killed)
-    with pytest.raises(KeyboardInterrupt):
-      publish(288)
-  kept = [*(tmp_path / "cache" / "diffdis_jax" / "prepared").iterdir()]
-  publish(256)
-  assert set(buckets.files_below(url)) == {"dataset_info.json", "card.json"}
-  assert [*(tmp_path / "cache" / "diffdis_jax" / "prepared").iterdir()] == kept  # of the other command
-
-
-def _killed(folder, to, *, last):
-  raise KeyboardInterrupt
 
 
 def test_a_copy_is_made_once_and_again_where_the_data_have_changed(tmp_path, url, monkeypatch):
@@ -322,13 +289,6 @@ def test_a_copy_that_arrives_damaged_is_none(tmp_path, url, monkeypatch):
   assert (pathlib.Path(copies.folder_of(url)) / "dataset_info.json").read_text() == "info"
 
 
-def test_what_an_ablations_process_says_is_in_the_bucket(url):
-  log = buckets.path(url) / "logs" / "run.log"
-  for text in ("one", "two"):
-    assert ablation_run.call([sys.executable, "-c", f"print('{text}')"], log) == 0
-  assert log.read_text() == "one\ntwo\n" and ablation_run.last_words(log) == "two"
-
-
 def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_any(url, monkeypatch, tmp_path):
   with checkpoint.Checkpointer(url) as checkpointer:
     for step in (1, 2):
@@ -352,19 +312,3 @@ def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_any(url, monk
   assert digests.damage(local) is None
   (local / "meta" / "metadata").write_bytes(b"{'step': 2}")
   assert digests.damage(local) == digests.Damage("meta/metadata", "holds other bytes than were saved")
-
-
-def test_a_checkpoint_copied_into_a_bucket_is_checked(url, tmp_path):
-  save(tmp_path, 1)
-  buckets.upload(tmp_path / "checkpoints" / "1", url)
-  assert digests.damage(url) is None
-  (buckets.path(url) / "meta" / "metadata").write_bytes(b"{'step': 1}")
-  assert digests.damage(url) == digests.Damage("meta/metadata", "holds other bytes than were saved")
-
-
-def test_pictures_of_a_run_in_a_bucket(url):
-  from diffdis_jax.evals import samples
-
-  samples.save_grid(np.zeros((1, 8, 8, 3), np.uint8), ["a"], f"{url}/grid.png")
-  with (buckets.path(url) / "grid.png").open("rb") as file, Image.open(file) as image:
-    assert image.width >= 8

@@ -9,7 +9,7 @@ from typing import Any
 
 import grain
 
-from diffdis_jax.config.data import Augmentation, ClassSampling, Data
+from diffdis_jax.config.data import ClassSampling, Data
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import loader, long_tail, records, sources
 from diffdis_jax.data.corpus import Tokens
@@ -51,18 +51,15 @@ def latent_facts(data: Data) -> dict[str, Mapping[str, Any]]:
 
 def doubts(run: Run) -> list[str]:
   """Return a sentence for latents of other views than data.augment, which has no effect on them, asks for."""
-  latents = latent_facts(run.data)
-  found = [_other_views(path, facts.get("augmentation", {}), run.data.augment) for path, facts in latents.items()]
-  return [said for said in found if said]
-
-
-def _other_views(path: str, stored: Mapping[str, Any], asked: Augmentation) -> str:
-  fields = json.loads(json.dumps(dataclasses.asdict(asked)))  # as the folder's description has them, lists for tuples
-  named = [name for name in fields if name in stored and stored[name] != fields[name] and name != "reduced_decoding"]
-  if not named:
-    return ""
-  there, here = (", ".join(f"{name}={each[name]}" for name in named) for each in (stored, fields))
-  return f"{path}: its views were made by {there}; data.augment, {here}, has no effect on latents"
+  # As the folder's description has them, lists for tuples.
+  asked = json.loads(json.dumps(dataclasses.asdict(run.data.augment)))
+  sentences = []
+  for path, facts in latent_facts(run.data).items():
+    stored = facts.get("augmentation", {})
+    if other := [name for name in asked if stored.get(name, asked[name]) != asked[name] and name != "reduced_decoding"]:
+      there, here = (", ".join(f"{name}={fields[name]}" for name in other) for fields in (stored, asked))
+      sentences.append(f"{path}: its views were made by {there}; data.augment, {here}, has no effect on latents")
+  return sentences
 
 
 def open_loader(
@@ -102,7 +99,7 @@ def open_loader(
   if batch_type(data) is LatentBatch:
     # The shapes stand in the folder's description: what does not fit ends here, before a step is compiled for it.
     opened = source.sources if isinstance(source, sources.Mixture) else (source,)
-    _check_latents(run, [each for each in opened if isinstance(each, Latents)], latent_shape)
+    _check_latents(run, [cache for cache in opened if isinstance(cache, Latents)], latent_shape)
   return loader.train_loader(
     source, tokenizer=Tokenizer(data.max_length), discrimination_augmentation=data.own_augment, **common
   )
@@ -126,7 +123,7 @@ def open_tokens(data: Data) -> Tokens:
   return long_tail.tokens_of(long_tail.open_corpus(**data.source), Tokenizer(data.max_length))
 
 
-def _check_latents(run: Run, cached: Sequence[Latents], shape: tuple[int, int, int] | None) -> None:
+def _check_latents(run: Run, caches: Sequence[Latents], shape: tuple[int, int, int] | None) -> None:
   """Refuse latents that a run cannot train from. Raises UserError."""
   # A stored latent is of one view, and has no pixels to take another one of.
   if shape is None or run.data.own_augment is not None:
@@ -135,10 +132,10 @@ def _check_latents(run: Run, cached: Sequence[Latents], shape: tuple[int, int, i
       " data.name"
     )
   h, w, c = shape
-  for each in cached:
+  for cache in caches:
     # The last axis has the mean, then the log variance.
-    if each.shape != (h, w, 2 * c) or each.facts["image_size"] != run.image_size:
+    if cache.shape != (h, w, 2 * c) or cache.facts["image_size"] != run.image_size:
       raise UserError(
-        f"these latents are of {each.facts['image_size']} px images and of shape {each.shape}; the config's are of"
+        f"these latents are of {cache.facts['image_size']} px images and of shape {cache.shape}; the config's are of"
         f" {run.image_size} px and {(h, w, 2 * c)}; prepare them with the same image_size and autoencoder"
       )

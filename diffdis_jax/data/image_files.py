@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import re
-from typing import NamedTuple
 
 from PIL import Image, TiffImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
@@ -36,7 +35,10 @@ def open_image(data: bytes) -> Image.Image:
     Exception: no image in one of FORMATS; Pillow's readers raise whatever a broken file leads them into.
   """
   image = Image.open(io.BytesIO(data), formats=FORMATS)
-  for width, height in (image.size, _tile(image)):
+  sizes = [image.size]
+  if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose tiles are decoded whole, even where it is smaller
+    sizes.append((image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 0)))
+  for width, height in sizes:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
       raise Image.DecompressionBombError(f"{width} x {height} pixels")
   if isinstance(image, JpegImageFile) and _has_too_many_scans(data):
@@ -65,15 +67,3 @@ def png(image: Image.Image) -> bytes:
   file = io.BytesIO()
   image.save(file, "PNG")
   return file.getvalue()
-
-
-class _Tile(NamedTuple):
-  width: int
-  height: int
-
-
-def _tile(image: Image.Image) -> _Tile:
-  """Return the size of a TIFF's tiles. Each is decoded whole, even where the image is smaller."""
-  if not isinstance(image, TiffImagePlugin.TiffImageFile):
-    return _Tile(0, 0)
-  return _Tile(image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 0))

@@ -49,10 +49,10 @@ class Latents:
 
   def read(self, index: int, view: int) -> View:
     """Read a view. Raises the errors of records.Pairs, and records.Unusable where numbers are not finite."""
-    found = self._view(index, view)
-    if not is_finite(found.moments):
+    moments, record = self._view(index, view)
+    if not is_finite(moments):
       raise records.Unusable(records.NOT_FINITE)
-    return found
+    return View(moments, record)
 
   def _view(self, index: int, view: int) -> View:
     record = self._stored[index * self.views + view]

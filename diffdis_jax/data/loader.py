@@ -146,7 +146,7 @@ def _read_ahead(
 def _collate(examples: Sequence[dict[str, Any]], tokenizer: Tokenizer | None = None) -> dict[str, np.ndarray]:
   """Stack examples. Captions are tokenized all at once, at a fraction of the cost."""
   arrays = {name: np.stack([example[name] for example in examples]) for name in examples[0] if name != "caption"}
-  return arrays if tokenizer is None else {**arrays, "tokens": tokenizer([each["caption"] for each in examples])}
+  return arrays if tokenizer is None else {**arrays, "tokens": tokenizer([example["caption"] for example in examples])}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import pathlib
+import resource
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,13 +21,14 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diffdis_jax.common import buckets, storage
-from diffdis_jax.data import copies, image_files, paths
+from diffdis_jax.data import copies, image_files
 from diffdis_jax.data.transforms import Decoded, decode_reduced
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
 
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
-DESCRIPTION = ("dataset_info.json", "features.json", "metadata.json")  # what TFDS reads beside the records
+INFO = "dataset_info.json"  # by which a prepared folder is known
+DESCRIPTION = (INFO, "features.json", "metadata.json")  # what TFDS reads beside the records
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -72,7 +74,7 @@ def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None) -> byte
     Unusable: before anything is read, no file there, one that is not plain, of too many bytes, or out of the folder.
     OSError: it cannot be read.
   """
-  if within is not None and paths.leads_out(path, within):
+  if within is not None and leads_out(path, within):
     raise Unusable(OUTSIDE)
   try:
     status = path.stat()
@@ -92,6 +94,22 @@ def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None) -> byte
   return path.read_bytes()
 
 
+def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
+  """Say whether a file lies outside of a folder, by its name or by being a link.
+
+  A folder that is a link is the user's. A link of the Hugging Face hub's cache leads from `snapshots/REVISION` into
+  `blobs`, which counts as inside.
+  """
+  # By its name: ../x and an absolute one are outside.
+  is_below = pathlib.Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+  if not is_below or not os.path.islink(path):
+    return not is_below
+  root = os.path.realpath(folder)
+  cache, is_cached, _ = f"{root}/".rpartition("/snapshots/")
+  inside = [os.path.realpath(path.parent), root, *([f"{cache}/blobs"] if is_cached else [])]
+  return not any(pathlib.Path(os.path.realpath(path)).is_relative_to(allowed) for allowed in inside)
+
+
 class Header(NamedTuple):
   """The size and format that stand in an encoded image's header; sides in pixels."""
 
@@ -107,11 +125,8 @@ def read_header(data: bytes) -> Header:
 
 
 def read_image(image: bytes | UInt8[np.ndarray, "h w 3"] | None) -> Image.Image:
-  """Decode bytes, or take an array, as an upright RGB image, to its end; of an animation the first frame.
-
-  Raises:
-    Unusable: no bytes, or none that show an image.
-  """
+  """Decode bytes, or take an array, as an upright RGB image, to its end; of an animation the first frame. Raises as
+  `read_decoded`."""
   return read_decoded(image, at_least=None).image
 
 
@@ -120,7 +135,7 @@ def read_decoded(image: bytes | UInt8[np.ndarray, "h w 3"] | None | Any, *, at_l
   is.
 
   Raises:
-    Unusable: as `read_image`.
+    Unusable: no bytes, or none that show an image.
     UserError: what is neither bytes nor such an array, which is the source's mistake and no damage.
   """
   if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
@@ -286,7 +301,7 @@ def recaptioned(source: Any, caption_fields: Sequence[str], name: str) -> Any:
 
 def read_info(path: str | os.PathLike[str]) -> Any:
   """Read the tfds.core.DatasetInfo of a prepared data set. Raises UserError: there is none at this path."""
-  if not str(path) or not (buckets.path(path) / "dataset_info.json").exists():
+  if not str(path) or not (buckets.path(path) / INFO).exists():
     how = "" if str(path) else ", and name its folder, as in --config=FILE.py:path=DIR or --config.data.path=DIR"
     raise UserError(f"no prepared data set in {str(path)!r}; write one with diffdis prepare_data{how}")
   return builder(path).info
@@ -303,8 +318,8 @@ def builder(path: str | os.PathLike[str]) -> Any:
   try:
     return tfds.builder_from_directory(folder)
   except (FileNotFoundError, ValueError, json_format.ParseError) as error:  # a bucket's errors may pass
-    said = " ".join(str(error).split())[:200]
-    raise UserError(f"{path} is no whole data set: {said}; copy it again, or prepare it again") from error
+    reason = " ".join(str(error).split())[:200]
+    raise UserError(f"{path} is no whole data set: {reason}; copy it again, or prepare it again") from error
 
 
 class Split(NamedTuple):
@@ -318,12 +333,23 @@ def _open(path: str | os.PathLike[str], split: str) -> Split:
   """Open a split. Raises UserError: one of its files is missing."""
   import tensorflow_datasets as tfds
 
-  paths.open_many_files()  # ArrayRecord keeps open what it has read of
-  found = builder(copies.folder_of(path, split=split))
+  _open_many_files()  # ArrayRecord keeps open what it has read of
+  data_set = builder(copies.folder_of(path, split=split))
   # Images are decoded by the loader's threads, in `image_files`' formats and bounds.
-  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in found.info.features else None
-  stored = found.as_data_source(split=split, decoders=undecoded)
-  files = found.info.splits[split].filepaths
+  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in data_set.info.features else None
+  stored = data_set.as_data_source(split=split, decoders=undecoded)
+  files = data_set.info.splits[split].filepaths
   if missing := [file for file in files if not os.path.exists(file)]:
     raise UserError(f"{missing[0]} is missing; put it back, or prepare the data set again")
   return Split(stored, files)
+
+
+def _open_many_files() -> None:
+  """Let this process have as many open files as the system allows. A shell's own limit is often 1,024."""
+  _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  for most in (2**16, 10_240):  # the latter of macOS, which takes no more
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= wanted:
+      return
+    with contextlib.suppress(OSError, ValueError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

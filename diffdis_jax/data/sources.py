@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import numbers
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from diffdis_jax.common import buckets
 from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.config.section import check_number, check_type
 from diffdis_jax.data import latents, long_tail, records, shapes, shapes_lt
-from diffdis_jax.data.layouts import find, long_tailed
+from diffdis_jax.data.layouts import find
 from diffdis_jax.errors import UserError
 
 RENDERED = ("shapes", "shapes_lt")
@@ -46,6 +45,11 @@ class Grouped(Protocol):
   def together(self) -> int: ...
 
 
+# Of fields that a config may give any value, a value of their type: nobody has looked at what its mixture holds, nor at
+# what its `data` has beside the fields of every run.
+_LIKE = {"split": "", "seed": 0, "num_images": 0, "caption_fields": ()}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
   """The section of a config for a source. A kind of source says how it is opened, and which of these fields it lacks.
@@ -64,7 +68,7 @@ class Section:
     caption_fields: fields of a record whose texts are its captions; none for the captions that it came with.
 
   Raises:
-    UserError: a number out of its range, or a field that this kind lacks.
+    UserError: a value of another type or out of its range, or a field that this kind lacks.
   """
 
   LACKS: ClassVar[tuple[str, ...]] = ()
@@ -79,6 +83,10 @@ class Section:
 
   def __post_init__(self) -> None:
     # Before a file is opened: what is wrong with the fields themselves is reported first.
+    for field, like in _LIKE.items():
+      value = getattr(self, field)
+      if value is not None or field != "num_images":
+        check_type(field, int(value) if isinstance(value, numbers.Integral) else value, like)  # numpy's too
     if self.seed < 0:
       raise UserError(f"seed is {self.seed}; at least 0")
     if self.num_images is not None and self.num_images < 1:
@@ -88,9 +96,8 @@ class Section:
         f"data.path is {path!r}, and data.name {self.name!r}, whose images are rendered, from no file: leave the path"
         " empty, or give data.name='pairs' to take what prepare_data wrote there"
       )
-    if any(getattr(self, field) for field in self.LACKS):
-      fields = f"field{'s' * (len(self.LACKS) > 1)} {' and '.join(self.LACKS)}"
-      raise UserError(f"{self.name} has no {fields}; it is opened as a whole")
+    if given := [field for field in self.LACKS if getattr(self, field)]:
+      raise UserError(f"{self.name} has no {given[0]}; it is opened as a whole")
 
   def open(self) -> Source:
     """Open the source. Raises UserError: no such split or data, or fields that its first record does not have."""
@@ -115,41 +122,29 @@ class _Rendered(Section):
     )
 
 
-class _Pairs(Section):
-  """A folder written by prepare_data."""
+class _Prepared(Section):
+  """A folder of images, or of latents, that prepare_data wrote."""
 
   def open(self) -> Source:
-    # Latents lie in such folders too. Without this the first batch would fail, and not say of what.
+    fields: Any = dict(split=self.split, num_images=self.num_images, caption_fields=self.caption_fields)
+    if self.name == "latents":
+      return latents.open_latents(self.path, **fields)
+    # Without this the first batch would fail, and not say of what.
     if "latents" in (records.read_info(self.path).metadata or {}):
       raise UserError(
         f"{self.path} holds latents, not images; train from it with data.name=latents, and measure on images"
       )
-    return records.open_pairs(
-      self.path, split=self.split, num_images=self.num_images, caption_fields=self.caption_fields
-    )
+    return records.open_pairs(self.path, **fields)
 
   def describe(self) -> str:
     if not str(self.path):
       return super().describe()
     info = records.read_info(self.path)
-    return f"{info.name} {info.version} in {self.path}, split {self.split}: {self._count(info)}"
-
-  def _count(self, info: Any) -> str:
-    return f"{info.splits[self.split].num_examples:,} records"
-
-
-class _Latents(_Pairs):
-  """A folder of encoded images written by prepare_data."""
-
-  def open(self) -> Source:
-    return latents.open_latents(
-      self.path, split=self.split, num_images=self.num_images, caption_fields=self.caption_fields
-    )
-
-  def _count(self, info: Any) -> str:
     # A record is a view: a number of steps follows from the images.
-    views = info.metadata["latents"]["views"]
-    return f"{info.splits[self.split].num_examples // views:,} images, views of each: {views}"
+    views = info.metadata["latents"]["views"] if self.name == "latents" else 0
+    count = info.splits[self.split].num_examples
+    what = f"{count // views:,} images, views of each: {views}" if views else f"{count:,} records"
+    return f"{info.name} {info.version} in {self.path}, split {self.split}: {what}"
 
 
 class _LongTailed(Section):
@@ -160,7 +155,7 @@ class _LongTailed(Section):
   def open(self) -> Source:
     if self.name == "shapes_lt":
       return shapes_lt.LongTailedShapes(split=self.split, image_size=self.image_size, seed=self.seed)
-    return long_tailed.open_split(buckets.local(self.path, "data.path"), self.name, self.split)
+    return long_tail.open_split(buckets.local(self.path, "data.path"), self.name, self.split)
 
 
 class _Published(Section):
@@ -172,54 +167,31 @@ class _Published(Section):
     return self._recaptioned(find.open_set(buckets.local(self.path, "data.path"), self.name))
 
 
-# Of fields that a config may give any value, a value of their type: nobody has looked at what its mixture holds, nor at
-# what its `data` has beside the fields of every run.
-_LIKE = {"split": "", "seed": 0, "num_images": 0, "caption_fields": ()}
 KINDS: dict[str, type[Section]] = {
   "shapes": _Rendered,
-  "pairs": _Pairs,
-  "latents": _Latents,
+  **dict.fromkeys(("pairs", "latents"), _Prepared),
   **dict.fromkeys(long_tail.NAMES, _LongTailed),
   **dict.fromkeys(find.NAMES, _Published),
 }
 
 
 def read(*, name: str, **fields: Any) -> Section:
-  """Make the section of this kind.
-
-  Args:
-    name: one of KINDS.
-    fields: the rest of `Section`'s.
+  """Make the section of this kind, of KINDS, with the rest of `Section`'s fields.
 
   Raises:
-    UserError: an unknown name or field, a field of another type, or as `Section`.
+    UserError: an unknown name or field, or as `Section`.
   """
   if name not in KINDS:
     raise UserError(f"unknown data source {name!r}; there are {', '.join(KINDS)}")
-  _expect_fields(name, fields)
-  for field in filter(fields.__contains__, _LIKE):
-    value = fields[field]
-    if isinstance(value, numbers.Integral):  # numpy's are whole numbers too
-      value = int(value)
-    if value is not None or field != "num_images":
-      check_type(field, value, _LIKE[field])
-  return KINDS[name](name=name, **fields)
-
-
-def _expect_fields(name: str, fields: Mapping[str, Any], *others: str) -> None:
-  """Raise UserError for a field that a section of this name does not have."""
-  known = {*others, *(field.name for field in dataclasses.fields(KINDS.get(name, Section)))}
+  known = {field.name for field in dataclasses.fields(KINDS[name])}
   if unknown := sorted(fields.keys() - known):
-    raise UserError(f"a data source has no field {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
+    raise UserError(f"a data source has no field {unknown[0]!r}; {did_you_mean(unknown[0], {*known, 'weight'})}")
+  return KINDS[name](name=name, **fields)
 
 
 def open_source(*, name: str, image_size: int, **fields: Any) -> Source:
   """Open the source of these fields. Raises UserError: as `read` and `Section.open`."""
   return read(name=name, image_size=image_size, **fields).open()
-
-
-# What it may be called with is what a section has, so that a misspelt field is refused before anything is opened.
-vars(open_source)["__signature__"] = inspect.signature(Section)
 
 
 class Mixture(NamedTuple):
@@ -236,16 +208,13 @@ def open_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) 
   Raises:
     UserError: as `open_source`, or a weight that is not positive.
   """
-  made, weights = [], []
+  opened, weights = [], []
   for name, section in sections.items():
-    # A copy, since the weight is taken out of it.
-    section = {"name": "pairs", **section}
-    weight = section.pop("weight", 1.0)
-    check_number(f"data.mixture.{name}.weight", weight, gt=0)
+    section = {"name": "pairs", "weight": 1.0, **section}  # a copy, since the weight is taken out of it
+    check_number(f"data.mixture.{name}.weight", weight := section.pop("weight"), gt=0)
+    weights.append(float(weight))
     try:
-      _expect_fields(section["name"], section, "weight")
-      made.append(open_source(**section, image_size=image_size))
+      opened.append(open_source(**section, image_size=image_size))
     except UserError as error:  # of several sources it says which one
       raise UserError(f"data.mixture.{name}: {error}") from error
-    weights.append(float(weight))
-  return Mixture(tuple(made), tuple(weights))
+  return Mixture(tuple(opened), tuple(weights))

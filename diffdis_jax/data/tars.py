@@ -13,7 +13,6 @@ import tarfile
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from diffdis_jax.data import paths
 from diffdis_jax.data.records import NOT_PLAIN, TOO_LARGE, Unusable
 from diffdis_jax.errors import Gone, UserError
 
@@ -56,10 +55,10 @@ class Member:
       except FileNotFoundError as error:
         raise Gone(f"{self.path} is not there") from error
     file.seek(self.offset)
-    found = file.read(self.size)
-    if len(found) < self.size:
+    content = file.read(self.size)
+    if len(content) < self.size:
       raise Unusable("unreadable record")
-    return found
+    return content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +73,11 @@ class Index:
 
   samples: dict[str, dict[str, Member]]
   whole: bool
+
+
+def is_hidden(name: str) -> bool:
+  """Say whether a file or folder is a program's own, such as .git, or macOS's beside others; ..b is not."""
+  return name.startswith((".", "__MACOSX")) and not name.startswith("..")
 
 
 def index(path: pathlib.Path, field_of: Callable[[str], str | None]) -> Index:
@@ -113,7 +117,7 @@ def _add(
   key, ending = posixpath.splitext(entry.name)
   field = field_of(ending[1:].lower())
   # Hidden ones are such as macOS packs beside each file.
-  if entry.isdir() or field is None or paths.is_hidden(posixpath.basename(entry.name)):
+  if entry.isdir() or field is None or is_hidden(posixpath.basename(entry.name)):
     return
   sample = samples.setdefault(key, {})
   if field in sample:

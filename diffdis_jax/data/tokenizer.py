@@ -80,7 +80,7 @@ class Tokenizer:
     if isinstance(captions, str):  # whose letters would be captions
       raise UserError(f"captions are the one text {captions[:50]!r}; give a list of texts, [text]")
     cleaned = [spell_out(clean(caption)) for caption in captions]
-    encoded = [each.ids for each in self._clip.encode_batch_fast(cleaned)]
+    encoded = [encoding.ids for encoding in self._clip.encode_batch_fast(cleaned)]
     return np.array(encoded, np.int32).reshape(len(captions), self.max_length)
 
   def cut(self, caption: str) -> str | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +27,6 @@ _TURNS = {
   7: Image.Transpose.TRANSVERSE,
   8: Image.Transpose.ROTATE_90,
 }
-STRIP = 2**20  # pixels that are converted at a time, so that a large image needs no second copy of four bytes a pixel
 
 
 class Decoded(NamedTuple):
@@ -130,32 +128,13 @@ def _to_rgb(upright: Image.Image) -> Image.Image:
     if not np.isfinite(most := np.asarray(upright).max()):
       raise ValueError("it holds numbers that are not finite")
     white = 1.0 if upright.mode == "F" and most <= 1 else 65535.0
-    return _in_strips(upright, functools.partial(_from_grey, white=white))
+    values = np.clip(np.asarray(upright).astype(np.float64) / (white / 255), 0, 255)
+    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
   # Of palettes and colour keys too: by itself Pillow shows what lies below the transparency, often black.
   if upright.has_transparency_data:
-    return _in_strips(upright, _on_white)
+    layer = upright.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
   return upright if upright.mode == "RGB" else upright.convert("RGB")
-
-
-def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-  """Convert to RGB by `convert`, strip after strip."""
-  if image.width * image.height <= STRIP:
-    return convert(image)
-  converted, height = Image.new("RGB", image.size), max(1, STRIP // image.width)
-  for top in range(0, image.height, height):
-    strip = image.crop((0, top, image.width, min(top + height, image.height)))
-    converted.paste(convert(strip), (0, top))
-  return converted
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-  layer = image.convert("RGBA")
-  return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
-
-
-def _from_grey(image: Image.Image, *, white: float) -> Image.Image:
-  values = np.clip(np.asarray(image).astype(np.float64) / (white / 255), 0, 255)
-  return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
 
 
 def needed_side(size: int, *views: Augmentation) -> int | None:

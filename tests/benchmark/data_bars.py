@@ -100,7 +100,7 @@ def write_latents(folder: pathlib.Path) -> None:
     )
 
   found = latents.find_parts(folder / "reencoded")
-  prepare(found, folder / "latents", data_set=latents.LATENTS, make_stage=make_stage)
+  prepare(found, folder / "latents", data_set=latents.data_set(folder / "reencoded"), make_stage=make_stage)
 
 
 def bare_loop(source: sources.Source) -> Iterator[None]:

@@ -46,12 +46,6 @@ def read_image(data: bytes) -> None:
 
 
 @fuzz
-@given(st.binary(max_size=300))
-def test_noise_as_an_image(noise):
-  read_image(noise)
-
-
-@fuzz
 @given(st.sampled_from(sorted(FAULTS)), spoiling, st.just(0) | st.integers(0, 2000))
 def test_spoiled_images(name, changes, cut):
   read_image(spoil(FAULTS[name][0], changes, cut))
@@ -83,11 +77,3 @@ def test_spoiled_tars(tar, changes, cut):
   reader = TarPart(path, "train")
   assert len(list(reader)) <= 12
   assert isinstance(reader.truncated, bool)
-
-
-@fuzz
-@given(st.binary(max_size=2000))
-def test_noise_as_a_tar(tar, noise):
-  path = tar.with_name("noise.tar")
-  path.write_bytes(noise)
-  list(TarPart(path, "train"))

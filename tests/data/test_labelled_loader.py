@@ -1,4 +1,4 @@
-"""Batches of a long-tailed set: shares of the classes, sentences, hosts, resuming."""
+"""Batches of a long-tailed set have their shares of the classes, and do not depend on hosts or resuming."""
 
 import collections
 
@@ -18,7 +18,7 @@ STARTS = np.array([0, 3, 4, 9, 11, 12])
 
 
 class Source:
-  """Whose image's value tells the label; the labels are not in order. Those of `unusable` cannot be read."""
+  """A source whose images' values tell the label. Labels are in no order; images of `unusable` cannot be read."""
 
   def __init__(self, unusable=()):
     self.labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(COUNTS)), COUNTS))
@@ -48,7 +48,7 @@ def take(iterator, n):
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_classes_have_their_shares(power):
-  """Chi-square against n^power; 0.5 is square-root sampling."""
+  """A chi-square test against n^power decides; 0.5 is square-root sampling."""
   labels = np.concatenate([batch["label"] for batch in take(make(sampling_exponent=power, batch_size=500), 8)])
   shares = np.array(COUNTS, float) ** power
   expected = len(labels) * shares / shares.sum()

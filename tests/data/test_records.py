@@ -6,7 +6,6 @@ import resource
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from diffdis_jax import prepare_data
 from diffdis_jax.data import records
@@ -15,7 +14,7 @@ from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import digests
-from tests.raw_pairs import encode, faults, load, picture, write_tar
+from tests.raw_pairs import faults, load, picture, write_tar
 
 FAULTS = faults()
 
@@ -58,22 +57,6 @@ def test_large_images_are_stored_smaller(size, expected):
   assert stored.size == expected and changed == ["image stored smaller"]
 
 
-def test_small_images_keep_their_bytes():
-  for size in ((16, 16), (16, 99), (8, 8)):
-    image = picture(0, size=size)
-    assert pairs.to_record(RawPair("k", image, b"x"), short_side=16) == (
-      {"image": image, "caption": "x", "metadata": "{}"},
-      [],
-    )
-
-
-def test_a_smaller_image_looks_the_same():
-  ramp = np.broadcast_to(np.linspace(0, 255, 64)[:, None, None], (64, 64, 3)).astype(np.uint8)
-  record, _ = pairs.to_record(RawPair("k", encode(Image.fromarray(ramp)), b"x"), short_side=32)
-  stored = np.asarray(records.read_image(record["image"])).astype(int)
-  assert np.abs(stored - ramp[::2, ::2]).max() < 8
-
-
 def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_the_caption():
   assert records.read_caption(b"\xef\xbb\xbfa red star\r\n") == "a red star"
   with pytest.raises(records.Unusable, match="missing caption"):
@@ -87,7 +70,7 @@ FILES = 60
 def in_many_files(tmp_path, monkeypatch):
   """A data set of FILES files, more than this process may have open, as the latents of CC3M are 2,838."""
   (tmp_path / "0.png").write_bytes(picture(0))
-  items = [parts.Item("0.png", f"caption {i}") for i in range(FILES)]
+  items = [parts.file_pair("0.png", f"caption {i}") for i in range(FILES)]
   monkeypatch.setattr(parts, "ITEMS", 1)
   prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "data")
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -98,7 +81,7 @@ def in_many_files(tmp_path, monkeypatch):
 
 
 def test_records_in_more_files_than_a_shell_lets_be_open_are_all_read(in_many_files):
-  """Else those of the files left would count as damaged, and others be trained on in their place."""
+  """Otherwise those of the files left would count as damaged, and others be trained on in their place."""
   source = records.open_pairs(in_many_files, split="train", num_images=None)
   assert [source[i]["caption"] for i in range(FILES)] == [f"caption {i}" for i in range(FILES)]
 

@@ -8,7 +8,7 @@ from diffdis_jax.data import records, sources
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.errors import UserError
-from tests.raw_pairs import picture, write_tar
+from tests.raw_pairs import picture
 
 
 def test_shapes():
@@ -108,7 +108,7 @@ def test_captions_of_several_fields(metadata, captions):
   ],
 )
 def test_an_empty_one_of_several_captions_leaves_the_others(captions, found):
-  """Else all of them would be left out in silence, and one of white space be drawn as a caption."""
+  """Otherwise all of them would be left out in silence, or white space be a caption."""
   assert records.captions_of({"caption": "alt", "captions": captions}) == found
 
 
@@ -118,13 +118,10 @@ def test_a_record_without_a_caption_in_these_fields():
 
 
 def test_caption_fields_of_a_prepared_folder(tmp_path):
-  (tmp_path / "raw").mkdir()
-  files = {}
-  for i in range(4):
-    files[f"{i}.png"], files[f"{i}.txt"] = picture(i), f"caption {i}".encode()
-    files[f"{i}.json"] = json.dumps({"concept": f"concept {i}"}).encode()
-  write_tar(tmp_path / "raw" / "train-0.tar", files)
-  prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
+  pairs = [parts.file_pair(f"{i}.png", f"caption {i}", concept=f"concept {i}") for i in range(4)]
+  for i, pair in enumerate(pairs):
+    (tmp_path / pair.file).write_bytes(picture(i))
+  prepare(parts.files(pairs, split="train", root=tmp_path), tmp_path / "data")
   make = lambda fields: sources.open_source(name="pairs", path=tmp_path / "data", image_size=8, caption_fields=fields)
   source = make(("concept", "caption"))
   found = [source[i] for i in range(4)]

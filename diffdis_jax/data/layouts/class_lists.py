@@ -55,11 +55,11 @@ def normalised(name: str) -> str:
   return " ".join(_SIGNS.split(name[3:] if _LETTER.match(name) else name)).strip().lower()
 
 
-def match(found: Sequence[str], known: ClassList, *, where: str) -> Int[np.ndarray, " k"]:
+def match(names: Sequence[str], known: ClassList, *, where: str) -> Int[np.ndarray, " k"]:
   """Find the place in `known` of each class of the data.
 
   Args:
-    found: the data's names in the data's order; not all of the classes need be there.
+    names: of the data, in the data's order; not all of the classes need be there.
     known: of the set.
     where: they are from, for messages.
 
@@ -67,47 +67,32 @@ def match(found: Sequence[str], known: ClassList, *, where: str) -> Int[np.ndarr
     UserError: a name that is none of them, one that occurs twice, or one that two classes of the set share while the
       lists differ in order.
   """
-  index, shared = _index(known)
+  index: dict[str, list[int]] = {}
+  # The list's own names first: of a name that both have, its place in the list counts.
+  for listed in (known.classnames, known.names_in_data):
+    for place, name in enumerate(map(normalised, listed)):
+      if place not in index.setdefault(name, []):
+        index[name].append(place)
+  places: list[int] = []
+  for number, name in enumerate(map(normalised, names)):
+    if name not in index:
+      raise UserError(
+        f"{where}: class {number} is {names[number]!r}, which is none of the {len(known.classnames)} classes of"
+        f" {known.set_name}, such as {known.classnames[0]!r}"
+      )
+    # Of a name that several classes share, a class has its own.
+    is_own = number < len(known.classnames) and name == normalised(known.classnames[number])
+    places.append(number if is_own else index[name][0])
   # By name wherever a name is enough. Two classes of one name go by their numbers, which is safe only where all others
   # stand in the usual order, too.
-  places = np.array([_place(number, name, index, known, where) for number, name in enumerate(found)], np.int64)
-  if any(normalised(name) in shared for name in found):
+  if any(len(index[normalised(name)]) > 1 for name in names):
     for number, place in enumerate(places):
       if number != place:
         raise UserError(
-          f"{where} has a class list of another order: class {number} is {found[number]!r}, which should be class"
-          f" {place}; as {min(shared)!r} is the name of two classes, {known.set_name} needs the usual order"
+          f"{where} has a class list of another order: class {number} is {names[number]!r}, which should be class"
+          f" {place}; as two classes have one name, {known.set_name} needs the usual order"
         )
   for number, place in enumerate(places):
-    if (first := int(np.argmax(places == place))) != number:
-      raise UserError(f"{where} has the classes {found[first]!r} and {found[number]!r}, which are the same class")
-  return places
-
-
-class _Index(NamedTuple):
-  """Normalised name -> place, and the names that stand for several places."""
-
-  places: dict[str, int]
-  shared: set[str]
-
-
-def _index(known: ClassList) -> _Index:
-  index: dict[str, int] = {}
-  shared = set()
-  # The list's own names first: of a name that both have, its place in the list counts.
-  for names in (known.classnames, known.names_in_data):
-    for place, name in enumerate(map(normalised, names)):
-      if index.setdefault(name, place) != place:
-        shared.add(name)
-  return _Index(index, shared)
-
-
-def _place(number: int, name: str, index: dict[str, int], known: ClassList, where: str) -> int:
-  if number < len(known.classnames) and normalised(name) == normalised(known.classnames[number]):
-    return number  # of names that several classes share, its own
-  if normalised(name) not in index:
-    raise UserError(
-      f"{where}: class {number} is {name!r}, which is none of the {len(known.classnames)} classes of {known.set_name},"
-      f" such as {known.classnames[0]!r}"
-    )
-  return index[normalised(name)]
+    if (first := places.index(place)) != number:
+      raise UserError(f"{where} has the classes {names[first]!r} and {names[number]!r}, which are the same class")
+  return np.array(places, np.int64)

@@ -6,8 +6,6 @@ What is here is a data source, as `data.sources` says, and besides gives a recor
 from __future__ import annotations
 
 import dataclasses
-import operator
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +13,6 @@ import numpy as np
 from jaxtyping import Int
 
 from diffdis_jax.common import storage
-from diffdis_jax.data.records import Unusable, read_file
-from diffdis_jax.errors import Gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,25 +28,6 @@ class Lazy:
   def __getitem__(self, index: int) -> bytes:
     item = self.items[index]
     return storage.patiently(lambda: self.read(item), "an image of the data")
-
-
-def image_files(paths: Sequence[pathlib.Path]) -> Lazy:
-  """Make images of files. Reading one raises Unusable as `records.read_file` does."""
-  return Lazy(paths, _read_listed)
-
-
-def _read_listed(path: pathlib.Path) -> bytes:
-  try:
-    return read_file(path)
-  except Unusable:
-    if not path.parent.is_dir():  # of a disk that is away, rather than an image that never was there
-      raise Gone(f"{path.parent} is not there") from None
-    raise
-
-
-def images_of(source: Any) -> Lazy:
-  """Take the images of another source's records."""
-  return Lazy(source, operator.itemgetter("image"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +47,21 @@ class Origin:
   templates: tuple[str, ...] = ()
 
 
-class _Source:
-  """A source whose records are `fields`, which a subclass gives, and an image."""
+def check_index(index: int, source: Any) -> None:
+  """Raise IndexError: a source has no such record. Python's own sequences count from the end below 0, where a loader's
+  mistake would go unseen."""
+  if not 0 <= index < len(source):
+    raise IndexError(f"index {index} outside of {len(source)} images")
 
-  images: Any
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+  """A source of images with the number of their class, in the order of a set's class list, and its name."""
+
+  images: Sequence[bytes] | Lazy
+  labels: Int[np.ndarray, " n"]
+  classnames: Sequence[str]
+  origin: Origin
 
   def __len__(self) -> int:
     return len(self.images)
@@ -83,37 +71,27 @@ class _Source:
 
   def fields(self, index: int) -> dict[str, Any]:
     """Return the record without its image: labels are asked for of a whole set, whose images take minutes to read."""
-    # Python's own sequences count from the end below 0, where a loader's mistake would go unseen.
-    if not 0 <= index < len(self):
-      raise IndexError(f"index {index} outside of {len(self)} images")
-    return self._fields(index)
-
-  def _fields(self, index: int) -> dict[str, Any]:
-    raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class Labelled(_Source):
-  """A source of images with the number of their class, in the order of a set's class list, and its name."""
-
-  images: Sequence[bytes] | Lazy
-  labels: Int[np.ndarray, " n"]
-  classnames: Sequence[str]
-  origin: Origin
-
-  def _fields(self, index: int) -> dict[str, Any]:
+    check_index(index, self)
     label = int(self.labels[index])
     return {"label": label, "class": self.classnames[label], "caption": self.classnames[label]}
 
 
 @dataclasses.dataclass(frozen=True)
-class Captioned(_Source):
+class Captioned:
   """A source of images with one caption or more."""
 
   images: Sequence[bytes] | Lazy
   captions: Sequence[tuple[str, ...]]
   origin: Origin
 
-  def _fields(self, index: int) -> dict[str, Any]:
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return {**self.fields(index), "image": self.images[index]}
+
+  def fields(self, index: int) -> dict[str, Any]:
+    """Return the record without its image."""
+    check_index(index, self)
     # The first one is the caption, by the convention of retrieval; training samples from all of them.
     return {"caption": self.captions[index][0], "captions": list(self.captions[index])}

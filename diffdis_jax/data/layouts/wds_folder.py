@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ from diffdis_jax.errors import UserError
 
 SPLIT = "test"
 MARK = f"{SPLIT}/nshards.txt"  # the file by which such a folder is known
-_DIGITS = 18  # of a number; of some thousands Python makes none
+_NUMBER = re.compile(r"\d{1,9}")
 Sample = dict[str, tars.Member]  # of one key: ending -> its file, images as `image`
 
 
@@ -79,7 +80,7 @@ def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
   image or the field."""
   shards = path / SPLIT / "nshards.txt"
   count = _text(shards.read_bytes(), shards).strip()
-  if not count.isdecimal() or len(count) > _DIGITS or not int(count):
+  if not _NUMBER.fullmatch(count) or not int(count):
     raise UserError(f"{shards} says {count!r:.100}; it should be the number of tars")
   # By their number, not by what lies there: a tar that was not downloaded must be missed.
   for shard in range(int(count)):
@@ -102,7 +103,7 @@ def _field_of(ending: str) -> str:
 
 def _label(member: tars.Member, classes: int) -> int:
   text = _bytes(member).decode(errors="replace").strip()
-  if not text.isdecimal() or len(text) > _DIGITS or int(text) >= classes:
+  if not _NUMBER.fullmatch(text) or int(text) >= classes:
     raise UserError(f"{member.path} has the label {text!r:.100}; there are {classes} classes, counted from 0")
   return int(text)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -25,18 +25,7 @@ from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.transforms import Augmentation, augment, needed_side
 from diffdis_jax.errors import UserError
 
-
-class _LatentCache(write.DataSet):
-  def notices(self, parts: Sequence[Part]) -> dict[str, str]:
-    """Return the images' licences, which are those of their latents."""
-    assert isinstance(parts[0], RecordsPart)
-    file = buckets.path(parts[0].data) / write.LICENSES
-    return {write.LICENSES: file.read_text(encoding="utf-8")} if file.exists() else {}
-
-
-LATENTS = _LatentCache(
-  "latents", "The posteriors of an autoencoder over augmented views of captioned images; its metadata says which."
-)
+NAME = "latents"
 IMAGES = 1024  # of a part
 CHUNK = 256  # views encoded at a time
 Encode = Callable[[UInt8[np.ndarray, "n H W 3"]], BFloat16[np.ndarray, "n h w d"]]
@@ -63,7 +52,7 @@ class RecordsPart:
 def find_parts(data: str | os.PathLike[str]) -> list[Part]:
   """Cut every split into parts. Raises UserError: no prepared data set there, or one that holds latents itself."""
   info = records.read_info(data)
-  if info.name == LATENTS.name:
+  if info.name == NAME:
     raise UserError(f"--data={data} holds latents already; name the data set of images")
   return [
     RecordsPart(f"{split}-{start // IMAGES:05d}", split, os.fspath(data), start, min(start + IMAGES, n))
@@ -72,13 +61,11 @@ def find_parts(data: str | os.PathLike[str]) -> list[Part]:
   ]
 
 
-def features(shape: tuple[int, int, int]) -> tfds.features.FeaturesDict:
-  """Return the features of a record. bf16 is stored as the u16 of the same bits."""
-  # As bytes, since TFDS's records hold numbers as int64 else.
-  moments = tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes")
-  return tfds.features.FeaturesDict(
-    {"moments": moments, **{name: tfds.features.Text() for name in ("caption", "key", "metadata")}}
-  )
+def data_set(data: str | os.PathLike[str]) -> write.DataSet:
+  """Describe the latents of a data set, whose images' licences are theirs too."""
+  about = "The posteriors of an autoencoder over augmented views of captioned images; its metadata says which."
+  file = buckets.path(data) / write.LICENSES
+  return write.DataSet(NAME, about, licenses=file.read_text(encoding="utf-8") if file.exists() else "")
 
 
 class _Views(NamedTuple):
@@ -109,7 +96,9 @@ class LatentStage(write.Stage):
   _opened: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
   def features(self) -> tfds.features.FeaturesDict:
-    return features(self.shape)
+    # The u16 of bf16's bits, as bytes: TFDS's records hold numbers as int64 else.
+    moments = tfds.features.Tensor(shape=self.shape, dtype=np.uint16, encoding="bytes")
+    return tfds.features.FeaturesDict({"moments": moments, **write.TEXTS})
 
   def identity(self) -> dict[str, Any]:
     return {**self.facts(), "images": self.images}
@@ -130,22 +119,22 @@ class LatentStage(write.Stage):
       read = functools.partial(pool.map, functools.partial(self._views, source))
       ahead = read(chunks[0])
       for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):
-        found, ahead = list(ahead), read(following)
-        for place, each in zip(chunk, found, strict=True):
-          if isinstance(each, records.Unusable):
-            report.skip(f"{part.split}/{place}", str(each))
-        usable = [each for each in found if not isinstance(each, records.Unusable)]
+        results, ahead = list(ahead), read(following)
+        for place, error in zip(chunk, results, strict=True):
+          if isinstance(error, records.Unusable):
+            report.skip(f"{part.split}/{place}", str(error))
+        usable = [views for views in results if not isinstance(views, records.Unusable)]
         if not usable:
           continue  # nothing to stack
         # One call for the views of all images of the chunk: the network has a batch of its own.
-        moments = self.encode(np.concatenate([each.images for each in usable]))
+        moments = self.encode(np.concatenate([views.images for views in usable]))
         # All of an image's views or none, since they are found by their number.
-        for each, of_image in zip(usable, np.split(np.asarray(moments), len(usable)), strict=True):
+        for views, of_image in zip(usable, np.split(np.asarray(moments), len(usable)), strict=True):
           if is_finite(of_image):
             report.pairs += self.views
-            yield from (serialize({"moments": view.view(np.uint16), **each.record}) for view in of_image)
+            yield from (serialize({"moments": view.view(np.uint16), **views.record}) for view in of_image)
           else:
-            report.skip(each.record["key"].decode(errors="replace"), records.NOT_FINITE)
+            report.skip(views.record["key"].decode(errors="replace"), records.NOT_FINITE)
 
   def _source(self, part: RecordsPart) -> records.Pairs:
     """Open a split once for all of its parts: CC3M has 2,838, and each opening looks for all files of records."""

@@ -18,17 +18,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import json
 import pathlib
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import parts, tables
 from diffdis_jax.data.prepare.pairs import RawPair, digest
-from diffdis_jax.data.prepare.parts import ITEMS, SPLITS, FilesPart, Item, Part
+from diffdis_jax.data.prepare.parts import ITEMS, SPLITS, FilesPart, Part
 from diffdis_jax.data.prepare.tables import Asked, TablePart
 from diffdis_jax.data.prepare.write import DataSet
 from diffdis_jax.errors import UserError
@@ -54,11 +52,11 @@ def _find(source: pathlib.Path, asked: Asked) -> list[FilesPart] | list[TablePar
   if asked.captions == "folder":
     return _of_classes(source)
   if asked.captions == "filename":
-    return _by_split(source, [Item(name, _words(name)) for name in pictures])
+    return _by_split(source, [parts.file_pair(name, _words(name)) for name in pictures])
   if {*names} & {*tables.SAVED}:
     return tables.saved(source, asked)
   if listed := [name for name in names if posixpath.basename(name) in tables.LISTS]:
-    return _by_split(source, tables.items(source, listed, names, asked))
+    return _by_split(source, tables.listed_pairs(source, listed, names, asked))
   if {*map(stem, pictures)} & {*map(stem, texts)}:
     return _by_split(source, _beside(source, names, asked))
   if tar := next((name for name in names if name.endswith(".tar")), ""):
@@ -67,7 +65,7 @@ def _find(source: pathlib.Path, asked: Asked) -> list[FilesPart] | list[TablePar
   if parquet := [name for name in names if name.endswith(".parquet")]:
     return [tables.parquet(source, name, asked) for name in parquet]
   if table := next((name for name in names if tables.ending(name) in ("csv", "jsonl")), ""):
-    return _by_split(source, tables.items(source, [table], names, asked))
+    return _by_split(source, tables.listed_pairs(source, [table], names, asked))
   if pictures and not texts and all("/" in name for name in pictures):
     return _of_classes(source)
   example = f", such as {pictures[0]!r:.100}" if pictures else ""
@@ -84,29 +82,30 @@ def _words(name: str) -> str:
   return re.sub(r"\s*\d+$", "", text) or text
 
 
-def _beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Item]:
+def _beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[RawPair]:
   """Read x.txt or x.caption for x.jpg; x.json beside them is its metadata."""
   if asked.caption_fields:
     raise UserError("--caption_fields names columns of a table, and captions lie in files here; leave it out")
-  found: dict[str, dict[str, str]] = {}
+  by_key: dict[str, dict[str, str]] = {}
   for name in names:
     ending = tables.ending(name)
     field = "image" if tables.is_picture(name) else "caption" if ending in TEXTS else ending
     if field in ("image", "caption", "json"):
-      sample = found.setdefault(posixpath.splitext(name)[0], {})
-      if field in sample:
-        raise UserError(f"{source} has {sample[field]} and {name}, two files for {field} of one key; keep one")
-      sample[field] = name
-  return [_sample(source, key, files) for key, files in found.items() if files.keys() != {"json"}]
+      files = by_key.setdefault(posixpath.splitext(name)[0], {})
+      if field in files:
+        raise UserError(f"{source} has {files[field]} and {name}, two files for {field} of one key; keep one")
+      files[field] = name
+  return [_read_beside(source, key, files) for key, files in by_key.items() if files.keys() != {"json"}]
 
 
-def _sample(source: pathlib.Path, key: str, files: Mapping[str, str]) -> Item:
+def _read_beside(source: pathlib.Path, key: str, files: Mapping[str, str]) -> RawPair:
+  file = files.get("image", "")
   try:
     fields = records.read_metadata(_text(source, files["json"])) if "json" in files else {}
-    pair = parts.pair_of(key, None, [_text(source, files["caption"])] if "caption" in files else [], fields)
+    captions = [_text(source, files["caption"])] if "caption" in files else []
   except records.Unusable as error:
-    pair = RawPair(key, refused=str(error))
-  return parts.item_of(pair, files.get("image", ""))
+    return RawPair(key, refused=str(error), file=file)
+  return parts.captioned_pair(key, captions, fields, file=file)
 
 
 def _text(source: pathlib.Path, name: str) -> bytes:
@@ -117,18 +116,17 @@ def _text(source: pathlib.Path, name: str) -> bytes:
   return records.read_file(path, within=source)
 
 
-def _by_split(root: pathlib.Path, items: Sequence[Item]) -> list[FilesPart]:
-  """Group items by their first folder, where all whole pairs lie in folders with names of splits. Other files, such
+def _by_split(root: pathlib.Path, pairs: Sequence[RawPair]) -> list[FilesPart]:
+  """Group pairs by their first folder, where all whole pairs lie in folders with names of splits. Other files, such
   as a README.txt or a folder `test` without captions, are counted in one of these."""
-  folder = lambda item: (item.key or item.file).rpartition("/")[0].lower()
-  first = lambda item: folder(item).partition("/")[0]
-  whole = {first(item) for item in items if item.file and (item.caption or item.refused)}
+  first = lambda pair: posixpath.dirname(pair.key).lower().partition("/")[0]
+  whole = {first(pair) for pair in pairs if pair.file and (pair.caption or pair.refused)}
   if not whole or not whole <= SPLITS.keys():
-    return [FilesPart("", "train", root, items)]
+    return [FilesPart("", "train", root, pairs)]
   elsewhere = "train" if "train" in whole else min(whole)
-  by_split = collections.defaultdict[str, list[Item]](list)
-  for item in items:
-    by_split[first(item) if first(item) in whole else elsewhere].append(item)
+  by_split = collections.defaultdict[str, list[RawPair]](list)
+  for pair in pairs:
+    by_split[first(pair) if first(pair) in whole else elsewhere].append(pair)
   return [FilesPart("", split, root, of_split) for split, of_split in sorted(by_split.items())]
 
 
@@ -142,7 +140,7 @@ def classes(source: pathlib.Path) -> list[Part]:
     UserError: no folder, or none of images in it; splits mixed with classes, in one of them, or twice.
   """
   parts.check_folder(source, "a folder of class folders")
-  return [part for of in _of_classes(source) for part in parts.files(of.items, split=SPLITS[of.split], root=source)]
+  return [part for of in _of_classes(source) for part in parts.files(of.pairs, split=SPLITS[of.split], root=source)]
 
 
 def _of_classes(source: pathlib.Path) -> list[FilesPart]:
@@ -167,14 +165,14 @@ def _of_classes(source: pathlib.Path) -> list[FilesPart]:
     if len(inside) > 1:
       inside = ", ".join(sorted(inside))
       raise UserError(f"{source / name} has the folders {inside}; if they are splits, give it as --source")
-  by_split = collections.defaultdict[str, list[Item]](list)
+  by_split = collections.defaultdict[str, list[RawPair]](list)
   for path in sorted(paths, key=lambda path: (path[:depth], labels[path[depth]], path)):
     name = path[depth]
-    metadata = json.dumps({"label": labels[name], "class": name}, ensure_ascii=False)
-    by_split[path[0].lower() if splits else "train"].append(Item("/".join(path), name.replace("_", " "), metadata))
+    pair = parts.file_pair("/".join(path), name.replace("_", " "), **{"label": labels[name], "class": name})
+    by_split[path[0].lower() if splits else "train"].append(pair)
   if not by_split:
     raise UserError(f"no images in class folders in {source}; it should hold CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg")
-  return [FilesPart("", split, source, items) for split, items in by_split.items()]
+  return [FilesPart("", split, source, pairs) for split, pairs in by_split.items()]
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -183,37 +181,24 @@ def in_order(names: Iterable[str]) -> list[str]:
   return sorted(by_string, key=int) if all(name.isdecimal() for name in by_string) else by_string
 
 
-class _Row(NamedTuple):
-  """A row of a part of the source that begins a record. Its unit is the digest of its image, or its key where no image
-  can be read; whole are those with an image and a caption."""
+@dataclasses.dataclass(slots=True)
+class _Row:
+  """A row of the source that begins a record.
 
-  part: int
+  Attributes:
+    place: in its part.
+    unit: the digest of its image, or its key where no image can be read.
+    is_whole: whether it has an image and a caption.
+    captions: of all rows of the split that have the same image.
+    rows: how many those are.
+  """
+
   place: int
   split: str
   unit: bytes
   is_whole: bool
-
-
-@dataclasses.dataclass
-class Chosen:
-  """Some rows of a part, those of some places, with the captions of others with the same image."""
-
-  name: str
-  split: str
-  part: FilesPart | TablePart
-  places: Sequence[int]
-  joined: Mapping[int, Sequence[str]]
-
-  def identity(self) -> list[Any]:
-    chosen = hashlib.blake2b(repr((list(self.places), sorted(self.joined.items()))).encode(), digest_size=16)
-    return [self.name, *self.part.at(self.places).identity(), chosen.hexdigest()]
-
-  def __iter__(self) -> Iterator[RawPair]:
-    for place, pair in zip(self.places, self.part.at(self.places), strict=True):
-      if captions := self.joined.get(place):
-        fields = {name: value for name, value in json.loads(pair.metadata or b"{}").items() if name != "captions"}
-        pair = dataclasses.replace(parts.pair_of(pair.key, pair.image, captions, fields), joined=True)
-      yield pair
+  captions: list[str]
+  rows: int = 1
 
 
 def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
@@ -225,39 +210,54 @@ def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
   Raises:
     UserError: nothing there that can be read so, or too few pairs.
   """
-  found = _find(source, asked)
-  rows: list[_Row] = []
-  captions: dict[tuple[str, bytes], list[str]] = {}  # split and image -> those of all usable rows
-  several: set[tuple[str, bytes]] = set()
-  first: dict[tuple[int, int], tuple[str, bytes]] = {}  # part and place of the usable rows that begin a record
-  for i, part in enumerate(found):
+  uncut = _find(source, asked)
+  rows = _read_rows(uncut)
+  held = _held_out(source, [row for of_part in rows for row in of_part], asked.held_out)
+  by_split: dict[str, list[Part]] = {"train": []}
+  for part, of_part in zip(uncut, rows, strict=True):
+    chosen = collections.defaultdict[str, list[_Row]](list)
+    for row in of_part:
+      chosen["val" if row.split == "train" and row.unit in held else row.split].append(row)
+    for split, of_split in chosen.items():
+      # A table is one part for each split, since it is read from its start.
+      size = ITEMS if isinstance(part, FilesPart) else len(of_split)
+      same = by_split.setdefault(split, [])
+      for start in range(0, len(of_split), size):
+        same.append(_choose(part, f"{split}-{len(same):05d}", split, of_split[start : start + size]))
+  return [part for of_split in by_split.values() for part in of_split]
+
+
+def _read_rows(uncut: Sequence[FilesPart | TablePart]) -> list[list[_Row]]:
+  """Read all images, and return the rows of each part that begin a record."""
+  rows: list[list[_Row]] = []
+  first: dict[tuple[str, bytes], _Row] = {}  # split and image -> the first usable row
+  for part in uncut:
     split = SPLITS.get(part.split, part.split)
+    rows.append([])
     for place, pair in enumerate(parts.reading(part)):
       unit = digest(pair.image) if pair.image else b""
       # A row whose captions cannot be used stays a record of its own, which the preparation skips and counts.
-      if unit and (texts := _usable_captions(pair)):
-        if (split, unit) in captions:
-          captions[split, unit] += texts
-          several.add((split, unit))
-          continue
-        captions[split, unit], first[i, place] = texts, (split, unit)
-      is_whole = bool(pair.image and pair.caption)
-      rows.append(_Row(i, place, split, unit or pair.key.encode("utf-8", "surrogatepass"), is_whole))
-  held = _held_out(source, rows, asked.held_out)
-  places = collections.defaultdict[tuple[str, int], list[int]](list)
-  for row in rows:
-    places["val" if row.split == "train" and row.unit in held else row.split, row.part].append(row.place)
-  by_split: dict[str, list[Part]] = {}
-  for (split, i), of_part in sorted(places.items(), key=lambda each: each[0][0] != "train"):
-    of_split = by_split.setdefault(split, [])
-    # A table is one part for each split, since it is read from its start.
-    size = ITEMS if isinstance(found[i], FilesPart) else len(of_part)
-    for chosen in (of_part[start : start + size] for start in range(0, len(of_part), size)):
-      joined = {
-        place: tuple(dict.fromkeys(captions[unit])) for place in chosen if (unit := first.get((i, place))) in several
-      }
-      of_split.append(Chosen(f"{split}-{len(of_split):05d}", split, found[i], chosen, joined))
-  return [part for of_split in by_split.values() for part in of_split]
+      captions = _usable_captions(pair) if unit else []
+      if captions and (row := first.get((split, unit))):
+        row.captions += captions
+        row.rows += 1
+        continue
+      unit_or_key = unit or pair.key.encode("utf-8", "surrogatepass")
+      row = _Row(place, split, unit_or_key, bool(pair.image and pair.caption), captions)
+      rows[-1].append(row)
+      if captions:
+        first[split, unit] = row
+  return rows
+
+
+def _choose(part: FilesPart | TablePart, name: str, split: str, rows: Sequence[_Row]) -> Part:
+  """Return the part of these rows alone."""
+  joined = {row.place: tuple(dict.fromkeys(row.captions)) for row in rows if row.rows > 1}
+  places = [row.place for row in rows]
+  if isinstance(part, TablePart):
+    return dataclasses.replace(part, name=name, split=split, places=places, joined=joined)
+  pairs = [parts.join(part.pairs[i], joined[i]) if i in joined else part.pairs[i] for i in places]
+  return dataclasses.replace(part, name=name, split=split, pairs=pairs)
 
 
 def _usable_captions(pair: RawPair) -> list[str]:

@@ -29,6 +29,7 @@ class RawPair:
   Attributes:
     refused: why one of them was not read, one of records.REASONS; empty where all were.
     joined: whether its captions are those of several rows with the same image.
+    file: the name of the image's file, where it is still to be read.
   """
 
   key: str
@@ -37,6 +38,7 @@ class RawPair:
   metadata: bytes | None = None
   refused: str = ""
   joined: bool = False
+  file: str = ""
 
 
 class Record(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -16,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from absl import logging
 
-from diffdis_jax.data import paths, records
+from diffdis_jax.data import records
 from diffdis_jax.data import tars as tar_files
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, Unusable, read_file
@@ -49,51 +48,30 @@ class Part(Protocol):
     ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Item:
-  """An image file, relative to the root, with a caption and JSON.
-
-  Attributes:
-    file: empty where there is none.
-    key: of the record; by default the file.
-    refused: why what belongs to it cannot be used, one of records.REASONS.
-  """
-
-  file: str
-  caption: str = ""
-  metadata: str = "{}"
-  key: str = ""
-  refused: str = ""
-
-
 @dataclasses.dataclass
 class FilesPart:
-  """Images that lie as files under `root`. A file that is not there is a pair without an image."""
+  """Pairs whose images lie as files under `root`. A file that is not there leaves its pair without an image."""
 
   name: str
   split: str
   root: pathlib.Path
-  items: Sequence[Item]
+  pairs: Sequence[RawPair]
 
   def identity(self) -> list[Any]:
-    # Of all of them: a class that is taken out of another split moves the labels of this one.
+    # All pairs count: a class that is taken out of another split moves the labels of this one.
     digest = hashlib.blake2b(digest_size=16)
-    for item in self.items:
-      digest.update(f"{item!r}{stamp(self.root / item.file)}".encode("utf-8", "surrogatepass"))
-    return [self.name, len(self.items), digest.hexdigest()]
-
-  def at(self, places: Sequence[int]) -> FilesPart:
-    """Return the part of these items alone."""
-    return dataclasses.replace(self, items=[self.items[place] for place in places])
+    for pair in self.pairs:
+      digest.update(f"{pair!r}{stamp(self.root / pair.file)}".encode("utf-8", "surrogatepass"))
+    return [self.name, len(self.pairs), digest.hexdigest()]
 
   def __iter__(self) -> Iterator[RawPair]:
-    for item in self.items:
-      pair = RawPair(item.key or item.file, None, encode(item.caption), encode(item.metadata), item.refused)
+    for pair in self.pairs:
       try:
-        pair.image = read_file(self.root / item.file, within=self.root) if item.file else None
+        image = read_file(self.root / pair.file, within=self.root) if pair.file else None
       except Unusable as error:
-        pair.refused = str(error)
-      yield pair
+        yield dataclasses.replace(pair, refused=str(error))
+      else:
+        yield dataclasses.replace(pair, image=image)
 
 
 @dataclasses.dataclass
@@ -140,10 +118,15 @@ class TarPart:
         raise UserError(f"{self.path} changed while it was read; run the same command again when it is whole")
 
 
-def pair_of(key: str, image: bytes | None, captions: Sequence[bytes | str], fields: Mapping[str, Any]) -> RawPair:
+def file_pair(file: str, caption: str = "", **fields: Any) -> RawPair:
+  """Make the pair of an image file, whose name is the key, with its caption and further fields."""
+  return RawPair(file, None, encode(caption), encode(json.dumps(fields, ensure_ascii=False)), file=file)
+
+
+def captioned_pair(key: str, captions: Sequence[bytes | str], fields: Mapping[str, Any], **how: Any) -> RawPair:
   """Make a pair with these captions, of which empty ones do not count; several become the field `captions`.
 
-  A caption that is not UTF-8 is the reason why the pair is refused, where it is one of several.
+  Of several captions one that is not UTF-8 is the reason why the pair is refused. `how` has further fields of RawPair.
   """
   raw = [text if isinstance(text, bytes) else encode(text) for text in captions]
   raw = [text for text in raw if text.strip()]
@@ -151,16 +134,14 @@ def pair_of(key: str, image: bytes | None, captions: Sequence[bytes | str], fiel
     try:
       fields = {**fields, "captions": [records.read_caption(text) for text in raw]}
     except Unusable as error:
-      return RawPair(key, image, refused=str(error))
-  return RawPair(key, image, raw[0] if raw else None, encode(json.dumps(fields, ensure_ascii=False)))
+      return RawPair(key, refused=str(error), **how)
+  return RawPair(key, caption=raw[0] if raw else None, metadata=encode(json.dumps(fields, ensure_ascii=False)), **how)
 
 
-def item_of(pair: RawPair, file: str) -> Item:
-  """Make an item of a pair whose image is this file."""
-  caption, metadata = (
-    data.decode("utf-8", "surrogateescape") for data in (pair.caption or b"", pair.metadata or b"{}")
-  )
-  return Item(file, caption, metadata, pair.key, pair.refused)
+def join(pair: RawPair, captions: Sequence[str]) -> RawPair:
+  """Give a pair the captions of all rows with its image."""
+  fields = {name: value for name, value in json.loads(pair.metadata or b"{}").items() if name != "captions"}
+  return captioned_pair(pair.key, captions, fields, image=pair.image, file=pair.file, joined=True)
 
 
 def reading(part: Iterable[Any]) -> Iterator[Any]:
@@ -199,8 +180,7 @@ def tars(source: pathlib.Path) -> list[Part]:
   check_folder(source, "a folder of webdataset tars")
   by_split = collections.defaultdict(list)
   # Without hidden ones, such as macOS leaves on other disks.
-  for path in sorted(path for path in source.glob("*.tar") if not paths.is_hidden(path.name)):
-    check_file(path)
+  for path in sorted(path for path in source.glob("*.tar") if not tar_files.is_hidden(path.name)):
     match = _TAR_NAME.fullmatch(path.name)
     split = match and (match[1] or "train")
     # `all` is TFDS's own name for the union of splits.
@@ -212,13 +192,12 @@ def tars(source: pathlib.Path) -> list[Part]:
   return [part for parts in by_split.values() for part in parts]
 
 
-def files(items: Iterable[Item], *, split: str, root: pathlib.Path) -> list[Part]:
+def files(pairs: Sequence[RawPair], *, split: str, root: pathlib.Path) -> list[Part]:
   """Cut loose files of one split into parts, in order."""
-  # Cut as they are read: a table may have millions of rows.
-  items, found = iter(items), []
-  while chunk := tuple(itertools.islice(items, ITEMS)):
-    found.append(FilesPart(f"{split}-{len(found):05d}", split, root, chunk))
-  return found
+  return [
+    FilesPart(f"{split}-{number:05d}", split, root, pairs[start : start + ITEMS])
+    for number, start in enumerate(range(0, len(pairs), ITEMS))
+  ]
 
 
 def names_below(folder: pathlib.Path) -> Iterator[str]:
@@ -232,18 +211,12 @@ def names_below(folder: pathlib.Path) -> Iterator[str]:
     raise error
 
   for path, below, names in os.walk(folder, onerror=stop):
-    below[:] = sorted(name for name in below if not paths.is_hidden(name))
+    below[:] = sorted(name for name in below if not tar_files.is_hidden(name))
     for name in below:
       if os.path.islink(os.path.join(path, name)):  # which might lead around in a circle
         logging.warning("%s is a link to a folder, and left out; copy or mount it there", os.path.join(path, name))
     inside = pathlib.Path(path).relative_to(folder).as_posix()
-    yield from (posixpath.normpath(f"{inside}/{name}") for name in sorted(names) if not paths.is_hidden(name))
-
-
-def check_file(path: pathlib.Path) -> None:
-  """Refuse a pipe, a device or a folder in the place of a file. Raises UserError."""
-  if path.exists() and not path.is_file():
-    raise UserError(f"{path} is no plain file; put one in its place, or take it out of --source")
+    yield from (posixpath.normpath(f"{inside}/{name}") for name in sorted(names) if not tar_files.is_hidden(name))
 
 
 def check_folder(source: pathlib.Path, what: str) -> None:

@@ -7,15 +7,15 @@ which training samples one each time.
 from __future__ import annotations
 
 import collections
-import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.common import files
+from diffdis_jax.common.files import read_json
 from diffdis_jax.data.prepare import parts
-from diffdis_jax.data.prepare.parts import SPLITS, Item, Part
+from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data.prepare.parts import SPLITS, Part
 from diffdis_jax.data.prepare.write import DataSet
 from diffdis_jax.errors import UserError
 
@@ -74,52 +74,50 @@ def find_coco(source: pathlib.Path) -> list[Part]:
   # Karpathy's splits first, by which retrieval is measured; the annotations of both years may lie beside them.
   if (source / "dataset_coco.json").exists():
     return _karpathy(source / "dataset_coco.json", images)
-  found: list[Part] = []
+  by_split: dict[str, list[RawPair]] = {}
   for table in sorted([*source.glob("captions_*.json"), *source.glob("annotations/captions_*.json")]):
     if match := _COCO_FILE.fullmatch(table.name):
       # 2014 and 2017 part the same images differently, so that one's training images are the other's validation.
-      if any(part.split == match[1] for part in found):
+      if match[1] in by_split:
         raise UserError(f"{source} has two files of split {match[1]}; keep those of one year")
-      found += parts.files(_coco_items(table, f"{match[1]}{match[2]}"), split=match[1], root=images)
-  if not found:
+      by_split[match[1]] = _coco_pairs(table, f"{match[1]}{match[2]}")
+  if not by_split:
     raise UserError(f"no annotations/captions_train2017.json and no dataset_coco.json in {source}")
-  return found
+  return _cut(by_split, images)
 
 
-def _read(table: pathlib.Path) -> Any:
-  parts.check_file(table)
-  return files.read_json(table)
+def _cut(by_split: Mapping[str, Sequence[RawPair]], root: pathlib.Path) -> list[Part]:
+  return [part for split, pairs in by_split.items() for part in parts.files(pairs, split=split, root=root)]
 
 
 def _karpathy(table: pathlib.Path, root: pathlib.Path) -> list[Part]:
-  by_split: dict[str, list[Item]] = collections.defaultdict(list)
+  by_split: dict[str, list[RawPair]] = collections.defaultdict(list)
   try:
-    for image in _read(table)["images"]:
+    for image in read_json(table)["images"]:
       # As the field trains on: `restval` is what of val2014 Karpathy left for training.
       split = "train" if image["split"] == "restval" else image["split"]
       if not isinstance(split, str):
         raise TypeError(f"split {split!r}")
       file = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-      by_split[split].append(_item(file, [sentence["raw"] for sentence in image["sentences"]], image.get("imgid")))
+      by_split[split].append(_pair(file, [sentence["raw"] for sentence in image["sentences"]], image.get("imgid")))
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{table} is not of the form of Karpathy's splits: {error!r}") from error
-  return [part for split, items in sorted(by_split.items()) for part in parts.files(items, split=split, root=root)]
+  return _cut(dict(sorted(by_split.items())), root)
 
 
-def _coco_items(table: pathlib.Path, folder: str) -> Iterator[Item]:
+def _coco_pairs(table: pathlib.Path, folder: str) -> list[RawPair]:
   try:
-    content: Any = _read(table)
+    content: Any = read_json(table)
     captions = collections.defaultdict(list)
     for annotation in content["annotations"]:
       captions[annotation["image_id"]].append(annotation["caption"])
-    for image in sorted(content["images"], key=lambda image: image["id"]):
-      yield _item(f"{folder}/{image['file_name']}", captions[image["id"]], image["id"])
+    images = sorted(content["images"], key=lambda image: image["id"])
+    return [_pair(f"{folder}/{image['file_name']}", captions[image["id"]], image["id"]) for image in images]
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{table} is not of the form of COCO's captions: {error!r}") from error
 
 
-def _item(file: str, captions: list[str], number: Any) -> Item:
+def _pair(file: str, captions: list[str], number: Any) -> RawPair:
   # An image whose captions are all empty becomes a pair without one, which the preparation counts.
   captions = [caption.strip() for caption in captions if caption.strip()]
-  metadata = json.dumps({"captions": captions, "image_id": number}, ensure_ascii=False)
-  return Item(file, captions[0] if captions else "", metadata)
+  return parts.file_pair(file, captions[0] if captions else "", captions=captions, image_id=number)

@@ -1,4 +1,4 @@
-"""Tables of one's own pictures: images in columns, which Hugging Face's datasets reads, and lists of files.
+"""Tables of one's own pictures: images in columns, which pyarrow reads, and lists of files.
 
 Lists in text are read by Python's csv and json, which leave a value as it is written: "007" stays no number 7, and a
 date no time.
@@ -9,21 +9,20 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import glob
 import hashlib
+import itertools
 import pathlib
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.data import image_files
-from diffdis_jax.data.paths import leads_out
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import SPLITS, Item
-from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, TOO_LARGE, texts_of
+from diffdis_jax.data.prepare.parts import SPLITS
+from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, TOO_LARGE, leads_out, texts_of
 from diffdis_jax.errors import UserError, not_installed, parse_json
 
 SAVED = ("dataset_dict.json", "state.json")  # of datasets' save_to_disk
@@ -32,6 +31,7 @@ IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture"
 CAPTIONS = ("caption", "text")  # columns, of which the first that is there counts
 FILES = ("file_name", "filename", "file", "filepath", "file_path", "path", "image", "image_path", "image_file", "img")
 HELD_OUT = 0.05
+_AT_ONCE = 100  # rows, of which each may be a whole image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,36 +63,35 @@ class TablePart:
   """The rows of a file with images in a column, or those of some places, which rise.
 
   Attributes:
-    name: of its keys, which are NAME/KEY, or NAME/ROW where it has no column `key`.
+    prefix: of the keys, which are PREFIX/KEY, or PREFIX/ROW where the file has no column `key`.
     image, captions, others: columns; the last become metadata.
+    places: numbers of the rows; None for all.
+    joined: place -> the captions of all rows with the same image.
   """
 
-  path: pathlib.Path
-  split: str
   name: str
+  split: str
+  path: pathlib.Path
+  prefix: str
   image: str
   captions: tuple[str, ...]
   others: tuple[str, ...]
   places: Sequence[int] | None = None
+  joined: Mapping[int, Sequence[str]] = dataclasses.field(default_factory=dict)
 
   def identity(self) -> list[Any]:
-    places = hashlib.blake2b(repr(self.places).encode(), digest_size=16).hexdigest()
-    return [self.path.name, *parts.stamp(self.path), places, *self.captions]
-
-  def at(self, places: Sequence[int]) -> TablePart:
-    """Return the part of these rows alone."""
-    return dataclasses.replace(self, places=list(places))
+    rows = repr((self.places, sorted(self.joined.items())))
+    digest = hashlib.blake2b(rows.encode(), digest_size=16).hexdigest()
+    return [self.path.name, *parts.stamp(self.path), digest, *self.captions]
 
   def __iter__(self) -> Iterator[RawPair]:
-    left = None if self.places is None else {*self.places}
-    with _readable(self.path):
-      columns = dict.fromkeys((self.image, *self.captions, *self.others, "key"))
-      for number, row in enumerate(_rows(self.path, columns)):
-        if left is not None and not left:
-          return
-        if left is None or number in left:
-          left = left and left - {number}
-          yield self._pair(f"{self.name}/{row.get('key', number)}", row)
+    wanted = None if self.places is None else {*self.places}
+    stop = None if self.places is None else self.places[-1] + 1
+    rows = _rows(self.path, {self.image, *self.captions, *self.others, "key"})
+    for number, row in enumerate(itertools.islice(rows, stop)):
+      if wanted is None or number in wanted:
+        pair = self._pair(f"{self.prefix}/{row.get('key', number)}", row)
+        yield parts.join(pair, self.joined[number]) if number in self.joined else pair
 
   def _pair(self, key: str, row: Mapping[str, Any]) -> RawPair:
     image = row[self.image]
@@ -100,7 +99,7 @@ class TablePart:
     if image is not None and len(image) > MOST_BYTES:
       return RawPair(key, refused=TOO_LARGE)
     fields = {name: row[name] for name in self.others if is_plain(row[name])}
-    return parts.pair_of(key, image, texts_of(row, self.captions), fields)
+    return parts.captioned_pair(key, texts_of(row, self.captions), fields, image=image)
 
 
 def is_plain(value: Any) -> bool:
@@ -121,27 +120,19 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
     raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; copy it again") from error
 
 
-def _open(path: pathlib.Path, **how: Any) -> Any:
-  """Open a file of rows as a datasets.IterableDataset."""
-  import datasets
+def _rows(path: pathlib.Path, columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+  """Yield the rows of a parquet file, or of an arrow file of datasets, with those of these columns that there are."""
+  with _readable(path):
+    import pyarrow
+    import pyarrow.parquet
 
-  if path.suffix == ".arrow":
-    return datasets.Dataset.from_file(str(path)).to_iterable_dataset()
-  file = glob.escape(str(path))  # which datasets takes for a pattern
-  return datasets.load_dataset("parquet", data_files=[file], split="train", streaming=True, **how)
-
-
-def _rows(path: pathlib.Path, wanted: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-  """Yield the rows of a file, with images as they are stored, of those columns that there are."""
-  import pyarrow.parquet
-
-  rows = _open(path)
-  columns = [name for name in rows.features if name in wanted]
-  if path.suffix == ".parquet":
-    if not pyarrow.parquet.read_metadata(path).num_rows:  # of which datasets makes an error
-      return
-    rows = _open(path, columns=columns)
-  yield from rows.select_columns(columns).decode(False)
+    if path.suffix == ".arrow":
+      batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+    else:
+      batches = pyarrow.parquet.ParquetFile(path).iter_batches(_AT_ONCE, columns=columns and list(columns))
+    for batch in batches:
+      names = [name for name in batch.schema.names if columns is None or name in columns]
+      yield from batch.select(names).to_pylist()
 
 
 def parquet(source: pathlib.Path, name: str, asked: Asked) -> TablePart:
@@ -160,7 +151,7 @@ def saved(source: pathlib.Path, asked: Asked) -> list[TablePart]:
     loaded: Any = datasets.load_from_disk(str(source))
     # datasets calls a part or a sum of its splits train[:10%] or train+test.
     by_split = loaded if isinstance(loaded, dict) else {re.split(r"\W", str(loaded.split or "train"))[0]: loaded}
-    files = [(pathlib.Path(file["filename"]), split) for split, each in by_split.items() for file in each.cache_files]
+    files = [(pathlib.Path(file["filename"]), split) for split, of in by_split.items() for file in of.cache_files]
   if outside := [path for path, _ in files if leads_out(path, source)]:
     raise UserError(f"{source} names {outside[0]}, which is not below it; write it again by save_to_disk")
   return [
@@ -168,26 +159,30 @@ def saved(source: pathlib.Path, asked: Asked) -> list[TablePart]:
   ]
 
 
-def _table(path: pathlib.Path, split: str, name: str, asked: Asked) -> TablePart:
-  parts.check_file(path)
+def _table(path: pathlib.Path, split: str, prefix: str, asked: Asked) -> TablePart:
   with _readable(path):
-    columns: dict[str, Any] = dict(_open(path).features)
-  images = [column for column, kind in columns.items() if _is_image(kind)]
+    import pyarrow
+    import pyarrow.parquet
+
+    is_arrow = path.suffix == ".arrow"
+    schema = pyarrow.ipc.open_stream(str(path)).schema if is_arrow else pyarrow.parquet.read_schema(path)
+  images = [field.name for field in schema if _is_image(field.type)]
   image = next((column for column in IMAGES if column in images), images[0] if len(images) == 1 else "")
   if not image:
     raise UserError(
       f"{path} has no column with an image, its bytes or a struct that has them; its columns are"
-      f" {', '.join(columns) or 'none'}"
+      f" {', '.join(schema.names) or 'none'}"
     )
-  rest = [column for column in columns if column not in images]
+  rest = [column for column in schema.names if column not in images]
   captions = caption_fields(str(path), rest, asked)
-  return TablePart(path, split, name, image, captions, _others(rest, captions, asked))
+  return TablePart("", split, path, prefix, image, captions, _others(rest, captions, asked))
 
 
 def _is_image(kind: Any) -> bool:
-  if isinstance(kind, dict):
-    return "bytes" in kind and _is_image(kind["bytes"])
-  return type(kind).__name__ == "Image" or "binary" in str(getattr(kind, "dtype", ""))
+  """Say whether a column of this type has bytes, or structs with a field `bytes`, as datasets stores them."""
+  is_struct = str(kind).startswith("struct<")
+  kinds = [str(field.type) for field in kind if field.name == "bytes"] if is_struct else [str(kind)]
+  return any("binary" in kind for kind in kinds)
 
 
 def caption_fields(where: str, columns: Sequence[str], asked: Asked) -> tuple[str, ...]:
@@ -210,7 +205,7 @@ def _others(names: Sequence[str], captions: Sequence[str], asked: Asked) -> tupl
   return tuple(name for name in names if name not in left_out)
 
 
-def items(source: pathlib.Path, listed: Sequence[str], names: Sequence[str], asked: Asked) -> list[Item]:
+def listed_pairs(source: pathlib.Path, lists: Sequence[str], names: Sequence[str], asked: Asked) -> list[RawPair]:
   """Read lists of files, each of pictures in its folder or below. A picture that no row names is one without a caption.
 
   Raises:
@@ -219,41 +214,36 @@ def items(source: pathlib.Path, listed: Sequence[str], names: Sequence[str], ask
   # Windows parts folders by a backslash, and macOS writes an accent as a character of its own.
   form = lambda name: unicodedata.normalize("NFC", name.replace("\\", "/"))
   there = {form(name): name for name in names if is_picture(name)}
-  found: list[Item] = []
-  for table in listed:
-    folder, column, captions = posixpath.dirname(table), "", ()
-    for number, row in enumerate(_list(source / table), 1):
-      if not found or not column:
-        usual = [name for name in FILES if name in row]
-        column = next((name for name in (*usual, *row) if form(posixpath.join(folder, f"{row[name]}")) in there), "")
-        column = column or next(iter(usual), "")
-        if not column:
-          raise UserError(
-            f"{source / table} has no column of files, such as {FILES[0]}; its columns are {', '.join(row)}"
-          )
-        others = [name for name in row if name != column]
+  pairs: list[RawPair] = []
+  for name in lists:
+    table, folder, column, captions = source / name, posixpath.dirname(name), "", ()
+    for number, row in enumerate(_list(table), 1):
+      if not column:
+        usual = [field for field in FILES if field in row]
+        in_folder = (field for field in (*usual, *row) if form(posixpath.join(folder, f"{row[field]}")) in there)
+        if not (column := next(in_folder, next(iter(usual), ""))):
+          raise UserError(f"{table} has no column of files, such as {FILES[0]}; its columns are {', '.join(row)}")
+        others = [field for field in row if field != column]
         is_clear = len(others) == 1 and not asked.caption_fields
-        captions = (others[0],) if is_clear else caption_fields(f"{source / table}", others, asked)
+        captions = (others[0],) if is_clear else caption_fields(f"{table}", others, asked)
       file = row.get(column)
       if not isinstance(file, str) or not file:
-        raise UserError(f"{source / table}, row {number} has no {column}; its columns are {', '.join(row)}")
+        raise UserError(f"{table}, row {number} has no {column}; its columns are {', '.join(row)}")
       key = posixpath.normpath(posixpath.join(folder, file))
       key = there.get(form(key), key)
-      plain = [name for name, value in row.items() if name != column and is_plain(value)]
-      fields = {name: row[name] for name in _others(plain, captions, asked)}
-      found.append(parts.item_of(parts.pair_of(key, None, texts_of(row, captions), fields), key))
-  if not found:
-    raise UserError(f"{source / listed[0]} has no rows; each is a {FILES[0]} and a caption")
-  named = {item.file for item in found}
-  return found + [Item(name) for name in names if is_picture(name) and name not in named]
+      plain = [field for field, value in row.items() if field != column and is_plain(value)]
+      fields = {field: row[field] for field in _others(plain, captions, asked)}
+      pairs.append(parts.captioned_pair(key, texts_of(row, captions), fields, file=key))
+  if not pairs:
+    raise UserError(f"{source / lists[0]} has no rows; each is a {FILES[0]} and a caption")
+  named = {pair.file for pair in pairs}
+  return pairs + [parts.file_pair(name) for name in names if is_picture(name) and name not in named]
 
 
 def _list(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   """Yield the rows of a list. Raise UserError: it cannot be read."""
-  parts.check_file(path)
   if path.suffix == ".parquet":
-    with _readable(path):
-      yield from _open(path)
+    yield from _rows(path)
   elif path.suffix == ".csv":
     yield from _rows_of_csv(path)
   else:

@@ -15,7 +15,6 @@ import importlib
 import itertools
 import json
 import multiprocessing
-import os
 import pathlib
 import re
 import shutil
@@ -36,22 +35,19 @@ from diffdis_jax.data.prepare.parts import Part, TarPart, reading
 from diffdis_jax.errors import UserError
 
 VERSION = "1.1.0"
-LICENSES = "LICENSES.md"  # a notice beside the records
+LICENSES = "LICENSES.md"
 FIRST = 10  # skipped pairs that a report names, of each reason
+TEXTS = {name: tfds.features.Text() for name in ("caption", "key", "metadata")}  # features of every record
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-  """A data set as its folder describes it. A subclass may add notices."""
+  """A data set as its folder describes it. `licenses` is the text of LICENSES.md, which lies beside the records."""
 
   name: str
   description: str
   homepage: str = ""
-
-  def notices(self, parts: Sequence[Part]) -> dict[str, str]:
-    """Return text files that belong beside the records, such as licences: name -> content."""
-    del parts
-    return {}
+  licenses: str = ""
 
 
 PAIRS = DataSet(
@@ -106,14 +102,6 @@ class Report:
     return ", ".join(f"{count} with {reason}" for reason, count in self.skipped.items())
 
 
-def features() -> tfds.features.FeaturesDict:
-  """Return the features of a record: encoded image, caption, key (the place of the pair), and the json as text."""
-  text = tfds.features.Text
-  return tfds.features.FeaturesDict(
-    {"image": tfds.features.Image(), "caption": text(), "key": text(), "metadata": text()}
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """A folder of parts' files. It can be pickled: a worker gets it and a part.
@@ -127,8 +115,8 @@ class Stage:
   short_side: int | None = None
 
   def features(self) -> tfds.features.FeaturesDict:
-    """Return the features of a record."""
-    return features()
+    """Return the features of a record: encoded image, caption, key (the place of the pair), and the json as text."""
+    return tfds.features.FeaturesDict({"image": tfds.features.Image(), **TEXTS})
 
   def identity(self) -> dict[str, Any]:
     """Return JSON of all settings that change what is written."""
@@ -249,13 +237,8 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
   context = multiprocessing.get_context("spawn")
   pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=signals.begin_worker)
   try:
-    try:
-      with signals.starting_workers():  # as the first parts are handed in
-        futures = {pool.submit(stage.write, part): part for part in parts}
-    except OSError as error:
-      raise UserError(
-        f"{workers} processes cannot be started: {error.strerror or error}; give a smaller --num_processes"
-      ) from error
+    with signals.starting_workers():  # as the first parts are handed in
+      futures = {pool.submit(stage.write, part): part for part in parts}
     for future in concurrent.futures.as_completed(futures):
       yield futures[future], future.result()
   except KeyboardInterrupt:  # or SIGTERM: a part that is half done is done again; the shutdown would wait for it
@@ -310,12 +293,7 @@ def prepare(
   """
   _check(parts, beam_options)
   out = out.resolve()
-  if os.fsencode(out).decode(errors="ignore") != os.fspath(out):
-    raise UserError(f"--out={os.fspath(out)!r} is not in UTF-8, where no record can be written; name another folder")
   partial = out.with_name(f".{out.name}.partial")
-  if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
-    shutil.rmtree(partial)
-    return {name: Report(**report) for name, report in files.read_json(out / "report.json").items()}
   files.empty_folder(out)
   stage = make_stage(partial / "parts")
   with files.writing(f"--out={out}"):
@@ -334,7 +312,7 @@ def prepare(
 
 
 def _check(parts: Sequence[Part], beam_options: Sequence[str]) -> None:
-  """Raise UserError: there is no part, a split's name is none, or Apache Beam is asked for and not installed."""
+  """Raise UserError where there is no part, a split's name is none, or Apache Beam is asked for and not installed."""
   if not parts:
     raise UserError("--source has no pair")
   for split in {part.split for part in parts}:
@@ -350,6 +328,7 @@ def _check(parts: Sequence[Part], beam_options: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _only_process(partial: pathlib.Path) -> Iterator[None]:
+  """Hold the lock of a preparation. Raise UserError: another process holds it."""
   with open(partial / "lock", "w") as lock:
     try:
       files.lock(lock, wait=False)
@@ -406,8 +385,8 @@ def _fill(
     disable_shuffling=True,
     metadata=tfds.core.MetadataDict({**as_json, **stage.facts()}),
   )
-  for name, text in data_set.notices(parts).items():
-    files.write_whole(folder / name, text.encode())
+  if data_set.licenses:
+    files.write_whole(folder / LICENSES, data_set.licenses.encode())
   files.write_json(folder / "report.json", as_json)
   return reports
 

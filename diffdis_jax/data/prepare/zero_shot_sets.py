@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.data.layouts.class_lists import ClassList
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import Item, Part
+from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.prepare.write import DataSet
 from diffdis_jax.errors import UserError, not_installed
 
@@ -78,8 +77,7 @@ class PixelsPart:
     texts = _texts(images.classes, self.set_name, self.root)
     for index in range(self.first, self.first + self.count):
       image, label = images[index]
-      caption, metadata = texts[label]
-      yield RawPair(f"{index:08d}", image_files.png(image), caption.encode(), metadata.encode())
+      yield dataclasses.replace(texts[label], key=f"{index:08d}", image=image_files.png(image))
 
 
 def find_parts(set_name: str, source: pathlib.Path) -> list[Part]:
@@ -100,7 +98,8 @@ def find_parts(set_name: str, source: pathlib.Path) -> list[Part]:
   files = [(os.path.relpath(file, source), label) for file, label in (images[i] for i in range(len(images)))]
   if set_name == "sun397":  # whose files torchvision takes in whatever order the disk gives
     files.sort()
-  return parts.files([Item(file, *texts[label]) for file, label in files], split=split, root=source)
+  pairs = [dataclasses.replace(texts[label], key=file, file=file) for file, label in files]
+  return parts.files(pairs, split=split, root=source)
 
 
 @functools.lru_cache(maxsize=1)  # by each process, for all of its parts
@@ -115,18 +114,11 @@ def _open(set_name: str, root: pathlib.Path) -> Any:
     raise UserError(f"torchvision cannot read {set_name} in --source={root}: {error!r:.300}") from error
 
 
-class _Texts(NamedTuple):
-  caption: str
-  metadata: str
-
-
-def _texts(classes: Sequence[str], set_name: str, root: pathlib.Path) -> list[_Texts]:
-  """Return the caption and the metadata of each class of the data. Raises UserError: other classes than the set's."""
+def _texts(classes: Sequence[str], set_name: str, root: pathlib.Path) -> list[RawPair]:
+  """Return a pair without an image for each class of the data. Raises UserError: other classes than the set's."""
   known: ClassList = class_lists.load()[set_name]
   places = class_lists.match(classes, known, where=f"{set_name} in --source={root}").tolist()
   # `class` is the data's own name: evaluations look it up as one of the published set.
   names = known.names_in_data or known.classnames
-  return [
-    _Texts(known.classnames[place], json.dumps({"label": place, "class": names[place]}, ensure_ascii=False))
-    for place in places
-  ]
+  fields = lambda place: {"label": place, "class": names[place]}
+  return [parts.file_pair("", known.classnames[place], **fields(place)) for place in places]

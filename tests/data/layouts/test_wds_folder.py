@@ -94,12 +94,6 @@ def test_damage_is_one_line(tmp_path, file, content, message):
   assert "\n" not in str(error.value)
 
 
-def test_a_sample_without_its_label(tmp_path):
-  write_wds(tmp_path / "pets", [{"png": picture(0), "cls": b"0"}, {"png": picture(1)}], classnames=PETS)
-  with pytest.raises(UserError, match="0.tar: s0000001 has no cls"):
-    sources.open_source(name="pets", path=tmp_path, image_size=8)
-
-
 def test_a_tar_in_another_order_and_one_that_is_cut_off(tmp_path):
   write(tmp_path / "pets")
   path = tmp_path / "pets/test/0.tar"

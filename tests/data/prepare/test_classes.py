@@ -6,8 +6,7 @@ import pytest
 
 from diffdis_jax.data.prepare import own, write
 from diffdis_jax.errors import UserError
-from tests.data.prepare.test_own_pictures import put
-from tests.raw_pairs import load, picture
+from tests.raw_pairs import load, picture, put
 
 
 def test_class_folders(tmp_path):
@@ -22,16 +21,6 @@ def test_class_folders(tmp_path):
   put(tmp_path / "raw" / "dog" / "a.png", picture(0))
   with pytest.raises(UserError, match="mixes splits and classes: dog, train, val; if all are classes, move them into"):
     own.classes(tmp_path / "raw")
-
-
-def test_splits_in_capitals_are_no_classes(tmp_path):
-  for name in ("Train/cat", "TEST/cat"):
-    put(tmp_path / name / "a.png", picture(0))
-  found = {part.split: [pair.caption for pair in part] for part in own.classes(tmp_path)}
-  assert found == {"train": [b"cat"], "test": [b"cat"]}
-  put(tmp_path / "train" / "dog" / "a.png", picture(0))
-  with pytest.raises(UserError, match="has TEST and Train and train, two of one split"):
-    own.classes(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["valid", "Validation"])
@@ -53,17 +42,6 @@ def test_a_source_one_folder_too_high_is_no_class(tmp_path):
   assert {part.split for part in own.classes(tmp_path / "imagenette")} == {"train", "val"}
 
 
-def test_what_an_editor_or_a_system_hides_is_no_class_and_no_image(tmp_path):
-  for name in ("cat/1.png", "dog/1.png", "cat/._1.png", ".ipynb_checkpoints/1.png", "__MACOSX/cat/1.png"):
-    put(tmp_path / "alone" / name, picture(0))
-    put(tmp_path / "split" / "train" / name, picture(0))
-  put(tmp_path / "split" / ".git" / "1.png", picture(0))
-  for source, begin in ((tmp_path / "alone", ""), (tmp_path / "split", "train/")):
-    (part,) = own.classes(source)
-    found = [(item.file, json.loads(item.metadata)["label"]) for item in part.items]
-    assert found == [(f"{begin}cat/1.png", 0), (f"{begin}dog/1.png", 1)]
-
-
 @pytest.mark.parametrize(
   ("names", "numbered"),
   [
@@ -80,6 +58,6 @@ def test_class_folders_named_by_numbers_are_numbered_in_their_order(tmp_path, na
   found = own.classes(tmp_path)
   assert [part.split for part in found] == ["train", "val"]
   for part in found:
-    fields = [json.loads(item.metadata) for item in part.items]
+    fields = [json.loads(pair.metadata) for pair in part.pairs]
     assert [field["class"] for field in fields] == list(numbered)
     assert [field["label"] for field in fields] == [0, 1, 2, 3][: len(names)]

@@ -5,19 +5,17 @@ import json
 
 import pytest
 
-from configs import clip_cc3m, diffdis_cc3m
-from diffdis_jax.data import sources
 from diffdis_jax.data.prepare import own, published, write
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.retrieval import Retrieval
+from tests import raw_pairs
 from tests.raw_pairs import load, picture, write_tar
 
 FIVE = [f"caption {i}" for i in range(5)]
 
 
 def put(path, content):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+  raw_pairs.put(path, content if isinstance(content, bytes) else json.dumps(content))
 
 
 def karpathy(split, file, number, **fields):
@@ -27,11 +25,8 @@ def karpathy(split, file, number, **fields):
 
 @pytest.mark.parametrize("folder", ["flickr30k-images", "Images", ""])
 def test_flickr30k(tmp_path, folder):
-  table = {
-    "dataset": "flickr30k",
-    "images": [karpathy(split, f"{i}.jpg", i) for i, split in enumerate(["train", "test"])],
-  }
-  put(tmp_path / "dataset_flickr30k.json", table)
+  images = [karpathy(split, f"{i}.jpg", i) for i, split in enumerate(["train", "test"])]
+  put(tmp_path / "dataset_flickr30k.json", {"dataset": "flickr30k", "images": images})
   for i in range(2):
     put(tmp_path / folder / f"{i}.jpg", picture(i, "JPEG"))
   write.prepare(published.find_flickr30k(tmp_path), tmp_path / "out", data_set=published.FLICKR30K)
@@ -98,21 +93,3 @@ def test_images_of_cc3m_are_stored_smaller(tmp_path):
   assert load(tmp_path / "out", "train")[0]["caption"] == "a café"
   assert load(tmp_path / "out", "val")[0]["image"] == picture(2)
   assert (tmp_path / "out" / "cc3m-train.array_record-00000-of-00001").exists()
-
-
-@pytest.mark.parametrize("config", [diffdis_cc3m, clip_cc3m])
-def test_configs_find_what_is_held_out_in_the_published_tars(tmp_path, config):
-  for name in ("train", "validation"):
-    write_tar(tmp_path / f"cc3m-{name}-0000.tar", {"0.jpg": picture(1), "0.txt": name.encode()})
-  prepare_cc3m(tmp_path, tmp_path / "out")
-  section = config.get_config(f"path={tmp_path / 'out'},held_out={tmp_path / 'out'}").evals.held_out
-  assert [record["caption"] for record in sources.open_source(**section.data)] == ["validation"]
-
-
-@pytest.mark.parametrize("name", ["cc3m-train-0000.tar", "00000.tar"])
-def test_what_macos_leaves_beside_a_file_is_no_part(tmp_path, name):
-  """On a disk of another system's it keeps a file's attributes in ._FILE."""
-  write_tar(tmp_path / name, {"0.jpg": picture(1), "0.txt": b"a"})
-  (tmp_path / f"._{name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
-  (part,) = published.find_cc3m(tmp_path)
-  assert part.split == "train" and not part.name.startswith(".")

@@ -1,11 +1,8 @@
-import concurrent.futures
-import errno
 import functools
 import gzip
 import json
 import os
 import pathlib
-import random
 import shutil
 import signal
 import subprocess
@@ -14,19 +11,15 @@ import time
 
 import pytest
 
-from diffdis_jax.common import storage
-from diffdis_jax.data.prepare import own, parts, published, write
-from diffdis_jax.data.prepare.tables import Asked
+from diffdis_jax.data.prepare import parts, write
 from diffdis_jax.errors import UserError
 from tests.interrupting import Terminal, is_alive
-from tests.raw_pairs import load, picture, write_tar
-
-CUT = ["00001"]
+from tests.raw_pairs import load, picture, write_pairs, write_tar
 
 
 @pytest.fixture
 def raw(tmp_path):
-  """Train: three good pairs and one bad of each kind in two tars, the second truncated. Val: one good pair."""
+  """Write good pairs and one bad of each kind in two tars of `train`, the second truncated, and a pair of `val`."""
   folder = tmp_path / "raw"
   folder.mkdir()
   metadata = json.dumps({"vendor": "v", "key": "inner", "tags": ["x", "ü"]}, ensure_ascii=False).encode()
@@ -60,7 +53,7 @@ def test_prepared_pairs_read_back(raw, tmp_path):
 
   report = json.loads((tmp_path / "new" / "out" / "report.json").read_text())
   assert report["train"]["pairs"] == reports["train"].pairs == 3
-  assert report["train"]["truncated"] == CUT
+  assert report["train"]["truncated"] == ["00001"]
   assert report["train"]["skipped"] == {
     "corrupt image": 1,
     "missing caption": 2,
@@ -76,15 +69,8 @@ def test_prepared_pairs_read_back(raw, tmp_path):
   assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
 
 
-@pytest.mark.slow
-def test_several_processes_write_the_same_records(raw, tmp_path):
-  reports = [prepare(raw, tmp_path / name, num_processes=n) for name, n in (("one", 1), ("two", 2))]
-  assert reports[0] == reports[1]
-  assert content(tmp_path / "one") == content(tmp_path / "two")
-
-
 def content(folder: pathlib.Path) -> list:
-  """Names of files, records of each split in order, and the report."""
+  """Return the names of files, the records of each split in order, and the report."""
   report = (folder / "report.json").read_text()
   return [sorted(path.name for path in folder.iterdir()), [load(folder, split) for split in json.loads(report)], report]
 
@@ -95,28 +81,14 @@ def test_names_and_captions_that_are_not_unicode(tmp_path):
   (folder / "0.png").write_bytes(picture(0))
   (folder / "1.png").write_bytes(picture(1))
   items = [
-    parts.Item(f"{folder.name}/0.png", "coffee"),
-    parts.Item(f"{folder.name}/1.png", "half \ud800"),
-    parts.Item(f"{folder.name}/1.png", "other", json.dumps({"class": "\ud800"}, ensure_ascii=False)),
+    parts.file_pair(f"{folder.name}/0.png", "coffee"),
+    parts.file_pair(f"{folder.name}/1.png", "half \ud800"),
+    parts.file_pair(f"{folder.name}/1.png", "other", **{"class": "\ud800"}),
   ]
   reports = write.prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "out")
   assert reports["train"].skipped == {"caption that is not UTF-8": 1, "corrupt json": 1}
   (record,) = load(tmp_path / "out", "train")
   assert (record["key"], record["caption"]) == ("caf\\udce9/0.png", "coffee")
-
-
-def test_a_tar_in_any_order_keeps_every_pair(tmp_path):
-  files = {f"{i}.{ending}": data for i in range(8) for ending, data in (("png", picture(i)), ("txt", b"%d" % i))}
-  (tmp_path / "raw").mkdir()
-  write_tar(tmp_path / "raw/0.tar", {name: files[name] for name in random.Random(0).sample(sorted(files), 16)})
-  (tmp_path / "a.jpg").touch()
-  os.truncate(tmp_path / "a.jpg", 3 * 10**9)
-  (tmp_path / "a.txt").write_text("a sparse file")
-  subprocess.run(["tar", "--sparse", "-cf", "raw/1.tar", "a.jpg", "a.txt"], cwd=tmp_path, check=True)
-  report = prepare(tmp_path / "raw", tmp_path / "out")["train"]
-  assert (report.pairs, report.skipped) == (8, {"file that is not a plain one": 1})
-  found = {record["caption"]: record["image"] for record in load(tmp_path / "out", "train")}
-  assert found == {str(i): picture(i) for i in range(8)}
 
 
 @pytest.mark.parametrize(
@@ -143,39 +115,20 @@ def test_bad_source_writes_nothing(tmp_path, files, message):
   assert [p.name for p in tmp_path.iterdir()] == ([] if files is None else ["raw"])
 
 
-@pytest.mark.parametrize("mended", [False, True])
-def test_a_split_without_a_usable_pair_loses_nothing_of_the_others(many, tmp_path, caplog, mended):
-  """It may be mended, or taken out; the records are those of a preparation that never met it."""
+def test_a_split_without_a_usable_pair_loses_nothing_of_the_others(many, tmp_path, caplog):
+  """When it is mended, the records are those of a preparation that never met it."""
   raw = shutil.copytree(many, tmp_path / "raw")
   (bad,) = raw.glob("val-*")
   whole = bad.read_bytes()
   write_tar(bad, {"0.txt": b"x", "1.png": b"z", "1.txt": b"z"})
   with pytest.raises(UserError, match="no usable pair in split val: 1 with missing image, .* out of --source$"):
     prepare(raw, tmp_path / "out")
-  if mended:
-    bad.write_bytes(whole)
-  else:
-    bad.unlink()
+  bad.write_bytes(whole)
   caplog.set_level("INFO")
   prepare(raw, tmp_path / "out")
-  assert f"resuming: 11 of {12 if mended else 11} parts are written" in caplog.text
+  assert "resuming: 11 of 12 parts are written" in caplog.text
   prepare(raw, tmp_path / "direct")
   assert content(tmp_path / "out") == content(tmp_path / "direct")
-
-
-def test_what_is_kept_of_a_split_is_not_taken_where_its_labels_have_changed(tmp_path):
-  """Classes are counted over all splits, so that taking one out may move the numbers of another's: its part is made
-  again."""
-  for split, names in (("train", "ac"), ("val", "b")):
-    for name in names:
-      (tmp_path / "raw" / split / name).mkdir(parents=True)
-      (tmp_path / "raw" / split / name / "0.png").write_bytes(picture(ord(name)) if split == "train" else b"no image")
-  start = lambda: write.prepare(own.classes(tmp_path / "raw"), tmp_path / "out")
-  with pytest.raises(UserError, match="no usable pair in split val: "):
-    start()
-  shutil.rmtree(tmp_path / "raw" / "val")
-  start()
-  assert [record["label"] for record in load(tmp_path / "out", "train")] == [0, 1]
 
 
 def test_out_must_be_free(raw, tmp_path):
@@ -191,13 +144,10 @@ def test_out_must_be_free(raw, tmp_path):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-  """Twelve tars of twenty pairs; the first picture of each tar is the same."""
+  """Write twelve tars of twenty pairs."""
   folder = tmp_path_factory.mktemp("many")
   for i in range(12):
-    content = {f"{j}.png": picture(1000 * i + j if j else 0) for j in range(20)}
-    content |= {f"{j}.txt": f"{i} {j}".encode() for j in range(20)}
-    content = dict(sorted(content.items()))
-    write_tar(folder / f"{'val' if i == 11 else 'train'}-{i:05d}.tar", content)
+    write_pairs(folder, 20, first=20 * i, tar=f"{'val' if i == 11 else 'train'}-{i:05d}.tar")
   return folder
 
 
@@ -217,6 +167,13 @@ def dying(method):
 pathlib.Path.replace = dying(pathlib.Path.replace)
 write.prepare(parts.tars(pathlib.Path(sys.argv[2])), pathlib.Path(sys.argv[3]))
 """
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_same_records(raw, tmp_path):
+  reports = [prepare(raw, tmp_path / name, num_processes=n) for name, n in (("one", 1), ("two", 2))]
+  assert reports[0] == reports[1]
+  assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -249,7 +206,7 @@ os.replace = slowly
 
 @pytest.fixture
 def unhurried(tmp_path_factory):
-  """Variables of a preparation that takes a while."""
+  """Return the variables of a preparation that takes a while."""
   folder = tmp_path_factory.mktemp("site")
   (folder / "sitecustomize.py").write_text(SITE)
   known = os.environ.get("PYTHONPATH", "")
@@ -259,7 +216,7 @@ def unhurried(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_is_one_line_and_the_same_command_goes_on(many, tmp_path, unhurried, number):
-  """From a terminal or a scheduler it reaches the workers as well; SIGKILL, as for memory, one of them alone."""
+  """A terminal or a scheduler sends it to the workers as well; SIGKILL, as for memory, hits one of them alone."""
   command = [sys.executable, "-m", "diffdis_jax.prepare_data", "pairs", f"--source={many}", f"--out={tmp_path / 'out'}"]
   with Terminal([*command, "--num_processes=2", "--quiet"], unhurried, tmp_path / "stderr") as terminal:
     terminal.wait_until(lambda: [*(tmp_path / ".out.partial" / "parts").glob("*.json")])
@@ -288,66 +245,12 @@ def _group(process: pathlib.Path) -> int | None:
     return None
 
 
-@pytest.mark.parametrize("kind", ["tar", "folder"])
-def test_a_file_of_the_same_size_is_another_where_it_was_written_later(tmp_path, kind):
-  if kind == "tar":
-    file = tmp_path / "0.tar"
-    write_tar(file, {"0.png": picture(0), "0.txt": b"x"})
-  else:
-    file = tmp_path / "class" / "0.png"
-    file.parent.mkdir()
-    file.write_bytes(picture(0))
-  find = parts.tars if kind == "tar" else own.classes
-  stage, before = write.Stage(tmp_path), file.stat()
-  assert stage.write(*find(tmp_path)) == stage.report_of(*find(tmp_path))
-  os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
-  assert stage.report_of(*find(tmp_path)) is None
-
-
-def test_data_that_do_not_come_back_are_no_failure_to_write(many, tmp_path, monkeypatch):
-  """As a latent cache reads them while it is written: an error on which launchers try again."""
-  away = storage.Away("the data could not be read for 300 s: Input/output error")
-  monkeypatch.setattr(write.Stage, "serialized", raising(away))
-  with pytest.raises(storage.Away):
-    prepare(many, tmp_path / "out")
-
-
-def raising(error: Exception):
-  def serialized(*_):
-    raise error
-    yield
-
-  return serialized
-
-
 @pytest.mark.parametrize("content", [gzip.compress(bytes(20480), mtime=0), b"<html>" * 200], ids=["gzip", "page"])
 def test_what_is_no_tar_is_named(tmp_path, content):
   for name in ("train-00000.tar", "train-00001.tar"):
     (tmp_path / name).write_bytes(content)
   with pytest.raises(UserError, match="train-00000 is cut off, damaged, or no uncompressed tar: download"):
     prepare(tmp_path, tmp_path / "out")
-
-
-def test_workers_that_cannot_be_started_are_one_line(many, tmp_path, monkeypatch):
-  class Pool(concurrent.futures.ProcessPoolExecutor):
-    def submit(self, *_, **__):
-      raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-
-  monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Pool)
-  with pytest.raises(UserError, match="2 processes cannot be started: Resource .*; give a smaller --num_processes"):
-    prepare(many, tmp_path / "out", num_processes=2)
-
-
-def test_a_pipe_in_the_place_of_a_tar_or_a_table_is_one_line(tmp_path):
-  os.mkfifo(tmp_path / "train-00000.tar")
-  with pytest.raises(UserError, match="train-00000.tar is no plain file; put one in its place, or take it out of"):
-    parts.tars(tmp_path)
-  for name in ("metadata.jsonl", "metadata.parquet", "0.parquet", "dataset_coco.json"):
-    folder = tmp_path / name.replace(".", "-")
-    folder.mkdir()
-    os.mkfifo(folder / name)
-    with pytest.raises(UserError, match=f"{name} is no plain file"):
-      published.find_coco(folder) if name == "dataset_coco.json" else own.find_parts(folder, Asked())
 
 
 def test_two_at_once(many, tmp_path):
@@ -370,7 +273,7 @@ except UserError as error:
 
 
 def test_a_disk_that_takes_no_more(many, tmp_path):
-  """Files may not grow over 2,000 bytes: to the program the same as a full disk."""
+  """A limit of 2,000 bytes a file is to the program the same as a full disk."""
   command = [sys.executable, "-c", FULL, str(many), str(tmp_path / "out")]
   done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True)
   assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr

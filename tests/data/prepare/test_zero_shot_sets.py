@@ -7,7 +7,6 @@ import pytest
 import torchvision.datasets
 from clip_benchmark.datasets import caltech101
 
-from diffdis_jax import prepare_data
 from diffdis_jax.data import sources, transforms
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.data.prepare import write, zero_shot_sets
@@ -75,15 +74,6 @@ def test_same_pixels_labels_and_order(tmp_path, unchecked, monkeypatch, name):
     assert {source[i]["image"] for i in range(len(source))} <= files
 
 
-def test_its_records_are_pairs_with_labels(tmp_path):
-  benchmark_sets.imagenet1k(tmp_path / "raw")
-  source = prepare("imagenet1k", tmp_path / "raw", tmp_path)
-  pairs = sources.open_source(name="pairs", path=tmp_path / "imagenet1k", split="val", image_size=8)
-  assert [(pairs[i]["label"], pairs[i]["class"]) for i in range(3)] == [
-    (source.labels[i], class_lists.load()["imagenet1k"].names_in_data[source.labels[i]]) for i in range(3)
-  ]
-
-
 def damage_name(root):
   (root / "food-101/meta/test.json").write_text('{"waffle": ["waffle/1"]}')
 
@@ -112,28 +102,3 @@ def test_damage_is_one_line(tmp_path, name, damage, message):
   with pytest.raises(UserError, match=message) as error:
     zero_shot_sets.find_parts(name, tmp_path)
   assert "\n" not in str(error.value)
-
-
-def test_a_folder_or_a_set_that_is_not_there(tmp_path):
-  for source, message in (
-    (tmp_path, "torchvision cannot read pets in "),
-    (tmp_path / "x", "no folder .* root of pets"),
-  ):
-    with pytest.raises(UserError, match=message):
-      zero_shot_sets.find_parts("pets", source)
-
-
-@pytest.mark.parametrize(
-  ("words", "message"),
-  [
-    ([], "takes one name of files, .*, not none"),
-    (["torchvision"], "prepare_data torchvision takes one set of cifar10, .*: diffdis prepare_data torchvision pets"),
-    (["torchvision", "mnist"], "takes one set of cifar10, "),
-    (["pets"], "takes one name of .*, not pets: diffdis prepare_data torchvision pets --source"),
-    (["coco", "pets"], "unexpected argument 'pets'"),
-  ],
-)
-def test_the_name_on_the_command_line(words, message):
-  with pytest.raises(UserError, match=message):
-    prepare_data._name(words)
-  assert prepare_data._name(["torchvision", "pets"]) == "pets"

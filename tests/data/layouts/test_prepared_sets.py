@@ -1,8 +1,7 @@
-"""Folders that prepare_data wrote, measured on."""
+"""Folders that prepare_data wrote are measured on."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 import pytest
@@ -19,7 +18,7 @@ def read(root, name):
 
 
 def write_classes(root: pathlib.Path, name: str, classes, split: str = "test") -> pathlib.Path:
-  """A prepared set of one picture a class, whose seed is its place."""
+  """Prepare a set of one picture a class, whose seed is its place."""
   for place, each in enumerate(classes):
     (root / "raw" / split / each).mkdir(parents=True)
     (root / "raw" / split / each / "a.png").write_bytes(picture(place))
@@ -47,7 +46,7 @@ def test_captions_that_prepare_data_wrote(tmp_path):
   items = []
   for i, captions in enumerate(texts):
     (tmp_path / f"{i}.png").write_bytes(picture(i))
-    items.append(parts.Item(f"{i}.png", captions[0], json.dumps({"captions": captions})))
+    items.append(parts.file_pair(f"{i}.png", captions[0], captions=captions))
   found = [part for split in ("test", "train") for part in parts.files(items, split=split, root=tmp_path)]
   write.prepare(found, tmp_path / "coco")
   source = read(tmp_path, "mscoco_captions")
@@ -59,7 +58,7 @@ def test_captions_that_prepare_data_wrote(tmp_path):
 
 
 def damage(folder: pathlib.Path, image: bytes) -> None:
-  """Of the record that has this image."""
+  """Damage the record that has this image."""
   (shard,) = folder.glob("*.array_record*")
   content = bytearray(shard.read_bytes())
   place = content.index(image)
@@ -69,14 +68,14 @@ def damage(folder: pathlib.Path, image: bytes) -> None:
 
 def test_a_damaged_record_is_one_line(tmp_path):
   """A figure is of all records or of none."""
-  said = "record {} cannot be used: unreadable record; copy it again, or prepare it again"
+  message = "record {} cannot be used: unreadable record; copy it again, or prepare it again"
   damage(write_classes(tmp_path, "dtd", ("banded", "blotchy")), picture(1))
-  with pytest.raises(UserError, match=f"dtd: {said.format(1)}"):
+  with pytest.raises(UserError, match=f"dtd: {message.format(1)}"):
     read(tmp_path, "dtd")
-  items = [parts.Item(f"raw/test/{name}/a.png", "a caption") for name in ("banded", "blotchy")]
+  items = [parts.file_pair(f"raw/test/{name}/a.png", "a caption") for name in ("banded", "blotchy")]
   write.prepare(parts.files(items, split="test", root=tmp_path), tmp_path / "coco")
   damage(tmp_path / "coco", picture(0))
-  with pytest.raises(UserError, match=f"coco: {said.format(0)}"):
+  with pytest.raises(UserError, match=f"coco: {message.format(0)}"):
     read(tmp_path, "mscoco_captions")
 
 
