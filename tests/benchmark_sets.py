@@ -131,8 +131,8 @@ def imagenet1k(root: pathlib.Path) -> None:
 
 
 TORCHVISION: dict[str, Callable[[pathlib.Path], None]] = {
-  each.__name__: each
-  for each in (
+  write.__name__: write
+  for write in (
     *(cifar10, cifar100, caltech101, cars, flowers, food101, sun397, dtd, fgvc_aircraft, pets, eurosat, imagenet1k),
   )
 }

@@ -45,9 +45,9 @@ def on_a_bucket(environment, bucket_environment):
 
 def assert_same_end(run, whole):
   assert metrics(run) == metrics(whole)
-  (expected, next_batch), (found, next_found) = restore_training(whole), restore_training(run)
+  (expected, next_batch), (restored, next_found) = restore_training(whole), restore_training(run)
   np.testing.assert_array_equal(next_found, next_batch)
-  for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
+  for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(restored), strict=True):
     assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
 
 
@@ -69,10 +69,10 @@ def test_a_run_is_killed_resumes_and_is_used(
   assert not list(ROOT.glob("gs:*"))
 
   succeed("evaluate", on_a_bucket, f"--workdir={url}", *MEASURED, f"--out={url}/eval.json")
-  found, expected = (json.loads(path.read_text()) for path in (buckets.path(url) / "eval.json", joint_results))
+  measured, expected = (json.loads(path.read_text()) for path in (buckets.path(url) / "eval.json", joint_results))
   for task, datasets in expected.items():
     for name, record in datasets.items():
-      assert found[task][name]["metrics"] == record["metrics"]
+      assert measured[task][name]["metrics"] == record["metrics"]
 
   succeed("generate", on_a_bucket, f"--workdir={url}", *GENERATED, f"--out={url}/drawn")
   for name in ("00000.png", "00001.png"):
@@ -91,8 +91,8 @@ def run_as_two(command, environment):
   from tests import bucket_server  # here, or else pytest warns that it is imported before it is made a plugin
 
   where = {"DIFFDIS_COORDINATOR_ADDRESS": f"127.0.0.1:{bucket_server.free_port()}", "DIFFDIS_NUM_PROCESSES": "2"}
-  each = [environment | where | {"DIFFDIS_LAUNCHED": "1", "DIFFDIS_PROCESS_ID": str(i)} for i in range(2)]
-  processes = [command_runs.start(command, variables, output=subprocess.DEVNULL) for variables in each]
+  environments = [environment | where | {"DIFFDIS_LAUNCHED": "1", "DIFFDIS_PROCESS_ID": str(i)} for i in range(2)]
+  processes = [command_runs.start(command, variables, output=subprocess.DEVNULL) for variables in environments]
   try:
     assert [process.wait(300) for process in processes] == [0, 0]
   finally:
@@ -148,8 +148,8 @@ def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
       time.sleep(0.02)
   time.sleep(seconds)
   with bucket_server.serving(tmp_path, port):
-    said = running.communicate(timeout=300)[1]
-    assert running.returncode == 0, said
+    stderr = running.communicate(timeout=300)[1]
+    assert running.returncode == 0, stderr
     for name, value in there.items():
       monkeypatch.setenv(name, value)
     buckets.path("gs://bucket")  # first, since it says how gcsfs is imported
@@ -160,8 +160,8 @@ def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
   running = start()  # of a finished run, which looks for its checkpoints
   time.sleep(4)
   with bucket_server.serving(tmp_path, port):
-    said = running.communicate(timeout=300)[1]
-    assert running.returncode == 0 and "finished at step" in said, said
+    stderr = running.communicate(timeout=300)[1]
+    assert running.returncode == 0 and "finished at step" in stderr, stderr
 
 
 def test_a_second_run_is_refused(url, on_a_bucket):
@@ -260,11 +260,11 @@ def test_a_copy_is_made_once_and_again_where_the_data_have_changed(tmp_path, url
   def copied(split=None):
     copies._copied.cache_clear()
     folder = pathlib.Path(copies.folder_of(url, split=split))
-    found = {path.name: path for path in folder.iterdir() if path.name in contents}
+    copies_by_name = {path.name: path for path in folder.iterdir() if path.name in contents}
     before = times.copy()
-    times.update({name: path.stat().st_mtime_ns for name, path in found.items()})
-    downloaded[:] = sorted(name for name in found if times[name] != before.get(name))
-    return {name: path.read_text() for name, path in found.items()}
+    times.update({name: path.stat().st_mtime_ns for name, path in copies_by_name.items()})
+    downloaded[:] = sorted(name for name in copies_by_name if times[name] != before.get(name))
+    return {name: path.read_text() for name, path in copies_by_name.items()}
 
   downloaded: list[str] = []
   assert copied() == {"dataset_info.json": "info"}

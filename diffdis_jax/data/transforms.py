@@ -184,7 +184,8 @@ def augment(
     moved = random_affine(whole, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
     whole = whole._replace(image=moved)
   if how.crop == "random":
-    image = random_square(whole, rng, size=size)
+    # At a uniformly random place, any fraction of a pixel, as Stable Diffusion is trained.
+    image = resize(whole, size, place=rng.random())
   elif how.crop == "random_resized":
     image = random_resized_crop(whole, rng, size=size, scale=how.crop_scale, ratio=how.crop_ratio)
   else:
@@ -199,14 +200,6 @@ def augment(
   pixels = np.asarray(jitter_colour(image, rng, how=how))
   # Last, as in timm: nothing changes the noise afterwards.
   return randaugment.erase(pixels, rng, probability=how.erase) if how.erase else pixels
-
-
-def random_square(image: Image.Image | Decoded, rng: np.random.Generator, *, size: int) -> Image.Image:
-  """Resize the short side to `size` pixels, then cut a square at a uniformly random place, as Stable Diffusion does.
-
-  The place is any fraction of a pixel, and the scale exactly that of the short side. A square image is only resized.
-  """
-  return resize(image, size, place=rng.random())
 
 
 class Box(NamedTuple):

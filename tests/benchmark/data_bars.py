@@ -32,7 +32,7 @@ from diffdis_jax.data import image_files, loader, sources
 from diffdis_jax.data.prepare import latents, parts
 from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.data.transforms import random_square
+from diffdis_jax.data.transforms import resize
 from diffdis_jax.parallel import sharding
 from diffdis_jax.training.step import Trainer
 from tests.benchmark import data_speed as data
@@ -112,7 +112,7 @@ def bare_loop(source: sources.Source) -> Iterator[None]:
       for content in stored[start : start + data.BATCH]:
         with image_files.open_image(content) as image:
           image.draft(None, (data.CROP, data.CROP))
-          np.asarray(random_square(image, rng, size=data.CROP))
+          np.asarray(resize(image, data.CROP, place=rng.random()))
       yield
 
 

@@ -141,8 +141,8 @@ def test_mixtures(data, cache):
 def test_latents_of_other_views_than_the_config_asks_for_are_named(cache):
   views = {"data.name": "latents", "data.path": str(cache)}
   assert doubts(Run.of(config_of(**views))) == []
-  (said,) = doubts(Run.of(config_of(**views, **{"data.augment.crop": "random", "data.augment.flip": True})))
-  assert said.endswith(
+  (doubt,) = doubts(Run.of(config_of(**views, **{"data.augment.crop": "random", "data.augment.flip": True})))
+  assert doubt.endswith(
     "its views were made by crop=centre, flip=False; data.augment, crop=random, flip=True, has no effect on latents"
   )
 

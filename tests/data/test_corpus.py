@@ -75,16 +75,11 @@ def write(root, names, pages):
 def test_a_folder(tmp_path):
   pages = {0: b"A yard.", 1: "Ein Café.".encode(), 2: "看 A place.".encode("gbk")}
   write(tmp_path, [(2, "zoo"), (0, "art_school/indoor"), (1, "bar")], pages)
-  found = corpus.read_corpus(tmp_path, wordnet=False)
-  assert found.classnames == ("art school indoor", "bar", "zoo")
-  assert [own[-1] for own in found.sentences] == ["A yard.", "Ein Café.", f"{found.sentences[2][-1]}"]
-  assert found.sentences[2][-1].endswith("看 A place.")
-  assert len(found.flat) == len(found.labels) and found.labels[-1] == 2
-
-
-def test_imagenets_classes_are_in_the_order_of_their_wordnet_numbers(tmp_path):
-  (tmp_path / "labels.txt").write_text("n02 1 great_white\nn01 2 tench\n")
-  assert corpus.read_names(tmp_path / "labels.txt", wordnet=True) == ["tench", "great white"]
+  sentences = corpus.read_corpus(tmp_path, wordnet=False)
+  assert sentences.classnames == ("art school indoor", "bar", "zoo")
+  assert [own[-1] for own in sentences.sentences] == ["A yard.", "Ein Café.", f"{sentences.sentences[2][-1]}"]
+  assert sentences.sentences[2][-1].endswith("看 A place.")
+  assert len(sentences.flat) == len(sentences.labels) and sentences.labels[-1] == 2
 
 
 @pytest.mark.parametrize(
@@ -102,11 +97,6 @@ def test_damaged_folders(tmp_path, names, pages, message):
   with pytest.raises(UserError, match=message) as error:
     corpus.read_corpus(tmp_path, wordnet=False)
   assert "\n" not in str(error.value)
-
-
-def test_no_folder(tmp_path):
-  with pytest.raises(UserError, match="cannot read .*labels.txt"):
-    corpus.read_corpus(tmp_path, wordnet=False)
 
 
 def test_a_class_samples_from_its_own_sentences():

@@ -5,15 +5,13 @@ FUZZ_EXAMPLES=100000 makes it long.
 
 import json
 import os
-import pathlib
 
 import pytest
 
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import TarPart
-from tests.raw_pairs import faults, picture, write_tar
+from tests.raw_pairs import faults, picture
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -60,20 +58,3 @@ def test_noise_as_caption_and_metadata(caption, metadata):
     assert str(error) in records.REASONS
   else:
     assert record["caption"].strip() and isinstance(json.loads(record["metadata"]), dict)
-
-
-@pytest.fixture(scope="module")
-def tar(tmp_path_factory) -> pathlib.Path:
-  path = tmp_path_factory.mktemp("fuzz") / "0.tar"
-  write_tar(path, {f"{i}.{ending}": bytes([i]) * 700 for i in range(4) for ending in ("png", "txt", "json")})
-  return path
-
-
-@fuzz
-@given(changes=st.lists(st.tuples(st.integers(0, 20000), st.integers(0, 255)), max_size=8), cut=st.integers(0, 20000))
-def test_spoiled_tars(tar, changes, cut):
-  path = tar.with_name("spoiled.tar")
-  path.write_bytes(spoil(tar.read_bytes(), changes, cut))
-  reader = TarPart(path, "train")
-  assert len(list(reader)) <= 12
-  assert isinstance(reader.truncated, bool)

@@ -52,10 +52,10 @@ def test_classes_have_their_shares(power):
   labels = np.concatenate([batch["label"] for batch in take(make(sampling_exponent=power, batch_size=500), 8)])
   shares = np.array(COUNTS, float) ** power
   expected = len(labels) * shares / shares.sum()
-  found = np.bincount(labels, minlength=len(COUNTS))
-  assert stats.chisquare(found, expected).pvalue > 0.01
+  drawn = np.bincount(labels, minlength=len(COUNTS))
+  assert stats.chisquare(drawn, expected).pvalue > 0.01
   other = len(labels) * np.array(COUNTS, float) ** (power + 0.3)
-  assert stats.chisquare(found, other / other.sum() * len(labels)).pvalue < 1e-6
+  assert stats.chisquare(drawn, other / other.sum() * len(labels)).pvalue < 1e-6
 
 
 def test_images_of_a_class_are_drawn_alike():

@@ -50,8 +50,8 @@ def test_a_split(places, split):
 def test_counts_and_corpus(places):
   section = dict(name="places_lt", path=places)
   assert long_tail.train_counts(**section).tolist() == [3, 2, 1]
-  found = long_tail.open_corpus(**section)
-  assert found.classnames == ("attic", "bar", "zoo park") and len(found.sentences[0]) == 81
+  corpus = long_tail.open_corpus(**section)
+  assert corpus.classnames == ("attic", "bar", "zoo park") and len(corpus.sentences[0]) == 81
 
 
 def test_missing_images_are_counted(places):

@@ -42,8 +42,8 @@ def test_each_operation_equals_torchvisions_at_each_magnitude(name):
         image, name, sign * theirs, interpolation=functional.InterpolationMode.NEAREST, fill=None
       )
       amount = ours if magnitude in (0, 9, 30) else theirs  # elsewhere the last bit of a float32 may differ
-      found = randaugment.OPERATIONS[name](image, sign * amount, randaugment.NEAREST)
-      np.testing.assert_array_equal(np.asarray(found), np.asarray(expected), err_msg=f"{name} {sign * amount}")
+      ours_applied = randaugment.OPERATIONS[name](image, sign * amount, randaugment.NEAREST)
+      np.testing.assert_array_equal(np.asarray(ours_applied), np.asarray(expected), err_msg=f"{name} {sign * amount}")
 
 
 def test_every_operation_is_drawn_alike(monkeypatch):
@@ -64,7 +64,7 @@ def test_every_operation_is_drawn_alike(monkeypatch):
   for (name, _), count in drawn.items():
     expected = 4000 / 14 / (2 if name in randaugment.SIGNED else 1)
     assert abs(count - expected) < 5 * expected**0.5
-  left, right = (sum(count for (_, sign), count in drawn.items() if sign == each) for each in (-1, 1))
+  left, right = (sum(count for (_, sign), count in drawn.items() if sign == side) for side in (-1, 1))
   assert abs(left - right) < 5 * (left + right) ** 0.5  # over all operations, where a coin's bias shows
 
 
@@ -88,8 +88,8 @@ def test_an_operation_gives_timms_pixels(name, magnitude, monkeypatch):
     monkeypatch.setattr(random, "random", lambda negative=negative: 0.9 if negative else 0.1)
     expected = auto_augment.AugmentOp(NAMES[name], prob=1.0, magnitude=magnitude, hparams=HPARAMS)(IMAGE)
     level = (-magnitude if negative and name in randaugment.SIGNED else magnitude) / randaugment.LARGEST
-    found = by_timm(IMAGE, name, level)
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    ours = by_timm(IMAGE, name, level)
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
 
 
 def test_each_operation_is_done_half_of_the_time(monkeypatch):

@@ -59,8 +59,8 @@ def views(data: bytes, size: int, how: Augmentation, seed: int = 0) -> tuple[np.
 )
 @pytest.mark.parametrize("crop", ["centre", "random"])
 def test_views_are_those_of_full_decoding(width, height, factor, crop):
-  ours, theirs, found = views(jpeg(width, height), 256, Augmentation(crop=crop, flip=True))
-  assert found == factor and ours.shape == (256, 256, 3)
+  ours, theirs, reduced_by = views(jpeg(width, height), 256, Augmentation(crop=crop, flip=True))
+  assert reduced_by == factor and ours.shape == (256, 256, 3)
   assert psnr(ours, theirs) >= 45
 
 
@@ -93,9 +93,9 @@ def test_grey_and_four_colours(mode, progressive):
 def test_other_formats_and_arrays_are_untouched(kind):
   data = encode(scene(96, 80), kind)
   for image in (data, np.asarray(scene(96, 80))):
-    found = decode_reduced(image, at_least=1)
-    assert found.factor == 1
-    np.testing.assert_array_equal(np.asarray(found.image), np.asarray(decode(image)))
+    decoded = decode_reduced(image, at_least=1)
+    assert decoded.factor == 1
+    np.testing.assert_array_equal(np.asarray(decoded.image), np.asarray(decode(image)))
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -116,17 +116,17 @@ def test_never_fewer_pixels_than_are_wanted():
     crop = CROPS[rng.integers(3)]
     ratio = tuple(sorted(np.exp(rng.uniform(-0.7, 0.7, 2)).tolist()))
     how = Augmentation(crop=crop, crop_scale=(low, 1.0), crop_ratio=ratio, zoom=float(rng.choice([0, 0.3])))
-    found = decode_reduced(jpeg(width, height), at_least=needed_side(size, how))
-    assert found.image.size == (-(-width // found.factor), -(-height // found.factor))
-    if found.factor == 1:
+    decoded = decode_reduced(jpeg(width, height), at_least=needed_side(size, how))
+    assert decoded.image.size == (-(-width // decoded.factor), -(-height // decoded.factor))
+    if decoded.factor == 1:
       continue
-    assert min(width, height) / found.factor >= size * (1 + how.zoom)
+    assert min(width, height) / decoded.factor >= size * (1 + how.zoom)
     if crop == "random_resized":
       for seed in range(5):
         box = transforms.draw_box(
           width, height, np.random.default_rng(seed), scale=how.crop_scale, ratio=how.crop_ratio
         )
-        assert min(box.width, box.height) / found.factor >= size * (1 + how.zoom)
+        assert min(box.width, box.height) / decoded.factor >= size * (1 + how.zoom)
 
 
 class _One:

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -72,18 +71,6 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
     sources.open_source(name="pairs", image_size=32)
 
 
-def test_pairs_fields():
-  """The stored image, caption and key win over fields of the same name in the json."""
-  metadata = {"caption": "inner", "key": "k", "image": "i", "concept": "bear"}
-  record = {"image": b"bytes", "caption": b"outer \xc3\xbc", "key": b"t/0", "metadata": json.dumps(metadata).encode()}
-  split = lambda: records.Split([record] * 3, files=())
-  source = records.Pairs(split, num_images=2)
-  assert len(source) == 2 and len(records.Pairs(split, num_images=9)) == 3
-  assert source[1] == {"image": b"bytes", "caption": "outer ü", "key": "t/0", "concept": "bear"}
-  with pytest.raises(IndexError):
-    source[2]
-
-
 @pytest.mark.parametrize(
   ("metadata", "captions"),
   [
@@ -98,7 +85,7 @@ def test_captions_of_several_fields(metadata, captions):
 
 
 @pytest.mark.parametrize(
-  ("captions", "found"),
+  ("captions", "usable"),
   [
     (["a cat", "a black cat"], ["a cat", "a black cat"]),
     (["a cat", "", " a black cat ", None, " "], ["a cat", "a black cat"]),
@@ -107,14 +94,9 @@ def test_captions_of_several_fields(metadata, captions):
     (None, []),
   ],
 )
-def test_an_empty_one_of_several_captions_leaves_the_others(captions, found):
+def test_an_empty_one_of_several_captions_leaves_the_others(captions, usable):
   """Otherwise all of them would be left out in silence, or white space be a caption."""
-  assert records.captions_of({"caption": "alt", "captions": captions}) == found
-
-
-def test_a_record_without_a_caption_in_these_fields():
-  with pytest.raises(records.Unusable, match="missing caption"):
-    records.Recaptioned([{"caption": "alt", "name": " ", "tags": None}], ("name", "tags"))[0]
+  assert records.captions_of({"caption": "alt", "captions": captions}) == usable
 
 
 def test_caption_fields_of_a_prepared_folder(tmp_path):
@@ -124,9 +106,9 @@ def test_caption_fields_of_a_prepared_folder(tmp_path):
   prepare(parts.files(pairs, split="train", root=tmp_path), tmp_path / "data")
   make = lambda fields: sources.open_source(name="pairs", path=tmp_path / "data", image_size=8, caption_fields=fields)
   source = make(("concept", "caption"))
-  found = [source[i] for i in range(4)]
-  assert all(r["captions"] == [r["concept"], r["caption"].replace("concept", "caption")] for r in found)
-  assert {r["caption"] for r in found} == {f"concept {i}" for i in range(4)}
+  stored = [source[i] for i in range(4)]
+  assert all(r["captions"] == [r["concept"], r["caption"].replace("concept", "caption")] for r in stored)
+  assert {r["caption"] for r in stored} == {f"concept {i}" for i in range(4)}
   assert "captions" not in make(())[0]
   for file in ("dataset_info.json", "features.json"):
     whole = (tmp_path / "data" / file).read_bytes()

@@ -73,9 +73,9 @@ def test_a_caption_that_spells_start_or_end_is_text(tokenizer):
   """open_clip spells its own markers otherwise, so that to it these are text too."""
   oracle = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer(clean="lower")
   expected = oracle(list(MARKERS), context_length=77).numpy()
-  found = tokenizer(MARKERS)
-  np.testing.assert_array_equal(found, np.where(np.cumsum(expected == END_ID, axis=1) > 0, END_ID, expected))
-  for row in found:
+  ids = tokenizer(MARKERS)
+  np.testing.assert_array_equal(ids, np.where(np.cumsum(expected == END_ID, axis=1) > 0, END_ID, expected))
+  for row in ids:
     end = row.tolist().index(END_ID)
     assert end > 3 and (row[end:] == END_ID).all() and (row[1:] != START_ID).all()
   spelled = [tokenizer.vocab[token] for token in ("<", "|</w>", "endof", "text</w>", "|", "></w>")]

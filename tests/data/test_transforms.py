@@ -202,20 +202,20 @@ class Ends(np.random.Generator):
     self.upper = [*upper]
 
   def uniform(self, low=0.0, high=1.0, size=None):
-    found = [high if self.upper.pop(0) else low for _ in range(size or 1)]
-    return np.array(found) if size else found[0]
+    samples = [high if self.upper.pop(0) else low for _ in range(size or 1)]
+    return np.array(samples) if size else samples[0]
 
 
 @pytest.mark.parametrize("upper", [*itertools.product((False, True), repeat=4)])
 def test_the_ends_of_turn_zoom_and_shift_are_torchvisions(upper):
   functional = pytest.importorskip("torchvision.transforms.functional")
   image = Image.fromarray(noise(30, 40))
-  found = random_affine(image, Ends(*upper), shift=0.1, zoom=0.5, rotation=20.0)
-  turn, zoom, right, down = (1 if each else -1 for each in upper)
+  ours = random_affine(image, Ends(*upper), shift=0.1, zoom=0.5, rotation=20.0)
+  turn, zoom, right, down = (1 if is_upper else -1 for is_upper in upper)
   how = dict(angle=20.0 * turn, translate=[4.0 * right, 3.0 * down], scale=1.5**zoom, shear=[0.0])
   bicubic = functional.InterpolationMode.BICUBIC
   expected = functional.affine(image, **how, interpolation=bicubic, fill=[255] * 3)
-  assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 1
+  assert np.abs(np.asarray(ours).astype(int) - np.asarray(expected)).max() <= 1
 
 
 @pytest.mark.parametrize("upper", [False, True])
@@ -228,8 +228,8 @@ def test_the_ends_of_brightness_contrast_saturation_and_hue_are_torchvisions(upp
   expected = functional.adjust_saturation(functional.adjust_contrast(expected, 1 + 0.3 * sign), 1 + 0.6 * sign)
   np.testing.assert_array_equal(augment(image, Ends(*[upper] * 3), size=24, how=how), np.asarray(expected))
   expected = functional.adjust_hue(image, 0.2 * sign)
-  found = augment(image, Ends(upper), size=24, how=Augmentation(hue=0.2))
-  np.testing.assert_array_equal(found, np.asarray(expected))
+  ours = augment(image, Ends(upper), size=24, how=Augmentation(hue=0.2))
+  np.testing.assert_array_equal(ours, np.asarray(expected))
 
 
 def test_unknown_crop():

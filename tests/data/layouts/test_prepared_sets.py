@@ -19,9 +19,9 @@ def read(root, name):
 
 def write_classes(root: pathlib.Path, name: str, classes, split: str = "test") -> pathlib.Path:
   """Prepare a set of one picture a class, whose seed is its place."""
-  for place, each in enumerate(classes):
-    (root / "raw" / split / each).mkdir(parents=True)
-    (root / "raw" / split / each / "a.png").write_bytes(picture(place))
+  for place, name_of_class in enumerate(classes):
+    (root / "raw" / split / name_of_class).mkdir(parents=True)
+    (root / "raw" / split / name_of_class / "a.png").write_bytes(picture(place))
   write.prepare(own.classes(root / "raw"), root / name, data_set=own.CLASSES)
   return root / name
 
@@ -47,8 +47,8 @@ def test_captions_that_prepare_data_wrote(tmp_path):
   for i, captions in enumerate(texts):
     (tmp_path / f"{i}.png").write_bytes(picture(i))
     items.append(parts.file_pair(f"{i}.png", captions[0], captions=captions))
-  found = [part for split in ("test", "train") for part in parts.files(items, split=split, root=tmp_path)]
-  write.prepare(found, tmp_path / "coco")
+  of_splits = [part for split in ("test", "train") for part in parts.files(items, split=split, root=tmp_path)]
+  write.prepare(of_splits, tmp_path / "coco")
   source = read(tmp_path, "mscoco_captions")
   assert [source[i]["captions"] for i in range(2)] == texts and source.origin.split == "test"
   assert source[1]["image"] == picture(1) and source.origin.layout == "prepared"

@@ -32,16 +32,16 @@ def write(folder, endings=("webp",), **changes):
 
 def read_as_clip_benchmark(folder):
   """Its tars by number, a tar's files in their order, grouped by key; pixels and label."""
-  found = []
+  samples = []
   for shard in range(int((folder / "test/nshards.txt").read_text())):
     with tarfile.open(folder / f"test/{shard}.tar") as tar:
       for member in tar:
         key, ending = member.name.split(".")
-        if not found or found[-1]["key"] != key:
-          found.append({"key": key})
-        found[-1]["label" if ending == "cls" else "image"] = tar.extractfile(member).read()
-  pixels = [np.asarray(Image.open(io.BytesIO(sample["image"])).convert("RGB")) for sample in found]
-  return pixels, [int(sample["label"]) for sample in found]
+        if not samples or samples[-1]["key"] != key:
+          samples.append({"key": key})
+        samples[-1]["label" if ending == "cls" else "image"] = tar.extractfile(member).read()
+  pixels = [np.asarray(Image.open(io.BytesIO(sample["image"])).convert("RGB")) for sample in samples]
+  return pixels, [int(sample["label"]) for sample in samples]
 
 
 @pytest.mark.parametrize("endings", [("webp",), ("png", "jpg", "webp")])

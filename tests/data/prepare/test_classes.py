@@ -27,8 +27,8 @@ def test_class_folders(tmp_path):
 def test_a_held_out_split_is_val_whatever_its_folder_is_called(tmp_path, name):
   for folder in ("train/cat", f"{name}/cat"):
     put(tmp_path / folder / "a.png", picture(0))
-  found = {part.split: [pair.key for pair in part] for part in own.classes(tmp_path)}
-  assert found == {"train": ["train/cat/a.png"], "val": [f"{name}/cat/a.png"]}
+  keys = {part.split: [pair.key for pair in part] for part in own.classes(tmp_path)}
+  assert keys == {"train": ["train/cat/a.png"], "val": [f"{name}/cat/a.png"]}
   put(tmp_path / "val" / "cat" / "a.png", picture(0))
   with pytest.raises(UserError, match="has .* and .*, two of one split; leave one of them"):
     own.classes(tmp_path)
@@ -55,9 +55,9 @@ def test_class_folders_named_by_numbers_are_numbered_in_their_order(tmp_path, na
   for name in names:
     put(tmp_path / "train" / name / "a.png", picture(0))
     put(tmp_path / "val" / name / "b.png", picture(1))
-  found = own.classes(tmp_path)
-  assert [part.split for part in found] == ["train", "val"]
-  for part in found:
+  splits = own.classes(tmp_path)
+  assert [part.split for part in splits] == ["train", "val"]
+  for part in splits:
     fields = [json.loads(pair.metadata) for pair in part.pairs]
     assert [field["class"] for field in fields] == list(numbered)
     assert [field["label"] for field in fields] == [0, 1, 2, 3][: len(names)]

@@ -29,8 +29,8 @@ def beside(folder: pathlib.Path, count: int = COUNT) -> pathlib.Path:
 
 
 def prepared(source: pathlib.Path, out: pathlib.Path, **asked):
-  found = own.find_parts(source, Asked(**asked))
-  return write.prepare(found, out, data_set=own.OWN)
+  parts = own.find_parts(source, Asked(**asked))
+  return write.prepare(parts, out, data_set=own.OWN)
 
 
 def captions(out: pathlib.Path, *splits: str) -> dict[str, str]:
@@ -48,14 +48,19 @@ def test_files_beside_each_other(tmp_path):
   reports = prepared(source, tmp_path / "out")
   assert list(reports) == ["train", "val"] and reports["val"].pairs >= 1
   skipped = [reports[split].skipped for split in reports]
-  assert {reason: sum(each.get(reason, 0) for each in skipped) for each in skipped for reason in each} == {
+  assert {reason: sum(counts.get(reason, 0) for counts in skipped) for counts in skipped for reason in counts} == {
     "missing caption": 1,
     "missing image": 1,
     "corrupt image": 1,
   }
-  found = captions(tmp_path / "out", "train", "val")
-  assert found == {f"set{i % 2}/{i:03d}": f"picture {i}" for i in range(COUNT)}
-  (record,) = [each for split in reports for each in load(tmp_path / "out", split) if each["key"] == "set1/001"]
+  stored = captions(tmp_path / "out", "train", "val")
+  assert stored == {f"set{i % 2}/{i:03d}": f"picture {i}" for i in range(COUNT)}
+  (record,) = [
+    stored_pair
+    for split in reports
+    for stored_pair in load(tmp_path / "out", split)
+    if stored_pair["key"] == "set1/001"
+  ]
   assert record["place"] == "here"
 
 
@@ -116,13 +121,13 @@ def five_captions(folder: pathlib.Path, layout: str, count: int = COUNT) -> path
 @pytest.mark.parametrize("layout", ["parquet", "jsonl", "beside"])
 def test_rows_with_the_same_image_are_one_record_and_held_out_together(tmp_path, layout):
   reports = prepared(five_captions(tmp_path / "raw", layout), tmp_path / "out", held_out=0.2)
-  found = {split: load(tmp_path / "out", split) for split in reports}
-  images = {split: {record["image"] for record in found[split]} for split in found}
+  stored = {split: load(tmp_path / "out", split) for split in reports}
+  images = {split: {record["image"] for record in stored[split]} for split in stored}
   assert not images["train"] & images["val"] and len(images["train"] | images["val"]) == COUNT
   assert reports["train"].pairs + reports["val"].pairs == COUNT and reports["val"].pairs > 1
-  texts = [sorted(record["captions"]) for records in found.values() for record in records]
+  texts = [sorted(record["captions"]) for records in stored.values() for record in records]
   assert sorted(texts) == sorted([f"caption {j} of {i}" for j in range(5)] for i in range(COUNT))
-  assert all(record["caption"] in record["captions"] for records in found.values() for record in records)
+  assert all(record["caption"] in record["captions"] for records in stored.values() for record in records)
   assert sum(report.changed["captions of several rows with the same image"] for report in reports.values()) == COUNT
 
 
@@ -269,9 +274,9 @@ def test_img2datasets_parquet(tmp_path):
   reports = prepared(tmp_path / "raw", tmp_path / "out", held_out=0.2)
   assert sum(report.pairs for report in reports.values()) == 2 * COUNT - 2
   assert sum(report.skipped.get("missing image", 0) for report in reports.values()) == 2
-  found = captions(tmp_path / "out", "train", "val")
-  assert found.keys() == {f"{shard}/{i:09d}" for shard in ("00000", "00001") for i in range(COUNT - 1)}
-  assert all(caption == f"picture {int(key[-9:])}" for key, caption in found.items())
+  stored = captions(tmp_path / "out", "train", "val")
+  assert stored.keys() == {f"{shard}/{i:09d}" for shard in ("00000", "00001") for i in range(COUNT - 1)}
+  assert all(caption == f"picture {int(key[-9:])}" for key, caption in stored.items())
 
 
 def test_datasets_parquet_has_its_own_splits(tmp_path):
@@ -290,8 +295,8 @@ def test_class_folders_without_captions(tmp_path):
     put(tmp_path / "raw" / name, picture(int(name[-5])))
   reports = prepared(tmp_path / "raw", tmp_path / "out", held_out=0.0)
   assert reports["train"].pairs == 3
-  found = [(record["caption"], record["class"], record["label"]) for record in load(tmp_path / "out", "train")]
-  assert found == 2 * [("red apple", "red_apple", 0)] + [("star", "star", 1)]
+  fields = [(record["caption"], record["class"], record["label"]) for record in load(tmp_path / "out", "train")]
+  assert fields == 2 * [("red apple", "red_apple", 0)] + [("star", "star", 1)]
   reports = write.prepare(own.find_parts(tmp_path / "raw", Asked(captions="filename")), tmp_path / "named")
   assert sum(report.pairs for report in reports.values()) == 3
 

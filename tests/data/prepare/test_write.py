@@ -322,8 +322,8 @@ def test_beam_that_is_not_installed_and_a_part_that_vanishes(many, tmp_path, mon
     patch.setitem(sys.modules, "apache_beam", None)
     prepare(many, tmp_path / "new" / "out", beam_options=("runner=DirectRunner",))
   assert not (tmp_path / "new").exists()
-  found = parts.tars(many)
-  found[3].path = many / "vanished.tar"
-  found[3].identity = lambda: []
+  of_tars = parts.tars(many)
+  of_tars[3].path = many / "vanished.tar"
+  of_tars[3].identity = lambda: []
   with pytest.raises(UserError, match="cannot read part vanished of --source: .*No such file"):
-    write.prepare(found, tmp_path / "out")
+    write.prepare(of_tars, tmp_path / "out")

@@ -40,8 +40,8 @@ def unchecked(monkeypatch):
 
 
 def prepare(name, raw, out):
-  found = zero_shot_sets.find_parts(name, raw)
-  write.prepare(found, out / name, data_set=zero_shot_sets.ZERO_SHOT)
+  parts = zero_shot_sets.find_parts(name, raw)
+  write.prepare(parts, out / name, data_set=zero_shot_sets.ZERO_SHOT)
   return sources.open_source(name=name, path=out, image_size=8)
 
 
