@@ -1,4 +1,4 @@
-"""Tiny copies of the published sets, in torchvision's layouts, in CLIP_benchmark's tars and in COCO's files."""
+"""Write tiny copies of the published sets: in torchvision's layouts, CLIP_benchmark's tars and COCO's files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def cifar100(root: pathlib.Path) -> None:
 def _cifar(
   folder: pathlib.Path, batch: str, labels: str, meta: str, field: str, set_name: str, *, coarse: bool
 ) -> None:
-  """Pickled by the protocol of Python 2, as the authors' files are."""
+  """Pickle by the protocol of Python 2, as the authors did."""
   folder.mkdir(parents=True)
   rng = np.random.default_rng(0)
   data = {"data": rng.integers(0, 256, (12, 3072), np.uint8), labels: rng.permutation(12).__mod__(10).tolist()}
@@ -147,7 +147,7 @@ def write_wds(
   templates: Sequence[str] = (),
   kind: str = "",
 ) -> None:
-  """Tar by tar as CLIP_benchmark's builder does by webdataset's ShardWriter, whose members of a sample are sorted."""
+  """Write tars as CLIP_benchmark's builder does by webdataset's ShardWriter, which sorts the members of a sample."""
   (folder / "test").mkdir(parents=True, exist_ok=True)
   texts = {
     "classnames": classnames,
@@ -169,19 +169,19 @@ def write_wds(
 
 
 def labelled_wds(root: pathlib.Path, set_name: str) -> None:
-  """A set of four pictures in CLIP_benchmark's tars."""
+  """Write a set of four pictures in CLIP_benchmark's tars."""
   samples = [{"jpg": picture(i, "JPEG", SIZE), "cls": str(label).encode()} for i, label in enumerate((2, 0, 1, 3))]
   write_wds(root / f"wds_{set_name}", samples, classnames=names(set_name))
 
 
 def captioned_wds(folder: pathlib.Path, captions: dict[int, Sequence[str]]) -> None:
-  """Pictures with captions in CLIP_benchmark's tars."""
+  """Write pictures with captions in CLIP_benchmark's tars."""
   samples = [{"jpg": picture(i, "JPEG", SIZE), "txt": "\n".join(texts).encode()} for i, texts in captions.items()]
   write_wds(folder, samples, kind="retrieval")
 
 
 def write_coco(folder: pathlib.Path, captions: dict[int, Sequence[str]], table: str) -> None:
-  """Annotations in another order than the images; pictures in val2014/."""
+  """Write annotations in another order than the images, and the pictures in val2014/."""
   images = [{"id": number, "file_name": f"COCO_val2014_{number:012d}.jpg"} for number in captions]
   texts = [
     {"image_id": number, "caption": text, "id": i} for number in captions for i, text in enumerate(captions[number])

@@ -1,4 +1,4 @@
-"""A server of Google Cloud Storage's protocol on this machine, with one bucket, gs://bucket."""
+"""A server on this machine speaks Google Cloud Storage's protocol and has one bucket, gs://bucket."""
 
 from __future__ import annotations
 

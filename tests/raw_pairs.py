@@ -1,4 +1,4 @@
-"""Raw pairs for the tests of data: pictures, webdataset tars, and everything that can be wrong with them."""
+"""Make raw pairs for the tests of data: pictures, webdataset tars, and everything that can be wrong with them."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def load(folder: pathlib.Path, split: str) -> list[dict[str, Any]]:
 
 
 def bomb() -> bytes:
-  """A PNG whose header says 100,000 x 100,000 pixels."""
+  """Make a PNG whose header says 100,000 x 100,000 pixels."""
   chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
   header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
   return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
 def faults() -> dict[str, tuple[bytes, bytes, str]]:
-  """Name of a fault -> image, caption, and the reason why the pair is left out, or "" where it can be used."""
+  """Return, by name of a fault, image, caption, and the reason why the pair is left out, or "" where it can be used."""
   red = Image.new("RGB", (16, 16), (255, 0, 0))
   exif = Image.Exif()
   exif[0x0112] = 6

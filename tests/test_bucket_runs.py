@@ -1,4 +1,4 @@
-"""A run whose folder is in a bucket, as a user types it: it ends in the same bits as one on a disk."""
+"""A run whose folder is in a bucket ends in the same bits as one on a disk."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_run_is_killed_resumes_and_is_used(
 
 
 def run_as_two(command, environment):
-  """The processes that launch/local.sh starts, without imports of their own."""
+  """Run a command as the two processes that launch/local.sh would start."""
   from tests import bucket_server  # here, or else pytest warns that it is imported before it is made a plugin
 
   where = {"DIFFDIS_COORDINATOR_ADDRESS": f"127.0.0.1:{bucket_server.free_port()}", "DIFFDIS_NUM_PROCESSES": "2"}

@@ -1,4 +1,4 @@
-"""The verb as a user runs it."""
+"""The command does what a user expects."""
 
 import io
 import json

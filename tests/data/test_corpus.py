@@ -1,4 +1,4 @@
-"""Sentences of classes: by hand-written answers."""
+"""Sentences of classes equal hand-written answers."""
 
 import numpy as np
 import pytest

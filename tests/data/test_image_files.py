@@ -20,7 +20,7 @@ SIDE = 8192
 
 
 def tiff_with_tiles(width: int, height: int) -> bytes:
-  """A TIFF of 16 x 16 pixels, in tiles of this size, of which there is a kilobyte."""
+  """Make a TIFF of 16 x 16 pixels, in tiles of this size, of which there is a kilobyte."""
   data = zlib.compress(bytes(1000))
   fields = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: width, 323: height, 324: 134, 325: len(data)}
   entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
@@ -60,7 +60,7 @@ def test_too_many_pixels_are_told_by_the_header(data, monkeypatch):
 
 
 def of_many_scans(scans: int, size: int) -> bytes:
-  """A progressive JPEG whose last scan stands there so often that it has so many; filled up to a size by a comment."""
+  """Make a progressive JPEG that repeats its last scan until it has so many; comments fill it up to a size."""
   data = encode(
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG", progressive=True
   )
@@ -70,7 +70,7 @@ def of_many_scans(scans: int, size: int) -> bytes:
 
 
 def with_comments(data: bytes, content: bytes) -> bytes:
-  """The JPEG with this content in comments."""
+  """Add comments with this content to a JPEG."""
   pieces = [content[start : start + 65_000] for start in range(0, len(content), 65_000)]
   return data[:2] + b"".join(b"\xff\xfe" + struct.pack(">H", len(piece) + 2) + piece for piece in pieces) + data[2:]
 

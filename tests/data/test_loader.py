@@ -32,7 +32,7 @@ STRONG = Augmentation(crop="random_resized", shift=0.1, hue=0.1)
 
 
 class Numbered:
-  """40 records; the caption and the image's value tell the index."""
+  """A source of 40 records; the caption and the image's value tell the index."""
 
   def __len__(self):
     return 40
@@ -198,7 +198,7 @@ def test_a_source_without_a_usable_record():
 
 @pytest.fixture
 def prepared(tmp_path):
-  """A data set of 40 pairs in two files, prepared from tars."""
+  """Prepare a data set of 40 pairs in two files."""
   for part in range(2):
     write_pairs(tmp_path / "raw", 20, first=20 * part, tar=f"{part}.tar")
   prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Places-LT's and ImageNet-LT's lists, on a fabricated copy of three classes."""
+"""A fabricated copy of Places-LT has three classes."""
 
 import numpy as np
 import pytest

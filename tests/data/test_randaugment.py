@@ -1,4 +1,4 @@
-"""Both RandAugments against torchvision and timm themselves, pixel by pixel."""
+"""Both RandAugments equal torchvision and timm themselves, pixel by pixel."""
 
 import collections
 import random
@@ -18,7 +18,7 @@ functional = pytest.importorskip("torchvision.transforms.functional")
 
 
 def photo() -> Image.Image:
-  """Colour ramps, noise and edges."""
+  """Draw colour ramps, noise and edges."""
   rows, columns = np.mgrid[0:48, 0:56]
   ramp = np.stack([rows * 5, columns * 4, (rows + columns) * 2], -1)
   noisy = np.clip(ramp + np.random.default_rng(0).integers(-20, 20, ramp.shape), 0, 255)

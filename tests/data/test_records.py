@@ -68,7 +68,7 @@ FILES = 60
 
 @pytest.fixture
 def in_many_files(tmp_path, monkeypatch):
-  """A data set of FILES files, more than this process may have open, as the latents of CC3M are 2,838."""
+  """Prepare a data set of FILES files, more than this process may have open. The latents of CC3M are 2,838 files."""
   (tmp_path / "0.png").write_bytes(picture(0))
   items = [parts.file_pair("0.png", f"caption {i}") for i in range(FILES)]
   monkeypatch.setattr(parts, "ITEMS", 1)
@@ -81,7 +81,7 @@ def in_many_files(tmp_path, monkeypatch):
 
 
 def test_records_in_more_files_than_a_shell_lets_be_open_are_all_read(in_many_files):
-  """Otherwise those of the files left would count as damaged, and others be trained on in their place."""
+  """Records of the other files would count as damaged, and others be trained on in their place."""
   source = records.open_pairs(in_many_files, split="train", num_images=None)
   assert [source[i]["caption"] for i in range(FILES)] == [f"caption {i}" for i in range(FILES)]
 
@@ -90,7 +90,7 @@ SMALL = ("dataset_info.json", "features.json", "metadata.json", digests.NAME)
 
 
 def flip(data: bytes, rng: random.Random) -> bytes:
-  """A bit, or a byte, changed somewhere."""
+  """Change a bit, or a byte, somewhere."""
   place = rng.randrange(len(data))
   change = 1 << rng.randrange(8) if rng.random() < 0.5 else rng.randrange(1, 256)
   return data[:place] + bytes([data[place] ^ change]) + data[place + 1 :]
@@ -98,7 +98,7 @@ def flip(data: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("seed", [pytest.param(0, id="few"), pytest.param(1, marks=pytest.mark.full, id="many")])
 def test_a_flip_in_a_small_file_is_refused_in_one_line(tmp_path, seed):
-  """It would be read as another split, another number of records, or as views that are not there."""
+  """Unnoticed, it would mean another split, another number of records, or views that are not there."""
   (tmp_path / "raw").mkdir()
   for split, count in (("train", 5), ("val", 3)):
     content = {f"{i}.png": picture(i) for i in range(count)} | {f"{i}.txt": b"a caption" for i in range(count)}
@@ -123,6 +123,6 @@ def write(raw: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def read_splits(folder: pathlib.Path) -> list[object]:
-  """All that a run is told of a folder."""
+  """Return all that a run is told of a folder."""
   info = records.read_info(folder)
   return [dict(info.metadata), sorted(info.features), {split: load(folder, split) for split in info.splits}]

@@ -1,4 +1,4 @@
-"""JPEGs decoded at a fraction of their size: the same views, never fewer pixels than are wanted, the same errors."""
+"""JPEGs decoded at a fraction of their size give the same views and errors, and never fewer pixels than are wanted."""
 
 import math
 
@@ -17,7 +17,7 @@ ORIENTATION = 0x0112
 
 
 def scene(width: int, height: int, mode: str = "RGB") -> Image.Image:
-  """Soft colours, as of light and shade, with the edges of things before them."""
+  """Draw soft colours, like light and shade, with the edges of things before them."""
   rng = np.random.default_rng(0)
   small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
   pixels = 0.8 * np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32) + 20
@@ -38,13 +38,13 @@ def turned(orientation: int) -> Image.Exif:
 
 
 def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
-  """Decibels."""
+  """Return the peak signal-to-noise ratio in decibels."""
   error = np.square(ours.astype(float) - theirs.astype(float)).mean()
   return 10 * math.log10(255**2 / max(error, 1e-9))
 
 
 def views(data: bytes, size: int, how: Augmentation, seed: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
-  """The view by reduced decoding, that by full decoding, and the factor."""
+  """Return the view by reduced decoding, the view by full decoding, and the factor."""
   reduced = decode_reduced(data, at_least=needed_side(size, how))
   return (
     augment(reduced, np.random.default_rng(seed), size=size, how=how),

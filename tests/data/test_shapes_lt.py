@@ -1,4 +1,4 @@
-"""The long-tailed shapes: counts, groups, sentences."""
+"""The long-tailed shapes have their counts, groups and sentences."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_counts_are_a_long_tail(seed):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_start_that_has_seen_no_low_class(seed):
-  """Every other class as often; images of its own; and all other splits as they were."""
+  """It has every other class equally often, and images of its own; all other splits stay as they were."""
   start = sources.open_source(**SHAPES, split="start", seed=seed)
   low = in_group(shapes_lt.counts(seed), "low")
   seen = np.bincount(start.labels, minlength=64)

@@ -1,4 +1,4 @@
-"""Tars of pairs: members in any order, and all that can be wrong with one."""
+"""Tars of pairs are read in any order, and as far as they are whole."""
 
 from __future__ import annotations
 

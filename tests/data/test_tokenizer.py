@@ -1,4 +1,4 @@
-"""The tokenizer against open_clip's, id by id, and against what transformers reads back."""
+"""The tokenizer equals open_clip's, id by id, and what transformers reads back."""
 
 import subprocess
 import sys

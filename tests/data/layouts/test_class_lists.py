@@ -1,4 +1,4 @@
-"""Class names and templates against the lists of those who published them."""
+"""Class names and templates equal the lists of those who published them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CLIP_benchmark's tars, written as its builder writes them, and read as its reader reads them."""
+"""CLIP_benchmark's tars are written as its builder writes them, and read as its reader reads them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(folder, endings=("webp",), **changes):
 
 
 def read_as_clip_benchmark(folder):
-  """Its tars by number, a tar's files in their order, grouped by key; pixels and label."""
+  """Read its tars by number, and a tar's files in their order, grouped by key. Return pixels and labels."""
   samples = []
   for shard in range(int((folder / "test/nshards.txt").read_text())):
     with tarfile.open(folder / f"test/{shard}.tar") as tar:
@@ -61,7 +61,7 @@ def test_same_pixels_labels_and_order(tmp_path, folder, endings):
 
 
 def test_one_label_a_class_of_another_order(tmp_path):
-  """Where names do not tell, as of ImageNet, the order has to be the usual one."""
+  """Two of ImageNet's classes share a name, so that the order has to be the usual one."""
   names = class_lists.load()["imagenet1k"].classnames
   write(tmp_path / "imagenet1k", classnames=names)
   assert sources.open_source(name="imagenet1k", path=tmp_path, image_size=8).labels.tolist() == list(LABELS)

@@ -1,4 +1,4 @@
-"""Class folders, whose names are the captions."""
+"""The names of class folders are the captions."""
 
 import json
 

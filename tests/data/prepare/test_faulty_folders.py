@@ -1,4 +1,4 @@
-"""What a downloaded folder of raw data may hold: each fault is one line, or its pairs are skipped and counted."""
+"""Each fault of a downloaded folder is one line, or its pairs are skipped and counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of one's own pictures in every layout that `prepare_data files` reads."""
+"""`prepare_data files` reads folders of one's own pictures in every layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNT = 40
 
 
 def beside(folder: pathlib.Path, count: int = COUNT) -> pathlib.Path:
-  """x.png with x.txt or x.caption, in two folders."""
+  """Write x.png with x.txt or x.caption, in two folders."""
   for i in range(count):
     put(folder / f"set{i % 2}" / f"{i:03d}.png", picture(i))
     put(folder / f"set{i % 2}" / f"{i:03d}.{'txt' if i % 3 else 'caption'}", f"picture {i}\n")
@@ -55,13 +55,8 @@ def test_files_beside_each_other(tmp_path):
   }
   stored = captions(tmp_path / "out", "train", "val")
   assert stored == {f"set{i % 2}/{i:03d}": f"picture {i}" for i in range(COUNT)}
-  (record,) = [
-    stored_pair
-    for split in reports
-    for stored_pair in load(tmp_path / "out", split)
-    if stored_pair["key"] == "set1/001"
-  ]
-  assert record["place"] == "here"
+  places = {record["key"]: record.get("place") for split in reports for record in load(tmp_path / "out", split)}
+  assert places["set1/001"] == "here"
 
 
 def test_what_is_held_out_stays_so(tmp_path):
@@ -101,7 +96,7 @@ def test_a_file_beside_folders_that_are_splits_mixes_none_of_them(tmp_path, stra
 
 
 def five_captions(folder: pathlib.Path, layout: str, count: int = COUNT) -> pathlib.Path:
-  """A row for each of five captions of each picture, not side by side, in the layouts in which people have them."""
+  """Write a row for each of five captions of each picture, not side by side, in one of the layouts."""
   rows = [(i, f"caption {j} of {i}") for j in range(5) for i in range(count)]
   if layout == "parquet":
     half = len(rows) // 2
@@ -214,7 +209,7 @@ def test_hugging_faces_metadata(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["images\\e\u0301.png", "images/\u00e9.png", "images/e\u0301.png"])
 def test_a_table_of_another_system_names_its_files_otherwise(tmp_path, name):
-  """Windows' backslash; and é as one character, or as macOS writes it, with an accent of its own."""
+  """Windows writes a backslash, and macOS writes é with an accent of its own."""
   for stored in ("\u00e9", "e\u0301"):
     source = tmp_path / stored
     put(source / "images" / f"{stored}.png", picture(0))
@@ -226,7 +221,7 @@ def test_a_table_of_another_system_names_its_files_otherwise(tmp_path, name):
 
 @pytest.mark.parametrize("edited", ["nothing", "caption", "image", "json", "parquet"])
 def test_a_killed_preparation_takes_no_part_of_files_that_were_edited(tmp_path, monkeypatch, edited):
-  """Old and new captions were mixed."""
+  """Parts of old files would mix old and new captions."""
   source = tmp_path / "raw"
   if edited == "parquet":
     write_table(source / "0.parquet", "datasets")

@@ -1,4 +1,4 @@
-"""CC3M, COCO and Flickr30k, from the files as they are published."""
+"""CC3M, COCO and Flickr30k are read as they are published."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The twelve sets against torchvision's own classes: same pixels, same labels, same order."""
+"""The twelve sets have the pixels, labels and order of torchvision's own classes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PUBLISHED = {
 
 @pytest.fixture
 def unchecked(monkeypatch):
-  """torchvision without its hashes of the real files."""
+  """Keep torchvision from checking the hashes of the real files."""
   for module in ("cifar", "flowers102", "imagenet"):
     monkeypatch.setattr(getattr(torchvision.datasets, module), "check_integrity", lambda *args: True)
   numbers = class_lists.load()["imagenet1k"].names_in_data
