@@ -1,10 +1,8 @@
 """The command does what a user expects."""
 
-import io
 import json
 import subprocess
 import sys
-import tarfile
 import types
 
 import pytest
@@ -14,6 +12,7 @@ from diffdis_jax import inference, prepare_data
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from tests import steps
+from tests.raw_pairs import picture, write_tar
 
 
 def run(*arguments):
@@ -25,13 +24,7 @@ def run(*arguments):
 def raw(tmp_path):
   folder = tmp_path / "raw"
   folder.mkdir()
-  file = io.BytesIO()
-  Image.new("RGB", (4, 4), "red").save(file, "PNG")
-  with tarfile.open(folder / "00000.tar", "w") as tar:
-    for name, data in {"0.png": file.getvalue(), "0.txt": b"red", "1.png": b"broken", "1.txt": b"x"}.items():
-      member = tarfile.TarInfo(name)
-      member.size = len(data)
-      tar.addfile(member, io.BytesIO(data))
+  write_tar(folder / "00000.tar", {"0.png": picture(0), "0.txt": b"red", "1.png": b"broken", "1.txt": b"x"})
   return folder
 
 
@@ -55,6 +48,8 @@ def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
   [
     (("--source=raw", "--out=out"), "takes one name of files, pairs, cc3m, coco, flickr30k, folder, torchvision, "),
     (("laion", "--source=raw", "--out=out"), "not laion"),
+    (("torchvision", "mnist", "--source=raw", "--out=out"), "prepare_data torchvision takes one set of cifar10, "),
+    (("coco", "pets", "--source=raw", "--out=out"), "unexpected argument 'pets'"),
     (("pairs", "--source=nowhere", "--out=out"), "no folder nowhere"),
     (("cc3m", "--source=nowhere", "--out=out"), "no folder nowhere"),
     (("pairs", "--source=raw", "--out=out", "--num_processes=0"), "num_processes"),

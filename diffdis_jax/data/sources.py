@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import numbers
 import os
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,7 @@ class Section:
     caption_fields: fields of a record whose texts are its captions; none for the captions that it came with.
 
   Raises:
-    UserError: a value of another type or out of its range, or a field that this kind lacks.
+    UserError: a number out of its range, or a field that this kind lacks.
   """
 
   LACKS: ClassVar[tuple[str, ...]] = ()
@@ -83,10 +84,6 @@ class Section:
 
   def __post_init__(self) -> None:
     # Before a file is opened: what is wrong with the fields themselves is reported first.
-    for field, like in _LIKE.items():
-      value = getattr(self, field)
-      if value is not None or field != "num_images":
-        check_type(field, int(value) if isinstance(value, numbers.Integral) else value, like)  # numpy's too
     if self.seed < 0:
       raise UserError(f"seed is {self.seed}; at least 0")
     if self.num_images is not None and self.num_images < 1:
@@ -179,19 +176,27 @@ def read(*, name: str, **fields: Any) -> Section:
   """Make the section of this kind, of KINDS, with the rest of `Section`'s fields.
 
   Raises:
-    UserError: an unknown name or field, or as `Section`.
+    UserError: an unknown name or field, a value of another type, or as `Section`.
   """
   if name not in KINDS:
     raise UserError(f"unknown data source {name!r}; there are {', '.join(KINDS)}")
   known = {field.name for field in dataclasses.fields(KINDS[name])}
   if unknown := sorted(fields.keys() - known):
     raise UserError(f"a data source has no field {unknown[0]!r}; {did_you_mean(unknown[0], {*known, 'weight'})}")
+  for field in filter(fields.__contains__, _LIKE):
+    value = fields[field]
+    if value is not None or field != "num_images":
+      check_type(field, int(value) if isinstance(value, numbers.Integral) else value, _LIKE[field])  # numpy's too
   return KINDS[name](name=name, **fields)
 
 
 def open_source(*, name: str, image_size: int, **fields: Any) -> Source:
   """Open the source of these fields. Raises UserError: as `read` and `Section.open`."""
   return read(name=name, image_size=image_size, **fields).open()
+
+
+# What it may be called with is what a section has, so that a misspelt field is refused before anything is opened.
+vars(open_source)["__signature__"] = inspect.signature(Section)
 
 
 class Mixture(NamedTuple):

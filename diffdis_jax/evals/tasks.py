@@ -133,7 +133,7 @@ def check(task: str, **settings: Any) -> None:
     raise UserError(f"evaluation {task} has no data; give the section of a data source")
   if settings.get("data") is not None:
     try:
-      inspect.signature(sources.Section).bind(**settings["data"])
+      inspect.signature(sources.open_source).bind(**settings["data"])
     except TypeError as error:
       raise UserError(f"data of evaluation {task}: {error}") from error
 

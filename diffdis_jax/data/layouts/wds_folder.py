@@ -22,7 +22,7 @@ from diffdis_jax.errors import UserError
 
 SPLIT = "test"
 MARK = f"{SPLIT}/nshards.txt"  # the file by which such a folder is known
-_NUMBER = re.compile(r"\d{1,9}")
+_NUMBER = re.compile(r"\d{1,18}")  # of some thousands of digits Python makes no number
 Sample = dict[str, tars.Member]  # of one key: ending -> its file, images as `image`
 
 

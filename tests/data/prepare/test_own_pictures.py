@@ -153,21 +153,6 @@ def test_equal_images_of_two_splits_are_counted_in_one_line(tmp_path, caplog, na
   assert "2 of 2 images of val have the same bytes as images of train" in line
 
 
-@pytest.mark.parametrize("kind, ending", [("GIF", "gif"), ("BMP", "BMP"), ("TIFF", "tif"), ("PPM", "ppm")])
-def test_pictures_of_every_format(tmp_path, kind, ending):
-  source = tmp_path / "raw"
-  for i in range(4):
-    put(source / f"{i}.{ending}", picture(i, kind))
-    put(source / f"{i}.txt", f"picture {i}")
-  reports = prepared(source, tmp_path / "out", held_out=0.0)
-  assert reports["train"].pairs == 4 and not reports["train"].skipped
-  stored = {record["key"]: record["image"] for record in load(tmp_path / "out", "train")}
-  assert stored == {f"{i}": picture(i, kind) for i in range(4)}
-  put(source / "1.pgm", picture(1, "PPM"))
-  with pytest.raises(UserError, match="two files for image of one key; keep one"):
-    own.find_parts(source, Asked())
-
-
 def rows(count: int = COUNT) -> list[dict]:
   return [{"file_name": f"images/{i}.png", "text": f"picture {i}", "short": f"{i}", "stars": i} for i in range(count)]
 
