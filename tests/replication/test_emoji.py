@@ -61,7 +61,7 @@ def test_the_documented_command_fetches_the_expected_versions():
 @pytest.mark.skipif("EMOJI_SOURCE" not in os.environ, reason="EMOJI_SOURCE names no folder of npm packages")
 def test_the_published_packages_give_the_published_pairs(tmp_path):
   parts = emoji.find_parts(pathlib.Path(os.environ["EMOJI_SOURCE"]))
-  reports = write.prepare(parts, tmp_path / "out", data_set=emoji.EMOJI)
+  reports = write.prepare(parts, tmp_path / "out", data_set=emoji.data_set(parts))
   assert not any(report.skipped for report in reports.values())
   assert {split: reports[split].pairs for split in COUNTS} == COUNTS
   for split, expected in CAPTIONS.items():
