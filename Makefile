@@ -11,7 +11,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Python keeps what it compiles, also where the environment says otherwise: a command's imports take half as long then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo shapes test test-all test-slow check mutations engines lint docs figures lock clean
+.PHONY: demo shapes test test-all test-slow check coverage mutations engines lint docs figures lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
@@ -67,7 +67,13 @@ EQUATIONS := method/test_schedules.py method/test_samplers.py method/test_losses
 check: lint
 	$(PYTEST) tests/test_imports.py $(addprefix tests/,$(EQUATIONS))
 
-# Forty changes of the equations, drawn at random, of which the tests must find nearly all; half a minute each.
+# Lines and branches of the package that `make test` runs, also in the commands that it starts.
+coverage: $(VENV)/.installed-test
+	CASE_SECONDS=120 $(BIN)/python -m coverage run -m pytest -q -n auto --dist loadfile $(TESTS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --skip-covered
+
+# Forty changes of the equations, chosen by a seed. The fast tests must find nearly all; half a minute each.
 mutations: $(VENV)/.installed-test
 	$(BIN)/python tests/mutate.py --count=40
 

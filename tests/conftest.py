@@ -12,10 +12,10 @@ import pathlib
 import signal
 from collections.abc import Iterator
 
-# Most of the tests' time is the compiler's, and this more than halves it. Read when jax makes its first array, also by
-# what the tests start. A compiler without one of these flags ends at once and says so.
-# The last but one: an AdamW step's moments, average and parameter in one kernel instead of four. The last:
-# of jaxlib 0.10 alone, after which there is no other emitter.
+# Compiling takes most of the tests' time, and these flags more than halve it. jax reads them when it makes its first
+# array, also in the commands that the tests start. A compiler that does not know a flag ends at once and says so.
+# The second puts an AdamW step's moments, average and parameter into one kernel instead of four. The third is for
+# jaxlib 0.10 alone: later ones have no other emitter.
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
   " --xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
@@ -29,15 +29,15 @@ import pytest
 from absl import logging as absl_logging
 
 jaxtyping.install_import_hook("diffdis_jax", "tests.check")  # before any module of the package is imported
-# Under nohup, the commands that the tests start would inherit that this signal is ignored.
+# Under nohup this signal is ignored, which the commands that the tests start would inherit.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# The files of fixtures, which test files name as plugins, before one of them is imported.
+# Test files name these files of fixtures as plugins. pytest must know them before one is imported.
 pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.untrained", "tests.inception_weights")
 pytest.register_assert_rewrite("tests.hub_server", "tests.bucket_server")
 
-# What is compiled is written at once to the user's cache, where the tests, what they start and later runs find it. A
-# program that was compiled for one processor need not run on another: their features name the folder.
+# Compiled programs are written at once to the user's cache, where the tests, their commands and later runs find them. A
+# program compiled for one processor may not run on another, so the folder is named by its features.
 _CPUINFO = pathlib.Path("/proc/cpuinfo")
 _LINES = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
 _FEATURES = sorted({line for line in _LINES if line.startswith(("flags", "Features", "model name"))})
@@ -55,15 +55,15 @@ for _name, _value in CACHED.items():
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_disable_most_optimizations", True)  # of the compiler, again for its time
+jax.config.update("jax_disable_most_optimizations", True)  # the compiler is faster without
 
-# Collecting as often as is customary takes a tenth of the time: what jax has traced is millions of objects, which stay.
+# Python's usual garbage collection takes a tenth of the time: jax traces into millions of objects, which stay.
 gc.set_threshold(100_000, 50, 50)
 
 
 PROCESS_BYTES = 5 * 2**30  # the memory that one process of the tests may take
-CACHE_BYTES = 2 * 2**30  # of compiled programs, several times what one run of the tests needs
-# Of CPU time, its child processes' included, that a case of `make test` may take. Machines differ: CI sets its own.
+CACHE_BYTES = 2 * 2**30  # limit of the compiled programs; one run of the tests needs a small part of it
+# Limit of the CPU time of a case of `make test` with its child processes. Machines differ: CI sets its own.
 MOST_SECONDS = float(os.environ.get("CASE_SECONDS", 20))
 
 
@@ -79,7 +79,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-  """Fail a case that takes longer than MOST_SECONDS, beside the runs that it shares, unless it is marked."""
+  """Fail an unmarked case that takes longer than MOST_SECONDS. The runs that cases share do not count."""
   before = sum(os.times()[:4])
   result = yield
   seconds = sum(os.times()[:4]) - before
@@ -93,7 +93,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def verbosity_stays() -> Iterator[None]:
-  """What a test, or a command in its process, sets of absl's log does not reach the next one's."""
+  """Keep absl's log as it was, so that no test, nor a command in its process, changes it for the next one."""
   logger = absl_logging.get_absl_logger()
   before = logger.level, logging.root.level
   yield
@@ -103,14 +103,14 @@ def verbosity_stays() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-  """Return one worker a core, if there is memory for it: jax keeps what it has compiled and traced there."""
+  """Return one worker a core, if there is memory for it: jax keeps in memory what it compiled and traced."""
   memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   return max(1, min(len(os.sched_getaffinity(0)), memory // PROCESS_BYTES))
 
 
 def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line("filterwarnings", "error")
-  # An entry that another process is writing, or that one left in part when it was killed, is compiled again.
+  # If an entry is incomplete, since another process writes it or was killed, jax compiles it again.
   config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
-  # Of annotations that are flax's own.
+  # Annotations of flax cause it.
   config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")

@@ -47,18 +47,3 @@ def test_arms_start_from_each_other(tmp_path, environment):
   chain = runs["generation_first"]["provenance"]["init_from"]
   assert [start["objectives"] for start in chain] == [["generation"], ["reconstruction"]]
   assert {start["seed"] for start in chain} == {1} and runs["alone"]["minutes"] > 0
-
-
-@pytest.mark.full
-def test_arms_of_two_networks_in_three_stages(tmp_path, environment):
-  """Run the fifth experiment on tiny networks with one seed. CLIP has no protocol of denoising."""
-  flags = ["--base=tests/tiny_lt.py", "--arms=replication/configs/experiments.py:e5", "--seeds=0"]
-  for verb in ("run", "table"):
-    done = ablate(environment, verb, *flags, f"--out={tmp_path / 'out'}")
-    assert done.returncode == 0, done.stderr
-  table = json.loads((tmp_path / "out" / "tables.json").read_text())
-  assert len(table["runs"]) == 14 and [claim["verdict"]["difference"]["n"] for claim in table["claims"]] == [1, 1]
-  rows = {row["label"]: row["cells"] for row in table["tables"]["e5"]["rows"]}
-  assert {name: cells["test/acc_low"]["n"] for name, cells in rows.items()} == dict.fromkeys(rows, 1)
-  protocols = [run["evaluations"]["test"]["protocol"] for run in table["runs"].values() if run["evaluations"]]
-  assert sorted("num_noise_samples" in protocol for protocol in protocols) == [False, False, True, True]

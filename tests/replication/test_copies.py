@@ -37,16 +37,6 @@ def test_the_share_is_that_of_brute_force(monkeypatch):
   assert 0.1 < share < 0.9
 
 
-def test_a_copy_of_any_training_image_counts_and_a_tie_does_not():
-  training = np.zeros((4, 2, 2, 3), np.uint8)
-  training[1, 0, 0, 0], training[2], training[3] = 1, 200, 210
-  own = copies.OwnDistances(training, np.array([0, 0, 1, 1]), num_classes=2)
-  as_far = training[0].copy()
-  as_far[1, 1, 2] = 1  # 1 away from the first, as the two of its class are from each other
-  assert own.share_nearer(np.stack([training[0], training[2], as_far]), np.zeros(3, int)) == pytest.approx(2 / 3)
-  assert own.share_nearer(training[3:], np.array([1])) == 1.0
-
-
 def test_distances_are_exact():
   """White images that differ by 1 in one byte would be hundreds apart in f32."""
   white = np.full((1, 32, 32, 3), 255, np.uint8)

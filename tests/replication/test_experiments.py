@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import re
 import types
 
 import pytest
@@ -14,7 +13,7 @@ from diffdis_jax.ablate import plan as planning
 from diffdis_jax.common import cli
 from diffdis_jax.run import workdir
 from replication import arms
-from replication.configs import emoji, experiments
+from replication.configs import experiments
 
 pytestmark = pytest.mark.slow
 
@@ -259,23 +258,3 @@ def test_the_protocols_list_has_figure_and_bound_of_every_experiment(name):
   *_, figures, bound, _ = line.split("|")
   assert {claim["bound"] for claim in claims} == {float(bound)}
   assert all(words.get(claim["column"], "5-way") in figures for claim in claims)
-
-
-def test_the_emoji_clip_shares_all_that_it_can_with_the_diffdis():
-  """They share the text tower except for its projection, data, images, batch and evaluations."""
-  joint, alone, clip = (
-    workdir.flatten(emoji.get_config(f"objectives={name}").to_dict())
-    for name in ("both", "discrimination", "contrastive")
-  )
-  joint = {key: value for key, value in joint.items() if not key.startswith("evals.drawn.")}
-  # Beside generation, discrimination has a view of its own. It is the view of all without generation.
-  own_view = "data.discrimination_augment."
-  for key in [key for key in joint if key.startswith(own_view)]:
-    joint["data.augment." + key.removeprefix(own_view)] = joint[key]
-    joint[key] = alone[key]
-  joint |= {"data.discrimination_view": "shared", "num_steps": alone["num_steps"]}
-  assert {key for key in joint if joint[key] != alone[key]} == {"objectives"}
-  own = r"model\.(?!text_encoder)|objectives|sample_prompts|optim\.(groups|no_decay)|model.text_encoder.projection"
-  differing = {key for key in joint.keys() | clip.keys() if joint.get(key) != clip.get(key)}
-  assert not {key for key in differing if not re.match(own, key)}
-  assert clip["optim.rates.new"] == joint["optim.rates.new"]

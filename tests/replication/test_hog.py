@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffdis_jax.data import sources
-from diffdis_jax.evals import tasks as evals
 from replication import hog
 
 pytestmark = pytest.mark.slow
@@ -59,15 +57,3 @@ def test_the_nearest_is_by_edges_and_a_quarter_of_colours_about_the_training_ima
   np.testing.assert_array_equal(hog.nearest(queries, keys), expected)
   for other in (edges, edges - colours / 4, edges + cosines(cells(queries), cells(keys)) / 4):
     assert (other.argmax(1) != expected).any()
-
-
-def test_an_image_has_the_class_of_the_training_image_that_it_is_like(monkeypatch):
-  train = smooth(1, 6)
-  shades = np.clip(train[[4, 0, 2, 5]] * 0.9 + 12, 0, 255).astype(np.uint8)  # paler, so that pixels differ
-  splits = {"train": (train, [*"abcabc"]), "test": (shades, ["b", "a", "a", "unseen"])}
-  records = {split: [dict(image=i, label=k) for i, k in zip(*pair)] for split, pair in splits.items()}
-  monkeypatch.setattr(sources, "open_source", lambda *, split: records[split])
-  metrics = evals.create("hog", data={"split": "test"}).run(None, {})
-  assert metrics == {"acc1": 0.5, "acc1_seen": pytest.approx(2 / 3)}  # the third is like an image of c
-  protocol = evals.create("hog", data={"split": "test"}, num_images=2).protocol(None)
-  assert protocol == {"train_split": "train", "num_images": 2, "num_training_images": 6}

@@ -49,11 +49,6 @@ def test_what_is_measured_has_one_unseen_pair_or_none(split):
   assert {record["seen"] for record in fields(split, 64)} == {not split.endswith("_unseen")}
 
 
-def test_validation_and_test_have_no_scene_in_common():
-  scenes_with = lambda part: {scene for split in MEASURED if part in split for scene in scenes_of(split)}
-  assert scenes_with("val") and scenes_with("test") and not scenes_with("val") & scenes_with("test")
-
-
 @pytest.mark.parametrize("split", scenes.MEASURED)
 def test_1024_captions_differ_and_no_two_mean_the_same(split):
   assert SPLITS[split] == 1024
@@ -80,23 +75,6 @@ def test_a_score_of_texts_alone_is_right_on_half_of_the_swaps(split):
 
 def _truths_and(kind, records):
   return [record["caption"] for record in records], [record["negatives"][kind] for record in records]
-
-
-def test_negatives_differ_from_the_truth_in_what_their_kind_says():
-  for record in fields("choice_test", 200) + fields("choice_val_unseen", 200):
-    caption, wrong = record["caption"].split(), {kind: text.split() for kind, text in record["negatives"].items()}
-    differing = {kind: [i for i, word in enumerate(words) if word != caption[i]] for kind, words in wrong.items()}
-    first, shape, other, other_shape = 1, 2, len(caption) - 2, len(caption) - 1
-    assert differing["other_colour"] in ([first], [other]) and differing["other_shape"] in ([shape], [other_shape])
-    assert differing["swapped_colours"] == [first, other]
-    assert differing["swapped_objects"] == [first, shape, other, other_shape]
-    for kind in ("swapped_colours", "swapped_objects"):
-      assert sorted(wrong[kind]) == sorted(caption)
-    assert not {*wrong["other_colour"], *wrong["other_shape"]} - {*caption} - {*shapes.COLOURS} - {*shapes.SHAPES}
-    # The word that is new names neither of the two shapes.
-    for kind in ("other_colour", "other_shape"):
-      assert wrong[kind][differing[kind][0]] not in caption
-    assert not {*record["captions"]} & {*record["negatives"].values()}
 
 
 @pytest.mark.parametrize("image_size", [32, 64])
