@@ -5,10 +5,8 @@ uv brings each of these in an environment of its own, from its cache or from the
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 
@@ -69,28 +67,6 @@ def test_kubernetes_and_jobset_know_what_kubectl_is_given(manifests, settings):
   done = check("kubernetes", text)
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith("Kubernetes 1.31 and 1.") and text.count("kind: Secret") == ("ENV" in settings)
-
-
-def test_kubectl_knows_what_it_is_told(tmp_path):
-  """kubectl looks at flags and YAML before it looks for a cluster. There is no cluster here."""
-  if (kubectl := shutil.which("kubectl")) is None:
-    pytest.skip("no kubectl: apt-get install kubectl")
-  programs = Programs(tmp_path)
-  settings = SETTINGS | {"ENV": "WANDB_API_KEY", "WANDB_API_KEY": "x"}
-  for arguments in (["run", "--", *TRAIN], ["logs"], ["stop"]):
-    assert programs.run("gke/gke.sh", *arguments, **settings).returncode == 0
-  calls = [(record["call"][1:], record["stdin"]) for record in programs.records]
-  assert [call[0] for call, _ in calls] == ["apply", "create", "logs", "delete", "delete"]
-
-  def errors_of(call: list[str], stdin: str | None) -> str:
-    command, environment = [kubectl, "--server=http://127.0.0.1:9", *call], {**os.environ, "KUBECONFIG": os.devnull}
-    return subprocess.run(command, env=environment, input=stdin or "", capture_output=True, text=True).stderr
-
-  for call, stdin in calls:
-    assert re.search("connection refused|was refused", errors_of(call, stdin)), call
-  assert "unknown flag" in errors_of(["logs", "--follows"], None) and "error parsing" in errors_of(
-    ["create", "-f", "-"], "{a"
-  )
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,11 @@ import collections
 import hashlib
 import os
 import pathlib
-import re
-import subprocess
-import sys
 
 import pytest
 
 from diffdis_jax.data.prepare import write
-from replication import emoji, emoji_packages
+from replication import emoji
 from tests.raw_pairs import load
 
 pytestmark = pytest.mark.slow
@@ -46,15 +43,6 @@ def test_the_shipped_choices():
   templates = collections.Counter(icon.template for icon in icons["test_vendor"])
   assert templates == {0: 338, 1: 344, 2: 346, 3: 336}
   assert {icon.caption for icon in icons["test_vendor"] if icon.concept.concept == "1F9C4"} == {"icon of 1F9C4, group"}
-
-
-def test_the_documented_command_fetches_the_expected_versions():
-  root = pathlib.Path(__file__).parents[2]
-  shown = subprocess.run(["make", "-n", "data/emoji/dataset_info.json"], cwd=root, capture_output=True, text=True)
-  (code,) = re.findall(r"-c '(from replication.emoji_packages[^']*)'", shown.stdout.replace("\\\n", ""))
-  names = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout.split()
-  packages = (emoji.EMOJIBASE, *emoji_packages.ICONS.values())
-  assert names == [f"{package.name}@{package.version}" for package in packages]
 
 
 @pytest.mark.full

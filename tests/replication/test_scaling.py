@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from diffdis_jax.preflight import times
 from replication import scaling
 from replication.scaling import Plan
 
@@ -55,16 +54,3 @@ def test_fitted_rows_are_those_of_the_case_computed_by_hand():
   assert table["planned_by"] == "seconds_by_cycles"
   *_, line = scaling.lines(table)
   assert line.split()[:2] == ["v5e:16x16", "4,096"] and f"{100 * last['efficiency']:.1f} %" in line
-
-
-def test_hops_of_rings_within_hosts_and_between_them():
-  """NCCL counts so: an all-reduce goes round twice, and a ring over all of 4 hosts of 8 leaves a host three times."""
-  line = "  %g = f32[32] {}(%a), channel_id=1, replica_groups={}\n"
-  text = line.format("all-gather", "[4,8]<=[32]") + line.format("all-reduce", "[8,4]<=[4,8]T(1,0)")
-  text += line.format("all-gather", "[1,32]<=[32]")
-  exchanged = times.traffic(text, near=8)
-  assert (exchanged.links_hops, exchanged.network_hops) == (7 + 0 + 28, 0 + 2 * 3 + 3)
-  assert (exchanged.links_bytes, exchanged.network_bytes) == (128 * 7 / 8, 2 * 128 * 3 / 4 + 128 * 31 / 32)
-  assert times.traffic(text, near=None) == times.Traffic(
-    links_bytes=exchanged.links_bytes + exchanged.network_bytes, links_hops=7 + 6 + 31
-  )

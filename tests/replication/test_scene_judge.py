@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import tasks as evals
 from replication import scene_judge, scenes
@@ -85,18 +84,3 @@ def test_renders_of_what_was_asked_for_are_right(evaluation):
   assert metrics["judge_acc1"] >= 0.99 and metrics["acc1"] >= 0.98 and metrics["acc1_attributes"] >= 0.99
   assert evaluation.protocol(Renderer())["judge"] == {"steps": 400, "split": evaluation.named_by.protocol()["split"]}
   assert evaluation.protocol(Renderer())["num_images"] == 256
-
-
-def test_what_is_wrong_shows(evaluation):
-  """Swapped objects leave four of five right, swapped colours three, and another colour of one shape four."""
-  colours = list(shapes.COLOURS)
-  other = lambda scene: next(c for c in colours if c not in (scene.first[0], scene.second[0]))
-  for instead, share, kind in (
-    (lambda scene: scene.swapped_objects, 0.8, "relation"),
-    (lambda scene: scene.swapped_colours, 0.6, "colour"),
-    (lambda scene: Scene((other(scene), scene.first[1]), scene.second, scene.relation), 0.8, "colour"),
-  ):
-    metrics = evaluation.run(Renderer(instead), {})
-    assert metrics["acc1"] <= 0.02 and metrics["acc1_attributes"] == pytest.approx(share, abs=0.02)
-    assert metrics[f"acc1_{kind}"] <= 0.52
-    assert all(metrics[f"acc1_{other_kind}"] >= 0.95 for other_kind in {"relation", "colour", "shape"} - {kind})
