@@ -228,7 +228,7 @@ def test_a_head_that_was_never_trained_is_warned_of(trained, monkeypatch, caplog
   assert ("initialised at random and never trained" in caplog.text) is not trained
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
 def test_images_and_queries_are_those_of_one_device_on_any_mesh(inference, shape):
   """Eleven rows, which eight devices do not divide, and parameters that lie as training leaves them."""
   on_eight = steps.make_inference(

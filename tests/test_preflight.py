@@ -223,7 +223,7 @@ def test_a_part_of_memory_that_is_none(no_fraction, value):
     targets.find("cpu", chips.parse("h100:8"), 1)
 
 
-@pytest.mark.parametrize("chip, expected", [("h100", "gpu"), ("v5e", "tpu")])
+@pytest.mark.parametrize("chip, expected", [pytest.param("h100", "gpu", marks=pytest.mark.slow), ("v5e", "tpu")])
 def test_what_cpu_devices_compile_is_traced_for_the_chip(monkeypatch, chip, expected):
   asked, original = [], attention.platform
   monkeypatch.setattr(attention, "platform", lambda: asked.append(original()) or asked[-1])

@@ -144,15 +144,20 @@ def assert_same_query(twin: Twin, expected: Any, given: dict[str, np.ndarray], t
   "changes",
   [
     {},
-    {"model.fusion": False},
-    {"model.share_attention": False},
-    {"model.modality_ffn": False},
-    {"model.text_encoder.projection": 12},
     {"model.alignment.spatial_pool": 2},
-    {"condition_timestep": 0},
-    {"text_diffusion.target": "noise"},
     {"text_diffusion.target": "noise", "text_diffusion.schedule": "linear", "text_diffusion.gamma": 1.0},
-    {"text_diffusion.target": "noise", "text_diffusion.schedule": "cosine"},
+    *(
+      pytest.param(changes, marks=pytest.mark.slow)
+      for changes in (
+        {"model.fusion": False},
+        {"model.share_attention": False},
+        {"model.modality_ffn": False},
+        {"model.text_encoder.projection": 12},
+        {"condition_timestep": 0},
+        {"text_diffusion.target": "noise"},
+        {"text_diffusion.target": "noise", "text_diffusion.schedule": "cosine"},
+      )
+    ),
   ],
 )
 def test_predicted_query_equals_ours(changes, tmp_path):
@@ -164,6 +169,7 @@ def test_predicted_query_equals_ours(changes, tmp_path):
   assert_same_query(make_twin(config, dict(params), tmp_path), expected, given, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_new_parameters_at_full_size_are_ours():
   config = diffdis_cc3m.get_config()
   with torch.device("meta"):
@@ -196,7 +202,14 @@ def test_predicted_query_equals_ours_at_full_size(arg, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "num_steps, target, normalize_query", [(1, "data", True), (3, "data", True), (3, "data", False), (3, "noise", True)]
+  "num_steps, target, normalize_query",
+  [
+    (3, "data", True),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in ((1, "data", True), (3, "data", False), (3, "noise", True))
+    ),
+  ],
 )
 def test_embeddings_equal_ours(num_steps, target, normalize_query, tmp_path):
   config = tiny_config(**{"text_diffusion.target": target, "text_diffusion.schedule": "cosine"})

@@ -146,7 +146,11 @@ def test_patches_generate_what_the_run_generates(made, folder, pipe):
     StableDiffusionPipeline.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("changes", [{}, {"guidance": 2.0, "steps": 3, "num_noise_samples": 2}], ids=["paper", "more"])
+@pytest.mark.parametrize(
+  "changes",
+  [{}, pytest.param({"guidance": 2.0, "steps": 3, "num_noise_samples": 2}, marks=pytest.mark.slow)],
+  ids=["paper", "more"],
+)
 def test_it_embeds_and_classifies_as_the_run_does(made, pipe, photos, changes, monkeypatch):
   model, params = inference.load(made, mesh=steps.make_mesh(), batch_size=8, **changes)
   images = squares(photos, model.image_size)
@@ -331,6 +335,7 @@ def query_of(pipe: Any, images: np.ndarray) -> torch.Tensor:
   return pipe.embed_images(images, noise=torch.from_numpy(noise))
 
 
+@pytest.mark.slow
 def test_discrimination_alone_classifies_and_generates_nothing(tmp_path):
   path = export_of(tmp_path, objectives=("discrimination",))
   pipe, (model, params) = load(tmp_path / "out"), inference.load(path, mesh=steps.make_mesh(), batch_size=8)
@@ -357,6 +362,7 @@ def comes_back(folder: pathlib.Path, run: str, again: pathlib.Path) -> None:
       np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
+@pytest.mark.slow
 def test_generation_alone_classifies_nothing(tmp_path):
   export_of(tmp_path, objectives=("generation",))
   pipe = load(tmp_path / "out")

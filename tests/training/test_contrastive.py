@@ -130,6 +130,7 @@ def test_parameters_after_five_steps_equal_those_of_torch(trainer, logit_scale):
   assert state.ema == {}  # the baseline keeps no average
 
 
+@pytest.mark.slow
 def test_several_devices_give_the_same(trainer):
   mesh = steps.make_mesh(data=2, fsdp=2, tensor=2)
   several = steps.Trainer(trainer.config, mesh)
