@@ -14,7 +14,6 @@ CLIP: `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("loca
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shlex
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from absl import flags, logging
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, cli, files, one_file
 from diffdis_jax.config.objectives import task_of
-from diffdis_jax.data.tokenizer import END, START, Tokenizer
+from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import hub, model_card, packed, to_torch
 from diffdis_jax.run import digests, provenance, restore
@@ -59,30 +58,25 @@ def main(argv: Sequence[str]) -> None:
   del argv
   jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator
   how = dict(step=FLAGS.step, ema=FLAGS.ema, dtype=FLAGS.dtype)
+  in_one_file = not FLAGS.push and (FLAGS.out or "").endswith(one_file.SUFFIX)
   if FLAGS["private"].present and not FLAGS.push:
     raise UserError("--private has no effect without --push=ORG/NAME; leave it out")
-  if FLAGS.keep_tokens_of and not (FLAGS.out or "").endswith(one_file.SUFFIX):
+  if FLAGS.keep_tokens_of and not in_one_file:
     raise UserError("--keep_tokens_of has no effect without --out=F.safetensors; leave it out")
   if FLAGS.push:
     push_weights(FLAGS.workdir, FLAGS.push, FLAGS.out, private=FLAGS.private, **how)
   elif not FLAGS.out:
     raise UserError("nowhere to write to; give --out=DIR, --push=ORG/NAME, or both")
-  elif FLAGS.out.endswith(one_file.SUFFIX):
-    write_one_file(FLAGS.workdir, FLAGS.out, texts=_texts_of(FLAGS.keep_tokens_of), **how)
+  elif in_one_file:
+    write_one_file(FLAGS.workdir, FLAGS.out, keep_tokens_of=FLAGS.keep_tokens_of, **how)
   else:
     export_weights(FLAGS.workdir, FLAGS.out, **how)
 
 
 def push_weights(run: str, repo: str, out: str | None = None, *, private: bool = True, **how: Any) -> str:
-  """Write a run's weights to the Hugging Face hub, as one commit, and return its address.
+  """Export a run to `ORG/NAME` on the Hugging Face hub, as one commit, and return its address; `out` keeps the files.
 
-  Args:
-    run, how: as `export_weights` takes them.
-    repo: `ORG/NAME`; made if it is not there.
-    out: folder, absent or empty, that keeps the files; None keeps none.
-    private: whether a repository that has to be made is private.
-
-  Raises UserError: as `export_weights`; or no token, no network, or the hub refuses it.
+  Raises UserError: as `export_weights`, which takes `how`; or no token, no network, or the hub refuses it.
   """
   hub.check_token(repo)  # first: a missing token shows before the export
   with files.temporary_folder("diffdis-push") as temporary:
@@ -96,11 +90,9 @@ def push_weights(run: str, repo: str, out: str | None = None, *, private: bool =
 def export_weights(
   run: str, out: str, *, step: int | None = None, ema: bool = True, dtype: str = "float32", repo: str = ""
 ) -> int:
-  """Write a run's weights for PyTorch, and return their step.
+  """Write a run's weights for PyTorch into a folder, absent or empty, and return their step.
 
   Args:
-    run: a workdir.
-    out: folder, absent or empty.
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
     dtype: of the files, a key of to_torch.DTYPES.
@@ -111,8 +103,7 @@ def export_weights(
   # Whatever can be refused is, before gigabytes are read.
   if out.endswith((".ckpt", ".pt", ".pth", ".bin", one_file.SUFFIX)):
     raise UserError(f"--out={out} should be a folder: PyTorch's libraries read an export as one")
-  folder = files.empty_folder(out)
-  fields = run_config.load(run).to_dict()
+  folder, fields = files.empty_folder(out), run_config.load(run).to_dict()
   is_clip = "vision_encoder" in fields["model"]
   if is_clip:
     to_torch.check_clip(fields["model"])
@@ -126,11 +117,9 @@ def export_weights(
     if task_of(fields["objectives"]).network == "autoencoder" and not is_clip:
       logging.info("it is an autoencoder alone: the pipeline's vae encodes and decodes; it generates nothing")
     else:
-      _write_tokenizer(temporary if is_clip else temporary / "tokenizer", own["max_length"])
-    named: dict[str, Any] = dict(
-      run=buckets.path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo
-    )
-    model_card.write(temporary, **named)
+      Tokenizer(own["max_length"]).save(temporary if is_clip else temporary / "tokenizer")
+    of_export: dict[str, Any] = dict(own=own, step=step, ema=ema, dtype=dtype, repo=repo)
+    model_card.write(temporary, run=buckets.path(run), fields=fields, **of_export)
     if text := licences_of(run):
       (temporary / LICENSES).write_text(text, encoding="utf-8")
     digests.write(temporary)
@@ -145,17 +134,17 @@ def write_one_file(
   step: int | None = None,
   ema: bool = True,
   dtype: str = "float32",
-  texts: Sequence[str] | None = None,
+  keep_tokens_of: str | None = None,
 ) -> None:
-  """Write a run's config, weights, provenance and results to one file, which is read where a workdir is.
+  """Write a run's config, weights, provenance and results to FILE.safetensors, which is read where a workdir is.
 
-  Arguments are those of `export_weights`, but for `out`, FILE.safetensors. Weights of any dtype are read as float32.
-
-  Args:
-    texts: the vectors of their tokens alone are kept; None keeps those of all tokens that training may have reached.
+  `keep_tokens_of` is a text file: the vectors of its tokens alone are kept. The other arguments are those of
+  `export_weights`. Weights of any dtype are read as float32.
   """
-  path = buckets.local(out, "--out")
+  path, tokens = buckets.local(out, "--out"), None
   files.check_out(out)
+  if keep_tokens_of:  # word by word, so that nothing is too long
+    tokens = np.unique(Tokenizer(LONGEST)(read_words(keep_tokens_of))).tolist()
   fields = run_config.load(run).to_dict()
   step, ema = restore.choose(run, step, ema=ema)
   results: dict[str, Any] = {}
@@ -173,23 +162,20 @@ def write_one_file(
     results=provenance.public(results),
   )
   params = jax.device_get(restore.restore_params(run, step=step, ema=ema))
-  # Word by word, so that nothing is too long.
-  tokens = None if texts is None else np.unique(Tokenizer(LONGEST)([*{*" ".join(texts).split()}])).tolist()
   packed.write(path, params, record, dtype=to_torch.DTYPES[dtype], tokens=tokens)
   logging.info("step %d in %s, %.1f MB", step, out, path.stat().st_size / 1e6)
   logging.info("it stands for a workdir: --workdir=%s", shlex.quote(out))
 
 
-def _texts_of(file: str | None) -> list[str] | None:
-  if not file:
-    return None
+def read_words(file: str) -> list[str]:
+  """Return the words of --keep_tokens_of, each once. Raises UserError: it cannot be read, or holds none."""
   try:
-    texts = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+    words = {*pathlib.Path(file).read_text(encoding="utf-8").split()}
   except (OSError, ValueError) as error:
     raise UserError(f"cannot read --keep_tokens_of={file}: {error}; it should be a text file") from error
-  if not "".join(texts).split():
+  if not words:
     raise UserError(f"no word in --keep_tokens_of={file}; it should hold the words that the model is to read")
-  return texts
+  return [*words]
 
 
 def licences_of(run: str) -> str:
@@ -200,27 +186,18 @@ def licences_of(run: str) -> str:
   texts, seen = [], set[str]()
   while run and run not in seen:
     seen.add(run)  # a folder may since hold another run, which began from this one
-    paths, start = [], ""
+    start = ""
     try:
       if (file := one_file.at(run)) is not None:
         texts.append(one_file.read_record(file).licences)
       elif (buckets.path(run) / "config.json").exists():
-        record = run_config.load(run)
-        paths, start = record.data.paths, record.init_from
-      texts += [file.read_text(encoding="utf-8") for path in paths if (file := buckets.path(path) / LICENSES).exists()]
+        config = run_config.load(run)
+        start, lists = config.init_from, [buckets.path(path) / LICENSES for path in config.data.paths]
+        texts += [file.read_text(encoding="utf-8") for file in lists if file.exists()]
     except Exception as error:  # of another machine's bucket or disk: the weights are whole all the same
       logging.warning("the licences of its data cannot be read, add them yourself: %s", error)
     run = start
   return "\n".join(dict.fromkeys(filter(None, texts)))
-
-
-def _write_tokenizer(folder: pathlib.Path, max_length: int) -> None:
-  """Write CLIP's tokenizer, in the files of older and newer transformers."""
-  folder.mkdir(exist_ok=True)
-  Tokenizer(max_length).save(folder)
-  # As in CLIP's own files: the end token pads, and stands for what is unknown.
-  special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
-  (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ Parameters that only DiffDis has are random; a run that starts from here draws t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +24,6 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from diffdis_jax.common import buckets, cli, files
-from diffdis_jax.common.params import Params
 from diffdis_jax.config import Run, base
 from diffdis_jax.data.tokenizer import VOCAB_SIZE, load_vocab
 from diffdis_jax.errors import UserError
@@ -53,8 +53,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def import_weights(source: str, out: str) -> None:
-  """Read a checkpoint, a folder, a file, or `hf:ORG/NAME[@REVISION]`, and write a workdir, absent or empty. Raises
-  UserError: a source that cannot be read or is of another kind, or `out` cannot be written."""
+  """Read a checkpoint and write a workdir, absent or empty.
+
+  Raises UserError: a source that cannot be read or is of another kind, or `out` cannot be written.
+  """
   folder = files.empty_folder(out)  # first: what is in the way shows before anything is read
   if source.startswith(hub.PREFIX):
     path, source = hub.fetch(source)
@@ -74,7 +76,10 @@ def import_weights(source: str, out: str) -> None:
   new = sorted(network.shapes.keys() - matched.names.keys())
   counts = (len(matched.names), len(new), len(matched.ignored))
   logging.info("%d parameters loaded, %d initialised, %d ignored; import.json names each", *counts)
-  params = initialise(network, new) | from_torch.read(matched)
+  # It runs once, so the compiler need not try hard, and what is loaded is not computed.
+  draw = lambda key: {path: x for path, x in network.initialise(key).items() if path not in matched.names}
+  fresh = jax.jit(draw, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(0)) if new else {}
+  params = fresh | from_torch.read(matched)
 
   with files.whole_folder(folder, last={digests.COMMIT_MARK}) as temporary:
     # A run's workdir, which generate, evaluate and init_from read as any other's.
@@ -115,24 +120,11 @@ def check_tokenizer(folder: pathlib.Path) -> None:
     raise UserError(f"{folder} has neither vocab.json nor tokenizer.json")
   vocab: Any = read_json(path)
   if path.name == "tokenizer.json":
-    try:
+    with contextlib.suppress(AttributeError, KeyError, TypeError):  # of another form, which is no such vocabulary
       # The start and the end token stand beside the vocabulary there.
       vocab = vocab["model"]["vocab"] | {token["content"]: token["id"] for token in vocab.get("added_tokens", ())}
-    except (AttributeError, KeyError, TypeError):  # of another form, or of a vocabulary that is a list
-      vocab = {}
   if vocab != load_vocab():
     raise UserError(f"{path} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
-
-
-def initialise(network: Network, paths: Collection[str]) -> Params:
-  """Return fresh parameters of these paths; the others are never computed."""
-
-  def some(key: jax.Array) -> Params:
-    params = network.initialise(key)
-    return {path: params[path] for path in paths}
-
-  # It runs once, so the compiler need not try hard.
-  return jax.jit(some, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(0)) if paths else {}
 
 
 if __name__ == "__main__":

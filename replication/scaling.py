@@ -158,7 +158,7 @@ def check(topology: chips.Topology, found: Mapping[str, Any]) -> None:
   memory = found["memory_gib"]
   if not memory["arguments"]:
     needed = f"{memory['total']:.2f} GiB a chip of {memory['chip']:.0f}"
-    raise UserError(f"{topology.name} would take {needed}; see --topology={topology.name} --search, without --scaling")
+    raise UserError(f"{topology.name} would take {needed}; take --config.model.remat=full or a smaller batch")
 
 
 def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def scale(platform: str, plan: Plan) -> dict[str, Any]:
   for topology in plan.compiled:
     config = FLAGS.config.copy_and_resolve_references()
     config.batch_size = plan.batch_size(topology, config.batch_size)
-    reports[topology.name] = preflight.estimate(config, platform, topology)["train"]
+    reports[topology.name] = preflight.estimate(config, platform, topology)
     check(topology, reports[topology.name])
   table = tabulate(plan, [*reports.values()])
   for line in lines(table):
@@ -232,8 +232,8 @@ def scale(platform: str, plan: Plan) -> dict[str, Any]:
 
 
 def main(argv: object) -> None:
-  if FLAGS.search or FLAGS.slices > 1:
-    raise UserError("weak scaling is of one slice; leave out --search and --slices")
+  if FLAGS.slices > 1:
+    raise UserError("weak scaling is of one slice; leave out --slices")
   plan = Plan.of(FLAGS.topology, FLAGS.scaling, FLAGS.fit_above)
   plan.batch_size(plan.topologies[0], FLAGS.config.batch_size)  # a wrong size is refused before anything is compiled
   if FLAGS.out:

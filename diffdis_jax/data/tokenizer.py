@@ -102,9 +102,13 @@ class Tokenizer:
     from transformers import CLIPTokenizer  # only here: it takes seconds
 
     folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     pairs = load()["model"]["merges"]
     merges: Any = [tuple(pair) for pair in pairs]  # its annotation has lines of text alone
     CLIPTokenizer(vocab=self.vocab, merges=merges, model_max_length=self.max_length).save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # As in CLIP's own files: the end token pads, and stands for what is unknown.
+    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")

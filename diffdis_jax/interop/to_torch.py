@@ -31,6 +31,8 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 VERSION = {"_diffusers_version": "0.35.0"}
 FILES = {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae", "diffdis")}
 FILES |= {"text_encoder": "text_encoder/model.safetensors"}
+# Half precision has names of its own, by which diffusers finds it: from_pretrained(..., variant="fp16").
+VARIANTS = {"float16": "fp16", "bfloat16": "bf16"}
 PIPELINE = "pipeline.py"  # as diffusers calls it
 INDEX = dict(
   _class_name="StableDiffusionPipeline",
@@ -79,8 +81,9 @@ def write(folder: pathlib.Path, params: Params, own: Mapping[str, Any], *, dtype
     arrays = {each.name: convert(each, params.pop(each.path), dtype) for each in entries if each.component == component}
     # Of generation alone a projection of the text query may be there, which nothing then uses.
     if arrays and (component != "diffdis" or is_aligned):
-      (folder / file).parent.mkdir(exist_ok=True)
-      tensor_files.save(arrays, folder / file)
+      path = folder / (file if component == "head" else file_of(component, dtype))
+      path.parent.mkdir(exist_ok=True)
+      tensor_files.save(arrays, path)
 
   here = pathlib.Path(__file__)
   for component, (module, name) in own_classes.items():
@@ -89,6 +92,12 @@ def write(folder: pathlib.Path, params: Params, own: Mapping[str, Any], *, dtype
     shutil.copyfile(here.with_name(f"{module}.py"), folder / component / f"{module}.py")
   shutil.copyfile(here.with_name("torch_pipeline.py"), folder / PIPELINE)
   _write_configs(folder, {**configs, "model_index.json": index})
+
+
+def file_of(component: str, dtype: str) -> str:
+  """Return the file of a component's weights: unet/diffusion_pytorch_model.fp16.safetensors for float16."""
+  variant = f".{VARIANTS[dtype]}" if dtype in VARIANTS else ""
+  return FILES[component].replace(".safetensors", f"{variant}.safetensors")
 
 
 def _configs(own: Mapping[str, Any], *, scaling_factor: float) -> dict[str, Mapping[str, Any]]:

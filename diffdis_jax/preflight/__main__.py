@@ -9,7 +9,7 @@ these extras XLA compiles for as many CPU devices, and memory and collectives ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,6 @@ from diffdis_jax.training.step import Trainer
 FLAGS = flags.FLAGS
 
 CC3M_PAIRS = 2_905_954
-HOUR = 3600.0
 ESTIMATES = {
   "seconds": "the compiler's sum",
   "seconds_by_cycles": "its operations' cycles, which charge what moves in bf16 twice",
@@ -39,11 +38,19 @@ BOUNDS = {
   "seconds_by_cycles": ("at least ", "at most "),
   "seconds_bound": ("at most ", "at least "),
 }
-Changes = dict[str, Any]  # config field -> value, of --search
+
+
+def estimate(config: ConfigDict, platform: str, topology: chips.Topology) -> dict[str, Any]:
+  """Compile a config's train step for a topology, and return its report.
+
+  Raises UserError: a network, mesh or batch that cannot run there.
+  """
+  run, target = Run.of(config), targets.find(platform, topology, FLAGS.slices)
+  return compile_step(run, target, num_pairs=FLAGS.num_pairs, epochs=FLAGS.epochs)
 
 
 def compile_step(run: Run, target: targets.Target, *, num_pairs: int, epochs: float) -> dict[str, Any]:
-  """Compile the train step and return its report. Raises UserError: a network, mesh or batch that cannot run there."""
+  """Compile the train step for a target, and return its report, which is logged."""
   # The mesh is of the target's devices, and the code traced for its platform, whatever this machine has: attention
   # picks its kernel by them.
   mesh = sharding.make_mesh(**vars(run.mesh), devices=target.devices)
@@ -52,49 +59,12 @@ def compile_step(run: Run, target: targets.Target, *, num_pairs: int, epochs: fl
     lowered = program.lower()
   shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   logging.info("compiling for %d x %s (%s), compiler %s", mesh.size, target.chip.kind, shape, target.compiler)
-  result = summarise(program, targets.compile(lowered, target), target, num_pairs=num_pairs, epochs=epochs)
-  for line in lines(result):
+  report = summarise(program, targets.compile(lowered, target), target, num_pairs=num_pairs, epochs=epochs)
+  for line in lines(report):
     logging.info("%s", line)
-  return result
-
-
-def estimate(config: ConfigDict, platform: str, topology: chips.Topology) -> dict[str, Any]:
-  """Report the train step of a config; where it does not fit and --search is given, also find what makes it fit."""
-  run, target = Run.of(config), targets.find(platform, topology, FLAGS.slices)
-  settings = dict(num_pairs=FLAGS.num_pairs, epochs=FLAGS.epochs)
-  results: dict[str, Any] = {"train": compile_step(run, target, **settings)}
-  if FLAGS.search and not results["train"]["fits"]:
-    results["search"] = trials = []
-    for changes in candidates(run, num_chips=len(target.devices), slices=FLAGS.slices):
-      trials.append(dict(changes=changes, report=compile_step(run.replace(changes), target, **settings)))
-      if trials[-1]["report"]["fits"]:
-        break
-    logging.info("%s", describe_search(trials))
-  return results
-
-
-def candidates(run: Run, *, num_chips: int, slices: int = 1) -> Iterator[Changes]:
-  """Yield changes of config fields, those that cost least first: rematerialisation, sharding over a slice, both, then
-  smaller batches."""
-  options: list[Changes] = [{}] if run.model.remat == "full" else [{"model.remat": "full"}]
-  fsdp = num_chips // slices // max(run.mesh.tensor, 1)
-  if run.mesh.fsdp not in (-1, fsdp):
-    options.append({"mesh.data": slices, "mesh.fsdp": fsdp})
-  both = {name: value for option in options for name, value in option.items()}
-  # By what they cost: remat is operations, sharding is traffic, a smaller batch is another experiment.
-  yield from (option for option in (*options, both if len(options) == 2 and options[0] else {}) if option)
-  # A batch must divide over the chips in each microbatch; what is left over is a config that cannot run.
-  batch_size, smallest = run.batch_size // 2, num_chips * run.optim.accumulate
-  while batch_size >= smallest and batch_size % smallest == 0:
-    yield {**both, "batch_size": batch_size}
-    batch_size //= 2
-
-
-def describe_search(trials: Sequence[dict[str, Any]]) -> str:
-  """Describe, as flags, what makes the step fit."""
-  if not trials or not trials[-1]["report"]["fits"]:
-    return "nothing tried fits: neither remat, fsdp nor smaller batches; take more or larger chips"
-  return "fits with " + " ".join(f"--config.{name}={value}" for name, value in trials[-1]["changes"].items())
+  if not report["fits"]:
+    logging.info("try, in this order: --config.model.remat=full, a larger --config.mesh.fsdp, a smaller batch")
+  return report
 
 
 def summarise(
@@ -116,16 +86,15 @@ def summarise(
   bound = program.operations / num_chips / chip.flops
   estimates = dict(seconds=compiled.seconds, seconds_by_cycles=compiled.seconds_by_cycles, seconds_bound=bound)
   # The first that there is, in this order; the bound, which is always there, last.
-  planned_by, planned = next((name, each) for name, each in estimates.items() if each)
-  estimates.update(seconds_between_chips=compiled.seconds_between_chips)
+  planned_by, planned = next((name, seconds) for name, seconds in estimates.items() if seconds)
   result = dict(
     compiler=target.compiler,
-    for_this_chip=target.exact,
+    for_this_chip=target.compiler != "cpu",
     chip=chip.kind,
     chips=num_chips,
     images=program.rows,
     parameters=program.parameters,
-    fits=compiled.fits,
+    fits=0 < compiled.arguments and compiled.memory <= chip.memory,  # without arguments the compiler refused it
     memory_gib=dict(
       arguments=compiled.arguments / GIB,
       temporaries=compiled.temporaries / GIB,
@@ -137,12 +106,13 @@ def summarise(
     collectives_gib={kind: size / GIB for kind, size in compiled.collectives.items()},
     traffic=vars(compiled.traffic),
     **estimates,
+    seconds_between_chips=compiled.traffic.seconds(chip),
     planned_by=planned_by,
     mfu=None if planned_by == "seconds_bound" else bound / planned,
     images_per_second=program.rows / planned,
   )
   if epochs:
-    hours = epochs * num_pairs / program.rows * planned * num_chips / HOUR
+    hours = epochs * num_pairs / program.rows * planned * num_chips / 3600
     result.update(epochs=epochs, num_pairs=num_pairs, chip_hours=hours)
   return result
 
@@ -189,47 +159,42 @@ def lines(result: dict[str, Any]) -> list[str]:
 def define_flags() -> None:
   """Define the command line's flags."""
   cli.config_flag()
-  topology = "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight"
-  flags.DEFINE_string("topology", None, topology)
+  flags.DEFINE_string("topology", None, "chips and layout, such as v5e:8x8, or h100:8x4 for four hosts of eight")
   flags.DEFINE_integer("slices", 1, "how many such slices, joined by the data centre's network", lower_bound=1)
-  flags.DEFINE_enum(
-    "platform", None, targets.PLATFORMS, "compiler; by default that of the topology's chips, if it is installed"
-  )
-  flags.DEFINE_bool("search", False, "if the training step does not fit, try remat, fsdp and smaller batches")
+  flags.DEFINE_boolean("cpu", False, "compile for CPU devices, also where the chips' own compiler is installed")
   flags.DEFINE_float("epochs", 6, "epochs of the run, for its cost", lower_bound=0)
   flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "size of the training set, for the run's cost", lower_bound=1)
   flags.DEFINE_string("out", None, "JSON file to write")
 
 
 def main(argv: Sequence[str]) -> None:
-  if argv[1:]:
-    raise UserError(f"unexpected argument {argv[1]!r}; diffdis preflight --config=... --topology=...")
+  del argv
   if FLAGS.out:
     files.check_out(FLAGS.out)
   if not FLAGS.topology:
     raise UserError("give --topology, such as v5e:8x8 or h100:8")
   topology = chips.parse(FLAGS.topology)
-  results = estimate(FLAGS.config, prepare(topology), topology)
+  report = estimate(FLAGS.config, prepare(topology), topology)
   if FLAGS.out:
-    files.write_out(FLAGS.out, files.as_json(results))
+    files.write_out(FLAGS.out, files.as_json({"train": report}))
 
 
 def prepare(topology: chips.Topology) -> str:
-  """Make JAX ready to compile for these chips, before anything asks for devices. Returns the platform."""
-  platform = targets.choose_platform(FLAGS.platform, topology)
-  if platform == "cpu" and FLAGS.platform is None:
-    what, extra = ("libtpu", "tpu") if topology.is_tpu else ("jax's CUDA plugin", "cuda")
-    logging.warning("%s is not installed (%s); XLA compiles for CPU devices instead", what, install(extra))
-  # Nothing may have asked for devices before this line, after which JAX's platforms are fixed.
-  targets.prepare(platform, topology, FLAGS.slices)
-  if platform != "cpu":
-    jax.config.update("jax_enable_compilation_cache", False)  # without the device, its programs cannot be read back
-  else:
-    cli.compilation_cache()
+  """Make JAX ready to compile for these chips, before anything asks for devices. Returns the compiler's platform."""
+  platform = "tpu" if topology.is_tpu else "cuda"
+  if not targets.is_installed(platform) and not FLAGS.cpu:
+    what = {"tpu": "libtpu", "cuda": "jax's CUDA plugin"}[platform]
+    logging.warning("%s is not installed (%s); XLA compiles for CPU devices instead", what, install(platform))
+  jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_numpy_dtype_promotion", "strict")
-  return platform
+  if targets.is_installed(platform) and not FLAGS.cpu:
+    jax.config.update("jax_enable_compilation_cache", False)  # without the device, its programs cannot be read back
+    return platform
+  jax.config.update("jax_num_cpu_devices", topology.size * FLAGS.slices)
+  cli.compilation_cache()
+  return "cpu"
 
 
 if __name__ == "__main__":
   define_flags()
-  cli.run(main, positional=1)
+  cli.run(main)

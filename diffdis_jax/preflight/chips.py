@@ -29,13 +29,12 @@ class Chip:
     flops: peak bf16 operations a second (a multiply-add is two).
     memory: bytes.
     bandwidth: of that memory, bytes a second.
-    kind: JAX's name of it. Cards of one name with another memory or plug are other chips; a part of a card is none.
+    kind: JAX's name of it. Cards of one name with another memory or plug are other chips.
     links: to the devices beside it, all of them together, bytes a second in one direction.
     network: a device's usual share of what joins GPU hosts, bytes a second in one direction; None of TPUs and of cards
       that are rented in single hosts.
-    aliases: other names of it, of JAX or of those who rent it.
-    clock: cycles a second, of those whose compiler estimates cycles.
-    charged: of TPUs.
+    clock: cycles a second, for TPUs, whose compiler estimates cycles.
+    charged: the compiler's charge for kernels, for TPUs.
   """
 
   flops: float
@@ -44,7 +43,6 @@ class Chip:
   kind: str
   links: float
   network: float | None = None
-  aliases: tuple[str, ...] = ()
   clock: float | None = None
   charged: Charged | None = None
 
@@ -56,29 +54,16 @@ class Chip:
 
 GIB = 2**30
 CHIPS = {
-  # A bare name of JAX's for a TPU, such as "TPU v5", is not its family but one chip of it; the others have `lite`.
-  "v4": Chip(275e12, 32 * GIB, 1.228e12, "TPU v4", 300e9, clock=1.05e9, charged=Charged(274e12, 1.0755e12, 0.9825e12)),
-  "v5e": Chip(
-    *(197e12, 16 * GIB, 0.819e12, "TPU v5 lite", 200e9, None, ("TPU v5e", "TPU v5litepod"), 1.5e9),
-    charged=Charged(197e12, 1.536e12, 0.7377e12),
-  ),
-  "v5p": Chip(
-    *(459e12, 95 * GIB, 2.765e12, "TPU v5", 600e9, None, ("TPU v5p",), 1.75e9),
-    charged=Charged(394e12, 3.072e12, 2.3504e12),
-  ),
-  "v6e": Chip(
-    *(918e12, 32 * GIB, 1.64e12, "TPU v6 lite", 448e9, None, ("TPU v6e",), 1.75e9),
-    charged=Charged(918e12, 1.792e12, 1.638e12),
-  ),
+  "v4": Chip(275e12, 32 * GIB, 1.228e12, "TPU v4", 300e9, None, 1.05e9, Charged(274e12, 1.0755e12, 0.9825e12)),
+  "v5e": Chip(197e12, 16 * GIB, 0.819e12, "TPU v5 lite", 200e9, None, 1.5e9, Charged(197e12, 1.536e12, 0.7377e12)),
+  "v5p": Chip(459e12, 95 * GIB, 2.765e12, "TPU v5", 600e9, None, 1.75e9, Charged(394e12, 3.072e12, 2.3504e12)),
+  "v6e": Chip(918e12, 32 * GIB, 1.64e12, "TPU v6 lite", 448e9, None, 1.75e9, Charged(918e12, 1.792e12, 1.638e12)),
   # By NVIDIA's data sheets: of bf16 with sums in f32, without sparsity, which many of them count in. PCIe's links are
   # of 16 lanes.
   "a100": Chip(312e12, 80 * GIB, 2.039e12, "NVIDIA A100-SXM4-80GB", 300e9, 25e9),
   "a100-40": Chip(312e12, 40 * GIB, 1.555e12, "NVIDIA A100-SXM4-40GB", 300e9, 25e9),
-  "a100pcie": Chip(312e12, 80 * GIB, 1.935e12, "NVIDIA A100 80GB PCIe", 32e9, 25e9),
-  "a100pcie-40": Chip(312e12, 40 * GIB, 1.555e12, "NVIDIA A100-PCIE-40GB", 32e9, 25e9),
   "h100": Chip(989e12, 80 * GIB, 3.35e12, "NVIDIA H100 80GB HBM3", 450e9, 50e9),
   "h100pcie": Chip(756e12, 80 * GIB, 2.0e12, "NVIDIA H100 PCIe", 64e9, 25e9),
-  "h100nvl": Chip(835e12, 94e9, 3.9e12, "NVIDIA H100 NVL", 300e9, 25e9),
   "h200": Chip(989e12, 141e9, 4.8e12, "NVIDIA H200", 450e9, 50e9),
   "b200": Chip(2250e12, 180e9, 8.0e12, "NVIDIA B200", 900e9, 50e9),
   # The data sheet of the L4 (2023) has 242 TFLOPS with sparsity; that of the A10G, for AWS (2022), 70, where an A10 has
@@ -132,15 +117,3 @@ def parse(name: str) -> Topology:
     known = "; ".join(f"{known}: {' '.join(layouts)}" for known, layouts in LAYOUTS.items())
     raise UserError(f"unknown topology {name!r}; it is CHIP:LAYOUT, such as v5e:8x8, of {known}")
   return Topology(name=name, chip=CHIPS[chip], shape=tuple(map(int, layout.split("x"))))
-
-
-def find(kind: str) -> Chip | None:
-  """Return the chip that JAX calls `kind`; None where none is known under that name."""
-  return next((chip for chip in CHIPS.values() if kind in (chip.kind, *chip.aliases)), None)
-
-
-def of_kind(kind: str) -> Chip:
-  """Return the chip that JAX calls `kind`. Raise UserError where none is known under that name."""
-  if chip := find(kind):
-    return chip
-  raise UserError(f"no figures for {kind!r}; known: {', '.join(chip.kind for chip in CHIPS.values())}")

@@ -110,18 +110,16 @@ def _convolution(equation: Any) -> float:
 def _repeats(name: str, params: dict[str, Any]) -> float:
   if name == "scan":
     return params["length"]
-  # Its body is one device's, and a kernel's one block's of its grid.
+  # Its body is one device's.
   if name == "shard_map":
     return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-  if name == "pallas_call":
-    return math.prod(params["grid_mapping"].grid)
   return 1
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
   # jit, scan, remat and derivatives of one's own each keep their body under another name, alone or among others.
   for value in params.values():
-    for each in value if isinstance(value, (tuple, list)) else (value,):
-      each = getattr(each, "jaxpr", each)  # out of a ClosedJaxpr
-      if isinstance(each, core.Jaxpr):
-        yield each
+    for body in value if isinstance(value, (tuple, list)) else (value,):
+      body = getattr(body, "jaxpr", body)  # out of a ClosedJaxpr
+      if isinstance(body, core.Jaxpr):
+        yield body

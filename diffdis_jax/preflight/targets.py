@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -17,15 +16,12 @@ from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.preflight import gpus, hlo, times
 from diffdis_jax.preflight.chips import Chip, Topology
 
-PLATFORMS = ("tpu", "cpu", "cuda")
 # The TPU compiler loads without a TPU, beside another process that has loaded it, and asks no metadata server.
 _LIBTPU = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost")
 _LIBTPU |= dict(TPU_WORKER_ID="0", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 # The part of a GPU's memory that JAX may take, as the launchers set it (launch/supervise.sh); JAX's default is 0.75.
 # The rest is the driver's, and of what NCCL and cuDNN allocate.
 GPU_MEMORY = 0.9
-# JAX's own variables for it, of which the second is the older one; both at once it refuses.
-MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([BKMG]) of ([\d.]+)([BKMG]) hbm")
 
@@ -43,9 +39,8 @@ class Target:
   """The devices and the compiler that a program is compiled with.
 
   Attributes:
-    compiler: of PLATFORMS.
-    exact: whether it compiles for the chip itself. Otherwise memory and collectives are those of another device's
-      program, and there is no estimate of its time.
+    compiler: tpu or cuda, the chip's own; or cpu: then memory and collectives are those of a CPU's program, and
+      there is no estimate of its time.
     options: of the compiler.
     near: devices that `Chip.links` joins; those of other numbers are reached by `Chip.network`. None: all.
   """
@@ -53,7 +48,6 @@ class Target:
   devices: list[Any]
   chip: Chip
   compiler: str
-  exact: bool
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   near: int | None = None
 
@@ -66,7 +60,6 @@ class Compiled:
     arguments, temporaries, outputs: bytes; outputs that reuse donated arguments are not counted again.
     seconds: the compiler's own estimate, in which kernels count by their schedules.
     seconds_by_cycles: its estimates of the operations' cycles, and its kernels' schedules, by the chip's clock.
-    seconds_between_chips: what they send each other, at all the links can carry; None where the way's speed is unknown.
     traffic: what reaches it from the others.
     collectives: bytes by kind.
     text: the program; empty where it does not fit.
@@ -75,10 +68,8 @@ class Compiled:
   arguments: int
   temporaries: int
   outputs: int
-  fits: bool
   seconds: float | None = None
   seconds_by_cycles: float | None = None
-  seconds_between_chips: float | None = None
   traffic: times.Traffic = times.Traffic()
   collectives: dict[str, int] = dataclasses.field(default_factory=dict)
   text: str = dataclasses.field(repr=False, default="")
@@ -88,20 +79,6 @@ class Compiled:
     return self.arguments + self.temporaries + self.outputs
 
 
-def choose_platform(platform: str | None, topology: Topology) -> str:
-  """Return the compiler asked for, or that of the topology's chips where it is installed, or XLA's for CPUs."""
-  # A machine may have both compilers: which one is asked for is said by the chips, not by what is installed.
-  own = "tpu" if topology.is_tpu else "cuda"
-  if platform is None:
-    return own if is_installed(own) else "cpu"
-  if platform not in ("cpu", own):
-    raise UserError(f"--platform={platform} cannot compile for {topology.name}; take --platform={own} or cpu")
-  if platform != "cpu" and not is_installed(platform):
-    package = {"tpu": "libtpu", "cuda": "jax's CUDA plugin"}[platform]
-    raise not_installed(f"--platform={platform}", package, platform, otherwise="take --platform=cpu")
-  return platform
-
-
 def is_installed(compiler: str) -> bool:
   """Return whether the compiler for TPUs (libtpu) or for NVIDIA's GPUs (jax's plugin) is installed."""
   if compiler == "tpu":
@@ -109,45 +86,25 @@ def is_installed(compiler: str) -> bool:
   return any(plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins"))
 
 
-def prepare(platform: str, topology: Topology, slices: int) -> None:
-  """Apply the settings that JAX reads once, before it first looks for devices."""
-  jax.config.update("jax_platforms", "cpu")
-  if platform == "cpu":
-    jax.config.update("jax_num_cpu_devices", topology.size * slices)
-
-
-def gpu_memory() -> float:
-  """Return the part of a GPU's memory that JAX may take. Raises UserError: its variable is no part."""
-  value = next(filter(None, map(os.environ.get, MEMORY_VARIABLES)), str(GPU_MEMORY))
-  with contextlib.suppress(ValueError):
-    if 0 < float(value) < 10:  # above 1 it spills into the host's
-      return float(value)
-  raise UserError(f"{MEMORY_VARIABLES[0]} or {MEMORY_VARIABLES[1]} is {value!r}; it is a part of a GPU's memory: 0.9")
-
-
 def _gpu(topology: Topology) -> gpus.Gpu:
   return gpus.GPUS[topology.name.partition(":")[0]]
 
 
 def find(platform: str, topology: Topology, slices: int) -> Target:
-  """Find the devices of a topology; call `prepare` before it. Raises UserError where there are no such devices."""
+  """Find the devices of a topology. Raises UserError where there are no such devices."""
   chip, near = topology.chip, topology.size if slices > 1 else topology.a_host
   if not topology.is_tpu:  # of a TPU's memory its compiler knows what a program may fill
-    chip = dataclasses.replace(chip, memory=gpu_memory() * _gpu(topology).memory)
-  if platform == "cuda":
-    if slices > 1:
-      raise UserError(f"--slices={slices} is of TPUs; several hosts of GPUs are a topology, such as h100:8x{slices}")
-    devices = gpu_devices(topology)
-    return Target(devices=devices, chip=chip, compiler="cuda", exact=True, options=_QUICKLY, near=near)
+    chip = dataclasses.replace(chip, memory=GPU_MEMORY * _gpu(topology).memory)
+  options: Mapping[str, Any] = {}
   if platform == "tpu":
-    return Target(devices=tpu_devices(topology, slices), chip=chip, compiler="tpu", exact=True, near=near)
-  devices = jax.devices("cpu")
-  if len(devices) < topology.size * slices:
-    raise UserError(
-      f"{topology.name} needs {topology.size * slices} CPU devices, but this process has {len(devices)}; unset"
-      " JAX_NUM_CPU_DEVICES and XLA_FLAGS"
-    )
-  return Target(devices=devices[: topology.size * slices], chip=chip, compiler="cpu", exact=False, near=near)
+    devices = tpu_devices(topology, slices)
+  elif platform == "cpu":
+    devices = jax.devices("cpu")[: topology.size * slices]
+  elif slices > 1:
+    raise UserError(f"--slices={slices} is of TPUs; several hosts of GPUs are a topology, such as h100:8x{slices}")
+  else:
+    devices, options = gpu_devices(topology), _QUICKLY
+  return Target(devices=devices, chip=chip, compiler=platform, options=options, near=near)
 
 
 def gpu_devices(topology: Topology) -> list[Any]:
@@ -191,30 +148,26 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
   if target.compiler == "tpu":
     times.clear_schedules()  # what lies there is taken for this program's
   try:
-    program = lowered.compile(compiler_options=dict(target.options or {}) or None)
+    program = lowered.compile(compiler_options=dict(target.options) or None)
   except jax.errors.JaxRuntimeError as error:
     needed = memory_needed(str(error))
     if needed is None:
       raise
-    return Compiled(arguments=0, temporaries=needed, outputs=0, fits=False)
+    return Compiled(arguments=0, temporaries=needed, outputs=0)
   memory: Any = program.memory_analysis()
   costs, text = program.cost_analysis() or {}, program.as_text() or ""
   cycles = times.cycles_by_operation(times.schedules()) if target.compiler == "tpu" else {}
   in_kernels = times.seconds_in_kernels(text, cycles, chip)
-  traffic = times.traffic(text, target.near)
-  compiled = Compiled(
+  return Compiled(
     arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
     seconds=times.estimated_seconds(costs, text, chip, in_kernels),
     seconds_by_cycles=(hlo.estimated_cycles(text) / chip.clock + in_kernels or None) if chip.clock else None,
-    seconds_between_chips=traffic.seconds(chip),
-    traffic=traffic,
+    traffic=times.traffic(text, target.near),
     collectives=hlo.bytes_by_kind(text),
-    fits=True,
     text=text,
   )
-  return dataclasses.replace(compiled, fits=compiled.memory <= chip.memory)
 
 
 def memory_needed(message: str) -> int | None:

@@ -1,4 +1,4 @@
-"""The exported pipeline in diffusers: what it generates and how it classifies, against the run; and what it refuses."""
+"""Test the exported pipeline in diffusers: what it generates and how it classifies, against the run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STEPS = 3
 
 
 def load(folder: pathlib.Path, **how: Any) -> Any:
-  """As the model card loads it."""
+  """Load it as the model card does."""
   pipe = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True, **how)
   pipe.set_progress_bar_config(disable=True)
   return pipe
@@ -81,14 +81,14 @@ def own_modules(tmp_path_factory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> str:
-  return export_of(tmp_path_factory.mktemp("made"))
+def run(tmp_path_factory) -> str:
+  return export_of(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture(scope="module")
-def folder(made) -> pathlib.Path:
+def folder(run) -> pathlib.Path:
   """Its export."""
-  return pathlib.Path(made).with_name("out")
+  return pathlib.Path(run).with_name("out")
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +131,8 @@ def unit(x: np.ndarray) -> np.ndarray:
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def test_patches_generate_what_the_run_generates(made, folder, pipe):
-  model, params = inference.load(made, mesh=steps.make_mesh(), batch_size=8, generation_steps=STEPS)
+def test_patches_generate_what_the_run_generates(run, folder, pipe):
+  model, params = inference.load(run, mesh=steps.make_mesh(), batch_size=8, generation_steps=STEPS)
   noise = model.noise(2, seed=3)
   expected = model.generate(params, Tokenizer(model.max_length)(pipelines.PROMPTS), noise)
   found = pipelines.draw(pipe, noise, steps=STEPS, guidance=model.sampling.generation_guidance)
@@ -151,8 +151,8 @@ def test_patches_generate_what_the_run_generates(made, folder, pipe):
   [{}, pytest.param({"guidance": 2.0, "steps": 3, "num_noise_samples": 2}, marks=pytest.mark.slow)],
   ids=["paper", "more"],
 )
-def test_it_embeds_and_classifies_as_the_run_does(made, pipe, photos, changes, monkeypatch):
-  model, params = inference.load(made, mesh=steps.make_mesh(), batch_size=8, **changes)
+def test_it_embeds_and_classifies_as_the_run_does(run, pipe, photos, changes, monkeypatch):
+  model, params = inference.load(run, mesh=steps.make_mesh(), batch_size=8, **changes)
   images = squares(photos, model.image_size)
   samples = model.sampling.num_noise_samples
   noise = torch.from_numpy(np.stack([query_noise(len(images), seed=7, draw=draw) for draw in range(samples)]))
@@ -182,7 +182,7 @@ def test_it_embeds_and_classifies_as_the_run_does(made, pipe, photos, changes, m
   assert sorted(ranking.order) == list(range(len(photos))) and (ranking.scores.diff() <= 0).all()
 
 
-def test_it_reads_texts_as_the_run_does(made, pipe):
+def test_it_reads_texts_as_the_run_does(run, pipe):
   """As captions of the web have them."""
   texts = [
     "Salt &amp; pepper",
@@ -192,7 +192,7 @@ def test_it_reads_texts_as_the_run_does(made, pipe):
     "\ufeffred \ufb01re",  # the first line of a file with a byte order mark
     "\uff32\uff45\uff44\u3000\uff11\uff0c\uff76",
   ]
-  model, params = inference.load(made, mesh=steps.make_mesh(), batch_size=8)
+  model, params = inference.load(run, mesh=steps.make_mesh(), batch_size=8)
   expected = model.embed_texts(params, Tokenizer(model.max_length)(texts))
   np.testing.assert_allclose(pipe.embed_texts(texts), expected, atol=1e-4)
 
@@ -206,7 +206,7 @@ PIECES = [
 ]
 
 
-def test_any_text_has_the_tokens_that_it_has_in_training(made, pipe):
+def test_any_text_has_the_tokens_that_it_has_in_training(run, pipe):
   rng = random.Random(0)
   texts = [rng.choice(["", " "]).join(rng.choices(PIECES, k=rng.randint(1, 5))) for _ in range(640)]
   texts += [
@@ -255,30 +255,40 @@ def test_a_photograph_is_upright_as_in_the_run(orientation, odd):
   np.testing.assert_array_equal(torch_pipeline._square(Image.open(buffer), 16), expected)
 
 
-class Elsewhere:
-  """What accelerate's enable_model_cpu_offload hangs onto a part: its weights are not there until it is called."""
+class Offloaded:
+  """Stands for accelerate's hook: a part's weights come when it is called, and those of the part before it go."""
 
-  def __init__(self, part: torch.nn.Module):
+  def __init__(self, part: torch.nn.Module, before: Offloaded | None = None):
+    self.part, self.before = part, before
     self.weights = {name: value.clone() for name, value in part.state_dict().items()}
-    for value in part.parameters():
+    part._hf_hook = self
+    part.register_forward_pre_hook(lambda *_: self.pre_forward(part))
+    self.go()
+
+  def go(self) -> None:
+    for value in self.part.parameters():
       value.data.fill_(torch.nan)
 
   def pre_forward(self, part: torch.nn.Module) -> None:
     part.load_state_dict(self.weights)
+    if self.before:
+      self.before.go()
 
 
-def test_parts_that_are_offloaded_come_when_they_are_called(folder, pipe, photos, monkeypatch):
-  """Though what calls them is no `forward` of theirs."""
+def test_parts_that_are_offloaded_come_in_the_order_of_enable_model_cpu_offload(folder, pipe, photos, monkeypatch):
+  """Their layers are called without their `forward`, at which alone accelerate would bring them."""
   noise, offloaded = torch.from_numpy(query_noise(2, seed=1)), load(folder)
-  # Where enable_sequential_cpu_offload has the weights of what is not called just now.
+  # There enable_sequential_cpu_offload has the weights of a part that is not called just now.
   monkeypatch.setattr(type(offloaded.text_encoder), "device", torch.device("meta"))
+  # A part of the sequence sends the one before it away; vae.encode is decorated only where accelerate is installed.
+  sequence = [name for name in offloaded.model_cpu_offload_seq.split("->") if name not in ("image_encoder", "vae")]
+  assert sequence == ["text_encoder", "unet"], "beyond it diffdis comes and leaves the UNet, which it calls"
+  hooks = [text := Offloaded(offloaded.text_encoder), Offloaded(offloaded.unet, text), Offloaded(offloaded.diffdis)]
   freed = []
-  offloaded.maybe_free_model_hooks = lambda: freed.append(offloaded)
-  for call in (lambda each: each.embed_images(photos[:2], noise=noise), lambda each: each.embed_texts(NAMES)):
-    for part in (offloaded.unet, offloaded.diffdis):
-      part._hf_hook = Elsewhere(part)
-    torch.testing.assert_close(call(offloaded), call(pipe), atol=0, rtol=0)
-  assert len(freed) == 2
+  offloaded.maybe_free_model_hooks = lambda: freed.extend(hook.go() for hook in hooks)
+  for embed in (lambda each: each.embed_images(photos[:2], noise=noise), lambda each: each.embed_texts(NAMES)):
+    torch.testing.assert_close(embed(offloaded), embed(pipe), atol=0, rtol=0)
+  assert len(freed) == 2 * len(hooks)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -292,14 +302,17 @@ def test_half_precision(folder, pipe, photos, dtype):
   assert half.to(torch.float32).embed_images(photos[:1]).isfinite().all()
 
 
-def test_files_in_half_precision_compute_in_full_unless_asked(made, tmp_path):
-  """As the model card loads them; transformers 5 would keep its own part's files' dtype."""
-  export_weights(made, str(tmp_path / "out"), dtype="float16")
-  pipe = load(tmp_path / "out")
+def test_the_variant_fp16_is_loaded_by_its_name_and_computes_in_full_precision_unless_asked(run, tmp_path):
+  """transformers 5 would keep its own part's dtype of the files."""
+  out = tmp_path / "out"
+  export_weights(run, str(out), dtype="float16")
+  assert 'trust_remote_code=True, variant="fp16")' in (out / "README.md").read_text()
+  pipe = load(out, variant="fp16")
   parts = {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
   assert parts == dict.fromkeys(("vae", "text_encoder", "unet", "diffdis"), torch.float32)
   assert pipe("a red star", num_inference_steps=1).images[0].size == (16, 16)
-  assert load(tmp_path / "out", dtype=torch.float16).text_encoder.dtype == torch.float16
+  assert load(out, variant="fp16", dtype=torch.float16).text_encoder.dtype == torch.float16
+  import_weights.import_weights(str(out), str(tmp_path / "again"))  # it is read back by that name too
 
 
 def test_it_is_saved_and_loaded_again(folder, pipe, photos, tmp_path):
@@ -349,8 +362,8 @@ def test_discrimination_alone_classifies_and_generates_nothing(tmp_path):
   comes_back(tmp_path / "out", path, tmp_path / "again")
 
 
-def test_patches_are_imported_back(made, folder, tmp_path):
-  comes_back(folder, made, tmp_path / "again")
+def test_patches_are_imported_back(run, folder, tmp_path):
+  comes_back(folder, run, tmp_path / "again")
 
 
 def comes_back(folder: pathlib.Path, run: str, again: pathlib.Path) -> None:

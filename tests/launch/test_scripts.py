@@ -105,7 +105,7 @@ def test_jax_may_take_as_much_of_a_gpu_as_preflight_counts_on(programs, given, e
   shown = ["bash", "-c", "source launch/supervise.sh; env | grep MEM_FRACTION"]
   done = subprocess.run(shown, cwd=ROOT, env=environment, capture_output=True, text=True)
   values = dict(line.split("=") for line in done.stdout.splitlines())
-  assert [values[name] for name in targets.MEMORY_VARIABLES] == expected
+  assert [values[name] for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")] == expected
   assert targets.GPU_MEMORY == 0.9 and "MEM_FRACTION=0.9" in (ROOT / "Dockerfile").read_text()
 
 

@@ -146,7 +146,7 @@ def test_texts_that_say_no_token_are_one_line(tmp_path, content, message):
   if content is not None:
     (tmp_path / "texts").write_bytes(content)
   with pytest.raises(UserError, match=message):
-    export_weights._texts_of(str(tmp_path / "texts"))
+    export_weights.read_words(str(tmp_path / "texts"))
 
 
 def test_results_of_its_checkpoint_stand_in_the_file(run, tmp_path):
