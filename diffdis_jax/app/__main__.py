@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.app import search, step_sampler
+from diffdis_jax.app import step_sampler
 from diffdis_jax.common import cli, files
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, not_installed
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
 def serve(listener: socket.socket) -> None:
   """Load the run and serve its page."""
-  from diffdis_jax.app import page, server
+  from diffdis_jax.app import answers, page, server
 
   # In this order: a run that no tab can serve, and a mistyped --data, end before weights are read.
   run = run_config.load(FLAGS.workdir)
@@ -82,17 +83,18 @@ def serve(listener: socket.socket) -> None:
   sampler = step_sampler.StepSampler(model, params, seconds=SECONDS)
   if FLAGS.data and "search" not in sampler.tabs:
     raise UserError(f"--data={FLAGS.data} has no effect on this run, which cannot search; leave it out")
-  index = search.Index(sampler, source, FLAGS.num_images) if source and "search" in sampler.tabs else None
-  sampler.warm_up()
+  index = answers.Index(sampler, source, FLAGS.num_images) if source and "search" in sampler.tabs else None
   # Its last folder alone: the page may be shown to others, whom this machine's folders do not concern.
   about = f"{pathlib.PurePath(FLAGS.workdir).name}, checkpoint {step}{', averaged weights' if ema else ''}"
   blocks = page.build(sampler, index, run, about)
-  embedding = index and index.start()
+  embedding = threading.Thread(target=index.fill, name="search") if index else None
   try:
+    if embedding:
+      embedding.start()
     server.serve(blocks, UPLOAD_MB, listener=listener, host=FLAGS.host, allowed_hosts=FLAGS.allowed_hosts)
   finally:
     # First, since it stops the thread: else `join` would wait until every image is embedded.
-    sampler.close()
+    sampler.closed.set()
     if embedding:
       embedding.join()
 

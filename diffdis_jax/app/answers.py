@@ -15,15 +15,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float, UInt8
 from scipy import special
 
-from diffdis_jax.app.search import SEED, Index
 from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.config.section import check_number
 from diffdis_jax.data import image_files, records
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import prompts
+from diffdis_jax.evals import base, prompts
 
 MOST_STEPS = 200
 MOST_GUIDANCE = 30
@@ -34,6 +34,7 @@ MOST_NAMES = 200  # class names of a request
 MOST_MEGAPIXELS = 25  # of an uploaded image; decoded, a pixel takes up to 4 bytes
 FRAMES = 20  # shown of one image; decoding a latent costs about as much as a step
 FOUND = 12  # images of a search
+SEARCH_SEED = 0  # of the noise of images that are searched
 
 T = TypeVar("T")
 Path = str | os.PathLike[str] | None
@@ -64,7 +65,7 @@ def generate(
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
   whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_STEPS)
   check_number("guidance", guidance_scale, ge=0, le=MOST_GUIDANCE)
-  left = sampler.cut(prompt)
+  left = sampler.tokenizer.cut(prompt)
   too_long = "" if left is None else f" The prompt is too long for this model, which reads: {left}"
   scale = float(guidance_scale)
   frames = sampler.generate(prompt, seed=whole_seed, steps=whole_steps, guidance_scale=scale, frames=FRAMES)
@@ -80,20 +81,71 @@ def generate(
 
 
 def classify(
-  sampler: StepSampler, path: Path, names: str | None, template: str | None, seed: Any
+  sampler: StepSampler, path: Path | np.ndarray, names: str | None, template: str | None, seed: Any
 ) -> Iterator[tuple[str, dict[str, float]]]:
-  """Yield the likeliest name and each name's share, the softmax over τ ⟨ê_0, e⟩.
+  """Yield the likeliest name and each name's share, the softmax over τ ⟨ê_0, e⟩. `path` is of an upload, or a square.
 
   Raises UserError: no usable image, or a field out of its range.
   """
   classes, filled = read_names(names), read_template(template)
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
-  square = read_square(path, sampler.network.image_size)
+  square = path if isinstance(path, np.ndarray) else read_square(path, sampler.network.image_size)
   texts = sampler.text_queries([prompts.fill(filled, name) for name in classes])
   query = sampler.embed_images(square[None], seed=whole_seed)[0]
   shares = special.softmax(sampler.temperature * query @ texts.T)
   best = int(shares.argmax())
   yield f"{classes[best]}: {shares[best]:.1%}.", dict(zip(classes, shares.tolist(), strict=True))
+
+
+class Index:
+  """`num_images` of a source, or all, with their queries, which `fill` embeds while requests are answered.
+
+  Raises UserError: the source has no record.
+  """
+
+  def __init__(self, sampler: StepSampler, source: Any, num_images: int | None):
+    self._sampler, self._source = sampler, source
+    self._indices = base.subset(len(source), num_images)
+    self._images = base.Images(source, self._indices, sampler.network.image_size)
+    self._parts: list[Float[np.ndarray, "b d"]] = []
+    self._error = ""
+
+  def fill(self) -> None:
+    """Embed all, batch by batch, until the page ends. Searches report what cannot be read."""
+    size = self._sampler.model.batch_size
+    try:
+      for start in range(0, len(self._images), size):
+        batch = self._images[np.arange(start, min(start + size, len(self._images)))]
+        self._parts.append(self._sampler.embed_images(batch, seed=SEARCH_SEED + start))
+      logging.info("%d images can be searched", len(self._images))
+    except (UserError, OSError, RuntimeError) as error:
+      self._error = str(error)
+      if not self._sampler.closed.is_set():
+        logging.warning("the search ends after %d images: %s", sum(map(len, self._parts)), error)
+
+  def nearest(self, query: Float[np.ndarray, " d"], count: int) -> dict[int, float]:
+    """Return the places of the images with the highest inner products, best first, and these, of those that are
+    embedded by now. Raises UserError: none is."""
+    if not self._parts:
+      raise UserError(self._error or "no image is embedded yet; try again in a moment")
+    scores = np.concatenate([*self._parts]) @ query
+    return {int(place): float(scores[place]) for place in np.argsort(-scores, kind="stable")[:count]}
+
+  def read(self, place: int) -> Captioned:
+    """Read an image's central square, and its caption, class or key. Raises UserError: it cannot be read."""
+    try:
+      fields, image = base.fields(self._source, self._indices[place]), self._images[np.array([place])][0]
+    except OSError as error:  # of storage that was there when the page began
+      raise UserError(f"an image cannot be read: {error}; try again later") from error
+    names = (value for name in ("caption", "class", "key") if isinstance(value := fields.get(name), str))
+    return image, next(names, "")
+
+  def state(self) -> str:
+    """Say how many images are embedded."""
+    done, total = sum(map(len, self._parts)), len(self._indices)
+    if done == total:
+      return f"{total:,} images are searched."
+    return f"{done:,} of {total:,} images are searched so far. {self._error}".strip()
 
 
 def search_text(sampler: StepSampler, index: Index, text: str | None) -> Iterator[tuple[str, list[Captioned]]]:
@@ -104,12 +156,12 @@ def search_text(sampler: StepSampler, index: Index, text: str | None) -> Iterato
 def search_image(sampler: StepSampler, index: Index, path: Path) -> Iterator[tuple[str, list[Captioned]]]:
   """Yield a line and the images nearest to an upload. Raises UserError: no usable image, or nothing embedded yet."""
   square = read_square(path, sampler.network.image_size)
-  yield _nearest(index, sampler.embed_images(square[None], seed=SEED)[0])
+  yield _nearest(index, sampler.embed_images(square[None], seed=SEARCH_SEED)[0])
 
 
 def _nearest(index: Index, query: Float[np.ndarray, " d"]) -> tuple[str, list[Captioned]]:
-  records = [(index.record(place), score) for place, score in index.nearest(query, FOUND).items()]
-  return index.state(), [(record.image, f"{record.name} ({score:.3f})") for record, score in records]
+  shown = [(*index.read(place), score) for place, score in index.nearest(query, FOUND).items()]
+  return index.state(), [(image, f"{name} ({score:.3f})") for image, name, score in shown]
 
 
 def read_square(path: str | os.PathLike[str] | None, side: int) -> UInt8[np.ndarray, "s s 3"]:

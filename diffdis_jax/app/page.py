@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import gradio as gr
 from gradio import themes
 from gradio_client import utils as client_utils
 
-from diffdis_jax.app import answers, search
+from diffdis_jax.app import answers
 from diffdis_jax.app.answers import MOST_CHARACTERS, MOST_NAMES
 from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.config import Run
@@ -25,6 +24,16 @@ TITLES = {"draw": "Generate"}  # of tabs whose title is not their name in the pa
 KEPT, SWEPT = 540, 60  # seconds for which uploads and images of answers stay on disk, and between two looks for them
 SMALL = 128  # pixels: images of smaller sides are enlarged without smoothing
 WAITING = 64  # requests; further ones are refused
+Answer = Callable[..., Iterator[Any]]
+HOW: dict[str, Any] = dict(
+  # The answers check what is sent, and say what would be right.
+  preprocess=False,
+  show_progress="minimal",
+  # A second click, while the first is answered, would ask again.
+  trigger_mode="once",
+  # Without a common name the limit of requests at a time would be each button's, and not that of all together.
+  concurrency_id="model",
+)
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1180px !important; margin: 0 auto !important; }
 .small img { image-rendering: pixelated; }
@@ -52,14 +61,17 @@ def theme() -> themes.Base:
   return themes.Soft(primary_hue="indigo", neutral_hue="slate", font=["system-ui"], font_mono=["ui-monospace"])
 
 
-def build(sampler: StepSampler, index: search.Index | None, run: Run, about: str) -> gr.Blocks:
-  """Lay out the page of a run. `about` names it and its checkpoint."""
+def build(sampler: StepSampler, index: answers.Index | None, run: Run, about: str) -> gr.Blocks:
+  """Lay out the page of a run. `about` names it and its checkpoint.
+
+  The model answers the first example here, so that its programs are compiled before the page is served.
+  """
   page = Page(title=f"DiffDis: {about}", analytics_enabled=False, delete_cache=(SWEPT, KEPT))
   tabs = _Tabs(sampler, index, run)
   with page:
     # Escaped: a folder's name may hold what Markdown takes for HTML.
     gr.Markdown(f"# DiffDis\n{html.escape(about)}")
-    with gr.Tabs():
+    with gr.Tabs() as tabs.all:
       for name in sampler.tabs:
         if name != "search" or index is not None:
           with gr.Tab(TITLES.get(name, name.capitalize()), id=name, render_children=True):
@@ -69,12 +81,13 @@ def build(sampler: StepSampler, index: search.Index | None, run: Run, about: str
 
 
 class _Tabs:
-  """The tabs, each a method of its name."""
+  """The tabs, each a method of its name. Those of generation come first: their example goes to Classify."""
 
-  def __init__(self, sampler: StepSampler, index: search.Index | None, run: Run):
+  def __init__(self, sampler: StepSampler, index: answers.Index | None, run: Run):
     self._sampler, self._index, self._run = sampler, index, run
-    self._zero_shot = next((each for each in run.evals.values() if each["task"] == "zero_shot"), {})
+    self._zero_shot = next((section for section in run.evals.values() if section["task"] == "zero_shot"), {})
     self._small = "small" if sampler.network.image_size < SMALL else ""
+    self._send, self._drawn, self._example = None, None, None
 
   def draw(self) -> None:
     how, text = self._run.inference, [*self._run.sample_prompts, "a red star"][0]
@@ -85,68 +98,65 @@ class _Tabs:
       scale = gr.Slider(0, most, min(how.generation_guidance, most), step=0.5, label="Guidance")
       seed = self._seed()
     button = gr.Button("Generate", variant="primary", elem_id="draw-button")
-    outputs = [self._line("draw"), self._gallery("", 3)]
-    self._ask(button, answers.generate, [prompt, seed, steps, scale], outputs, name="draw")
+    line, images = last(answers.generate(self._sampler, text, 0, steps.value, scale.value))
+    outputs = [self._line("draw", line), self._gallery("", 3, images)]
+    self._ask(button, answers.generate, [prompt, seed, steps, scale], outputs, self._sampler, name="draw")
+    if "classify" in self._sampler.tabs:
+      self._send = gr.Button("Classify this image", elem_id="send-button")
+      self._drawn, self._example = outputs[1], images and images[0][0]
 
   def classify(self) -> None:
+    if self._example is None and self._index is not None:
+      self._example = self._index.read(0)[0]
     with gr.Row():
-      image = self._image("classify")
+      image = self._image("classify", self._example)
       with gr.Column(scale=3, min_width=300):
         names, template = self._names(), self._template()
         seed = self._seed()
         button = gr.Button("Classify", variant="primary", elem_id="classify-button")
-        outputs = [self._line("classify"), gr.Label(label="Shares", num_top_classes=12, elem_id="classify-answer")]
-    self._ask(button, answers.classify, [image, names, template, seed], outputs, name="classify")
+        line, shares = "", None
+        if self._example is not None:
+          line, shares = last(answers.classify(self._sampler, self._example, names.value, template.value, 0))
+        label = gr.Label(shares, label="Shares", num_top_classes=12, elem_id="classify-answer")
+        outputs = [self._line("classify", line), label]
+    inputs = [image, names, template, seed]
+    self._ask(button, answers.classify, inputs, outputs, self._sampler, name="classify")
+    if self._send is not None:
+      take = lambda images: iter([(images[0]["image"]["path"] if images else None, gr.Tabs(selected="classify"))])
+      sent = self._ask(self._send, take, [self._drawn], [image, self.all], name="take")
+      sent.success(_shown(answers.classify, self._sampler), inputs, outputs, **HOW, api_visibility="private")
 
   def search(self) -> None:
     with gr.Row():
       with gr.Column(scale=2, min_width=300):
         text = gr.Textbox(label="By text", max_length=MOST_CHARACTERS)
         by_text = gr.Button("Search by text", variant="primary", elem_id="search-text-button")
-        image = self._image("search")
+        image = self._image("search", None)
         by_image = gr.Button("Search by image", elem_id="search-image-button")
       with gr.Column(scale=3, min_width=300):
-        outputs = [self._line("search"), self._gallery("Nearest first", 4)]
-    self._ask(by_text, answers.search_text, [text], outputs, self._index, name="search_text")
-    self._ask(by_image, answers.search_image, [image], outputs, self._index, name="search_image")
+        outputs = [self._line("search", ""), self._gallery("Nearest first", 4, None)]
+    given = self._sampler, self._index
+    self._ask(by_text, answers.search_text, [text], outputs, *given, name="search_text")
+    self._ask(by_image, answers.search_image, [image], outputs, *given, name="search_image")
 
   def _ask(
-    self,
-    button: gr.Button,
-    answer: Callable[..., Iterator[Any]],
-    inputs: list[Any],
-    outputs: list[Any],
-    *first: Any,
-    name: str,
-  ) -> None:
-    """Let the button, and the return key in a field of one line, ask."""
+    self, button: gr.Button, answer: Answer, inputs: list[Any], outputs: list[Any], *given: Any, name: str
+  ) -> Any:
+    """Let the button, and the return key in a field of one line, ask `answer(*given, *inputs)`."""
     fields = [field.submit for field in inputs if isinstance(field, gr.Textbox) and field.lines == 1]
-    gr.on(
-      [button.click, *fields],
-      shown(functools.partial(answer, self._sampler, *first)),
-      inputs,
-      outputs,
-      api_name=name,
-      # The answers check what is sent, and say what would be right.
-      preprocess=False,
-      show_progress="minimal",
-      # A second click, while the first is answered, would ask again.
-      trigger_mode="once",
-      # Without a common name the limit of requests at a time would be each button's, and not that of all together.
-      concurrency_id="model",
-    )
+    return gr.on([button.click, *fields], _shown(answer, *given), inputs, outputs, api_name=name, **HOW)
 
-  def _line(self, name: str) -> gr.Textbox:
-    return gr.Textbox(show_label=False, interactive=False, container=False, elem_id=f"{name}-line")
+  def _line(self, name: str, text: str) -> gr.Textbox:
+    return gr.Textbox(text, show_label=False, interactive=False, container=False, elem_id=f"{name}-line")
 
-  def _gallery(self, label: str, columns: int) -> gr.Gallery:
+  def _gallery(self, label: str, columns: int, images: Any) -> gr.Gallery:
     how: Any = dict(interactive=False, height="auto", elem_classes=[self._small])
-    return gr.Gallery(label=label, columns=columns, format="png", **how)
+    return gr.Gallery(images, label=label, columns=columns, format="png", **how)
 
-  def _image(self, name: str) -> gr.Image:
+  def _image(self, name: str, value: Any) -> gr.Image:
     with gr.Column(scale=2, min_width=300):
       style: Any = dict(elem_classes=["upload", self._small], buttons=[], elem_id=f"{name}-image", height=240)
-      return gr.Image(sources=["upload", "clipboard"], type="filepath", format="png", label="Image", **style)
+      return gr.Image(value, sources=["upload", "clipboard"], type="filepath", format="png", label="Image", **style)
 
   def _names(self) -> gr.Textbox:
     """Add the field of class names, which begins with those of the run's evaluation where it lists them."""
@@ -168,14 +178,24 @@ class _Tabs:
     return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=answers.MOST_SEED)
 
 
-def shown(answer: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+def last(answer: Iterator[tuple[str, Any]]) -> tuple[str, Any]:
+  """Return the last line and values of an answer; a UserError's text is the line, as of a model that diverged."""
+  line, values = "", None
+  try:
+    for shown in answer:
+      line, values = shown
+  except UserError as error:
+    line = str(error)
+  return line, values
+
+
+def _shown(answer: Answer, *given: Any) -> Answer:
   """Wrap an answer, so that the page shows its UserError as a message."""
 
-  @functools.wraps(answer)
   def call(*inputs: Any) -> Iterator[Any]:
     try:
       # An upload comes as Gradio describes files.
-      yield from answer(*(each["path"] if isinstance(each, dict) else each for each in inputs))
+      yield from answer(*given, *(value["path"] if isinstance(value, dict) else value for value in inputs))
     except UserError as error:
       # Gradio shows a message as HTML, and it may repeat what was typed. Bad input needs no traceback in the log.
       raise gr.Error(html.escape(str(error)), title="This cannot be done", print_exception=False) from error

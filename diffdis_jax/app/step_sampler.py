@@ -68,8 +68,8 @@ class StepSampler:
     self.model, self._params, self.seconds = model, params, seconds
     self.network = network = model.network
     self.tabs = tabs(network.objectives, aligned=model.aligned)
-    self._tokenizer = Tokenizer(model.max_length)
-    self.closed = threading.Event()
+    self.tokenizer = Tokenizer(model.max_length)
+    self.closed = threading.Event()  # ends requests, and the embedding of images, at their next step
 
     def compiled(name: str, f: Callable[..., Any]) -> programs.Program:
       # As the model's own, by the run's precision and form of attention.
@@ -84,23 +84,15 @@ class StepSampler:
     scale = params.get("logit_scale")
     self.temperature = 1.0 if scale is None else float(losses.temperature(jnp.asarray(scale)))
 
-  def close(self) -> None:
-    """End requests, and the embedding of images, at their next step."""
-    self.closed.set()
-
   def call(self, f: Callable[..., Any], *args: Any) -> Any:
     """Return f(params, *args) as numpy arrays. Raises UserError: the page has ended."""
     if self.closed.is_set():
       raise UserError("the page has ended")
     return jax.tree.map(np.asarray, f(self._params, *args))
 
-  def cut(self, text: str) -> str | None:
-    """Return what the network reads of a text that is too long for it; None of any other."""
-    return self._tokenizer.cut(text)
-
   def text_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
     """Embed texts: e of each, L2-normalised. Raises UserError: not finite."""
-    return _finite(self.call(self.model.embed_texts, self._tokenizer(texts)))
+    return _finite(self.call(self.model.embed_texts, self.tokenizer(texts)))
 
   def embed_images(self, images: UInt8[np.ndarray, "n H W 3"], *, seed: int) -> Float[np.ndarray, "n d"]:
     """Embed a batch of images by the run's own protocol: the query of each, L2-normalised. Raises UserError: not
@@ -112,7 +104,7 @@ class StepSampler:
 
     Raises UserError: a run without generation, no such number of steps.
     """
-    conditions = self.call(self._conditions, self._tokenizer([prompt]))
+    conditions = self.call(self._conditions, self.tokenizer([prompt]))
     timesteps, z_t = schedules.leading(steps), self.model.noise(1, seed)
     every, scale = math.ceil(steps / frames), np.float32(guidance_scale)
     for i, now in enumerate(samplers.ddim_coefficients(self.network.image_process, timesteps).each()):
@@ -123,16 +115,6 @@ class StepSampler:
       if (steps - 1 - i) % every == 0:
         shown = np.concatenate([step.z_prev, step.z_0_null, step.z_0])
         yield Frame(i + 1, steps, int(timesteps.t[i]), *self.call(self._preview, shown))
-
-  def warm_up(self) -> None:
-    """Run every program that an answer takes once, so that it is compiled."""
-    # One step compiles what any number of steps takes, since coefficients are arguments.
-    if "draw" in self.tabs:
-      list(self.generate("a", seed=0, steps=1, guidance_scale=2.0, frames=1))
-    if "classify" in self.tabs:
-      self.text_queries(["a"])
-      side = self.network.image_size
-      self.embed_images(np.zeros((1, side, side, 3), np.uint8), seed=0)
 
   def _generation(self, model: Any, z_t: Any, now: DdimCoefficients, c: Any, c_null: Any, scale: Any) -> GenerationStep:
     given = dict(c=c, c_null=c_null, guidance_scale=scale)

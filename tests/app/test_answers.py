@@ -1,4 +1,4 @@
-"""What the tabs answer, of a model whose queries are colours."""
+"""Test the tabs' answers with a model whose queries are colours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import scipy.special
 from PIL import Image
 
 from diffdis_jax.app import __main__ as app
-from diffdis_jax.app import answers, search, step_sampler
+from diffdis_jax.app import answers, step_sampler
 from diffdis_jax.app.__main__ import open_data
 from diffdis_jax.app.step_sampler import Frame
 from diffdis_jax.common import storage
@@ -42,13 +42,10 @@ class StepSampler(step_sampler.StepSampler):
   def __init__(self):
     self.network = SimpleNamespace(image_size=8, is_clip=False)
     self.model = SimpleNamespace(batch_size=2)
-    self.closed = threading.Event()
+    self.closed, self.tokenizer = threading.Event(), Tokenizer(8)
 
   def text_queries(self, texts):
     return unit(np.array([next(c for name, c in self.COLOURS.items() if name in text) for text in texts]))
-
-  def cut(self, text):
-    return Tokenizer(8).cut(text)
 
   def embed_images(self, images, *, seed):
     return unit(np.stack([images[np.array([i])][0] for i in range(len(images))]).mean(axis=(1, 2)) + 1e-3)
@@ -111,7 +108,7 @@ def test_a_generation_shows_three_images_after_each_step():
   assert captions[2][0] == "a star"
 
 
-def test_of_a_prompt_that_is_too_long_a_generation_says_what_is_read():
+def test_a_generation_says_what_is_read_of_a_prompt_that_is_too_long():
   steps = answers.generate(StepSampler(), "one two three four five six seven", 0, 3, 2)
   assert all(line.endswith("too long for this model, which reads: one two three four five six") for line, _ in steps)
 
@@ -136,26 +133,26 @@ def test_wrong_inputs_of_draw(place, value, message):
 
 def test_images_are_found_by_text_and_by_image(tmp_path):
   sampler = StepSampler()
-  index = search.Index(sampler, Source("red", "green", "blue", "green", "red"), None)
+  index = answers.Index(sampler, Source("red", "green", "blue", "green", "red"), None)
   with pytest.raises(UserError, match="no image is embedded yet"):
     index.nearest(sampler.text_queries(["green"])[0], 2)
-  index.start().join()
+  index.fill()
   assert index.state() == "5 images are searched."
   assert sorted(index.nearest(sampler.text_queries(["green"])[0], 2)) == [1, 3]
-  for found in (
+  for _, images in (
     *answers.search_text(sampler, index, "a green one"),
     *answers.search_image(sampler, index, colour(tmp_path, "green")),
   ):
-    assert [tuple(image[0, 0]) for image, _ in found[1]][:2] == [(0, 255, 0)] * 2
-    assert [caption.split()[0] for _, caption in found[1]][:2] == ["<green>"] * 2
+    assert [tuple(image[0, 0]) for image, _ in images][:2] == [(0, 255, 0)] * 2
+    assert [caption.split()[0] for _, caption in images][:2] == ["<green>"] * 2
 
 
-def test_what_is_embedded_can_be_searched_where_the_rest_cannot_be_read():
+def test_images_before_a_damaged_one_can_be_searched():
   class Damaged(Source):
     def __getitem__(self, index):
       return super().__getitem__(index) if index < 3 else {"image": b"", "caption": ""}
 
-  index = search.Index(StepSampler(), Damaged("red", "green", "blue", "red", "red"), None)
+  index = answers.Index(StepSampler(), Damaged("red", "green", "blue", "red", "red"), None)
   index.fill()
   assert index.state().startswith("2 of 5 images are searched so far. record 3 of the data set cannot be used")
   assert [*index.nearest(np.array([0, 1, 0], np.float32), 9)] == [1, 0]
@@ -168,13 +165,12 @@ def test_without_its_data_set_the_page_has_the_other_tabs(monkeypatch, caplog):
   monkeypatch.setattr(sources, "open_source", away)
   assert open_data({"test": {"task": "zero_shot", "data": {"name": "pairs"}}}, None, None, image_size=8) is None
   assert "no images to search: no route to the bucket; give --data and --split" in caplog.text
-  with pytest.raises(ConnectionError):  # of one that was asked for
+  with pytest.raises(ConnectionError):  # somebody asked for this one
     open_data({}, "gs://bucket/data", "val", image_size=8)
 
 
 def test_images_to_search_are_those_that_classification_is_measured_on(monkeypatch):
-  """Of emoji, and of the model that is included, the first evaluation by name is of generated images, whose judge is
-  trained on what the run was trained on."""
+  """The emoji config's first evaluation by name is of generated images, whose data are those of training."""
   evals = Run.of(emoji.get_config("path=P")).to_dict()["evals"]
   assert min(evals) == "drawn" and evals["drawn"]["data"]["split"] == "train"
   monkeypatch.setattr(sources, "open_source", lambda **section: section)
@@ -194,7 +190,7 @@ def test_a_data_set_that_is_away_while_it_is_embedded_ends_the_search_with_a_rea
       return super().__getitem__(index)
 
   source, sampler = Away("red", "green", "blue", "red", "red"), StepSampler()
-  index = search.Index(sampler, source, None)
+  index = answers.Index(sampler, source, None)
   index.fill()
   assert index.state() == f"2 of 5 images are searched so far. {reason}"
   assert f"the search ends after 2 images: {reason}" in caplog.text

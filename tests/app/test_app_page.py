@@ -1,4 +1,4 @@
-"""The page of a small run, asked good and bad things by the interface that the page itself uses."""
+"""Ask the page of a small run good and bad things, by the interface that the page itself uses."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ KINDS = (
 )
 
 
-def ask(client: httpx.Client, name: str, data: list) -> str:
-  """The end of an answer's stream: `answer`, or the error's message."""
+def ask(client: httpx.Client, name: str, data: list) -> str | list:
+  """Return the values of an answer's stream, or its error's message."""
   started = client.post(f"/gradio_api/call/{name}", json={"data": data})
   started.raise_for_status()
   event = ""
@@ -44,13 +44,12 @@ def ask(client: httpx.Client, name: str, data: list) -> str:
       elif line.startswith("data: ") and event == "error":
         return f"error: {line}"
       elif line.startswith("data: ") and event == "complete":
-        line_of_text, *values = json.loads(line.removeprefix("data: "))
-        return "answer" if isinstance(line_of_text, str) and all(values) else line
+        return json.loads(line.removeprefix("data: "))
   return "the stream ended"
 
 
 def outcome(address: str, number: int) -> tuple[str, str]:
-  """What must come back, and what comes."""
+  """Return what must come back, and what comes."""
   name, inputs, upload, expected = KINDS[number % len(KINDS)]
   with httpx.Client(base_url=address, timeout=120) as client:
     if upload:
@@ -61,17 +60,26 @@ def outcome(address: str, number: int) -> tuple[str, str]:
           return expected, str(sent.status_code)
         (path,) = sent.json()
       inputs = [{"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}, *inputs]
-    return expected, ask(client, name, inputs)
+    found = ask(client, name, inputs)
+    is_answer = isinstance(found, list) and isinstance(found[0], str) and all(found[1:])
+    return expected, "answer" if is_answer else str(found)
 
 
 @pytest.mark.slow
-def test_no_request_is_lost_and_bad_ones_are_messages(run, tmp_path):
+def test_no_request_is_lost_bad_ones_are_messages_and_a_drawn_image_goes_to_classify(run, tmp_path):
   """Afterwards the page ends by SIGTERM, and leaves no upload."""
   with serve(run, tmp_path / "log", {}) as served, ThreadPoolExecutor(AT_ONCE) as pool:
     end = time.monotonic() + 120
     while "images can be searched" not in served.log.read_text() and time.monotonic() < end:
       time.sleep(0.2)
-    found = list(pool.map(lambda number: outcome(served.address, number), range(REQUESTS)))
-  assert [each for each in found if each[0] not in each[1]] == []
+    outcomes = list(pool.map(lambda number: outcome(served.address, number), range(REQUESTS)))
+    with httpx.Client(base_url=served.address, timeout=120) as client:
+      parts = [{**part["props"], "type": part["type"]} for part in client.get("/config").json()["components"]]
+      picture, tab = ask(client, "take", [next(part["value"] for part in parts if part["type"] == "gallery")])
+      line, shares = ask(client, "classify", [picture, NAMES, TEMPLATE, 0])
+  assert [each for each in outcomes if each[0] not in each[1]] == []
+  (example,) = [part["value"] for part in parts if part.get("elem_id") == "classify-line"]
+  assert "%" in example, "the example that is classified before the first click"
+  assert tab["selected"] == "classify" and "%" in line and len(shares["confidences"]) == 3
   log = (tmp_path / "log").read_text()
   assert log.count("Traceback") <= REQUESTS // len(KINDS), log[-3000:]

@@ -1,4 +1,4 @@
-"""Which tabs the page has, by the run that it serves."""
+"""Test the page's tabs, first values and example, by the run that it serves."""
 
 from __future__ import annotations
 
@@ -9,35 +9,33 @@ import json
 import pytest
 
 from configs import diffdis_cc3m
-from diffdis_jax.app.search import Index
+from diffdis_jax.app.answers import Index
 from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.config import Run
 from tests import steps, tiny, tiny_clip
 from tests.app.test_answers import Source
-from tests.app.test_answers import StepSampler as TabsSampler
+from tests.app.test_answers import StepSampler as ColourSampler
 from tests.models.networks import random_params
 
-pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("default")]  # of Gradio's own imports
+pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("default")]  # for Gradio's own imports
 
 
-def built(config, *, source: Source | None):
-  """The page, as Gradio has it."""
+def build(config, source: Source | None = None):
+  """Build the page of a run that was never trained."""
   from diffdis_jax.app import page
 
   inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=2)
   sampler = StepSampler(inference, random_params(inference.shapes, seed=0), seconds=300)
-  index = None if source is None else Index(sampler, source, None)
+  index = source and Index(sampler, source, None)
   blocks = page.build(sampler, index, Run.of(config), "a run")
-  sampler.close()
+  sampler.closed.set()
   return blocks
 
 
-def components(config, *, source: Source | None) -> list[dict]:
-  return built(config, source=source).get_config_file()["components"]
-
-
-def tabs(config, *, source: Source | None) -> list[str]:
-  return [each["props"]["label"] for each in components(config, source=source) if each["type"] == "tabitem"]
+def components(config, source: Source | None = None, **wanted: str) -> list[dict]:
+  """Return the properties of the components that have these."""
+  found = [{**each["props"], "type": each["type"]} for each in build(config, source).get_config_file()["components"]]
+  return [each for each in found if wanted.items() <= {name: each.get(name) for name in wanted}.items()]
 
 
 def config_of(*objectives: str):
@@ -47,36 +45,46 @@ def config_of(*objectives: str):
 
 
 @pytest.mark.parametrize(
-  "config, expected",
+  "config, source, expected",
   [
-    (config_of("generation", "discrimination"), ["Generate", "Classify", "Search"]),
-    (config_of("generation"), ["Generate"]),
-    (config_of("discrimination"), ["Classify", "Search"]),
-    (tiny_clip.get_config(), ["Classify", "Search"]),
+    (config_of("generation", "discrimination"), Source("red", "blue"), ["Generate", "Classify", "Search"]),
+    (config_of("generation"), Source("red", "blue"), ["Generate"]),
+    (tiny_clip.get_config(), Source("red", "blue"), ["Classify", "Search"]),
+    (config_of("discrimination"), None, ["Classify"]),
   ],
-  ids=["both", "generation", "discrimination", "clip"],
+  ids=["both", "generation", "clip", "nothing to search"],
 )
-def test_a_run_has_the_tabs_that_it_can_serve(config, expected):
-  assert tabs(config, source=Source("red", "blue")) == expected
+def test_a_run_has_the_tabs_that_it_can_serve(config, source, expected):
+  assert [each["label"] for each in components(config, source, type="tabitem")] == expected
 
 
 def test_the_page_begins_with_values_that_it_takes():
   config = config_of("generation")
   config.inference.update(generation_steps=250, generation_guidance=31.0)
-  sliders = [each["props"] for each in components(config, source=None) if each["type"] == "slider"]
+  sliders = components(config, type="slider")
   assert {each["label"] for each in sliders} >= {"Steps", "Guidance"}
   assert all(each["value"] <= each["maximum"] for each in sliders)
 
 
-def field(config, label: str) -> str:
-  return next(each["props"]["value"] for each in components(config, source=None) if each["props"].get("label") == label)
+def test_an_example_is_drawn_and_classified_before_the_first_click():
+  config = config_of("generation", "discrimination")
+  config.inference.generation_steps = 2
+  found = {each.get("elem_id"): each for each in components(config)}
+  (gallery,) = components(config, type="gallery")
+  assert len(gallery["value"]) == 3 and found["draw-line"]["value"] == "2 steps."
+  assert found["classify-image"]["value"] and "%" in found["classify-line"]["value"]
+  assert len(found["classify-answer"]["value"]["confidences"]) > 1
+  # A run that generates nothing takes the first image that is searched.
+  found = {each.get("elem_id"): each for each in components(tiny_clip.get_config(), Source("red"))}
+  assert "%" in found["classify-line"]["value"] and "send-button" not in found
 
 
 def test_the_template_is_the_plain_prompt_where_a_run_measures_by_eighty():
   evals = Run.of(diffdis_cc3m.get_config("runlocal,imagenet=I")).evals["imagenet"]
   config = config_of("discrimination")
   config.evals.test.update({name: evals[name] for name in ("templates", "single_template") if name in evals})
-  assert evals["templates"][0] != "a photo of a {}." == field(config, "Template")
+  (template,) = components(config, label="Template")
+  assert evals["templates"][0] != "a photo of a {}." == template["value"]
 
 
 @pytest.mark.parametrize(
@@ -94,17 +102,14 @@ def test_the_class_names_are_the_runs_own_where_the_page_takes_them(classnames, 
 
   evals = {"test": {"task": "zero_shot", "classnames": classnames}}
   run = dataclasses.replace(Run.of(tiny.get_config()), evals=evals, train_evals=())
-  assert page._Tabs(TabsSampler(), None, run)._names().value == expected
+  assert page._Tabs(ColourSampler(), None, run)._names().value == expected
 
 
-def test_without_a_folder_there_is_nothing_to_search():
-  assert tabs(config_of("discrimination"), source=None) == ["Classify"]
-
-
-def test_uploads_are_kept_for_ten_minutes_at_most():
-  """What is too old by then goes at the next look."""
-  every, age = built(config_of("generation"), source=None).delete_cache
-  assert every + age <= 600
+def test_uploads_stay_for_ten_minutes_at_most_and_neither_title_nor_manifest_shows_a_folder(tmp_path):
+  blocks = build(config_of("generation"))
+  every, age = blocks.delete_cache
+  assert every + age <= 600 and blocks.title == "DiffDis: a run"
+  assert str(tmp_path) not in json.dumps(blocks.get_config_file())
 
 
 def test_an_address_in_the_place_of_a_file_is_never_fetched(monkeypatch):
@@ -116,15 +121,9 @@ def test_an_address_in_the_place_of_a_file_is_never_fetched(monkeypatch):
     pytest.fail(f"{url} was fetched")
 
   monkeypatch.setattr(processing_utils, "async_ssrf_protected_get", get)
-  blocks = built(config_of("discrimination"), source=None)
+  blocks = build(config_of("discrimination"))
   function = next(each for each in blocks.fns.values() if each.api_name == "classify")
   file = {"path": "https://example.com/large.png", "meta": {"_type": "gradio.FileData"}}
   for inputs in ([file, "a, b", "{}", 0], [None, [file], "{}", 0]):
     with pytest.raises(gradio.Error, match="not as an address"):
       asyncio.run(blocks.preprocess_data(function, inputs, None))
-
-
-def test_neither_title_nor_manifest_shows_a_folder(tmp_path):
-  blocks = built(config_of("generation"), source=None)
-  assert blocks.title == "DiffDis: a run"
-  assert str(tmp_path) not in json.dumps(blocks.get_config_file())

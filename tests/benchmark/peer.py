@@ -28,7 +28,6 @@ from diffdis_jax.common import files
 from diffdis_jax.common.params import Params, flatten, merge
 from diffdis_jax.config.model import Model
 from diffdis_jax.config.run import Run
-from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.method.network import Network, abstract_module, initial_state
 from diffdis_jax.models.unet import UNet
@@ -42,32 +41,24 @@ Pass = Callable[[], Float[Any, "b h w c"]]
 
 
 def time_peer(network: Network, *, batch_size: int, rounds: int) -> dict[str, Any]:
-  """Seconds of ours and of diffusers' (median and all rounds), their ratio, and how far their predictions lie apart.
+  """Time our UNet and diffusers', both with batches of this size, and return how far their predictions lie apart.
 
-  Args:
-    network: of which the UNet is timed, up path included.
-    batch_size: of both.
-    rounds: timed passes of each; one more warms up.
-
-  Raises:
-    UserError: a network without a UNet, or no device that both can use.
+  Each has `rounds` timed passes, and one more that warms up.
   """
   model = network.model
-  if not isinstance(model, Model):
-    raise UserError("a UNet is timed, and this config is a CLIP model; take replication/configs/benchmark.py")
+  assert isinstance(model, Model)
   device, inputs = _device_of_torch(), _inputs(network, model, batch_size)
   params, ours = _ours(network, model, inputs)
   ways = {"ours": ours, "diffusers": _theirs(network, model, params, inputs, device)}
   # The pass that warms up also shows that both compute the same.
-  found = {name: np.asarray(once(), np.float64) for name, once in ways.items()}
-  difference = np.abs(found["ours"] - found["diffusers"]).max() / np.abs(found["diffusers"]).max()
+  noise = {name: np.asarray(once(), np.float64) for name, once in ways.items()}
+  difference = np.abs(noise["ours"] - noise["diffusers"]).max() / np.abs(noise["diffusers"]).max()
   seconds: dict[str, list[float]] = {name: [] for name in ways}
-  for index in range(rounds):
+  for _ in range(rounds):
     for name, once in ways.items():
       begin = time.perf_counter()
       once()
       seconds[name].append(time.perf_counter() - begin)
-    logging.info("round %d of %d", index + 1, rounds)
   median = {name: statistics.median(values) for name, values in seconds.items()}
   ratio = median["ours"] / median["diffusers"]
   logging.info("ours %.3f s, diffusers' %.3f s: %.2f times as long", median["ours"], median["diffusers"], ratio)
@@ -92,11 +83,11 @@ def _device_of_torch() -> str:
     return "cpu"
   if backend == "gpu" and torch.cuda.is_available():
     return "cuda"
-  raise UserError(f"JAX computes on {backend}, which this PyTorch cannot; install a PyTorch for it, or JAX for CPUs")
+  raise RuntimeError(f"JAX computes on {backend}, which this PyTorch cannot; install a PyTorch for it, or JAX for CPUs")
 
 
 def _inputs(network: Network, model: Model, batch_size: int) -> Inputs:
-  """z_t, t_z, c and the noise to predict."""
+  """Return z_t, t_z, c and the noise to predict."""
   # Noise for all of them: what a pass costs does not depend on the values.
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal((batch_size, *shape), np.float32)
@@ -108,26 +99,17 @@ def _inputs(network: Network, model: Model, batch_size: int) -> Inputs:
   )
 
 
-class _Ours(NamedTuple):
-  """Fresh parameters of the UNet, and its pass."""
-
-  params: Params
-  once: Pass
-
-
 class _Loss(NamedTuple):
   value: Float[Array, ""]
   prediction: Float[Array, "b h w c"]
 
 
-def _ours(network: Network, model: Model, inputs: Inputs) -> _Ours:
+def _ours(network: Network, model: Model, inputs: Inputs) -> tuple[Params, Pass]:
   build = lambda rngs: UNet(model, up_path=True, dtype=network.dtype, rngs=rngs)
   graphdef, abstract = abstract_module(build)
   # PyTorch has one GPU, or all cores of a CPU; those are as many devices to JAX.
   devices = jax.devices() if jax.default_backend() == "cpu" else jax.devices()[:1]
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1, devices=devices)
-  # For its UserError: a batch that the devices do not divide ends in one line.
-  sharding.check_batch(mesh, len(inputs["z"]), 1)
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   params = jax.jit(lambda key: flatten(initial_state(build, key)), out_shardings=whole)(jax.random.key(0))
   batch = sharding.to_global(inputs, mesh)
@@ -144,11 +126,11 @@ def _ours(network: Network, model: Model, inputs: Inputs) -> _Ours:
     jax.block_until_ready(gradients)
     return prediction
 
-  return _Ours(params, once)
+  return params, once
 
 
 def _theirs(network: Network, model: Model, params: Params, inputs: Inputs, device: str) -> Pass:
-  """diffusers' with the same parameters, whose pass computes in the same dtype."""
+  """Return the pass of diffusers' UNet with the same parameters, in the same dtype."""
   import torch
   from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -190,6 +172,6 @@ if __name__ == "__main__":
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it leaves PyTorch no memory of a GPU
   logging.set_verbosity(logging.INFO)
   run = Run.of(benchmark.get_config())
-  made = provenance.provenance(provenance.of_config(run.to_dict()))
+  origin = provenance.provenance(provenance.of_config(run.to_dict()))
   measured = time_peer(Network.of(run), batch_size=run.batch_size, rounds=int(sys.argv[2]) if sys.argv[2:] else 5)
-  files.write_out(sys.argv[1], files.as_json({**measured, "provenance": made}))
+  files.write_out(sys.argv[1], files.as_json({**measured, "provenance": origin}))

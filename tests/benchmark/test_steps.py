@@ -1,4 +1,4 @@
-"""The steps by the command line."""
+"""Test what is timed, by the command line."""
 
 from __future__ import annotations
 
@@ -32,28 +32,25 @@ pytest_plugins = ("tests.command_runs",)
   ],
 )
 def test_the_batch_is_one_that_the_run_trains_on(fields, names):
-  """In its kind and in all of its shapes; else another step is timed than trains, and than preflight has compiled."""
+  """Its kind and shapes are those of training and of preflight; otherwise another step would be timed."""
   run = Run.of(tiny.get_config()).replace(fields)
   trainer = Trainer(run, make_mesh(1))
   batch = table6.random_batch(trainer)
-  assert {name for name, each in vars(batch).items() if each is not None} == names
-  shapes = [
-    [(each.shape, each.dtype, each.sharding) for each in jax.tree.leaves(found)]
-    for found in (batch, abstract_batch(run, trainer.network, trainer.mesh))
-  ]
-  assert shapes[0] == shapes[1]
+  assert {name for name, array in vars(batch).items() if array is not None} == names
+  shapes = lambda batch: [(array.shape, array.dtype, array.sharding) for array in jax.tree.leaves(batch)]
+  assert shapes(batch) == shapes(abstract_batch(run, trainer.network, trainer.mesh))
 
 
 def test_a_step_of_one_task_has_no_switch_of_the_other():
-  """Which a run of that task alone refuses, so that no config with such a switch could be timed."""
+  """A run of that task alone refuses it, so that no config with such a switch could be timed."""
   run = Run.of(tiny.get_config()).replace({"loss.snr_gamma": 5.0})
-  found = {name for name, each in benchmark.trainers(run).items() if each.run.loss.snr_gamma}
-  assert found == {"joint", "generation"}
+  trainers = benchmark.trainers(run).items()
+  assert {name for name, trainer in trainers if trainer.run.loss.snr_gamma} == {"joint", "generation"}
 
 
 @pytest.mark.parametrize("config", [tiny.get_config("autoencoder"), places_lt.get_config("stage=1,backbone=clip")])
 def test_a_config_of_another_step_is_refused_by_what_it_trains(config):
-  """And not told to take the config that it is of, or to train an autoencoder first."""
+  """Its user is not told to take the config that it is of, or to train an autoencoder first."""
   run = Run.of(config)
   with pytest.raises(UserError, match=f"and this config's objective is {run.objectives[0]}; its own pace is in"):
     benchmark.trainers(run)
@@ -65,12 +62,12 @@ def test_the_record_says_what_was_timed_where(environment, tmp_path):
   flags += ("--config.model.unet.attention=(False,)",)  # three steps are compiled, which is what this test costs
   done = call("benchmark", environment, *flags, f"--out={out}")
   assert done.returncode == 0, done.stderr
-  found = json.loads(out.read_text())
+  record = json.loads(out.read_text())
   config = tiny.get_config()
   config.update(seed=5)
   config.data.path, config.model.unet.attention = "shapes", (False,)
-  made = found["provenance"]
-  assert made.items() >= provenance.code().items() and made["device"] == {"kind": "cpu", "count": 1}
-  assert made["run"] == provenance.of_config(config.to_dict())
-  assert made["run"]["objectives"] == ["generation", "discrimination"] and made["run"]["seed"] == 5
-  assert found["joint_over_generation"] > 0 and "/" not in json.dumps(made)
+  origin = record["provenance"]
+  assert origin.items() >= provenance.code().items() and origin["device"] == {"kind": "cpu", "count": 1}
+  assert origin["run"] == provenance.of_config(config.to_dict())
+  assert origin["run"]["objectives"] == ["generation", "discrimination"] and origin["run"]["seed"] == 5
+  assert record["joint_over_generation"] > 0 and "/" not in json.dumps(origin)

@@ -1,4 +1,4 @@
-"""The paper's Table 6: its ratios, its layout, and what is timed."""
+"""Test the paper's Table 6: its ratios, its layout, and what is timed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests import steps
 
 
 def results(**changes: float) -> dict:
-  """As `time_table6` gives them, of models of which DiffDis trains for 40 h where Stable Diffusion does for 32."""
+  """Return what `time_table6` gives for models of which DiffDis trains for 40 h where Stable Diffusion does for 32."""
   columns = {
     "clip": dict(training=16.0, discrimination=100.0),
     "stable_diffusion": dict(training=32.0, generation=3000.0),
@@ -50,15 +50,8 @@ def test_the_table_has_the_papers_figures_and_ours_beside_them():
   assert len({len(row) for row in rows}) == 1
   assert rows[2] == ["CLIP-L/14, paper", "31 h (0.97)", "", "", "148 s (1.00)", "21.1 %", ""]
   assert rows[6] == ["DiffDis, paper", "54 h (1.69)", "", "3,550 s (1.01)", "252 s (1.70)", "25.92 %", "9.8"]
-  assert rows[7] == [
-    "DiffDis, here: 1.5 M parameters, 32 px",
-    "40 h (1.25)",
-    "2 GFLOP",
-    "3,030 s (1.01)",
-    "250 s (2.50)",
-    "",
-    "",
-  ]
+  ours = "DiffDis, here: 1.5 M parameters, 32 px"
+  assert rows[7] == [ours, "40 h (1.25)", "2 GFLOP", "3,030 s (1.01)", "250 s (2.50)", "", ""]
 
 
 def test_the_three_are_the_shipped_configs():
@@ -88,8 +81,8 @@ def models_of(argument: str) -> dict[str, table6.Model]:
 
 @pytest.mark.full
 def test_operations_at_full_size_are_those_counted_by_hand():
-  """Of SD's UNet, CLIP's towers and the autoencoder, multiply-adds counted in PyTorch: training 1.21 times Stable
-  Diffusion's, discrimination in one step 2.05 times CLIP-L/14's."""
+  """Multiply-adds counted in PyTorch give 1.21 times Stable Diffusion's training, and in discrimination 2.05 times
+  CLIP-L/14's."""
   found = {name: table6._operations(model) for name, model in models_of("batch=64").items()}
   assert found["diffdis"]["training"] / found["stable_diffusion"]["training"] == pytest.approx(1.21, abs=0.02)
   assert found["diffdis"]["discrimination"] / found["clip"]["discrimination"] == pytest.approx(2.05, abs=0.03)

@@ -1,4 +1,4 @@
-"""The page in Chromium, as a reader sees it. It needs apt-get install chromium chromium-driver."""
+"""Read the page in Chromium. It needs apt-get install chromium chromium-driver."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from diffdis_jax.report import __main__ as report
 from tests.report import written_run
 
 pytestmark = pytest.mark.full
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
-FLAGS += (
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-  "--force-prefers-reduced-motion",
-)
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
+FLAGS += ("--disable-background-networking", "--disable-component-update", "--force-prefers-reduced-motion")
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, pathlib.Path]:
-  """Of one run and of two."""
+  """Write the pages of one run, of two, and of one that has just begun."""
   folder = tmp_path_factory.mktemp("browser")
   runs = [written_run.write(folder / name / "run", batch_size=size) for name, size in (("a", 16), ("b", 32))]
-  for name, some in (("one", runs[:1]), ("two", runs)):
+  begun = pathlib.Path(written_run.write(folder / "c" / "run"))
+  metrics = begun / "metrics.jsonl"
+  metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
+  for picture in sorted((begun / "samples").iterdir())[1:]:
+    picture.unlink()
+  pages = {"one": runs[:1], "two": runs, "begun": [str(begun)]}
+  for name, some in pages.items():
     report.report(some, str(folder / f"{name}.html"))
-  return {name: folder / f"{name}.html" for name in ("one", "two")}
+  return {name: folder / f"{name}.html" for name in pages}
 
 
 @pytest.fixture(params=[390, 1280])
 def driver(request, tmp_path):
-  """At the width of a phone, and at that of a laptop."""
+  """Start Chromium at the width of a phone, and at that of a laptop."""
   from selenium import webdriver
 
   options = webdriver.ChromeOptions()
@@ -54,7 +55,7 @@ def texts(driver, selector: str) -> list[str]:
 
 
 def is_clean(driver) -> bool:
-  """No error in the console, and nothing wider than the window."""
+  """Return whether the console has no error, and nothing is wider than the window."""
   wide = driver.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
   assert driver.execute_script("return innerWidth") == driver.width
   return wide == 0 and driver.get_log("browser") == []
@@ -104,6 +105,13 @@ def test_the_slider_the_curves_and_the_config_answer(driver, pages):
   driver.execute_script("dispatchEvent(new Event('afterprint'))")
   assert driver.execute_script(theme) == "dark"
   assert is_clean(driver)
+
+
+def test_a_run_that_has_just_begun_has_no_slider_and_no_charts_of_two_points(driver, pages):
+  driver.get(pages["begun"].as_uri())
+  assert is_clean(driver) and len(driver.find_elements("css selector", ".live img")) == 1
+  assert not driver.find_elements("css selector", "input[type=range], .chart")
+  assert texts(driver, "#losses tbody tr") == ["Loss 10 at 10 5 at 20"]
 
 
 def test_two_runs_are_beside_each_other(driver, pages):
