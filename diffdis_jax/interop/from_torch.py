@@ -66,7 +66,7 @@ def open_source(path: pathlib.Path) -> Source:
   if not path.is_dir():
     raise UserError(f"no file or folder {path}; --source names a checkpoint, on the Hugging Face hub hf:ORG/NAME")
   if (kind := check_kind(path)) == "open_clip":
-    source = _open_openclip(_unwrapped(tensor_files.open_folder(path)), path / "open_clip_config.json")
+    source = _open_openclip(tensor_files.open_folder(path), path / "open_clip_config.json")
   else:
     source = _open_diffusers(path) if kind == "diffusers" else _open_clip_model(path)
   if (head := path / tensor_files.HEAD).exists():  # of other classes than those that a run would have
@@ -208,8 +208,7 @@ def _canonical(part: str, tensors: Tensors) -> Tensors:
 
 
 def _open_single_file(path: pathlib.Path) -> Source:
-  tensors = _unwrapped(tensor_files.open_file(path))
-
+  tensors = tensor_files.open_file(path)
   has = lambda prefix: any(name.startswith(prefix) for name in tensors)
   if has("visual."):
     return _open_openclip(tensors, path.parent / "open_clip_config.json")
@@ -233,11 +232,6 @@ def _open_single_file(path: pathlib.Path) -> Source:
   sections.check_widths({"in_channels": in_channels}, model, str(path))
   fields = {"image_size": IMAGE_SIZE, "data.max_length": model["text_encoder"]["max_length"]}
   return Source(components, model, fields, others=others)
-
-
-def _unwrapped(tensors: Tensors) -> Tensors:
-  """Remove what PyTorch puts before names where several processes train, as open_clip's own reader does."""
-  return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def _open_clip_model(folder: pathlib.Path) -> Source:

@@ -64,7 +64,7 @@ def write(
     step=step,
     fields=fields,
     address=repo or "FOLDER",
-    variant=f', variant="{to_torch.VARIANTS[dtype]}"' if dtype in to_torch.VARIANTS else "",
+    variant=f', variant="{to_torch.VARIANTS[dtype]}"' if to_torch.VARIANTS[dtype] else "",
     repo=repo,
     open_clip=f"hf-hub:{repo}" if repo else "local-dir:FOLDER",
     source=f"hf:{repo}" if repo else "FOLDER",

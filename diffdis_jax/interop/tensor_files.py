@@ -116,7 +116,9 @@ def open_file(path: pathlib.Path) -> Tensors:
   with path.open("rb") as file:
     if file.read(len(_POINTER)) == _POINTER:  # copied again, it would be one again
       raise UserError(f"{path} is a pointer of Git LFS, not the weights; type: git lfs pull in its repository")
-  return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+  tensors = _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+  # PyTorch puts it before each name where several processes train.
+  return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ VERSION = {"_diffusers_version": "0.35.0"}
 FILES = {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae", "diffdis")}
 FILES |= {"text_encoder": "text_encoder/model.safetensors"}
 # Half precision has names of its own, by which diffusers finds it: from_pretrained(..., variant="fp16").
-VARIANTS = {"float16": "fp16", "bfloat16": "bf16"}
+VARIANTS = {"float32": "", "float16": "fp16", "bfloat16": "bf16"}
 PIPELINE = "pipeline.py"  # as diffusers calls it
 INDEX = dict(
   _class_name="StableDiffusionPipeline",
@@ -96,8 +96,7 @@ def write(folder: pathlib.Path, params: Params, own: Mapping[str, Any], *, dtype
 
 def file_of(component: str, dtype: str) -> str:
   """Return the file of a component's weights: unet/diffusion_pytorch_model.fp16.safetensors for float16."""
-  variant = f".{VARIANTS[dtype]}" if dtype in VARIANTS else ""
-  return FILES[component].replace(".safetensors", f"{variant}.safetensors")
+  return FILES[component].replace(".safetensors", f".{VARIANTS[dtype]}.safetensors").replace("..", ".")
 
 
 def _configs(own: Mapping[str, Any], *, scaling_factor: float) -> dict[str, Mapping[str, Any]]:
