@@ -36,7 +36,7 @@ from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.write import Stage, prepare
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.data.transforms import random_square
+from diffdis_jax.data.transforms import resize
 from diffdis_jax.parallel import sharding
 from diffdis_jax.training.metrics import Meters
 from diffdis_jax.training.step import Trainer
@@ -126,7 +126,7 @@ def bare_loop(source: sources.Source) -> Iterator[None]:
       for content in stored[start : start + BATCH]:
         with image_files.open_image(content) as image:
           image.draft(None, (CROP, CROP))
-          np.asarray(random_square(image, rng, size=CROP))
+          np.asarray(resize(image, CROP, place=rng.random()))
       yield
 
 
