@@ -89,7 +89,7 @@ def read(path: str, *, base: str, overrides: Mapping[str, Any]) -> Read:
   """
   fields = cli.read_config(path, "arms").to_dict()
   experiment = read_section(Experiment, fields, f"--arms={path}")
-  arms = {each.name: each for each in (read_section(Arm, fields, "arms") for fields in experiment.arms)}
+  arms = {arm.name: arm for arm in (read_section(Arm, fields, "arms") for fields in experiment.arms)}
   if len(arms) < len(experiment.arms):
     raise UserError(f"--arms={path} has arms of one name; there are {', '.join(arms)}")
   rows: dict[str, Row] = {}
@@ -105,10 +105,10 @@ def read(path: str, *, base: str, overrides: Mapping[str, Any]) -> Read:
       rows[name] = _row(arm, start, base=base, overrides=overrides, step_seconds=experiment.step_seconds)
     return rows[name]
 
-  measured = tuple(each for each in map(row, arms) if each.measured)
+  measured = tuple(line for line in map(row, arms) if line.measured)
   if not measured:
     raise UserError(f"--arms={path} has no arm that is measured")
-  claims = tuple(read_section(Claim, each, "claims") for each in experiment.claims)
+  claims = tuple(read_section(Claim, fields, "claims") for fields in experiment.claims)
   _check(claims, measured)
   file, _, argument = path.partition(":")  # the form that `read_config` takes
   # The name and not the path, since tables.json is published.
@@ -136,7 +136,7 @@ def _row(
 
 
 def _check(claims: Sequence[Claim], rows: Sequence[Row]) -> None:
-  by_label = {each.label: each for each in rows}
+  by_label = {row.label: row for row in rows}
   for claim in claims:
     check_number("claims: bound", claim.bound, gt=0)
     if claim.row == claim.base:

@@ -69,14 +69,14 @@ def verdicts(pairs: Sequence[Sequence[float]], bounds: Sequence[float], *, named
 
   `named` is the number of comparisons of the experiment, as `significance.holm` takes it for the correction.
   """
-  differences = significance.correct([significance.paired(each) for each in pairs], named=named)
-  p_values = [equivalent(each, bound) for each, bound in zip(pairs, bounds, strict=True)]
+  differences = significance.correct([significance.paired(values) for values in pairs], named=named)
+  p_values = [equivalent(values, bound) for values, bound in zip(pairs, bounds, strict=True)]
   adjusted = significance.holm(p_values, named=named)
-  found = []
+  judged = []
   for difference, bound, p, p_holm in zip(differences, bounds, p_values, adjusted, strict=True):
     words = in_words(difference.mean, difference.p_holm, p_holm, bound)
-    found.append(Verdict(difference=difference, bound=bound, p_equivalent=p, p_equivalent_holm=p_holm, words=words))
-  return found
+    judged.append(Verdict(difference=difference, bound=bound, p_equivalent=p, p_equivalent_holm=p_holm, words=words))
+  return judged
 
 
 def in_words(mean: float, p: float | None, p_equivalent: float | None, bound: float) -> str:
@@ -93,21 +93,21 @@ def judge(claims: Sequence[Claim], plan: Plan, results: Mapping[Run, Results | N
   of comparisons was fixed before the runs, and does not depend on which of them finished.
   """
   rows = {row.label: (table.name, place) for table in plan.tables for place, row in enumerate(table.rows)}
-  found, pairs = [], []
+  fields, pairs = [], []
   for claim in claims:
     values = {}
     for label in (claim.row, claim.base):
-      known = {each.name: each for run in plan.rows[rows[label]] for each in columns_of(run.evals)}
+      known = {column.name: column for run in plan.rows[rows[label]] for column in columns_of(run.evals)}
       values[label] = summary.by_seed(plan, rows[label], results, known[claim.column])
     ours, theirs = values.values()
     pairs.append([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
-    by_text = {label: {str(seed): value for seed, value in each.items()} for label, each in values.items()}
-    found.append({**dataclasses.asdict(claim), "values": by_text, "verdict": None})
-  whole = [place for place, each in enumerate(pairs) if each]
+    by_text = {label: {str(seed): value for seed, value in by_seed.items()} for label, by_seed in values.items()}
+    fields.append({**dataclasses.asdict(claim), "values": by_text, "verdict": None})
+  whole = [place for place, values in enumerate(pairs) if values]
   judged = verdicts([pairs[i] for i in whole], [claims[i].bound for i in whole], named=len(claims))
   for place, verdict in zip(whole, judged, strict=True):
-    found[place]["verdict"] = dataclasses.asdict(verdict)
-  return found
+    fields[place]["verdict"] = dataclasses.asdict(verdict)
+  return fields
 
 
 def markdown(judged: Sequence[Mapping[str, Any]]) -> str:

@@ -129,9 +129,9 @@ class Icon:
 
   def metadata(self, key: str) -> str:
     fields = dataclasses.asdict(self.concept)
-    made = {"key": key, "caption": self.caption, "status": "success", "width": SIZE, "height": SIZE}
-    made |= {"concept": fields.pop("concept"), "concept_id": fields.pop("concept_id"), "vendor": self.vendor}
-    return json.dumps({**made, "licence": ICONS[self.vendor].licence, **fields})
+    record = {"key": key, "caption": self.caption, "status": "success", "width": SIZE, "height": SIZE}
+    record |= {"concept": fields.pop("concept"), "concept_id": fields.pop("concept_id"), "vendor": self.vendor}
+    return json.dumps({**record, "licence": ICONS[self.vendor].licence, **fields})
 
 
 @dataclasses.dataclass
@@ -168,27 +168,27 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   emoji_packages.check(source, [EMOJIBASE, *needed])
   _renderer()  # it raises its error before minutes of reading
   chosen, concepts = read_choices(), read_concepts(source)
-  found: list[Part] = []
+  all_parts: list[Part] = []
   for split in SPLITS:
-    found += _cut(split, source, icons_of(split, concepts, chosen))
+    all_parts += _cut(split, source, icons_of(split, concepts, chosen))
   if with_openmoji:
-    found += _cut(OPENMOJI, source, icons_of_openmoji(concepts, chosen, read_icons(source, OPENMOJI)))
+    all_parts += _cut(OPENMOJI, source, icons_of_openmoji(concepts, chosen, read_icons(source, OPENMOJI)))
   else:
     logging.info("no %s in %s, and so no split %s", ICONS[OPENMOJI].file, source, OPENMOJI)
-  return found
+  return all_parts
 
 
 def read_concepts(source: pathlib.Path) -> list[Concept]:
   """Read the concepts in the order of `emoji.json.gz`, the order of their ids."""
   read = functools.partial(emoji_packages.read_json, source, EMOJIBASE)
-  messages, by_code = read("en/messages.json"), {each["hexcode"]: each for each in read("en/data.json")}
-  groups, subgroups = ({each["order"]: each["key"] for each in messages[kind]} for kind in ("groups", "subgroups"))
+  messages, by_code = read("en/messages.json"), {entry["hexcode"]: entry for entry in read("en/data.json")}
+  groups, subgroups = ({entry["order"]: entry["key"] for entry in messages[kind]} for kind in ("groups", "subgroups"))
   concepts = []
   for code in read_choices()["concepts"].split():
-    each = by_code[code]
-    name = each["label"].lower().replace(":", "")
-    group, subgroup = groups[each["group"]], subgroups[each["subgroup"]]
-    concepts.append(Concept(name, _in_ascii(name), group, subgroup, tuple(each["tags"])))
+    entry = by_code[code]
+    name = entry["label"].lower().replace(":", "")
+    group, subgroup = groups[entry["group"]], subgroups[entry["subgroup"]]
+    concepts.append(Concept(name, _in_ascii(name), group, subgroup, tuple(entry["tags"])))
   return concepts
 
 
@@ -198,12 +198,12 @@ def icons_of(split: str, concepts: Sequence[Concept], chosen: Mapping[str, Any])
   held_out = {int(place) for place in chosen["held_out"].split()}
   every = {*range(len(concepts))}
   wanted = {"test_vendor": every, "val_concepts": held_out}.get(split, every - held_out)
-  found = []
+  icons_of_split = []
   for vendor in SPLITS[split]:
     icons = _icons_of_vendor(vendor, concepts, chosen["vendors"][vendor], wanted)
     # The parts below depend on this order by name, in which the icons were first published.
-    found += sorted(icons, key=lambda icon: icon.name)
-  return found
+    icons_of_split += sorted(icons, key=lambda icon: icon.name)
+  return icons_of_split
 
 
 def icons_of_openmoji(concepts: Sequence[Concept], chosen: Mapping[str, Any], there: Mapping[str, str]) -> list[Icon]:

@@ -97,12 +97,12 @@ def check(source: pathlib.Path, packages: Sequence[Package]) -> None:
   for package in packages:
     path = source / package.file
     try:
-      found = hashlib.sha256(path.read_bytes()).hexdigest()
+      digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:  # a folder of that name, or no right to read it
       raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if found != package.sha256:
+    if digest != package.sha256:
       raise UserError(
-        f"{path} is not {package.name} {package.version} as published: its SHA-256 begins with {found[:8]}, not with"
+        f"{path} is not {package.name} {package.version} as published: its SHA-256 begins with {digest[:8]}, not with"
         f" {package.sha256[:8]}; fetch it again: {_fetch([package])}"
       )
 

@@ -88,15 +88,15 @@ def measure(workdir: str, batches: int) -> dict[str, float]:
     raise UserError(f"{workdir} was trained for {', '.join(run.objectives)}; the meter compares both tasks")
   trainer = Trainer(run, sharding.make_mesh(**vars(run.mesh)))
   params = restore.restore_params(workdir, ema=False)
-  state, step, found = trainer.with_params(params), compiled(trainer), []
+  state, step, measured = trainer.with_params(params), compiled(trainer), []
   substitutions = Substitutions()
   loader = open_loader(run, rows=sharding.local_rows(trainer.mesh, run.batch_size))
   for _ in range(batches):
     rows = substitutions.take(next(loader))
     batch = batch_type(run.data)(**sharding.to_global(rows, trainer.mesh))
-    found.append(jax.device_get(step(state, batch)))
+    measured.append(jax.device_get(step(state, batch)))
   loader.close()
-  return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+  return {name: float(np.mean([batch_figures[name] for batch_figures in measured])) for name in measured[0]}
 
 
 def main(argv: object) -> None:

@@ -83,7 +83,7 @@ def gradients(images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n d"]:
   dy, dx = np.zeros_like(x), np.zeros_like(x)
   dy[:, 1:-1], dx[:, :, 1:-1] = x[:, 2:] - x[:, :-2], x[:, :, 2:] - x[:, :, :-2]
   strongest = np.hypot(dx, dy).argmax(axis=-1)[..., None]
-  dy, dx = (np.take_along_axis(each, strongest, axis=-1)[..., 0] for each in (dy, dx))
+  dy, dx = (np.take_along_axis(gradient, strongest, axis=-1)[..., 0] for gradient in (dy, dx))
   length, angle = np.hypot(dx, dy), np.degrees(np.arctan2(dy, dx)) % 180
   bins = np.minimum((angle * BINS / 180).astype(int), BINS - 1)
   of_bins = (length[..., None] * (bins[..., None] == np.arange(BINS))).astype(np.float32)

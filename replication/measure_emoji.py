@@ -50,7 +50,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
   Raises:
     UserError: there is none, or it lacks a split.
   """
-  path = next((each for each in (root, root / "emoji") if (each / "dataset_info.json").exists()), None)
+  path = next((folder for folder in (root, root / "emoji") if (folder / "dataset_info.json").exists()), None)
   if path is None:
     raise UserError(f"no emoji in --data_root={root}, neither in it nor in its folder emoji; {AGAIN}")
   there = records.read_info(path).splits
@@ -60,18 +60,18 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
   splits = [*(split for split in COUNTS if split in there), *sorted({*there} - {"train", *COUNTS})]
   if OPTIONAL not in splits:
     logging.info("%s has no split %s, and so it is not measured", path, OPTIONAL)
-  found = []
+  chosen = []
   for split in splits:
     data = {"name": "pairs", "path": str(path), "split": split, "image_size": image_size}
     zero_shot: dict[str, Any] = {"data": data, "label_field": "concept", "templates": TEMPLATES}
     # Some concepts of its icons were seen in training in other styles, and others were never seen.
     if split not in OF_TRAINING:
       zero_shot["seen_split"] = "train"
-    found.append(Section(f"emoji/{split}", "zero_shot", zero_shot))
-    found.append(Section(f"emoji/{split}", "retrieval", {"data": data, "duplicate_captions": True}))
+    chosen.append(Section(f"emoji/{split}", "zero_shot", zero_shot))
+    chosen.append(Section(f"emoji/{split}", "retrieval", {"data": data, "duplicate_captions": True}))
     if split not in OF_TRAINING:
-      found.append(Section(f"emoji/{split}", "hog", {"data": data, "label_field": "concept"}))
-  return found
+      chosen.append(Section(f"emoji/{split}", "hog", {"data": data, "label_field": "concept"}))
+  return chosen
 
 
 def held_out(names: Iterable[str]) -> list[str]:
@@ -95,9 +95,9 @@ def table(title: str, results: Results) -> str:
   lines = [["", *(name.removeprefix("emoji/") for name in names), "mean of the test artists"]]
   lines.append(["---"] * len(lines[0]))
   for suffix, task in (("", "zero_shot"), (", HOG", "hog")):
-    found = {name: 100 * results[task][name]["metrics"]["acc1_seen"] for name in names}
-    tested = [found[name] for name in names if name != f"emoji/{CHOSEN_ON}"]
-    cells = [f"{value:.2f}" for value in (*(found[name] for name in names), sum(tested) / len(tested))]
+    accuracy = {name: 100 * results[task][name]["metrics"]["acc1_seen"] for name in names}
+    tested = [accuracy[name] for name in names if name != f"emoji/{CHOSEN_ON}"]
+    cells = [f"{value:.2f}" for value in (*(accuracy[name] for name in names), sum(tested) / len(tested))]
     lines.append([f"{title}{suffix}", *cells])
   note = (
     "Top-1 in per cent on icons of concepts that training saw in other artists' styles. HOG is the nearest training"
@@ -116,10 +116,10 @@ def main(argv: object) -> None:
   asked = sections(pathlib.Path(FLAGS.data_root), image_size=config.load(FLAGS.workdir).image_size)
   kept = result_files.ResultFile(FLAGS.out)
   of_count = functools.partial(check, incomplete=FLAGS.incomplete)
-  found = evaluate.evaluate(FLAGS.workdir, asked, kept=kept, check=of_count)
+  measured = evaluate.evaluate(FLAGS.workdir, asked, kept=kept, check=of_count)
   kept.write()
   title = pathlib.PurePath(FLAGS.workdir).name
-  text = f"{table(title, found)}\n{tables.table({title: found})}"
+  text = f"{table(title, measured)}\n{tables.table({title: measured})}"
   result_files.write_text(f"{FLAGS.out.removesuffix('.json')}.md", text)
 
 

@@ -69,7 +69,8 @@ class Plan:
     numbers = [int(size) if size.isdecimal() else 0 for size in sizes]
     if len(numbers) < 2 or 0 in numbers or numbers != sorted(set(numbers)):
       raise UserError(f"--scaling={','.join(sizes)}; give two numbers of chips or more, the smallest first: 4,16,64")
-    by_size = {each.size: each for each in reversed([chips.parse(f"{kind}:{each}") for each in chips.LAYOUTS[kind]])}
+    layouts = [chips.parse(f"{kind}:{layout}") for layout in chips.LAYOUTS[kind]]
+    by_size = {topology.size: topology for topology in reversed(layouts)}
     for number in numbers:
       if number not in by_size or number % numbers[0]:
         known = ", ".join(str(size) for size in sorted(by_size) if size % numbers[0] == 0)
@@ -77,15 +78,18 @@ class Plan:
     base = chips.parse(f"{kind}:{layout}").size if layout else numbers[0]
     small = tuple(by_size[number] for number in numbers if fit_above is None or number <= fit_above)
     plan = cls(topologies=tuple(by_size[number] for number in numbers), compiled=small, base=base)
-    for each in plan.topologies:
-      if each not in small and len(plan.like(each)) < 2:
-        hosts = "" if each.is_tpu else " of several hosts" if len(each.shape) > 1 else " of one host"
-        raise UserError(f"--fit_above={fit_above} leaves fewer than two compiled topologies{hosts} to fit {each.name}")
+    for topology in plan.topologies:
+      if topology not in small and len(plan.like(topology)) < 2:
+        hosts = "" if topology.is_tpu else " of several hosts" if len(topology.shape) > 1 else " of one host"
+        raise UserError(
+          f"--fit_above={fit_above} leaves fewer than two compiled topologies{hosts} to fit {topology.name}"
+        )
     return plan
 
   def like(self, topology: chips.Topology) -> list[chips.Topology]:
     """Return the compiled topologies to fit a topology to: a network between hosts changes the exchanges."""
-    return [each for each in self.compiled if (len(each.shape) > 1) == (len(topology.shape) > 1)]
+    has_network = len(topology.shape) > 1
+    return [small for small in self.compiled if (len(small.shape) > 1) == has_network]
 
   def batch_size(self, topology: chips.Topology, configured: int) -> int:
     """Return the batch size of a topology. Raises UserError if the config's batch does not divide over its chips."""
@@ -167,19 +171,22 @@ def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]
   It takes the report of the train step for each of plan.compiled, after `check`.
   """
   compiled: dict[chips.Topology, Row] = {}
-  by = next((each for each in preflight.BOUNDS if all(found[each] for found in reports)), "")
-  for topology, found in zip(plan.compiled, reports, strict=True):
-    memory = found["memory_gib"]
+  by = next((bound for bound in preflight.BOUNDS if all(report[bound] for report in reports)), "")
+  for topology, report in zip(plan.compiled, reports, strict=True):
+    memory = report["memory_gib"]
     compiled[topology] = Row(
       topology=topology,
-      images=found["images"],
+      images=report["images"],
       is_fitted=False,
-      computing=found[by],
-      traffic=Traffic(**found["traffic"]),
+      computing=report[by],
+      traffic=Traffic(**report["traffic"]),
       memory=memory["total"],
       room=memory["chip"],
     )
-  rows = [compiled.get(each) or _fit(each, [compiled[like] for like in plan.like(each)]) for each in plan.topologies]
+  rows = [
+    compiled.get(topology) or _fit(topology, [compiled[small] for small in plan.like(topology)])
+    for topology in plan.topologies
+  ]
   return {"planned_by": by, "rows": [row.as_json(rows[0]) for row in rows]}
 
 
@@ -207,10 +214,10 @@ def lines(table: Mapping[str, Any]) -> Iterator[str]:
   yield f"weak scaling; nothing overlaps, computing by {by}"
   yield "topology       images  step, ms  GiB into one chip  GiB a chip  images/s  efficiency"
   for row in table["rows"]:
-    said = row["row"] if row["fits"] else f"{row['row']}, DOES NOT FIT"
+    kind = row["row"] if row["fits"] else f"{row['row']}, DOES NOT FIT"
     yield (
       f"{row['topology']:<12}{row['images']:>9,}{1e3 * row['seconds']:>10.1f}{row['between_chips_gib']:>19.3f}"
-      f"{row['memory_gib']:>12.2f}{row['images_per_second']:>10,.0f}{100 * row['efficiency']:>10.1f} %  {said}"
+      f"{row['memory_gib']:>12.2f}{row['images_per_second']:>10,.0f}{100 * row['efficiency']:>10.1f} %  {kind}"
     )
 
 

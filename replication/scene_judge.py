@@ -108,7 +108,7 @@ def attributes(model: SceneClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> 
 
   def named(model: SceneClassifier, image: Array) -> Int[Array, "b 5"]:
     logits = model(image)
-    relation, colour, shape = (each.argmax(-1) for each in (logits.relation, logits.colour, logits.shape))
+    relation, colour, shape = (head.argmax(-1) for head in (logits.relation, logits.colour, logits.shape))
     rows = jnp.arange(len(relation))
     at = lambda named, place: named[rows, 2 * relation + place]
     return jnp.stack([relation, at(colour, 0), at(shape, 0), at(colour, 1), at(shape, 1)], axis=-1)
@@ -116,13 +116,13 @@ def attributes(model: SceneClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> 
   return generation_accuracy.apply(named, model, images, batch_size=256)
 
 
-def right(found: Int[np.ndarray, "n 5"], asked: Int[np.ndarray, "n 5"]) -> Bool[np.ndarray, "n 5"]:
+def right(named: Int[np.ndarray, "n 5"], asked: Int[np.ndarray, "n 5"]) -> Bool[np.ndarray, "n 5"]:
   """Return which attributes are right.
 
   The two shapes are compared in the places that were asked for, or swapped if more attributes are right that way. In a
   swapped scene the relation is wrong.
   """
-  straight, crosswise = found == asked, found[:, CROSSWISE] == asked
+  straight, crosswise = named == asked, named[:, CROSSWISE] == asked
   crosswise[:, 0] = False
   return np.where((crosswise.sum(axis=1) > straight.sum(axis=1))[:, None], crosswise, straight)
 
@@ -172,14 +172,14 @@ class SceneJudge:
     _shape."""
     trained = self.train(image_size)
     squares = np.stack([base.to_square(image, SIZE) for image in images])
-    found = right(attributes(trained.model, squares), self._targets[classes])
+    correct = right(attributes(trained.model, squares), self._targets[classes])
     of_kind = {
-      f"acc1_{kind}": float(found[:, [i for i, each in enumerate(ATTRIBUTES) if each == kind]].mean())
+      f"acc1_{kind}": float(correct[:, [i for i, attribute in enumerate(ATTRIBUTES) if attribute == kind]].mean())
       for kind in dict.fromkeys(ATTRIBUTES)
     }
     return {
-      "acc1": float(found.all(axis=1).mean()),
-      "acc1_attributes": float(found.mean()),
+      "acc1": float(correct.all(axis=1).mean()),
+      "acc1_attributes": float(correct.mean()),
       **of_kind,
       **trained.accuracy,
     }

@@ -87,14 +87,14 @@ class Scene:
     Args:
       part: 0 to change a colour, 1 to change a shape.
     """
-    found = []
+    others = []
     for value in (COLOURS, SHAPES)[part]:
       if value in (self.first[part], self.second[part]):
         continue
       changed = lambda pair, value=value: (value, pair[1]) if part == 0 else (pair[0], value)
-      found.append(dataclasses.replace(self, first=changed(self.first)))
-      found.append(dataclasses.replace(self, second=changed(self.second)))
-    return [scene for scene in found if scene.unseen == self.unseen]
+      others.append(dataclasses.replace(self, first=changed(self.first)))
+      others.append(dataclasses.replace(self, second=changed(self.second)))
+    return [scene for scene in others if scene.unseen == self.unseen]
 
 
 def say(first: Pair, relation: str, second: Pair) -> str:
@@ -115,9 +115,9 @@ def scenes_of(split: str) -> tuple[Scene, ...]:
   pairs = {"train": SEEN, "all": PAIRS}.get(split)
   if pairs is not None:
     every = [Scene(first, second, relation) for first in pairs for second in pairs for relation in RELATIONS]
-    found = [scene for scene in every if split == "all" or _differs(scene)]
-    found = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
-    return tuple(found if split == "all" else _alike_together(found))
+    scenes = [scene for scene in every if split == "all" or _differs(scene)]
+    scenes = [scenes[i] for i in np.random.default_rng(0).permutation(len(scenes))]
+    return tuple(scenes if split == "all" else _alike_together(scenes))
   unseen, is_choice = split.endswith("_unseen"), split.startswith("choice_")
   return tuple(
     scene
@@ -127,14 +127,14 @@ def scenes_of(split: str) -> tuple[Scene, ...]:
   )
 
 
-def _alike_together(found: Sequence[Scene]) -> list[Scene]:
+def _alike_together(scenes: Sequence[Scene]) -> list[Scene]:
   """Put scenes of the same two colours after each other, and among these the four of the same two objects."""
   by_colours: dict[frozenset[str], dict[Scene, None]] = {}
-  for scene in found:
-    orders = sorted((scene, scene.swapped_objects), key=lambda each: (each.first, each.second))
-    of_objects = (dataclasses.replace(each, relation=relation) for each in orders for relation in RELATIONS)
+  for scene in scenes:
+    orders = sorted((scene, scene.swapped_objects), key=lambda order: (order.first, order.second))
+    of_objects = (dataclasses.replace(order, relation=relation) for order in orders for relation in RELATIONS)
     by_colours.setdefault(frozenset((scene.first[0], scene.second[0])), {}).update(dict.fromkeys(of_objects))
-  return [scene for scenes in by_colours.values() for scene in scenes]
+  return [scene for alike in by_colours.values() for scene in alike]
 
 
 def _differs(scene: Scene) -> bool:
@@ -145,15 +145,15 @@ def _differs(scene: Scene) -> bool:
 def _orbits() -> list[tuple[Scene, ...]]:
   """Return all orbits, in random order. `val` and `test` have every second one each, so they share no scene."""
   every = [Scene(first, second, RELATIONS[0]) for first in PAIRS for second in PAIRS]
-  found = [*dict.fromkeys(_orbit(scene) for scene in every if _differs(scene))]
-  return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+  orbits = [*dict.fromkeys(_orbit(scene) for scene in every if _differs(scene))]
+  return [orbits[i] for i in np.random.default_rng(0).permutation(len(orbits))]
 
 
 def _orbit(scene: Scene) -> tuple[Scene, ...]:
   """Return the eight scenes that swaps make of one. Each of the eight gives the same order."""
   own = (scene, scene.swapped_colours)
-  four = sorted((*own, *(each.swapped_objects for each in own)), key=lambda each: (each.first, each.second))
-  return tuple(dataclasses.replace(each, relation=relation) for each in four for relation in RELATIONS)
+  four = sorted((*own, *(alike.swapped_objects for alike in own)), key=lambda alike: (alike.first, alike.second))
+  return tuple(dataclasses.replace(alike, relation=relation) for alike in four for relation in RELATIONS)
 
 
 def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
@@ -235,8 +235,12 @@ class Scenes:
   def _negatives(self, scene: Scene, index: int, *, converse: bool) -> Mapping[str, str]:
     rng = np.random.default_rng((*self._seed, index, 1))
     others = [scene.others(part) for part in (0, 1)]
-    found = (*(each[rng.integers(len(each))] for each in others), scene.swapped_colours, scene.swapped_objects)
-    return {kind: each.caption(converse=converse) for kind, each in zip(KINDS, found, strict=True)}
+    false_scenes = (
+      *(candidates[rng.integers(len(candidates))] for candidates in others),
+      scene.swapped_colours,
+      scene.swapped_objects,
+    )
+    return {kind: other.caption(converse=converse) for kind, other in zip(KINDS, false_scenes, strict=True)}
 
 
 class Section(sources.Section):

@@ -28,17 +28,17 @@ class Comparison(NamedTuple):
 def forest(comparisons: Sequence[Comparison], panels: Sequence[str], title: str) -> Figure:
   """Plot differences, one panel for each measured figure. One seed gives no interval: its mark is hollow."""
   rows, y, last = [], 0.0, ""
-  for each in comparisons:
-    heading, last = each.group if each.group != last else "", each.group
-    lines = textwrap.wrap(each.label, 58)
+  for comparison in comparisons:
+    heading, last = comparison.group if comparison.group != last else "", comparison.group
+    lines = textwrap.wrap(comparison.label, 58)
     y += (1.6 if heading else 0.3) + len(lines) + 0.95
     rows.append((y, heading, lines))
   height = y + 0.6
   # The height leaves room for titles above, and for values and a legend of three lines below.
   figure, grid = plt.subplots(1, len(panels), figsize=(WIDTH, LINE * (height + 5)), squeeze=False, sharey=True)
   for i, (axes, panel) in enumerate(zip(grid[0], panels, strict=True)):
-    found = [(y, each.differences[i], each.bound) for (y, _, _), each in zip(rows, comparisons, strict=True)]
-    far = reach(max(abs(side) for _, difference, bound in found for side in (*ends(difference), bound)))
+    points = [(y, row.differences[i], row.bound) for (y, _, _), row in zip(rows, comparisons, strict=True)]
+    far = reach(max(abs(side) for _, difference, bound in points for side in (*ends(difference), bound)))
     axes.set(xlim=(-far, far), ylim=(height, 0), title=panel, xticks=(-far, 0, far), yticks=())
     for tick, side in zip(
       axes.set_xticklabels([f"−{far:g}", "0", f"+{far:g}"]), ("left", "center", "right"), strict=True
@@ -47,27 +47,28 @@ def forest(comparisons: Sequence[Comparison], panels: Sequence[str], title: str)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.axvline(0, color=OFF)
     for significant, colour in ((False, SOFT), (True, TEXT)):
-      shown = [(y, each) for y, each, _ in found if each is not None and each["is_significant"] == significant]
-      whole = [(y, each) for y, each in shown if each["low"] is not None]
+      there = [(y, difference) for y, difference, _ in points if difference is not None]
+      shown = [(y, difference) for y, difference in there if difference["is_significant"] == significant]
+      whole = [(y, difference) for y, difference in shown if difference["low"] is not None]
       # One line with gaps takes a fifth of the bytes of many lines.
-      x = [value for _, each in whole for value in (each["low"], each["high"], math.nan)]
+      x = [value for _, difference in whole for value in (difference["low"], difference["high"], math.nan)]
       axes.plot(x, [y for y, _ in whole for _ in range(3)], color=colour, lw=2)
-      axes.plot([each["mean"] for _, each in whole], [y for y, _ in whole], "o", color=colour)
-      alone = [(y, each) for y, each in shown if each["low"] is None]
-      axes.plot([each["mean"] for _, each in alone], [y for y, _ in alone], "o", color=colour, mfc="none")
-    if any(bound for *_, bound in found):
-      axes.barh([y for y, *_ in found], [2 * b for *_, b in found], 0.8, [-b for *_, b in found], color=OFF, lw=0)
+      axes.plot([difference["mean"] for _, difference in whole], [y for y, _ in whole], "o", color=colour)
+      alone = [(y, difference) for y, difference in shown if difference["low"] is None]
+      axes.plot([difference["mean"] for _, difference in alone], [y for y, _ in alone], "o", color=colour, mfc="none")
+    if any(bound for *_, bound in points):
+      axes.barh([y for y, *_ in points], [2 * b for *_, b in points], 0.8, [-b for *_, b in points], color=OFF, lw=0)
   first = grid[0, 0]
   at = first.get_yaxis_transform()
   for y, heading, lines in rows:
     labels = [(heading, INK)] * bool(heading) + [(line, SOFT) for line in lines]
     for k, (words, colour) in enumerate(labels):
       first.text(0, y - 0.7 - (len(labels) - 1 - k), words, color=colour, transform=at, in_layout=False)
-  drawn = [each for row in comparisons for each in row.differences if each is not None]
+  drawn = [difference for row in comparisons for difference in row.differences if difference is not None]
   handles = [Line2D([], [], marker="o", ls="", color=SOFT, label="not significant")]
-  if any(each["is_significant"] for each in drawn):
+  if any(difference["is_significant"] for difference in drawn):
     handles.append(Line2D([], [], marker="o", ls="", color=TEXT, label="significant (Holm)"))
-  band = "; band: the bound of no effect" if any(each.bound for each in comparisons) else ""
+  band = "; band: the bound of no effect" if any(comparison.bound for comparison in comparisons) else ""
   figure.legend(handles=handles, loc="outside lower left", ncols=2, title=f"points, 95 % intervals{band}")
   return Figure(figure, title)
 
@@ -130,11 +131,11 @@ _ARROWS = str.maketrans({"↑": "", "↓": ""})
 
 def replication_forest(records: Mapping[str, Any] | None = None) -> Figure:
   """Plot every primary comparison of the replication, with the bound of no effect as a band."""
-  found, comparisons = records or replication.stored(), []
+  archive, comparisons = records or replication.stored(), []
   for name, question in replication.QUESTIONS.items():
-    for claim in found["claims"].get(name, ()):
+    for claim in archive["claims"].get(name, ()):
       if claim["verdict"]:
-        figure = replication.title(found, name, claim["row"], claim["column"]).translate(_ARROWS)
+        figure = replication.title(archive, name, claim["row"], claim["column"]).translate(_ARROWS)
         label = f"{claim['row']} − {claim['base']}, {figure}"
         difference = claim["verdict"]["difference"]
         comparisons.append(Comparison(f"{name.upper()}: {question}", label, [difference], claim["bound"]))

@@ -61,7 +61,7 @@ def training(run: pathlib.Path) -> dict[str, Any]:
 def classes(run: pathlib.Path) -> dict[str, Any]:
   """Return the zero-shot accuracy of each class, measured like the demo's own evaluation of all of them."""
   model, params = inference.load(str(run))
-  found: dict[str, float] = {}
+  accuracy: dict[str, float] = {}
   for section in tasks.of_config(run_config.load(str(run)).evals, tasks=("zero_shot",)):
     zero_shot = section.create()
     assert isinstance(zero_shot, ZeroShot)
@@ -70,9 +70,11 @@ def classes(run: pathlib.Path) -> dict[str, Any]:
     texts = base.embed_texts(model, params, [prompts.fill(zero_shot.all_templates[0], name) for name in names])
     right = base.ranks(images, texts, query_groups=labels, key_groups=np.arange(len(names))) == 0
     recalls = class_recalls(right, labels)
-    found |= {names[k]: round(100 * float(x), 2) for k, x in zip(np.unique(labels), recalls, strict=True)}
+    accuracy |= {names[k]: round(100 * float(x), 2) for k, x in zip(np.unique(labels), recalls, strict=True)}
   what = "zero-shot top-1 of 64 classes, by class: 16 images of each seen pair, 112 of each unseen one"
-  return {"accuracy by class": {"what": what, "unit": "%", "values": {name: found[name] for name in shapes.CLASSNAMES}}}
+  return {
+    "accuracy by class": {"what": what, "unit": "%", "values": {name: accuracy[name] for name in shapes.CLASSNAMES}}
+  }
 
 
 def best_of_n(run: pathlib.Path) -> dict[str, Any]:
@@ -92,17 +94,17 @@ def best_of_n(run: pathlib.Path) -> dict[str, Any]:
   right = (generation_accuracy.pairs_of(judge, squares) == PAIRS[asked]).all(axis=-1).astype(float)
   ranked = np.take_along_axis(right.reshape(scores.shape), np.argsort(-scores, axis=0, kind="stable"), axis=0)
   seen = np.array([pair in shapes.SEEN for pair in shapes.PAIRS])
-  made = {}
+  figures = {}
   for which, chosen in (("seen", seen), ("unseen", ~seen)):
     by_rank = ranked[:, chosen].mean(axis=1)
     values = {str(n): round(100 * float(np.dot(first_of(n, CANDIDATES), by_rank)), 2) for n in KEPT_OF}
-    made[f"best of n/{which}"] = {
+    figures[f"best of n/{which}"] = {
       "what": f"accuracy of the first of n generated images by the model's own query, {which} pairs, by n",
       "unit": "%",
       "values": values,
       "of": {"images": CANDIDATES, "settings": "demo"},
     }
-  return made
+  return figures
 
 
 def first_of(n: int, total: int) -> list[float]:
@@ -143,15 +145,16 @@ PARTS: Mapping[str, Callable[[pathlib.Path], dict[str, Any]]] = {
 def main(_: Sequence[str]) -> None:
   cli.compilation_cache()
   run, path = pathlib.Path(FLAGS.demo) / "diffdis", records.HERE / "demo_run.json"
-  found = json.loads(path.read_text())["records"] if path.exists() else {}
+  stored = json.loads(path.read_text())["records"] if path.exists() else {}
   same = {"of": "demo", "page": "replication/log/shapes.md"}
   for part in FLAGS.parts:
-    found |= {name: same | each for name, each in PARTS[part](run).items()}
-    made = provenance.provenance(provenance.of_run(str(run), step=run_config.load(str(run)).num_steps))
+    stored |= {name: same | record for name, record in PARTS[part](run).items()}
+    source = provenance.provenance(provenance.of_run(str(run), step=run_config.load(str(run)).num_steps))
     command = "make demo; python -m replication.figures.measure_demo"
-    settings = {"demo": {"command": command, "seed": 0, "provenance": made}}
+    settings = {"demo": {"command": command, "seed": 0, "provenance": source}}
     about = "One run of make demo, seed 0, as the figures of docs show it, a record a line."
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(each, ensure_ascii=False)}" for name, each in found.items())
+    as_json = ((json.dumps(name), json.dumps(record, ensure_ascii=False)) for name, record in stored.items())
+    lines = ",\n".join(f"{name}: {record}" for name, record in as_json)
     head = f'"about": {json.dumps(about)},\n"settings": {json.dumps(settings)},'
     files.write_whole(path, f'{{\n{head}\n"records": {{\n{lines}\n}}\n}}\n'.encode())
 

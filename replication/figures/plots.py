@@ -60,8 +60,9 @@ def long_tail() -> Figure:
   groups = {"all": "all", "many": "many\n> 99", "median": "median\n21–99", "low": "low\n≤ 20"}
   figure, axes = plt.subplots(figsize=(WIDTH, 5))
   for shift, model, colour in ((-0.2, "DiffDis", TEXT), (0.2, "CLIP", SOFT)):
-    found = [records.record("long_tail", f"{model.lower()}/acc/{group}") for group in groups]
-    mean, sd, x = [each.mean or 0.0 for each in found], [each.sd or 0.0 for each in found], np.arange(4) + shift
+    group_records = [records.record("long_tail", f"{model.lower()}/acc/{group}") for group in groups]
+    mean, sd = ([getattr(record, name) or 0.0 for record in group_records] for name in ("mean", "sd"))
+    x = np.arange(4) + shift
     axes.bar(x, mean, 0.3, color=f"{colour}59", label=model)
     axes.errorbar(x, mean, sd, fmt="o", color=colour, lw=2)
   axes.set(ylim=(0, 100), ylabel="accuracy after stage 2, %", xticks=range(4), xlabel="classes by training images")
@@ -98,7 +99,7 @@ class Estimate(NamedTuple):
 
 def estimates() -> list[Estimate]:
   """Return the estimates of the paper's joint step, from replication/measured/estimates.json."""
-  made = []
+  rows = []
   for record in records.load("estimates").values():
     if record.what.startswith("joint step of the paper"):
       values, of = record.values, record.of
@@ -113,8 +114,8 @@ def estimates() -> list[Estimate]:
       step = times[0] if times else 1000 * of["batch"] / rate
       bound = next((bound for bound in SIGNS if of.get("bound", "").startswith(bound)), "about")
       chip, fsdp = chip if chip.startswith("v") else chip.upper(), chips if fsdp == "-1" else int(fsdp)
-      made.append(Estimate(chip, chips, fsdp, of["batch"], memory, available, step, rate, bound))
-  return made
+      rows.append(Estimate(chip, chips, fsdp, of["batch"], memory, available, step, rate, bound))
+  return rows
 
 
 def bars(axes: Any, y: Any, widths: Any, rows: list[Estimate]) -> None:
@@ -175,22 +176,22 @@ def mesh() -> Figure:
 def scaling() -> Figure:
   """Plot the time of the parts of a joint step over the number of chips, at a constant batch a chip; a panel a kind."""
   kinds: dict[str, list[records.Record]] = {}
-  for name, each in records.load("estimates").items():
+  for name, row in records.load("estimates").items():
     if name.startswith("weak scaling/"):
-      kinds.setdefault(each.of["topology"].partition(":")[0], []).append(each)
+      kinds.setdefault(row.of["topology"].partition(":")[0], []).append(row)
   figure, grid = plt.subplots(len(kinds), 1, figsize=(WIDTH, 3.6 * len(kinds) + 1), squeeze=False)
-  for axes, (kind, found) in zip(grid[:, 0], kinds.items(), strict=True):
-    first, name = found[0].of, kind if kind.startswith("v") else f"{kind.upper()}s"
-    below = np.zeros(len(found))
-    took = {part: np.array([each.values[f"{part}, ms"] for each in found]) for part in ("computing", "step", "hops")}
+  for axes, (kind, rows) in zip(grid[:, 0], kinds.items(), strict=True):
+    first, name = rows[0].of, kind if kind.startswith("v") else f"{kind.upper()}s"
+    below = np.zeros(len(rows))
+    took = {part: np.array([row.values[f"{part}, ms"] for row in rows]) for part in ("computing", "step", "hops")}
     parts = {"computing": took["computing"], "exchange": took["step"] - took["computing"] - took["hops"]}
     for (part, times), colour in zip({**parts, "latency": took["hops"]}.items(), (TEXT, IMAGE, SOFT), strict=True):
-      shades = [f"{colour}{'73' if each.of['row'] == 'fitted' else 'e6'}" for each in found]
-      drawn = axes.bar(range(len(found)), times, 0.65, below, color=shades, label=part)
+      shades = [f"{colour}{'73' if row.of['row'] == 'fitted' else 'e6'}" for row in rows]
+      drawn = axes.bar(range(len(rows)), times, 0.65, below, color=shades, label=part)
       below += times
-    axes.bar_label(drawn, [f"{each.values['efficiency, %']:.0f} %" for each in found], padding=3)
-    axes.set(title=f"{name}, {first['batch'] // first['chips']} images a chip", ylabel="ms", xticks=range(len(found)))
-    axes.set_xticklabels([each.of["chips"] for each in found])
+    axes.bar_label(drawn, [f"{row.values['efficiency, %']:.0f} %" for row in rows], padding=3)
+    axes.set(title=f"{name}, {first['batch'] // first['chips']} images a chip", ylabel="ms", xticks=range(len(rows)))
+    axes.set_xticklabels([row.of["chips"] for row in rows])
     axes.margins(y=0.12)
     axes.grid(axis="y")
   grid[-1, 0].set_xlabel("chips; pale: fitted\nabove: images/s of a chip against the fewest chips")
@@ -249,10 +250,10 @@ def demo_training() -> Figure:
 
 def demo_by_class() -> Figure:
   """Plot zero-shot accuracy of each pair of colour and shape; a frame marks those that training never saw."""
-  found = records.record("demo_run", "accuracy by class").values
+  accuracy = records.record("demo_run", "accuracy by class").values
   figure, axes = plt.subplots(figsize=(WIDTH, 8.6))
   for (i, colour), (j, shape) in itertools.product(enumerate(COLOURS), enumerate(SHAPES)):
-    value, unseen = found[f"{colour} {shape}"], (colour, shape) in UNSEEN
+    value, unseen = accuracy[f"{colour} {shape}"], (colour, shape) in UNSEEN
     shade, edge = round(255 * (0.05 + 0.35 * max(0.0, (value - 50) / 50))), IMAGE if unseen else "none"
     axes.add_patch(Rectangle((j + 0.04, i + 0.04), 0.92, 0.92, fc=f"{TEXT}{shade:02x}", ec=edge, lw=4))
     axes.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center")
@@ -315,7 +316,7 @@ def denoising() -> Figure:
 # ---- the replication
 
 
-def replication_minutes(found: Mapping[str, Any] | None = None) -> Figure:
+def replication_minutes(archive: Mapping[str, Any] | None = None) -> Figure:
   """Plot the compared figures over minutes of training: a dot for each seed, a number for each arm."""
   timed = (
     "e1",
@@ -323,7 +324,9 @@ def replication_minutes(found: Mapping[str, Any] | None = None) -> Figure:
     "e4",
     "e8",
   )  # experiments with arms of equal minutes; all arms of the others take the same time
-  arms = [arm for arm in replication.measured(found or replication.stored()) if arm.minutes and arm.experiment in timed]
+  arms = [
+    arm for arm in replication.measured(archive or replication.stored()) if arm.minutes and arm.experiment in timed
+  ]
   key = lambda arm: (arm.experiment, arm.column)
   groups = [(name, [*group]) for (name, _), group in itertools.groupby(sorted(arms, key=key), key)]
   heights = [4.0 + 0.3 * len(group) for _, group in groups]

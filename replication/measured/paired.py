@@ -51,14 +51,14 @@ def shapes(rows: dict[str, str], *, base: str) -> Measured:
     name=f"{dataset}/{metric}", title="", cells=((task, dataset, metric),), scale=100.0
   )
   recall = tuple(("retrieval", "test_retrieval", metric) for metric in ablation_tables.RECALL)
-  found = (
+  columns = (
     percent("generation_accuracy", "generated", "acc1_seen"),
     percent("generation_accuracy", "generated", "acc1_unseen"),
     percent("zero_shot", "test", "acc1"),
     percent("zero_shot", "unseen", "acc1"),
     ablation_tables.Column(name="recall@1", title="", cells=recall, scale=100.0),
   )
-  titled = [dataclasses.replace(each, title=title) for each, title in zip(found, SHAPES_TITLES, strict=True)]
+  titled = [dataclasses.replace(column, title=title) for column, title in zip(columns, SHAPES_TITLES, strict=True)]
   return Measured(page=SHAPES_LOG, topic="shapes", rows=rows, base=base, columns=titled)
 
 
@@ -68,14 +68,14 @@ def emoji(rows: dict[str, str], *, base: str, most: int = 5) -> Measured:
     name=f"{split}/{metric}", title=f"{title} ↑", cells=(("zero_shot", split, metric),), scale=100.0
   )
   recall = tuple(("retrieval", "test_vendor_retrieval", metric) for metric in ablation_tables.RECALL)
-  found = (
+  listed = (
     top1("val_vendor", "acc1", "`val_vendor`, 895 concepts"),
     top1("test_vendor", "acc1", "`test_vendor`, by which settings were chosen, 1,364 concepts"),
     top1("test_vendor", "acc1_seen", "its 1,206 seen concepts"),
     ablation_tables.Column(name="recall@1", title="its R@1 ↑", cells=recall, scale=100.0),
     top1("val_concepts", "acc1", "`val_concepts`, 158 unseen concepts"),
   )
-  return Measured(page=EMOJI_LOG, topic="emoji", rows=rows, base=base, columns=found[:most])
+  return Measured(page=EMOJI_LOG, topic="emoji", rows=rows, base=base, columns=listed[:most])
 
 
 NOISE, UNIT = "gamma_1.0-target_noise", "gamma_1.0"
@@ -163,7 +163,7 @@ def figures_of(measured: Measured, start: str) -> dict[str, dict[int, float]]:
   Raises:
     UserError: there is none.
   """
-  found: dict[str, dict[int, float]] = {column.name: {} for column in measured.columns}
+  figures: dict[str, dict[int, float]] = {column.name: {} for column in measured.columns}
   runs = {name: run for name, run in records.results(measured.topic).items() if name.rpartition("-seed_")[0] == start}
   if not runs:
     raise UserError(f"replication/measured/{measured.topic}.json has no runs {start}-seed_N")
@@ -171,8 +171,8 @@ def figures_of(measured: Measured, start: str) -> dict[str, dict[int, float]]:
     seed = int(name.rpartition("-seed_")[2])
     for column in measured.columns:
       if (value := column.read(run)) is not None:
-        found[column.name][seed] = value
-  return found
+        figures[column.name][seed] = value
+  return figures
 
 
 @functools.cache
@@ -189,5 +189,5 @@ def table(name: str) -> dict:
 
 def whole(name: str) -> str:
   """Return one of TABLES with all of its columns, in the form of the log."""
-  titles = {each.name: each.title for each in TABLES[name].columns}
+  titles = {column.name: column.title for column in TABLES[name].columns}
   return summary.render_table(table(name), columns=titles, paper={})

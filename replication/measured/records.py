@@ -63,7 +63,7 @@ def read(topic: str) -> dict[str, Any]:
   """Read the file of a topic. Raises UserError if there is none."""
   path = HERE / f"{topic}.json"
   if not path.exists():
-    known = ", ".join(sorted(each.stem for each in HERE.glob("*.json")))
+    known = ", ".join(sorted(path.stem for path in HERE.glob("*.json")))
     raise UserError(f"replication/measured has no topic {topic!r}; it has {known}")
   return json.loads(path.read_text(encoding="utf-8"))
 
@@ -73,9 +73,8 @@ def load(topic: str) -> dict[str, Record]:
   """Load name -> record for a topic of figures. Raises UserError if there is no such topic."""
   stored = read(topic)
   settings = stored.get("settings", {})
-  return {
-    name: Record(**{**each, "of": _settings(each.get("of", {}), settings)}) for name, each in stored["records"].items()
-  }
+  of = {name: _settings(fields.get("of", {}), settings) for name, fields in stored["records"].items()}
+  return {name: Record(**{**fields, "of": of[name]}) for name, fields in stored["records"].items()}
 
 
 def _settings(of: str | Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,20 +86,20 @@ def _settings(of: str | Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
 
 def record(topic: str, name: str) -> Record:
   """Return a record of a topic by its name. Raises UserError if there is none."""
-  found = load(topic)
-  if name not in found:
-    raise UserError(f"replication/measured/{topic}.json has no record {name!r}; it has {', '.join(found)}")
-  return found[name]
+  known = load(topic)
+  if name not in known:
+    raise UserError(f"replication/measured/{topic}.json has no record {name!r}; it has {', '.join(known)}")
+  return known[name]
 
 
 def value(topic: str, name: str, seed: str = "") -> float:
   """Return the value of a record for a seed, or for the only run. Raises UserError if there is none."""
-  found = record(topic, name)
+  chosen = record(topic, name)
   if not seed:
-    return found.value
-  if seed not in found.values:
-    raise UserError(f"{name!r} of replication/measured/{topic}.json has no {seed!r}; it has {', '.join(found.values)}")
-  return found.values[seed]
+    return chosen.value
+  if seed not in chosen.values:
+    raise UserError(f"{name!r} of replication/measured/{topic}.json has no {seed!r}; it has {', '.join(chosen.values)}")
+  return chosen.values[seed]
 
 
 @functools.cache
@@ -112,10 +111,10 @@ def results(topic: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
 
 def _results_of(run: Mapping[str, Any], protocols: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
   own = {name: run[name] for name in ("checkpoint", "weights") if name in run}
-  found: dict[str, dict[str, dict[str, Any]]] = {}
+  by_task: dict[str, dict[str, dict[str, Any]]] = {}
   for task, sets in run["metrics"].items():
     for dataset, (protocol, metrics) in sets.items():
-      found.setdefault(task, {})[dataset] = {
+      by_task.setdefault(task, {})[dataset] = {
         "dataset": dataset,
         "model": "diffdis_jax",
         "pretrained": run["run"],
@@ -124,7 +123,7 @@ def _results_of(run: Mapping[str, Any], protocols: list[dict[str, Any]]) -> dict
         "language": "en",
         "protocol": {**protocols[protocol], **own},
       }
-  return found
+  return by_task
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -127,7 +127,7 @@ def records_of(summary: Mapping[str, Any]) -> dict[str, Any]:
   """
   (experiment, table), *_ = summary["tables"].items()
   settings = {"base": summary["base"], "seeds": summary["seeds"], **summary["provenance"]}
-  found = {
+  figures = {
     f"{experiment}/{row['label']}/{column}": {
       "what": f"{row['label']}: {summary['columns'][column]}",
       "unit": "%",
@@ -146,16 +146,17 @@ def records_of(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name, run in summary["runs"].items()
   }
-  return {"settings": {experiment: settings}, "records": found, "runs": runs, "claims": {experiment: summary["claims"]}}
+  claims = {experiment: summary["claims"]}
+  return {"settings": {experiment: settings}, "records": figures, "runs": runs, "claims": claims}
 
 
 def merged(there: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
   """Return the file's content with the records of an experiment added, or in the place of its older ones."""
   (experiment,) = new["settings"]
-  kept = {name: each for name, each in there.get("records", {}).items() if not name.startswith(f"{experiment}/")}
+  kept = {name: fields for name, fields in there.get("records", {}).items() if not name.startswith(f"{experiment}/")}
   whole = {part: {**there.get(part, {}), **new[part]} for part in ("settings", "runs", "claims")}
   # A run that two experiments share keeps the minutes of the first: repeated elsewhere, it took other minutes.
-  firsts = (run for each in kept.values() for run in each.get("of", {}).get("runs", ()))
+  firsts = (run for fields in kept.values() for run in fields.get("of", {}).get("runs", ()))
   whole["runs"] |= {run: there["runs"][run] for first in firsts for run in _chain(there, first)}
   return {"about": ABOUT, **whole, "records": {**kept, **new["records"]}}
 
@@ -166,18 +167,18 @@ def stored() -> dict[str, Any]:
   return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else empty
 
 
-# ---- the page's tables; `found` is the content that `stored` returns
+# ---- the page's tables; `archive` is the content that `stored` returns
 
 
-def claims(found: Mapping[str, Any]) -> str:
+def claims(archive: Mapping[str, Any]) -> str:
   """Return the tables of the primary comparisons of each experiment."""
   rows: dict[str, list[Sequence[str]]] = {name: [] for name in QUESTIONS}
-  for name, compared in found["claims"].items():
+  for name, compared in archive["claims"].items():
     for claim in compared:
       comparison, verdict, _, *numbers = judging.cells(claim)
       if claim["row"].startswith(("gamma", "schedule")):
         verdict += f"; {UNREAD}"
-      rows[name].append((comparison, verdict, title(found, name, claim["row"], claim["column"]), *numbers))
+      rows[name].append((comparison, verdict, title(archive, name, claim["row"], claim["column"]), *numbers))
   return _by_experiment(judging.HEADS, rows)
 
 
@@ -193,7 +194,7 @@ def _by_experiment(heads: Sequence[str], rows: Mapping[str, Sequence[Sequence[st
   return "\n\n".join(parts)
 
 
-def paper(found: Mapping[str, Any]) -> str:
+def paper(archive: Mapping[str, Any]) -> str:
   """Return a table of the paper's claims, with the verdict on each testbed: supported, refuted, bounded or open."""
   rows = []
   for claim in PAPER:
@@ -201,40 +202,40 @@ def paper(found: Mapping[str, Any]) -> str:
       f"{look.row} − {look.base.removesuffix(', no spatial pooling')}" for look in claim.looks
     )
     cells: dict[str, list[str]] = {testbed: [] for testbed in TESTBEDS}
-    for look, text in zip(claim.looks, looked(claim, found), strict=True):
+    for look, text in zip(claim.looks, looked(claim, archive), strict=True):
       cells[look.testbed].append(text)
     rows.append((claim.words, *("; ".join(cells[testbed]) for testbed in TESTBEDS), "; ".join(differences)))
   return records.table(("the paper's claim", *TESTBEDS, "points of"), rows)
 
 
-def looked(claim: Claim, found: Mapping[str, Any]) -> list[str]:
+def looked(claim: Claim, archive: Mapping[str, Any]) -> list[str]:
   """Return judgement, experiment and difference of each of a claim's looks.
 
   Holm's correction is over the looks as well: a question that was asked twice has two chances.
   """
-  verdicts = [_verdict_of(look, found) for look in claim.looks]
+  verdicts = [_verdict_of(look, archive) for look in claim.looks]
   known = [verdict for verdict in verdicts if verdict]
-  p_values = significance.holm([each["difference"]["p_holm"] for each in known], named=len(verdicts))
-  p_bounds = significance.holm([each["p_equivalent_holm"] for each in known], named=len(verdicts))
+  p_values = significance.holm([verdict["difference"]["p_holm"] for verdict in known], named=len(verdicts))
+  p_bounds = significance.holm([verdict["p_equivalent_holm"] for verdict in known], named=len(verdicts))
   corrected = iter(zip(p_values, p_bounds, strict=True))
-  said = []
+  texts = []
   for look, verdict in zip(claim.looks, verdicts, strict=True):
     experiment = look.experiment.upper()
     if verdict is None:
-      said.append(f"{NOT_RUN} ({experiment})")
+      texts.append(f"{NOT_RUN} ({experiment})")
       continue
     difference = verdict["difference"]
     words = judging.in_words(difference["mean"], *next(corrected), verdict["bound"])
     too_coarse = (difference["detectable"] or 0) > 2 * verdict["bound"]
     text = COARSE if words == "undecided" and too_coarse else judged(words, claim.expected)
     half = ((difference["high"] or 0) - (difference["low"] or 0)) / 2
-    said.append(f"{text} ({experiment}: {records.interval(difference['mean'], half, sign='+')})")
-  return said
+    texts.append(f"{text} ({experiment}: {records.interval(difference['mean'], half, sign='+')})")
+  return texts
 
 
-def _verdict_of(look: Look, found: Mapping[str, Any]) -> Mapping[str, Any] | None:
-  there = found["claims"].get(look.experiment, ())
-  compared = [each for each in there if (each["row"], each["base"]) == (look.row, look.base)]
+def _verdict_of(look: Look, archive: Mapping[str, Any]) -> Mapping[str, Any] | None:
+  there = archive["claims"].get(look.experiment, ())
+  compared = [claim for claim in there if (claim["row"], claim["base"]) == (look.row, look.base)]
   return compared[0]["verdict"] if compared else None
 
 
@@ -247,10 +248,10 @@ def judged(words: str, expected: str) -> str:
   return f"{kind}: {words}"
 
 
-def arms(found: Mapping[str, Any]) -> str:
+def arms(archive: Mapping[str, Any]) -> str:
   """Return mean and interval of every arm in the figures that are compared, and its minutes, by experiment."""
   rows: dict[str, list[Sequence[str]]] = {}
-  for arm in measured(found):
+  for arm in measured(archive):
     mean = significance.paired(arm.values)  # the interval of one sample is computed in the same way
     spread = "" if mean.low is None or mean.high is None else f" ± {(mean.high - mean.low) / 2:.1f}"
     minutes = "" if arm.minutes is None else f"{arm.minutes:.1f}"
@@ -260,13 +261,13 @@ def arms(found: Mapping[str, Any]) -> str:
   return _by_experiment(heads, rows) if rows else NOT_RUN.capitalize() + "."
 
 
-def cost(found: Mapping[str, Any]) -> str:
+def cost(archive: Mapping[str, Any]) -> str:
   """Return the runs and core-hours of each experiment. Shared runs count in both experiments."""
   rows = []
   for name in QUESTIONS:
-    firsts = (run for arm in _arms(found, name) for run in arm["of"]["runs"])
-    runs = dict.fromkeys(run for first in firsts for run in _chain(found, first))
-    minutes = [found["runs"][run]["minutes"] for run in runs]
+    firsts = (run for arm in _arms(archive, name) for run in arm["of"]["runs"])
+    runs = dict.fromkeys(run for first in firsts for run in _chain(archive, first))
+    minutes = [archive["runs"][run]["minutes"] for run in runs]
     hours = "" if None in minutes else f"{sum(minutes) / 60:.1f}"
     rows.append((name.upper(), str(len(runs)), hours) if runs else (name.upper(), NOT_RUN, ""))
   return records.table(("", "runs", "core-hours of training"), rows)
@@ -290,54 +291,54 @@ class Arm(NamedTuple):
   minutes: float | None
 
 
-def measured(found: Mapping[str, Any]) -> Iterator[Arm]:
+def measured(archive: Mapping[str, Any]) -> Iterator[Arm]:
   """Yield the arms that have a figure which their experiment compares."""
   for name in QUESTIONS:
-    columns = dict.fromkeys(claim["column"] for claim in found["claims"].get(name, ()))
-    for key, record in found["records"].items():
+    columns = dict.fromkeys(claim["column"] for claim in archive["claims"].get(name, ()))
+    for key, record in archive["records"].items():
       experiment, label, column = key.split("/", 2)
       if experiment == name and column in columns:
-        minutes = [_minutes(found, run) for run in record["of"]["runs"]]
-        known = [each for each in minutes if each is not None]
+        minutes = [_minutes(archive, run) for run in record["of"]["runs"]]
+        known = [value for value in minutes if value is not None]
         # The median, since a run that waited for its core would dominate a mean.
         median = statistics.median(known) if minutes and len(known) == len(minutes) else None
         values = tuple(record["values"].values())
-        yield Arm(name, label, column, title(found, name, label, column), values, median)
+        yield Arm(name, label, column, title(archive, name, label, column), values, median)
 
 
-def title(found: Mapping[str, Any], experiment: str, label: str, column: str) -> str:
+def title(archive: Mapping[str, Any], experiment: str, label: str, column: str) -> str:
   """Return the title of a column from its record, or else its name."""
-  record = found["records"].get(f"{experiment}/{label}/{column}")
+  record = archive["records"].get(f"{experiment}/{label}/{column}")
   return record["what"].removeprefix(f"{label}: ") if record else column
 
 
-def has_verdicts(found: Mapping[str, Any]) -> bool:
+def has_verdicts(archive: Mapping[str, Any]) -> bool:
   """Return whether both arms of some comparison have finished a seed."""
-  return any(claim["verdict"] for claims in found["claims"].values() for claim in claims)
+  return any(claim["verdict"] for claims in archive["claims"].values() for claim in claims)
 
 
-def pictures(found: Mapping[str, Any]) -> str:
+def pictures(archive: Mapping[str, Any]) -> str:
   """Return links to the figures, if there is something to show."""
-  if not has_verdicts(found):
+  if not has_verdicts(archive):
     return NOT_RUN.capitalize() + "."
   names = {"replication_forest": "Primary comparisons", "replication_minutes": "Accuracy over minutes of training"}
   return "\n\n".join(f"![{words}](../docs/figures/{name}.svg)" for name, words in names.items())
 
 
-def _arms(found: Mapping[str, Any], experiment: str) -> list[Mapping[str, Any]]:
-  return [record for name, record in found["records"].items() if name.startswith(f"{experiment}/")]
+def _arms(archive: Mapping[str, Any], experiment: str) -> list[Mapping[str, Any]]:
+  return [record for name, record in archive["records"].items() if name.startswith(f"{experiment}/")]
 
 
-def _chain(found: Mapping[str, Any], run: str | None) -> Iterator[str]:
+def _chain(archive: Mapping[str, Any], run: str | None) -> Iterator[str]:
   """Yield a run and the runs that it started from."""
   while run:
     yield run
-    run = found["runs"][run]["start"]
+    run = archive["runs"][run]["start"]
 
 
-def _minutes(found: Mapping[str, Any], run: str) -> float | None:
-  chain = [found["runs"][each] for each in _chain(found, run)]
-  minutes = [each["minutes"] for each in chain if each["objectives"] != ["reconstruction"]]
+def _minutes(archive: Mapping[str, Any], run: str) -> float | None:
+  chain = [archive["runs"][name] for name in _chain(archive, run)]
+  minutes = [link["minutes"] for link in chain if link["objectives"] != ["reconstruction"]]
   return None if None in minutes else sum(minutes)
 
 

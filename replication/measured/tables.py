@@ -70,10 +70,10 @@ def of_seeds(*names: str, unit: str = " %") -> tuple[str, str]:
   return records.interval(statistics.fmean(values), _half(significance.paired(values)), unit=unit), f"{len(values)}"
 
 
-def _half(found: significance.Difference) -> float:
-  if found.low is None or found.high is None:
+def _half(difference: significance.Difference) -> float:
+  if difference.low is None or difference.high is None:
     raise UserError("a figure without a spread has no interval")
-  return (found.high - found.low) / 2
+  return (difference.high - difference.low) / 2
 
 
 # ---- the short tables
@@ -138,8 +138,8 @@ def _points(comparison: tuple[str, str, str]) -> tuple[str, str]:
 def _verdict(experiment: str, row: str, base: str) -> tuple[significance.Difference, str]:
   """Return the difference of a primary comparison of the replication, and the verdict in words."""
   claims = replication.stored()["claims"][experiment]
-  (found,) = (each["verdict"] for each in claims if (each["row"], each["base"]) == (row, base))
-  return significance.Difference(**found["difference"]), found["words"]
+  (verdict,) = (claim["verdict"] for claim in claims if (claim["row"], claim["base"]) == (row, base))
+  return significance.Difference(**verdict["difference"]), verdict["words"]
 
 
 def demo() -> str:
@@ -179,15 +179,15 @@ def _binomial(percent: float, split: str) -> str:
 
 def icons() -> str:
   """Return the accuracy of generated icons."""
-  (found,) = records.results("emoji")["guidance_7.5_both_drawn-seed_0"]["generation_accuracy"].values()
-  metrics = {name: f"{100 * value:.1f} %" for name, value in found["metrics"].items()}
+  (result,) = records.results("emoji")["guidance_7.5_both_drawn-seed_0"]["generation_accuracy"].values()
+  metrics = {name: f"{100 * value:.1f} %" for name, value in result["metrics"].items()}
   rows = [
-    (say("generated icons"), metrics["acc1"], metrics["acc5"], f"{found['protocol']['num_images']:,}"),
+    (say("generated icons"), metrics["acc1"], metrics["acc5"], f"{result['protocol']['num_images']:,}"),
     (
       say("real icons, held out"),
       metrics["judge_acc1"],
       metrics["judge_acc5"],
-      f"{found['protocol']['judge']['measured_on']:,}",
+      f"{result['protocol']['judge']['measured_on']:,}",
     ),
   ]
   return records.table(("one run", "top-1", "top-5", "images"), rows)
@@ -223,28 +223,28 @@ def weak_scaling() -> str:
 
 def paper() -> str:
   """Return the paper's own figures of Table 1 and of its ablations."""
-  found = records.load("paper")
+  archive = records.load("paper")
   rows: list[tuple[str, ...]] = [
-    (each.what, "", f"{each.value}", "") for name, each in found.items() if re.match(r"table 1/.*ViT", name)
+    (record.what, "", f"{record.value}", "") for name, record in archive.items() if re.match(r"table 1/.*ViT", name)
   ]
-  for name, each in found.items():
+  for name, record in archive.items():
     if re.match(r"table [2-57]/", name):
-      rows.append((each.what, *(f"{each.values[column]:.2f}" for column in ("FID", "ZS", "R@1"))))
+      rows.append((record.what, *(f"{record.values[column]:.2f}" for column in ("FID", "ZS", "R@1"))))
   return records.table(("row", "FID ↓", "ImageNet top-1 ↑", "R@1 ↑"), rows)
 
 
 def paper_costs() -> str:
   """Return the paper's own figures of Tables 6 and 8."""
-  found = records.load("paper")
+  archive = records.load("paper")
   rows = [
-    (found[f"table 6/{kind}"].what, *(f"{found[f'table 6/{kind}'].values.get(name, '')}" for name in names))
+    (archive[f"table 6/{kind}"].what, *(f"{archive[f'table 6/{kind}'].values.get(name, '')}" for name in names))
     for kind, names in (
       ("training", ("CLIP-L/14", "Stable Diffusion", "DiffDis")),
       ("generation", ("", "Stable Diffusion", "DiffDis")),
       ("discrimination", ("CLIP", "", "DiffDis")),
     )
   ]
-  clip, diffdis = (f"{found[f'table 8/{name}'].values['acc']}" for name in ("CLIP-L/14", "DiffDis"))
+  clip, diffdis = (f"{archive[f'table 8/{name}'].values['acc']}" for name in ("CLIP-L/14", "DiffDis"))
   rows.append((say("Table 8, accuracy on Places-LT in %"), clip, "", diffdis))
   return records.table(("what", "CLIP", "Stable Diffusion", "DiffDis"), rows)
 
@@ -277,11 +277,11 @@ def written(page: str, text: str) -> str:
   for name, (where, make) in PLACES.items():
     if where == page:
       begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-      found = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.S)
-      if len(found.findall(text)) != 1:
+      place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.S)
+      if len(place.findall(text)) != 1:
         raise UserError(f"{page} should hold {begin} and {end} once, between which the table is written")
       new = f"{begin}\n\n{make()}\n\n{end}"
-      text = found.sub(lambda _, new=new: new, text)
+      text = place.sub(lambda _, new=new: new, text)
   return _INLINE.sub(lambda place: f"<!--={place[1]}-->{number(place[1])}<!--=-->", text)
 
 
