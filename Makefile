@@ -65,7 +65,7 @@ EQUATIONS := method/test_schedules.py method/test_samplers.py method/test_losses
   method/test_fusion.py method/test_alignment.py method/test_joint.py method/test_algorithms.py \
   models/test_attention.py models/test_layers.py training/test_step.py::test_joint_loss_is_the_equations_on_the_same_keys
 check: lint
-	$(PYTEST) tests/test_imports.py $(addprefix tests/,$(EQUATIONS))
+	$(BIN)/python -m pytest -q tests/test_imports.py $(addprefix tests/,$(EQUATIONS))
 
 # Lines and branches of the package that `make test` runs, also in the commands that it starts.
 coverage: $(VENV)/.installed-test

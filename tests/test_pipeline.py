@@ -61,6 +61,7 @@ def test_classify_and_rank_equal_a_softmax_and_cosines(model, run, pictures):
   np.testing.assert_allclose(scores, sorted(cosines, reverse=True), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_templates_are_the_runs_own(tmp_path, run, model, pictures):
   """The run of these tests has none of its own, and CLIP's are taken."""
   assert (

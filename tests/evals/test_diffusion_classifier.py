@@ -210,6 +210,7 @@ def test_errors_are_those_of_diffusers(sd, imported):
   assert np.ptp(found, axis=1).min() > 1e-3  # the prompt has an effect
 
 
+@pytest.mark.slow
 def test_it_measures_the_sets_of_zero_shot(run):
   asked = evals.of_config(
     {"few": {"task": "zero_shot", "data": dict(name="shapes", split="test", image_size=32, num_images=6)}},

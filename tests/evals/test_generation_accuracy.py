@@ -77,6 +77,7 @@ def test_wrong_shapes_wrong_colours_and_unseen_pairs_show(of_shapes):
   assert wrong_unseen["acc1_seen"] >= 0.97 and wrong_unseen["acc1_unseen"] <= 0.1
 
 
+@pytest.mark.slow
 def test_a_bad_classifier_is_no_judge(monkeypatch):
   few = functools.partial(generation_accuracy.train_on_shapes, num_images=256)
   monkeypatch.setattr(generation_accuracy, "train_on_shapes", few)

@@ -141,6 +141,7 @@ def test_it_is_the_same_again_and_for_any_batch_of_the_device():
   assert evals.create(**{**SECTION, "seed": 4}).run(inference, params) != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [tiny.get_config(), tiny_clip.get_config()], ids=["diffdis", "clip"])
 def test_the_order_of_the_records_does_not_count(config, monkeypatch):
   """Folders of classes are stored class by class: batches in that order would compare equal captions alone."""
@@ -187,6 +188,7 @@ def test_equal_captions_are_what_they_are_in_training(tmp_path, monkeypatch):
   assert made.duplicate_captions == evaluation.protocol(loaded)["duplicate_captions"] == "negatives"
 
 
+@pytest.mark.slow
 def test_evaluate_measures_it_and_says_how(run):
   data = {**DATA, "image_size": 32}
   found = evaluate.evaluate(run, sections.of_config({"val": {**SECTION, "data": data}}, tasks=["held_out_loss"]))

@@ -186,6 +186,7 @@ def test_a_published_set_has_no_second_split(monkeypatch, task, settings):
     evals.create(task, data=data, **{"label_field": "class", **settings})
 
 
+@pytest.mark.slow
 def test_the_middle_map_is_diffusers(sd, imported, monkeypatch):
   """Of an import, which has no trained head: its features are the UNet's alone, at timestep 0."""
   ours, params = inference.load(imported, batch_size=4)

@@ -75,6 +75,7 @@ def test_a_network_that_reads_the_image_alone(measure, monkeypatch):
   assert np.ptp([value for name, value in found.items() if name.startswith("loss_")]) < 1e-5
 
 
+@pytest.mark.slow
 def test_noise_at_the_last_timestep_is_zero_shots_figure(measure):
   found, expected = measure(), measure(ZeroShot)["acc1_single_template"]
   assert found["acc1_noise_t999"] == found["acc1_steps_1"] == expected

@@ -213,6 +213,7 @@ def test_discrimination_teaches_all_but_the_up_path(gradient_of_discrimination):
       assert largest == 0, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "attention"])
 def test_rematerialisation_changes_no_gradient(gradient_of_discrimination, remat):
   expected = gradient_of_discrimination("none")
