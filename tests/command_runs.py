@@ -49,14 +49,14 @@ def call(verb: str, environment: Mapping[str, str], *flags: str) -> subprocess.C
 
 
 def joint_flags(autoencoder: str) -> list[str]:
-  """Of the joint run, except for its workdir."""
+  """Return the flags of the joint run, except for its workdir."""
   fields = {"num_steps": STEPS, "save_every": SAVE_EVERY, "log_every": 1, "init_from": autoencoder}
   return ["--config=tests/tiny.py", *(f"--config.{name}={value}" for name, value in fields.items())]
 
 
 @pytest.fixture(scope="session")
 def autoencoder_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> str:
-  """Workdir of a finished run of the autoencoder."""
+  """Return the workdir of a finished run of the autoencoder."""
 
   def train(workdir: pathlib.Path) -> None:
     done = call("train", environment, "--config=tests/tiny.py:autoencoder", f"--workdir={workdir}")
@@ -67,7 +67,7 @@ def autoencoder_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[
 
 @pytest.fixture(scope="session")
 def joint_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], autoencoder_run: str) -> str:
-  """Workdir of a finished joint run on that autoencoder, with sample images and TensorBoard's events."""
+  """Return the workdir of a finished joint run on that autoencoder, with sample images and TensorBoard's events."""
 
   def train(workdir: pathlib.Path) -> None:
     prompts = "--config.sample_prompts=('a red star', 'a blue ring')"
@@ -81,7 +81,7 @@ def joint_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, s
 def joint_results(
   tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], joint_run: str
 ) -> pathlib.Path:
-  """What evaluate writes of the joint run, with the flags MEASURED."""
+  """Return the file that evaluate writes for the joint run, with the flags MEASURED."""
 
   def evaluate(out: pathlib.Path) -> None:
     done = call("evaluate", environment, f"--workdir={joint_run}", *MEASURED, f"--out={out}")
@@ -92,7 +92,7 @@ def joint_results(
 
 @pytest.fixture(scope="session")
 def joint_images(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], joint_run: str) -> pathlib.Path:
-  """What the joint run generates, with the flags GENERATED."""
+  """Return the folder of images that the joint run generates, with the flags GENERATED."""
 
   def generate(out: pathlib.Path) -> None:
     done = call("generate", environment, f"--workdir={joint_run}", *GENERATED, f"--out={out}")
@@ -103,7 +103,7 @@ def joint_images(tmp_path_factory: pytest.TempPathFactory, environment: dict[str
 
 @pytest.fixture(scope="session")
 def exportable_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> str:
-  """Workdir of a finished run of both objectives, on an untrained autoencoder such as diffusers has: of no patches."""
+  """Return the workdir of a finished run of both objectives on an untrained autoencoder without patches."""
 
   def train(workdir: pathlib.Path) -> None:
     fields = {"num_steps": 2, "model.autoencoder.widths": (8, 8), "model.autoencoder.patch": 1}

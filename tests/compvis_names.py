@@ -62,7 +62,7 @@ def vae_name(name: str, *, levels: int) -> str:
 def single_file(
   states: Mapping[str, Mapping[str, torch.Tensor]], *, depth: int, levels: int
 ) -> dict[str, torch.Tensor]:
-  """One state dict of three. The autoencoder's attention has 1x1 convolutions there.
+  """Return one state dict of three. The autoencoder's attention has 1x1 convolutions there.
 
   Args:
     states: those of unet, vae and text_encoder, the last with its prefix `text_model.`.

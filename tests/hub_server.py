@@ -60,7 +60,7 @@ class Refused(Exception):
 
 @dataclasses.dataclass
 class Hub:
-  """What the server holds, what it was asked, and what it refuses.
+  """The state of the server: what it holds, which requests it got, and what it refuses.
 
   Attributes:
     repositories: by `ORG/NAME`.
@@ -92,7 +92,7 @@ class Hub:
     return repo
 
   def answer(self, method: str, url: str, token: str | None, body: bytes) -> tuple[dict[str, str], bytes]:
-    """Headers and content."""
+    """Return the headers and the content of a request."""
     path, query = unquote(urlsplit(url).path), parse_qs(urlsplit(url).query)
     self.asked.append(f"{method} {path}")
     if re.search(self.broken, self.asked[-1]):
@@ -223,7 +223,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
 @pytest.fixture
 def hub_environment(tmp_path: pathlib.Path, hub: Hub) -> dict[str, str]:
-  """Of a command that finds the stand-in, and has no token."""
+  """Return the variables of a command that finds the stand-in and has no token."""
   kept = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
   return {**kept, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": ""}
 

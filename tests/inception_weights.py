@@ -14,7 +14,7 @@ LAYERS = ["64", "192", "768", "2048"]
 
 
 class _Unloaded(FeatureExtractorInceptionV3):
-  """As its constructor makes it, before a file is loaded."""
+  """The network is as its constructor makes it, before a file is loaded."""
 
   def __init__(self) -> None:
     empty = io.BytesIO()
@@ -61,7 +61,7 @@ def inception_state() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory: pytest.TempPathFactory, inception_state: dict[str, torch.Tensor]) -> pathlib.Path:
-  """As torch-fidelity's file."""
+  """Write the weights in the form of torch-fidelity's file."""
   path = tmp_path_factory.getbasetemp() / "inception.pth"
   torch.save(inception_state, path)
   return path

@@ -28,7 +28,7 @@ def not_ignored() -> Iterator[None]:
 
 
 def is_alive(pid: int | str) -> bool:
-  """Whether there is this process. A zombie is none."""
+  """Return whether this process runs. A zombie does not."""
   try:
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
   except OSError:
@@ -70,14 +70,14 @@ class Terminal:
       time.sleep(0.005)
 
   def ctrl_c(self) -> None:
-    """Sends SIGINT to the whole group."""
+    """Send SIGINT to the whole group."""
     os.killpg(self.process.pid, signal.SIGINT)
 
   def end(self, *, seconds: float = 60) -> int:
-    """The exit code."""
+    """Wait for the end and return the exit code."""
     return self.process.wait(seconds)
 
   @property
   def said(self) -> str:
-    """What stands in stderr."""
+    """Return the text of stderr."""
     return self._stderr.read_text()

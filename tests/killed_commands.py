@@ -1,4 +1,4 @@
-"""What the commands are given, and what they write, for the tests that kill them."""
+"""Define the commands that tests kill: their flags, and what they write."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COUNT = 40
 
 
 class Case(NamedTuple):
-  """A command.
+  """A command that the tests kill.
 
   Attributes:
     kills: how many of the schedule's it gets.
@@ -56,7 +56,7 @@ def module(name: str, *flags: str) -> list[str]:
 
 
 def files_of(out: pathlib.Path) -> dict[str, bytes]:
-  """Of a folder, or the file itself."""
+  """Return the files of a folder, or the file itself."""
   if out.is_file():
     return {out.name: out.read_bytes()}
   return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
@@ -188,7 +188,7 @@ def trained(out: pathlib.Path) -> dict[str, Any]:
 
 
 def training(out: pathlib.Path) -> dict[str, Any]:
-  """Its newest checkpoint can be read, and its lines are those of steps."""
+  """Return the steps and lines that are there, after a look whether the newest checkpoint can be read."""
   if workdir.latest_step(str(out)):
     restore.restore_params(str(out), step=None, ema=True)
   steps_logged(out)

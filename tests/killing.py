@@ -23,7 +23,7 @@ class Ended(NamedTuple):
 
 
 class Course(NamedTuple):
-  """Of an undisturbed command: when it begins to write, and ends, in seconds; and what it has written."""
+  """The course of an undisturbed command: when it begins to write and ends, in seconds, and what it has written."""
 
   begun: float
   end: float
@@ -71,7 +71,7 @@ class Killer:
     assert process.returncode == 0, said
 
   def kill(self, at: float, number: int, *, deadline: float, group: bool) -> Ended | None:
-    """What became of it when it got this signal then, and SIGKILL after the deadline; None where it had ended."""
+    """Send a command the signal at a moment, and SIGKILL after the deadline. Return None if it had ended before."""
     with self.start() as process:
       try:
         process.communicate(timeout=at)
@@ -88,7 +88,7 @@ class Killer:
       return Ended(process.returncode, said, time.monotonic() - begin)
 
   def litter(self) -> list[str]:
-    """What was left half done, there or in what the command writes."""
+    """Return the half-written files, there or where the command writes."""
     return sorted(
       str(path.relative_to(self.folder))
       for path in self.folder.rglob("*")

@@ -48,14 +48,14 @@ PROMPTS = ["a red star", "a very long caption of a blue ring, which is cut befor
 
 @pytest.fixture(scope="session")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """Folder of a tiny Stable Diffusion."""
+  """Return the folder of a tiny Stable Diffusion."""
   make = lambda folder: stable_diffusion(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
   return made_once(tmp_path_factory, "sd", make)
 
 
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory: pytest.TempPathFactory, sd: pathlib.Path) -> str:
-  """Workdir of that Stable Diffusion."""
+  """Return the workdir into which that Stable Diffusion is imported."""
   make = lambda folder: import_weights.import_weights(str(sd), str(folder))
   return str(made_once(tmp_path_factory, "imported", make))
 
@@ -91,7 +91,7 @@ def stable_diffusion(
 
 
 def draw(pipeline: StableDiffusionPipeline, noise: np.ndarray, *, steps: int, guidance: float = 7.5) -> np.ndarray:
-  """u8[n h w 3] of PROMPTS from the given initial noise, [n h w c]."""
+  """Generate u8[n h w 3] of PROMPTS from the given initial noise, [n h w c]."""
   pipeline.set_progress_bar_config(disable=True)
   images = pipeline(
     PROMPTS[: len(noise)],
@@ -104,7 +104,7 @@ def draw(pipeline: StableDiffusionPipeline, noise: np.ndarray, *, steps: int, gu
 
 
 def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
-  """Of u8 images, in dB; equal images give infinity."""
+  """Return the PSNR of u8 images in dB. Equal images give infinity."""
   assert actual.shape == expected.shape and actual.dtype == expected.dtype == np.uint8
   error = np.mean((actual.astype(np.float64) - expected) ** 2)
   return float(10 * np.log10(255**2 / error)) if error else float("inf")

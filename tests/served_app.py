@@ -25,7 +25,7 @@ class Served(NamedTuple):
   uploads: pathlib.Path
 
   def page(self, number: int) -> str:
-    """Address of the page that is served as the number-th, from 0, once it is."""
+    """Wait for the number-th page, from 0, and return its address."""
     end = time.monotonic() + 300
     while len(found := re.findall(r"the page is at (\S+?)/?;", self.log.read_text())) <= number:
       assert is_alive(self.pid) and time.monotonic() < end, self.log.read_text()
@@ -33,7 +33,7 @@ class Served(NamedTuple):
     return found[number]
 
   def memory(self) -> int:
-    """Resident, MB."""
+    """Return the resident memory in MB."""
     status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024
 
@@ -41,7 +41,7 @@ class Served(NamedTuple):
 def serve(
   workdir: str, log: pathlib.Path, environment: dict[str, str], *flags: str
 ) -> contextlib.AbstractContextManager[Served]:
-  """The page of a run."""
+  """Serve the page of a run in a process."""
   return started(["-m", "diffdis_jax.app", f"--workdir={workdir}", "--port=0", *flags], log, environment)
 
 

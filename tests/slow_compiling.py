@@ -25,7 +25,7 @@ class _Time(ctypes.Structure):
 
 
 def _wait(seconds: int) -> None:
-  """As a compiler: other threads run meanwhile, but no signal handler of Python's. (A lock that is already held.)"""
+  """Wait like a compiler, on a lock that is held: other threads run, but no signal handler of Python does."""
   lock, end = ctypes.create_string_buffer(64), _Time(int(time.time()) + seconds, 0)
   library = ctypes.CDLL(None)
   for _ in range(2):
@@ -33,7 +33,7 @@ def _wait(seconds: int) -> None:
 
 
 def patch() -> None:
-  """Makes compiling slow where the environment asks for it."""
+  """Make compiling slow if the environment asks for it."""
   from jax._src import compiler
 
   if os.environ.get("DIFFDIS_PROCESS_ID", "0") != os.environ.get(PROCESS):

@@ -41,7 +41,7 @@ ALPHA_BAR = {name: np.cumprod(1 - betas) for name, betas in _BETAS.items()}
 
 
 def make_config(*objectives: str, **changes: Any) -> ConfigDict:
-  """The tiny config with 99 words, and attention in the middle alone: the compiler's time is what most tests cost.
+  """Return the tiny config with 99 words and attention in the middle alone, since the compiler takes most of the time.
 
   `changes` are fields by their dotted path.
   """
@@ -61,7 +61,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def make_batch(config: ConfigDict, seed: int = 0) -> Batch:
-  """Images of smooth noise and captions of two to five words; the last two rows have the same caption."""
+  """Make images of smooth noise and captions of two to five words. The last two rows have the same caption."""
   rng = np.random.default_rng(seed)
   n, side = config.batch_size, config.image_size
   coarse = rng.integers(0, 256, (n, side // 4, side // 4, 3), np.uint8)
@@ -80,7 +80,7 @@ def make_inference(config: ConfigDict, *, mesh: Mesh | None = None, batch_size: 
 
 
 def config_of(workdir: epath.PathLike) -> ConfigDict:
-  """Of the run in this folder, not locked."""
+  """Read the config of the run in this folder."""
   return ConfigDict(read_fields(workdir))
 
 
@@ -89,12 +89,12 @@ def network_of(config: ConfigDict) -> Network:
 
 
 def build_trainer(config: ConfigDict, mesh: Mesh) -> step.Trainer:
-  """Not compiled."""
+  """Build a trainer without compiling it."""
   return step.Trainer(Run.of(config), mesh)
 
 
 def open_batches(config: ConfigDict, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
-  """The batches that a run of this config trains on, as train opens them."""
+  """Open the batches that a run of this config trains on."""
   run = Run.of(config)
   return open_loader(run, rows=rows, latent_shape=latent_shape(Network.of(run)))
 
@@ -111,7 +111,7 @@ class Trainer:
 
   @property
   def text(self) -> str:
-    """The compiled step's."""
+    """Return the text of the compiled step."""
     return self._train_step.as_text()
 
   def place(self, batch: Batch) -> Batch:
@@ -122,7 +122,7 @@ class Trainer:
     return state
 
   def run(self, state: TrainState, *batches: Batch) -> tuple[TrainState, list[Metrics]]:
-    """The state after a step on each of the batches, and each step's metrics, on the host."""
+    """Take a step on each of the batches. Return the state, and each step's metrics on the host."""
     state, metrics = jax.tree.map(jnp.copy, state), []  # the step takes its memory
     for batch in batches:
       state, now = self._train_step(state, self.place(batch))
@@ -131,13 +131,13 @@ class Trainer:
 
 
 def moments(opt_state: Any, name: str) -> dict[str, jax.Array]:
-  """Adam's, mu or nu, by path."""
+  """Return Adam's moments mu or nu by path."""
   leaves = jax.tree.leaves_with_path(opt_state)
   return {key[-1].key: x for key, x in leaves if jax.tree_util.GetAttrKey(name) in key}
 
 
 def loss_function(network: Network, run: Run) -> Any:
-  """A run's loss as a function of (trainable, fixed, batch, keys, teacher), without gathering over devices."""
+  """Return a run's loss as a function of (trainable, fixed, batch, keys, teacher), without gathering over devices."""
 
   def loss(
     trainable: Params, fixed: Params, batch: Any, keys: dict[str, jax.Array], teacher: Params | None = None
@@ -163,7 +163,7 @@ class Loss:
     self._loss = loss_function(self.network, Run.of(config))
 
   def __call__(self, trained: Params, batch: Batch, keys: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-    # As it gets them in the compiled step.
+    # The compiled step gets them as jax arrays, too.
     trained, fixed, batch = jax.tree.map(jnp.asarray, (trained, self._fixed, batch))
     loss, (metrics, _) = self._loss(trained, fixed, batch, keys)
     return loss, metrics

@@ -28,7 +28,7 @@ GRID = "--grid=loss.ita_weight=0.01,0.3"
 
 
 def start(environment: dict[str, str], *flags: str) -> subprocess.Popen:
-  """In a process group of its own, so that a kill hits the run's process too."""
+  """Start it in a process group of its own, so that a kill hits the run's process too."""
   command = [sys.executable, "-m", "diffdis_jax.ablate", *flags]
   return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
 
@@ -44,7 +44,7 @@ def steps_of(out: pathlib.Path) -> int:
 
 
 def tables_of(environment: dict[str, str], out: pathlib.Path, *flags: str) -> bytes:
-  """Without the minutes that each run took."""
+  """Return the table without the minutes that each run took."""
   done = call("ablate", environment, "table", BASE, *flags, f"--out={out}")
   assert done.returncode == 0, done.stderr
   assert (out / "tables.md").read_text() == done.stdout
@@ -52,7 +52,7 @@ def tables_of(environment: dict[str, str], out: pathlib.Path, *flags: str) -> by
 
 
 def test_killed_once_it_ends_in_the_same_table(tmp_path, environment, joint_run, autoencoder_run):
-  """As the undisturbed joint run of other tests, which is the same training, so that it is only measured here."""
+  """It does the same training as the undisturbed joint run of other tests, so it is only measured here."""
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   flags = [BASE, "--grid=loss.ita_weight=0.01", "--seeds=0", *joint_flags(autoencoder_run)[1:]]
   process, chosen = start(environment, "run", *flags, f"--out={killed}"), random.randint(1, STEPS - 1)

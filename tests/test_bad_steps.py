@@ -55,7 +55,7 @@ def spoil(monkeypatch):
 
 
 def prepare(config):
-  """Its trainer, which compiles once for all the runs of a test. After `spoil`."""
+  """Return the config's trainer, which compiles once for all the runs of a test. Call it after `spoil`."""
   run = Run.of(config)
   return Trainer(run, sharding.make_mesh(**vars(run.mesh)))
 

@@ -284,7 +284,7 @@ def test_a_long_tailed_run_and_its_start_have_the_same_rare_classes(tmp_path):
 
 
 def test_a_start_lies_in_a_bucket_or_in_one_file(bucket, tmp_path):
-  """As --config.init_from takes it, and as the runs of a pod have it."""
+  """--config.init_from takes it so, and the runs of a pod have it so."""
   clip, start = get_config("shapes", "objectives=contrastive"), f"{bucket}/{tmp_path.name}"
   (buckets.path(start) / "config.json").write_text(json.dumps(clip.to_dict()))
   config = get_config("places_lt", f"init={start}")

@@ -34,7 +34,7 @@ CHANGES = [shorter, other, replaced]
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_tar_that_changes_while_it_is_read(tmp_path, monkeypatch, change):
-  """Nothing of it is stored; when it is whole again, the same command resumes."""
+  """It is not stored. When it is whole again, the same command resumes."""
   write_pairs(tmp_path / "raw", 200)
   whole = (tmp_path / "raw" / "0.tar").read_bytes()
   to_record = pairs.to_record

@@ -42,7 +42,7 @@ def module(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(module, tmp_path_factory) -> tuple[pathlib.Path, dict]:
-  """Two birds and a broken image, prepared; and what was reported of them. Once, since TFDS knows a set by its name."""
+  """Prepare two birds and a broken image once, since TFDS knows a set by its name, and return the report."""
   folder = tmp_path_factory.mktemp("birds")
   source = folder / "BIRDS"
   (source / "images").mkdir(parents=True)

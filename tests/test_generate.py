@@ -92,7 +92,7 @@ def test_many_images_come_in_chunks_and_the_grid_has_the_first(model, tmp_path, 
 
 
 def test_a_chunk_is_of_whole_calls(model, tmp_path, monkeypatch):
-  """What a call has no images for is computed too, and thrown away."""
+  """A call computes the rows without an image too, and drops them."""
   monkeypatch.setattr(generate, "CHUNK", 8)
   calls, of_model = [], model.generate
   monkeypatch.setattr(

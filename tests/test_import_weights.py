@@ -61,7 +61,7 @@ def load(source: pathlib.Path) -> tuple[ConfigDict, Params, list[str]]:
 
 
 def assert_same_params(loaded: Params, run: str, rtol: float = 0.0) -> None:
-  """All of Stable Diffusion's in the run's checkpoint, and no others."""
+  """The run's checkpoint has all parameters of Stable Diffusion, and no others."""
   expected = restore.restore_params(run)
   origin = json.loads((pathlib.Path(run) / "import.json").read_text())
   assert loaded.keys() == origin["loaded"].keys()
@@ -106,7 +106,7 @@ def test_a_workdir_says_where_everything_came_from(sd, imported):
 
 
 def test_training_starts_from_it(imported):
-  """As `train --config.init_from` does, discrimination alone included."""
+  """`train --config.init_from` does the same, also for discrimination alone."""
   config = config_of(imported)
   config.batch_size, config.objectives, config.init_from = 8, ("discrimination",), imported
   step = build_trainer(config, make_mesh())
@@ -118,7 +118,7 @@ def test_training_starts_from_it(imported):
 
 @pytest.fixture(scope="module")
 def trainer(imported) -> Trainer:
-  """Of a run that starts from it, by its config except for one field that new parameters depend on."""
+  """Return the trainer of a run that starts from it, by its config except for one field of new parameters."""
   config = config_of(imported)
   assert config.model.query_init == 1.0
   config.batch_size, config.model.query_init = 8, QUERY_INIT
@@ -326,7 +326,7 @@ def test_clip_of_open_clip(tmp_path, given, form):
   ],
 )
 def test_a_clip_that_sees_images_otherwise_is_warned_of(tmp_path, caplog, file, said, warning):
-  """As DFN's ViT-H-14, whose published accuracy is of squashed images."""
+  """DFN's ViT-H-14 is such a model: its published accuracy is on squashed images."""
   if file == "open_clip_config.json":
     sizes = CLIPVisionCfg(layers=1, width=64, patch_size=8, image_size=32), CLIPTextCfg(layers=1, width=64, heads=1)
     save_torch(OpenClip(16, *sizes).state_dict(), tmp_path / "open_clip_model.safetensors")
@@ -372,7 +372,7 @@ def test_tensors_of_other_towers(tmp_path):
 
 
 def refused(source: pathlib.Path, out: pathlib.Path, message: str) -> None:
-  """Refused in one line, with nothing written."""
+  """Check that it is refused in one line, and that nothing is written."""
   before = sorted(out.parent.iterdir())
   with pytest.raises(UserError, match=message) as error:
     import_weights.import_weights(str(source), str(out))

@@ -118,7 +118,7 @@ def test_the_thousandth_image_has_the_next_key_wherever_calls_end(inference, mon
 
 @pytest.mark.parametrize("target, normalize_query", [("noise", True), ("data", True), ("data", False)])
 def test_several_steps_noise_samples_and_guidance_are_ddim_by_hand(target, normalize_query):
-  """Of target data, ê_0 is normalised after guidance and before it is fed back, unless that is switched off."""
+  """For target data, ê_0 is normalised after guidance and before it is fed back, unless that is switched off."""
   s, gamma, schedule = 2.5, 0.4, "cosine"
   changes = {"text_diffusion.target": target, "text_diffusion.gamma": gamma, "text_diffusion.schedule": schedule}
   inference = make(
@@ -248,7 +248,7 @@ def test_images_and_queries_are_those_of_one_device_on_any_mesh(inference, shape
 
 @pytest.mark.parametrize("name", ["generation", "discrimination"])
 def test_parameters_travel_once_and_not_at_each_step(name):
-  """Where the mesh splits them, as in the evaluations of a run."""
+  """The mesh splits them, as it does in the evaluations of a run."""
   mesh = steps.make_mesh(1, 8, 1)
   model = steps.make_inference(steps.make_config(), mesh=mesh, batch_size=8, steps=3, generation_steps=3)
   text = model.trace(name).lower().compile().as_text()
@@ -273,7 +273,7 @@ def test_what_a_run_was_not_trained_for_is_refused():
 
 
 def test_pixels_of_another_scale_are_refused():
-  """Of 0 to 1, as other libraries have them, every image would be black."""
+  """From pixels of 0 to 1, as other libraries have them, every image would be black."""
   with pytest.raises(UserError, match="images are float32; give uint8 pixels, 0 to 255"):
     make("discrimination").embed_images({}, BATCH.image.astype(np.float32) / 255, seed=0)
 
@@ -312,7 +312,7 @@ def test_texts_in_the_place_of_tokens_are_refused():
 
 @pytest.mark.parametrize("shape", [(3, 4, 4, 4), (1, 4, 4, 4), (2, 8, 8, 4), (2, 2, 4, 4, 4)])
 def test_noise_of_another_shape_is_refused(shape):
-  """Of further rows no image was made, of too few of jax's the last was taken again, and a larger one was an image."""
+  """Otherwise extra rows would give no image, and jax would repeat the last of too few rows."""
   model, noise = make("generation"), jnp.zeros(shape)
   with pytest.raises(UserError, match=r"noise has shape .*; these tokens take \(2, 4, 4, 4\), as Inference.noise\(2, "):
     inspect.unwrap(Inference.generate)(model, {}, BATCH.tokens[:2], noise)

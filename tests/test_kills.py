@@ -1,4 +1,4 @@
-"""Every command, killed at random moments: what it writes is whole or absent, and the same command ends in the same.
+"""Kill every command at random moments: its files are whole or absent, and the same command ends in the same files.
 
 pytest -m full tests/test_kills.py --log-cli-level=INFO [-k prepare]
 
@@ -155,7 +155,7 @@ def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def moments(course: Course, count: int, chance: random.Random) -> list[float]:
-  """All over the command, and as many while it writes: one in each equal stretch of either."""
+  """Return moments all over the command, and as many while it writes, one in each equal stretch."""
   even = [(i + chance.random()) / ((count + 1) // 2) for i in range((count + 1) // 2)]
   while_it_writes = [course.begun + u * (course.end - course.begun) for u in even]
   found = while_it_writes + [u * course.end for u in even]
@@ -166,7 +166,7 @@ def moments(course: Course, count: int, chance: random.Random) -> list[float]:
 @pytest.mark.full
 @pytest.mark.parametrize("name", killed_commands.MAKERS)
 def test_killed_anywhere_it_is_whole_or_absent_and_goes_on(name, request, tmp_path, environment):
-  """50 SIGKILLs and 50 SIGTERMs in all, with test_the_page."""
+  """With test_the_page, there are 50 SIGKILLs and 50 SIGTERMs."""
   chance = random.Random(f"{SEED} {name}")
   (tmp_path / "raw").mkdir()
   case = killed_commands.MAKERS[name](request, tmp_path / "raw")

@@ -1,4 +1,4 @@
-"""Both stages through the verbs, on the long-tailed shapes: they train, resume after a kill, are measured and leave."""
+"""Run both stages by commands on the long-tailed shapes: train, resume after a kill, evaluate and export them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def second(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
 
 @pytest.fixture(scope="module", autouse=True)
 def tokens_are_kept(environment: dict[str, str]) -> Iterator[None]:
-  """Where the commands keep them."""
+  """Keep the tokens where the commands keep them."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
     yield
@@ -136,7 +136,7 @@ def test_killed_once_it_ends_in_the_same_bits(clip, environment, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 2])
 def test_killed_five_times_at_random_it_ends_in_the_same_bits(stage, run, first, second, environment, tmp_path):
-  """At any moment: while anchors are chosen, steps are taken, a checkpoint is written."""
+  """The moment may be while anchors are chosen, steps are taken, or a checkpoint is written."""
   init, whole = ((run, first), (first, second))[stage - 1]
   whole = pathlib.Path(whole)
   killed, chance = tmp_path / "killed", random.Random(stage)
@@ -205,7 +205,7 @@ def test_a_wrong_start_ends_the_command_in_one_line(run, environment, tmp_path):
 
 
 def trainer_of(stage: int) -> Trainer:
-  """Of a tiny DiffDis."""
+  """Return the trainer of a stage of a tiny DiffDis."""
   config = steps.make_config()
   config.optim.epoch_steps = 2
   if stage == 1:

@@ -19,7 +19,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 def products(jaxpr: core.Jaxpr) -> Iterator[Any]:
-  """Every matrix product and convolution, those of inner functions too."""
+  """Yield every matrix product and convolution, also of inner functions."""
   for equation in jaxpr.eqns:
     if equation.primitive.name in PRODUCTS:
       yield equation
@@ -31,7 +31,7 @@ def products(jaxpr: core.Jaxpr) -> Iterator[Any]:
 
 
 def precisions(jaxpr: core.ClosedJaxpr) -> dict[tuple[str, Any], int]:
-  """How many products there are of each kind with each precision."""
+  """Count the products of each kind with each precision."""
   counts: dict[tuple[str, Any], int] = {}
   for equation in products(jaxpr.jaxpr):
     precision = equation.params["precision"]

@@ -1,4 +1,4 @@
-"""Every number of a config knows its range: outside of it, a run is refused in one line before anything is written."""
+"""Test that every number of a config knows its range, and refuses another one in one line before a file is written."""
 
 from __future__ import annotations
 

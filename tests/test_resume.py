@@ -48,7 +48,7 @@ def steps_logged(run: pathlib.Path) -> list[int]:
 
 
 def metrics(run: pathlib.Path) -> list[dict[str, float]]:
-  """Every line except for its speeds."""
+  """Return every line without its speeds."""
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   speeds = {"steps_per_sec", "images_per_sec", "data_wait"}
   return [{name: value for name, value in line.items() if name not in speeds} for line in lines]

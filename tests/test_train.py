@@ -97,7 +97,7 @@ def test_a_joint_run_starts_from_the_autoencoder_and_keeps_it(joint_run, autoenc
 
 
 def check_provenance(found: dict, run: str, autoencoder: str) -> None:
-  """Of the joint run by a command on one CPU device; its autoencoder is known from the run's own history."""
+  """Check the provenance of the joint run by a command on one CPU device. The run's history knows its autoencoder."""
   known = provenance.code()
   assert {name: found[name] for name in known} == known and len(known["commit"]) == 40
   assert found["device"] == {"kind": "cpu", "count": 1} and found["processors"] >= 1
@@ -181,7 +181,7 @@ def watched_run(tmp_path_factory, environment) -> str:
 
 
 def evaluations_of(run: str) -> dict[int, dict[str, float]]:
-  """What metrics.jsonl has of evaluations, by step."""
+  """Read the evaluations in metrics.jsonl by step."""
   found: dict[int, dict[str, float]] = {}
   for line in lines_of(run):
     values = {name: value for name, value in line.items() if "/" in name}
@@ -307,7 +307,7 @@ def test_a_workdir_of_another_config_names_every_field_and_both_values(joint_run
 
 @pytest.mark.slow
 def test_a_run_that_is_made_longer_ends_in_the_bits_of_one_that_was_as_long(tmp_path, caplog):
-  """With rates that do not fall, so that its length changes nothing before its end."""
+  """The rates do not fall, so that its length changes nothing before its end."""
   caplog.set_level(logging.INFO)
   config = tiny.get_config("autoencoder")
   config.update(num_steps=6, save_every=6, log_every=1)
@@ -430,7 +430,7 @@ def test_operations_that_are_repeated_to_save_memory_count_once():
 
 
 def test_a_run_that_fails_reads_no_further_batches(tmp_path, monkeypatch):
-  """What is read ahead would be waited for at the program's end, and worker processes live on in a notebook."""
+  """Otherwise the program's end would wait for batches, and worker processes would live on in a notebook."""
   opened = []
 
   def open_loader(*args, **kwargs):
@@ -450,7 +450,7 @@ def test_a_run_that_fails_reads_no_further_batches(tmp_path, monkeypatch):
 
 @pytest.mark.full
 def test_what_a_run_starts_from_is_trained_first_and_once(tmp_path, environment):
-  """As own pictures from scratch: one command, whose second call resumes."""
+  """Own pictures from scratch do so: one command trains both, and its second call resumes."""
   run, config = tmp_path / "run", "tests/tiny.py"
   flags = [f"--config={config}", f"--workdir={run}", f"--config.init_from=config:{config}:autoencoder"]
   done = call("train", environment, *flags, "--config.num_steps=4")
