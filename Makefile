@@ -8,6 +8,10 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-comp
 RUNS ?= runs/demo
 # Huge pages: a network's large temporaries cost 12 to 27 % less CPU time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# jemalloc, where it is installed, keeps the memory of a step for the next one. glibc gives it back, and clears it anew.
+JEMALLOC := $(firstword $(wildcard /usr/lib/*/libjemalloc.so.2 /usr/lib64/libjemalloc.so.2 /usr/lib/libjemalloc.so.2))
+demo shapes: export LD_PRELOAD ?= $(JEMALLOC)
+demo shapes: export MALLOC_CONF ?= thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0
 # Python keeps what it compiles, also where the environment says otherwise: a command's imports take half as long then.
 unexport PYTHONDONTWRITEBYTECODE
 
