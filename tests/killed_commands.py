@@ -188,7 +188,7 @@ def trained(out: pathlib.Path) -> dict[str, Any]:
 
 
 def training(out: pathlib.Path) -> dict[str, Any]:
-  """Return the steps and lines that are there, after a look whether the newest checkpoint can be read."""
+  """Check that the newest checkpoint can be read, and that the lines belong to steps. Return nothing to compare."""
   if workdir.latest_step(str(out)):
     restore.restore_params(str(out), step=None, ema=True)
   steps_logged(out)

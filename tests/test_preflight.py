@@ -88,6 +88,7 @@ def test_batches_of_images_and_of_latents():
   assert shapes() == dict(mean=(16, 4, 4, 4), log_variance=(16, 4, 4, 4), tokens=(16, 8))
 
 
+@pytest.mark.slow
 def test_the_step_of_a_clip():
   """It takes three times the products of both towers' layers, and those around them, rematerialised or not."""
   config, mesh = tiny_clip.get_config(), steps.make_mesh(2, 2, 2)

@@ -130,6 +130,7 @@ def test_the_losses_are_the_equations_at_eight_timesteps(objectives, target):
       assert metrics[f"{name}_q{quarter + 1}"] == pytest.approx(values[2 * quarter : 2 * quarter + 2].mean(), rel=2e-5)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_again_and_for_any_batch_of_the_device():
   inference = make()
   params = random_params(inference.shapes, seed=0)

@@ -131,6 +131,7 @@ def unit(x: np.ndarray) -> np.ndarray:
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_patches_generate_what_the_run_generates(run, folder, pipe):
   model, params = inference.load(run, mesh=steps.make_mesh(), batch_size=8, generation_steps=STEPS)
   noise = model.noise(2, seed=3)

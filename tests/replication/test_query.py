@@ -24,6 +24,8 @@ from replication.configs import experiments
 from tests import steps
 from tests.models.networks import random_params
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 BASES = {"e10": "scenes.py:measured=test,query_use", "e10_emoji": "emoji.py:path=data/emoji,query_use"}
 

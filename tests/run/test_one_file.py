@@ -164,6 +164,7 @@ def test_results_of_its_checkpoint_stand_in_the_file(run, tmp_path):
   assert found.record["metrics"] == {"acc1": 0.5}
 
 
+@pytest.mark.slow
 def test_it_generates_and_classifies_as_its_workdir(run, packed):
   tokens = np.array([[BOS, 3, 40, EOS, EOS, EOS, EOS, EOS]], np.int32)
   (model, params), (_, own) = (inference.load(path, batch_size=8) for path in (str(packed), run))
