@@ -48,7 +48,7 @@ class TwoCaptions:
 
   @property
   def together(self) -> int:
-    """The number of records that stay next to each other in training (`sources.Grouped`)."""
+    """The number of records that stay next to each other in training (`sources.Source`)."""
     return 2 * getattr(self.source, "together", 1)
 
   def __len__(self) -> int:

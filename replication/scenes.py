@@ -197,7 +197,7 @@ class Scenes:
     self._seed = (seed, tuple(SPLITS).index(split))
     self._has_negatives = split.startswith("choice_")
     self._image_size = image_size
-    self.together = TOGETHER if split == "train" else 1  # of sources.Grouped
+    self.together = TOGETHER if split == "train" else 1  # of sources.Source
     self._num_images = SPLITS[split] if num_images is None else num_images
 
   def __len__(self) -> int:

@@ -137,14 +137,12 @@ def read_names(file: pathlib.Path, *, wordnet: bool) -> list[str]:
   """Read class names in the order of their numbers. Raises UserError: a file that cannot be read, or a gap in them."""
   try:
     rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"cannot read {file}: {error}; it should name the classes, one a line") from error
-  try:
     if wordnet:
       return [row[-1].replace("_", " ") for row in sorted(rows, key=lambda row: row[0])]
     by_number = {int(row[-1]): row[0].replace("_", " ").replace("/", " ") for row in rows}
-  except ValueError as error:
-    raise UserError(f"{file} has a line without a class's number at its end: {error}") from error
+  except (OSError, ValueError) as error:  # the latter of bytes that are not UTF-8, and of what is no number
+    how = "it should name the classes, one a line" + ("" if wordnet else ", with their numbers last")
+    raise UserError(f"cannot read {file}: {error}; {how}") from error
   # Images name a class by its number: a gap would shift every class behind it.
   if sorted(by_number) != [*range(len(rows))]:
     raise UserError(f"{file} has {len(rows)} lines, whose numbers should be 0 to {len(rows) - 1}, each once")

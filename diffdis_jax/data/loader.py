@@ -21,7 +21,7 @@ from diffdis_jax.data import records
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.long_tail import LabelledSource
-from diffdis_jax.data.sources import Grouped, Mixture, Source
+from diffdis_jax.data.sources import Mixture, Source
 from diffdis_jax.data.transforms import augment, needed_side
 from diffdis_jax.errors import UserError
 
@@ -55,7 +55,7 @@ def train_loader(
   neither the number of batches nor the other rows depend on it.
 
   Args:
-    source: or several with weights; each is shuffled and begun again on its own, records of a `Grouped` one in runs.
+    source: or several with weights; each is shuffled and begun again on its own, records that come together in runs.
     batch_size: global.
     seed: of order and augmentation.
     discrimination_augmentation: of a second view of each image, 'discrimination_image': u8[b h w 3]; None for none.
@@ -73,7 +73,7 @@ def train_loader(
     else:
       example = _ImageExample(part, image_size, augmentation, discrimination_augmentation)
     # A seed a source: two of one length would be shuffled alike.
-    together = part.together if isinstance(part, Grouped) else 1
+    together: int = getattr(part, "together", 1)
     if len(part) % together:
       raise UserError(
         f"num_images is {len(part)}; in training these come {together} at a time: take a multiple of {together}"

@@ -63,12 +63,13 @@ REASONS = (
 )
 
 
-def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None) -> bytes:
-  """Read the bytes of an image's file.
+def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None, most: int = MOST_BYTES) -> bytes:
+  """Read the bytes of an image's file, or of a text's.
 
   Args:
     path: of the file.
     within: the folder that it must not lead out of.
+    most: bytes that it may have.
 
   Raises:
     Unusable: before anything is read, no file there, one that is not plain, of too many bytes, or out of the folder.
@@ -89,7 +90,7 @@ def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None) -> byte
   # A pipe or a device might never end.
   if not stat.S_ISREG(status.st_mode):
     raise Unusable(NOT_PLAIN)
-  if status.st_size > MOST_BYTES:
+  if status.st_size > most:
     raise Unusable(TOO_LARGE)
   return path.read_bytes()
 
@@ -213,7 +214,7 @@ class Recaptioned:
 
   @property
   def together(self) -> int:
-    """Return the number of records that follow each other in training, as `sources.Grouped` has it."""
+    """Return the number of records that follow each other in training, as `sources.Source` says."""
     return getattr(self.source, "together", 1)
 
   def __getitem__(self, index: int) -> dict[str, Any]:

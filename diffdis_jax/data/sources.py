@@ -24,7 +24,7 @@ RENDERED = ("shapes", "shapes_lt")
 
 @runtime_checkable
 class Source(Protocol):
-  """The records that `open_source` returns."""
+  """The records that `open_source` returns. If it has `together`, so many of them follow each other in training."""
 
   def __len__(self) -> int: ...
 
@@ -36,14 +36,6 @@ class Described(Protocol):
   """A source that gives a record without reading its image."""
 
   def fields(self, index: int) -> dict[str, Any]: ...
-
-
-@runtime_checkable
-class Grouped(Protocol):
-  """A source whose records follow each other in training as well, this many at a time; their number divides by it."""
-
-  @property
-  def together(self) -> int: ...
 
 
 # Of fields that a config may give any value, a value of their type: nobody has looked at what its mixture holds, nor at

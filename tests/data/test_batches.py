@@ -12,7 +12,6 @@ from diffdis_jax.data import encoders
 from diffdis_jax.data.build import batch_type, describe, doubts, latent_facts, open_loader
 from diffdis_jax.data.prepare import latents, parts
 from diffdis_jax.data.prepare.write import prepare
-from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.diffdis import to_signed
@@ -111,17 +110,6 @@ def test_latents_that_do_not_fit(cache):
   ):
     with pytest.raises(UserError, match=message):
       steps.open_batches(config_of(**settings, **change))
-
-
-def test_captions_of_other_fields(data):
-  section = {"path": str(data / "pairs"), "caption_fields": ("key",)}
-  config = config_of(**{"data.name": "pairs"}, **{f"data.{field}": value for field, value in section.items()})
-  own = next(steps.open_batches(config))["tokens"]
-  keys = {tuple(row) for row in Tokenizer(8)([f"0/{i:03d}" for i in range(N)])}
-  assert {tuple(row) for row in own} == keys
-  config = config_of()
-  config.data.mixture = {"prepared": section}
-  np.testing.assert_array_equal(next(steps.open_batches(config))["tokens"], own)
 
 
 def test_mixtures(data, cache):

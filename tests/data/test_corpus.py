@@ -89,7 +89,7 @@ def test_a_folder(tmp_path):
     ([(0, "a")], {0: b"== References ==\nA book."}, "desc_0.txt has no text"),
     ([(0, "a")], {0: b"\xff\xff\xff"}, "neither UTF-8 nor GBK"),
     ([(0, "a"), (2, "b")], {}, "2 lines, whose numbers should be 0 to 1"),
-    ([("x", "a")], {}, "a line without a class's number at its end"),
+    ([("x", "a")], {}, "invalid literal for int.*; it should name the classes, one a line, with their numbers last"),
   ],
 )
 def test_damaged_folders(tmp_path, names, pages, message):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import posixpath
@@ -100,20 +101,13 @@ def _beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Ra
 
 def _read_beside(source: pathlib.Path, key: str, files: Mapping[str, str]) -> RawPair:
   file = files.get("image", "")
+  read = functools.partial(records.read_file, within=source, most=records.MOST_TEXT_BYTES)
   try:
-    fields = records.read_metadata(_text(source, files["json"])) if "json" in files else {}
-    captions = [_text(source, files["caption"])] if "caption" in files else []
+    fields = records.read_metadata(read(source / files["json"])) if "json" in files else {}
+    captions = [read(source / files["caption"])] if "caption" in files else []
   except records.Unusable as error:
     return RawPair(key, refused=str(error), file=file)
   return parts.captioned_pair(key, captions, fields, file=file)
-
-
-def _text(source: pathlib.Path, name: str) -> bytes:
-  """Read a small file. Raise Unusable: it has too many bytes, is no plain file, or lies outside."""
-  path = source / name
-  if path.is_file() and path.stat().st_size > records.MOST_TEXT_BYTES:
-    raise records.Unusable(records.TOO_LARGE)
-  return records.read_file(path, within=source)
 
 
 def _by_split(root: pathlib.Path, pairs: Sequence[RawPair]) -> list[FilesPart]:

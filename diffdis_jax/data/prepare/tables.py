@@ -15,8 +15,8 @@ import pathlib
 import posixpath
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from diffdis_jax.data import image_files
 from diffdis_jax.data.prepare import parts
@@ -87,8 +87,7 @@ class TablePart:
   def __iter__(self) -> Iterator[RawPair]:
     wanted = None if self.places is None else {*self.places}
     stop = None if self.places is None else self.places[-1] + 1
-    rows = _rows(self.path, {self.image, *self.captions, *self.others, "key"})
-    for number, row in enumerate(itertools.islice(rows, stop)):
+    for number, row in enumerate(itertools.islice(_rows(self.path), stop)):
       if wanted is None or number in wanted:
         pair = self._pair(f"{self.prefix}/{row.get('key', number)}", row)
         yield parts.join(pair, self.joined[number]) if number in self.joined else pair
@@ -120,19 +119,27 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
     raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; copy it again") from error
 
 
-def _rows(path: pathlib.Path, columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-  """Yield the rows of a parquet file, or of an arrow file of datasets, with those of these columns that there are."""
-  with _readable(path):
-    import pyarrow
-    import pyarrow.parquet
+class _Table(NamedTuple):
+  schema: Any  # pyarrow.Schema
+  batches: Iterable[Any]  # pyarrow.RecordBatch
 
-    if path.suffix == ".arrow":
-      batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-    else:
-      batches = pyarrow.parquet.ParquetFile(path).iter_batches(_AT_ONCE, columns=columns and list(columns))
-    for batch in batches:
-      names = [name for name in batch.schema.names if columns is None or name in columns]
-      yield from batch.select(names).to_pylist()
+
+def _open(path: pathlib.Path) -> _Table:
+  """Open a parquet file, or an arrow file of datasets."""
+  import pyarrow
+  import pyarrow.parquet
+
+  if path.suffix == ".arrow":
+    reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+    return _Table(reader.schema, reader)
+  file = pyarrow.parquet.ParquetFile(path)
+  return _Table(file.schema_arrow, file.iter_batches(_AT_ONCE))
+
+
+def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  with _readable(path):
+    for batch in _open(path).batches:
+      yield from batch.to_pylist()
 
 
 def parquet(source: pathlib.Path, name: str, asked: Asked) -> TablePart:
@@ -161,11 +168,7 @@ def saved(source: pathlib.Path, asked: Asked) -> list[TablePart]:
 
 def _table(path: pathlib.Path, split: str, prefix: str, asked: Asked) -> TablePart:
   with _readable(path):
-    import pyarrow
-    import pyarrow.parquet
-
-    is_arrow = path.suffix == ".arrow"
-    schema = pyarrow.ipc.open_stream(str(path)).schema if is_arrow else pyarrow.parquet.read_schema(path)
+    schema = _open(path).schema
   images = [field.name for field in schema if _is_image(field.type)]
   image = next((column for column in IMAGES if column in images), images[0] if len(images) == 1 else "")
   if not image:

@@ -3,7 +3,6 @@ import gzip
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -113,22 +112,6 @@ def test_bad_source_writes_nothing(tmp_path, files, message):
   with pytest.raises(UserError, match=message):
     prepare(tmp_path / "raw", tmp_path / "out")
   assert [p.name for p in tmp_path.iterdir()] == ([] if files is None else ["raw"])
-
-
-def test_a_split_without_a_usable_pair_loses_nothing_of_the_others(many, tmp_path, caplog):
-  """When it is mended, the records are those of a preparation that never met it."""
-  raw = shutil.copytree(many, tmp_path / "raw")
-  (bad,) = raw.glob("val-*")
-  whole = bad.read_bytes()
-  write_tar(bad, {"0.txt": b"x", "1.png": b"z", "1.txt": b"z"})
-  with pytest.raises(UserError, match="no usable pair in split val: 1 with missing image, .* out of --source$"):
-    prepare(raw, tmp_path / "out")
-  bad.write_bytes(whole)
-  caplog.set_level("INFO")
-  prepare(raw, tmp_path / "out")
-  assert "resuming: 11 of 12 parts are written" in caplog.text
-  prepare(raw, tmp_path / "direct")
-  assert content(tmp_path / "out") == content(tmp_path / "direct")
 
 
 def test_out_must_be_free(raw, tmp_path):

@@ -74,31 +74,24 @@ def test_same_pixels_labels_and_order(tmp_path, unchecked, monkeypatch, name):
     assert {source[i]["image"] for i in range(len(source))} <= files
 
 
-def damage_name(root):
-  (root / "food-101/meta/test.json").write_text('{"waffle": ["waffle/1"]}')
-
-
-def damage_form(root):
-  (root / "fgvc-aircraft-2013b/data/images_variant_test.txt").write_text("0000007 Yak-43\n")
-
-
-def damage_matlab(root):
-  (root / "stanford_cars/devkit/cars_meta.mat").write_bytes(b"nothing")
+WAFFLE = {"food-101/meta/test.json": '{"waffle": ["waffle/1"]}'}
+VARIANT = {"fgvc-aircraft-2013b/data/images_variant_test.txt": "0000007 Yak-43\n"}
 
 
 @pytest.mark.parametrize(
   ("name", "damage", "message"),
   [
-    ("food101", damage_name, "class 0 is 'waffle', which is none of the 101 classes of food101"),
-    ("fgvc_aircraft", damage_form, "torchvision cannot read fgvc_aircraft in --source=.*: KeyError"),
-    ("cars", damage_matlab, "torchvision cannot read cars in --source=.*"),
-    ("cifar10", lambda root: None, "torchvision cannot read cifar10 in --source=.*not found or corrupted"),
+    ("food101", WAFFLE, "class 0 is 'waffle', which is none of the 101 classes of food101"),
+    ("fgvc_aircraft", VARIANT, "torchvision cannot read fgvc_aircraft in --source=.*: KeyError"),
+    ("cars", {"stanford_cars/devkit/cars_meta.mat": "nothing"}, "torchvision cannot read cars in --source=.*"),
+    ("cifar10", {}, "torchvision cannot read cifar10 in --source=.*not found or corrupted"),
   ],
 )
 def test_damage_is_one_line(tmp_path, name, damage, message):
   """The tiny CIFAR is none to torchvision, which knows the digests of the published files."""
   benchmark_sets.TORCHVISION[name](tmp_path)
-  damage(tmp_path)
+  for file, text in damage.items():
+    (tmp_path / file).write_text(text)
   with pytest.raises(UserError, match=message) as error:
     zero_shot_sets.find_parts(name, tmp_path)
   assert "\n" not in str(error.value)
