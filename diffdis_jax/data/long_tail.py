@@ -6,7 +6,6 @@ Places-LT and ImageNet-LT are read as published, by lists of images and their cl
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -37,21 +36,13 @@ class LabelledSource(Protocol):
   def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class LongTailed:
-  """A published long-tailed set.
+class LongTailed(NamedTuple):
+  """A published long-tailed set."""
 
-  Attributes:
-    prefix: of its lists' names.
-    classes: how many.
-    counts: images of each split.
-    wordnet: as corpus.read_corpus has it.
-  """
-
-  prefix: str
+  prefix: str  # of its lists' names
   classes: int
-  counts: Mapping[str, int]
-  wordnet: bool
+  counts: Mapping[str, int]  # images of each split
+  wordnet: bool  # as corpus.read_corpus has it
 
 
 # The counts of the lists as published, by which a cut-off download is found.

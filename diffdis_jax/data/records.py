@@ -112,17 +112,16 @@ def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
 
 
 class Header(NamedTuple):
-  """The size and format that stand in an encoded image's header; sides in pixels."""
+  """The size that stands in an encoded image's header, in pixels."""
 
   width: int
   height: int
-  format: str
 
 
 def read_header(data: bytes) -> Header:
   """Read the header alone. Raises Unusable: the bytes begin no image, or one of too many pixels."""
   with _unusable(), image_files.open_image(data) as image:
-    return Header(*image.size, image.format or "")
+    return Header(*image.size)
 
 
 def read_image(image: bytes | UInt8[np.ndarray, "h w 3"] | None) -> Image.Image:

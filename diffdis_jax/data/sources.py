@@ -105,7 +105,7 @@ class _Rendered(Section):
 
   def open(self) -> Source:
     if self.split not in shapes.SPLITS:
-      raise UserError(f"{self.name} has no split {self.split!r}; there are {', '.join(shapes.SPLITS)}")
+      raise UserError(f"shapes has no split {self.split!r}; there are {', '.join(shapes.SPLITS)}")
     return self._recaptioned(
       shapes.Shapes(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
     )

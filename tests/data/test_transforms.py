@@ -17,12 +17,7 @@ from diffdis_jax.data.transforms import (
   resize,
 )
 from diffdis_jax.errors import UserError
-
-
-def encode(image: Image.Image, kind: str = "PNG", **kwargs) -> bytes:
-  file = io.BytesIO()
-  image.save(file, kind, **kwargs)
-  return file.getvalue()
+from tests.raw_pairs import encode
 
 
 def noise(height: int = 24, width: int = 24, channels: int = 3) -> np.ndarray:

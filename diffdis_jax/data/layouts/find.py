@@ -62,48 +62,32 @@ def open_set(root: pathlib.Path, set_name: str) -> Labelled | Captioned:
       f"no {set_name} in {root}; it was looked for in its folders {', '.join(folders(set_name))}; write one by diffdis"
       f" prepare_data {how} --source=DIR --out={root / set_name}"
     )
-  is_wds = (folder / wds_folder.MARK).is_file()
-  if set_name in CAPTIONED:
-    return wds_folder.read_captions(folder) if is_wds else _read_captions(folder)
-  known = class_lists.load()[set_name]
-  return wds_folder.read(folder, known) if is_wds else _read(folder, known)
+  known = None if set_name in CAPTIONED else class_lists.load()[set_name]
+  if (folder / wds_folder.MARK).is_file():
+    return wds_folder.read_captions(folder) if known is None else wds_folder.read(folder, known)
+  return _read_prepared(folder, known)
 
 
-def _read(path: pathlib.Path, known: ClassList) -> Labelled:
-  """Read images and labels, which are those of the field `class`, of a prepared set. Raises UserError: no such records,
-  or other classes."""
-  split = _split(path)
+def _read_prepared(path: pathlib.Path, known: ClassList | None) -> Labelled | Captioned:
+  """Read what prepare_data wrote: images with all of their captions, or for a list of classes with their labels, which
+  are those of the field `class`. Raises UserError: no such records, or other classes."""
+  splits = records.read_info(path).splits
+  # What prepare_data calls `train` alone has no splits.
+  split = "train" if [*splits] == ["train"] else next((name for name in PREFERRED if name in splits), None)
+  if split is None:
+    raise UserError(f"{path} has the splits {', '.join(sorted(splits))}, none of {', '.join(PREFERRED)}")
   pairs = records.open_pairs(path, split=split, num_images=None)
-  names = [record.get("class") for record in _without_images(pairs, path)]
+  fields, images = _without_images(pairs, path), Lazy(pairs, operator.itemgetter("image"))
+  if known is None:
+    captions = [tuple(records.captions_of(record)) or (record["caption"],) for record in fields]
+    return Captioned(images, captions, Origin("prepared", str(path), split))
+  names = [record.get("class") for record in fields]
   if not all(isinstance(name, str) for name in names):
     raise UserError(f"{path} has records without `class`; write it by prepare_data torchvision {known.set_name}")
   classes, labels = np.unique(np.array(names, np.str_), return_inverse=True)
   places = class_lists.match(classes.tolist(), known, where=str(path))
-  # What prepare_data calls `train` has no splits.
   origin = Origin("prepared", str(path), "all" if split == "train" else split)
-  return Labelled(_images(pairs), places[labels], known.classnames, origin)
-
-
-def _read_captions(path: pathlib.Path) -> Captioned:
-  """Read images and all of their captions of a prepared set."""
-  split = _split(path)
-  pairs = records.open_pairs(path, split=split, num_images=None)
-  captions = [tuple(records.captions_of(record)) or (record["caption"],) for record in _without_images(pairs, path)]
-  return Captioned(_images(pairs), captions, Origin("prepared", str(path), split))
-
-
-def _images(pairs: Any) -> Lazy:
-  return Lazy(pairs, operator.itemgetter("image"))
-
-
-def _split(path: pathlib.Path) -> str:
-  """Choose the split that is measured. Raises UserError: there is none."""
-  splits = records.read_info(path).splits
-  if [*splits] == ["train"]:  # as prepare_data calls what has no splits
-    return "train"
-  if measured := [name for name in PREFERRED if name in splits]:
-    return measured[0]
-  raise UserError(f"{path} has the splits {', '.join(sorted(splits))}, none of {', '.join(PREFERRED)}")
+  return Labelled(images, places[labels], known.classnames, origin)
 
 
 def _without_images(pairs: Any, path: pathlib.Path) -> list[dict[str, Any]]:

@@ -47,21 +47,10 @@ class Origin:
   templates: tuple[str, ...] = ()
 
 
-def check_index(index: int, source: Any) -> None:
-  """Raise IndexError: a source has no such record. Python's own sequences count from the end below 0, where a loader's
-  mistake would go unseen."""
-  if not 0 <= index < len(source):
-    raise IndexError(f"index {index} outside of {len(source)} images")
+class _Set:
+  """A source of images, whose other fields a subclass knows without reading them."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-  """A source of images with the number of their class, in the order of a set's class list, and its name."""
-
-  images: Sequence[bytes] | Lazy
-  labels: Int[np.ndarray, " n"]
-  classnames: Sequence[str]
-  origin: Origin
+  images: Any
 
   def __len__(self) -> int:
     return len(self.images)
@@ -71,27 +60,35 @@ class Labelled:
 
   def fields(self, index: int) -> dict[str, Any]:
     """Return the record without its image: labels are asked for of a whole set, whose images take minutes to read."""
-    check_index(index, self)
-    label = int(self.labels[index])
-    return {"label": label, "class": self.classnames[label], "caption": self.classnames[label]}
+    # Python's own sequences count from the end below 0, where a loader's mistake would go unseen.
+    if not 0 <= index < len(self):
+      raise IndexError(f"index {index} outside of {len(self)} images")
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Captioned:
+class Labelled(_Set):
+  """A source of images with the number of their class, in the order of a set's class list, and its name."""
+
+  images: Sequence[bytes] | Lazy
+  labels: Int[np.ndarray, " n"]
+  classnames: Sequence[str]
+  origin: Origin
+
+  def fields(self, index: int) -> dict[str, Any]:
+    label = int(self.labels[index])
+    name = self.classnames[label]
+    return {**super().fields(index), "label": label, "class": name, "caption": name}
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioned(_Set):
   """A source of images with one caption or more."""
 
   images: Sequence[bytes] | Lazy
   captions: Sequence[tuple[str, ...]]
   origin: Origin
 
-  def __len__(self) -> int:
-    return len(self.images)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return {**self.fields(index), "image": self.images[index]}
-
   def fields(self, index: int) -> dict[str, Any]:
-    """Return the record without its image."""
-    check_index(index, self)
     # The first one is the caption, by the convention of retrieval; training samples from all of them.
-    return {"caption": self.captions[index][0], "captions": list(self.captions[index])}
+    return {**super().fields(index), "caption": self.captions[index][0], "captions": list(self.captions[index])}

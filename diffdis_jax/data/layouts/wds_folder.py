@@ -78,7 +78,7 @@ def _text(content: bytes, path: pathlib.Path) -> str:
 def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
   """Yield the samples of all tars. Raises UserError: one is missing or damaged, has a file twice, or a sample lacks its
   image or the field."""
-  shards = path / SPLIT / "nshards.txt"
+  shards = path / MARK
   count = _text(shards.read_bytes(), shards).strip()
   if not _NUMBER.fullmatch(count) or not int(count):
     raise UserError(f"{shards} says {count!r:.100}; it should be the number of tars")
