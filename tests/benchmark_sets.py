@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pathlib
 import pickle
-import tarfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.io
 
 from diffdis_jax.data.layouts import class_lists
-from tests.raw_pairs import picture
+from tests.raw_pairs import picture, write_tar
 
 SIZE = (9, 8)
 
@@ -28,22 +26,19 @@ def save(path: pathlib.Path, seed: int, kind: str = "JPEG") -> None:
 
 
 def cifar10(root: pathlib.Path) -> None:
-  _cifar(root / "cifar-10-batches-py", "test_batch", "labels", "batches.meta", "label_names", "cifar10", coarse=False)
+  _cifar(root / "cifar-10-batches-py", "test_batch", "labels", "batches.meta", "label_names", "cifar10")
 
 
 def cifar100(root: pathlib.Path) -> None:
-  _cifar(root / "cifar-100-python", "test", "fine_labels", "meta", "fine_label_names", "cifar100", coarse=True)
+  _cifar(root / "cifar-100-python", "test", "fine_labels", "meta", "fine_label_names", "cifar100")
 
 
-def _cifar(
-  folder: pathlib.Path, batch: str, labels: str, meta: str, field: str, set_name: str, *, coarse: bool
-) -> None:
+def _cifar(folder: pathlib.Path, batch: str, labels: str, meta: str, field: str, set_name: str) -> None:
   """Pickle by the protocol of Python 2, as the authors did."""
   folder.mkdir(parents=True)
   rng = np.random.default_rng(0)
-  data = {"data": rng.integers(0, 256, (12, 3072), np.uint8), labels: rng.permutation(12).__mod__(10).tolist()}
-  data |= {"coarse_labels": [0] * 12} if coarse else {}
-  (folder / batch).write_bytes(pickle.dumps(data, protocol=2))
+  data = {"data": rng.integers(0, 256, (12, 3072), np.uint8), labels: [i % 10 for i in rng.permutation(12).tolist()]}
+  (folder / batch).write_bytes(pickle.dumps({**data, "coarse_labels": [0] * 12}, protocol=2))
   (folder / meta).write_bytes(pickle.dumps({field: [name.replace(" ", "_") for name in names(set_name)]}, protocol=2))
 
 
@@ -149,23 +144,16 @@ def write_wds(
 ) -> None:
   """Write tars as CLIP_benchmark's builder does by webdataset's ShardWriter, which sorts the members of a sample."""
   (folder / "test").mkdir(parents=True, exist_ok=True)
-  texts = {
-    "classnames": classnames,
-    "zeroshot_classification_templates": templates,
-    "dataset_type": [kind] * bool(kind),
-  }
+  texts = dict(classnames=classnames, zeroshot_classification_templates=templates, dataset_type=[kind] * bool(kind))
   for name, lines in texts.items():
     if lines:
       (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
   shards = range(0, len(samples), per_tar)
   (folder / "test/nshards.txt").write_text(f"{len(shards)}\n")
   for shard, start in enumerate(shards):
-    with tarfile.open(folder / f"test/{shard}.tar", "w") as tar:
-      for number, sample in enumerate(samples[start : start + per_tar], start):
-        for ending, data in sorted(sample.items()):
-          member = tarfile.TarInfo(f"s{number:07d}.{ending}")
-          member.size = len(data)
-          tar.addfile(member, io.BytesIO(data))
+    some = enumerate(samples[start : start + per_tar], start)
+    files = {f"s{number:07d}.{ending}": data for number, sample in some for ending, data in sorted(sample.items())}
+    write_tar(folder / f"test/{shard}.tar", files)
 
 
 def labelled_wds(root: pathlib.Path, set_name: str) -> None:
@@ -178,17 +166,3 @@ def captioned_wds(folder: pathlib.Path, captions: dict[int, Sequence[str]]) -> N
   """Write pictures with captions in CLIP_benchmark's tars."""
   samples = [{"jpg": picture(i, "JPEG", SIZE), "txt": "\n".join(texts).encode()} for i, texts in captions.items()]
   write_wds(folder, samples, kind="retrieval")
-
-
-def write_coco(folder: pathlib.Path, captions: dict[int, Sequence[str]], table: str) -> None:
-  """Write annotations in another order than the images, and the pictures in val2014/."""
-  images = [{"id": number, "file_name": f"COCO_val2014_{number:012d}.jpg"} for number in captions]
-  texts = [
-    {"image_id": number, "caption": text, "id": i} for number in captions for i, text in enumerate(captions[number])
-  ]
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / table).write_text(
-    json.dumps({"images": images, "annotations": texts[::-1], "type": "captions", "info": {}})
-  )
-  for image in images:
-    save(folder / "val2014" / str(image["file_name"]), int(str(image["id"])))

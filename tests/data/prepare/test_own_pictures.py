@@ -204,7 +204,7 @@ def test_a_table_of_another_system_names_its_files_otherwise(tmp_path, name):
     assert captions(tmp_path / f"{stored}.out", "train") == {f"images/{stored}.png": "x"}
 
 
-@pytest.mark.parametrize("edited", ["nothing", "caption", "image", "json", "parquet"])
+@pytest.mark.parametrize("edited", ["nothing", "caption", "image", "parquet"])
 def test_a_killed_preparation_takes_no_part_of_files_that_were_edited(tmp_path, monkeypatch, edited):
   """Parts of old files would mix old and new captions."""
   source = tmp_path / "raw"
@@ -212,7 +212,6 @@ def test_a_killed_preparation_takes_no_part_of_files_that_were_edited(tmp_path, 
     write_table(source / "0.parquet", "datasets")
   else:
     beside(source)
-    put(source / "set1" / "001.json", json.dumps({"place": "here"}))
   monkeypatch.setattr(own, "ITEMS", 10)
   original, count = write.Stage.write, itertools.count()
 
@@ -228,9 +227,9 @@ def test_a_killed_preparation_takes_no_part_of_files_that_were_edited(tmp_path, 
   if edited == "parquet":
     write_table(source / "0.parquet", "datasets", seed=COUNT)
   else:
-    pattern = {"caption": "*.txt", "image": "*.png", "json": "*.json"}.get(edited, "none")
+    pattern = {"caption": "*.txt", "image": "*.png"}.get(edited, "none")
     for i, file in enumerate(sorted(source.rglob(pattern))):
-      put(file, picture(COUNT + i) if edited == "image" else json.dumps({"place": f"mended {i}"}))
+      put(file, picture(COUNT + i) if edited == "image" else f"mended {i}")
   prepared(source, tmp_path / "out")
   prepared(source, tmp_path / "direct")
   for split in ("train", "val"):
