@@ -8,7 +8,6 @@ from PIL import Image
 
 from diffdis_jax.config.data import CROPS
 from diffdis_jax.data import records, transforms
-from diffdis_jax.data.loader import train_loader
 from diffdis_jax.data.transforms import Augmentation, augment, decode, decode_reduced, needed_side
 from diffdis_jax.evals import base
 from tests.raw_pairs import encode
@@ -129,39 +128,15 @@ def test_never_fewer_pixels_than_are_wanted():
         assert min(box.width, box.height) / decoded.factor >= size * (1 + how.zoom)
 
 
-class _One:
-  """A source of one record."""
-
-  def __init__(self, data: bytes):
-    self.data = data
-
-  def __len__(self) -> int:
-    return 1
-
-  def __getitem__(self, index: int) -> dict:
-    return {"image": self.data, "caption": "a scene"}
-
-
-def test_batches_of_training_are_reduced_unless_turned_off():
-  data = jpeg(640, 512)
-  read = lambda **how: next(
-    train_loader(
-      _One(data),
-      tokenizer=lambda texts: np.zeros((len(texts), 4), np.int32),
-      batch_size=2,
-      image_size=256,
-      seed=0,
-      augmentation=Augmentation(**how),
-    )
-  )["image"][0]
-  full = np.asarray(transforms.resize(decode(data), 256))
-  np.testing.assert_array_equal(read(reduced_decoding=False), full)
-  assert psnr(read(), full) >= 45 and (read() != full).any()
-
-
 def test_evaluations_decode_in_full():
   data = jpeg(640, 515)
   full = np.asarray(transforms.resize(decode(data), 256))
   np.testing.assert_array_equal(base.to_square(data, 256), full)
   # A crop of 224 px of 256 is cut out of a square of 256 px.
   np.testing.assert_array_equal(base.to_square(data, 224, 0.875), full[16:240, 16:240])
+
+
+def test_it_can_be_turned_off():
+  off = Augmentation(reduced_decoding=False)
+  assert needed_side(256, off) is None and needed_side(256, Augmentation(), off) is None
+  assert needed_side(256, Augmentation(), Augmentation(zoom=0.5)) == 384
