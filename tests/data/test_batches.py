@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax.config import Run
-from diffdis_jax.data import encoders
+from diffdis_jax.data import encoders, loader
 from diffdis_jax.data.build import batch_type, describe, doubts, latent_facts, open_loader
 from diffdis_jax.data.prepare import latents, parts
 from diffdis_jax.data.prepare.write import prepare
@@ -17,6 +17,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch, LatentBatch
+from diffdis_jax.training.step import abstract_batch
 from tests import steps, tiny
 from tests.models.networks import random_params
 from tests.raw_pairs import write_pairs
@@ -99,6 +100,14 @@ def test_latents_are_the_posteriors_of_the_images(data, cache, params):
     check_encoders(config, bgr)
   decoder = {path: value + (0.1 if "decoder" in path else 0.0) for path, value in params.items()}
   check_encoders(config, decoder)
+
+
+def test_a_step_is_compiled_for_the_batches_that_are_stored(cache):
+  config = config_of(**{"data.name": "latents", "data.path": str(cache)})
+  batch = LatentBatch(**loader.Substitutions().take(next(steps.open_batches(config))))
+  compiled_for = abstract_batch(Run.of(config), network_of(config), steps.make_mesh())
+  of = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype), batch)
+  assert of(compiled_for) == of(batch)
 
 
 def test_latents_that_do_not_fit(cache):
