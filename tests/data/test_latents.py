@@ -1,4 +1,3 @@
-import pathlib
 import threading
 
 import ml_dtypes
@@ -34,10 +33,6 @@ STAGE = dict(
 )
 
 
-def make_stage(folder: pathlib.Path, **changes) -> latents.LatentStage:
-  return latents.LatentStage(folder, **{**STAGE, **changes})
-
-
 @pytest.fixture
 def data(tmp_path, monkeypatch):
   """Prepare twelve pairs, of which the first record is spoiled afterwards."""
@@ -57,7 +52,7 @@ def data(tmp_path, monkeypatch):
 
 
 def prepare(data, out, **changes):
-  make = lambda folder: make_stage(folder, **changes)
+  make = lambda folder: latents.LatentStage(folder, **{**STAGE, **changes})
   return write.prepare(latents.find_parts(data), out, data_set=latents.data_set(data), make_stage=make)
 
 

@@ -14,7 +14,7 @@ from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import digests
-from tests.raw_pairs import faults, load, picture, write_tar
+from tests.raw_pairs import faults, load, picture, write_pairs
 
 FAULTS = faults()
 
@@ -99,10 +99,8 @@ def flip(data: bytes, rng: random.Random) -> bytes:
 @pytest.mark.parametrize("seed", [pytest.param(0, id="few"), pytest.param(1, marks=pytest.mark.full, id="many")])
 def test_a_flip_in_a_small_file_is_refused_in_one_line(tmp_path, seed):
   """Unnoticed, it would mean another split, another number of records, or views that are not there."""
-  (tmp_path / "raw").mkdir()
   for split, count in (("train", 5), ("val", 3)):
-    content = {f"{i}.png": picture(i) for i in range(count)} | {f"{i}.txt": b"a caption" for i in range(count)}
-    write_tar(tmp_path / "raw" / f"{split}-0.tar", dict(sorted(content.items())))
+    write_pairs(tmp_path / "raw", count, tar=f"{split}-0.tar")
   folder, rng = tmp_path / "data", random.Random(seed)
   prepare_data.publish(functools.partial(write, tmp_path / "raw"), str(folder))
   # Its digests stay true, and every file that is read beside the records has one.
