@@ -141,6 +141,6 @@ def test_a_comparison_of_the_replication_in_readme_is_that_of_its_runs(line, arm
 
 @pytest.mark.parametrize("topic", [path.stem for path in sorted(records.HERE.glob("*.json"))])
 def test_every_record_says_what_it_is_and_where_it_stands(topic):
-  for name, found in records.load(topic).items():
-    assert found.what and (found.values or found.mean is not None), name
-    assert found.page.startswith("paper") or (tables.ROOT / found.page).exists(), name
+  for name, record in records.load(topic).items():
+    assert record.what and (record.values or record.mean is not None), name
+    assert record.page.startswith("paper") or (tables.ROOT / record.page).exists(), name

@@ -24,7 +24,7 @@ FIGURES = {
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def archive() -> dict[str, Any]:
   """Return two comparisons of e1 as replication.json holds them. Each arm starts from 2 min of generation."""
   bases = [name for name in FIGURES if name != "both"]
   pairs = [[a - b for a, b in zip(FIGURES["both"], FIGURES[base], strict=True)] for base in bases]
@@ -50,8 +50,8 @@ def rows(text: str) -> list[list[str]]:
   return [line.split("|")[1:-1] for table in tables for line in table.splitlines()]
 
 
-def test_a_comparison_has_effect_interval_p_and_verdict(found):
-  text = replication.claims(found)
+def test_a_comparison_has_effect_interval_p_and_verdict(archive):
+  text = replication.claims(archive)
   first, second = rows(text)
   test = stats.ttest_rel(FIGURES["both"], FIGURES["discrimination"])
   low, high = test.confidence_interval(0.95)
@@ -64,9 +64,9 @@ def test_a_comparison_has_effect_interval_p_and_verdict(found):
   assert missing == ["E2", "E3", "E4", "E5", "E6", "E7", "E8", "E9", "E10", "E10_EMOJI"]
 
 
-def test_a_claim_of_the_paper_is_judged_by_its_comparisons(found):
+def test_a_claim_of_the_paper_is_judged_by_its_comparisons(archive):
   """The correction counts both experiments: a p of 0.03 in each is not significant at 0.025."""
-  table = rows(replication.paper(found))
+  table = rows(replication.paper(archive))
   words, rendered, emoji, points = table[0]
   assert (words, points) == ("joint training helps discrimination", "both − discrimination")
   assert rendered.startswith("supported: higher") and emoji == "not run yet (E8)"
@@ -89,35 +89,35 @@ def test_a_verdict_supports_refutes_or_leaves_open(words, expected, verdict):
   assert replication.judged(words, expected) == verdict
 
 
-def test_arms_have_minutes_with_their_start_and_without_the_autoencoder(found):
-  table = rows(replication.arms(found))
+def test_arms_have_minutes_with_their_start_and_without_the_autoencoder(archive):
+  table = rows(replication.arms(archive))
   assert [row[0] for row in table] == [*FIGURES] and [row[-1] for row in table] == ["6.0", "7.0", "8.0"]
   half = stats.t.ppf(0.975, 4) * stats.tstd(FIGURES["both"]) / 5**0.5
   assert table[0][1:3] == [f"{sum(FIGURES['both']) / 5:.1f} ± {half:.1f}", "5"]
 
 
-def test_costs_count_each_run_once(found):
-  first, second, *_ = rows(replication.cost(found))
+def test_costs_count_each_run_once(archive):
+  first, second, *_ = rows(replication.cost(archive))
   hours = (9 + 3 * 2 + 5 * (4 + 5 + 6)) / 60
   assert first == ["E1", "19", f"{hours:.1f}"] and second == ["E2", "not run yet", ""]
 
 
-def test_a_run_that_experiments_share_keeps_the_minutes_of_the_first(found):
+def test_a_run_that_experiments_share_keeps_the_minutes_of_the_first(archive):
   """On a busy machine the run for the second experiment has the same figures and takes other minutes."""
-  runs = {name: {**run, "minutes": None} for name, run in found["runs"].items() if "both" in name}
-  base = {**found["records"][f"e1/both/{COLUMN}"]}
+  runs = {name: {**run, "minutes": None} for name, run in archive["runs"].items() if "both" in name}
+  base = {**archive["records"][f"e1/both/{COLUMN}"]}
   new = {"settings": {"e3": {}}, "records": {f"e3/both/{COLUMN}": base}, "runs": {"autoencoder": {}, **runs}}
-  kept = replication.merged(found, {**new, "claims": {"e3": []}})
-  assert kept["runs"] == found["runs"] and kept["records"][f"e3/both/{COLUMN}"] == base
+  kept = replication.merged(archive, {**new, "claims": {"e3": []}})
+  assert kept["runs"] == archive["runs"] and kept["records"][f"e3/both/{COLUMN}"] == base
   again = replication.merged(kept, {**new, "settings": {"e1": {}}, "records": {}, "claims": {"e1": []}})
   assert again["runs"]["both-0"]["minutes"] == 4.0, "since e3 has it too"
 
 
-def test_the_forest_has_the_intervals_and_the_minutes_have_the_seeds(found):
-  differences = [claim["verdict"]["difference"] for claim in found["claims"]["e1"] if claim["verdict"]]
-  lines = forest.replication_forest(found).figure.axes[0].lines
+def test_the_forest_has_the_intervals_and_the_minutes_have_the_seeds(archive):
+  differences = [claim["verdict"]["difference"] for claim in archive["claims"]["e1"] if claim["verdict"]]
+  lines = forest.replication_forest(archive).figure.axes[0].lines
   assert {x for line in lines for x in line.get_xdata()} >= {
     difference[key] for difference in differences for key in ("mean", "low")
   }
-  seeds, _ = plots.replication_minutes(found).figure.axes[0].lines
+  seeds, _ = plots.replication_minutes(archive).figure.axes[0].lines
   assert len(seeds.get_xdata()) == 15
