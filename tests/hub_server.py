@@ -99,8 +99,8 @@ class Hub:
       raise Refused(500, "", "the hub has a bad day")
     for pattern, answer in _ROUTES.items():
       if match := re.fullmatch(pattern, f"{method} {path}"):
-        found = answer(self, token, body, *match.groups())
-        return found if isinstance(found, tuple) else ({}, json.dumps(found).encode())
+        answered = answer(self, token, body, *match.groups())
+        return answered if isinstance(answered, tuple) else ({}, json.dumps(answered).encode())
     raise Refused(400, "", f"the stand-in does not know {method} {path} {query}")
 
   def whoami(self, token: str | None, body: bytes) -> Any:
@@ -127,10 +127,10 @@ class Hub:
     return {"id": name, "modelId": name, "sha": commit.sha, "siblings": siblings, "tags": [], "private": False}
 
   def revision(self, name: str, token: str | None, revision: str) -> Commit:
-    found = self.repository(name, token).find(revision)
-    if found is None:
+    commit = self.repository(name, token).find(revision)
+    if commit is None:
       raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-    return found
+    return commit
 
   def tree(self, token: str | None, body: bytes, name: str, revision: str) -> Any:
     files = self.revision(name, token, revision).files
@@ -151,7 +151,7 @@ class Hub:
   def batch(self, token: str | None, body: bytes, name: str) -> Any:
     upload = lambda oid: {"upload": {"href": f"{self.endpoint}/store/{oid}"}}
     objects = json.loads(body)["objects"]
-    return {"transfer": "basic", "objects": [{**each, "actions": upload(each["oid"])} for each in objects]}
+    return {"transfer": "basic", "objects": [{**entry, "actions": upload(entry["oid"])} for entry in objects]}
 
   def store(self, token: str | None, body: bytes, oid: str) -> Any:
     assert hashlib.sha256(body).hexdigest() == oid

@@ -35,24 +35,24 @@ def test_every_field_has_a_default_but_those_that_are_given():
 def test_changed_fields_are_checked_with_the_rest():
   run = Run.of(tiny.get_config())
   assert run.replace({"inference.steps": 3, "seed": 7}).inference.steps == 3
-  for path, said in (
+  for path, message in (
     ("inference.step", "inference.step; did you mean"),
     ("infrence.steps", "infrence; did you mean inference"),
   ):
-    with pytest.raises(UserError, match=f"unknown config key {said}"):
+    with pytest.raises(UserError, match=f"unknown config key {message}"):
       run.replace({path: 3})
 
 
 def test_evaluations_are_added_and_nothing_else_is_changed():
   config = make_config()
-  found = with_evals(config, [SECTION, '{"name": "drawn", "task": "generation_accuracy", "per_class": 2}'])
-  assert found.is_locked and found.train_evals == ("test", "birds", "drawn")
-  assert found.evals.drawn.to_dict() == {"task": "generation_accuracy", "per_class": 2}
-  assert found.evals.birds.data.to_dict() == {"name": "pairs", "image_size": 32, "path": "BIRDS", "split": "val"}
-  assert list(found.evals.birds.templates) == ["a {}"] and "name" not in found.evals.birds
-  assert found.evals.test == config.evals.test and config.train_evals == ("test",)
+  merged = with_evals(config, [SECTION, '{"name": "drawn", "task": "generation_accuracy", "per_class": 2}'])
+  assert merged.is_locked and merged.train_evals == ("test", "birds", "drawn")
+  assert merged.evals.drawn.to_dict() == {"task": "generation_accuracy", "per_class": 2}
+  assert merged.evals.birds.data.to_dict() == {"name": "pairs", "image_size": 32, "path": "BIRDS", "split": "val"}
+  assert list(merged.evals.birds.templates) == ["a {}"] and "name" not in merged.evals.birds
+  assert merged.evals.test == config.evals.test and config.train_evals == ("test",)
   rest = lambda config: {name: value for name, value in config.to_dict().items() if "evals" not in name}
-  assert rest(found) == rest(config)
+  assert rest(merged) == rest(config)
   assert with_evals(config, []).to_dict() == config.to_dict()
 
 

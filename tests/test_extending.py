@@ -31,10 +31,10 @@ def module(tmp_path_factory):
     path.write_text(pages.python_block(PAGE, containing))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
-    made = importlib.util.module_from_spec(spec)
-    patch.setitem(sys.modules, name, made)
-    spec.loader.exec_module(made)
-    return made
+    loaded = importlib.util.module_from_spec(spec)
+    patch.setitem(sys.modules, name, loaded)
+    spec.loader.exec_module(loaded)
+    return loaded
 
   with pytest.MonkeyPatch.context() as patch:
     yield make
@@ -68,8 +68,8 @@ def test_a_data_set(prepared):
 
 @pytest.mark.parametrize("order, rank", [((0, 1), 0.0), ((1, 0), 1.0)])
 def test_an_evaluation(module, prepared, order, rank, monkeypatch):
-  made = module("median_rank", "class MedianRank").MedianRank
-  monkeypatch.setitem(tasks.TASKS, "median_rank", tasks.Task(made, ()))
+  median_rank = module("median_rank", "class MedianRank").MedianRank
+  monkeypatch.setitem(tasks.TASKS, "median_rank", tasks.Task(median_rank, ()))
   assert tasks.settings_of("median_rank").keys() == {"num_images", "seed"}
   inference = types.SimpleNamespace(
     image_size=32,
@@ -78,7 +78,7 @@ def test_an_evaluation(module, prepared, order, rank, monkeypatch):
     embed_texts=lambda params, tokens: np.eye(2, dtype=np.float32),
     embed_images=lambda params, images, seed: np.eye(2, dtype=np.float32)[list(order)],
   )
-  evaluation = made(data=dict(name="pairs", path=str(prepared[0]), split="train", image_size=32))
+  evaluation = median_rank(data=dict(name="pairs", path=str(prepared[0]), split="train", image_size=32))
   assert evaluation.protocol(inference) == {"steps": 1, "seed": 0, "num_images": 2}
   assert evaluation.run(inference, {}) == {"median_rank": rank}
 

@@ -24,8 +24,8 @@ def products(jaxpr: core.Jaxpr) -> Iterator[Any]:
     if equation.primitive.name in PRODUCTS:
       yield equation
     for value in equation.params.values():
-      for each in value if isinstance(value, (tuple, list)) else (value,):
-        inner = getattr(each, "jaxpr", each)
+      for inner_value in value if isinstance(value, (tuple, list)) else (value,):
+        inner = getattr(inner_value, "jaxpr", inner_value)
         if isinstance(inner, core.Jaxpr):
           yield from products(inner)
 
@@ -57,8 +57,8 @@ PROGRAMS = ("train", "generation", "discrimination")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_product_of_a_float32_program_is_one(name):
-  found = precisions(trace(name))
-  assert found.keys() == {(kind, Precision.HIGHEST) for kind in PRODUCTS}
+  counts = precisions(trace(name))
+  assert counts.keys() == {(kind, Precision.HIGHEST) for kind in PRODUCTS}
   accumulated = {"optim.accumulate": 2, "model.remat": "full"}
   if name == "train":
     assert {precision for _, precision in precisions(trace(name, **accumulated))} == {Precision.HIGHEST}
@@ -68,11 +68,11 @@ def test_every_product_of_a_float32_program_is_one(name):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_bfloat16_program_asks_for_nothing_more(name):
   """Except for the contrastive loss's logits, which are f32 in any program: forwards, and backwards to both sides."""
-  found = precisions(trace(name, **{"model.dtype": "bfloat16"}))
-  exact = {key: found.pop(key) for key in list(found) if key[1] == Precision.HIGHEST}
+  counts = precisions(trace(name, **{"model.dtype": "bfloat16"}))
+  exact = {key: counts.pop(key) for key in list(counts) if key[1] == Precision.HIGHEST}
   assert exact.keys() == ({("dot_general", Precision.HIGHEST)} if name == "train" else set())
-  assert sum(exact.values()) <= 8 < sum(found.values())
-  assert {precision for _, precision in found} == {Precision.DEFAULT}
+  assert sum(exact.values()) <= 8 < sum(counts.values())
+  assert {precision for _, precision in counts} == {Precision.DEFAULT}
 
 
 def test_a_precision_can_be_asked_for():
@@ -81,8 +81,8 @@ def test_a_precision_can_be_asked_for():
   assert asked(dtype="bfloat16").matmul_precision == "default"
   assert asked(dtype="float32", matmul_precision="default").matmul_precision == "default"
   assert asked(dtype="bfloat16", matmul_precision="high").matmul_precision == "high"
-  found = precisions(trace("discrimination", **{"model.matmul_precision": "high"}))
-  assert {precision for _, precision in found} == {Precision.HIGH}
+  counts = precisions(trace("discrimination", **{"model.matmul_precision": "high"}))
+  assert {precision for _, precision in counts} == {Precision.HIGH}
 
 
 def test_numbers_on_a_cpu_are_the_same():

@@ -38,11 +38,11 @@ def test_the_file_is_the_one_that_was_measured(file):
 
 
 def test_its_figures_stand_in_the_file():
-  found = {result.dataset: result.record["metrics"] for result in provenance.results(NAME)}
+  metrics = {result.dataset: result.record["metrics"] for result in provenance.results(NAME)}
   value = lambda name: records.record("included", name).value
-  assert round(100 * found["unseen"]["acc1"], 1) == value("unseen")
-  assert round(100 * found["test"]["acc1"], 1) == value("seen")
-  assert round(100 * found["generated"]["acc1_unseen"], 1) == value("generated_unseen")
+  assert round(100 * metrics["unseen"]["acc1"], 1) == value("unseen")
+  assert round(100 * metrics["test"]["acc1"], 1) == value("seen")
+  assert round(100 * metrics["generated"]["acc1_unseen"], 1) == value("generated_unseen")
 
 
 @pytest.mark.slow
@@ -51,8 +51,8 @@ def test_it_names_what_it_never_saw_and_what_it_draws():
   model = diffdis_jax.load(NAME)
   source = shapes.Shapes(split="unseen", image_size=32, seed=1)
   rendered = [source[i] for i in range(64)]
-  named = model.classify([each["image"] for each in rendered], shapes.CLASSNAMES).labels
-  right = np.mean([label == each["label"] for label, each in zip(named, rendered, strict=True)])
+  named = model.classify([record["image"] for record in rendered], shapes.CLASSNAMES).labels
+  right = np.mean([label == record["label"] for label, record in zip(named, rendered, strict=True)])
   assert 100 * right >= records.record("included", "unseen").value - 10
   names = [f"{colour} {shape}" for colour, shape in shapes.UNSEEN]
   drawn = model.classify(model.generate([f"a {name}" for name in names]), shapes.CLASSNAMES).labels
