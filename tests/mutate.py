@@ -39,7 +39,7 @@ TESTS = {
   "method/schedules.py": "method/test_schedules.py method/test_samplers.py",
   "method/step_noise.py": "method/test_algorithms.py method/test_diffdis.py",
   "training/gradcache.py": "training/test_gradcache.py",
-  "training/long_tail.py": "training/test_mixing.py training/test_long_tail.py",
+  "method/long_tail.py": "training/test_mixing.py training/test_long_tail.py",
   "training/losses.py": f"training/test_contrastive.py training/test_metrics.py {JOINT_LOSS}",
   "training/optim.py": "training/test_optim.py",
   "evals/base.py": "evals/test_base.py evals/test_retrieval.py evals/test_zero_shot.py",

@@ -38,7 +38,7 @@ def test_every_extra_that_a_message_is_given_exists():
         extras = {last.value} if isinstance(last, ast.Constant) else NAMED_LATER[path.name]
         assert extras <= EXTRAS, f"{path}, line {node.lineno}: {extras}"
         named |= extras
-  assert named >= {"app", "tpu", "cuda", "wandb", "trackio"}
+  assert named >= {"app", "tpu", "cuda", "wandb"}
 
 
 def test_the_message_names_the_package_and_what_to_type():

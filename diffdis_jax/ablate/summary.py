@@ -54,7 +54,7 @@ def summarise(plan: Plan, folder: Folder, *, base: str) -> dict[str, Any]:
     made[table.name] = table_of(table, figures, [[names[run] for run in plan.rows[row]] for row in rows])
   return {
     "base": provenance.public(base),
-    "provenance": provenance.together(
+    "provenance": result_files.together(
       record for run, found in results.items() if found is not None for record in _records(run, found).values()
     ),
     "seeds": list(plan.seeds),

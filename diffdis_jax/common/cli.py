@@ -35,7 +35,6 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")  # absl's words
 CACHE_BYTES = 4 * 2**30  # of compiled programs; a full-size step is a few hundred MB
-_TEXTS = {"prompt", "eval"}  # flags that may hold any text
 # Flags that an unset variable of a shell leaves empty, which would be this folder.
 _FOLDERS = {"workdir", "out"}
 # With what Orbax warns at each save between two evaluations, where the best checkpoints are kept.
@@ -105,7 +104,7 @@ def _help() -> NoReturn:
 
 def _check_values() -> None:
   """Raise UserError: a folder's flag is empty, a number is nan, or an address in any flag or field cannot be read."""
-  for name in {*flags.FLAGS} - _TEXTS:
+  for name in {*flags.FLAGS} - {"prompt", "eval"}:  # which may hold any text
     value = flags.FLAGS[name].value
     if name in _FOLDERS and value == "" and flags.FLAGS[name].present:
       raise UserError(f"--{name}= is empty; give a path")

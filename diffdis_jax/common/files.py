@@ -10,7 +10,6 @@ import pathlib
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Collection, Iterator
 from typing import IO, Any
 
@@ -19,8 +18,6 @@ from etils import epath
 
 from diffdis_jax.common import buckets
 from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
-
-DAY = 24 * 3600.0  # seconds after which a temporary file is of a process that was killed
 
 
 def user_cache(name: str) -> str:
@@ -125,14 +122,6 @@ def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
-
-
-def sweep(folder: str | os.PathLike[str], *, age: float = DAY) -> None:
-  """Remove the temporary files, of at least this age in seconds, that killed processes left in a local folder."""
-  for path in pathlib.Path(folder).glob(".*.tmp"):
-    with contextlib.suppress(OSError):
-      if path.is_file() and path.stat().st_mtime <= time.time() - age:
-        path.unlink()
 
 
 @contextlib.contextmanager

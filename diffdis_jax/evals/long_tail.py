@@ -19,6 +19,7 @@ from diffdis_jax.config.section import field, number
 from diffdis_jax.data import long_tail, sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
+from diffdis_jax.method.long_tail import sentence_losses
 from diffdis_jax.models import lgr
 
 SCORES = 2**26  # on the device at a time
@@ -152,24 +153,10 @@ def linear_loss(
   image_labels: Int[np.ndarray, " n"],
   logit_scale: float,
 ) -> Float[np.ndarray, " m"]:
-  """Return AnSS: L(m) = −Σ_i y_i log softmax_i(exp(logit_scale) t_m · v_i), y_i = 1 / (images of m's class) for these,
-  else 0.
+  """Return AnSS's loss of each sentence. Every class of a text has an image.
 
-  Every class of a text has an image. A small loss means that a sentence tells its class's images from all others.
+  A small loss means that a sentence tells its class's images from all others.
   """
-  on_device = jnp.asarray(images)
-  loss = lambda rows, labels: _linear_loss(rows, on_device, labels, image_labels, logit_scale)
+  on_device, compiled = jnp.asarray(images), jax.jit(sentence_losses)
+  loss = lambda rows, labels: compiled(rows, on_device, labels, image_labels, logit_scale)
   return base.by_blocks(loss, texts, text_labels)
-
-
-@jax.jit
-def _linear_loss(
-  texts: Float[Array, "m d"],
-  images: Float[Array, "n d"],
-  text_labels: Int[Array, " m"],
-  image_labels: Int[Array, " n"],
-  logit_scale: Float[Array, ""],
-) -> Float[Array, " m"]:
-  scores = jnp.exp(logit_scale) * jnp.matmul(texts, images.T, precision=jax.lax.Precision.HIGHEST)
-  own = (text_labels[:, None] == image_labels[None]).astype(jnp.float32)
-  return jax.nn.logsumexp(scores, axis=1) - (own * scores).sum(axis=1) / own.sum(axis=1)

@@ -20,11 +20,11 @@ from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.data.layouts import class_lists, find
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import tasks
 from diffdis_jax.evals.base import Evaluation
 from diffdis_jax.evals.results import Results, make_record
 from diffdis_jax.evals.tasks import Section
-from diffdis_jax.run import provenance
 
 SINGLE_TEMPLATE = "a photo of a {}."
 
@@ -177,7 +177,7 @@ def means(results: Mapping[str, Mapping[str, Any]]) -> Results:
         task=first["task"],
         metrics={metric: float(np.mean(values)) for metric, values in figures.items()},
         protocol={"sets": {each: record["protocol"]["num_images"] for each, record in records.items()}, "whole": whole},
-        provenance={**provenance.together(records.values()), "run": first.get("provenance", {}).get("run")},
+        provenance={**result_files.together(records.values()), "run": first.get("provenance", {}).get("run")},
       )
     }
   return made

@@ -33,8 +33,6 @@ from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, U
 HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_OVER_BUCKETS = 10, 100
 WAIT = 3600  # seconds that a process waits for the others, such as for one that compiles or still writes
 _VISIBILITY = 30.0  # seconds in which a file of one host must show on the others
-# A process's number may also come from a Kubernetes Job with indices.
-_PROCESS_ID = ("DIFFDIS_PROCESS_ID", "JOB_COMPLETION_INDEX")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _CAUSES = (None, Preempted, Interrupted)  # to stop, the weightiest last; the first is none
 _barriers = itertools.count()
@@ -67,7 +65,9 @@ def find(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]
   Raises:
     UserError: some of the three settings, but not all; or settings that contradict each other.
   """
-  variables = (("DIFFDIS_COORDINATOR_ADDRESS",), ("DIFFDIS_NUM_PROCESSES",), _PROCESS_ID)
+  # A process's number may also come from a Kubernetes Job with indices.
+  numbers = ("DIFFDIS_PROCESS_ID", "JOB_COMPLETION_INDEX")
+  variables = (("DIFFDIS_COORDINATOR_ADDRESS",), ("DIFFDIS_NUM_PROCESSES",), numbers)
   settings = [
     next((value for value in (given[name], *map(environ.get, names)) if value not in (None, "")), None)
     for name, names in zip(("coordinator_address", "num_processes", "process_id"), variables)

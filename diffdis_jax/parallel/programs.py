@@ -17,7 +17,6 @@ from absl import logging
 from diffdis_jax.parallel import processes
 
 TERMINAL_EVERY, LOG_EVERY = 4.0, 60.0  # seconds between two lines while a program compiles
-_COMPILER = "compiler"  # how the names of threads begin that compile, for which Python would wait at its end
 
 
 class AheadOfTime:
@@ -26,8 +25,8 @@ class AheadOfTime:
   def __init__(self, name: str, lowered: jax.stages.Lowered):
     self._name, self._met, self._begin = name, False, time.monotonic()
     logging.info("compiling %s", name)
-    # Not a daemon thread, which Python would end inside the compiler. common/cli.py waits for none.
-    thread = futures.ThreadPoolExecutor(1, thread_name_prefix=_COMPILER)
+    # Not a daemon thread, which Python would end inside the compiler. common/cli.py knows it by name and never waits.
+    thread = futures.ThreadPoolExecutor(1, thread_name_prefix="compiler")
     self._result = thread.submit(self._compile, lowered)
     thread.shutdown(wait=False)
 

@@ -18,7 +18,7 @@ import pathlib
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -205,17 +205,6 @@ def behind(init_from: str) -> list[dict[str, Any]]:
     return []
   found = of_run(init_from, step=None if one_file.at(init_from) else workdir.latest_step(init_from))
   return [{name: value for name, value in found.items() if name != "init_from"}, *found["init_from"]]
-
-
-def together(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-  """Describe what made a figure of several records: each value of `commits`, `versions`, `devices`, `processors` once,
-  null for a record that has none; and `clean`, whether all were."""
-  found = [record.get("provenance") or {} for record in records]
-  # As text, since dicts have no hash; sorted, so that the same records give the same bytes.
-  texts = lambda name: sorted({json.dumps(each.get(name), sort_keys=True) for each in found})
-  names = {"commits": "commit", "versions": "versions", "devices": "device", "processors": "processors"}
-  values = {plural: [json.loads(text) for text in texts(name)] for plural, name in names.items()}
-  return {**values, "clean": all(each.get("clean") is True for each in found) if found else None}
 
 
 def public(value: Any) -> Any:

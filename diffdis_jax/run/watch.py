@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import pathlib
 import tempfile
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -42,67 +44,58 @@ class Watchdog:
       faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)  # stderr
 
 
-class Span(NamedTuple):
-  """The steps to trace, from `start` to `last`; the first step of a run is 1."""
-
-  start: int
-  last: int
-
-
-def parse(text: str, *, num_steps: int) -> Span:
-  """Read START:STEPS. Raises UserError if it is something else, or not within the run of `num_steps`."""
-  start, _, steps = text.partition(":")
-  if not (start.isdecimal() and steps.isdecimal() and int(start) and int(steps)):
+def parse(text: str, *, num_steps: int) -> range:
+  """Read START:STEPS, the steps to trace; the first step of a run is 1. Raise UserError if it is something else, or not
+  within the run of `num_steps`."""
+  start, _, count = text.partition(":")
+  if not (start.isdecimal() and count.isdecimal() and int(start) and int(count)):
     raise UserError(f"--profile={text} should be START:STEPS, such as 100:5 for the steps 100 to 104")
-  span = Span(int(start), int(start) + int(steps) - 1)
-  if span.last > num_steps:
-    raise UserError(f"--profile={text} ends at step {span.last}; the run ends at step {num_steps}")
-  return span
+  steps = range(int(start), int(start) + int(count))
+  if steps[-1] > num_steps:
+    raise UserError(f"--profile={text} ends at step {steps[-1]}; the run ends at step {num_steps}")
+  return steps
 
 
 class Profiler:
-  """Traces the steps of a span on each process, into plugins/profile/step_START/ of the workdir, where xprof and
-  TensorBoard look. A span whose first step is not after `start_step`, the steps finished, is not traced."""
+  """Traces these steps on each process, into plugins/profile/step_START/ of the workdir, where xprof and TensorBoard
+  look. Steps whose first one is not after `start_step`, the steps finished, are not traced."""
 
-  def __init__(self, span: Span | None, workdir: epath.PathLike, *, start_step: int):
-    self._span, self._workdir = span, buckets.path(workdir)
-    self._folder: tempfile.TemporaryDirectory[str] | None = None
-    if span and span.start <= start_step:
-      logging.warning("no profile: step %d was taken before; this run resumes after step %d", span.start, start_step)
-      self._span = None
+  def __init__(self, steps: range, workdir: epath.PathLike, *, start_step: int):
+    self._steps, self._workdir, self._traces = steps, buckets.path(workdir), contextlib.ExitStack()
+    if steps and steps[0] <= start_step:
+      logging.warning("no profile: step %d was taken before; this run resumes after step %d", steps[0], start_step)
+      self._steps = range(0)
 
   def before(self, step: int, running: Any) -> None:
     """Begin the trace before its first step, when `running`, the result of the last step, is there."""
-    if self._span and step == self._span.start:
-      import jax  # not at the top: a command's flags are read before
-
-      jax.block_until_ready(running)
-      # The profiler writes to this machine alone, and the workdir may be in a bucket.
-      self._folder = tempfile.TemporaryDirectory(prefix="profile")
-      jax.profiler.start_trace(self._folder.name)
+    if self._steps and step == self._steps[0]:
+      self._traces.enter_context(self._trace(running))
 
   def after(self, step: int, running: Any) -> None:
     """End the trace after its last step."""
-    if self._span and step == self._span.last:
-      import jax
+    if self._steps and step == self._steps[-1]:
+      import jax  # not at the top: a command's flags are read before
 
       jax.block_until_ready(running)
       self.close()
 
   def close(self) -> None:
     """Write the trace, if one has begun."""
-    if self._folder is None or self._span is None:
-      return
+    self._traces.close()
+
+  @contextlib.contextmanager
+  def _trace(self, running: Any) -> Iterator[None]:
     import jax
 
-    out = self._workdir / "plugins" / "profile" / f"step_{self._span.start:08d}"
-    with self._folder as folder:
-      jax.profiler.stop_trace()  # which writes into the folder
+    jax.block_until_ready(running)
+    # The profiler writes to this machine alone, and the workdir may be in a bucket.
+    with tempfile.TemporaryDirectory(prefix="profile") as folder:
+      with jax.profiler.trace(folder):
+        yield
+      out = self._workdir / "plugins" / "profile" / f"step_{self._steps[0]:08d}"
       out.mkdir(parents=True, exist_ok=True)
-      for path in pathlib.Path(folder).rglob("*.*"):
-        for kind in (".xplane.pb", ".trace.json.gz"):
-          if path.name.endswith(kind):
-            # By the number of the process: two on one machine would give one name by themselves.
-            (out / f"host_{jax.process_index():03d}{kind}").write_bytes(path.read_bytes())
-    self._folder = None
-    logging.info("profile from step %d to %d in %s", *self._span, out)
+      for kind in (".xplane.pb", ".trace.json.gz"):
+        for path in pathlib.Path(folder).rglob(f"*{kind}"):
+          # By the number of the process: two on one machine would give one name by themselves.
+          (out / f"host_{jax.process_index():03d}{kind}").write_bytes(path.read_bytes())
+    logging.info("profile from step %d to %d in %s", self._steps[0], self._steps[-1], out)

@@ -54,9 +54,6 @@ def open_for_training(
   if is_writer:
     with files.writing(f"to --workdir={workdir}"):
       path.mkdir(parents=True, exist_ok=True)
-      if not buckets.is_url(path):
-        files.sweep(path)
-        files.sweep(path / "samples")
       if replaced:
         logging.warning("the config of a run without a checkpoint is replaced: %s", ", ".join(replaced))
       files.write_whole(path / "config.json", as_text(config).encode())

@@ -1,7 +1,7 @@
-"""Write a run's reports: metrics.jsonl, TensorBoard, sample images, and a tracker, Weights & Biases or trackio.
+"""Write a run's reports: metrics.jsonl, TensorBoard, sample images, and, as a tracker, Weights & Biases.
 
-Only one process writes; on the others a Writer does nothing. The trackers read their settings from environment
-variables of their own, such as WANDB_MODE=offline and TRACKIO_DIR.
+Only one process writes; on the others a Writer does nothing. The tracker reads its settings from environment variables
+of its own, such as WANDB_MODE=offline.
 """
 
 from __future__ import annotations
@@ -28,45 +28,34 @@ from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.run import provenance
 
-TRACKERS = ("wandb", "trackio")
-PROJECT = "diffdis_jax"
+TRACKERS = ("wandb",)
 IDS = "trackers.json"  # the run's id at each tracker, so that a resumed run is the same run there
-MOST_EVENTS = 2**23  # bytes of a file of TensorBoard's: a bucket gets all of it again whenever it has grown
 
 
 class Tracker:
-  """A run of a tracker: a new one, or the one that was begun before in the same workdir.
+  """A run of Weights & Biases: a new one, or the one that was begun before in the same workdir.
 
   Args:
-    kind: one of TRACKERS.
     workdir: folder of the run.
     config: of the run.
   """
 
-  def __init__(self, kind: str, workdir: epath.PathLike, config: Mapping[str, Any]):
-    path, self._kind, self._module = buckets.path(workdir), kind, importlib.import_module(kind)
+  def __init__(self, workdir: epath.PathLike, config: Mapping[str, Any]):
+    path, self._module = buckets.path(workdir), importlib.import_module("wandb")
     ids = files.read_object(path / IDS)
-    if kind not in ids:
-      ids[kind] = secrets.token_hex(4)
+    if "wandb" not in ids:
+      ids["wandb"] = secrets.token_hex(4)
       files.write_json(path / IDS, ids)
-    how: dict[str, Any] = {"config": dict(config), "resume": "allow", "name": path.name}
-    how["project"] = os.environ.get(f"{kind.upper()}_PROJECT", PROJECT)
-    if kind == "wandb":
-      how |= {"id": ids[kind], "dir": None if buckets.is_url(path) else os.path.abspath(path)}
-    else:  # which resumes a run by its name; else curves of processor and memory come between
-      how |= {"name": f"{path.name}-{ids[kind]}", "embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-    self._run: Any = self._module.init(**how)
-    if kind == "wandb":
-      self._run.define_metric("*", step_metric="step")
+    how: dict[str, Any] = {"config": dict(config), "resume": "allow", "name": path.name, "id": ids["wandb"]}
+    how["project"] = os.environ.get("WANDB_PROJECT", "diffdis_jax")
+    self._run: Any = self._module.init(**how, dir=None if buckets.is_url(path) else os.path.abspath(path))
+    self._run.define_metric("*", step_metric="step")
 
   def log(self, step: int, values: Mapping[str, Any]) -> None:
     """Send values of this step: numbers, or pictures as arrays."""
     sent = {name: self._module.Image(x) if isinstance(x, np.ndarray) else x for name, x in values.items()}
     # wandb's own count of steps only grows, and would refuse those that a run takes again after it was killed.
-    if self._kind == "wandb":
-      self._run.log({"step": step, **sent})
-    else:
-      self._run.log(sent, step=step)
+    self._run.log({"step": step, **sent})
 
   def close(self) -> None:
     self._run.finish()
@@ -97,7 +86,9 @@ class Writer:
   def __init__(self, path: epath.Path, mirror: buckets.Mirror | None = None, tracker: Tracker | None = None) -> None:
     self._path, self._mirror, self._tracker = path, mirror, tracker
     self._appended = mirror.folder if mirror else pathlib.Path(path)
-    self._begin_events()
+    # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
+    self._events = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+    self._write_event(None, [])
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     """Write a line of metrics.jsonl and a point of each curve. A value that is not finite becomes null."""
@@ -134,11 +125,6 @@ class Writer:
     for each in filter(None, (self._mirror, self._tracker)):
       each.close()
 
-  def _begin_events(self) -> None:
-    # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
-    self._events = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-    self._write_event(None, [])
-
   def _write_event(self, step: int | None, values: list[dict[str, Any]]) -> None:
     # Without TensorBoard's own writer, which imports TensorFlow, and holds events back for up to two minutes. Not at
     # the top: flags are read before.
@@ -151,8 +137,6 @@ class Writer:
     record = io.BytesIO()
     RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
     self._append(self._events, record.getvalue())
-    if step is not None and (self._appended / self._events).stat().st_size > MOST_EVENTS:
-      self._begin_events()
 
   def _append(self, name: str, content: bytes) -> None:
     """Append to a file and close it, so that a killed process loses nothing."""

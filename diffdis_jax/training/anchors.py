@@ -6,10 +6,11 @@ They have the smallest linear loss on the validation images, as in VL-LTR's ship
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import logging
+from etils import epath
 from jaxtyping import Float, Int
 
 from diffdis_jax.common import buckets, files
@@ -17,37 +18,13 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import long_tail, sources
 from diffdis_jax.data.build import open_tokens
-from diffdis_jax.data.corpus import Corpus
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 from diffdis_jax.evals.long_tail import linear_loss
-from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import HEAD_PREFIX
 from diffdis_jax.parallel import processes, sharding
 
 ANCHORS = f"{HEAD_PREFIX}anchors"  # chosen before the first step
-
-
-class Anchors(NamedTuple):
-  """The anchors of all classes.
-
-  Attributes:
-    embeddings: of each class's anchors, the best first; where a class has fewer, zeros at the end.
-    places: of these in the whole corpus, -1 where there is none.
-    losses: the linear loss of every sentence of the corpus.
-  """
-
-  embeddings: Float[np.ndarray, "k s d"]
-  places: Int[np.ndarray, "k s"]
-  losses: Float[np.ndarray, " m"]
-
-  def describe(self, corpus: Corpus) -> list[dict[str, Any]]:
-    """Return each class with its sentences and their losses, for people to read."""
-    of = lambda place: {"sentence": corpus.flat[place], "loss": float(self.losses[place])}
-    return [
-      {"class": name, "sentences": [of(place) for place in places.tolist() if place >= 0]}
-      for name, places in zip(corpus.classnames, self.places, strict=True)
-    ]
 
 
 class Selection:
@@ -80,19 +57,17 @@ class Selection:
     if (absent := np.setdiff1d(np.arange(head.classes), source.labels)).size:
       raise UserError(f"no image of {self.corpus.classnames[absent[0]]!r} to choose its sentences by, in split val")
 
-  def params(self, inference: Inference, path: str, params: Params) -> Params:
-    """Choose the head's anchors by the backbone among `params`, and name them in anchors.json in the workdir `path`.
+  def params(self, inference: Any, path: epath.PathLike, params: Params) -> Params:
+    """Choose the head's anchors by the backbone among `params`: [k, s, d], the best first, and zeros where a class has
+    fewer. Name their sentences in anchors.json in the workdir `path`.
+
+    Args:
+      inference: of a network that may have a head.
+      params: the network's parameters.
 
     Raises:
       Preempted: the processes stop in the middle of it; the same command begins it again.
     """
-    chosen = self.run(inference, params)
-    if processes.is_first():
-      files.write_json(buckets.path(path) / "anchors.json", chosen.describe(self.corpus))
-    return sharding.replicated({ANCHORS: chosen.embeddings}, inference.mesh)
-
-  def run(self, inference: Any, params: Params) -> Anchors:
-    """Choose by this backbone: a network, which may have a head, and its parameters."""
     ids, every = self._tokens.ids, np.arange(len(self._source))
     losses = linear_loss(
       inference.embed_texts(params, ids),
@@ -103,12 +78,15 @@ class Selection:
     )
     places = choose(losses, self._tokens.starts, count=self._count)
     logging.info("anchors: %d of %d sentences", (places >= 0).sum(), len(ids))
+    if processes.is_first():
+      sentences = [[self.corpus.flat[place] for place in row if place >= 0] for row in places.tolist()]
+      files.write_json(buckets.path(path) / "anchors.json", dict(zip(self.corpus.classnames, sentences, strict=True)))
     # Of any length, unlike the normalised ones of the loss: VL-LTR's head attends over raw features.
-    chosen = inference.text_features(params, ids[places[places >= 0]])
+    features = inference.text_features(params, ids[places[places >= 0]])
     # Where a class has fewer, zeros, which the head's attention leaves out (models/lgr.py).
-    embeddings = np.zeros((*places.shape, chosen.shape[-1]), np.float32)
-    embeddings[places >= 0] = chosen
-    return Anchors(embeddings, places, losses)
+    embeddings = np.zeros((*places.shape, features.shape[-1]), np.float32)
+    embeddings[places >= 0] = features
+    return sharding.replicated({ANCHORS: embeddings}, inference.mesh)
 
 
 def choose(losses: Float[np.ndarray, " m"], starts: Int[np.ndarray, " k1"], *, count: int) -> Int[np.ndarray, "k s"]:

@@ -39,7 +39,7 @@ def train_and_evaluate(
     Diverged: more than `optim.skip_bad_steps` steps in a row were not finite.
     Preempted: SIGTERM or, as Interrupted, Ctrl-C came; the steps so far are saved.
   """
-  span = watch.parse(profiled, num_steps=run.num_steps) if profiled else None
+  traced = watch.parse(profiled, num_steps=run.num_steps) if profiled else range(0)
   processes.on_first(functools.partial(writers.check_tracker, tracker))
   provenance.code()  # now: the checkout may change in the minutes until a start is recorded
   mesh = trainer.mesh if trainer else sharding.make_mesh(**vars(run.mesh))
@@ -65,10 +65,10 @@ def train_and_evaluate(
     # What is entered closes from the last to the first: trace, lines, history; then a pending save, and the lock.
     info = run_info.of_start(trainer, begins=not first)
     stack.enter_context(provenance.recorded(path, step=first, is_writer=is_writer, facts=info))
-    track = functools.partial(writers.Tracker, tracker, path, run.to_dict()) if tracker else None
+    track = functools.partial(writers.Tracker, path, run.to_dict()) if tracker else None
     out = writers.open_writer(path, start_step=first, is_writer=is_writer, evaluated=evaluated, open_tracker=track)
     stack.enter_context(contextlib.closing(out))
-    profiler = stack.enter_context(contextlib.closing(watch.Profiler(span, path, start_step=first)))
+    profiler = stack.enter_context(contextlib.closing(watch.Profiler(traced, path, start_step=first)))
     # A run that was stopped in the middle of an evaluation saved without it. What was due then is done now.
     if not evaluated:
       evaluations.after_step(first, state, out, last=first == run.num_steps)

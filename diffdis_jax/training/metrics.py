@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from clu.metrics import Average
 from jaxtyping import Array, Float
+from tqdm import tqdm
 
 from diffdis_jax.common import progress
 from diffdis_jax.config.run import Run
@@ -128,14 +129,5 @@ def progress_line(step: int, num_steps: int, values: Mapping[str, float]) -> str
     shown += [f"{_SYMBOLS.get(name, name.removeprefix('loss_'))} {values[name]:.3g}" for name in parts]
   if not math.isnan(rate := values["steps_per_sec"]):
     shown.append(f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / rate:.3g} s/step")
-    shown += [f"data wait {values['data_wait']:.0%}", f"{_duration((num_steps - step) / rate)} left"]
+    shown += [f"data wait {values['data_wait']:.0%}", f"{tqdm.format_interval((num_steps - step) / rate)} left"]
   return "  ".join(shown)
-
-
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  days, rest = divmod(hours, 24)
-  if days > 1:
-    return f"{days}d{rest:02}h"
-  return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

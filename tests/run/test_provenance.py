@@ -18,6 +18,7 @@ from etils import epath
 
 import diffdis_jax
 from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.evals import results
 from diffdis_jax.run import digests, provenance, workdir
 from tests import tiny
 
@@ -230,7 +231,7 @@ def test_no_path_of_a_machine_is_told(text, shown):
 def test_together_each_value_stands_once():
   one = {"commit": "b", "clean": True, "versions": {"jax": "1"}, "device": {"kind": "cpu", "count": 1}, "processors": 2}
   other = one | {"commit": "a", "processors": 4}
-  found = provenance.together([{"provenance": one}, {"provenance": other}, {"provenance": one}])
+  found = results.together([{"provenance": one}, {"provenance": other}, {"provenance": one}])
   assert found == {
     "commits": ["a", "b"],
     "clean": True,
@@ -238,9 +239,9 @@ def test_together_each_value_stands_once():
     "devices": [one["device"]],
     "processors": [2, 4],
   }
-  assert provenance.together([{"provenance": one}, {}])["clean"] is False
-  assert provenance.together([{"provenance": one}, {}])["commits"] == ["b", None]
-  assert provenance.together([])["clean"] is None
+  assert results.together([{"provenance": one}, {}])["clean"] is False
+  assert results.together([{"provenance": one}, {}])["commits"] == ["b", None]
+  assert results.together([])["clean"] is None
 
 
 def record(folder, *, step=0, error=None, facts=None):

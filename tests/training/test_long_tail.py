@@ -16,11 +16,10 @@ from configs import places_lt
 from diffdis_jax.config import Run
 from diffdis_jax.config.sections import LongTail
 from diffdis_jax.errors import UserError
-from diffdis_jax.method import features, losses
+from diffdis_jax.method import features, long_tail, losses
 from diffdis_jax.method.step_noise import query_noise
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import LabelledBatch
-from diffdis_jax.training import long_tail
 from diffdis_jax.training.step import step_keys
 from tests import steps, tiny_clip
 from tests.models.networks import random_params, relative_error

@@ -11,7 +11,7 @@ from scipy import stats
 from timm.data import Mixup
 from timm.data import mixup as timm_mixup
 
-from diffdis_jax.training import long_tail as mixing
+from diffdis_jax.method import long_tail as mixing
 
 B, SIZE, CLASSES = 6, 12, 5
 RNG = np.random.default_rng(0)
