@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeVar
 
 from absl import logging
 
-from diffdis_jax.common import buckets
-from diffdis_jax.errors import Gone, may_pass
+from diffdis_jax.errors import may_pass
 
 PATIENCE = 300.0  # seconds, of pauses
 PAUSE, LONGEST = 1.0, 10.0  # seconds, the first pause, and the longest: each is twice the one before
@@ -38,13 +35,3 @@ def patiently(read: Callable[[], _Read], what: str) -> _Read:
       logging.warning("cannot read %s: %s; trying again in %.3g s", what, reason, pause)
     time.sleep(pause)
     waited, pause = waited + pause, min(2 * pause, LONGEST)
-
-
-def away(error: Exception, files: Iterable[str | os.PathLike[str]]) -> Exception | None:
-  """Turn what a reader of these files has raised into an error that may pass; None where it is not storage's."""
-  if may_pass(error):
-    return error
-  if absent := next((file for file in files if not buckets.path(file).exists()), None):
-    return Gone(f"{absent} is not there")
-  # How ArrayRecord words what a system call answered: "open() failed: No such file or directory; opening FILE".
-  return Gone(str(error)) if re.search(r"\b\w+\(\) failed: ", str(error)) else None

@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import pathlib
+import re
 import resource
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from PIL import Image
 from diffdis_jax.common import buckets, storage
 from diffdis_jax.data import copies, image_files
 from diffdis_jax.data.transforms import Decoded, decode_reduced
-from diffdis_jax.errors import UserError, parse_json
+from diffdis_jax.errors import Gone, UserError, may_pass, parse_json
 from diffdis_jax.run import digests
 
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
@@ -261,7 +262,7 @@ class Pairs:
         raise Unusable("unreadable record")
       return record
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
-      away = storage.away(error, self._files)
+      away = _away(error, self._files)
       if away is None and not isinstance(error, UserError):
         raise Unusable("unreadable record") from error
       self._is_stale = True
@@ -353,3 +354,13 @@ def _open_many_files() -> None:
       return
     with contextlib.suppress(OSError, ValueError):
       resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _away(error: Exception, files: Sequence[str]) -> Exception | None:
+  """Turn what a reader of these files has raised into an error that may pass; None where it is not storage's."""
+  if may_pass(error):
+    return error
+  if absent := next((file for file in files if not buckets.path(file).exists()), None):
+    return Gone(f"{absent} is not there")
+  # How ArrayRecord words what a system call answered: "open() failed: No such file or directory; opening FILE".
+  return Gone(str(error)) if re.search(r"\b\w+\(\) failed: ", str(error)) else None

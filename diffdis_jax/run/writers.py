@@ -29,6 +29,7 @@ from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.run import provenance
 
 TRACKERS = ("wandb",)
+MOST_EVENTS = 2**23  # bytes of a file of TensorBoard's: a bucket gets all of it again whenever it has grown
 IDS = "trackers.json"  # the run's id at each tracker, so that a resumed run is the same run there
 
 
@@ -86,9 +87,7 @@ class Writer:
   def __init__(self, path: epath.Path, mirror: buckets.Mirror | None = None, tracker: Tracker | None = None) -> None:
     self._path, self._mirror, self._tracker = path, mirror, tracker
     self._appended = mirror.folder if mirror else pathlib.Path(path)
-    # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
-    self._events = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-    self._write_event(None, [])
+    self._begin_events()
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     """Write a line of metrics.jsonl and a point of each curve. A value that is not finite becomes null."""
@@ -125,6 +124,11 @@ class Writer:
     for each in filter(None, (self._mirror, self._tracker)):
       each.close()
 
+  def _begin_events(self) -> None:
+    # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
+    self._events = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+    self._write_event(None, [])
+
   def _write_event(self, step: int | None, values: list[dict[str, Any]]) -> None:
     # Without TensorBoard's own writer, which imports TensorFlow, and holds events back for up to two minutes. Not at
     # the top: flags are read before.
@@ -137,6 +141,8 @@ class Writer:
     record = io.BytesIO()
     RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
     self._append(self._events, record.getvalue())
+    if step is not None and (self._appended / self._events).stat().st_size > MOST_EVENTS:
+      self._begin_events()
 
   def _append(self, name: str, content: bytes) -> None:
     """Append to a file and close it, so that a killed process loses nothing."""

@@ -79,8 +79,10 @@ class Selection:
     places = choose(losses, self._tokens.starts, count=self._count)
     logging.info("anchors: %d of %d sentences", (places >= 0).sum(), len(ids))
     if processes.is_first():
-      sentences = [[self.corpus.flat[place] for place in row if place >= 0] for row in places.tolist()]
-      files.write_json(buckets.path(path) / "anchors.json", dict(zip(self.corpus.classnames, sentences, strict=True)))
+      of = lambda place: {"sentence": self.corpus.flat[place], "loss": float(losses[place])}
+      rows = zip(self.corpus.classnames, places.tolist(), strict=True)
+      named = [{"class": name, "sentences": [of(place) for place in row if place >= 0]} for name, row in rows]
+      files.write_json(buckets.path(path) / "anchors.json", named)
     # Of any length, unlike the normalised ones of the loss: VL-LTR's head attends over raw features.
     features = inference.text_features(params, ids[places[places >= 0]])
     # Where a class has fewer, zeros, which the head's attention leaves out (models/lgr.py).

@@ -157,11 +157,3 @@ def test_the_next_command_removes_the_folder_that_a_killed_one_left(tmp_path):
   process.kill()
   process.communicate()
   assert again() == []
-
-
-def test_a_killed_commands_files_are_removed_after_a_day(tmp_path):
-  for name, age in ((".old.1a.tmp", 2), (".new.1a.tmp", 0), ("mine.tmp", 2)):
-    (tmp_path / name).touch()
-    os.utime(tmp_path / name, times=(time.time() - age * files.DAY,) * 2)
-  files.sweep(tmp_path)
-  assert sorted(path.name for path in tmp_path.iterdir()) == [".new.1a.tmp", "mine.tmp"]

@@ -299,7 +299,8 @@ def prepare(
   with files.writing(f"--out={out}"):
     stage.folder.mkdir(parents=True, exist_ok=True)
   with _only_process(partial):
-    files.sweep(stage.folder, age=0)  # this process holds the lock
+    for left in stage.folder.glob(".*.tmp"):  # of a killed process, since this one holds the lock
+      left.unlink()
     of_parts = _write_all(stage, parts, num_processes, beam_options)
     with writing(partial):
       reports = _fill(partial / "whole", data_set, stage, parts, of_parts)
