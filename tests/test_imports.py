@@ -44,7 +44,7 @@ MOST_LINES = {
   "preflight": 1125,
   "report": 600,
   "run": 1450,
-  "training": 1725,
+  "training": 1750,
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.read_text())
 NAMES = {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__") for path in FILES}

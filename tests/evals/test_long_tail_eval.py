@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import json
 import types
 
 import numpy as np
@@ -18,6 +19,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, results, tables
 from diffdis_jax.evals import tasks as evals
 from diffdis_jax.evals.long_tail import GROUPS, LongTail
+from diffdis_jax.parallel import sharding
 from diffdis_jax.training import anchors
 from tests import tiny_lt
 from tests.once import shared_folder
@@ -34,7 +36,7 @@ class Inference:
 
   def __init__(self, labels, head=True, noise=0.6):
     self.labels, self.noise, self.done = labels, noise, 0
-    self.tokenizer = Tokenizer(LENGTH)
+    self.tokenizer, self.mesh = Tokenizer(LENGTH), sharding.make_mesh()
     head_size = types.SimpleNamespace(classes=CLASSES, anchors=3) if head else None
     self.network = types.SimpleNamespace(model=types.SimpleNamespace(head=head_size))
     self.logits = np.random.default_rng(1).normal(size=(len(labels), 2, CLASSES)).astype(np.float32)
@@ -148,7 +150,7 @@ def test_the_table_has_the_papers_layout(measured):
   assert [row[3] for row in found[:4]] == ["31.4 |", "38.1 |", "35.5 |", "40.5 |"] and found[4][2] == "–"
 
 
-def test_anchors_leave_distractors_out():
+def test_anchors_leave_distractors_out(tmp_path):
   """By the linear loss fewer of them are kept than the 40 of 140 that chance keeps."""
   config = tiny_lt.get_config("stage=2")
   config.image_size = SIZE
@@ -156,11 +158,12 @@ def test_anchors_leave_distractors_out():
   run = Run.of(config)
   selection = anchors.Selection(dataclasses.replace(run, long_tail=stages.LongTail(crop_pct=1.0)))
   model = Inference(selection._source.labels, noise=0.3)
-  chosen = selection.run(model, {"logit_scale": np.float32(3.0)})
-  assert chosen.embeddings.shape == (CLASSES, 64, 48)
+  chosen = selection.params(model, tmp_path, {"logit_scale": np.float32(3.0)})
+  assert chosen[anchors.ANCHORS].shape == (CLASSES, 64, 48)
   shares = []
-  for (colour, shape), each in zip(shapes_lt.PAIRS, chosen.describe(selection.corpus), strict=True):
-    own = each["sentences"]
+  classes = json.loads((tmp_path / "anchors.json").read_text())
+  for (colour, shape), of_class in zip(shapes_lt.PAIRS, classes, strict=True):
+    own = of_class["sentences"]
     assert (np.diff([one["loss"] for one in own]) >= 0).all()
     corners = shapes_lt._CORNERS[shape]
     about = {template.format(colour=colour, shape=shape, corners=corners) for template in shapes_lt.ABOUT}

@@ -48,7 +48,7 @@ def test_what_is_no_span_of_steps_is_refused(text):
 
 
 def test_a_span_lies_within_the_run():
-  assert watch.parse("98:3", num_steps=100) == watch.Span(98, 100)
+  assert watch.parse("98:3", num_steps=100) == range(98, 101)
   with pytest.raises(UserError, match="--profile=98:4 ends at step 101; the run ends at step 100"):
     watch.parse("98:4", num_steps=100)
 
@@ -67,7 +67,7 @@ def take_steps(profiler: watch.Profiler, steps: range) -> None:
 # Of jaxlib 0.12 on Python 3.13; as an error it would end the process.
 @pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning")
 def test_the_trace_holds_the_steps_of_the_span_and_nothing_else(tmp_path):
-  take_steps(watch.Profiler(watch.Span(3, 4), tmp_path, start_step=0), range(1, 8))
+  take_steps(watch.Profiler(range(3, 5), tmp_path, start_step=0), range(1, 8))
   folder = tmp_path / "plugins" / "profile" / "step_00000003"
   assert sorted(path.name for path in folder.iterdir()) == ["host_000.trace.json.gz", "host_000.xplane.pb"]
   # What Perfetto reads.
@@ -80,5 +80,5 @@ def test_the_trace_holds_the_steps_of_the_span_and_nothing_else(tmp_path):
 
 
 def test_steps_that_were_taken_before_are_not_traced(tmp_path, caplog):
-  take_steps(watch.Profiler(watch.Span(2, 4), tmp_path, start_step=2), range(3, 6))
+  take_steps(watch.Profiler(range(2, 5), tmp_path, start_step=2), range(3, 6))
   assert "no profile: step 2 was taken before" in caplog.text and not list(tmp_path.iterdir())
