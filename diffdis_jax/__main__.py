@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import pathlib
 import re
@@ -26,29 +25,29 @@ USAGE = """DiffDis in JAX: one diffusion model that generates images from text a
 
 def commands() -> dict[str, str]:
   """Say what each command does, by its name: the beginning of its file's docstring. Nothing is imported."""
-  found = {}
-  package = pathlib.Path(__file__).parent
-  for path in sorted([*package.glob("*.py"), *package.glob("*/__main__.py")]):
+  described, package = {}, pathlib.Path(__file__).parent
+  for path in [*package.glob("*.py"), *package.glob("*/__main__.py")]:
     # Read as text: to import all commands would take many seconds, and the packages of every extra.
     text = path.read_text(encoding="utf-8")
     if "\n  cli.run(main" in text:
-      paragraph = " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
-      found[path.parent.name if path.stem == "__main__" else path.stem] = re.split(r"[.:;](?: |$)", paragraph)[0]
-  return dict(sorted(found.items()))
+      name = path.parent.name if path.stem == "__main__" else path.stem
+      described[name] = re.split(r"[.:;]\s", text.removeprefix('"""'))[0]
+  return dict(sorted(described.items()))
 
 
 def main(argv: Sequence[str]) -> int:
   """Return the exit code, unless a command of that name takes over."""
-  found = commands()
+  described = commands()
   if argv and argv[0] == "--version":
     sys.stdout.write(f"diffdis_jax {diffdis_jax.__version__}\n")
     return 0
   if not argv or argv[0] in ("-h", "--help", "help"):
-    width = max(map(len, found))
-    sys.stdout.write(USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in found.items())))
+    width = max(map(len, described))
+    lines = "\n".join(f"  {name:{width}}  {what}" for name, what in described.items())
+    sys.stdout.write(USAGE.format(commands=lines))
     return 0
-  if argv[0] not in found:  # before runpy, which would run any module of the package
-    nearest = difflib.get_close_matches(argv[0], found, n=1)
+  if argv[0] not in described:  # before runpy, which would run any module of the package
+    nearest = difflib.get_close_matches(argv[0], described, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "diffdis --help lists them"
     sys.stderr.write(f"error: no command {argv[0]!r}; {hint}\n")
     return 2

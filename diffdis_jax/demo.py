@@ -65,13 +65,13 @@ def main(argv: Sequence[str]) -> None:
   loop.train_and_evaluate(first, second.init_from, trainer=small)
   loop.train_and_evaluate(second, run, trainer=large)
 
-  found = evaluate.evaluate(run, tasks.of_config(second.evals, tasks=("zero_shot", "generation_accuracy")))
-  result_files.write(f"{run}/evaluation.json", found)  # in the workdir, where a report looks for it
-  metrics = {name: record["metrics"] for records in found.values() for name, record in records.items()}
+  records = evaluate.evaluate(run, tasks.of_config(second.evals, tasks=("zero_shot", "generation_accuracy")))
+  # A report looks for figures and pictures in the workdir.
+  result_files.write(f"{run}/evaluation.json", records)
+  metrics = {name: record["metrics"] for by_set in records.values() for name, record in by_set.items()}
   draw_classes(run, out / "grid.png")
-  pictures = out / "diffdis" / "samples"
-  pictures.mkdir(exist_ok=True)
-  shutil.copy(out / "grid.png", pictures / f"grid_{second.num_steps:08d}.png")
+  (out / "diffdis" / "samples").mkdir(exist_ok=True)
+  shutil.copy(out / "grid.png", out / "diffdis" / "samples" / f"grid_{second.num_steps:08d}.png")
   results = dict(
     zero_shot_top1=metrics["test"]["acc1"],
     zero_shot_unseen_top1=metrics["unseen"]["acc1"],
@@ -81,8 +81,8 @@ def main(argv: Sequence[str]) -> None:
   )
   if not resumed:  # or else the time would be of a part
     results["seconds"] = time.monotonic() - begin
-  made = provenance.provenance(provenance.of_run(run, step=second.num_steps))
-  files.write_json(out / "results.json", {**results, "provenance": made})
+  origin = provenance.provenance(provenance.of_run(run, step=second.num_steps))
+  files.write_json(out / "results.json", {**results, "provenance": origin})
   logging.info("%s", "  ".join(f"{name} {value:.3f}" for name, value in results.items()))
   logging.info("finished: images in %s, results in %s", out / "grid.png", out / "results.json")
   of_it = f"--workdir={shlex.quote(run)}"

@@ -42,7 +42,7 @@ from diffdis_jax import inference
 from diffdis_jax.common import cli
 from diffdis_jax.config.model import ClipModel
 from diffdis_jax.config.objectives import ALIGNED
-from diffdis_jax.config.sections import CheckpointPolicy, Sampling
+from diffdis_jax.config.sections import Sampling
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import suites, tables, tasks
@@ -55,7 +55,7 @@ from diffdis_jax.run import checkpoint, digests, provenance, restore
 FLAGS = flags.FLAGS
 LOADING = ("step", "ema", "image_size", "batch_size")  # arguments of inference.load
 # Flag -> field of Sampling. Steps of the text query have a name of their own, or would be taken for the images'.
-SAMPLING = {"query_steps" if each.name == "steps" else each.name: each for each in dataclasses.fields(Sampling)}
+SAMPLING = {"query_steps" if one.name == "steps" else one.name: one for one in dataclasses.fields(Sampling)}
 OF_A_SUITE = ("seed", "num_images", "shuffle_labels", *tasks.settings_of("fid"))  # all else a suite has of its own
 
 
@@ -95,24 +95,28 @@ def main(argv: Sequence[str]) -> None:
   cli.use_all_cores()
   processes.start()
   run = run_config.load(FLAGS.workdir)
-  sections = tasks.override(_sections(run), _given(tasks.all_settings()))
-  sampling = _sampling()
-  check_effect(sections, run.objectives, [*sampling], is_clip=isinstance(run.model, ClipModel))
+  sections = tasks.override(read_sections(run), _given(tasks.all_settings()))
+  sampling = _given(SAMPLING)
+  check_sampling(sections, run.objectives, sampling, is_clip=isinstance(run.model, ClipModel))
   protocol = {**{SAMPLING[name].name: value for name, value in sampling.items()}, **_given(LOADING)}
   if FLAGS.best:
-    protocol["step"] = _best_step(FLAGS.workdir, run.checkpoint)
+    if FLAGS.step is not None:
+      raise UserError("--best and --step are both given; give one of them")
+    best = checkpoint.best(FLAGS.workdir, run.checkpoint)
+    if best is None:
+      metric = run.checkpoint.best_metric
+      raise UserError(f"--best: no checkpoint in {FLAGS.workdir} was saved with checkpoint.best_metric={metric!r}")
+    protocol["step"] = best.step
   # Hours of work are not to end in an --out that cannot be written.
   if processes.is_first():
     result_files.check_out(FLAGS.out)
   if FLAGS.suite:
-    results = measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
+    measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
   else:
     results = evaluate(FLAGS.workdir, sections, kept=ResultFile(FLAGS.out, resumes=False), **protocol)
     if "long_tail" in results:
       tables.write(FLAGS.workdir, results, FLAGS.out)
-  logging.info(
-    "results in %s; side by side with others: diffdis evaluate --compare=%s,OTHER.json", FLAGS.out, FLAGS.out
-  )
+  logging.info("results in %s; compare: diffdis evaluate --compare=%s,OTHER.json", FLAGS.out, FLAGS.out)
 
 
 def evaluate(
@@ -125,16 +129,12 @@ def evaluate(
   check: Callable[[str, Evaluation], None] = lambda dataset, evaluation: None,
   **protocol: Any,
 ) -> Results:
-  """Measure a run, and return {task: {data set: record}}.
+  """Measure the run of a workdir by tasks on data sets, and return {task: {data set: record}}.
 
   Args:
-    run: its workdir.
-    sections: tasks on data sets.
-    step: the checkpoint's step; None takes the newest.
-    ema: averaged weights, where the run keeps them.
+    step, ema, protocol: as `inference.load` takes them.
     kept: the file that gets each record as soon as it is there, so that an interruption loses none.
-    check: of each data set and its evaluation, before anything is measured.
-    protocol: as `inference.load` takes it.
+    check: called with each data set and its evaluation, before anything is measured.
 
   Raises UserError: bad settings, data or checkpoint, or kept records of other weights; before anything is measured.
   """
@@ -151,8 +151,8 @@ def evaluate(
   results: Results = {} if kept is None else kept.results
   if kept is not None and kept.resumes:
     common["weights"] = result_files.fingerprint(params)
-    is_there = lambda each, how: kept.has(each.task, each.dataset, how.protocol(model) | common)
-    evaluations = [(each, how) for each, how in evaluations if not is_there(each, how)]
+    is_there = lambda section, how: kept.has(section.task, section.dataset, how.protocol(model) | common)
+    evaluations = [(section, how) for section, how in evaluations if not is_there(section, how)]
   for place, (section, evaluation) in enumerate(evaluations, 1):
     logging.info("%s: %s, %d of %d", section.task, section.dataset, place, len(evaluations))
     metrics = evaluation.run(model, params)
@@ -172,7 +172,7 @@ def evaluate(
   return results
 
 
-def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete: bool, **protocol: Any) -> Results:
+def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete: bool, **protocol: Any) -> None:
   """Measure what of a suite is not in `out` yet, and write the whole with its means, and a table beside it.
 
   Raises UserError: as `evaluate`, or a data set that is not the published one.
@@ -184,7 +184,6 @@ def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete
     results[task] |= means
   kept.write()
   tables.write(run, results, out)
-  return results
 
 
 def _check_same_on_all(sections: Sequence[Section]) -> None:
@@ -194,24 +193,18 @@ def _check_same_on_all(sections: Sequence[Section]) -> None:
     return
   paths = [str((section.settings.get("data") or {}).get("path") or "") for section in sections]
   marks = [digests.fingerprint(path, part=digests.RECORDS) if path else "" for path in paths]
-  names = ", ".join(f"{each.task} on {each.dataset} {mark}".strip() for each, mark in zip(sections, marks, strict=True))
-  if hosts := processes.differing(names):
-    raise UserError(
-      f"these hosts find other data sets than host 0: {', '.join(map(str, hosts))}; this host finds {names}; put the"
-      " same ones where every host finds them"
-    )
+  sets = [f"{section.task} on {section.dataset}" for section in sections]
+  here = ", ".join(f"{name} {mark}".strip() for name, mark in zip(sets, marks, strict=True))
+  if hosts := processes.differing(here):
+    others = ", ".join(map(str, hosts))
+    raise UserError(f"hosts {others} find other data sets than host 0; this host finds {here}; give all the same ones")
 
 
-def _sections(run: Any) -> list[Section]:
-  """Return the tasks and sets that the flags ask for. Raise UserError: flags that do not go together, or a task that
-  measures what the run was not trained for."""
-  sections = _asked(run)
-  for section in sections:  # here, since a task may take hours before the next one fails
-    tasks.check_objectives(section.dataset, section.task, run.objectives)
-  return sections
+def read_sections(run: Any) -> list[Section]:
+  """Return the tasks and sets that the flags ask for.
 
-
-def _asked(run: Any) -> list[Section]:
+  Raises UserError: flags that do not go together, or a task that measures what the run was not trained for.
+  """
   image_size = FLAGS.image_size or run.image_size
   if FLAGS.suite:
     if not FLAGS.out.endswith(".json"):
@@ -219,50 +212,34 @@ def _asked(run: Any) -> list[Section]:
     for name in ("data", "split", "tasks", *tasks.all_settings()):
       if name not in OF_A_SUITE and FLAGS[name].value is not None:
         raise UserError(f"--{name} has no effect on a suite, which has its own; leave it out")
-    return suites.sections(FLAGS.suite, FLAGS.data_root, objectives=run.objectives, image_size=image_size)
-  if FLAGS.data_root or FLAGS.incomplete:
+    sections = suites.sections(FLAGS.suite, FLAGS.data_root, objectives=run.objectives, image_size=image_size)
+  elif FLAGS.data_root or FLAGS.incomplete:
     raise UserError("--data_root and --incomplete belong to --suite; give it too")
-  if FLAGS.data:
+  elif FLAGS.data:
     asked = FLAGS.tasks or ["zero_shot", "retrieval"]
-    return tasks.of_folder(FLAGS.data, FLAGS.split, tasks=asked, image_size=image_size)
-  if FLAGS.split:
-    raise UserError(
-      "--split is a split of --data; give --data too, or, for long_tail, add the split by --eval of train, also to a"
-      " finished run"
-    )
-  return tasks.of_config(tasks.resized(run.evals, run.image_size, image_size), tasks=FLAGS.tasks)
+    sections = tasks.of_folder(FLAGS.data, FLAGS.split, tasks=asked, image_size=image_size)
+  elif FLAGS.split:
+    how = "give --data too, or, for long_tail, add the split by --eval of train, also to a finished run"
+    raise UserError(f"--split is a split of --data; {how}")
+  else:
+    sections = tasks.of_config(tasks.resized(run.evals, run.image_size, image_size), tasks=FLAGS.tasks)
+  for section in sections:  # here, since a task may take hours before the next one fails
+    tasks.check_objectives(section.dataset, section.task, run.objectives)
+  return sections
 
 
-def _best_step(run: str, kept: CheckpointPolicy) -> int:
-  """Return the step of the best checkpoint. Raise UserError where the run keeps none, or --step names one too."""
-  if FLAGS.step is not None:
-    raise UserError("--best and --step are both given; give one of them")
-  best = checkpoint.best(run, kept)
-  if best is None:
-    raise UserError(f"--best: no checkpoint in {run} was saved with checkpoint.best_metric={kept.best_metric!r}")
-  return best.step
-
-
-def _sampling() -> dict[str, Any]:
-  """Return the flags of Sampling that are given. Raise UserError: one is out of its range."""
-  given = _given(SAMPLING)
+def check_sampling(
+  sections: Sequence[Section], objectives: Sequence[str], given: Mapping[str, Any], *, is_clip: bool = False
+) -> None:
+  """Raise UserError where one of the given flags of Sampling is out of its range, or changes nothing."""
+  rows = [tasks.get(section.task) for section in sections]
+  compares = not is_clip and any(row.compares for row in rows) and {*ALIGNED} & {*objectives}
   for name, value in given.items():
     if check := SAMPLING[name].metadata.get("check"):
       check(f"--{name}", value)
-  return given
-
-
-def check_effect(
-  sections: Sequence[Section], objectives: Sequence[str], given: Sequence[str], *, is_clip: bool = False
-) -> None:
-  """Raise UserError where one of these flags of Sampling changes nothing."""
-  rows = [tasks.get(section.task) for section in sections]
-  compares = not is_clip and any(row.compares for row in rows) and {*ALIGNED} & {*objectives}
-  for name in given:
-    if name.startswith("generation_"):
-      if not any(row.generates for row in rows):
-        raise UserError(f"--{name} has no effect on these tasks, which generate nothing; leave it out")
-    elif not compares:
+    if name.startswith("generation_") and not any(row.generates for row in rows):
+      raise UserError(f"--{name} has no effect on these tasks, which generate nothing; leave it out")
+    if not name.startswith("generation_") and not compares:
       raise UserError(f"--{name} has no effect: no text query is denoised by this run for these tasks; leave it out")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shlex
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -64,10 +63,8 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache()
   cli.use_all_cores()
   processes.start()
-  given: dict[str, Any] = {
-    name: FLAGS[name].value for name in ("num_images", "seed", "noise", "step", "ema", "batch_size")
-  }
   sampling = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
+  given = {name: FLAGS[name].value for name in ("num_images", "seed", "noise", "step", "ema", "batch_size")}
   given |= {name: value for name, value in sampling.items() if value is not None}
   generate(FLAGS.workdir, read_prompts(FLAGS.prompt, FLAGS.prompts_file), FLAGS.out, **given)
 
@@ -85,13 +82,10 @@ def generate(
   batch_size: int = BATCH_SIZE,
   **protocol: Any,
 ) -> None:
-  """Generate images of the prompts and write the folder `out`, whole or not at all.
+  """Generate `num_images` of each prompt and write the folder `out`, which is absent or empty, whole or not at all.
 
   Args:
-    run: a workdir.
-    prompts: texts to generate images of, `num_images` of each.
-    out: folder, absent or empty.
-    seed: of the initial noise; or `noise`, an .npy file of it, [n, h, w, c].
+    noise: an .npy file of the initial noise, [n, h, w, c], in the place of that of the seed.
     batch_size: images a compiled call, at most.
     step, ema, protocol: as `inference.load` takes them.
 
@@ -101,15 +95,14 @@ def generate(
     raise UserError(f"{count} images; one call makes at most {MOST_IMAGES}: make several calls, with other --seed")
   folder = files.empty_folder(out)  # here: what is in the way shows before anything is loaded
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
-  z_T = read_noise(noise) if noise else None
+  given = read_noise(noise) if noise else None
   step, ema = restore.choose(run, step, ema=ema)
   logging.info("reading %s", run)
   # A batch of the compiled program is computed whole, however few images it is for.
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
   # The noise of all of them, so that no image depends on how they are parted.
-  z_T = model.noise(len(prompts), seed) if z_T is None else z_T
-  expected = (len(prompts), *model.network.latent_shape)
-  if z_T.shape != expected:
+  z_T = model.noise(count, seed) if given is None else given
+  if z_T.shape != (expected := (count, *model.network.latent_shape)):
     raise UserError(f"--noise has shape {z_T.shape}; this run and these prompts need {expected}, [n, h, w, c]")
   warn_of_long(tuple(prompts), model.max_length)
   images = sample(model, params, prompts, z_T)
@@ -118,20 +111,17 @@ def generate(
     return
   start = {"noise": noise} if noise else {"seed": seed}
   how = {**model.generation_protocol, **start, "checkpoint": step, "ema": ema}
-  names = [f"{i:05d}.png" for i in range(count)]
-  listed = [{"file": name, "prompt": prompt} for name, prompt in zip(names, prompts, strict=True)]
+  listed = [{"file": f"{i:05d}.png", "prompt": prompt} for i, prompt in enumerate(prompts)]
   columns = num_images if 1 < num_images <= MOST_COLUMNS else COLUMNS  # a prompt a row, where a row can hold it
   with files.whole_folder(folder) as temporary:
     first = []
-    for name, image in zip(names, images, strict=True):  # each is written as it comes
-      Image.fromarray(image).save(temporary / name)
-      if len(first) < GRID:
-        first.append(image)
+    for entry, image in zip(listed, images, strict=True):  # each is written as it comes
+      Image.fromarray(image).save(temporary / entry["file"])
+      first += [image] * (len(first) < GRID)
     samples.save_grid(np.stack(first), prompts[: len(first)], temporary / "grid.png", columns=columns)
     text = json.dumps({"protocol": how, "images": listed}, indent=2, ensure_ascii=False)
     (temporary / "prompts.json").write_text(f"{text}\n", encoding="utf-8")
   logging.info("images in %s: %d; side by side: %s", out, count, folder / "grid.png")
-  logging.info("in a browser: diffdis app --workdir=%s", shlex.quote(run))
 
 
 def sample(

@@ -25,7 +25,7 @@ from diffdis_jax.config.objectives import ALIGNED, GENERATIVE, WITH_HEAD
 from diffdis_jax.config.section import check_number
 from diffdis_jax.config.sections import Loss, Sampling
 from diffdis_jax.errors import UserError
-from diffdis_jax.method import algorithms, features
+from diffdis_jax.method import algorithms, features, losses
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.method.network import Network
 from diffdis_jax.method.step_noise import query_noise
@@ -73,7 +73,6 @@ def compiled_functions(network: Network, how: Sampling) -> dict[str, Callable[..
 
   return {
     "text embeddings": lambda model, tokens: model.encode_text(tokens).e,
-    "text conditions": lambda model, tokens: model.encode_text(tokens).c.astype(jnp.bfloat16),
     "text features": features.text_features,
     "image queries": image_query,
     "class logits": class_logits,
@@ -139,11 +138,15 @@ class Inference:
     """Return text embeddings e, L2-normalised. Raises UserError: no text encoder, or tokens of another length."""
     return self._run("text embeddings", params, self._tokens(tokens))
 
+  def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
+    """Return sentences as the language-guided head takes them (method/features.py). Raises as `embed_texts`."""
+    return self._run("text features", params, self._tokens(tokens))
+
   def embed_images(self, params: Params, images: Any, *, seed: int) -> Float[np.ndarray, "n d"]:
     """Return denoised text queries ê_0 from e_T ~ N(0, I), averaged over noise samples, L2-normalised (Algorithm 3).
 
     No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size or the mesh.
-    For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
+    CLIP's image encoder takes no noise.
 
     Args:
       images: u8[n H W 3], squares of `image_size`, or what gives such rows by index.
@@ -151,14 +154,9 @@ class Inference:
     Raises UserError: a run that was not trained to compare images with texts, or other images.
     """
     self._require(*ALIGNED)
-    images = self._images(images)
     if not self.aligned:
       logging.warning("this run's head was initialised at random and never trained: whatever it compares is at chance")
-    return self._run("image queries", params, images, *_noise_rows(len(images), seed), progress="embedded")
-
-  def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
-    """Return sentences as the language-guided head takes them (method/features.py). Raises as `embed_texts`."""
-    return self._run("text features", params, self._tokens(tokens))
+    return self._of_images("image queries", params, images, seed, progress="embedded")
 
   def class_logits(self, params: Params, images: Any, *, seed: int) -> Float[np.ndarray, "n 2 k"]:
     """Return the language-guided head's logits of each image: the visual branch, then the language branch.
@@ -167,8 +165,7 @@ class Inference:
     Raises UserError: a run without that head, or images as `embed_images` refuses them.
     """
     self._require(*WITH_HEAD)
-    images = self._images(images)
-    return self._run("class logits", params, images, *_noise_rows(len(images), seed), progress="classified")
+    return self._of_images("class logits", params, images, seed, progress="classified")
 
   def generate(
     self,
@@ -180,15 +177,14 @@ class Inference:
   ) -> UInt8[np.ndarray, "n H W 3"]:
     """Generate images by DDIM with η = 0 from the given initial noise, the whole loop one program (Algorithm 2).
 
-    `done` is called with the number of new images after each call of it; None shows how far it is.
+    `done` is called with the number of new images after each call of it; None logs the progress.
 
     Raises UserError: a run that was not trained for generation, or tokens or noise of another shape.
     """
     self._require(*GENERATIVE)
     shape, expected = tuple(np.shape(noise)), (len(self._tokens(tokens)), *self.network.latent_shape)
     if shape != expected:  # many networks would make an image of another size of it
-      how = f"Inference.noise({len(tokens)}, seed)"
-      raise UserError(f"noise has shape {shape}; these tokens take {expected}, as {how} gives it")
+      raise UserError(f"the noise has shape {shape}; these texts and this run need {expected}, [n, h, w, c]")
     noise = np.asarray(noise, np.float32)  # of bf16, or of rows in a list, too
     return self._run("generation", params, tokens, noise, progress="" if done else "generated", done=done)
 
@@ -200,10 +196,6 @@ class Inference:
     if self.network.is_clip:
       raise UserError("this run is a CLIP model, which encodes no latents; take a run of DiffDis")
     return self._run("moments", params, self._images(images))
-
-  def conditions(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> BFloat16[np.ndarray, "n l d"]:
-    """Return the text condition c of every token. Raises as `embed_texts`."""
-    return self._run("text conditions", params, self._tokens(tokens))
 
   def noise(self, n: int, seed: int, *, first: int = 0) -> Float[np.ndarray, "n h w c"]:
     """Return initial noise of the images first, first + 1, ...; image i's depends on the seed and i alone."""
@@ -231,8 +223,17 @@ class Inference:
     images = rows(jnp.uint8, self.image_size, self.image_size, 3)
     return self.programs["image queries"].trace(params, images, rows(jnp.uint32), rows(jnp.int32))
 
+  def _of_images(self, name: str, params: Params, images: Any, seed: int, *, progress: str) -> np.ndarray:
+    """Run a function of images and of their noise: the seed of each one's key, and its place among those of that key.
+
+    They go in as rows, so that padding and the split over devices leave each image its own noise.
+    """
+    places = np.arange(len(self._images(images)))
+    seeds = (seed + places - places % ONE_SEED).astype(np.uint32)
+    return self._run(name, params, images, seeds, (places % ONE_SEED).astype(np.int32), progress=progress)
+
   def _run(self, name: str, params: Params, *rows: Any, progress: str = "", done: Any = None) -> np.ndarray:
-    """Run a compiled function over rows. A single call shows no progress: the app makes one after another."""
+    """Run a compiled function over rows. A single call logs no progress: the app makes one after another."""
     if progress and len(rows[0]) > self.batch_size:
       done = Progress(progress, len(rows[0]), "images").add
     return self.batched(functools.partial(self.programs[name], params), *rows, done=done or (lambda count: None))
@@ -247,33 +248,27 @@ class Inference:
     """Return tokens. Raise UserError for texts, and for tokens of another length: generation reads the padding too."""
     if self.network.task.network == "autoencoder":
       raise UserError("this run is an autoencoder alone, which reads no text; take a run of DiffDis or of CLIP")
-    shape, n = getattr(tokens, "shape", None), self.max_length
-    if shape is None or tuple(shape[1:]) != (n,):
-      what = f"are a {type(tokens).__name__}" if shape is None else f"have shape {tuple(shape)}"
-      raise UserError(f"tokens {what}; give (n, {n}), as data.tokenizer.Tokenizer({n}) makes them of a list of texts")
+    if getattr(tokens, "shape", ())[1:] != (self.max_length,):
+      what = getattr(tokens, "shape", type(tokens).__name__)
+      raise UserError(f"tokens are {what}; give (n, {self.max_length}), as Tokenizer({self.max_length}) makes them")
     return tokens
 
   def _images(self, images: Any) -> Any:
     """Return images. Raise UserError for numbers of 0 to 1, which would be black, and for another size, which many
-    networks embed badly. What decodes its rows when they are asked for has no dtype, and passes."""
-    if isinstance(images, (list, tuple)) or not hasattr(images, "__getitem__"):  # such as one of Pillow's
-      raise UserError(f"images are a {type(images).__name__}; give one array, such as numpy.stack of a list of arrays")
-    if (dtype := getattr(images, "dtype", np.uint8)) != np.uint8:
-      raise UserError(f"images are {dtype}; give uint8 pixels, 0 to 255")
-    shape, side = tuple(getattr(images, "shape", ())), self.image_size
-    if shape and shape[1:] != (side, side, 3):
-      how = f"data.transforms.resize(data.transforms.decode(bytes of its file), {side})"
-      raise UserError(f"images have shape {shape}; give (n, {side}, {side}, 3), each as {how} makes it")
+    networks embed badly. What decodes its rows when they are asked for has neither dtype nor shape, and passes."""
+    form = (self.image_size, self.image_size, 3)
+    dtype, shape = getattr(images, "dtype", np.uint8), getattr(images, "shape", (0, *form))
+    gives_rows = hasattr(images, "__getitem__") and not isinstance(images, (list, tuple))
+    if not gives_rows or dtype != np.uint8 or shape[1:] != form:
+      what = f"{dtype} {shape}" if hasattr(images, "dtype") else f"a {type(images).__name__}"
+      raise UserError(f"images are {what}; give one array of uint8 {('n', *form)}")
     return images
 
 
-def _noise_rows(n: int, seed: int) -> tuple[UInt32[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-  """Return for each image the seed of its key, and its place among the images of that key.
-
-  They go in as rows, so that padding and the split over devices leave each image its own noise.
-  """
-  places = np.arange(n)
-  return (seed + places - places % ONE_SEED).astype(np.uint32), (places % ONE_SEED).astype(np.int32)
+def temperature(params: Params) -> float:
+  """Return τ of the contrastive loss, by which cosines become logits; 1 for a run of generation alone."""
+  scale = params.get("logit_scale")
+  return 1.0 if scale is None else float(losses.temperature(jnp.asarray(jax.device_get(scale))))
 
 
 def load(

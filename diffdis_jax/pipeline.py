@@ -13,10 +13,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image
@@ -30,7 +29,6 @@ from diffdis_jax.data import transforms
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts as prompt_texts
-from diffdis_jax.method import losses
 
 MOST_ROWS = 32  # of a compiled call
 Images = Any  # a PIL image, the path of a file, u8[h w 3] or floats in [0, 1]; an array [n h w 3], or a list of those
@@ -61,11 +59,10 @@ class Pipeline:
     self.path = path
     self._model, self._params = inference.load(path, batch_size=1)
     self._tokenize = Tokenizer(self._model.max_length)
-    zero_shot = (each for each in run_config.load(path).evals.values() if each["task"] == "zero_shot")
-    templates = (each.get("templates") for each in zero_shot)
+    evals = run_config.load(path).evals.values()
+    templates = [section.get("templates") for section in evals if section["task"] == "zero_shot"]
     # A text is the path of a file, which may lie on another machine.
-    own = (each for each in templates if each and not isinstance(each, str))
-    self._templates: Sequence[str] = next(own, prompt_texts.TEMPLATES)
+    self._templates = next((own for own in templates if own and not isinstance(own, str)), prompt_texts.TEMPLATES)
     self._compiled: dict[tuple[int, Sampling], inference.Inference] = {}
 
   def generate(
@@ -73,44 +70,36 @@ class Pipeline:
   ) -> list[Image.Image]:
     """Generate an image of each prompt (Algorithm 2). Image i's noise depends on the seed and i alone.
 
-    Args:
-      steps: sampling steps; None takes the run's.
-      guidance: guidance scale, of which 1 is none; None takes the run's.
+    Sampling steps and guidance scale, of which 1 is none, are the run's where they are None.
 
     Raises UserError: a run that was not trained for generation, or no prompt.
     """
-    tokens = self._tokenize(_texts("prompts", prompts))
-    given = {"generation_steps": steps, "generation_guidance": guidance}
-    model = self._for_rows(len(tokens), **{name: value for name, value in given.items() if value is not None})
+    tokens, own = self._tokenize(_listed("prompts", prompts)), self._model.sampling
+    model = self._for_rows(
+      len(tokens),
+      generation_steps=own.generation_steps if steps is None else steps,
+      generation_guidance=own.generation_guidance if guidance is None else guidance,
+    )
     return [*map(Image.fromarray, model.generate(self._params, tokens, model.noise(len(tokens), seed)))]
 
   def classify(
-    self,
-    images: Images,
-    names: Sequence[str],
-    templates: Sequence[str] | None = None,
-    *,
-    seed: int = 0,
+    self, images: Images, names: Sequence[str], templates: Sequence[str] | None = None, *, seed: int = 0
   ) -> Classification:
     """Find the likeliest of these class names for each image.
 
-    Args:
-      images: as `embed_images` takes them.
-      templates: prompts with `{}` where the name goes. The texts' embeddings are averaged over them. None takes those
-        of the run's zero-shot evaluation, or else CLIP's eight.
+    Templates are prompts with `{}` where the name goes. The texts' embeddings are averaged over them. None takes those
+    of the run's zero-shot evaluation, or else CLIP's eight.
 
     Raises UserError: as `embed_images`, no name, or a template without a place for it.
     """
     if isinstance(names, str):
       raise UserError(f"names is {names!r}; give a list")
-    names = _texts("names", names)
-    templates = prompt_texts.resolve_templates(self._templates if templates is None else _texts("templates", templates))
+    names = _listed("names", names)
+    templates = self._templates if templates is None else _listed("templates", templates)
+    prompts = prompt_texts.of_classes(prompt_texts.resolve_templates(templates), names)
     queries = self.embed_images(images, seed=seed)
-    texts = self.embed_texts([prompt_texts.fill(template, name) for template in templates for name in names])
-    # The mean of unit vectors, normalised again, as CLIP builds its classifier of several templates.
-    mean = texts.reshape(len(templates), len(names), -1).mean(axis=0)
-    classes = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
-    scores = special.softmax(self._temperature() * queries @ classes.T, axis=-1)
+    classes = prompt_texts.mean_embedding(self.embed_texts(prompts).reshape(-1, len(names), queries.shape[1]))
+    scores = special.softmax(inference.temperature(self._params) * queries @ classes.T, axis=-1)
     return Classification([names[i] for i in scores.argmax(axis=-1)], scores)
 
   def rank(self, images: Images, text: str, *, seed: int = 0) -> Ranking:
@@ -122,19 +111,18 @@ class Pipeline:
   def embed_images(self, images: Images, *, seed: int = 0) -> Float32[np.ndarray, "n d"]:
     """Return denoised text queries ê_0 of length 1 (Algorithm 3).
 
-    Args:
-      images: one or many PIL images, paths, or arrays, u8 or floats in [0, 1], of any size. Each is scaled so that its
-        short side fits, and its central square is taken.
-      seed: of the initial noise e_T. An image's noise depends on the seed and its place alone.
+    Images may have any size: each is scaled so that its short side fits, and its central square is taken. Its initial
+    noise e_T depends on the seed and its place alone.
 
     Raises UserError: a run that was not trained to compare images with texts, or what is no image.
     """
-    squares = np.stack([self._square(image) for image in _single(images)])
+    single = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) == 3
+    squares = np.stack([self._square(image) for image in ([images] if single else _listed("images", images))])
     return self._for_rows(len(squares)).embed_images(self._params, squares, seed=seed)
 
   def embed_texts(self, texts: str | Sequence[str]) -> Float32[np.ndarray, "n d"]:
     """Return text embeddings e of length 1. Raises UserError: no text, or a run that reads none."""
-    tokens = self._tokenize(_texts("texts", texts))
+    tokens = self._tokenize(_listed("texts", texts))
     return self._for_rows(len(tokens)).embed_texts(self._params, tokens)
 
   def _for_rows(self, n: int, **sampling: Any) -> inference.Inference:
@@ -145,10 +133,6 @@ class Pipeline:
       model.aligned = self._model.aligned
       self._compiled[rows, how] = model
     return self._compiled[rows, how]
-
-  def _temperature(self) -> float:
-    scale = self._params.get("logit_scale")
-    return 1.0 if scale is None else float(losses.temperature(jnp.asarray(scale)))
 
   def _square(self, image: Any) -> UInt8[np.ndarray, "s s 3"]:
     try:
@@ -170,17 +154,9 @@ def load(path: str | os.PathLike[str]) -> Pipeline:
   return Pipeline(os.fspath(path))
 
 
-def _texts(what: str, texts: str | Iterable[str]) -> list[str]:
-  if not (listed := [texts] if isinstance(texts, str) else [*texts]):
+def _listed(what: str, values: Any) -> list[Any]:
+  if not (listed := [values] if isinstance(values, str) else [*values]):
     raise UserError(f"{what} is empty; give at least one")
-  return listed
-
-
-def _single(images: Images) -> list[Any]:
-  if isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) == 3:
-    return [images]
-  if not (listed := [*images]):
-    raise UserError("images is empty; give at least one")
   return listed
 
 

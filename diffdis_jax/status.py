@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from diffdis_jax.common import cli
@@ -31,9 +32,8 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) != 2:
     raise UserError(f"status {' '.join(argv[1:])}: write status RUN, the workdir of one run")
   path = argv[1].rstrip("/")
-  found = facts(read.read(path, path), now=time.time())
-  text = json.dumps(found) if FLAGS.json else "\n".join(lines(found))
-  cli.write(f"{text}\n")
+  known = facts(read.read(path, path), now=time.time())
+  cli.write((json.dumps(known) if FLAGS.json else in_words(known)) + "\n")
 
 
 def facts(run: read.Run, *, now: float) -> dict[str, Any]:
@@ -41,11 +41,10 @@ def facts(run: read.Run, *, now: float) -> dict[str, Any]:
 
   `steps_per_sec` is the last that is known, `age` the seconds since the last report, `starts` how often it was started.
   """
-  made, num_steps = read.starts(run, now=now), run.config["num_steps"]
-  pace = run.curves.get("steps_per_sec")
+  starts, num_steps = read.starts(run, now=now), run.config["num_steps"]
+  speeds = run.curves["steps_per_sec"].values if "steps_per_sec" in run.curves else np.zeros(0)
   # NaN where a report is of the first step after a start alone, whose time is that of starting.
-  known = [] if pace is None else pace.values[pace.values > 0]
-  rate = float(known[-1]) if len(known) else None
+  rate = next((float(speed) for speed in speeds[::-1] if speed > 0), None)
   return {
     **read.status(run),
     "step": run.step,
@@ -54,8 +53,8 @@ def facts(run: read.Run, *, now: float) -> dict[str, Any]:
     "seconds_left": None if rate is None else max(num_steps - run.step, 0) / rate,
     "age": None if run.written is None else max(0.0, now - run.written),
     "checkpoint": max(run.checkpoints, default=None),
-    "device_hours": read.cost(run, made)["device_hours"],
-    "starts": len(made),
+    "device_hours": read.cost(run, starts)["device_hours"],
+    "starts": len(starts),
   }
 
 
@@ -66,21 +65,18 @@ def duration(seconds: float) -> str:
   return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-  """Put `facts` in words."""
-  step = f"step {found['step']:,} of {found['num_steps']:,}"
-  if found["steps_per_sec"] is not None:
-    step += f", {found['steps_per_sec']:.3g} steps/s"
-    step += f", {duration(found['seconds_left'])} left" if found["state"] == "running" else ""
-  if found["age"] is not None:
-    step += f"; reported {duration(found['age'])} ago"
-  saved, hours = found["checkpoint"], [f"{hours:.2f} hours of {kind}" for kind, hours in found["device_hours"].items()]
-  return [
-    ": ".join(filter(None, (found["state"], found["message"]))),
-    step,
-    "no checkpoint yet" if saved is None else f"last checkpoint: step {saved:,}",
-    f"{', '.join(hours) or 'no device-hours known'}; starts: {found['starts']}",
-  ]
+def in_words(known: dict[str, Any]) -> str:
+  """Put `facts` in four lines."""
+  step = f"step {known['step']:,} of {known['num_steps']:,}"
+  if known["steps_per_sec"] is not None:
+    step += f", {known['steps_per_sec']:.3g} steps/s"
+    step += f", {duration(known['seconds_left'])} left" if known["state"] == "running" else ""
+  if known["age"] is not None:
+    step += f"; reported {duration(known['age'])} ago"
+  saved = "no checkpoint yet" if known["checkpoint"] is None else f"last checkpoint: step {known['checkpoint']:,}"
+  hours = ", ".join(f"{count:.2f} hours of {kind}" for kind, count in known["device_hours"].items())
+  state = ": ".join(filter(None, (known["state"], known["message"])))
+  return "\n".join((state, step, saved, f"{hours or 'no device-hours known'}; starts: {known['starts']}"))
 
 
 if __name__ == "__main__":

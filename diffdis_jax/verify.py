@@ -60,15 +60,14 @@ def verify(run: epath.Path) -> None:
   if damaged:
     whole = workdir.newest_whole(folder, digest)
     then = "none is known to be whole" if whole is None else f"the newest whole one is {whole}: take --step={whole}"
-    are = "is" if damaged == 1 else "are"
-    raise UserError(f"{damaged} of {len(paths)} checkpoints in {folder} {are} damaged; {then}")
+    raise UserError(f"{damaged} of {len(paths)} checkpoints in {folder} are damaged; {then}")
 
 
 def _size(path: epath.Path) -> str:
   """Describe a folder without damage."""
-  found = digests.read(path)
-  listed = found.files.values() if isinstance(found, digests.Digests) else ()
-  return f"whole: {len(listed)} files, {sum(file.size for file in listed) / 1e6:.1f} MB"
+  listed = digests.read(path)
+  files = listed.files.values() if isinstance(listed, digests.Digests) else ()
+  return f"whole: {len(files)} files, {sum(file.size for file in files) / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo, with the tiny config in the place of its own."""
+"""Run the demo with the tiny config in the place of its own."""
 
 from __future__ import annotations
 
@@ -59,23 +59,29 @@ def test_the_demo_compiles_ahead_and_goes_on_where_it_was_stopped(environment, t
   shares = {"zero_shot_top1", "zero_shot_unseen_top1", "generation_agreement", "generation_agreement_unseen"}
   assert results.keys() == shares | {"classifier_accuracy", "seconds", "provenance"}
   assert all(0 <= results[name] <= 1 for name in shares)
-  made = results["provenance"]
-  assert made["device"] == {"kind": "cpu", "count": 2} and made["versions"]["diffdis_jax"] == diffdis_jax.__version__
-  runs = [made["run"], *made["run"]["init_from"]]
-  assert [each["objectives"] for each in runs] == [["generation", "discrimination"], ["reconstruction"]]
-  assert [each["steps"] for each in runs] == [8, 8] and "/" not in json.dumps(made)
+  provenance = results["provenance"]
+  assert (
+    provenance["device"] == {"kind": "cpu", "count": 2}
+    and provenance["versions"]["diffdis_jax"] == diffdis_jax.__version__
+  )
+  runs = [provenance["run"], *provenance["run"]["init_from"]]
+  assert [origin["objectives"] for origin in runs] == [["generation", "discrimination"], ["reconstruction"]]
+  assert [origin["steps"] for origin in runs] == [8, 8] and "/" not in json.dumps(provenance)
   with Image.open(out / "grid.png") as grid:
     assert grid.width > 8 * 16 and grid.height > 8 * 16
-  said = [line.split("] ", 1)[1] for line in log.splitlines()[-3:]]
-  assert said[0] == f"finished: images in {out}/grid.png, results in {out}/results.json"
-  assert said[1].startswith(f"to generate more: diffdis generate --workdir='{out}/diffdis' --prompt=")
-  assert said[2] == f"to see all of it: diffdis report --workdir='{out}/diffdis' --out=report.html"
+  last_lines = [line.split("] ", 1)[1] for line in log.splitlines()[-3:]]
+  assert last_lines[0] == f"finished: images in {out}/grid.png, results in {out}/results.json"
+  assert last_lines[1].startswith(f"to generate more: diffdis generate --workdir='{out}/diffdis' --prompt=")
+  assert last_lines[2] == f"to see all of it: diffdis report --workdir='{out}/diffdis' --out=report.html"
 
   # What the report of the run finds there.
-  found = read.read(str(out / "diffdis"), "diffdis")
-  ((step, picture),) = found.grids["grid"]
+  report = read.read(str(out / "diffdis"), "diffdis")
+  ((step, picture),) = report.grids["grid"]
   assert step == 8 and picture.read_bytes() == (out / "grid.png").read_bytes()
-  assert {each.task for each in found.results if each.file == "evaluation.json"} == {"zero_shot", "generation_accuracy"}
+  assert {result.task for result in report.results if result.file == "evaluation.json"} == {
+    "zero_shot",
+    "generation_accuracy",
+  }
 
   # What is trained is only evaluated again, to the same figures, and how long the whole took is not known.
   log = demo()

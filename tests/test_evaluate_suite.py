@@ -1,11 +1,10 @@
-"""A suite by the command line, what a killed one leaves, and wrong input."""
+"""Measure a suite by the command line, resume a killed one, and refuse wrong input."""
 
 from __future__ import annotations
 
 import json
 import types
 
-import numpy as np
 import pytest
 
 from diffdis_jax import evaluate
@@ -14,6 +13,7 @@ from diffdis_jax.evals import base
 from diffdis_jax.evals.zero_shot import ZeroShot
 from tests import benchmark_sets
 from tests.command_runs import call
+from tests.test_evaluate import Inference
 
 pytestmark = pytest.mark.slow
 
@@ -35,13 +35,13 @@ def test_the_paper_suite(run, environment, tmp_path):
   done = call("evaluate", environment, *flags, "--incomplete")
   assert done.returncode == 0, done.stderr
   assert "paper: not in" in done.stderr and "imagenet1k" in done.stderr
-  found = json.loads(out.read_text())
-  assert {task: [*records] for task, records in found.items()} == {
+  results = json.loads(out.read_text())
+  assert {task: [*records] for task, records in results.items()} == {
     "zero_shot": ["dtd", "mean_of_1"],
     "retrieval": ["flickr30k", "mean_of_1"],
   }
-  record = found["zero_shot"]["dtd"]
-  assert record["metrics"]["acc1"] == found["zero_shot"]["mean_of_1"]["metrics"]["mean"]
+  record = results["zero_shot"]["dtd"]
+  assert record["metrics"]["acc1"] == results["zero_shot"]["mean_of_1"]["metrics"]["mean"]
   assert {"num_images": 4, "num_classes": 47, "checkpoint": 3, "steps": 1}.items() <= record["protocol"].items()
   assert len(record["protocol"]["weights"]) == 64
   table = (tmp_path / "new/F.md").read_text()
@@ -49,42 +49,17 @@ def test_the_paper_suite(run, environment, tmp_path):
   assert sorted(path.name for path in out.parent.iterdir()) == ["F.json", "F.md"]
 
 
-@pytest.mark.full
-def test_the_fid_suite(run, inception_file, environment, tmp_path):
-  root, out = tmp_path / "root", tmp_path / "F.json"
-  benchmark_sets.captioned_wds(root / "mscoco_val2014", CAPTIONS)
-  flags = [f"--workdir={run}", "--suite=fid", f"--data_root={root}", f"--out={out}", f"--inception={inception_file}"]
-  done = call("evaluate", environment, *flags, "--incomplete", "--batch_size=2", "--num_images=2")
-  assert done.returncode == 0, done.stderr
-  (record,) = json.loads(out.read_text())["fid"].values()
-  assert record["task"] == "generation_fid" and record["metrics"]["fid"] > 0
-  assert record["protocol"]["num_images"] == 2
-  assert "MSCOCO val2014" in (tmp_path / "F.md").read_text()
-
-
-class Inference:
-  """Random embeddings."""
-
-  image_size, max_length, protocol = 8, 77, {"steps": 1}
-
-  def embed_texts(self, params, tokens):
-    return np.random.default_rng(0).normal(size=(len(tokens), 8)).astype(np.float32)
-
-  def embed_images(self, params, images, *, seed):
-    return np.random.default_rng(seed).normal(size=(len(images), 8)).astype(np.float32)
-
-
 @pytest.fixture
 def quick(monkeypatch):
-  """No checkpoint, no texts cut into tokens."""
+  """Replace the checkpoint, and cut no texts into tokens."""
   monkeypatch.setattr(evaluate.restore, "choose", lambda run, step, ema: (7, ema))
-  monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
+  monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(8), {}))
   monkeypatch.setattr(evaluate.result_files, "fingerprint", lambda params: "weights")
   monkeypatch.setattr(base, "Tokenizer", lambda length: list)
 
 
 def use_flags(monkeypatch, **values):
-  """The command line, in this process."""
+  """Set the command line's flags in this process."""
 
   class Flags:
     def __getattr__(self, name):
@@ -102,7 +77,7 @@ def run_of(*objectives):
 
 def measure(monkeypatch, root, out, suite="zero_shot12"):
   use_flags(monkeypatch, suite=suite, data_root=str(root), out=str(out))
-  sections = evaluate._sections(run_of("discrimination"))
+  sections = evaluate.read_sections(run_of("discrimination"))
   evaluate.measure_suite("runs/mine", sections, str(out), incomplete=True)
   return json.loads(out.read_text())
 
@@ -127,10 +102,10 @@ def test_a_second_call_measures_what_is_missing(monkeypatch, quick, tmp_path):
   assert measured == [10, 47] and [*json.loads(out.read_text())["zero_shot"]] == ["cifar10", "dtd"]
   assert not (tmp_path / "F.md").exists()
   killed_at(9)
-  found = measure(monkeypatch, tmp_path, out)
-  assert measured == [10, 47, 37] and [*found["zero_shot"]] == ["cifar10", "dtd", "pets", "mean_of_3"]
+  results = measure(monkeypatch, tmp_path, out)
+  assert measured == [10, 47, 37] and [*results["zero_shot"]] == ["cifar10", "dtd", "pets", "mean_of_3"]
   assert "|  | mine |" in (tmp_path / "F.md").read_text()
-  assert measure(monkeypatch, tmp_path, out) == found and len(measured) == 3
+  assert measure(monkeypatch, tmp_path, out) == results and len(measured) == 3
 
   before = out.read_bytes()
   monkeypatch.setattr(evaluate.result_files, "fingerprint", lambda params: "others")
@@ -142,19 +117,13 @@ def test_a_second_call_measures_what_is_missing(monkeypatch, quick, tmp_path):
 
 
 def test_a_task_that_the_run_was_not_trained_for(monkeypatch):
-  """Before hours of FID, after which it would fail."""
+  """It is refused before hours of FID, after which it would fail."""
   use_flags(monkeypatch, data="x", split="val", tasks=["fid", "zero_shot"])
   message = "x/val, whose task zero_shot measures discrimination or .*; the run's objectives are generation: leave it"
   with pytest.raises(UserError, match=message):
-    evaluate._sections(run_of("generation"))
-  sections = evaluate._sections(run_of("generation", "discrimination"))
+    evaluate.read_sections(run_of("generation"))
+  sections = evaluate.read_sections(run_of("generation", "discrimination"))
   assert [section.task for section in sections] == ["fid", "zero_shot"]
-
-
-def test_the_size_that_is_asked_for_is_the_data_s(monkeypatch):
-  use_flags(monkeypatch, data="x", split="val", tasks=["fid"], image_size=16)
-  (section,) = evaluate._sections(run_of("generation"))
-  assert section.settings["data"]["image_size"] == 16
 
 
 @pytest.mark.parametrize(
@@ -177,5 +146,5 @@ def test_wrong_flags(monkeypatch, tmp_path, flags, message):
   monkeypatch.chdir(tmp_path)
   use_flags(monkeypatch, **{"out": "F.json", **flags})
   with pytest.raises(UserError, match=message) as error:
-    evaluate._sections(run_of("discrimination"))
+    evaluate.read_sections(run_of("discrimination"))
   assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]

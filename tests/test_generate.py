@@ -33,7 +33,7 @@ class Inference:
 
 @pytest.fixture
 def model(monkeypatch):
-  """An Inference for every workdir, at step 7, with averaged weights."""
+  """Load an Inference for every workdir, at step 7, with averaged weights."""
   model = Inference()
 
   def load(path, **settings):
@@ -70,17 +70,6 @@ def test_images_grid_and_manifest(model, tmp_path):
   assert (grid[8:136, 8:136] == 5).all() and (grid[8:136, 144:272] == 15).all() and grid.shape[1] == 280
 
 
-def test_prompts_that_are_longer_than_the_network_reads_are_named(model, tmp_path, caplog):
-  long = [" ".join(["star"] * 14 + [word]) for word in ("red", "blue", "green", "grey")]
-  generate.generate("run", ["a red star", *long], str(tmp_path / "out"), num_images=2)
-  first, *_, last = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-  assert first == f"this run reads 14 tokens: of {long[0]!r} it sees {' '.join(['star'] * 14)!r}"
-  assert last == "so it is with 1 more of the prompts"
-  caplog.clear()
-  generate.generate("run", ["a red star"], str(tmp_path / "short"))
-  assert not [record for record in caplog.records if record.levelname == "WARNING"]
-
-
 def test_many_images_come_in_chunks_and_the_grid_has_the_first(model, tmp_path, monkeypatch):
   monkeypatch.setattr(generate, "CHUNK", 3)
   monkeypatch.setattr(generate, "GRID", 4)
@@ -89,22 +78,6 @@ def test_many_images_come_in_chunks_and_the_grid_has_the_first(model, tmp_path, 
     np.testing.assert_array_equal(pixels(tmp_path / "out" / f"{i:05d}.png"), np.full((32, 32, 3), 10 * i + 1))
   grid = pixels(tmp_path / "out" / "grid.png")
   assert grid.shape[1] == 4 * 136 + 8 and grid.shape[0] < 2 * 136
-
-
-def test_a_chunk_is_of_whole_calls(model, tmp_path, monkeypatch):
-  """A call computes the rows without an image too, and drops them."""
-  monkeypatch.setattr(generate, "CHUNK", 8)
-  calls, of_model = [], model.generate
-  monkeypatch.setattr(
-    model,
-    "generate",
-    lambda params, tokens, *rest, **how: calls.append(len(tokens)) or of_model(params, tokens, *rest, **how),
-  )
-  for rows, expected in ((3, [6, 6, 6, 2]), (12, [12, 8]), (8, [8, 8, 4])):
-    model.batch_size = rows
-    generate.generate("run", ["a red star"], str(tmp_path / str(rows)), num_images=20)
-    assert calls == expected
-    calls.clear()
 
 
 def test_noise_from_a_file(model, tmp_path):
@@ -126,23 +99,11 @@ def test_noise_of_another_shape_names_both(model, tmp_path, shape, shown):
   assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not numpy", b"\x93NUMPY\x01\x00", b"PK\x03\x04"])
-def test_unreadable_noise(tmp_path, content):
-  (tmp_path / "noise.npy").write_bytes(content)
-  with pytest.raises(UserError, match="cannot read --noise="):
-    generate.read_noise(str(tmp_path / "noise.npy"))
-
-
-def test_more_images_than_a_call_draws(model, tmp_path):
-  with pytest.raises(UserError, match="100002 images; one call makes at most 100000"):
-    generate.generate("run", ["a", "b"], str(tmp_path / "out"), num_images=50_001)
-  assert not (tmp_path / "out").exists()
-
-
-def test_noise_must_be_finite_numbers(tmp_path):
-  np.save(tmp_path / "noise.npy", np.array(["a"]))
-  with pytest.raises(UserError, match="cannot read --noise="):
-    generate.read_noise(str(tmp_path / "noise.npy"))
+def test_unreadable_noise(tmp_path):
+  for content in (b"", b"not numpy", b"\x93NUMPY\x01\x00"):
+    (tmp_path / "noise.npy").write_bytes(content)
+    with pytest.raises(UserError, match="cannot read --noise="):
+      generate.read_noise(str(tmp_path / "noise.npy"))
   np.save(tmp_path / "noise.npy", np.full((1, 2, 2, 4), np.nan, np.float32))
   with pytest.raises(UserError, match="something else than finite numbers"):
     generate.read_noise(str(tmp_path / "noise.npy"))

@@ -1,4 +1,4 @@
-"""tests/tiny.py with evaluations that take a second, for the tests of ablate: --base=tests/tiny_ablation.py"""
+"""Shorten tests/tiny.py's evaluations to a second, for the tests of ablate: --base=tests/tiny_ablation.py"""
 
 from ml_collections import ConfigDict
 

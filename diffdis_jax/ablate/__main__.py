@@ -111,12 +111,12 @@ def make_plan(asked: Sequence[tables.Table], *, own_starts: bool = False) -> Pla
   plan = planning.make(base, autoencoder, asked, seeds, own_starts=own_starts)
   _check_overrides(plan, overrides)
   # All of them before any is started: a row that no run can have should not fail after hours.
-  for each in plan.runs:
+  for run in plan.runs:
     try:
-      run_config.Run.of(each.config)
-      check_evaluations(each.config)
+      run_config.Run.of(run.config)
+      check_evaluations(run.config)
     except UserError as error:
-      raise UserError(f"run {each.name}: {error}") from error
+      raise UserError(f"run {run.name}: {error}") from error
   return plan
 
 
@@ -125,9 +125,9 @@ def _check_overrides(plan: Plan, overrides: Mapping[str, Any]) -> None:
   fields = {run: workdir.flatten(run.config) for run in plan.runs}
   of_rows = [fields[run] for runs in plan.rows.values() for run in runs]
   for field, value in workdir.flatten(overrides).items():
-    own = dict.fromkeys(repr(each[field]) for each in of_rows if field in each)
+    own = dict.fromkeys(repr(of_run[field]) for of_run in of_rows if field in of_run)
     # Also of a start, such as the autoencoder. Of `train_evals` those of what a run does not train are left out.
-    if own and field != "train_evals" and value not in [each.get(field) for each in fields.values()]:
+    if own and field != "train_evals" and value not in [of_run.get(field) for of_run in fields.values()]:
       raise UserError(
         f"--config.{field}={value} has no effect on these rows, which have values of their own, {', '.join(own)}; leave"
         " it out"

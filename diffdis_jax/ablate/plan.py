@@ -96,7 +96,7 @@ def make(
     base={field: value for field, value in base.items() if field != "seed"},
     tables=tuple(asked),
     seeds=tuple(seeds),
-    rows={key: tuple(found) for key, found in rows.items()},
+    rows={key: tuple(runs) for key, runs in rows.items()},
     runs=tuple(sorted(known.values(), key=order)),
   )
 

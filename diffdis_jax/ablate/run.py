@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import subprocess
 import time
@@ -88,21 +89,16 @@ class Folder:
   def read(self, run: Run) -> Results | None:
     """Return its results, if every evaluation has one. Raises UserError: the file holds something else."""
     path = self.results(run)
-    found = result_files.read(path) if buckets.path(path).exists() else {}
+    results = result_files.read(path) if buckets.path(path).exists() else {}
     # They are written one by one: a file with some of them is of a run that was stopped.
-    whole = all(name in found.get(section["task"], {}) for name, section in run.evals.items())
-    return found if whole else None
+    whole = all(name in results.get(section["task"], {}) for name, section in run.evals.items())
+    return results if whole else None
 
   def state(self, run: Run) -> State:
     """Return the progress of a run. One that has its results was trained to its end, though its workdir may be gone."""
     measured, num_steps, path = self.read(run) is not None, run.config["num_steps"], self.workdir(run)
     step = num_steps if run.evals and measured else workdir.latest_step(path) or 0
-    return State(step, num_steps, measured, seconds_per_step(buckets.path(path)))
-
-  def minutes(self, run: Run) -> float | None:
-    """Return the minutes of its training steps; None where metrics.jsonl does not tell."""
-    seconds = seconds_per_step(buckets.path(self.workdir(run)))
-    return None if seconds is None else seconds * run.config["num_steps"] / 60
+    return State(step, num_steps, measured, seconds_per_step(path))
 
   def check(self, plan: Plan) -> None:
     """Check that the folder's runs are of the same base. Raises UserError where they are of another."""
@@ -133,17 +129,17 @@ class Folder:
 def to_do(plan: Plan, states: Mapping[Run, State]) -> set[Run]:
   """Return the runs of a plan that are left: rows that are not finished, and what these start from."""
   wanted: set[Run] = set()
-  for run in {run for runs in plan.rows.values() for run in runs}:
-    each: Run | None = run
-    while each is not None and not states[each].is_finished:
-      wanted.add(each)
-      each = each.start
+  for run in (run for runs in plan.rows.values() for run in runs):
+    while run is not None and not states[run].is_finished:
+      wanted.add(run)
+      run = run.start
   return wanted
 
 
-def seconds_per_step(path: epath.Path) -> float | None:
+def seconds_per_step(path: str) -> float | None:
   """Return the mean over the lines of a workdir's metrics.jsonl; None without a speed."""
-  speeds = [line.get("steps_per_sec") for line in provenance.metrics_of(files.lines(path / "metrics.jsonl"))]
+  lines = files.lines(buckets.path(path) / "metrics.jsonl")
+  speeds = [line.get("steps_per_sec") for line in provenance.metrics_of(lines)]
   # Times of equally many steps have a mean; the mean of speeds would favour the fast ones.
   seconds = [1 / speed for speed in speeds if speed]
   return sum(seconds) / len(seconds) if seconds else None
@@ -152,33 +148,32 @@ def seconds_per_step(path: epath.Path) -> float | None:
 def lines(plan: Plan, folder: Folder) -> list[str]:
   """Return a line for each run, by the number that --only takes; then which runs a row has, and the hours in all."""
   states = {run: folder.state(run) for run in plan.runs}
-  left = to_do(plan, states)
   hours = {run: _hours(run, states) for run in plan.runs}
-  width = max(len(run.name) for run in plan.runs)
-  numbers = {run: number for number, run in enumerate(plan.runs)}
-  shown = lambda run: "" if states[run].is_trained else "? h" if hours[run] is None else f"{hours[run]:.2f} h"
-  found = [
-    f"{numbers[run]:4d}  {run.name:{width}}  {state.words:>20}  {shown(run):>8}" for run, state in states.items()
-  ]
-  of_row = lambda name, place: ", ".join(str(numbers[run]) for run in plan.rows[name, place])
-  rows = [(table.name, place, row.label) for table in plan.tables for place, row in enumerate(table.rows)]
-  found += ["", *(f"table {name}, {label}: runs {of_row(name, place)}" for name, place, label in rows), ""]
-  known = [each for run in plan.runs if run in left and (each := hours[run]) is not None]
-  text = f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} finished"
-  if left:
-    text += f"; {sum(known):.2f} hours of steps left, without starts and evaluations"
-  if unknown := len(left) - len(known):
+  width, shown = max(len(run.name) for run in plan.runs), []
+  for number, (run, state) in enumerate(states.items()):
+    left = "" if state.is_trained else "? h" if hours[run] is None else f"{hours[run]:.2f} h"
+    shown.append(f"{number:4d}  {run.name:{width}}  {state.words:>20}  {left:>8}")
+  shown.append("")
+  for table in plan.tables:
+    for place, row in enumerate(table.rows):
+      numbers = ", ".join(str(plan.runs.index(run)) for run in plan.rows[table.name, place])
+      shown.append(f"table {table.name}, {row.label}: runs {numbers}")
+  wanted = to_do(plan, states)
+  known = [known for run in wanted if (known := hours[run]) is not None]
+  text = f"{len(plan.runs)} runs, {len(plan.runs) - len(wanted)} finished"
+  if wanted:
+    text += f"; {math.fsum(known):.2f} hours of steps left, without starts and evaluations"
+  if unknown := len(wanted) - len(known):
     text += f", and {unknown} runs whose speed is known when they have steps"
-  return [*found, text]
+  return [*shown, "", text]
 
 
 def _hours(run: Run, states: Mapping[Run, State]) -> float | None:
   """Return the hours of steps that a run has left, by its own speed or that of runs with the same objectives."""
-  alike = [state.seconds for other, state in states.items() if other.config["objectives"] == run.config["objectives"]]
-  known, state = [seconds for seconds in alike if seconds is not None], states[run]
-  if not known:
-    return None
-  return max(state.num_steps - state.step, 0) * (state.seconds or statistics.median(known)) / 3600
+  alike = [state for other, state in states.items() if other.config["objectives"] == run.config["objectives"]]
+  known, state = [other.seconds for other in alike if other.seconds is not None], states[run]
+  left = max(state.num_steps - state.step, 0)
+  return left * (state.seconds or statistics.median(known)) / 3600 if known else None
 
 
 def run(
@@ -280,6 +275,6 @@ def call(command: Sequence[str], log: epath.Path) -> int:
 
 def last_words(log: epath.Path) -> str:
   """Return the last line of a log that says what was wrong."""
-  found = [line for line in files.lines(log) if line.strip()]
-  errors = [line for line in found if line.startswith("error: ")]
-  return (errors or found or ["it wrote nothing"])[-1].removeprefix("error: ")
+  written = [line for line in files.lines(log) if line.strip()]
+  errors = [line for line in written if line.startswith("error: ")]
+  return (errors or written or ["it wrote nothing"])[-1].removeprefix("error: ")

@@ -83,6 +83,6 @@ def holm(p_values: Sequence[float | None], *, named: int | None = None) -> list[
 def correct(differences: Sequence[Difference], *, named: int | None = None) -> list[Difference]:
   """Return the differences of a table, in their order, with Holm's correction, as `holm` has it."""
   return [
-    dataclasses.replace(each, p_holm=p, is_significant=p is not None and p < ALPHA)
-    for each, p in zip(differences, holm([each.p for each in differences], named=named), strict=True)
+    dataclasses.replace(difference, p_holm=p, is_significant=p is not None and p < ALPHA)
+    for difference, p in zip(differences, holm([difference.p for difference in differences], named=named), strict=True)
   ]

@@ -14,7 +14,7 @@ from absl import logging
 
 from diffdis_jax.ablate import significance
 from diffdis_jax.ablate.plan import Plan, Run
-from diffdis_jax.ablate.run import Folder
+from diffdis_jax.ablate.run import Folder, seconds_per_step
 from diffdis_jax.ablate.tables import PAPER_METRICS, Column, Table, columns_of, measured
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
@@ -39,28 +39,27 @@ def summarise(plan: Plan, folder: Folder, *, base: str) -> dict[str, Any]:
   `base` is how the base config was named. Raises UserError: results that are none, or two of one row by different
   protocols.
   """
-  of_rows = (run.evals for runs in plan.rows.values() for run in runs)
-  columns = measured(columns_of(plan.base["evals"]), of_rows)
+  columns = measured(columns_of(plan.base["evals"]), (run.evals for runs in plan.rows.values() for run in runs))
   results = read_results(plan, folder)
   count = collections.Counter(run.name for run in plan.runs)
   # One training that is measured in several ways has a file of results for each.
   names = {run: run.name if count[run.name] == 1 else f"{run.name}.{run.measurement}" for run in plan.runs}
   for (table, _), runs in plan.rows.items():
     check_protocols(table, runs, results, folder)
-  made = {}
+  tables = {}
   for table in plan.tables:
     rows = [(table.name, place) for place in range(len(table.rows))]
     figures = [{column.name: by_seed(plan, row, results, column) for column in columns} for row in rows]
-    made[table.name] = table_of(table, figures, [[names[run] for run in plan.rows[row]] for row in rows])
+    tables[table.name] = table_of(table, figures, [[names[run] for run in plan.rows[row]] for row in rows])
   return {
     "base": provenance.public(base),
     "provenance": result_files.together(
-      record for run, found in results.items() if found is not None for record in _records(run, found).values()
+      record for run, measured in results.items() for record in _records(run, measured).values()
     ),
     "seeds": list(plan.seeds),
     "columns": {column.name: column.title for column in columns},
     "paper_columns": PAPER_METRICS,
-    "tables": made,
+    "tables": tables,
     "runs": {name: _run(run, results.get(run), folder, names) for run, name in names.items()},
   }
 
@@ -74,8 +73,7 @@ def check_protocols(table: str, runs: Sequence[Run], results: Mapping[Run, Resul
   """Check that the runs of a row, which differ by their seed, were measured alike. Raises UserError: two were not."""
   first: dict[tuple[str, str], tuple[Run, Any]] = {}
   for run in runs:
-    found = results[run]
-    for name, record in _records(run, found).items() if found is not None else ():
+    for name, record in _records(run, results[run]).items():
       for field, value in record["protocol"].items():
         other, there = first.setdefault((name, field), (run, value))
         if field != "weights" and there != value:  # those say which model was measured
@@ -91,8 +89,7 @@ def check_protocols(table: str, runs: Sequence[Run], results: Mapping[Run, Resul
 def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[str]]) -> dict[str, Any]:
   """Return the entry of a table in tables.json, given each row's figures and the names of its runs, finished or not.
 
-  A cell is as `cells_of` gives it. `count` says how many differences have a p, how many of them are significant, and
-  how many would be without Holm's correction, truly and by chance.
+  A cell is as `cells_of` gives it. `count` says how many differences have a p, and how many of them are significant.
   """
   cells = cells_of(figures, base=table.base)
   rows = [
@@ -106,13 +103,10 @@ def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[s
     }
     for place, row in enumerate(table.rows)
   ]
-  tested = [cell["difference"] for row in cells for cell in row.values() if cell["difference"]]
-  tested = [each for each in tested if each["p"] is not None]
+  differences = [cell["difference"] for row in cells for cell in row.values() if cell["difference"]]
   count = {
-    "differences": len(tested),
-    "significant": sum(each["is_significant"] for each in tested),
-    "uncorrected": sum(each["p"] < significance.ALPHA for each in tested),
-    "uncorrected_by_chance": significance.ALPHA * len(tested),
+    "differences": sum(difference["p"] is not None for difference in differences),
+    "significant": sum(difference["is_significant"] for difference in differences),
   }
   return {"title": table.title, "rows": rows, "count": count}
 
@@ -123,20 +117,16 @@ def cells_of(figures: Sequence[Figures], *, base: int | None) -> list[dict[str, 
   That is the difference to the row of number `base` over the seeds that both have, as `significance.Difference` with
   Holm's correction over all of these cells; None without a common seed, and in the base row.
   """
-  places, pairs = [], []
+  pairs = {}
   for place, row in enumerate(figures):
-    for name, values in row.items():
-      if base is None or place == base:
-        continue
+    for name, values in row.items() if base is not None and place != base else ():
       # Paired by seed: runs of one seed see the same images in the same order, so that differences spread less.
-      others = figures[base][name]
-      common = [values[seed] - others[seed] for seed in values if seed in others]
-      if common:
-        places.append((place, name))
-        pairs.append(common)
+      others = figures[base or 0][name]
+      if common := [values[seed] - others[seed] for seed in values if seed in others]:
+        pairs[place, name] = significance.paired(common)
   # All cells of a table together: whoever looks for bold ones looks at all of them.
-  found = significance.correct([significance.paired(each) for each in pairs])
-  differences = {place: dataclasses.asdict(each) for place, each in zip(places, found, strict=True)}
+  corrected = zip(pairs, significance.correct([*pairs.values()]), strict=True)
+  differences = {cell: dataclasses.asdict(difference) for cell, difference in corrected}
   return [
     {name: {**_moments(values), "difference": differences.get((place, name))} for name, values in row.items()}
     for place, row in enumerate(figures)
@@ -155,37 +145,34 @@ def by_seed(
 ) -> dict[int, float]:
   """Return seed -> figure, for the runs of a row that are finished and measure it. No mean has one that is not
   finite."""
-  found = {}
+  figures = {}
   for seed, run in zip(plan.seeds, plan.rows[row], strict=True):
     value = column.read(results[run] or {})
     if value is not None and math.isfinite(value):
-      found[seed] = value
+      figures[seed] = value
     elif value is not None:
       logging.warning("%s: %s is %s, and is left out", run.name, column.name, value)
-  return found
+  return figures
 
 
 def _run(run: Run, results: Results | None, folder: Folder, names: Mapping[Run, str]) -> dict[str, Any]:
   """Return the entry of a run. Its evaluations are None where it is not finished, a metric where it is not finite, and
   the minutes of its training steps where its workdir is gone."""
-  evaluations = origin = None
-  if results is not None:
-    records = _records(run, results)
-    finite = result_files.as_written({run.name: records})[run.name]
-    evaluations = {name: {key: record[key] for key in ("metrics", "protocol")} for name, record in finite.items()}
-    origin = next((record["provenance"]["run"] for record in records.values() if "provenance" in record), None)
+  records = result_files.as_written({run.name: _records(run, results)})[run.name]
+  seconds = seconds_per_step(folder.workdir(run))
   return {
     "config": provenance.public(run.config),
     "start": names[run.start] if run.start else None,
-    "minutes": folder.minutes(run),
-    "evaluations": evaluations,
-    "provenance": origin,
+    "minutes": None if seconds is None else seconds * run.config["num_steps"] / 60,
+    "evaluations": {name: {key: record[key] for key in ("metrics", "protocol")} for name, record in records.items()}
+    or None,
+    "provenance": next((record["provenance"]["run"] for record in records.values() if "provenance" in record), None),
   }
 
 
-def _records(run: Run, results: Results) -> dict[str, dict[str, Any]]:
-  """Return data set -> the record of that evaluation."""
-  return {name: results[section["task"]][name] for name, section in run.evals.items()}
+def _records(run: Run, results: Results | None) -> dict[str, dict[str, Any]]:
+  """Return data set -> the record of that evaluation; none of a run that is not finished."""
+  return {name: results[section["task"]][name] for name, section in run.evals.items()} if results else {}
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -200,8 +187,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def render_table(table: Mapping[str, Any], *, columns: Mapping[str, str], paper: Mapping[str, str]) -> str:
-  """Return a table of `table_of`, and below it how many differences are significant, and by chance. `columns` and
-  `paper`, the paper's figures, are name -> title."""
+  """Return a table of `table_of`, and below it how many differences are significant. `columns` and `paper`, the
+  paper's figures, are name -> title."""
   # The paper's figures stand in the columns that measure the same; of those that nothing here measures, in their own.
   others = {name: f"{title} (paper)" for name, title in paper.items() if name not in columns}
   heads = ["", *columns.values(), *(others.values() if any(row["paper"] for row in table["rows"]) else ())]
@@ -209,15 +196,9 @@ def render_table(table: Mapping[str, Any], *, columns: Mapping[str, str], paper:
   for row in table["rows"]:
     lines += _rows(row, [*columns], [*others])
   text = "\n".join("| " + " | ".join((*line, *[BLANK] * (len(heads) - len(line)))) + " |" for line in lines)
-  return f"{text}\n\n{_count(table['count'])}" if table["count"]["differences"] else text
-
-
-def _count(count: Mapping[str, Any]) -> str:
-  return (
-    f"{count['significant']} of {count['differences']} differences bold; chance alone makes any bold in at most 5 % of"
-    f" such tables. Before Holm's correction {count['uncorrected']} have p < 0.05; chance gives"
-    f" {count['uncorrected_by_chance']:.3g}."
-  )
+  count = table["count"]
+  bold = f"{count['significant']} of {count['differences']} differences bold; chance alone makes any bold in at most"
+  return f"{text}\n\n{bold} 5 % of such tables." if count["differences"] else text
 
 
 def _rows(row: Mapping[str, Any], columns: Sequence[str], others: Sequence[str]) -> list[list[str]]:
@@ -225,10 +206,10 @@ def _rows(row: Mapping[str, Any], columns: Sequence[str], others: Sequence[str])
   lines = [[label, *(_figure(row["cells"][name], len(row["runs"])) for name in columns)]]
   differences = [row["cells"][name]["difference"] for name in columns]
   if any(differences):
-    lines.append(["− base", *(_difference(each) if each else BLANK for each in differences)])
+    lines.append(["− base", *(_difference(one) if one else BLANK for one in differences)])
   if row["paper"]:
     figures = [row["paper"].get(name) for name in (*columns, *others)]
-    lines.append(["*paper*", *(BLANK if each is None else f"{each:z.2f}" for each in figures)])
+    lines.append(["*paper*", *(BLANK if figure is None else f"{figure:z.2f}" for figure in figures)])
   return lines
 
 

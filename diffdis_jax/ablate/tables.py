@@ -58,12 +58,12 @@ def paper_tables(*, schedule: str) -> dict[str, Table]:
   """
 
   def table(name: str, title: str, base: int, *rows: tuple[str, Mapping[str, Any], tuple[float, ...]]) -> Table:
-    made = tuple(Row(label=label, changes=changes, paper=paper) for label, changes, paper in rows)
-    return Table(name=name, title=title, rows=made, base=base)
+    rows_of_it = tuple(Row(label=label, changes=changes, paper=paper) for label, changes, paper in rows)
+    return Table(name=name, title=title, rows=rows_of_it, base=base)
 
   query = lambda field, value: {GAMMA: 1.0, SCHEDULE: schedule, field: value}
   block = lambda share, own: {"model.fusion": True, "model.share_attention": share, "model.modality_ffn": own}
-  found = (
+  tables = (
     table(
       *("2", "Target of the text diffusion, γ = 1", 1),
       ("noise", query(TARGET, "noise"), (10.78, 22.62, 29.38)),
@@ -93,7 +93,7 @@ def paper_tables(*, schedule: str) -> dict[str, Table]:
       ("1000", query("condition_timestep", 1000), (11.35, 22.13, 27.56)),
     ),
   )
-  return {each.name: each for each in found}
+  return {one.name: one for one in tables}
 
 
 def choose(names: Sequence[str], *, schedule: str) -> list[Table]:
@@ -223,25 +223,25 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
   With a set `coco` and a set `flickr` of retrieval, as in the paper, the mean of their four R@1 is one column. R@1 of
   any other set is the mean of both ways.
   """
-  found: list[Column] = []
+  columns: list[Column] = []
   for task, titles_of in TITLES_OF.items():
     for name, section in evaluations.items():
       for metric, title in titles_of(name, section).items() if section["task"] == task else ():
         # FID is the paper's where the set is named as the task, and of no fewer than FEW images.
         is_papers = name == metric == "fid" and (section.get("num_images") or FEW) >= FEW
         column, cells = "fid" if is_papers else f"{name}/{metric}", ((task, name, metric),)
-        found.append(Column(name=column, title=title, cells=cells, scale=1.0 if metric == "fid" else 100.0))
+        columns.append(Column(name=column, title=title, cells=cells, scale=1.0 if metric == "fid" else 100.0))
   retrieval = [name for name, section in evaluations.items() if section["task"] == "retrieval"]
   paper = [name for name in ("coco", "flickr") if name in retrieval]
   cells_of = lambda *names: tuple(("retrieval", name, metric) for name in names for metric in RECALL)
   # Both or neither: over one of them the mean would not be the paper's.
   if len(paper) == 2:
-    found.append(Column(name="recall@1", title="mean R@1 ↑", cells=cells_of(*paper), scale=100.0))
+    columns.append(Column(name="recall@1", title="mean R@1 ↑", cells=cells_of(*paper), scale=100.0))
   for name in retrieval:
     if len(paper) < 2 or name not in paper:
       title = f"R@1 {name.removesuffix('_retrieval')} ↑"
-      found.append(Column(name=f"{name}/recall@1", title=title, cells=cells_of(name), scale=100.0))
-  return tuple(found)
+      columns.append(Column(name=f"{name}/recall@1", title=title, cells=cells_of(name), scale=100.0))
+  return tuple(columns)
 
 
 def of_zero_shot(name: str, section: Mapping[str, Any]) -> dict[str, str]:
@@ -266,5 +266,5 @@ def measured(columns: Sequence[Column], evaluations: Iterable[Mapping[str, Mappi
   """Return the columns that one of these runs has, by the `evals` of each: what no run is trained for gets no blank
   column."""
   # By what they are of: a row that changes how many images it generates may name its column otherwise.
-  cells = {column.cells for each in evaluations for column in columns_of(each)}
+  cells = {column.cells for evals in evaluations for column in columns_of(evals)}
   return tuple(column for column in columns if column.cells in cells)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -22,7 +21,7 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.config.objectives import COMPARING, GENERATIVE
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.method import algorithms, encode, losses, samplers, schedules
+from diffdis_jax.method import algorithms, encode, samplers, schedules
 from diffdis_jax.method.algorithms import GenerationStep
 from diffdis_jax.method.samplers import DdimCoefficients
 from diffdis_jax.parallel import programs
@@ -80,9 +79,7 @@ class StepSampler:
     self._conditions = compiled("a prompt's condition", conditions)
     self._generation_step = compiled("a generation step", self._generation)
     self._preview = compiled("previews", lambda net, z: net.decode_image(z))
-    # τ = min(exp(logit_scale), 100) of the contrastive loss; none in a run of generation alone.
-    scale = params.get("logit_scale")
-    self.temperature = 1.0 if scale is None else float(losses.temperature(jnp.asarray(scale)))
+    self.temperature = inference.temperature(params)
 
   def call(self, f: Callable[..., Any], *args: Any) -> Any:
     """Return f(params, *args) as numpy arrays. Raises UserError: the page has ended."""

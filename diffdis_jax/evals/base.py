@@ -45,10 +45,10 @@ class Evaluation:
   seed: int = number(0, ge=0, le=MOST_SEED, help="seed of all that is random")
 
   def __post_init__(self) -> None:
-    for each in dataclasses.fields(self):
-      value = getattr(self, each.name)
-      if value is not None and (check := each.metadata.get("check")):
-        check(each.name, value)
+    for setting in dataclasses.fields(self):
+      value = getattr(self, setting.name)
+      if value is not None and (check := setting.metadata.get("check")):
+        check(setting.name, value)
     self.open()
 
   def open(self) -> None:
@@ -281,12 +281,12 @@ def ranks(
 
 def by_blocks(f: Callable[..., Array], *rows: np.ndarray, size: int | None = None) -> np.ndarray:
   """Run f over blocks of rows, of one shape: the last block is filled with its last row."""
-  n, found = len(rows[0]), []
+  n, results = len(rows[0]), []
   size = min(size or BLOCK, n)
   for start in range(0, n, size):
     places = np.minimum(np.arange(start, start + size), n - 1)
-    found.append(np.asarray(f(*(each[places] for each in rows))))
-  return np.concatenate(found)[:n]
+    results.append(np.asarray(f(*(array[places] for array in rows))))
+  return np.concatenate(results)[:n]
 
 
 @jax.jit

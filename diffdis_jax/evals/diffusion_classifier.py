@@ -81,14 +81,14 @@ class DiffusionClassifier(ZeroShot):
     # How many classes of an image are left in each stage, and how often each of them is evaluated.
     left = [len(texts), *(min(len(texts), stage.kept) for stage in self.parsed_stages[:-1])]
     counts = [len(t) for t in new_timesteps(self.parsed_stages)]
-    progress, found = Progress("compared", len(self.labels) * sum(left), "images and classes"), []
+    progress, places = Progress("compared", len(self.labels) * sum(left), "images and classes"), []
     for start in range(0, len(self.labels), IMAGES):
       rows = np.arange(start, min(start + IMAGES, len(self.labels)))
       z = noise_errors.latents(params, base.Images(self.source, self.order[rows], inference.image_size))
       errors = functools.partial(noise_errors, params, c, z, seed=self.seed, places=rows, done=progress.add)
       outcome = classify(errors, self.parsed_stages, num_images=len(z), num_classes=len(texts))
-      found.append(ranks(outcome, self.labels[rows]))
-    return self.metrics(np.concatenate(found)) | {"evaluations_per_image": float(np.dot(left, counts))}
+      places.append(ranks(outcome, self.labels[rows]))
+    return self.metrics(np.concatenate(places)) | {"evaluations_per_image": float(np.dot(left, counts))}
 
 
 def read_stages(stages: Sequence[str]) -> tuple[Stage, ...]:
@@ -117,12 +117,12 @@ def timesteps(count: int) -> Int[np.ndarray, " s"]:
 def new_timesteps(stages: Sequence[Stage]) -> list[Int[np.ndarray, " s"]]:
   """Return the timesteps that each stage adds: evenly spaced among the last stage's, without those that an earlier one
   had."""
-  every, had, found = timesteps(stages[-1].evaluations), np.zeros(0, np.int32), []
+  every, had, added = timesteps(stages[-1].evaluations), np.zeros(0, np.int32), []
   for stage in stages:
     apart = len(every) // stage.evaluations
-    found.append(np.setdiff1d(every[apart // 2 :: apart], had))
-    had = np.union1d(had, found[-1])
-  return found
+    added.append(np.setdiff1d(every[apart // 2 :: apart], had))
+    had = np.union1d(had, added[-1])
+  return added
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,22 +143,22 @@ def classify(
     errors: (images=, classes=, t=) -> the error of each pair of an image and a class, by their numbers, at each t.
   """
   total = np.zeros((num_images, num_classes))
-  found = Outcome(np.full((len(stages), *total.shape), np.inf), np.zeros(total.shape, np.int32))
+  outcome = Outcome(np.full((len(stages), *total.shape), np.inf), np.zeros(total.shape, np.int32))
   left = np.tile(np.arange(num_classes), (num_images, 1))
   count = 0
   for number, (stage, t) in enumerate(zip(stages, new_timesteps(stages), strict=True)):
     images = np.repeat(np.arange(num_images), left.shape[1])
     total[images, left.ravel()] += errors(images=images, classes=left.ravel(), t=t).sum(axis=1, dtype=np.float64)
     count += len(t)
-    found.error[number, images, left.ravel()] = total[images, left.ravel()] / count
-    found.stage[images, left.ravel()] = number
+    outcome.error[number, images, left.ravel()] = total[images, left.ravel()] / count
+    outcome.stage[images, left.ravel()] = number
     # The best of a stage, in the classes' order. A NaN is the worst, as argsort has it.
-    best = np.argsort(np.take_along_axis(found.error[number], left, axis=1), axis=1, kind="stable")[:, : stage.kept]
+    best = np.argsort(np.take_along_axis(outcome.error[number], left, axis=1), axis=1, kind="stable")[:, : stage.kept]
     left = np.take_along_axis(left, np.sort(best, axis=1), axis=1)
-  return found
+  return outcome
 
 
-def ranks(found: Outcome, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+def ranks(outcome: Outcome, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
   """Count the classes that come before each image's own, 0 is right: those that were kept longer, then those of less
   error.
 
@@ -166,12 +166,12 @@ def ranks(found: Outcome, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"
   it and left the other one out.
   """
   rows = np.arange(len(labels))
-  stage = found.stage[rows, labels][:, None]
+  stage = outcome.stage[rows, labels][:, None]
   # Both errors at the end of the stage in which the other class was left out.
-  error = np.take_along_axis(found.error, found.stage[None], axis=0)[0]
-  own = np.take_along_axis(found.error[:, rows, labels].T, found.stage, axis=1)
-  kept_longer = (found.stage < stage) & (error != own) & ~np.isnan(own)
-  worse = kept_longer | ((found.stage == stage) & (error > own))
+  error = np.take_along_axis(outcome.error, outcome.stage[None], axis=0)[0]
+  own = np.take_along_axis(outcome.error[:, rows, labels].T, outcome.stage, axis=1)
+  kept_longer = (outcome.stage < stage) & (error != own) & ~np.isnan(own)
+  worse = kept_longer | ((outcome.stage == stage) & (error > own))
   return (~worse).sum(axis=1) - 1  # itself is not worse than itself
 
 

@@ -136,7 +136,7 @@ class ShapeJudge:
     colour, shape = (pairs_of(trained.model, squares) == PAIRS[classes]).T
     pair, seen = colour & shape, SEEN[classes]
     right = {"": pair, "_seen": pair[seen], "_unseen": pair[~seen], "_colour": colour, "_shape": shape}
-    return {**{f"acc1{which}": float(each.mean()) for which, each in right.items()}, **trained.accuracy}
+    return {**{f"acc1{which}": float(hits.mean()) for which, hits in right.items()}, **trained.accuracy}
 
 
 def require(trained: Trained, least: float, steps: int) -> None:

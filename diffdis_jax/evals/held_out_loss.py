@@ -81,8 +81,8 @@ class HeldOutLoss(base.Evaluation):
     rows = images, tokens, np.arange(len(tokens), dtype=np.int32)
     key = jax.random.key(self.seed)
     if network.task.generates:
-      found = inference.batched(functools.partial(self.program_of(inference, "generation"), params, key), *rows)
-      metrics |= _by_quarter("loss_generation", found.mean(axis=0))
+      by_pair = inference.batched(functools.partial(self.program_of(inference, "generation"), params, key), *rows)
+      metrics |= _by_quarter("loss_generation", by_pair.mean(axis=0))
     if network.task.aligned:
       e = inference.embed_texts(params, tokens)
       scale = np.asarray(jax.device_get(params["logit_scale"]))
@@ -95,8 +95,8 @@ class HeldOutLoss(base.Evaluation):
       else:
         program = self.program_of(inference, "discrimination")
         queries = inference.batched(functools.partial(program, params, key), *rows)
-        found = np.array([self._contrastive(query, e, scale, captions) for query in queries.swapaxes(0, 1)])
-        metrics |= _by_quarter("loss_discrimination", found)
+        by_timestep = np.array([self._contrastive(query, e, scale, captions) for query in queries.swapaxes(0, 1)])
+        metrics |= _by_quarter("loss_discrimination", by_timestep)
     return metrics
 
   def _contrastive(
@@ -147,8 +147,8 @@ def _denoised(
   def one(at_number: tuple[Int[Array, ""], Int[Array, ""]]) -> Float[Array, "b ..."]:
     number, t = at_number
     noise = at(t, sample=number)
-    found: Any = algorithms.denoise_rows(model, encoded, c_null, noise, network=network, passes=(name,))
-    return found.loss_generation if name == "generation" else found.query
+    denoised: Any = algorithms.denoise_rows(model, encoded, c_null, noise, network=network, passes=(name,))
+    return denoised.loss_generation if name == "generation" else denoised.query
 
   # One after the other: all at once would take eight times the memory.
   return jnp.swapaxes(jax.lax.map(one, (numbers, timesteps)), 0, 1)
@@ -159,8 +159,8 @@ def _per_pair(
   query: Float[Array, "b d"], e: Float[Array, "b d"], logit_scale: Float[Array, ""], captions: UInt32[Array, "b"]
 ) -> Float[Array, "b"]:
   """Return both directions' mean for each pair."""
-  found = losses.contrastive(query, e, logit_scale, captions=captions)
-  return 0.5 * (found.query_to_text + found.text_to_query)
+  losses_of_pairs = losses.contrastive(query, e, logit_scale, captions=captions)
+  return 0.5 * (losses_of_pairs.query_to_text + losses_of_pairs.text_to_query)
 
 
 def _by_quarter(name: str, of_timesteps: Float[np.ndarray, " t"]) -> dict[str, float]:

@@ -65,7 +65,7 @@ class LinearProbe(base.Evaluation):
   num_images: int | None = field(None, help="images to test on, the same ones each time; by default all")
 
   def open(self) -> None:
-    self.counts = tuple(_read_shots(each) for each in self.shots)
+    self.counts = tuple(_read_shots(text) for text in self.shots)
     test_split = self.data.get("split", "train")
     if test_split == self.train_split:
       raise UserError(f"linear_probe would test on the split {test_split}, on which it trains; give another")
@@ -79,8 +79,8 @@ class LinearProbe(base.Evaluation):
     # Of few images a class, chance may hold out all of one, which the test would then lack.
     lost = np.setdiff1d(names["val"], names["train"])
     back = np.array([np.flatnonzero(names["val"] == name)[0] for name in lost], int)
-    for each in (rows, names):
-      each["train"], each["val"] = np.append(each["train"], each["val"][back]), np.delete(each["val"], back)
+    for of in (rows, names):
+      of["train"], of["val"] = np.append(of["train"], of["val"][back]), np.delete(of["val"], back)
     self.classes = np.unique(names["train"]).tolist()
     # What is not trained on has no answer that could be right.
     known = {name: np.isin(labels, self.classes) for name, labels in names.items()}
@@ -107,7 +107,7 @@ class LinearProbe(base.Evaluation):
       "timestep": self._middle_timestep(inference),
       "l2": list(L2),
       "train_split": self.train_split,
-      **{f"num_{name}_images": len(each.labels) for name, each in self.examples.items()},
+      **{f"num_{name}_images": len(examples.labels) for name, examples in self.examples.items()},
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
@@ -127,7 +127,7 @@ class LinearProbe(base.Evaluation):
       train = train.take(base.first_of_each(train.labels, shots, seed=self.seed))
     # Shifted and scaled as a whole: so one list of l2 fits features of any length.
     mean, spread = train.x.mean(axis=0), float(train.x.std()) + 1e-12
-    scaled = {name: Examples((each.x - mean) / spread, each.labels) for name, each in features.items()}
+    scaled = {name: Examples((examples.x - mean) / spread, examples.labels) for name, examples in features.items()}
     scaled["train"] = Examples((train.x - mean) / spread, train.labels)
     model, best, chosen, l2 = None, -1.0, None, L2[0]
     for strength in L2:
@@ -142,15 +142,15 @@ class LinearProbe(base.Evaluation):
   def _features(self, inference: Any, params: Mapping[str, Any]) -> dict[str, dict[str, Examples]]:
     """Return the features of each kind and of each split."""
     features: dict[str, dict[str, Examples]] = {}
-    for name, each in self.examples.items():
+    for name, examples in self.examples.items():
       source = self.sources[name]
       if inference.aligned:
-        x = base.embed_images(inference, params, source, each.x, seed=self.seed)
-        features.setdefault("embedding", {})[name] = Examples(x, each.labels)
+        x = base.embed_images(inference, params, source, examples.x, seed=self.seed)
+        features.setdefault("embedding", {})[name] = Examples(x, examples.labels)
       if not inference.network.is_clip:
-        images = base.Images(source, each.x, inference.image_size)
+        images = base.Images(source, examples.x, inference.image_size)
         x = inference.batched(functools.partial(self.middle_maps(inference), params), images)
-        features.setdefault("middle", {})[name] = Examples(x, each.labels)
+        features.setdefault("middle", {})[name] = Examples(x, examples.labels)
     return features
 
   def _middle_timestep(self, inference: Any) -> int | None:

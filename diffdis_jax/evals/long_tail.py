@@ -90,8 +90,8 @@ class LongTail(base.Evaluation):
     images = base.embed_images(inference, params, self.source, indices, seed=self.seed, crop_pct=self.crop_pct)
     texts, of_text = base.embed_texts(inference, params, self.corpus.flat), self.corpus.labels
     classes = of_text[nearest(images, texts, count=self.neighbours)]
-    found = self.labels[nearest(texts, images, count=1)[:, 0]]
-    metrics = {"text_acc": float((found == of_text).mean())}
+    nearest_class = self.labels[nearest(texts, images, count=1)[:, 0]]
+    metrics = {"text_acc": float((nearest_class == of_text).mean())}
     metrics |= self._by_group("image_acc", classes[:, 0] == self.labels)
     metrics |= self._by_group("knn_acc", vote(classes) == self.labels)
     # Stage 1 has a backbone alone; the head comes with stage 2.

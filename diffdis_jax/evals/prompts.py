@@ -11,7 +11,9 @@ import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import logging
+from jaxtyping import Float
 
 from diffdis_jax.common import files
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -35,6 +37,17 @@ _SLOT = re.compile(r"\{c?\}")
 def fill(template: str, classname: str) -> str:
   """Put the class name wherever the template says `{}` or `{c}`, as CLIP_benchmark's files do."""
   return _SLOT.sub(lambda _: classname, template)
+
+
+def of_classes(templates: Sequence[str], names: Sequence[str]) -> list[str]:
+  """Return the prompt of each class in the first template, then in the second one, and so on."""
+  return [fill(template, name) for template in templates for name in names]
+
+
+def mean_embedding(by_template: Float[np.ndarray, "t k d"]) -> Float[np.ndarray, "k d"]:
+  """Return the mean of unit vectors, normalised again, as CLIP builds its classifier of several templates."""
+  mean = by_template.mean(axis=0)
+  return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
 
 
 class ClassNames(NamedTuple):

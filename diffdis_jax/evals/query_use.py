@@ -66,14 +66,14 @@ class QueryUse(ZeroShot):
     inputs = {"noise": noise[0], "other_noise": noise[1], "zero": jnp.zeros_like(noise[0])}
     inputs |= {f"true_{length:g}": length * true for length in LENGTHS}
     inputs |= {f"wrong_{length:g}": length * wrong for length in LENGTHS}
-    each = {f"{name}_t{t}": (e_t, t) for t in AT for name, e_t in inputs.items()}
+    asked = {f"{name}_t{t}": (e_t, t) for t in AT for name, e_t in inputs.items()}
     noised = functools.partial(schedules.add_noise, network.text_process, jnp.asarray(true), noise=noise[0])
-    each |= {f"noised_t{t}": (noised(t=jnp.full(n, t)), t) for t in TIMESTEPS}
-    e_t, t_e = np.stack([np.asarray(e_t) for e_t, _ in each.values()], axis=1), [t for _, t in each.values()]
+    asked |= {f"noised_t{t}": (noised(t=jnp.full(n, t)), t) for t in TIMESTEPS}
+    e_t, t_e = np.stack([np.asarray(e_t) for e_t, _ in asked.values()], axis=1), [t for _, t in asked.values()]
     images = base.Images(self.source, self.order, inference.image_size)
     program = functools.partial(self.program_of(inference), params)
     queries = inference.batched(program, images, e_t, np.tile(np.array(t_e, np.int32), (n, 1)))
-    by_name = dict(zip([*each, *(f"steps_{steps}" for steps in STEPS)], queries.swapaxes(0, 1), strict=True))
+    by_name = dict(zip([*asked, *(f"steps_{steps}" for steps in STEPS)], queries.swapaxes(0, 1), strict=True))
     scores = {name: query @ classes.T for name, query in by_name.items()}
     accuracy = {name: float((score.argmax(axis=1) == self.labels).mean()) for name, score in scores.items()}
     temperature = float(losses.temperature(jnp.asarray(jax.device_get(params["logit_scale"]))))

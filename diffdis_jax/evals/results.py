@@ -62,9 +62,7 @@ def read(path: str) -> Results:
   tasks = content.values() if isinstance(content, dict) and content else [None]
   records: list[Any] = [record for task in tasks for record in (task.values() if isinstance(task, dict) else [None])]
   are_dicts = lambda *values: all(isinstance(value, dict) for value in values)
-  if not all(
-    are_dicts(each) and RECORD <= each.keys() and are_dicts(each["metrics"], each["protocol"]) for each in records
-  ):
+  if not all(are_dicts(one) and RECORD <= one.keys() and are_dicts(one["metrics"], one["protocol"]) for one in records):
     raise UserError(f"{path} holds no results of evaluate, which are {{task: {{data set: record}}}}")
   return _with_metrics(content, lambda value: math.nan if value is None else value)
 
@@ -75,7 +73,7 @@ def _with_metrics(results: Mapping[str, Any], changed: Callable[[Any], Any]) -> 
   def with_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "metrics": {name: changed(value) for name, value in record["metrics"].items()}}
 
-  return {task: {name: with_metrics(each) for name, each in records.items()} for task, records in results.items()}
+  return {task: {name: with_metrics(record) for name, record in records.items()} for task, records in results.items()}
 
 
 def is_mean(dataset: str) -> bool:
@@ -111,8 +109,8 @@ class ResultFile:
       self._check(dataset, _known_before(record["protocol"]), _known_before(protocol))
     # A mean over sets is of one model.
     for records in self.results.values():
-      for name, each in records.items():
-        there = {field: each["protocol"][field] for field in OF_A_MODEL if field in each["protocol"]}
+      for name, other in records.items():
+        there = {field: other["protocol"][field] for field in OF_A_MODEL if field in other["protocol"]}
         self._check(name, there, {field: protocol.get(field) for field in there})
     # The file may be on process 0's disk alone; whether to measure is one decision.
     is_there = bool(processes.from_first(np.uint8(record is not None)))
@@ -148,7 +146,7 @@ def check_out(path: str) -> None:
   """Check, before work that takes hours, that the file can be written. Raises UserError: it cannot."""
   out = buckets.path(path)
   # Folders on the way are made with the file: where they are absent, what counts is the first that is there.
-  there = out.parent if buckets.is_url(out) else next(each for each in out.parents if each.exists())
+  there = out.parent if buckets.is_url(out) else next(parent for parent in out.parents if parent.exists())
   files.check_out(os.fspath(there / out.name))
 
 
@@ -165,7 +163,7 @@ def differences(protocols: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
   plain = [json.loads(json.dumps(dict(protocol))) for protocol in protocols]
   names = dict.fromkeys(field for protocol in plain for field in protocol)
   values = {field: [protocol.get(field) for protocol in plain] for field in names}
-  return {field: each for field, each in values.items() if any(value != each[0] for value in each)}
+  return {field: row for field, row in values.items() if any(value != row[0] for value in row)}
 
 
 def _known_before(protocol: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,9 +91,9 @@ def sections(suite: str, root: str | None, *, objectives: Collection[str], image
     raise UserError(f"no folder --data_root={root}; it should hold the data sets, each in a folder of its name")
   # A suite that was named is measured or refused. `paper` is all of them, of which a run may be trained for some.
   able = {task for task, row in tasks.TASKS.items() if suite != "paper" or row.fits(objectives)}
-  for task in sorted({each.task for each in SUITES[suite].values()} - able):
+  for task in sorted({benchmark.task for benchmark in SUITES[suite].values()} - able):
     logging.warning("%s is left out: the run's objectives are %s", task, ", ".join(objectives))
-  wanted = {name: each for name, each in SUITES[suite].items() if each.task in able}
+  wanted = {name: benchmark for name, benchmark in SUITES[suite].items() if benchmark.task in able}
   # Sets are large and few users have all twelve: those that lie there are measured.
   there = [name for name in wanted if find.is_there(folder, name)]
   missing = [name for name in wanted if name not in there]
@@ -152,7 +152,7 @@ def means(results: Mapping[str, Mapping[str, Any]]) -> Results:
   Of zero-shot classification the unweighted mean of each set's own metric, of retrieval that of recall@1 both ways. Its
   name is `mean_over_12`, or `mean_over_2`, if all the sets are there, whole; else `mean_of_k`.
   """
-  made: Results = {}
+  means_of_tasks: Results = {}
   for task, wanted in (("zero_shot", ZERO_SHOT12), ("retrieval", RETRIEVAL)):
     records = {name: results[task][name] for name in wanted if name in results.get(task, {})}
     if not records:
@@ -161,23 +161,23 @@ def means(results: Mapping[str, Mapping[str, Any]]) -> Results:
     whole = len(records) == len(wanted) and all(is_whole(name, record) for name, record in records.items())
     name = f"mean_over_{len(wanted)}" if whole else f"mean_of_{len(records)}"
     figures: dict[str, list[float]] = {}
-    for each, record in records.items():
+    for dataset, record in records.items():
       if task == "zero_shot":
         for suffix in ("", "_single_template"):
-          figures.setdefault(f"mean{suffix}", []).append(record["metrics"][f"{SETS[each].metric}{suffix}"])
+          figures.setdefault(f"mean{suffix}", []).append(record["metrics"][f"{SETS[dataset].metric}{suffix}"])
       else:
         ways = ("image_retrieval_recall@1", "text_retrieval_recall@1")
         figures.setdefault("mean_recall@1", []).extend(record["metrics"][way] for way in ways)
     first = next(iter(records.values()))
-    made[task] = {
+    means_of_tasks[task] = {
       name: make_record(
         dataset=name,
         model=first["model"],
         pretrained=first["pretrained"],
         task=first["task"],
         metrics={metric: float(np.mean(values)) for metric, values in figures.items()},
-        protocol={"sets": {each: record["protocol"]["num_images"] for each, record in records.items()}, "whole": whole},
+        protocol={"sets": {key: record["protocol"]["num_images"] for key, record in records.items()}, "whole": whole},
         provenance={**result_files.together(records.values()), "run": first.get("provenance", {}).get("run")},
       )
     }
-  return made
+  return means_of_tasks

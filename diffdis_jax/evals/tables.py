@@ -102,7 +102,7 @@ def table(by_name: Mapping[str, Results]) -> str:
 
 def _record(records: Mapping[str, Any], name: str) -> Any:
   """Return the record of a set, or of the mean over sets; None where there is none."""
-  return next((each for key, each in records.items() if is_mean(key)), None) if name == MEAN else records.get(name)
+  return next((record for key, record in records.items() if is_mean(key)), None) if name == MEAN else records.get(name)
 
 
 def _metrics(task: str, name: str, records: Any) -> Sequence[str]:
@@ -131,12 +131,12 @@ def _mark(task: str, name: str, by_name: Mapping[str, Results], notes: list[str]
   protocols = {
     title: results[task][name]["protocol"] for title, results in by_name.items() if name in results.get(task, {})
   }
-  found = []
+  lines = []
   for field, values in differences(protocols.values()).items():
     texts = [json.dumps(value) for value in values]
     # Models differ by nature. What one lacks is no other way of measuring: CLIP has no settings of denoising.
     if field not in OF_A_MODEL and len({*texts} - {"null"}) > 1:
       text = "; ".join(f"{title}: {value[:80]}" for title, value in zip(protocols, texts, strict=True))
-      found.append(f"- {task}, {name}, {field}: {text}")
-  notes += found
-  return " †" if found else ""
+      lines.append(f"- {task}, {name}, {field}: {text}")
+  notes += lines
+  return " †" if lines else ""

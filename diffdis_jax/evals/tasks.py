@@ -75,7 +75,7 @@ def get(task: str) -> Task:
 
 def settings_of(task: str) -> dict[str, dataclasses.Field[Any]]:
   """Return the settings of a task that a flag can give. Raises UserError: no such task."""
-  return {each.name: each for each in dataclasses.fields(get(task).evaluation) if _define(each)}
+  return {setting.name: setting for setting in dataclasses.fields(get(task).evaluation) if _define(setting)}
 
 
 def _kinds(setting: dataclasses.Field[Any]) -> list[str]:
@@ -97,8 +97,8 @@ def all_settings() -> list[str]:
 def define_flags(others: Mapping[str, dataclasses.Field[Any]] = types.MappingProxyType({})) -> None:
   """Define a flag for each setting, and for these `others`. It is None where it is not given; its help says what it is
   for each task."""
-  for name, each in others.items():
-    _define(each)(name, None, each.metadata["help"])
+  for name, setting in others.items():
+    _define(setting)(name, None, setting.metadata["help"])
   for name in all_settings():
     settings = {task: known[name] for task in TASKS if name in (known := settings_of(task))}
     helps: dict[str, list[str]] = {}
@@ -120,7 +120,7 @@ def check_objectives(what: str, task: str, objectives: Collection[str]) -> None:
 def check(task: str, **settings: Any) -> None:
   """Check the name and the settings of a task; no data are opened. Raises UserError: an unknown name, or a setting of
   another type."""
-  known = {each.name: each for each in dataclasses.fields(get(task).evaluation)}
+  known = {setting.name: setting for setting in dataclasses.fields(get(task).evaluation)}
   for name, value in settings.items():
     if name not in known:
       raise UserError(f"evaluation {task} has no setting {name!r}; {did_you_mean(name, known)}")
@@ -174,9 +174,9 @@ def of_config(sets: Mapping[str, Any], *, tasks: Sequence[str] | None) -> list[S
     if task not in own and lender in own:
       taken = {"data", *settings_of(task)}
       sections += [
-        Section(each.dataset, task, {name: value for name, value in each.settings.items() if name in taken})
-        for each in sections
-        if each.task == lender
+        Section(section.dataset, task, {name: value for name, value in section.settings.items() if name in taken})
+        for section in sections
+        if section.task == lender
       ]
     elif task not in own:
       raise UserError(f"the run's config has no data set for {task}, only for {', '.join(own)}; give --data, --split")
@@ -216,12 +216,10 @@ def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[S
   for name in settings:
     if not any(name in known for known in taken.values()):
       raise UserError(f"--{name} has no effect on these tasks; leave it out")
-  changed = [
-    dataclasses.replace(each, settings={**each.settings, **{n: settings[n] for n in settings if n in taken[each.task]}})
-    for each in sections
-  ]
+  own = lambda task: {name: value for name, value in settings.items() if name in taken[task]}
+  changed = [dataclasses.replace(section, settings={**section.settings, **own(section.task)}) for section in sections]
   # Statistics are of one set's real images. A second set would be compared with the first one's.
-  references = [each.settings["reference"] for each in changed if each.settings.get("reference")]
+  references = [section.settings["reference"] for section in changed if section.settings.get("reference")]
   if len(set(references)) < len(references):
     raise UserError(f"--reference={references[0]} is of one data set, and fid is measured on several; give --data")
   return changed

@@ -82,19 +82,17 @@ class ZeroShot(base.OfImages):
     one."""
     images = self.embed_images(inference, params)
     by_template = self._embed_classes(inference, params)
-    # The mean of unit vectors, normalised again, as CLIP builds its classifier of several templates.
-    mean = np.stack([by_template[template] for template in self.all_templates]).mean(axis=0)
-    metrics = self._measure(images, mean / np.linalg.norm(mean, axis=-1, keepdims=True))
+    of_all = prompts.mean_embedding(np.stack([by_template[template] for template in self.all_templates]))
+    metrics = self._measure(images, of_all)
     single = self._measure(images, by_template[self.single])
     return metrics | {f"{name}_single_template": value for name, value in single.items()}
 
   def _embed_classes(self, inference: Any, params: Mapping[str, Any]) -> dict[str, Float[np.ndarray, "k d"]]:
     # Classes whose names differ only beyond what is read are equal to the network.
-    prompts.warn_of_long(tuple(prompts.fill(self.single, name) for name in self.names), inference.max_length)
+    prompts.warn_of_long(tuple(prompts.of_classes([self.single], self.names)), inference.max_length)
     # The single template is often among the others, and is then embedded once.
     templates = [*dict.fromkeys((*self.all_templates, self.single))]
-    texts = [prompts.fill(template, name) for template in templates for name in self.names]
-    embedded = base.embed_texts(inference, params, texts)
+    embedded = base.embed_texts(inference, params, prompts.of_classes(templates, self.names))
     return dict(zip(templates, embedded.reshape(len(templates), len(self.names), -1), strict=True))
 
   def _measure(self, images: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "k d"]) -> dict[str, float]:

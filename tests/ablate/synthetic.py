@@ -1,4 +1,4 @@
-"""Plans of the tiny config, and files of results with known figures."""
+"""Make plans of the tiny config, and files of results with known figures."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ METRICS = {
 
 
 def base(name: str = "tiny") -> ConfigDict:
-  """Of each kind of base: the tiny shapes, the emoji, the paper's run with its evaluations."""
+  """Return a base of this kind: the tiny shapes, the emoji, or the paper's run with its evaluations."""
   arg = "imagenet=I,coco=C,flickr=F,fid=C,inception=W"
   return {"tiny": tiny.get_config, "emoji": emoji.get_config, "paper": lambda: diffdis_cc3m.get_config(arg)}[name]()
 
 
 def make_plan(config: ConfigDict | None = None, *, names: Sequence[str] = PAPER, seeds=(0, 1, 2), grid="") -> Plan:
-  """Of the tiny config and its autoencoder."""
+  """Return the plan of these tables, or of a grid, on the tiny config and its autoencoder."""
   config = config or base()
   fields = config.to_dict()
   asked = [tables.grid(grid, fields)] if grid else tables.choose(names, schedule=config.text_diffusion.schedule)
@@ -44,22 +44,15 @@ def make_plan(config: ConfigDict | None = None, *, names: Sequence[str] = PAPER,
 def write(
   folder: Folder, run: Run, figures: Mapping[str, float], *, without: Sequence[str] = (), **protocol: Any
 ) -> None:
-  """The results of a run: every metric of an evaluation is that of `figures`, or 0.5.
-
-  Args:
-    folder: of the ablation.
-    run: of a plan.
-    figures: data set -> its figure.
-    without: data sets that are not measured yet.
-    protocol: of all evaluations.
-  """
-  found: dict[str, dict[str, Any]] = {}
+  """Write the results of a run: every metric of a data set is its one of `figures`, or 0.5, and the data sets `without`
+  are not measured yet."""
+  results: dict[str, dict[str, Any]] = {}
   for name, section in run.evals.items():
     if name not in without:
       metrics = {metric: figures.get(name, 0.5) for metric in METRICS[section["task"]]}
       record = {"dataset": name, "model": "m", "pretrained": "p", "task": section["task"], "language": "en"}
       record |= {"metrics": metrics, "protocol": {"num_images": 64, "weights": run.name, **protocol}}
-      found.setdefault(section["task"], {})[name] = record
+      results.setdefault(section["task"], {})[name] = record
   path = pathlib.Path(folder.results(run))
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(found))
+  path.write_text(json.dumps(results))

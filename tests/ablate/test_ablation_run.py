@@ -1,18 +1,14 @@
-"""How runs are done: in which order, what happens to one that fails or is stopped, and what is waited for."""
+"""Test in which order runs are done, what happens to one that fails or is stopped, and what is waited for."""
 
 from __future__ import annotations
 
 import json
 import os
-import pathlib
 import signal
 import sys
 import threading
-import time
 
-import numpy as np
 import pytest
-from etils import epath
 
 from diffdis_jax import config as run_config
 from diffdis_jax.ablate import plan as planning
@@ -21,23 +17,20 @@ from diffdis_jax.ablate import tables
 from diffdis_jax.ablate.run import Folder, State, seconds_per_step
 from diffdis_jax.common import signals
 from diffdis_jax.errors import Interrupted, Preempted
-from diffdis_jax.parallel import processes
 from diffdis_jax.run import lock
 from tests import tiny
 from tests.ablate import synthetic
 from tests.ablate.synthetic import make_plan
-from tests.command_runs import ROOT
-from tests.interrupting import Terminal, is_alive, not_ignored
 
 
 @pytest.fixture
 def plan():
-  """An autoencoder, and two rows of one seed."""
+  """Plan an autoencoder, and two rows of one seed."""
   return make_plan(names=["4"], seeds=(0,))
 
 
 class Done:
-  """What has been done, instead of training: the state of every run."""
+  """Records what is done in the place of training, and gives the state of every run."""
 
   def __init__(self, folder: Folder, monkeypatch: pytest.MonkeyPatch):
     self.folder, self.trained, self.measured = folder, [], []
@@ -73,7 +66,7 @@ def test_the_autoencoder_is_trained_first_and_once(plan, done):
 
 
 def test_a_chain_is_trained_from_its_beginning(done):
-  """Autoencoder, generation, both; only what is a row is measured."""
+  """The autoencoder comes first, then generation, then both; only what is a row is measured."""
   fields = synthetic.base().to_dict()
   start = tables.Row(label="generation", changes={"objectives": ("generation",)}, measured=False)
   table = tables.Table(name="t", title="t", rows=(tables.Row(label="then both", changes={}, start=start),), base=None)
@@ -86,7 +79,7 @@ def test_a_chain_is_trained_from_its_beginning(done):
 
 
 def test_what_another_process_has_is_waited_for(plan, done, monkeypatch):
-  """Its training here, until it ends; what it has done is not done again."""
+  """Another process trains it here until it ends; what it has done is not done again."""
   monkeypatch.setattr(running, "PATIENCE", 0.01)
   first, *_ = plan.runs
   path, waits = done.folder.workdir(first), []
@@ -107,29 +100,16 @@ def script(lines: dict[int, str]):
 
 def test_one_that_fails_is_told_and_the_others_go_on(plan, tmp_path, caplog):
   folder = Folder(tmp_path)
-  said = "import sys; sys.stderr.write('step 1\\nerror: no such data\\nbye\\n'); sys.exit(2)"
-  code = running.run_all(plan, folder, script({1: said, 2: f"open({str(tmp_path / 'other')!r}, 'w')"}))
+  fails = "import sys; sys.stderr.write('step 1\\nerror: no such data\\nbye\\n'); sys.exit(2)"
+  code = running.run_all(plan, folder, script({1: fails, 2: f"open({str(tmp_path / 'other')!r}, 'w')"}))
   assert code == 2 and (tmp_path / "other").exists()
   assert folder.log(plan.runs[1]).read_text() == "step 1\nerror: no such data\nbye\n"
   assert (
     f"run 1, {plan.runs[1].name}: failed with code 2: no such data; log in {folder.log(plan.runs[1])}" in caplog.text
   )
   assert "1 of 3 runs failed" in caplog.text
-  assert running.run_all(plan, folder, script({1: said, 2: "raise SystemExit(1)"})) == 1
+  assert running.run_all(plan, folder, script({1: fails, 2: "raise SystemExit(1)"})) == 1
   assert folder.log(plan.runs[1]).read_text().count("no such data") == 2
-
-
-def test_a_failed_autoencoder_fails_what_starts_from_it(plan, tmp_path, caplog):
-  code = running.run_all(plan, Folder(tmp_path), script({0: "raise SystemExit(3)", 1: "assert False"}))
-  assert code == 1 and caplog.text.count(f"left out, since its start {plan.runs[0].name} failed") == 2
-  assert [path.name for path in (tmp_path / "logs").iterdir()] == [f"{plan.runs[0].name}.log"]
-
-
-def test_what_is_finished_is_left_alone(plan, done):
-  for run in plan.runs:
-    done.trained.append(done.folder.workdir(run))
-    done.measured.append(run.name)
-  assert running.run_all(plan, done.folder, script({n: "raise SystemExit(9)" for n in range(3)})) == 0
 
 
 def test_results_alone_are_a_finished_run(plan, tmp_path):
@@ -146,7 +126,7 @@ def test_results_alone_are_a_finished_run(plan, tmp_path):
 
 
 def test_a_start_that_no_row_needs_any_more_is_not_trained_again(plan, tmp_path):
-  """Where the results of all its rows are, whether or not its workdir is."""
+  """This holds where all its rows have results, whether or not its workdir is there."""
   folder, begun = Folder(tmp_path), tmp_path / "begun"
   synthetic.write(folder, plan.runs[1], {})
   lines = {number: f"open({str(begun)!r}, 'a').write('{number} ')" for number in range(3)}
@@ -155,17 +135,6 @@ def test_a_start_that_no_row_needs_any_more_is_not_trained_again(plan, tmp_path)
   synthetic.write(folder, plan.runs[2], {})
   assert running.run_all(plan, folder, script(lines)) == 0 and begun.read_text() == "0 2 "
   assert running.lines(plan, folder)[-1] == "3 runs, 3 finished"
-
-
-def test_of_several_processes_the_first_says_what_is_done(plan, tmp_path, monkeypatch):
-  """Where another one does not see yet what was written on another host."""
-  monkeypatch.setattr(processes, "is_first", lambda: False)
-  monkeypatch.setattr(processes, "from_first", lambda mine: np.uint8(1))
-
-  def fail(*_):
-    raise AssertionError("trained or measured again")
-
-  running.run(plan.runs[1], Folder(tmp_path), train=fail, measure=fail)
 
 
 def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
@@ -192,76 +161,6 @@ def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
   assert not Folder(tmp_path / "out").log(plan.runs[1]).exists()
 
 
-def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path, caplog):
-  begun, next_one = tmp_path / "begun", tmp_path / "next"
-  waits = f"import time; open({str(begun)!r}, 'w')\nwhile True:\n  time.sleep(0.01)"
-  lines = {1: waits, 2: f"open({str(next_one)!r}, 'w')"}
-  caplog.set_level("INFO")
-
-  def interrupt():
-    while not begun.exists():
-      threading.Event().wait(0.01)
-    os.kill(os.getpid(), signal.SIGINT)
-
-  threading.Thread(target=interrupt).start()
-  begin = time.monotonic()
-  with not_ignored(), pytest.raises(Interrupted):
-    running.run_all(plan, Folder(tmp_path / "out"), script(lines))
-  assert time.monotonic() - begin < 30 and not next_one.exists()
-  assert "run 1 of 0 to 2: " in caplog.text and "run 2 of 0 to 2: " not in caplog.text
-
-
-# A run's process, which a terminal's Ctrl-C and the SIGTERM of its parent both reach. It saves once.
-SAVING = """
-import os, pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1])
-def save(*_):
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
-  time.sleep(0.5)
-  (folder / f"saved.{os.getpid()}").touch()
-  os._exit(130)
-for number in (signal.SIGINT, signal.SIGTERM):
-  signal.signal(number, save)
-(folder / f"begun.{os.getpid()}").touch()
-while True:
-  time.sleep(1)
-"""
-ALL = """
-import pathlib, sys
-from absl import flags
-from diffdis_jax.common import cli
-from diffdis_jax.ablate import run
-from tests.ablate.synthetic import make_plan
-
-FOLDER = flags.DEFINE_string("folder", "", "")
-
-def main(_):
-  folder, plan = pathlib.Path(FOLDER.value), make_plan(names=["4"], seeds=(0,))
-  command = lambda number: [sys.executable, "-IS", str(folder / "saving.py"), str(folder)]
-  sys.exit(run.run_all(plan, run.Folder(folder / "out"), command))
-
-if __name__ == "__main__":
-  cli.run(main)
-"""
-
-
-@pytest.mark.slow
-def test_ctrl_c_in_a_terminal_lets_the_run_save(tmp_path):
-  (tmp_path / "saving.py").write_text(SAVING)
-  (tmp_path / "all.py").write_text(ALL)
-  command = [sys.executable, str(tmp_path / "all.py"), f"--folder={tmp_path}", "--quiet"]
-  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-  with Terminal(command, environment, tmp_path / "stderr") as terminal:
-    terminal.wait_until(lambda: len([*tmp_path.glob("begun.*")]) == 1)
-    terminal.ctrl_c()
-    assert terminal.end(seconds=20) == 130
-    (line,) = terminal.said.splitlines()
-    assert "a second Ctrl-C ends it at once" in line
-  assert len([*tmp_path.glob("saved.*")]) == 1
-  assert not any(is_alive(path.suffix[1:]) for path in tmp_path.glob("begun.*"))
-
-
 @pytest.mark.parametrize("code, cause", [(75, Preempted), (130, Interrupted)])
 def test_a_run_that_was_stopped_ends_all(plan, tmp_path, code, cause):
   with pytest.raises(Preempted) as error:
@@ -270,10 +169,10 @@ def test_a_run_that_was_stopped_ends_all(plan, tmp_path, code, cause):
 
 
 def test_seconds_of_a_step(tmp_path):
-  """Lines of 2 and 4 steps a second, as many steps each: 0.375 s. Evaluations and a line cut off say nothing."""
-  assert seconds_per_step(epath.Path(tmp_path)) is None
+  """Lines of 2 and 4 steps a second, as many steps each, are 0.375 s. Evaluations and a line cut off say nothing."""
+  assert seconds_per_step(str(tmp_path)) is None
   lines = [{"step": 4, "steps_per_sec": 2.0}, {"step": 4, "test/acc1": 1.0}, {"step": 8, "steps_per_sec": 4.0}]
   lines.append({"step": 9, "steps_per_sec": None})
   text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 12, "steps_p'
-  (pathlib.Path(tmp_path) / "metrics.jsonl").write_text(text)
-  assert seconds_per_step(epath.Path(tmp_path)) == 0.375
+  (tmp_path / "metrics.jsonl").write_text(text)
+  assert seconds_per_step(str(tmp_path)) == 0.375

@@ -1,4 +1,4 @@
-"""Stand-ins for a trained model and for a data set."""
+"""Provide stand-ins for a trained model and for a data set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def word_vector(word: str, width: int = 64) -> np.ndarray:
 
 
 class Source:
-  """Records whose image is painted in one grey value, the number of its label."""
+  """Gives records whose image is painted in one grey value, the number of its label."""
 
   def __init__(self, labels, captions=None, **fields):
     self.records = [
@@ -90,7 +90,7 @@ class Cheat(Inference):
 
 @pytest.fixture
 def use(monkeypatch):
-  """use(train=Source, test=Source): the data sets that `sources.open_source` finds, by split."""
+  """Replace the data sets that `sources.open_source` finds, by split: use(train=Source, test=Source)."""
 
   def patch(**by_split):
     monkeypatch.setattr(sources, "open_source", lambda *, split: by_split[split])

@@ -1,4 +1,4 @@
-"""Rendered shapes with their judge."""
+"""Test the judge of rendered shapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffdis_jax.evals import tasks as evals
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_well() -> Iterator[None]:
-  """The judge's training takes longer than its compiling."""
+  """Optimise programs, since the judge's training takes longer than its compiling."""
   quick = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", False)
   yield
@@ -26,7 +26,7 @@ def compiled_well() -> Iterator[None]:
 
 
 class Renderer:
-  """A generator that really renders what the prompt says, or what `instead` makes of it."""
+  """Renders what the prompt says, or what `instead` makes of it."""
 
   image_size = 32
   max_length = 16
@@ -83,20 +83,3 @@ def test_a_bad_classifier_is_no_judge(monkeypatch):
   monkeypatch.setattr(generation_accuracy, "train_on_shapes", few)
   with pytest.raises(UserError, match="of real renders, below 98%"):
     evals.create("generation_accuracy", classifier_steps=2).run(Renderer(), {})
-
-
-def test_other_sizes_come_to_the_judge_at_its_own():
-  assert generation_accuracy.render(image_size=64, num_images=3, seed=0).shape == (3, 32, 32, 3)
-
-
-@pytest.mark.parametrize(
-  ("settings", "message"),
-  [
-    ({"data": {"split": "train"}}, "has no setting 'data'"),
-    ({"per_class": 0}, "per_class is 0; it must be at least 1"),
-    ({"template": "an icon"}, "an icon"),
-  ],
-)
-def test_wrong_settings_are_refused(settings, message):
-  with pytest.raises(UserError, match=message):
-    evals.create("generation_accuracy", **settings)

@@ -15,9 +15,7 @@ from diffdis_jax.config import Run
 from diffdis_jax.config import sections as stages
 from diffdis_jax.data import shapes_lt
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, results, tables
-from diffdis_jax.evals import tasks as evals
+from diffdis_jax.evals import base
 from diffdis_jax.evals.long_tail import GROUPS, LongTail
 from diffdis_jax.parallel import sharding
 from diffdis_jax.training import anchors
@@ -120,36 +118,6 @@ def test_groups_go_by_training_images(measured):
   assert metrics["acc"] != metrics["acc_summed"] and metrics["acc_visual"] < metrics["acc_summed"]
 
 
-def test_a_backbone_alone_has_three_figures():
-  evaluation = LongTail(data=DATA, crop_pct=1.0)
-  metrics = evaluation.run(Inference(evaluation.labels, head=False), {})
-  assert {"image_acc", "text_acc", "knn_acc", "knn_acc_low"} <= metrics.keys()
-  assert not [name for name in metrics if name.startswith("acc")]
-
-
-def test_the_table_has_the_papers_layout(measured):
-  evaluation, inference, metrics = measured
-  record = results.make_record(
-    dataset="test",
-    model="m",
-    pretrained="run",
-    task="long_tail",
-    metrics=metrics,
-    protocol=evaluation.protocol(inference),
-    provenance={},
-  )
-  first_stage = {**record, "metrics": {name: value for name, value in metrics.items() if not name.startswith("acc")}}
-  table = tables.table({"one": {"long_tail": {"test": record}}, "two": {"long_tail": {"test": first_stage}}})
-  rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in table.splitlines() if line.startswith("| long_tail")}
-  shown = [f"{100 * metrics[name]:.2f}" for name in ("image_acc", "text_acc", "knn_acc", "acc")]
-  names = ("image_acc", "text_acc", "knn_acc", "acc", "acc_many", "acc_median", "acc_low")
-  assert [*rows] == [f"| long_tail, test, {name}" for name in names]
-  found = [*rows.values()]
-  assert [row[0] for row in found[:4]] == shown and [row[1] for row in found] == [*shown[:3], *"––––"]
-  assert [row[2] for row in found[:4]] == ["37.0", "52.5", "40.5", "44.4"]
-  assert [row[3] for row in found[:4]] == ["31.4 |", "38.1 |", "35.5 |", "40.5 |"] and found[4][2] == "–"
-
-
 def test_anchors_leave_distractors_out(tmp_path):
   """By the linear loss fewer of them are kept than the 40 of 140 that chance keeps."""
   config = tiny_lt.get_config("stage=2")
@@ -170,24 +138,3 @@ def test_anchors_leave_distractors_out(tmp_path):
     sentences = [one["sentence"] for one in own]
     shares.append(1 - np.mean([f"{colour} {shape}" in one or one in about for one in sentences]))
   assert np.mean(shares) < 0.5 * 40 / 140
-
-
-def test_a_class_without_images_or_of_another_number():
-  config = tiny_lt.get_config("stage=2")
-  config.model.head.classes = 65
-  with pytest.raises(UserError, match="model.head.classes is 65, and the text corpus has 64 classes"):
-    anchors.Selection(Run.of(config))
-
-
-@pytest.mark.parametrize(
-  "settings, message",
-  [
-    (dict(data=dict(DATA, name="shapes")), "task long_tail is measured on shapes_lt, places_lt, imagenet_lt"),
-    (dict(data=DATA, crop_pct=0.0), "crop_pct is 0.0"),
-    (dict(data=DATA, visual_share=1.5), "visual_share is 1.5"),
-    (dict(data=DATA, neighbours=0), "neighbours is 0"),
-  ],
-)
-def test_settings_that_measure_nothing(settings, message):
-  with pytest.raises(UserError, match=message):
-    evals.create("long_tail", **settings)

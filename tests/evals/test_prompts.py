@@ -50,17 +50,6 @@ def test_names_compare_without_underscores_and_case():
   assert prompts.comparable("polar-bear") != prompts.comparable("polar bear")
 
 
-def test_an_accent_may_be_a_character_of_its_own():
-  """As in names of folders that come from macOS; a list of names has it otherwise, and both are one text to the
-  network."""
-  assert prompts.comparable("cafe\u0301") == prompts.comparable("Caf\u00e9")
-
-
-def test_duplicates_are_named():
-  found = prompts.repeated_names(["crane", "cat", "maillot", "crane", "maillot"])
-  assert prompts.listed(found) == "'crane', 'maillot'"
-
-
 @pytest.mark.parametrize("template", ["a photo", 3])
 def test_template_without_a_place(template):
   with pytest.raises(UserError, match=f"{template!r} has no place"):

@@ -1,4 +1,4 @@
-"""Whether e_t is read: networks of which it is known, and zero_shot's figure of the same run."""
+"""Test whether e_t is read, with networks of which it is known, and compare with zero_shot's figure of the same run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from scipy import special
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts, query_use
 from diffdis_jax.evals.zero_shot import ZeroShot
 from diffdis_jax.method.diffdis import DiffDis
@@ -37,17 +36,17 @@ def measure(run):
 
 def test_a_network_that_gives_back_what_it_reads(measure, monkeypatch):
   monkeypatch.setattr(DiffDis, "discrimination", lambda self, *, e_t, t_e, z, t_z, c_null: e_t)
-  found = measure()
+  metrics = measure()
   for t in query_use.AT:
     for length in (0.3, 1, 3):
-      assert found[f"acc1_true_{length:g}_t{t}"] == 1 and found[f"acc1_wrong_{length:g}_t{t}"] == 0
-  assert found["acc1_by_input"] == 1 and abs(found["cosine_of_two_draws"]) < 0.2
+      assert metrics[f"acc1_true_{length:g}_t{t}"] == 1 and metrics[f"acc1_wrong_{length:g}_t{t}"] == 0
+  assert metrics["acc1_by_input"] == 1 and abs(metrics["cosine_of_two_draws"]) < 0.2
 
 
 def test_the_loss_is_the_cross_entropy_of_training_s_e_t(measure, run, monkeypatch):
-  """Where the network gives back e_t, as if it were the data: of γ √ᾱ e + √(1 − ᾱ) ε, unit length."""
+  """The network gives back e_t = γ √ᾱ e + √(1 − ᾱ) ε as if it were the data, at unit length."""
   monkeypatch.setattr(DiffDis, "discrimination", lambda self, *, e_t, t_e, z, t_z, c_null: e_t)
-  found, settings = measure(), run_config.load(run)
+  metrics, settings = measure(), run_config.load(run)
   assert settings.text_diffusion.target == "data"
   model, params = inference.load(run, batch_size=32)
   task = query_use.QueryUse(data=few(run), num_images=32)
@@ -60,7 +59,7 @@ def test_the_loss_is_the_cross_entropy_of_training_s_e_t(measure, run, monkeypat
     e_t = settings.text_diffusion.gamma * np.sqrt(alpha_bar[t]) * e[task.labels] + np.sqrt(1 - alpha_bar[t]) * epsilon
     logits = np.exp(float(params["logit_scale"])) * (e_t / np.linalg.norm(e_t, axis=1, keepdims=True)) @ e.T
     expected = special.logsumexp(logits, axis=1) - logits[np.arange(32), task.labels]
-    assert found[f"loss_noised_t{t}"] == pytest.approx(expected.mean(), rel=1e-4)
+    assert metrics[f"loss_noised_t{t}"] == pytest.approx(expected.mean(), rel=1e-4)
 
 
 def test_a_network_that_reads_the_image_alone(measure, monkeypatch):
@@ -69,20 +68,13 @@ def test_a_network_that_reads_the_image_alone(measure, monkeypatch):
     return jnp.resize(flat, (len(z), e_t.shape[1])) + 0.1
 
   monkeypatch.setattr(DiffDis, "discrimination", encoder)
-  found = measure()
-  assert found["acc1_by_input"] == 0 and found["cosine_of_two_draws"] == pytest.approx(1, abs=1e-5)
-  assert len({round(value, 6) for name, value in found.items() if name.startswith("acc1_") and "by" not in name}) == 1
-  assert np.ptp([value for name, value in found.items() if name.startswith("loss_")]) < 1e-5
+  metrics = measure()
+  assert metrics["acc1_by_input"] == 0 and metrics["cosine_of_two_draws"] == pytest.approx(1, abs=1e-5)
+  assert len({round(value, 6) for name, value in metrics.items() if name.startswith("acc1_") and "by" not in name}) == 1
+  assert np.ptp([value for name, value in metrics.items() if name.startswith("loss_")]) < 1e-5
 
 
 @pytest.mark.slow
 def test_noise_at_the_last_timestep_is_zero_shots_figure(measure):
-  found, expected = measure(), measure(ZeroShot)["acc1_single_template"]
-  assert found["acc1_noise_t999"] == found["acc1_steps_1"] == expected
-
-
-def test_it_needs_a_denoised_query(run, monkeypatch):
-  model, params = inference.load(run, batch_size=32)
-  monkeypatch.setattr(type(model.network), "is_clip", True)
-  with pytest.raises(UserError, match="query_use measures discrimination"):
-    query_use.QueryUse(data=few(run), num_images=32).run(model, params)
+  metrics, expected = measure(), measure(ZeroShot)["acc1_single_template"]
+  assert metrics["acc1_noise_t999"] == metrics["acc1_steps_1"] == expected

@@ -28,21 +28,6 @@ def test_every_pixel_of_every_image_is_in_the_grid(tmp_path, size):
     assert (below < 128).any() and below.shape[0] >= samples.LINE_HEIGHT
 
 
-def test_captions_wrap_within_their_tile_and_are_cut_with_dots():
-  font = samples.ImageFont.load_default(samples.FONT_SIZE)
-  for caption in ("a red star", "a small purple crescent on the left on a light grey background, " * 3, "w" * 100):
-    lines = samples.wrap(caption, font, 128)
-    assert len(lines) <= samples.MAX_LINES and all(font.getlength(line) <= 128 for line in lines)
-    shown, whole = "".join(lines).removesuffix("...").replace(" ", ""), caption.replace(" ", "")
-    assert shown and whole.startswith(shown) and (shown == whole or lines[-1].endswith("..."))
-  assert samples.wrap("a red star", font, 128) == ["a red star"]
-
-
-def test_an_empty_caption_and_few_images():
-  images, _ = checkers(2)
-  assert samples.draw_grid(images, ["", ""], columns=8).width == 2 * (128 + samples.GAP) + samples.GAP
-
-
 def test_counts_must_agree(tmp_path):
   images, captions = checkers(3)
   with pytest.raises(ValueError, match="3 images and 2 captions"):

@@ -1,4 +1,4 @@
-"""The alignment transformer against PyTorch's own transformer layers in float64."""
+"""Compare the alignment transformer with PyTorch's own transformer layers in float64."""
 
 from __future__ import annotations
 

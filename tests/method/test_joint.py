@@ -1,4 +1,4 @@
-"""Two batches as one, and the fusion block on one of them."""
+"""Test two batches as one, and the fusion block on one of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffdis_jax.method import joint
 
 def test_pairs_keep_the_rows_of_each_part_together():
   first, second = jnp.arange(12).reshape(6, 2), 100 + jnp.arange(12).reshape(6, 2)
-  both = joint.pair(first, second, 3)
-  assert both[:, 0].tolist() == [0, 2, 100, 102, 4, 6, 104, 106, 8, 10, 108, 110]
-  for found, expected in zip(joint.unpair(both, 3), (first, second), strict=True):
-    np.testing.assert_array_equal(found, expected)
+  joined = joint.pair(first, second, 3)
+  assert joined[:, 0].tolist() == [0, 2, 100, 102, 4, 6, 104, 106, 8, 10, 108, 110]
+  for part, expected in zip(joint.unpair(joined, 3), (first, second), strict=True):
+    np.testing.assert_array_equal(part, expected)

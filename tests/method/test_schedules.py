@@ -1,8 +1,7 @@
-"""Schedules against diffusers, and the forward process against float64."""
+"""Compare schedules with diffusers, and the forward process with float64."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,28 +31,14 @@ def test_betas_and_alpha_bar_equal_diffusers(name, scheduler):
   assert len(ours.betas) == 1000
 
 
-def test_ends_of_the_schedules():
-  """scaled_linear and linear share their ends and differ between; cosine's last beta is capped."""
-  scaled, linear, cosine = (schedules.noise_schedule(n) for n in ("scaled_linear", "linear", "cosine"))
-  np.testing.assert_allclose(scaled.betas[[0, -1]], [0.00085, 0.012])
-  np.testing.assert_allclose(linear.betas[[0, -1]], [0.00085, 0.012])
-  assert np.all(scaled.betas[1:-1] < linear.betas[1:-1])
-  assert cosine.betas[-1] == 0.999 and np.all(cosine.betas[:-1] < 0.999)
-
-
 @pytest.mark.parametrize("name", steps.ALPHA_BAR)
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_weights_equal_their_definition(name, gamma):
-  """In float64: 1 where the image is noisier than γ, and γ / SNR where it is not."""
+  """The weight is 1 where the image is noisier than γ, and γ / SNR where it is not, in float64."""
   weights = schedules.min_snr_weights(schedules.noise_schedule(name), jnp.arange(1000), gamma=gamma)
   want = [min(a / (1 - a), gamma) / (a / (1 - a)) for a in steps.ALPHA_BAR[name].tolist()]
   np.testing.assert_allclose(weights, want, rtol=1e-6)
   assert weights[0] < 0.01 and weights[-1] == 1.0 and weights.dtype == jnp.float32
-
-
-def test_unknown_schedule_lists_the_known():
-  with pytest.raises(UserError, match="'sigmoid'.*scaled_linear, linear, cosine"):
-    schedules.noise_schedule("sigmoid")
 
 
 def test_leading_equals_diffusers_at_every_step_count():
@@ -76,12 +61,6 @@ def test_trailing_equals_diffusers_at_every_step_count():
     np.testing.assert_array_equal(ours.t_prev[:-1], ours.t[1:])
 
 
-@pytest.mark.parametrize("spacing, n", [("leading", 0), ("leading", 1000), ("trailing", 0), ("trailing", 1001)])
-def test_impossible_step_counts(spacing, n):
-  with pytest.raises(UserError, match=f"{n} sampling steps"):
-    {"leading": schedules.leading, "trailing": schedules.trailing}[spacing](n)
-
-
 @pytest.mark.parametrize("name", DIFFUSERS_NAMES)
 def test_add_noise_equals_diffusers(name):
   theirs = DDIMScheduler()
@@ -96,7 +75,7 @@ def test_add_noise_equals_diffusers(name):
 @pytest.mark.parametrize("gamma", [1.0, 0.3])
 @pytest.mark.parametrize("name", DIFFUSERS_NAMES)
 def test_the_inverse_undoes_add_noise(name, gamma):
-  """Against float64, and to what f32 leaves of a signal scaled by γ √ᾱ."""
+  """Compare with float64, up to what f32 leaves of a signal scaled by γ √ᾱ."""
   schedule, process = schedules.noise_schedule(name), TextDiffusion(schedule=name, target="noise", gamma=gamma)
   x0, noise, t = jnp.asarray(_normal(2)), jnp.asarray(_normal(3)), jnp.asarray(T0)
   x_t = schedules.add_noise(process, x0, noise=noise, t=t)
@@ -115,13 +94,3 @@ def test_to_data_reads_both_targets():
     np.testing.assert_allclose(schedules.to_data(process, x_t, prediction=prediction, t=t), x0, atol=1e-5)
   with pytest.raises(UserError, match="'epsilon'.*data, noise"):
     TextDiffusion(target="epsilon")
-
-
-def test_forward_process_under_jit_and_at_any_rank():
-  schedule = schedules.noise_schedule("scaled_linear")
-  add = jax.jit(lambda x, noise, t: schedules.add_noise(ImageDiffusion(), x, noise=noise, t=t))
-  for shape in ((4,), (4, 5), (4, 2, 2, 3)):
-    x0, noise = jnp.asarray(_normal(6, shape)), jnp.asarray(_normal(7, shape))
-    for i, t in enumerate(T0):
-      a, s = np.sqrt(schedule.alpha_bar[t]), np.sqrt(1 - schedule.alpha_bar[t])
-      np.testing.assert_allclose(add(x0, noise, jnp.asarray(T0))[i], a * x0[i] + s * noise[i], atol=1e-6)

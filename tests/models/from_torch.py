@@ -1,4 +1,4 @@
-"""Weights of the PyTorch implementations (diffusers, transformers) as our parameters."""
+"""Take weights of the PyTorch implementations (diffusers, transformers) as our parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffdis_jax.interop import mapping
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-  """Norms that are not the identity, biases that are not zero, weights that keep outputs near unit scale."""
+  """Make norms that are not the identity, biases that are not zero, and weights that keep outputs near unit scale."""
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, parameter in module.named_parameters():
@@ -26,7 +26,7 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def to_ours(module: torch.nn.Module, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Values of `shapes`' parameters from `module`; every parameter of `module` is used."""
+  """Return the values of `shapes`' parameters from `module`; every parameter of `module` is used."""
   values = {name: value.detach().numpy() for name, value in module.named_parameters()}
   entries = [mapping.from_path(path) for path in shapes]
   # In memory transformers 5 has no such prefix.

@@ -1,4 +1,4 @@
-"""Small networks with random parameters, for the tests of models/."""
+"""Make small networks with random parameters, for the tests of models/."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUERY_WIDTH = 16
 
 
 def tiny_model(**changes: Any) -> dict[str, Any]:
-  """A `model` section with three levels, attention at the first two, in Stable Diffusion's arrangement."""
+  """Return a `model` section with three levels, attention at the first two, in Stable Diffusion's arrangement."""
   model = tiny.get_config().model
   model.unet.update(widths=(8, 16, 24), attention=(True, True, False))
   model.text_encoder.update(vocab_size=99, bos_id=97, eos_id=98, depth=2)
@@ -33,7 +33,7 @@ def tiny_model(**changes: Any) -> dict[str, Any]:
 
 
 def random_params(shapes: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
-  """Outputs of each layer stay near unit scale; no norm is the identity, no bias is zero."""
+  """Return parameters that keep outputs of each layer near unit scale; no norm is the identity, no bias is zero."""
   rng = np.random.default_rng(seed)
   params = {}
   for path, leaf in shapes.items():
@@ -48,7 +48,7 @@ def random_params(shapes: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]
 
 @dataclasses.dataclass
 class Network:
-  """A module as pure functions of its flat parameters."""
+  """Holds a module as pure functions of its flat parameters."""
 
   graphdef: nnx.GraphDef
   abstract: nnx.State
@@ -62,7 +62,7 @@ class Network:
     return flatten(self.abstract)
 
   def pure(self, f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f(module, ...)` to a function of (params, ...)."""
+    """Turn `f(module, ...)` into a function of (params, ...)."""
     return lambda params, *args, **kwargs: f(merge(self.graphdef, self.abstract, params), *args, **kwargs)
 
   def jit(self, f: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,14 +74,15 @@ def diffdis(objectives: tuple[str, ...] = BOTH, **changes: Any) -> Network:
 
 
 def builder(model: Mapping[str, Any], objectives: Sequence[str]) -> Callable[[nnx.Rngs], nnx.Module]:
-  """A function from rngs to the network of a `model` section."""
+  """Return a function from rngs to the network of a `model` section."""
   return functools.partial(
     build.build_diffdis, read_section(Model, ConfigDict(model).to_dict(), "model"), tuple(objectives)
   )
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-  """Largest deviation as a part of the largest magnitude, of finite numbers: Python's `max` passes over a NaN."""
+  """Return the largest deviation as a part of the largest magnitude, of finite numbers: Python's `max` passes over a
+  NaN."""
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   assert actual.shape == expected.shape
   assert np.isfinite(actual).all() and np.isfinite(expected).all()

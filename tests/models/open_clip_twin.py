@@ -1,4 +1,4 @@
-"""open_clip's CLIP of the same sizes as ours, and its parameters in our layout."""
+"""Make open_clip's CLIP of the same sizes as ours, and its parameters in our layout."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from diffdis_jax.interop.tensor_files import Tensor
 
 
 def make(model: ConfigDict) -> CLIP:
-  """Of a config's `model` section, with fresh parameters."""
-  said = openclip.write_config(model.to_dict())["model_cfg"]
-  vision, text = CLIPVisionCfg(**said["vision_cfg"]), CLIPTextCfg(**said["text_cfg"])
-  return CLIP(said["embed_dim"], vision, text, quick_gelu=said["quick_gelu"])
+  """Make the model of a config's `model` section, with fresh parameters."""
+  config = openclip.write_config(model.to_dict())["model_cfg"]
+  vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
+  return CLIP(config["embed_dim"], vision, text, quick_gelu=config["quick_gelu"])
 
 
 def to_ours(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-  """Named parameters, or their gradients, by our paths and in our layout."""
+  """Return named parameters, or their gradients, by our paths and in our layout."""
   arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
   unread = {name: Tensor(x.shape, lambda x=x: x) for name, x in arrays.items()}
   params = {}
@@ -33,6 +33,6 @@ def to_ours(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def to_theirs(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The inverse, where q, k and v are one array."""
+  """Invert `to_ours`, where q, k and v are one array."""
   entries = {path: mapping.from_path(path, mapping.CLIP) for path in params}
   return openclip.restore({entry.name: entry.to_theirs(np.asarray(params[path])) for path, entry in entries.items()})

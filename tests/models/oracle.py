@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 
 class Weights:
-  """Parameters below `prefix`, in float64, and the few functions of them that are needed."""
+  """Holds parameters below `prefix`, in float64, and the few functions of them that are needed."""
 
   def __init__(self, params: Mapping[str, np.ndarray], prefix: str):
     below = {path.removeprefix(prefix): value for path, value in params.items() if path.startswith(prefix)}
@@ -46,7 +46,7 @@ def fused_block(
   share_attention: bool,
   modality_ffn: bool,
 ) -> tuple[Tensor, Tensor]:
-  """Image features [b c h w] and h_e after one block. `u` is h_e + e_t + Embedder(t_e)."""
+  """Return image features [b c h w] and h_e after one block. `u` is h_e + e_t + Embedder(t_e)."""
   block = image_block.transformer_blocks[0]
   image = image_block.proj_in(image_block.norm(x)).flatten(2).transpose(1, 2)
   tokens = torch.cat([text.linear("fc_in", u)[:, None], image], dim=1)
@@ -57,8 +57,8 @@ def fused_block(
   else:
     mixed = []
     for name, image_weights in (("q", block.attn1.to_q), ("k", block.attn1.to_k), ("v", block.attn1.to_v)):
-      both = torch.cat([text.linear(f"attn.{name}", normed[:, :1]), image_weights(normed[:, 1:])], dim=1)
-      mixed.append(both.unflatten(-1, (num_heads, -1)).transpose(1, 2))
+      joined = torch.cat([text.linear(f"attn.{name}", normed[:, :1]), image_weights(normed[:, 1:])], dim=1)
+      mixed.append(joined.unflatten(-1, (num_heads, -1)).transpose(1, 2))
     heads = F.scaled_dot_product_attention(*mixed).transpose(1, 2).flatten(2)
     attended = torch.cat([text.linear("attn.out", heads[:, :1]), block.attn1.to_out[0](heads[:, 1:])], dim=1)
   tokens = tokens + attended
@@ -77,7 +77,7 @@ def fused_block(
 def alignment(
   weights: Weights, *, h_e: Tensor, features: Tensor, depth: int, num_heads: int, spatial_pool: int = 0
 ) -> Tensor:
-  """ê_0 from the hidden text query and the middle feature map [b c h w]."""
+  """Return ê_0 from the hidden text query and the middle feature map [b c h w]."""
   of_map = 0.0
   if spatial_pool:
     normed = weights.layer_norm("map_norm", features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -125,7 +125,8 @@ def discrimination(
   alignment_depth: int,
   alignment_heads: int,
 ) -> Tensor:
-  """Down path and middle, the text token beside the image from the first attention block on, then the alignment."""
+  """Run the down path and the middle, the text token beside the image from the first attention block on, then the
+  alignment."""
   time = Weights(params, "text_stream.").embed_time(t_e)
   temb = unet.time_embedding(unet.time_proj(t_z).double())
   h, h_e, index = unet.conv_in(z), torch.zeros_like(e_t), 0

@@ -1,4 +1,4 @@
-"""How CLIP starts, against open_clip: spread and shape of each kind of parameter."""
+"""Compare how CLIP starts with open_clip: spread and shape of each kind of parameter."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ SEEDS = 3
 
 
 def pooled(draws: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """All numbers of each kind of parameter, over seeds and layers."""
-  found = defaultdict(list)
+  """Return all numbers of each kind of parameter, over seeds and layers."""
+  values = defaultdict(list)
   for params in draws:
     for path, value in params.items():
-      found[re.sub(r"\d+", "#", path)].append(np.ravel(value))
-  return {kind: np.concatenate(values) for kind, values in found.items()}
+      values[re.sub(r"\d+", "#", path)].append(np.ravel(value))
+  return {kind: np.concatenate(values) for kind, values in values.items()}
 
 
 def check(config: ConfigDict, theirs: list[Mapping[str, np.ndarray]], *, least: float) -> None:
-  """Equal deviations up to `least` or what chance explains, and uniform where theirs is."""
+  """Check that deviations are equal up to `least` or what chance explains, and uniform where theirs are."""
   network = network_of(config)
   initialise = jax.jit(network.initialise)
   ours = pooled([initialise(jax.random.key(seed)) for seed in range(len(theirs))])
@@ -58,19 +58,6 @@ def test_each_kind_of_parameter_starts_as_in_open_clip():
     torch.manual_seed(seed)
     theirs.append(open_clip_twin.to_ours(dict(open_clip_twin.make(config.model).named_parameters())))
   check(config, theirs, least=0.02)
-
-
-def test_second_token_vectors_start_at_nothing():
-  config = tiny_clip.get_config()
-  config.model.text_encoder.token_embedding_weight = 8.0
-  params = network_of(config).initialise(jax.random.key(0))
-  assert not params["text_encoder.query_tokens.embedding"].any() and params["text_encoder.tokens.embedding"].any()
-
-
-def test_every_parameter_draws_with_a_key_of_its_own():
-  params = network_of(tiny_clip.get_config()).initialise(jax.random.key(0))
-  drawn = [tuple(np.ravel(value)[:4].tolist()) for path, value in params.items() if path.endswith("kernel")]
-  assert len(set(drawn)) == len(drawn)
 
 
 @pytest.mark.full

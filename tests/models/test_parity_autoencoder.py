@@ -1,4 +1,4 @@
-"""Our autoencoder against diffusers' AutoencoderKL, same weights."""
+"""Compare our autoencoder with diffusers' AutoencoderKL, with the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our UNet against diffusers' UNet2DConditionModel in Stable Diffusion v1's arrangement, same weights."""
+"""Compare our UNet with diffusers' UNet2DConditionModel in Stable Diffusion v1's arrangement, with the same weights."""
 
 from __future__ import annotations
 

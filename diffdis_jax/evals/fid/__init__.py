@@ -76,7 +76,7 @@ class Fid(base.Evaluation):
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """Return how `run` measures. What is known of the reference and of KID only afterwards is there after the run."""
-    made, network = self.real, inference.network
+    real, network = self.real, inference.network
     return {
       **inference.generation_protocol,
       "sampler": "ddim",
@@ -90,9 +90,9 @@ class Fid(base.Evaluation):
       "reference": provenance.public(
         {
           "name": self.reference or str(self.data.get("path") or self.data.get("name")),
-          "sha256": made and made.sha256,
-          "num_images": made and made.gaussian.count,
-          "protocol": made.protocol if made else self._reference_protocol(inference.image_size),
+          "sha256": real and real.sha256,
+          "num_images": real and real.gaussian.count,
+          "protocol": real.protocol if real else self._reference_protocol(inference.image_size),
         }
       ),
       "kid_subsets": distances.SUBSETS,
@@ -177,11 +177,11 @@ class Fid(base.Evaluation):
     def keep() -> None:
       features, how = np.concatenate(parts), self._reference_protocol(image_size)
       how["num_images"] = len(features)
-      made = reference.Reference(distances.gaussian(features), features, how)
+      statistics = reference.Reference(distances.gaussian(features), features, how)
       if self.reference:
-        reference.write(self.reference, made)
+        reference.write(self.reference, statistics)
         logging.info("statistics of %d real images in %s", len(features), self.reference)
-      self.real = made
+      self.real = statistics
 
     processes.on_first(keep)
 

@@ -81,12 +81,12 @@ def kernel(
     raise UserError(f"{len(x)} and {len(y)} images: KID takes at least 2 of each")
   # The legacy generator, since only that draws the subsets that torch-fidelity draws.
   rng = np.random.RandomState(seed)
-  found = []
+  estimates = []
   for _ in range(subsets):
     # x before y in each turn: the order of the draws is part of the figure.
     first, second = (rows[rng.choice(len(rows), subset_size, replace=False)].astype(np.float64) for rows in (x, y))
-    found.append(_mmd(first, second))
-  return Kernel(float(np.mean(found)), float(np.std(found)), subset_size)
+    estimates.append(_mmd(first, second))
+  return Kernel(float(np.mean(estimates)), float(np.std(estimates)), subset_size)
 
 
 def _mmd(x: Float[np.ndarray, "m d"], y: Float[np.ndarray, "m d"]) -> float:

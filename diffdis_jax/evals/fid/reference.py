@@ -83,7 +83,7 @@ def read(path: str | os.PathLike[str]) -> Reference:
   if not all(shapes):
     there = {name: list(value.shape) for name, value in content.items()}
     raise UserError(f"--reference={path} has {there}; {FORM}")
-  if not all(np.isfinite(each).all() for each in (mean, covariance, features) if each is not None):
+  if not all(np.isfinite(x).all() for x in (mean, covariance, features) if x is not None):
     raise UserError(f"--reference={path} holds values that are not finite; {FORM}")
   if count is not None and count < 2:
     raise UserError(f"--reference={path} is of {count} images; it takes at least 2")

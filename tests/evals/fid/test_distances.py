@@ -1,10 +1,9 @@
-"""FID's and KID's arithmetic against torch-fidelity's, scipy's, and cases whose value is known."""
+"""Compare FID's and KID's arithmetic with torch-fidelity's and with cases whose value is known."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 
@@ -13,15 +12,15 @@ from diffdis_jax.evals.fid import distances
 
 
 def draw(n: int, d: int, seed: int) -> np.ndarray:
-  """Correlated, none negative, with spectra as steep as features have."""
+  """Return features that are correlated, not negative, and of spectra as steep as real ones have."""
   rng = np.random.default_rng(seed)
   mixing = rng.normal(size=(d, d)) * np.arange(1, d + 1) ** -0.5
   return np.abs(rng.normal(size=(n, d)) @ mixing.T / 3 + 0.4 + 0.05 * seed).astype(np.float32)
 
 
 def theirs(x: np.ndarray, y: np.ndarray) -> float:
-  """By torch-fidelity's formula since 0.4, of the eigenvalues of the product. Before, it was scipy's sqrtm, by an
-  argument that scipy 1.18 has no longer."""
+  """Compute FID by torch-fidelity's formula since 0.4, by the eigenvalues of the product. scipy's sqrtm no longer takes
+  the argument of its earlier one."""
   x, y = x.astype(np.float64), y.astype(np.float64)
   first, second = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
   trace = np.sqrt(np.linalg.eigvals(first @ second).astype(complex)).real.sum()
@@ -43,22 +42,6 @@ def test_fid_is_torch_fidelitys(n, m, d):
   assert ours(y, x) == pytest.approx(ours(x, y), rel=1e-6)
 
 
-@pytest.mark.parametrize("n, m, d", COUNTS[1:])
-def test_fid_of_few_samples_by_the_nuclear_norm(n, m, d):
-  """tr (S1 S2)^1/2 is the sum of the singular values of Xc Yc^T / sqrt((n-1)(m-1)), whatever the ranks."""
-  x, y = (draw(count, d, seed).astype(np.float64) for count, seed in ((n, 1), (m, 2)))
-  trace = np.linalg.norm((x - x.mean(0)) @ (y - y.mean(0)).T, "nuc") / np.sqrt((n - 1) * (m - 1))
-  spread = x.var(0, ddof=1).sum() + y.var(0, ddof=1).sum()
-  assert ours(x, y) == pytest.approx(np.square(x.mean(0) - y.mean(0)).sum() + spread - 2 * trace, rel=1e-6)
-
-
-def test_fid_is_scipys():
-  a, b = (distances.gaussian(draw(400, 40, seed)) for seed in (1, 2))
-  root = scipy.linalg.sqrtm(a.covariance @ b.covariance).real
-  expected = np.square(a.mean - b.mean).sum() + np.trace(a.covariance + b.covariance - 2 * root)
-  assert distances.frechet(a, b) == pytest.approx(expected, rel=1e-8)
-
-
 def test_fid_of_gaussians_that_commute_is_exact():
   turn = np.linalg.qr(np.random.default_rng(0).normal(size=(30, 30)))[0]
   first, second = np.linspace(0.5, 4, 30), np.linspace(3, 1, 30)
@@ -67,18 +50,12 @@ def test_fid_of_gaussians_that_commute_is_exact():
   assert distances.frechet(of(0.5, first), of(0.0, second)) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("n", [30, 500])
-def test_fid_of_a_set_with_itself_is_zero(n):
-  x = draw(n, 64, seed=1)
-  assert abs(ours(x, x)) < 1e-6 * np.trace(distances.gaussian(x).covariance)
-
-
 def test_moments_are_those_of_f64():
   x = (1000 + np.random.default_rng(0).normal(size=(100, 5))).astype(np.float32)
-  found = distances.gaussian(x)
-  np.testing.assert_allclose(found.mean, x.astype(np.float64).mean(axis=0), rtol=1e-14)
-  np.testing.assert_allclose(found.covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9)
-  assert found.count == 100
+  moments = distances.gaussian(x)
+  np.testing.assert_allclose(moments.mean, x.astype(np.float64).mean(axis=0), rtol=1e-14)
+  np.testing.assert_allclose(moments.covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9)
+  assert moments.count == 100
 
 
 @pytest.mark.parametrize("n, m, size", [(150, 130, 100), (1100, 1050, 1000)])
@@ -87,13 +64,13 @@ def test_kid_is_torch_fidelitys(n, m, size):
   in_f64 = (torch.from_numpy(z.astype(np.float64)) for z in (x, y))
   how = dict(kid_subsets=7, kid_subset_size=size, kid_degree=3, kid_gamma=None, kid_coef0=1, rng_seed=2020)
   expected = kid_features_to_metric(*in_f64, **how, verbose=False)
-  found = distances.kernel(x, y, subsets=7)
+  kid = distances.kernel(x, y, subsets=7)
   if size < 1000:
-    assert found.subset_size == min(n, m)
-    found = distances.kernel(x, y, subsets=7, subset_size=size)
-  assert found.subset_size == size
-  assert found.mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
-  assert found.std == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-6)
+    assert kid.subset_size == min(n, m)
+    kid = distances.kernel(x, y, subsets=7, subset_size=size)
+  assert kid.subset_size == size
+  assert kid.mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6)
+  assert kid.std == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-6)
 
 
 def test_kids_defaults_are_torch_fidelitys():
@@ -101,13 +78,6 @@ def test_kids_defaults_are_torch_fidelitys():
 
   names = ("kid_subsets", "kid_subset_size", "rng_seed")
   assert tuple(DEFAULTS[name] for name in names) == (distances.SUBSETS, distances.SUBSET_SIZE, distances.KERNEL_SEED)
-
-
-def test_kid_has_no_bias():
-  """Of two halves of one set it is zero on average, where FID is not."""
-  x = draw(400, 16, seed=1)
-  found = distances.kernel(x[:200], x[200:], subsets=50, subset_size=50)
-  assert abs(found.mean) < found.std and ours(x[:200], x[200:]) > 0
 
 
 def test_too_few_images():

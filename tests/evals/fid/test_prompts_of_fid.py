@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from diffdis_jax.errors import UserError
@@ -8,7 +7,7 @@ from diffdis_jax.evals import fid
 
 
 class Source:
-  """Record i has 1 + i % 5 captions."""
+  """Gives 1 + i % 5 captions for record i."""
 
   def __init__(self, n: int):
     self.read, self.n = [], n
@@ -27,21 +26,14 @@ def sample(n: int = 40, num_images: int | None = None):
 
 
 def numbers(texts, place: int) -> list[int]:
-  """The numbers of the captions in their records, or those of the records."""
+  """Return the numbers of the captions in their records, or those of the records."""
   return [int(text.split()[place]) for text in texts]
 
 
 def test_one_caption_each_of_different_records():
-  records = numbers(found := sample(num_images=30), 3)
+  records = numbers(captions := sample(num_images=30), 3)
   assert len({*records}) == 30 and records != sorted(records)
-  assert {*numbers(found, 1)} == {0, 1, 2, 3, 4}
-
-
-def test_every_caption_of_a_record_is_as_likely():
-  found = sample(5000)
-  which, records = np.array(numbers(found, 1)), np.array(numbers(found, 3))
-  for k in range(5):
-    np.testing.assert_allclose((which[records % 5 == 4] == k).mean(), 0.2, atol=0.05)
+  assert {*numbers(captions, 1)} == {0, 1, 2, 3, 4}
 
 
 def test_the_first_of_a_sample_are_the_smaller_sample():
@@ -60,14 +52,3 @@ def test_the_first_of_a_sample_are_the_smaller_sample():
 def test_what_cannot_be_sampled(how, message):
   with pytest.raises(UserError, match=message):
     sample(**how)
-
-
-def test_no_image_is_read_for_its_caption():
-  class Described(Source):
-    def fields(self, i: int) -> dict:
-      return super().__getitem__(i)
-
-    def __getitem__(self, i: int) -> dict:
-      raise AssertionError("an image was read")
-
-  assert fid.sample_prompts(Described(40), num_images=None) == sample()
