@@ -67,13 +67,6 @@ def sections(root, suite="zero_shot12", **settings):
   return {section.dataset: tasks.create(section.task, **section.settings, **settings) for section in of_suite}
 
 
-def record(name, evaluation, metrics, inference):
-  protocol = {**evaluation.protocol(inference), "checkpoint": 1}
-  return results.make_record(
-    dataset=name, model="m", pretrained="run", task=evaluation.task, metrics=metrics, protocol=protocol, provenance={}
-  )
-
-
 SMALL = [name for name in suites.ZERO_SHOT12 if name != "imagenet1k"]
 
 

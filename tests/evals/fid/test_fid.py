@@ -126,6 +126,13 @@ def test_the_metrics_are_those_of_the_features(tmp_path):
   assert metrics["fid"] > 0 and kid.subset_size == COUNT
 
 
+def test_one_caption_each_of_different_records_is_sampled():
+  sample = lambda count: fid_module.sample_prompts(Source(40), num_images=count)
+  texts, records = zip(*(prompt.split() for prompt in sample(30)), strict=True)
+  assert {*texts} == {"a", "the"} and len({*records}) == 30 and [*records] != sorted(records, key=int)
+  assert sample(13) == sample(30)[:13]
+
+
 def test_images_are_the_same_however_many_a_call_has():
   by_rows = {}
   for rows in (PART, 3 * PART + 5):
