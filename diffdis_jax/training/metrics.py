@@ -129,5 +129,7 @@ def progress_line(step: int, num_steps: int, values: Mapping[str, float]) -> str
     shown += [f"{_SYMBOLS.get(name, name.removeprefix('loss_'))} {values[name]:.3g}" for name in parts]
   if not math.isnan(rate := values["steps_per_sec"]):
     shown.append(f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / rate:.3g} s/step")
-    shown += [f"data wait {values['data_wait']:.0%}", f"{tqdm.format_interval((num_steps - step) / rate)} left"]
+    left = (num_steps - step) / rate  # seconds
+    time_left = f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m" if left >= 3600 else tqdm.format_interval(left)
+    shown += [f"data wait {values['data_wait']:.0%}", f"{time_left} left"]
   return "  ".join(shown)

@@ -34,7 +34,7 @@ class Inference:
 
   def __init__(self, labels, head=True, noise=0.6):
     self.labels, self.noise, self.done = labels, noise, 0
-    self.tokenizer, self.mesh = Tokenizer(LENGTH), sharding.make_mesh()
+    self.tokenizer, self.mesh = Tokenizer(LENGTH), sharding.make_mesh(data=-1, fsdp=1, tensor=1)
     head_size = types.SimpleNamespace(classes=CLASSES, anchors=3) if head else None
     self.network = types.SimpleNamespace(model=types.SimpleNamespace(head=head_size))
     self.logits = np.random.default_rng(1).normal(size=(len(labels), 2, CLASSES)).astype(np.float32)

@@ -77,14 +77,14 @@ JOINT = ("loss_discrimination", "loss_generation")  # as jax sorts them
     (
       (*JOINT, *(f"{name}_q{quarter}" for name in JOINT for quarter in range(1, 5))),
       81.3,
-      "step 1000000/2000000  loss 9.8765  L_IG 9.88  L_ITA 9.88  81.3 s/step  data wait 20%  22583:20:00 left",
+      "step 1000000/2000000  loss 9.8765  L_IG 9.88  L_ITA 9.88  81.3 s/step  data wait 20%  22583h20m left",
     ),
-    (JOINT, 0.5, "step 1000000/2000000  loss 9.8765  L_IG 9.88  L_ITA 9.88  2 steps/s  data wait 20%  138:53:20 left"),
-    (("loss_contrastive",), 1.0, "step 1000000/2000000  loss 9.8765  1 steps/s  data wait 20%  277:46:40 left"),
+    (JOINT, 0.5, "step 1000000/2000000  loss 9.8765  L_IG 9.88  L_ITA 9.88  2 steps/s  data wait 20%  138h53m left"),
+    (("loss_contrastive",), 1.0, "step 1000000/2000000  loss 9.8765  1 steps/s  data wait 20%  277h46m left"),
     (
       ("loss_class_contrastive", "loss_distill"),
       0.01,
-      "step 1000000/2000000  loss 9.8765  class 9.88  distill 9.88  100 steps/s  data wait 20%  2:46:40 left",
+      "step 1000000/2000000  loss 9.8765  class 9.88  distill 9.88  100 steps/s  data wait 20%  2h46m left",
     ),
     (JOINT, math.nan, "step 1000000/2000000  loss 9.8765  L_IG 9.88  L_ITA 9.88"),
   ],
