@@ -26,6 +26,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 COPIED = ("Makefile", "README.md", "pyproject.toml", "configs", "diffdis_jax", "docs", "launch", "replication", "tests")
 # The tests of each module, the fastest first.
 JOINT_LOSS = "training/test_step.py::test_joint_loss_is_the_equations_on_the_same_keys"
+TIMESTEPS = "training/test_step.py::test_timesteps_of_image_and_text_are_independent_and_any_of_all"
+STATISTICS = "training/test_step.py::test_latent_statistics_of_microbatches_are_the_mean_of_theirs"
 TESTS = {
   "method/algorithms.py": "method/test_algorithms.py method/test_diffdis.py",
   "method/alignment.py": "method/test_alignment.py method/test_diffdis.py",
@@ -37,10 +39,10 @@ TESTS = {
   "method/network.py": "method/test_network.py method/test_diffdis.py",
   "method/samplers.py": "method/test_samplers.py method/test_algorithms.py",
   "method/schedules.py": "method/test_schedules.py method/test_samplers.py",
-  "method/step_noise.py": "method/test_algorithms.py method/test_diffdis.py",
+  "method/step_noise.py": f"method/test_algorithms.py method/test_diffdis.py {TIMESTEPS}",
   "training/gradcache.py": "training/test_gradcache.py",
   "method/long_tail.py": "training/test_mixing.py training/test_long_tail.py",
-  "training/losses.py": f"training/test_contrastive.py training/test_metrics.py {JOINT_LOSS}",
+  "training/losses.py": f"training/test_contrastive.py training/test_metrics.py {JOINT_LOSS} {STATISTICS}",
   "training/optim.py": "training/test_optim.py",
   "evals/base.py": "evals/test_base.py evals/test_retrieval.py evals/test_zero_shot.py",
   "evals/diffusion_classifier.py": "evals/test_diffusion_classifier.py",

@@ -16,6 +16,8 @@ from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import joint, schedules
 from diffdis_jax.method.diffdis import DiffDis, to_signed
+from diffdis_jax.method.step_noise import sample_noise
+from diffdis_jax.models.autoencoder import sample_posterior
 from diffdis_jax.structs import Batch, DiscriminationPass, GenerationPass, LatentBatch, TrainState
 from diffdis_jax.training import losses as objectives
 from diffdis_jax.training import step
@@ -227,9 +229,15 @@ def test_another_seed_takes_the_same_compiled_step():
   assert texts[0] == texts[1]
 
 
-def test_timesteps_of_image_and_text_are_independent():
-  keys = steps.make_keys()
-  t_z, t_e = (np.asarray(jax.random.randint(keys[name], (4096,), 0, T)) for name in ("t_z", "t_e"))
+def test_timesteps_of_image_and_text_are_independent_and_any_of_all():
+  config = steps.make_config()
+  run, network = Run.of(config), steps.network_of(config)
+  tokens = np.zeros((20_000, config.data.max_length), np.int32)
+  batch = Batch(image=np.zeros((len(tokens), 1, 1, 3), np.uint8), tokens=tokens)
+  noise = sample_noise(steps.make_keys(), batch, network=network, loss=run.loss, sample_posterior=False)
+  t_z, t_e = np.asarray(noise.t_z), np.asarray(noise.t_e)
+  for t in (t_z, t_e):
+    assert (t.min(), t.max()) == (0, T - 1) and abs(t.mean() - (T - 1) / 2) < 10
   assert abs(np.corrcoef(t_z, t_e)[0, 1]) < 0.08
   assert (t_z == t_e).mean() < 0.01
 
@@ -314,6 +322,17 @@ def test_latent_statistics_of_microbatches_are_the_mean_of_theirs():
   of_part = jax.jit(lambda batch, keys: loss(params, {}, batch, keys)[1][1])
   parts = [of_part(jax.tree.map(lambda x, i=i: x[i::2], batch), steps.make_keys(i)) for i in range(2)]
   assert found.keys() == {"autoencoder.shift", "autoencoder.scale"}
+  # The first part's by hand: the shift and the reciprocal of the scale are running averages.
+  model = trainer.network.with_params(params)
+  sample = jax.jit(lambda image, key: sample_posterior(model.autoencoder.encode(to_signed(image)), key))
+  z = np.asarray(sample(batch.image[::2], steps.make_keys(0)["posterior"]), np.float64)
+  average = lambda before, now: (
+    objectives.STATISTICS_DECAY * np.asarray(before) + (1 - objectives.STATISTICS_DECAY) * now
+  )
+  scale = average(1 / params["autoencoder.scale"], z.std(axis=(0, 1, 2)))
+  np.testing.assert_allclose(parts[0]["autoencoder.scale"], 1 / scale, rtol=1e-5)
+  shift = average(params["autoencoder.shift"], z.mean(axis=(0, 1, 2)))
+  np.testing.assert_allclose(parts[0]["autoencoder.shift"], shift, rtol=1e-5, atol=1e-6)
   for name, value in found.items():
     np.testing.assert_allclose(value, (parts[0][name] + parts[1][name]) / 2, rtol=1e-5, err_msg=name)
 
