@@ -177,6 +177,7 @@ def test_stages_that_are_none(stages):
     inspect.unwrap(diffusion_classifier.read_stages)(stages)
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_diffusers(sd, imported):
   """The formula of Li et al.'s eval_error is computed on UNet2DConditionModel, with the same weights, timesteps and
   noise."""

@@ -75,6 +75,7 @@ def expected_gradients(
   return gradients
 
 
+@pytest.mark.slow
 def test_gradients_equal_those_of_pytorch():
   config = make_config()
   modules = stable_diffusion(config.model)
