@@ -89,10 +89,3 @@ def test_a_lost_connection_leaves_the_command_and_the_next_attempt_waits(program
   first.wait(timeout=20)
   assert attempts.read_text().split() == ["started", "ended", "started", "ended"]
   assert second.returncode == 0
-
-
-def test_dry_run_prints_the_commands_and_calls_nothing(programs):
-  done = programs.run("tpu_pod.sh", "--dry-run", "run", "--", *TRAIN, **SETTINGS)
-  assert (done.returncode, programs.calls) == (0, [])
-  steps = [["queued-resources", "create"], ["tpu-vm", "scp"], ["tpu-vm", "ssh"], ["tpu-vm", "ssh"]]
-  assert [line.split()[3:5] for line in done.stdout.splitlines()] == steps
