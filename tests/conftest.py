@@ -34,7 +34,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Test files name these files of fixtures as plugins. pytest must know them before one is imported.
 pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.untrained", "tests.inception_weights")
-pytest.register_assert_rewrite("tests.hub_server", "tests.bucket_server")
+pytest.register_assert_rewrite("tests.browser", "tests.bucket_server")
 
 # Compiled programs are written at once to the user's cache, where the tests, their commands and later runs find them. A
 # program compiled for one processor may not run on another, so the folder is named by its features.

@@ -1,4 +1,4 @@
-"""Random weights of FID's Inception in torch-fidelity's own network, since the published ones are a download."""
+"""Make random weights of FID's Inception in torch-fidelity's own network; the published ones are a download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAYERS = ["64", "192", "768", "2048"]
 
 
 class _Unloaded(FeatureExtractorInceptionV3):
-  """The network is as its constructor makes it, before a file is loaded."""
+  """The network as its constructor makes it, before a file is loaded."""
 
   def __init__(self) -> None:
     empty = io.BytesIO()
@@ -27,7 +27,7 @@ class _Unloaded(FeatureExtractorInceptionV3):
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
-  """Norms are far from the identity, and no ReLU is dead."""
+  """Fill it so that norms are far from the identity, and no ReLU is dead."""
   generator = torch.Generator().manual_seed(seed)
   normal = lambda x: torch.randn(x.shape, generator=generator)
   uniform = lambda x: 0.5 + torch.rand(x.shape, generator=generator)
@@ -46,7 +46,7 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
 
 
 def random_state(seed: int = 0) -> dict[str, torch.Tensor]:
-  """A state dict with all the tensors of the published file."""
+  """Return a state dict with all the tensors of the published file."""
   with torch.device("meta"):
     network = _Unloaded()
   network.to_empty(device="cpu")
@@ -61,7 +61,7 @@ def inception_state() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory: pytest.TempPathFactory, inception_state: dict[str, torch.Tensor]) -> pathlib.Path:
-  """Write the weights in the form of torch-fidelity's file."""
+  """Write it as torch-fidelity's file."""
   path = tmp_path_factory.getbasetemp() / "inception.pth"
   torch.save(inception_state, path)
   return path

@@ -1,4 +1,4 @@
-"""Stable Diffusion and CLIP in PyTorch with random weights, tiny or of full size, as users keep them on disk."""
+"""Make Stable Diffusion in PyTorch with random weights, tiny or of full size, as users keep it on disk."""
 
 from __future__ import annotations
 
@@ -32,17 +32,10 @@ VAE = dict(
   up_block_types=("UpDecoderBlock2D",) * 2,
   layers_per_block=1,
 )
-TEXT = dict(
-  hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=LENGTH
-)
-SAMPLER = dict(
-  beta_start=0.00085,
-  beta_end=0.012,
-  beta_schedule="scaled_linear",
-  clip_sample=False,
-  set_alpha_to_one=False,
-  steps_offset=1,
-)
+TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=1)
+TEXT |= dict(max_position_embeddings=LENGTH)
+SAMPLER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SAMPLER |= dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 PROMPTS = ["a red star", "a very long caption of a blue ring, which is cut before it ends"]
 
 
@@ -55,7 +48,7 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory: pytest.TempPathFactory, sd: pathlib.Path) -> str:
-  """Return the workdir into which that Stable Diffusion is imported."""
+  """Return the workdir of that Stable Diffusion."""
   make = lambda folder: import_weights.import_weights(str(sd), str(folder))
   return str(made_once(tmp_path_factory, "imported", make))
 
@@ -69,7 +62,7 @@ def tokenizer(folder: pathlib.Path, length: int) -> CLIPTokenizer:
 def stable_diffusion(
   scratch: pathlib.Path, *, unet: dict[str, Any] = UNET, vae: dict[str, Any] = VAE, text: dict[str, Any] = TEXT
 ) -> StableDiffusionPipeline:
-  """A pipeline of these sizes, tiny by default."""
+  """Make a pipeline of these sizes, tiny by default."""
   modules = dict(
     unet=UNet2DConditionModel(**unet),
     vae=AutoencoderKL(**vae),
@@ -91,7 +84,7 @@ def stable_diffusion(
 
 
 def draw(pipeline: StableDiffusionPipeline, noise: np.ndarray, *, steps: int, guidance: float = 7.5) -> np.ndarray:
-  """Generate u8[n h w 3] of PROMPTS from the given initial noise, [n h w c]."""
+  """Generate PROMPTS, u8[n h w 3], from the given initial noise, [n h w c]."""
   pipeline.set_progress_bar_config(disable=True)
   images = pipeline(
     PROMPTS[: len(noise)],
@@ -104,7 +97,7 @@ def draw(pipeline: StableDiffusionPipeline, noise: np.ndarray, *, steps: int, gu
 
 
 def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
-  """Return the PSNR of u8 images in dB. Equal images give infinity."""
+  """Return the PSNR of u8 images in dB; equal images give infinity."""
   assert actual.shape == expected.shape and actual.dtype == expected.dtype == np.uint8
   error = np.mean((actual.astype(np.float64) - expected) ** 2)
   return float(10 * np.log10(255**2 / error)) if error else float("inf")

@@ -1,4 +1,4 @@
-"""The page as a process of its own, for the tests that click and those that ask it much."""
+"""Serve the page in a process of its own, for the tests that click and those that ask it much."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Served(NamedTuple):
   uploads: pathlib.Path
 
   def page(self, number: int) -> str:
-    """Wait for the number-th page, from 0, and return its address."""
+    """Return the address of the page that is served as the number-th, from 0, once it is."""
     end = time.monotonic() + 300
-    while len(found := re.findall(r"the page is at (\S+?)/?;", self.log.read_text())) <= number:
+    while len(pages := re.findall(r"the page is at (\S+?)/?;", self.log.read_text())) <= number:
       assert is_alive(self.pid) and time.monotonic() < end, self.log.read_text()
       time.sleep(0.2)
-    return found[number]
+    return pages[number]
 
   def memory(self) -> int:
-    """Return the resident memory in MB."""
+    """Return resident memory in MB."""
     status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024
 
@@ -41,7 +41,7 @@ class Served(NamedTuple):
 def serve(
   workdir: str, log: pathlib.Path, environment: dict[str, str], *flags: str
 ) -> contextlib.AbstractContextManager[Served]:
-  """Serve the page of a run in a process."""
+  """Serve the page of a run."""
   return started(["-m", "diffdis_jax.app", f"--workdir={workdir}", "--port=0", *flags], log, environment)
 
 
@@ -49,7 +49,7 @@ def serve(
 def started(
   arguments: list[str], log: pathlib.Path, environment: dict[str, str], *, stop: signal.Signals = signal.SIGTERM
 ) -> Iterator[Served]:
-  """Python with these arguments until the block is left; it must then end by itself, with code 0 and no upload left."""
+  """Run Python with these arguments until the block is left; it must then end with code 0 and leave no upload."""
   command, uploads = [sys.executable, *arguments], log.with_suffix(".uploads")
   environment = {**os.environ, **environment, "GRADIO_TEMP_DIR": str(uploads)}
   with log.open("w") as file:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.numpy import load_file
-from transformers import CLIPTokenizer
 
 from diffdis_jax import export_weights, import_weights, inference
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -147,13 +146,6 @@ def test_the_folder_is_whole(run, exported):
   assert (own["max_length"], own["condition_timestep"]) == (pipelines.LENGTH, 1000)
 
 
-def test_the_tokenizer_gives_the_runs_tokens(exported):
-  theirs = CLIPTokenizer.from_pretrained(exported / "tokenizer")
-  assert theirs.model_max_length == pipelines.LENGTH
-  given = theirs(pipelines.PROMPTS, padding="max_length", truncation=True)["input_ids"]
-  np.testing.assert_array_equal(given, Tokenizer(pipelines.LENGTH)(pipelines.PROMPTS))
-
-
 @pytest.mark.slow
 def test_the_pages_code_generates_and_classifies(exported, environment, tmp_path):
   (tmp_path / "DIR").symlink_to(exported)
@@ -240,7 +232,7 @@ def test_licences_in_a_bucket_are_left_out_on_a_machine_without_gcsfs(tmp_path, 
   assert "the licences of its data cannot be read, add them yourself: gs://away/data needs the package" in caplog.text
 
 
-def test_bad_arguments(run, tmp_path):
+def test_bad_arguments(run, environment, tmp_path):
   refused(str(tmp_path / "nowhere"), tmp_path / "out", "no folder .*nowhere")
   refused(run, tmp_path / "out", "no checkpoint 7 in", step=7)
   kept = tmp_path / "kept"
@@ -248,6 +240,9 @@ def test_bad_arguments(run, tmp_path):
   (kept / "file").write_text("kept")
   refused(run, kept, "is not empty; give a new folder")
   refused(run, kept / "file", "is a file; it should be a folder")
+  for flags, message in (([], "nowhere to write to; give --out=DIR"), (["--out=F", "--noprivate"], "--private has no")):
+    done = call("export_weights", environment, f"--workdir={run}", *flags)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
   refused(run, tmp_path / "x.ckpt", "x.ckpt should be a folder: PyTorch's libraries read an export as one")
 
 

@@ -1,11 +1,13 @@
-"""Checkpoints of PyTorch users through the verb: the images that come out, what is counted, what is refused."""
+"""Test import_weights: the images that its run generates, what is counted, and what is refused."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import pathlib
 import shutil
+from typing import Any
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +30,9 @@ from diffdis_jax.interop import from_torch, mapping
 from diffdis_jax.models.clip import normalise
 from diffdis_jax.run import checkpoint, restore, workdir
 from diffdis_jax.training import start
-from diffdis_jax.training.step import Trainer
 from tests import compvis_names, pipelines
 from tests.command_runs import call
+from tests.interop.test_damaged_checkpoints import write as write_open_clip
 from tests.models import networks
 from tests.models.from_torch import nchw, randomise
 from tests.steps import build_trainer, config_of, make_mesh, network_of, open_batches
@@ -53,15 +55,15 @@ def generate(run: str, noise: np.ndarray) -> np.ndarray:
 
 
 def load(source: pathlib.Path) -> tuple[ConfigDict, Params, list[str]]:
-  """The verb's reading half: the config, the parameters that the source has, and what is ignored."""
-  found = from_torch.open_source(source)
-  config = import_weights.make_config(found)
-  matched = from_torch.match(found, network_of(config).shapes)
+  """Return the config, the parameters that the source has, and the names that are ignored."""
+  opened = from_torch.open_source(source)
+  config = import_weights.make_config(opened)
+  matched = from_torch.match(opened, network_of(config).shapes)
   return config, from_torch.read(matched), matched.ignored
 
 
 def assert_same_params(loaded: Params, run: str, rtol: float = 0.0) -> None:
-  """The run's checkpoint has all parameters of Stable Diffusion, and no others."""
+  """Check that these are all of Stable Diffusion's parameters in the run's checkpoint."""
   expected = restore.restore_params(run)
   origin = json.loads((pathlib.Path(run) / "import.json").read_text())
   assert loaded.keys() == origin["loaded"].keys()
@@ -73,10 +75,6 @@ def assert_same_params(loaded: Params, run: str, rtol: float = 0.0) -> None:
 def copied(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
   shutil.copytree(source, folder)
   return folder
-
-
-def edit_json(path: pathlib.Path, **changes: object) -> None:
-  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_an_imported_workdir_draws_what_stable_diffusion_draws(sd, imported, noise):
@@ -105,81 +103,41 @@ def test_a_workdir_says_where_everything_came_from(sd, imported):
   assert workdir.latest_step(imported) == 0
 
 
-def test_training_starts_from_it(imported):
-  """`train --config.init_from` does the same, also for discrimination alone."""
-  config = config_of(imported)
-  config.batch_size, config.objectives, config.init_from = 8, ("discrimination",), imported
-  step = build_trainer(config, make_mesh())
-  loaded = start.load_initial(imported, step)
-  new = step.shapes.keys() - loaded.keys()
-  assert {path.split(".")[0] for path in new} == {"text_stream", "alignment", "logit_scale"}
-  assert not any(path.startswith("unet.up.") for path in loaded)
-
-
-@pytest.fixture(scope="module")
-def trainer(imported) -> Trainer:
-  """Return the trainer of a run that starts from it, by its config except for one field of new parameters."""
-  config = config_of(imported)
-  assert config.model.query_init == 1.0
-  config.batch_size, config.model.query_init = 8, QUERY_INIT
-  return build_trainer(config, make_mesh())
-
-
-def started(run: str, scratch: pathlib.Path, trainer: Trainer, *, seed: int = 0) -> Params:
-  """The parameters with which training starts from this run."""
+def started(run: str, scratch: pathlib.Path, *, seed: int = 0) -> Params:
+  """Return the parameters with which training starts from this run, with another `query_init` than the import's."""
   config = config_of(run)
-  config.batch_size = 8
-  trainer.run = dataclasses.replace(trainer.run, init_from=run, seed=seed)
+  assert config.model.query_init == 1.0
+  config.batch_size, config.model.query_init, config.init_from, config.seed = 8, QUERY_INIT, run, seed
   with checkpoint.Checkpointer(str(scratch)) as checkpointer:
-    state, _ = start.restore_or_init(trainer, checkpointer, open_batches(config))
+    state, _ = start.restore_or_init(build_trainer(config, make_mesh()), checkpointer, open_batches(config))
   return state.params
 
 
-def differing(one: Params, other: Params) -> set[str]:
-  assert one.keys() == other.keys()
-  return {path for path in one if not np.array_equal(one[path], other[path])}
-
-
 @pytest.mark.slow
-def test_what_an_import_did_not_load_is_drawn_by_the_runs_own_seed(imported, trainer, tmp_path):
+def test_new_parameters_are_drawn_by_the_runs_own_seed_and_config(imported, tmp_path):
   saved, origin = restore.restore_params(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
-  first, second = (started(imported, tmp_path / str(seed), trainer, seed=seed) for seed in (0, 1))
+  first, second = (started(imported, tmp_path / str(seed), seed=seed) for seed in (0, 1))
   new = {path for path in origin["initialised"] if path.endswith("kernel") and not path.endswith("fc_out.kernel")}
-  assert len(new) > 20
-  assert new <= differing(first, second) <= set(origin["initialised"])
+  differing = {path for path in first if not np.array_equal(first[path], second[path])}
+  assert len(new) > 20 and new <= differing <= set(origin["initialised"])
   for path in [*origin["loaded"], *mapping.STATISTICS]:
     np.testing.assert_array_equal(first[path], saved[path], err_msg=path)
-  np.testing.assert_array_equal(second["autoencoder.scale"], np.full(4, 0.18215, np.float32))
+  for path in (path for path in saved if path.endswith("fc_in.kernel")):
+    assert np.std(first[path]) / np.std(saved[path]) == pytest.approx(QUERY_INIT, rel=0.05), path
+
+
+@pytest.mark.parametrize("content", ["{", '{"loaded": 3}'])
+def test_an_import_json_that_says_nothing(imported, tmp_path, content):
+  copy = copied(pathlib.Path(imported), tmp_path / "copy")
+  (copy / "import.json").write_text(content)
+  with pytest.raises(UserError, match="import.json (is not JSON|.* import_weights)"):
+    started(str(copy), tmp_path / "scratch")
 
 
 def test_an_import_in_one_file_says_what_is_random_in_it(imported, tmp_path):
   file = str(tmp_path / "imported.safetensors")
   write_one_file(imported, file)
   assert restore.initialised(file) == restore.initialised(imported) != set()
-
-
-@pytest.mark.slow
-def test_new_parameters_are_drawn_by_the_runs_own_config(imported, trainer, tmp_path):
-  saved, params = restore.restore_params(imported), started(imported, tmp_path, trainer)
-  kernels = [path for path in saved if path.endswith("fc_in.kernel")]
-  assert kernels
-  for path in kernels:
-    assert np.std(params[path]) / np.std(saved[path]) == pytest.approx(QUERY_INIT, rel=0.05), path
-
-
-@pytest.mark.slow
-def test_without_import_json_all_that_fits_is_taken(imported, trainer, tmp_path):
-  copy = copied(pathlib.Path(imported), tmp_path / "copy")
-  (copy / "import.json").unlink()
-  assert not differing(started(str(copy), tmp_path / "scratch", trainer, seed=1), restore.restore_params(imported))
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"source": "x"}', '{"loaded": 3}'])
-def test_an_import_json_that_says_nothing(imported, trainer, tmp_path, content):
-  copy = copied(pathlib.Path(imported), tmp_path / "copy")
-  (copy / "import.json").write_text(content)
-  with pytest.raises(UserError, match="import.json (is not JSON|.* import_weights)"):
-    started(str(copy), tmp_path / "scratch", trainer)
 
 
 @pytest.mark.parametrize("case", ["bin", "fp16 variant", "shards", "names of older libraries"])
@@ -245,42 +203,36 @@ def test_single_files(sd, imported, tmp_path, suffix):
   assert len(ignored) == (len(ema) + 1 if suffix == "ckpt" else 0)
 
 
-def clip_outputs(run: str, images: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Unit image and text embeddings of an imported CLIP."""
-  model, params = inference.load(run, batch_size=8)
-  return model.embed_images(params, images, seed=0), model.embed_texts(params, tokens)
-
-
-@pytest.fixture
-def given() -> tuple[np.ndarray, np.ndarray]:
-  """Images and tokens."""
+def check_clip(run: pathlib.Path, embed_images: Any, embed_texts: Any) -> None:
+  """Compare unit embeddings of an imported CLIP with those of PyTorch's model."""
   images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-  return images, Tokenizer(pipelines.LENGTH)(pipelines.PROMPTS)
-
-
-def theirs_of(given: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-  """Pixels and tokens as PyTorch's models take them."""
-  return nchw(np.asarray(normalise(jnp.asarray(given[0])))), torch.from_numpy(given[1]).long()
-
-
-def test_clip_of_transformers(tmp_path, given):
-  vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **CLIP_SIZES)
-  theirs = CLIPModel(CLIPConfig(text_config=pipelines.TEXT, vision_config=vision, projection_dim=16))
-  randomise(theirs, 0).save_pretrained(tmp_path / "clip")
-  import_weights.import_weights(str(tmp_path / "clip"), str(tmp_path / "run"))
-  image, text = clip_outputs(str(tmp_path / "run"), *given)
-  pixels, tokens = theirs_of(given)
+  tokens = Tokenizer(pipelines.LENGTH)(pipelines.PROMPTS)
+  model, params = inference.load(str(run), batch_size=8)
   with torch.no_grad():
-    expected = theirs(input_ids=tokens, pixel_values=pixels)
-  assert networks.relative_error(image, expected.image_embeds) < 1e-5
-  assert networks.relative_error(text, expected.text_embeds) < 1e-5
+    image = embed_images(nchw(np.asarray(normalise(jnp.asarray(images)))))
+    text = embed_texts(torch.from_numpy(tokens).long())
+  assert networks.relative_error(model.embed_images(params, images, seed=0), image) < 1e-5
+  assert networks.relative_error(model.embed_texts(params, tokens), text) < 1e-5
+
+
+def test_clip_of_transformers(tmp_path):
+  vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **CLIP_SIZES)
+  theirs = randomise(CLIPModel(CLIPConfig(text_config=pipelines.TEXT, vision_config=vision, projection_dim=16)), 0)
+  theirs.save_pretrained(tmp_path / "clip")
+  import_weights.import_weights(str(tmp_path / "clip"), str(tmp_path / "run"))
+  unit = lambda output: torch.nn.functional.normalize(getattr(output, "pooler_output", output), dim=-1)
+  check_clip(
+    tmp_path / "run",
+    lambda pixels: unit(theirs.get_image_features(pixel_values=pixels)),
+    lambda tokens: unit(theirs.get_text_features(input_ids=tokens)),
+  )
   params = restore.restore_params(str(tmp_path / "run"))
   assert float(params["logit_scale"]) == theirs.logit_scale.item()
   assert json.loads((tmp_path / "run" / "import.json").read_text())["initialised"] == []
 
 
 @pytest.mark.parametrize("form", ["folder", "file", "file of several processes"])
-def test_clip_of_open_clip(tmp_path, given, form):
+def test_clip_of_open_clip(tmp_path, form):
   vision = CLIPVisionCfg(layers=2, width=64, patch_size=8, image_size=32)
   text = CLIPTextCfg(layers=2, width=64, heads=1, context_length=pipelines.LENGTH)
   theirs = randomise(OpenClip(16, vision, text, quick_gelu=form == "folder"), 0)
@@ -293,76 +245,54 @@ def test_clip_of_open_clip(tmp_path, given, form):
     source, prefix = source / "epoch_1.pt", "module." * (form != "file")
     torch.save({"state_dict": {prefix + name: x for name, x in theirs.state_dict().items()}, "epoch": 1}, source)
   import_weights.import_weights(str(source), str(tmp_path / "run"))
-  image, encoded = clip_outputs(str(tmp_path / "run"), *given)
-  pixels, tokens = theirs_of(given)
-  with torch.no_grad():
-    expected = theirs.encode_image(pixels, normalize=True), theirs.encode_text(tokens, normalize=True)
-  assert networks.relative_error(image, expected[0]) < 1e-5
-  assert networks.relative_error(encoded, expected[1]) < 1e-5
+  embed = (functools.partial(method, normalize=True) for method in (theirs.encode_image, theirs.encode_text))
+  check_clip(tmp_path / "run", *embed)
 
 
-@pytest.mark.parametrize(
-  "file, said, warning",
-  [
-    (
-      "open_clip_config.json",
-      {"preprocess_cfg": {"resize_mode": "squash"}},
-      "squashes images, or resizes them",
-    ),
-    (
-      "open_clip_config.json",
-      {"preprocess_cfg": {"interpolation": "bilinear"}},
-      "squashes images, or resizes them",
-    ),
-    ("open_clip_config.json", {"preprocess_cfg": {"resize_mode": "shortest", "interpolation": "bicubic"}}, ""),
-    ("preprocessor_config.json", {"size": {"height": 32, "width": 32}}, "squashes images, or resizes them"),
-    (
-      "preprocessor_config.json",
-      {"size": {"shortest_edge": 32}, "resample": 2},
-      "squashes images, or resizes them",
-    ),
-    ("preprocessor_config.json", {"size": {"shortest_edge": 32}, "resample": 3}, ""),
-    ("preprocessor_config.json", {"size": 32}, ""),
-  ],
-)
-def test_a_clip_that_sees_images_otherwise_is_warned_of(tmp_path, caplog, file, said, warning):
-  """DFN's ViT-H-14 is such a model: its published accuracy is on squashed images."""
-  if file == "open_clip_config.json":
-    sizes = CLIPVisionCfg(layers=1, width=64, patch_size=8, image_size=32), CLIPTextCfg(layers=1, width=64, heads=1)
-    save_torch(OpenClip(16, *sizes).state_dict(), tmp_path / "open_clip_model.safetensors")
-    said = {"model_cfg": {}} | said
-  else:
-    vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, **CLIP_SIZES)
-    CLIPModel(CLIPConfig(text_config=pipelines.TEXT, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path)
-  (tmp_path / file).write_text(json.dumps(said))
-  from_torch.open_source(tmp_path)
-  assert warning in caplog.text and ("published ones" in caplog.text) == bool(warning)
-
-
+SQUASHED = {"preprocess_cfg": {"resize_mode": "squash"}}
 OWN = "open_clip's own vision transformer and text transformer are supported, such as ViT-B-32"
 
 
 @pytest.mark.parametrize(
-  "said, message",
+  "config, warned",
+  [(SQUASHED, True), ({"preprocess_cfg": {"interpolation": "bilinear"}}, True)]
+  + [({"preprocess_cfg": {"resize_mode": "shortest", "interpolation": "bicubic"}}, False)],
+)
+def test_an_open_clip_that_sees_images_otherwise_is_warned_of(tmp_path, caplog, config, warned):
+  """The published accuracy of DFN's ViT-H-14 is of squashed images."""
+  from_torch.open_source(write_open_clip(tmp_path, {"model_cfg": {}} | config))
+  assert ("squashes images, or resizes them" in caplog.text) == ("published ones" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+  "config, warned",
+  [({"size": {"height": 32, "width": 32}}, True), ({"size": {"shortest_edge": 32}, "resample": 2}, True)]
+  + [({"size": {"shortest_edge": 32}, "resample": 3}, False), ({"size": 32}, False)],
+)
+def test_a_clip_of_transformers_that_sees_images_otherwise_is_warned_of(tmp_path, caplog, config, warned):
+  write_open_clip(tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+  from_torch.open_source(tmp_path)
+  assert ("squashes images, or resizes them" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+  "config, message",
   [
     ({"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_base"}}}, "timm_model_name is 'convnext_base'"),
     ({"model_cfg": {"text_cfg": {"hf_model_name": "roberta-base"}}}, "text_cfg: hf_model_name is 'roberta-base'"),
     ({"model_cfg": {"custom_text": True}}, f"model_cfg: custom_text is True; it is not supported; {OWN}"),
     ({"model_cfg": {"vision_cfg": {"pool_type": "avg"}}}, "vision_cfg: pool_type is 'avg'"),
     ({"model_cfg": {"vision_cfg": {"layers": [3, 4, 6, 3]}}}, "layers is .3, 4, 6, 3.; it should be a number"),
-    ({"model_cfg": {"vision_cfg": {"mlp_ratio": "4"}}}, "vision_cfg: mlp_ratio is '4'; it should be a number"),
     ({"model_cfg": {"vision_cfg": "ViT"}}, "vision_cfg is 'ViT'; it should be an object"),
     ({"model_cfg": None}, "model_cfg is None; it should be an object"),
     ({"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}, "mean is .0.5, 0.5, 0.5.; only OpenAI's"),
+    ({"preprocess_cfg": [1]}, r"preprocess_cfg is \[1\]; it should be an object"),
   ],
 )
-def test_towers_of_open_clip_that_are_not_supported(tmp_path, said, message):
-  source = tmp_path / "clip"
-  source.mkdir()
-  theirs = OpenClip(16, CLIPVisionCfg(layers=1, width=64, patch_size=8, image_size=32), CLIPTextCfg(layers=1, width=64))
-  save_torch(theirs.state_dict(), source / "open_clip_model.safetensors")
-  (source / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}} | said))
-  refused(source, tmp_path / "run", message)
+def test_towers_of_open_clip_that_are_not_supported(tmp_path, config, message):
+  refused(write_open_clip(tmp_path / "clip", {"model_cfg": {}} | config), tmp_path / "run", message)
 
 
 def test_tensors_of_other_towers(tmp_path):
@@ -372,7 +302,7 @@ def test_tensors_of_other_towers(tmp_path):
 
 
 def refused(source: pathlib.Path, out: pathlib.Path, message: str) -> None:
-  """Check that it is refused in one line, and that nothing is written."""
+  """Check that an import is refused in one line, with nothing written."""
   before = sorted(out.parent.iterdir())
   with pytest.raises(UserError, match=message) as error:
     import_weights.import_weights(str(source), str(out))
@@ -389,72 +319,40 @@ def test_a_missing_component_folder(sd, tmp_path, part):
 @pytest.mark.parametrize(
   "file, changes, message",
   [
-    ("unet/config.json", {"act_fn": "mish"}, "act_fn is 'mish'"),
-    ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'; it must be one of quick_gelu, gelu"),
     ("unet/config.json", {"in_channels": 9}, "in_channels is 9; .* have 4"),
-    ("unet/config.json", {"cross_attention_dim": 96}, "cross_attention_dim is 96; .* have 64"),
-    (
-      "unet/config.json",
-      {"cross_attention_dim": 1024},
-      "cross_attention_dim is 1024; .* have 64",
-    ),
-    (
-      "unet/config.json",
-      {"cross_attention_dim": 2048},
-      "cross_attention_dim is 2048; .* have 64",
-    ),
+    ("unet/config.json", {"cross_attention_dim": 1024}, "cross_attention_dim is 1024; .* have 64"),
     ("unet/config.json", {"transformer_layers_per_block": [1, 2]}, r"transformer_layers_per_block is \[1, 2\]"),
     ("unet/config.json", {"attention_head_dim": [5, 10]}, r"attention_head_dim is \(5, 10\); it should be a value"),
+    ("unet/config.json", {"attention_head_dim": 5}, "model.unet.widths has .32, 64.; it must be a multiple of num"),
     (
       "unet/config.json",
       {"block_out_channels": [32, 96]},
-      r"unet parameter \S+ has shape \(.*64.*\) in the checkpoint; its model has \(.*96.*\)",
+      r"unet parameter \S+ has shape \(.*64.*; its model has",
     ),
     ("vae/config.json", {"layers_per_block": 2}, r"vae lacks \d+ of its model's parameters, such as encoder.down"),
-    (
-      "unet/config.json",
-      {"attention_head_dim": 5},
-      "model.unet.widths has .32, 64.; it must be a multiple of num",
-    ),
     ("text_encoder/config.json", {"vocab_size": 99}, "the text tower has 99 tokens; only CLIP's"),
-    ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
-    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
     ("tokenizer/tokenizer.json", {"model": {"vocab": {"a": 0}}}, "is not CLIP's vocabulary"),
   ],
 )
 def test_a_folder_that_does_not_fit(sd, tmp_path, file, changes, message):
-  edit_json(copied(sd, tmp_path / "sd") / file, **changes)
+  path = copied(sd, tmp_path / "sd") / file
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
   refused(tmp_path / "sd", tmp_path / "run", message)
 
 
-def test_a_weights_file_cut_short(sd, tmp_path):
-  path = next((copied(sd, tmp_path / "sd") / "unet").glob("*.safetensors"))
-  path.write_bytes(path.read_bytes()[:-1000])
-  refused(tmp_path / "sd", tmp_path / "run", "no whole safetensors file: .*; copy it again")
-
-
-@pytest.mark.parametrize("content", [None, "", "[]", "{"])
+@pytest.mark.parametrize("content", [None, "{"])
 def test_a_broken_model_index(sd, tmp_path, content):
   path = copied(sd, tmp_path / "sd") / "model_index.json"
   path.unlink() if content is None else path.write_text(content)
   refused(tmp_path / "sd", tmp_path / "run", "model_index.json")
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
-def test_a_pipeline_without_a_unet_is_called_by_its_name(tmp_path, name):
-  """These have a second text encoder, as Stable Diffusion XL has."""
+def test_a_pipeline_without_a_unet_is_called_by_its_name(tmp_path):
+  """It has a second text encoder, as Stable Diffusion XL has."""
   parts = dict.fromkeys(("text_encoder", "text_encoder_2", "transformer", "vae"), ["a", "b"])
-  (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name, **parts}))
-  refused(
-    tmp_path,
-    tmp_path / "run",
-    f", a {name}, has no folder unet; a Stable Diffusion v1 has unet, vae, text_encoder, tokenizer",
-  )
-
-
-def test_a_pickle_that_needs_code_execution(tmp_path):
-  torch.save({"state_dict": pathlib.PurePosixPath("x")}, tmp_path / "v1.ckpt")
-  refused(tmp_path / "v1.ckpt", tmp_path / "run", "needs code execution to be read: it would call pathlib")
+  (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
+  needed = "a Stable Diffusion v1 has unet, vae, text_encoder, tokenizer"
+  refused(tmp_path, tmp_path / "run", f", a FluxPipeline, has no folder unet; {needed}")
 
 
 @pytest.mark.parametrize(
@@ -489,9 +387,7 @@ def test_an_output_folder_that_is_not_empty(sd, tmp_path):
 
 
 def test_nothing_is_left_when_the_disk_is_full(sd, tmp_path, monkeypatch):
-  def full(*args, **kwargs):
-    raise OSError(28, "No space left on device")
-
+  full = mock.Mock(side_effect=OSError(28, "No space left on device"))
   monkeypatch.setattr(import_weights.checkpoint, "Checkpointer", full)
   with pytest.raises(OSError, match="No space left on device"):
     import_weights.import_weights(str(sd), str(tmp_path / "run"))
@@ -508,25 +404,19 @@ def test_nothing_is_left_when_the_disk_is_full(sd, tmp_path, monkeypatch):
 )
 def test_the_noise_schedule_is_the_sources(sd, tmp_path, scheduler, schedule):
   scheduler.save_pretrained(copied(sd, tmp_path / "sd") / "scheduler")
-  found = from_torch.open_source(tmp_path / "sd")
-  assert import_weights.make_config(found).image_diffusion.schedule == schedule
+  source = from_torch.open_source(tmp_path / "sd")
+  assert import_weights.make_config(source).image_diffusion.schedule == schedule
 
 
-@pytest.mark.parametrize("said, length", [(7, 7), (10**30, pipelines.LENGTH), (float("inf"), pipelines.LENGTH)])
-def test_captions_are_as_long_as_the_tokenizer_and_the_encoder_allow(sd, tmp_path, said, length):
+@pytest.mark.parametrize("limit, length", [(7, 7), (10**30, pipelines.LENGTH), (float("inf"), pipelines.LENGTH)])
+def test_captions_are_as_long_as_the_tokenizer_and_the_encoder_allow(sd, tmp_path, limit, length):
   config = copied(sd, tmp_path / "sd") / "tokenizer" / "tokenizer_config.json"
-  config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": said}))
+  config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": limit}))
   assert from_torch.open_source(tmp_path / "sd").fields["data.max_length"] == length
 
 
 @pytest.mark.slow
 def test_command_line(sd, environment, tmp_path):
-  flags = [f"--source={sd}", f"--out={tmp_path / 'run'}"]
-  done = call("import_weights", environment, *flags)
+  done = call("import_weights", environment, f"--source={sd}", f"--out={tmp_path / 'run'}")
   assert done.returncode == 0, done.stderr
   assert "352 parameters loaded, 131 initialised, 0 ignored; import.json names each" in done.stderr
-  done = call("import_weights", environment, *flags)
-  assert done.returncode == 2
-  assert [line for line in done.stderr.splitlines() if "error" in line] == [
-    f"error: --out={tmp_path / 'run'} is not empty; give a new folder"
-  ]

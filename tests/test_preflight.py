@@ -19,10 +19,9 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.models import attention
 from diffdis_jax.preflight import __main__ as preflight
 from diffdis_jax.preflight import chips, flops, gpus, hlo, targets, times
-from diffdis_jax.training.step import Trainer, abstract_batch
+from diffdis_jax.training.step import Trainer
 from tests import pages, steps, tiny_clip
 from tests.command_runs import call
-from tests.steps import network_of
 
 pytest_plugins = ("tests.command_runs",)
 
@@ -76,19 +75,6 @@ def test_a_program_is_rematerialised_as_its_config_says():
   assert config.model.remat == "full" and config.model.attention_kernel == "auto"
 
 
-def test_batches_of_images_and_of_latents():
-  config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
-  shapes = lambda: {
-    name: x and x.shape for name, x in vars(abstract_batch(Run.of(config), network_of(config), mesh)).items()
-  }
-  assert shapes() == dict(image=(16, 16, 16, 3), tokens=(16, 8), discrimination_image=None)
-  config.data.discrimination_view = "own"
-  assert shapes()["discrimination_image"] == (16, 16, 16, 3)
-  config.data.name = "latents"
-  assert shapes() == dict(mean=(16, 4, 4, 4), log_variance=(16, 4, 4, 4), tokens=(16, 8))
-
-
-@pytest.mark.slow
 def test_the_step_of_a_clip():
   """It takes three times the products of both towers' layers, and those around them, rematerialised or not."""
   config, mesh = tiny_clip.get_config(), steps.make_mesh(2, 2, 2)
@@ -363,3 +349,25 @@ def test_the_chips_of_examples_hold_the_papers_state():
   for line in examples:
     (topology,), fsdp = re.findall(r"--topology=(\S+)", line), re.findall(r"mesh\.fsdp=(\d+)", line) or ["1"]
     assert state / int(fsdp[0]) < 0.75 * chips.parse(topology).chip.memory, line
+
+
+# Plain programs by name: a function, its arguments' shapes and dtype, and what it computes and moves at least. One is
+# bound by operations alone and one by memory: they say how the estimate errs at either bound.
+PLAIN = {
+  "product": (jnp.dot, ((8192, 8192),) * 2, jnp.bfloat16, 2 * 8192**3, 3 * 8192**2 * 2),
+  "sum": (jnp.add, ((2**13, 2**13),) * 2, jnp.float32, 0, 3 * 2**26 * 4),
+}
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_large_plain_programs_are_estimated_at_up_to_half_more_than_the_least(topology, name):
+  """The least time is that of the operations at the chip's peak, or of the bytes at its memory's bandwidth."""
+  f, shapes, dtype, operations, moved = PLAIN[name]
+  target = targets.find("tpu", chips.parse(topology), 1)
+  place = SingleDeviceSharding(target.devices[0])
+  lowered = jax.jit(f).lower(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes))
+  least = max(operations / target.chip.flops, moved / target.chip.bandwidth)
+  assert 0.99 < targets.compile(lowered, target).seconds / least < 1.5

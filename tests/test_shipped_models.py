@@ -1,4 +1,4 @@
-"""The trained model that comes with the package: its file, its figures, and that it generates and classifies."""
+"""Test the trained model that comes with the package: its file, its figures, its images and its answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_its_figures_stand_in_the_file():
 
 
 @pytest.mark.slow
-def test_it_names_what_it_never_saw_and_what_it_draws():
+def test_it_names_unseen_pairs_and_its_own_images():
   """By chance it names a sixty-fourth. Processors round differently: a few of the images may change sides."""
   model = diffdis_jax.load(NAME)
   source = shapes.Shapes(split="unseen", image_size=32, seed=1)

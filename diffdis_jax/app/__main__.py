@@ -141,8 +141,8 @@ def uploads() -> Iterator[None]:
   """Give Gradio a new folder for uploads, in $GRADIO_TEMP_DIR or the system's for temporary files, and remove it."""
   if given := os.environ.get(FOLDER):
     os.makedirs(given, exist_ok=True)
-  with files.temporary_folder("diffdis-page", given) as made:
-    os.environ[FOLDER] = os.fspath(made)
+  with files.temporary_folder("diffdis-page", given) as folder:
+    os.environ[FOLDER] = os.fspath(folder)
     yield
 
 

@@ -35,11 +35,11 @@ def tabs(objectives: Sequence[str], *, aligned: bool = True) -> tuple[str, ...]:
   `aligned`: it compares images with texts, as an import that nobody trained does not.
   """
   trained = {*objectives}
-  found = tuple(name for name, needed in TABS.items() if {*needed} & trained and (aligned or needed == GENERATIVE))
-  if not found:
+  servable = tuple(name for name, needed in TABS.items() if {*needed} & trained and (aligned or needed == GENERATIVE))
+  if not servable:
     served = ", ".join(dict.fromkeys(name for needed in TABS.values() for name in needed))
     raise UserError(f"this run's objectives are {', '.join(objectives)}; a page takes a run of any of {served}")
-  return found
+  return servable
 
 
 @dataclasses.dataclass(frozen=True)

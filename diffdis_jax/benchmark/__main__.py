@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
   if is_table and FLAGS.out.endswith(".md"):
     raise UserError(f"--out={FLAGS.out} should end in .json; the table is written beside it, as .md")
   # Before the measurement, during which the checkout may change.
-  made = provenance.provenance(origin(FLAGS.config))
+  record = provenance.provenance(origin(FLAGS.config))
   if is_table:
     models = table6_models(FLAGS.config, sharding.make_mesh(**FLAGS.config.mesh))
     counts = {name: FLAGS.config[name] for name in ("generated", "classified")}
@@ -67,21 +67,21 @@ def main(argv: Sequence[str]) -> None:
     files.write_out(f"{FLAGS.out.removesuffix('.json')}.md", table6.markdown(results))
   else:
     results = time_steps(trainers(Run.of(FLAGS.config)), rounds=FLAGS.rounds)
-  files.write_out(FLAGS.out, files.as_json({**results, "provenance": made}))
+  files.write_out(FLAGS.out, files.as_json({**results, "provenance": record}))
 
 
 def origin(config: ConfigDict) -> dict[str, Any]:
   """Describe what is timed, for the record; several models by their names."""
   if "models" in config:
-    return {name: provenance.of_config(each.to_dict()) for name, each in config.models.items()}
+    return {name: provenance.of_config(model.to_dict()) for name, model in config.models.items()}
   return provenance.of_config(config.copy_and_resolve_references().to_dict())
 
 
 def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
   """Return the models that configs/table6.py names. Nothing is allocated."""
   models = {}
-  for name, each in config.models.items():
-    run = Run.of(each)
+  for name, fields in config.models.items():
+    run = Run.of(fields)
     step = Trainer(run, mesh)
     model = inference.Inference(step.network, run.inference, mesh=mesh, batch_size=run.batch_size)
     models[name] = table6.Model(step=step, inference=model, trained=config.trained[name])

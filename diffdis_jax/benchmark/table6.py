@@ -57,20 +57,20 @@ def time_table6(models: Mapping[str, Model], *, rounds: int, generated: int, cla
     generated, classified: images of the table's columns.
   """
   ways = {name: ways_of(model) for name, model in models.items()}
-  seconds: dict[str, dict[str, list[float]]] = {name: {way: [] for way in each} for name, each in ways.items()}
+  seconds: dict[str, dict[str, list[float]]] = {name: {way: [] for way in own} for name, own in ways.items()}
   for index in range(rounds + 1):
-    for name, each in ways.items():
-      for way, once in each.items():
+    for name, own in ways.items():
+      for way, once in own.items():
         begin = time.perf_counter()
         once()
         if index:
           seconds[name][way].append((time.perf_counter() - begin) / models[name].step.run.batch_size)
     logging.info("round %d of %d", index, rounds)
 
-  mesh, found = models["clip"].step.mesh, {}
+  mesh, measured = models["clip"].step.mesh, {}
   for name, model in models.items():
     median = {way: statistics.median(values) for way, values in seconds[name].items()}
-    found[name] = dict(
+    measured[name] = dict(
       image_size=model.step.run.image_size,
       parameters=sum(math.prod(leaf.shape) for leaf in model.step.shapes.values()),
       batch_size=model.step.run.batch_size,
@@ -85,9 +85,9 @@ def time_table6(models: Mapping[str, Model], *, rounds: int, generated: int, cla
     generated=generated,
     classified=classified,
     generation_steps=models["diffdis"].inference.sampling.generation_steps,
-    models=found,
-    ratios=ratios({name: each["extrapolated"] for name, each in found.items()}),
-    ratios_of_operations=ratios({name: each["gigaflop"] for name, each in found.items()}),
+    models=measured,
+    ratios=ratios({name: model["extrapolated"] for name, model in measured.items()}),
+    ratios_of_operations=ratios({name: model["gigaflop"] for name, model in measured.items()}),
   )
 
 
@@ -108,9 +108,9 @@ def ways_of(model: Model) -> dict[str, Callable[[], None]]:
   def discriminate() -> None:
     inference.embed_images(states[0].params, images, seed=0)
 
-  found: dict[str, Callable[[], None]] = {"training": train}
-  found |= {"generation": generate} if run.task.generates else {}
-  return found | ({"discrimination": discriminate} if run.task.aligned else {})
+  ways: dict[str, Callable[[], None]] = {"training": train}
+  ways |= {"generation": generate} if run.task.generates else {}
+  return ways | ({"discrimination": discriminate} if run.task.aligned else {})
 
 
 def random_batch(trainer: Trainer) -> TrainingBatch:
@@ -123,7 +123,7 @@ def random_batch(trainer: Trainer) -> TrainingBatch:
     "bfloat16": lambda shape: rng.standard_normal(shape, np.float32).astype(jnp.bfloat16),
   }
   shapes = abstract_batch(trainer.run, trainer.network, trainer.mesh)
-  rows = {name: each and makers[each.dtype.name](each.shape) for name, each in vars(shapes).items()}
+  rows = {name: leaf and makers[leaf.dtype.name](leaf.shape) for name, leaf in vars(shapes).items()}
   # On the devices before the clock starts: the loader's part is measured elsewhere.
   return type(shapes)(**sharding.to_global(rows, trainer.mesh))
 
@@ -157,7 +157,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     "| | training | operations of a step, an image | generation | discrimination | zero-shot ImageNet | FID |",
     "|---|---|---|---|---|---|---|",
   ]
-  own = {name: each["extrapolated"] for name, each in results["models"].items()}
+  own = {name: model["extrapolated"] for name, model in results["models"].items()}
   for name, title in NAMES.items():
     training, *others = _times(name, PAPER)
     quality = f"{PAPER[name]['zero_shot']} %" if "zero_shot" in PAPER[name] else "", str(PAPER[name].get("fid", ""))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import NamedTuple
 
 from diffdis_jax.interop.tensor_files import Tensors
 
@@ -49,15 +48,8 @@ _VAE_PARTS = (
 )
 
 
-class Split(NamedTuple):
-  """A file's tensors by component, in diffusers' names, and the file's names of those that belong to none."""
-
-  components: dict[str, Tensors]
-  others: list[str]
-
-
-def split(tensors: Tensors) -> Split:
-  """Split a single file's tensors, as diffusers would have them in a folder for each component."""
+def split(tensors: Tensors) -> tuple[dict[str, Tensors], list[str]]:
+  """Split a single file's tensors by component, in diffusers' names, and list the others' names."""
   components: dict[str, Tensors] = {
     component: {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     for component, prefix in PREFIXES.items()
@@ -67,7 +59,7 @@ def split(tensors: Tensors) -> Split:
   levels = len({name.split(".")[2] for name in components["vae"] if name.startswith("decoder.up.")})
   components["unet"] = {unet_name(name, depth=depth): tensor for name, tensor in components["unet"].items()}
   components["vae"] = {vae_name(name, levels=levels): tensor for name, tensor in components["vae"].items()}
-  return Split(components, others)
+  return components, others
 
 
 def unet_depth(names: Collection[str]) -> int:

@@ -115,8 +115,9 @@ def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matche
       matched.names[entry.path] = f"{component}/{name}"
 
   known = mapping.CLIP if source.is_clip else mapping.DIFFDIS
-  entries = [mapping.from_path(path, known) for path in network if path not in mapping.STATISTICS]
-  if missing := [each for each in entries if each.component in source.components and each.path not in matched.names]:
+  there = {*mapping.STATISTICS, *matched.names}
+  absent = [mapping.from_path(path, known) for path in network if path not in there]
+  if missing := [entry for entry in absent if entry.component in source.components]:
     what = f"{missing[0].component} lacks {len(missing)} of its model's parameters, such as {missing[0].name}"
     raise UserError(f"{what}; its config and its weights should be of one model")
   return matched
@@ -179,7 +180,7 @@ def _add_diffdis(path: pathlib.Path, model: dict[str, Any], fields: dict[str, An
     model["text_encoder"]["token_embedding_weight"] = own["model"]["text_encoder"].get("token_embedding_weight", 0.0)
     fields |= {f"text_diffusion.{name}": own["text_diffusion"][name] for name in ("schedule", "target", "gamma")}
     fields["condition_timestep"] = own["condition_timestep"]
-    fields |= {f"inference.{each.name}": own["inference"][each.name] for each in dataclasses.fields(Sampling)}
+    fields |= {f"inference.{field.name}": own["inference"][field.name] for field in dataclasses.fields(Sampling)}
   except (KeyError, TypeError) as error:
     raise UserError(f"{path} lacks {error}; it should be what export_weights wrote") from error
 

@@ -112,7 +112,7 @@ def check_config(config: Any, where: str) -> None:
     _refuse_others(config.get(name, {}), known, f"{where}: {name}")
 
 
-def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+def read_config(config: Mapping[str, Any], shapes: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
   """Return the `model` section, both towers, of a config's `model_cfg` that `check_config` takes.
 
   What it lacks is taken from `found`, the section as the shapes of the tensors have it. Raises UserError: settings that
@@ -121,7 +121,7 @@ def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str)
   model = {}
   for part, name, fields in (("vision_encoder", "vision_cfg", _VISION), ("text_encoder", "text_cfg", _TEXT)):
     tower, here = config.get(name, {}), f"{where}: {name}"
-    section = found[part] | {ours: _number(tower, theirs, found[part][ours], here) for ours, theirs in fields}
+    section = shapes[part] | {ours: _number(tower, theirs, shapes[part][ours], here) for ours, theirs in fields}
     if "mlp_ratio" in tower:
       if not isinstance(ratio := tower["mlp_ratio"], int | float) or ratio <= 0:
         raise unsupported(here, "mlp_ratio", ratio, "it should be a number such as 4.0")

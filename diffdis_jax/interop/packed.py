@@ -78,18 +78,18 @@ def _without_unread(
     kept = np.zeros(text.get("vocab_size", 0), bool)
     kept[[*tokens]] = True
   else:
-    added = next((each for name, each in params.items() if name.endswith(one_file.TABLES[1])), np.zeros((1, 1)))
+    added = next((array for name, array in params.items() if name.endswith(one_file.TABLES[1])), np.zeros((1, 1)))
     kept = (np.asarray(added) != 0).any(axis=1)
     origin = (record.provenance, *record.provenance.get("init_from", ()))
-    if not kept.any() or any("imported" in each for each in origin):
+    if not kept.any() or any("imported" in link for link in origin):
       return dict(params)
   if kept.all():
     return dict(params)
   # They are read as all others, and not added to the query.
   kept[[text[name] for name in ("bos_id", "eos_id")]] = True
   short = {
-    name: np.concatenate([each[kept], each[~kept].mean(axis=0, keepdims=True)])
-    for name, each in params.items()
+    name: np.concatenate([array[kept], array[~kept].mean(axis=0, keepdims=True)])
+    for name, array in params.items()
     if name.endswith(one_file.TABLES)
   }
   return {**params, **short, one_file.KEPT: np.flatnonzero(kept).astype(np.int32)}

@@ -196,9 +196,9 @@ def _write(section: Config, fields: Fields, fixed: Config) -> dict[str, Any]:
 def _require(config: Config, expected: Config, where: str) -> None:
   for field, value in expected.items():
     # A field that is not there has the library's default, which is this value: old files lack what came later.
-    found = config.get(field, value)
-    if (tuple(found) if isinstance(found, list) else found) != value:
-      raise unsupported(where, field, found, f"Stable Diffusion v1 and this package have {value!r}")
+    given = config.get(field, value)
+    if (tuple(given) if isinstance(given, list) else given) != value:
+      raise unsupported(where, field, given, f"Stable Diffusion v1 and this package have {value!r}")
 
 
 def _unet_blocks(attention: Sequence[bool]) -> dict[str, Any]:

@@ -85,12 +85,11 @@ def preferred(names: Iterable[str]) -> str | None:
   Safetensors rather than .bin, full precision rather than a variant, open_clip's own file rather than timm's copy of
   the vision tower, which its repositories hold too.
   """
-  entries = filter(None, map(_ENTRY.fullmatch, names))
-  # By name at last, so that of two such files each machine takes the same one, whatever order its disk lists them in.
-  ranked = [
-    (each["kind"] != "safetensors", bool(each["variant"] or each["variant2"]), not each[0].startswith("open_"), each[0])
-    for each in entries
-  ]
+  ranked = []
+  for match in filter(None, map(_ENTRY.fullmatch, names)):
+    is_variant = bool(match["variant"] or match["variant2"])
+    # By name at last, so that of two such files each machine takes the same one, whatever order its disk lists them in.
+    ranked.append((match["kind"] != "safetensors", is_variant, not match[0].startswith("open_"), match[0]))
   return min(ranked)[-1] if ranked else None
 
 

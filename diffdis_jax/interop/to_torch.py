@@ -78,7 +78,8 @@ def write(folder: pathlib.Path, params: Params, own: Mapping[str, Any], *, dtype
   entries = [mapping.from_path(path) for path in params]
   for component, file in (*FILES.items(), ("head", tensor_files.HEAD)):
     # Popped, so that each array is in memory once: converted, or not yet.
-    arrays = {each.name: convert(each, params.pop(each.path), dtype) for each in entries if each.component == component}
+    own = [entry for entry in entries if entry.component == component]
+    arrays = {entry.name: convert(entry, params.pop(entry.path), dtype) for entry in own}
     # Of generation alone a projection of the text query may be there, which nothing then uses.
     if arrays and (component != "diffdis" or is_aligned):
       path = folder / (file if component == "head" else file_of(component, dtype))

@@ -132,8 +132,8 @@ def denoise_rows(
   elif "generation" not in passes:
     prediction = model.discrimination(**vars(discrimination))
   else:  # both as one batch, which costs less and gives the same
-    both = joint.both_passes(model, generation, discrimination, parts=sharding.batch_parts())
-    noise_z, prediction = both.noise_z, both.prediction_e
+    predictions = joint.both_passes(model, generation, discrimination, parts=sharding.batch_parts())
+    noise_z, prediction = predictions.noise_z, predictions.prediction_e
 
   # L_IG = ‖ε_z − ε̂_z‖² of each row, and ê_0 by the target of the text process (Table 2).
   loss = None if noise_z is None else losses.denoising(noise.noise_z, noise_z)
@@ -216,10 +216,10 @@ def generation_step(
 
   # ε̂ = ε_u + s (ε_c − ε_u)
   t_z = jnp.full(len(z_t), now.t)
-  found = guidance.guide(predict, z_t, t_z, condition=c, null=c_null, scale=guidance_scale)
+  guided = guidance.guide(predict, z_t, t_z, condition=c, null=c_null, scale=guidance_scale)
   # ẑ_0 = (z_t − √(1 − ᾱ) ε̂) / √ᾱ;  z_prev = √ᾱ_prev ẑ_0 + √(1 − ᾱ_prev) ε̂
-  step = samplers.ddim_step(process, now, z_t, found.guided)
-  unguided = None if found.unconditional is None else samplers.ddim_step(process, now, z_t, found.unconditional).x_0
+  step = samplers.ddim_step(process, now, z_t, guided.guided)
+  unguided = None if guided.unconditional is None else samplers.ddim_step(process, now, z_t, guided.unconditional).x_0
   return GenerationStep(z_prev=step.x_prev, z_0=step.x_0, z_0_null=unguided)
 
 
@@ -248,7 +248,7 @@ def denoise_text_query(
   timesteps = samplers.ddim_coefficients(process, schedules.trailing(steps))
 
   def step(e_t: Float[Array, "b d"], now: DdimCoefficients) -> tuple[Float[Array, "b d"], None]:
-    found = text_query_step(
+    query_step = text_query_step(
       model,
       e_t,
       now,
@@ -258,7 +258,7 @@ def denoise_text_query(
       guidance_scale=guidance_scale,
       normalize_query=normalize_query,
     )
-    return found.x_prev, None
+    return query_step.x_prev, None
 
   def from_noise(e_T: Float[Array, "b d"]) -> Float[Array, "b d"]:
     # The process ends at γ e_0, whose length the loss never saw.

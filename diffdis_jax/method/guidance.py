@@ -49,10 +49,10 @@ def guide(
   if not isinstance(scale, jax.Array) and scale == 1:
     return Guided(denoise(x_t, t, condition), None)
   # A sample's two branches lie side by side, so that a batch sharded over devices is doubled without moving.
-  both = jax.tree.map(
+  conditions = jax.tree.map(
     lambda u, c: jnp.stack((jnp.broadcast_to(u, c.shape), c), axis=1).reshape(-1, *c.shape[1:]), null, condition
   )
-  prediction = denoise(jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2, axis=0), both)
+  prediction = denoise(jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2, axis=0), conditions)
   unconditional, conditional = jnp.unstack(prediction.reshape(len(x_t), 2, *prediction.shape[1:]), axis=1)
   # Not (1 − s) ε_u + s ε_c, which is the same on paper and rounds otherwise than Stable Diffusion's pipeline.
   return Guided(unconditional + scale * (conditional - unconditional), unconditional)

@@ -80,7 +80,7 @@ class Kernel:
 def collectives(text: str) -> list[Collective]:
   """Return the collectives in the order of the program. One in a loop's body is listed once, with the number of its
   turns."""
-  found, scattered, spread, times, runs = [], None, set(), 1, _runs(text)
+  listed, scattered, spread, times, runs = [], None, set(), 1, _runs(text)
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
       # How the TPU compiler writes a reduce-scatter: a computation of an all-reduce and a slice.
@@ -104,8 +104,8 @@ def collectives(text: str) -> list[Collective]:
       parts = parts[len(parts) // 2 :]
     total = sum(_BITS[kind] * math.prod(shape) // 8 for kind, shape in parts)
     shapes = tuple(shape for _, shape in parts)
-    found.append(Collective(kind=kind, shapes=shapes, bytes=total, group=_group(line), times=times))
-  return found
+    listed.append(Collective(kind=kind, shapes=shapes, bytes=total, group=_group(line), times=times))
+  return listed
 
 
 @functools.lru_cache(maxsize=1)  # a full-size step's text takes seconds, and each of its figures asks
@@ -145,8 +145,8 @@ def _turns(line: str, bodies: Mapping[str, list[str]]) -> int:
 def bytes_by_kind(text: str) -> dict[str, int]:
   """Return the bytes that a device ends up with from each kind of collective, over all turns of loops."""
   totals: dict[str, int] = dict.fromkeys(KINDS, 0)
-  for each in collectives(text):
-    totals[each.kind] += each.times * each.bytes
+  for collective in collectives(text):
+    totals[collective.kind] += collective.times * collective.bytes
   return {kind: total for kind, total in totals.items() if total}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -120,7 +121,7 @@ def gpu_devices(topology: Topology) -> list[Any]:
 
 def _version(names: Sequence[str]) -> list[int]:
   """Return major, minor and patch of the first of these packages that is installed. Raises UserError: none is."""
-  installed = (found for name in names for found in importlib.metadata.distributions(name=name))
+  installed = itertools.chain.from_iterable(importlib.metadata.distributions(name=name) for name in names)
   if (package := next(installed, None)) is not None:
     return [int(part) for part in package.version.split(".")[:3]]
   raise not_installed("the compiler", f"one of {', '.join(names)}", "cuda")

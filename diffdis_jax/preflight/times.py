@@ -52,8 +52,8 @@ def estimated_seconds(costs: Mapping[str, float], text: str, chip: Chip, in_kern
   if not (in_kernels and chip.charged):
     return turns * seconds
   charged = sum(
-    chip.charged.seconds(flops=each.flops, transcendentals=each.transcendentals, bytes=each.bytes)
-    for each in hlo.kernels(text).values()
+    chip.charged.seconds(flops=kernel.flops, transcendentals=kernel.transcendentals, bytes=kernel.bytes)
+    for kernel in hlo.kernels(text).values()
   )
   return max(turns * (seconds - charged) + in_kernels, 0.0) or None
 
@@ -68,7 +68,7 @@ def seconds_in_kernels(text: str, cycles: Mapping[str, int], chip: Chip) -> floa
     return 0.0
   kernels = hlo.kernels(text)
   by_code = {kernels[name].code: count for name, count in cycles.items() if name in kernels}
-  return sum(each.times * by_code.get(each.code, 0) for each in kernels.values()) / chip.clock
+  return sum(kernel.times * by_code.get(kernel.code, 0) for kernel in kernels.values()) / chip.clock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,13 +101,13 @@ def traffic(text: str, near: int | None) -> Traffic:
     near: devices that links join; those of other numbers are reached by the network. None: all.
   """
   sums: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(Traffic)}
-  for each in hlo.collectives(text):
+  for collective in hlo.collectives(text):
     # A ring passes through all devices of a host before it goes on to the next one.
-    hosts = len({device // near for device in each.group}) if near and each.group else 1
-    rounds = each.times * (2 if each.kind == "all-reduce" else 1)  # which is a reduce-scatter and an all-gather
-    sums["network_bytes" if hosts > 1 else "links_bytes"] += each.received
+    hosts = len({device // near for device in collective.group}) if near and collective.group else 1
+    rounds = collective.times * (2 if collective.kind == "all-reduce" else 1)  # a reduce-scatter and an all-gather
+    sums["network_bytes" if hosts > 1 else "links_bytes"] += collective.received
     sums["network_hops"] += rounds * (hosts - 1)
-    sums["links_hops"] += rounds * max(len(each.group) - hosts, 0)
+    sums["links_hops"] += rounds * max(len(collective.group) - hosts, 0)
   return Traffic(**sums)
 
 

@@ -42,14 +42,14 @@ def read(lines: Sequence[str]) -> dict[str, Curve]:
   """
   # Most lines have the metrics of the line before: one array for all of them.
   pieces: dict[str, list[Curve]] = {}
-  for names, found in itertools.groupby(filter(None, provenance.metrics_of(lines)), key=tuple):
-    values = np.asarray([tuple(each.values()) for each in found], np.float64)  # None, of what is not finite, is NaN
+  for names, alike in itertools.groupby(filter(None, provenance.metrics_of(lines)), key=tuple):
+    values = np.asarray([tuple(line.values()) for line in alike], np.float64)  # None, of what is not finite, is NaN
     steps = values[:, names.index("step")].astype(np.int64)
     for place, name in enumerate(names):
       if name != "step":
         pieces.setdefault(name, []).append(Curve(steps, values[:, place]))
   return {
-    name: Curve(np.concatenate([each.steps for each in own]), np.concatenate([each.values for each in own]))
+    name: Curve(np.concatenate([piece.steps for piece in own]), np.concatenate([piece.values for piece in own]))
     for name, own in pieces.items()
   }
 

@@ -65,7 +65,7 @@ def data_of(runs: Sequence[Run], *, now: float) -> dict[str, Any]:
 
 def facts_of(run: Run, *, now: float) -> dict[str, Any]:
   """Collect what the page shows of one run, except its pictures."""
-  made = read.starts(run, now=now)
+  starts = read.starts(run, now=now)
   return {
     "name": run.name,
     "status": read.status(run),
@@ -76,14 +76,14 @@ def facts_of(run: Run, *, now: float) -> dict[str, Any]:
     "written": run.written,
     "curves": {name: thinned(curve) for name, curve in run.curves.items()},
     "substituted": int(np.nansum(run.curves["substituted"].values)) if "substituted" in run.curves else 0,
-    "starts": made,
-    "cost": read.cost(run, made),
+    "starts": starts,
+    "cost": read.cost(run, starts),
     "parameters": read.parameters(run),
     "rates": run.config["optim"]["rates"],
     "checkpoints": [{"step": step, "metrics": metrics} for step, metrics in sorted(run.checkpoints.items())],
     "results": [
-      {"file": each.file, "task": each.task, "dataset": each.dataset, "metrics": each.record["metrics"]}
-      for each in run.results
+      {"file": result.file, "task": result.task, "dataset": result.dataset, "metrics": result.record["metrics"]}
+      for result in run.results
     ],
     "data": next((event["data"] for event in reversed(run.events) if "data" in event), []),
     "config": read.fields(run),
@@ -94,16 +94,16 @@ def facts_of(run: Run, *, now: float) -> dict[str, Any]:
 def thinned(curve: curves.Curve) -> dict[str, Any]:
   """Return a curve for the page, with `least` and `most` only where buckets hold more than one point."""
   band = curves.thin(curve)
-  found = {"steps": band.steps.tolist(), "mean": numbers(band.mean), "points": len(curve.steps)}
-  found["not_finite"] = int((~np.isfinite(curve.values)).sum())
+  shown = {"steps": band.steps.tolist(), "mean": numbers(band.mean), "points": len(curve.steps)}
+  shown["not_finite"] = int((~np.isfinite(curve.values)).sum())
   if len(band.steps) < len(curve.steps):
-    found |= {"least": numbers(band.least), "most": numbers(band.most)}
+    shown |= {"least": numbers(band.least), "most": numbers(band.most)}
   finite = np.flatnonzero(np.isfinite(curve.values))
   if len(finite):
     values, steps = curve.values[finite], curve.steps[finite]
     for name, place in (("last", -1), ("lowest", values.argmin()), ("highest", values.argmax())):
-      found[name] = {"step": int(steps[place]), "value": float(f"{values[place]:.{DIGITS + 1}g}")}
-  return found
+      shown[name] = {"step": int(steps[place]), "value": float(f"{values[place]:.{DIGITS + 1}g}")}
+  return shown
 
 
 def numbers(values: np.ndarray) -> list[float | None]:
@@ -153,9 +153,9 @@ def as_json(value: Any) -> str:
 
 def _finite(value: Any) -> Any:
   if isinstance(value, Mapping):
-    return {key: _finite(each) for key, each in value.items()}
+    return {key: _finite(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
-    return [_finite(each) for each in value]
+    return [_finite(item) for item in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -67,11 +67,11 @@ def read(path: str, name: str) -> Run:
 
 
 def _grids(folder: epath.Path) -> dict[str, list[tuple[int, epath.Path]]]:
-  found: dict[str, list[tuple[int, epath.Path]]] = {}
+  pictures: dict[str, list[tuple[int, epath.Path]]] = {}
   for path in sorted(folder.glob("*.png")) if folder.is_dir() else ():
     if match := re.fullmatch(r"(.+)_(\d+)\.png", path.name):
-      found.setdefault(match[1], []).append((int(match[2]), path))
-  return {name: sorted(files, key=lambda each: each[0]) for name, files in found.items()}
+      pictures.setdefault(match[1], []).append((int(match[2]), path))
+  return {name: sorted(files, key=lambda pair: pair[0]) for name, files in pictures.items()}
 
 
 def _checkpoints(path: str) -> dict[int, dict[str, float]]:
@@ -79,11 +79,11 @@ def _checkpoints(path: str) -> dict[int, dict[str, float]]:
     return {one_file.read_record(file).step: {}}
   folder = workdir.checkpoints(path)
 
-  found = {}
+  metrics = {}
   for step in workdir.committed_steps(folder):
     with contextlib.suppress(OSError, UserError):  # it was removed just now, or is damaged
-      found[step] = workdir.metrics_of(folder, step)
-  return found
+      metrics[step] = workdir.metrics_of(folder, step)
+  return metrics
 
 
 def _taken(lock: epath.Path) -> float | None:
@@ -115,7 +115,7 @@ def starts(run: Run, *, now: float) -> list[dict[str, Any]]:
   """List the starts: from which step and when, on what, for how many seconds (at least, of one that was killed), how
   each ended, and the steps after its last checkpoint that were taken again."""
   places = [i for i, event in enumerate(run.events) if event["event"] == "start"]
-  found = []
+  listed = []
   for place, after in itertools.pairwise([*places, len(run.events)]):
     start, ends = run.events[place], run.events[place + 1 : after]
     next_start = run.events[after] if after < len(run.events) else None
@@ -126,7 +126,7 @@ def starts(run: Run, *, now: float) -> list[dict[str, Any]]:
     else:
       until, how = (now, "running") if run.alive else (run.written, "killed")
     reached, last = (next_start or {}).get("reached", start["step"]), (next_start or {}).get("step", math.inf)
-    found.append(
+    listed.append(
       {
         **{name: start.get(name) for name in ("step", "time", "devices", "device_kind", "processes", "host", "jax")},
         "seconds": max(0.0, until - start["time"]) if until else _seconds_in_steps(run, start["step"], last),
@@ -134,18 +134,18 @@ def starts(run: Run, *, now: float) -> list[dict[str, Any]]:
         "repeated": max(0, reached - next_start["step"]) if next_start else 0,
       }
     )
-  return found
+  return listed
 
 
-def cost(run: Run, made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def cost(run: Run, starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """Add up device-hours by kind, and say where the time went, given what `starts` lists."""
   hours: dict[str, float] = {}
-  for start in made:
+  for start in starts:
     kind = start["device_kind"] or "unknown"
     hours[kind] = hours.get(kind, 0.0) + start["seconds"] * (start["devices"] or 1) / HOUR
   return {
     "device_hours": hours,  # by kind: an hour of one is not an hour of another, and a run may have moved
-    "seconds": sum(start["seconds"] for start in made) if made else None,
+    "seconds": sum(start["seconds"] for start in starts) if starts else None,
     "seconds_in_steps": _seconds_in_steps(run),
     "images": run.step * run.config["batch_size"],
   }

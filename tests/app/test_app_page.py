@@ -60,9 +60,9 @@ def outcome(address: str, number: int) -> tuple[str, str]:
           return expected, str(sent.status_code)
         (path,) = sent.json()
       inputs = [{"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}, *inputs]
-    found = ask(client, name, inputs)
-    is_answer = isinstance(found, list) and isinstance(found[0], str) and all(found[1:])
-    return expected, "answer" if is_answer else str(found)
+    values = ask(client, name, inputs)
+    is_answer = isinstance(values, list) and isinstance(values[0], str) and all(values[1:])
+    return expected, "answer" if is_answer else str(values)
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_no_request_is_lost_bad_ones_are_messages_and_a_drawn_image_goes_to_clas
       parts = [{**part["props"], "type": part["type"]} for part in client.get("/config").json()["components"]]
       picture, tab = ask(client, "take", [next(part["value"] for part in parts if part["type"] == "gallery")])
       line, shares = ask(client, "classify", [picture, NAMES, TEMPLATE, 0])
-  assert [each for each in outcomes if each[0] not in each[1]] == []
+  assert [pair for pair in outcomes if pair[0] not in pair[1]] == []
   (example,) = [part["value"] for part in parts if part.get("elem_id") == "classify-line"]
   assert "%" in example, "the example that is classified before the first click"
   assert tab["selected"] == "classify" and "%" in line and len(shares["confidences"]) == 3

@@ -34,8 +34,10 @@ def build(config, source: Source | None = None):
 
 def components(config, source: Source | None = None, **wanted: str) -> list[dict]:
   """Return the properties of the components that have these."""
-  found = [{**each["props"], "type": each["type"]} for each in build(config, source).get_config_file()["components"]]
-  return [each for each in found if wanted.items() <= {name: each.get(name) for name in wanted}.items()]
+  properties = [
+    {**part["props"], "type": part["type"]} for part in build(config, source).get_config_file()["components"]
+  ]
+  return [part for part in properties if wanted.items() <= {name: part.get(name) for name in wanted}.items()]
 
 
 def config_of(*objectives: str):
@@ -55,28 +57,28 @@ def config_of(*objectives: str):
   ids=["both", "generation", "clip", "nothing to search"],
 )
 def test_a_run_has_the_tabs_that_it_can_serve(config, source, expected):
-  assert [each["label"] for each in components(config, source, type="tabitem")] == expected
+  assert [tab["label"] for tab in components(config, source, type="tabitem")] == expected
 
 
 def test_the_page_begins_with_values_that_it_takes():
   config = config_of("generation")
   config.inference.update(generation_steps=250, generation_guidance=31.0)
   sliders = components(config, type="slider")
-  assert {each["label"] for each in sliders} >= {"Steps", "Guidance"}
-  assert all(each["value"] <= each["maximum"] for each in sliders)
+  assert {slider["label"] for slider in sliders} >= {"Steps", "Guidance"}
+  assert all(slider["value"] <= slider["maximum"] for slider in sliders)
 
 
 def test_an_example_is_drawn_and_classified_before_the_first_click():
   config = config_of("generation", "discrimination")
   config.inference.generation_steps = 2
-  found = {each.get("elem_id"): each for each in components(config)}
+  by_id = {part.get("elem_id"): part for part in components(config)}
   (gallery,) = components(config, type="gallery")
-  assert len(gallery["value"]) == 3 and found["draw-line"]["value"] == "2 steps."
-  assert found["classify-image"]["value"] and "%" in found["classify-line"]["value"]
-  assert len(found["classify-answer"]["value"]["confidences"]) > 1
+  assert len(gallery["value"]) == 3 and by_id["draw-line"]["value"] == "2 steps."
+  assert by_id["classify-image"]["value"] and "%" in by_id["classify-line"]["value"]
+  assert len(by_id["classify-answer"]["value"]["confidences"]) > 1
   # A run that generates nothing takes the first image that is searched.
-  found = {each.get("elem_id"): each for each in components(tiny_clip.get_config(), Source("red"))}
-  assert "%" in found["classify-line"]["value"] and "send-button" not in found
+  by_id = {part.get("elem_id"): part for part in components(tiny_clip.get_config(), Source("red"))}
+  assert "%" in by_id["classify-line"]["value"] and "send-button" not in by_id
 
 
 def test_the_template_is_the_plain_prompt_where_a_run_measures_by_eighty():
@@ -122,7 +124,7 @@ def test_an_address_in_the_place_of_a_file_is_never_fetched(monkeypatch):
 
   monkeypatch.setattr(processing_utils, "async_ssrf_protected_get", get)
   blocks = build(config_of("discrimination"))
-  function = next(each for each in blocks.fns.values() if each.api_name == "classify")
+  function = next(known for known in blocks.fns.values() if known.api_name == "classify")
   file = {"path": "https://example.com/large.png", "meta": {"_type": "gradio.FileData"}}
   for inputs in ([file, "a, b", "{}", 0], [None, [file], "{}", 0]):
     with pytest.raises(gradio.Error, match="not as an address"):

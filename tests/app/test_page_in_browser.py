@@ -1,19 +1,17 @@
-"""The page in Chromium, by clicking. It needs apt-get install chromium chromium-driver."""
+"""Click through the page in Chromium. It needs apt-get install chromium chromium-driver."""
 
 from __future__ import annotations
 
-import shutil
 import time
 
 import pytest
 
+from tests import browser
 from tests import studio_pictures as pictures
 from tests.served_app import serve
 
 pytestmark = pytest.mark.full
-pytest_plugins = ("tests.untrained",)
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
-FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+pytest_plugins = ("tests.untrained", "tests.browser")
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +21,23 @@ def served(run, tmp_path_factory):
 
 
 class Page:
-  """What a user sees and clicks."""
+  """The page as a user sees and clicks it."""
 
-  def __init__(self, driver, address: str, width: int):
-    self.driver, self.width = driver, width
+  def __init__(self, driver, address: str):
+    self.driver = driver
     driver.get(address)
     self.wait(lambda: self.all("button[role=tab]"))
 
   def all(self, selector: str):
-    return [each for each in self.driver.find_elements("css selector", selector) if each.is_displayed()]
+    return [element for element in self.driver.find_elements("css selector", selector) if element.is_displayed()]
 
-  def wait(self, found, seconds: float = 120):
+  def wait(self, look, seconds: float = 120):
     from selenium.common.exceptions import StaleElementReferenceException
 
     end = time.monotonic() + seconds
     while time.monotonic() < end:
       try:
-        if value := found():
+        if value := look():
           return value
       except StaleElementReferenceException:
         pass
@@ -53,62 +51,50 @@ class Page:
     element.click()
 
   def tab(self, name: str) -> None:
-    self.wait(lambda: [each for each in self.all("button[role=tab]") if each.text == name])[0].click()
+    self.wait(lambda: [tab for tab in self.all("button[role=tab]") if tab.text == name])[0].click()
 
   def fill(self, label: str, text: str) -> None:
     path = f"//label[.//span[normalize-space()='{label}']]//*[self::textarea or self::input]"
-    found = lambda: [each for each in self.driver.find_elements("xpath", path) if each.is_displayed()]
-    element = self.wait(found)[0]
+    fields = lambda: [element for element in self.driver.find_elements("xpath", path) if element.is_displayed()]
+    element = self.wait(fields)[0]
     element.clear()
     element.send_keys(text)
 
   def text(self, selector: str) -> str:
-    return " ".join(each.text for each in self.all(selector))
+    return " ".join(element.text for element in self.all(selector))
 
   def line(self, name: str) -> str:
-    """What the tab says of its answer."""
-    found = self.driver.find_elements("css selector", f"#{name}-line textarea, #{name}-line input")
-    return found[0].get_attribute("value") if found else ""
+    """Return the tab's line about its answer."""
+    fields = self.driver.find_elements("css selector", f"#{name}-line textarea, #{name}-line input")
+    return fields[0].get_attribute("value") if fields else ""
 
   def upload(self, name: str, path: str) -> None:
-    """Into the tab's image field, which shows a cross once the file is there."""
+    """Upload a file into the tab's image field."""
     self.wait(lambda: self.driver.find_elements("css selector", f"#{name}-image input[type=file]"))[0].send_keys(path)
 
   def is_clean(self) -> bool:
-    """Nothing wider than the window, and nothing asked of another machine."""
-    wide = self.driver.execute_script(
-      "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    )
+    """Return whether nothing is wider than the window, and nothing was asked of another machine."""
     elsewhere = self.driver.execute_script(
       "return performance.getEntriesByType('resource').map(e => e.name)"
       ".filter(name => !name.startsWith(location.origin) && !name.startsWith('data:'))"
     )
-    return wide == 0 and elsewhere == [] and self.driver.execute_script("return innerWidth") == self.width
+    return elsewhere == [] and browser.is_no_wider_than_the_window(self.driver)
 
 
-@pytest.fixture(params=[390, 1280])
-def page(request, served, tmp_path):
-  """At the width of a phone, and at that of a laptop."""
-  from selenium import webdriver
-
-  options = webdriver.ChromeOptions()
-  for flag in (*FLAGS, f"--user-data-dir={tmp_path}", "--window-size=1280,900"):
-    options.add_argument(flag)
-  if request.param < 500:  # the least of a window
-    size = {"width": request.param, "height": 844, "pixelRatio": 1.0}
-    options.add_experimental_option("mobileEmulation", {"deviceMetrics": size})
-  options.binary_location = shutil.which("chromium") or ""
-  driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-  yield Page(driver, served.address, request.param)
-  driver.quit()
+@pytest.fixture
+def page(driver, served):
+  return Page(driver, served.address)
 
 
-def test_an_image_is_generated_from_a_prompt(page):
+def test_an_image_is_generated_from_a_prompt_and_classified(page):
+  assert page.line("draw").startswith("2 steps"), "the example"
   page.fill("Prompt", "a blue ring")
   page.click("#draw-button")
   page.wait(lambda: page.line("draw").startswith("2 steps"))
   page.wait(lambda: len(page.all("button.thumbnail-item img")) == 3)
   assert page.is_clean()
+  page.click("#send-button")
+  page.wait(lambda: page.all("#classify-image img") and "%" in page.line("classify"))
 
 
 def test_an_image_is_classified(page, tmp_path):

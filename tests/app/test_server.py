@@ -1,8 +1,7 @@
-"""Two hundred hostile requests to the server of the page, without a model behind it."""
+"""Send two hundred hostile requests to the server of the page, without a model behind it."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import pathlib
@@ -60,7 +59,7 @@ KINDS = (
 
 
 def status(address: str, number: int) -> tuple[int, int]:
-  """Of a request: what must come, and what comes."""
+  """Return the status that a request must have, and that it has."""
   headers, path, body, expected = KINDS[number % len(KINDS)]
   if body == b"leaves":
     return expected, leave(address, path)
@@ -73,7 +72,7 @@ def status(address: str, number: int) -> tuple[int, int]:
 
 
 def leave(address: str, path: str) -> int:
-  """Begins to send a body, and leaves."""
+  """Begin to send a body, and leave."""
   place = urlsplit(address)
   with socket.create_connection((place.hostname, place.port), 30) as connection:
     head = f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 100000\r\n"
@@ -84,7 +83,7 @@ def leave(address: str, path: str) -> int:
 
 
 def size(folder: pathlib.Path) -> int:
-  """Of its files. The server may still be removing those of a request whose sender has left."""
+  """Return its files' size. The server may still be removing those of a request whose sender has left."""
   kept = 0
   for place, _, names in os.walk(folder):
     for name in names:
@@ -106,7 +105,7 @@ def test_hostile_requests_are_refused_and_nothing_of_them_stays(tmp_path):
 
 
 def test_it_serves_at_addresses_of_ipv6_and_again_and_ends_by_ctrl_c(tmp_path):
-  """Four pages of one process, of which SIGTERM ends the first three, and Ctrl-C the last, after hostile requests."""
+  """SIGTERM ends the first three of four pages, and Ctrl-C the last, after hostile requests."""
   hosts = "::1", "[::1]", "::", HOST
   with started(["-c", SERVER, *hosts], tmp_path / "log", {}, stop=signal.SIGINT) as served:
     for number, host in enumerate(hosts):
@@ -128,33 +127,31 @@ def test_a_request_whose_head_or_body_does_not_come_is_cut_off(tmp_path):
     begin = b"GET /config HTTP/1.1\r\nHost: " + place.netloc.encode()
     with contextlib.ExitStack() as stack:
       connect = lambda: stack.enter_context(socket.create_connection((place.hostname, place.port), 30))
-      slow, again, body, long = [connect() for _ in range(240)], connect(), connect(), connect()
+      slow, again, body, endless = [connect() for _ in range(240)], connect(), connect(), connect()
       again.sendall(begin + b"\r\n\r\n")
       assert again.recv(12) == b"HTTP/1.1 200"
       again.sendall(begin)  # of a second request
-      for each in slow:
-        each.sendall(begin)
+      for connection in slow:
+        connection.sendall(begin)
       post = b"POST /gradio_api/call/say HTTP/1.1\r\nHost: localhost\r\n"
       body.sendall(post + b"Content-Length: 9\r\n\r\n")
       with contextlib.suppress(ConnectionError):  # closed after 600 kB
+        endless.sendall(post + b"Transfer-Encoding: chunked\r\n\r\n")
         for _ in range(9):
-          long.sendall(
-            post * (not _) + b"Transfer-Encoding: chunked\r\n\r\n" * (not _) + b"20000\r\n" + bytes(2**17) + b"\r\n"
-          )
+          endless.sendall(b"20000\r\n" + bytes(2**17) + b"\r\n")
       assert httpx.get(f"{served.address}/config").status_code == 200
-      for each in slow:
-        assert each.recv(1) == b"", "the server closes it"
+      assert {connection.recv(1) for connection in slow} == {b""}, "the server closes them"
       while again.recv(65536):
         pass
       assert body.recv(1) == b""
       with contextlib.suppress(ConnectionResetError):
-        assert long.recv(1) == b""
+        assert endless.recv(1) == b""
     assert httpx.get(f"{served.address}/config").status_code == 200
   assert "Traceback" not in served.log.read_text(), served.log.read_text()[-2000:]
 
 
 def every(address: str, numbers: range) -> None:
-  """All of these requests get the answer that they must."""
+  """Check that all of these requests get the status that they must."""
   with ThreadPoolExecutor(AT_ONCE) as pool:
-    found = list(pool.map(lambda number: status(address, number), numbers))
-  assert not collections.Counter(each for each in found if each[0] != each[1]) and len(found) == len(numbers)
+    statuses = list(pool.map(lambda number: status(address, number), numbers))
+  assert [pair for pair in statuses if pair[0] != pair[1]] == [] and len(statuses) == len(numbers)

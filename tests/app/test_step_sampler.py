@@ -36,17 +36,14 @@ def test_the_last_frame_is_the_image_that_generate_gives(sampler):
 
 
 def test_frames_are_spread_evenly_and_end_with_the_last_step(sampler):
-  shown = lambda steps, frames: [
-    drawing.step for drawing in sampler.generate("a", seed=0, steps=steps, guidance_scale=2.0, frames=frames)
-  ]
-  assert shown(3, 20) == [1, 2, 3]
-  assert shown(7, 3) == [1, 4, 7]
-  assert shown(6, 1) == [6]
+  how = dict(seed=0, guidance_scale=2.0)
+  for num_steps, frames, shown in ((3, 20, [1, 2, 3]), (7, 3, [1, 4, 7]), (6, 1, [6])):
+    assert [frame.step for frame in sampler.generate("a", steps=num_steps, frames=frames, **how)] == shown
 
 
 def test_the_emptied_prediction_knows_nothing_of_the_prompt_and_the_guided_one_goes_by_the_scale(sampler):
   first = lambda prompt, scale: next(sampler.generate(prompt, seed=1, steps=2, guidance_scale=scale, frames=2))
-  star, ring, unguided, none = (first(*each) for each in (("a star", 3), ("a ring", 3), ("a star", 0), ("", 3)))
+  star, ring, unguided, none = (first(*request) for request in (("a star", 3), ("a ring", 3), ("a star", 0), ("", 3)))
   np.testing.assert_array_equal(star.emptied, ring.emptied)
   assert np.abs(star.guided.astype(int) - ring.guided).max() > 1
   for drawing in (unguided, none):  # no guidance at all, or that of the empty prompt
@@ -84,11 +81,13 @@ def test_a_step_takes_the_runs_form_of_attention():
   sampler.closed.set()
 
 
-def test_the_temperature_is_the_loss_temperature():
+def test_the_temperature_is_the_loss_temperature_and_requests_end_with_the_page():
   sampler = make(tiny_clip.get_config())
   scale = float(sampler._params["logit_scale"])
   assert sampler.temperature == pytest.approx(min(np.exp(scale), 100), rel=1e-6)
   sampler.closed.set()
+  with pytest.raises(UserError, match="the page has ended"):
+    sampler.text_queries(["a"])
 
 
 @pytest.mark.parametrize(
@@ -102,21 +101,11 @@ def test_the_temperature_is_the_loss_temperature():
 )
 def test_a_run_has_the_tabs_that_it_can_serve(objectives, expected):
   assert module.tabs(objectives) == expected
+  with pytest.raises(UserError, match="objectives are reconstruction"):
+    module.tabs(("reconstruction",))
 
 
 def test_an_import_whose_head_was_never_trained_only_generates(sampler, monkeypatch):
   assert sampler.tabs == ("draw", "classify", "search")
   monkeypatch.setattr(sampler.model, "aligned", False)
   assert StepSampler(sampler.model, sampler._params, seconds=300).tabs == ("draw",)
-
-
-def test_an_autoencoder_has_no_page():
-  with pytest.raises(UserError, match="objectives are reconstruction"):
-    module.tabs(("reconstruction",))
-
-
-def test_requests_end_with_the_page():
-  sampler = make(tiny_clip.get_config())
-  sampler.closed.set()
-  with pytest.raises(UserError, match="the page has ended"):
-    sampler.text_queries(["a"])

@@ -38,9 +38,7 @@ def test_a_decoding_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     (b"", "the file is empty"),
     (b"no image at all", "shows no image that can be read: corrupt image; at most 0.01 million pixels of JPEG, .* can"),
     (pictures.png(20, 10)[:200], "corrupt image"),
-    (pictures.png(20, 1), "one pixel's width"),
     (pictures.png(101, 100), "101 x 100 pixels; at most 0.01 million"),
-    (pictures.bomb(12_000), "too many pixels; at most 0.01 million|12,000 x 12,000 pixels"),
     (pictures.bomb(30_000), "too many pixels; at most 0.01 million"),
   ],
 )
@@ -50,9 +48,7 @@ def test_a_bad_image_is_a_message(tmp_path, data, message):
   assert "\n" not in str(caught.value)
 
 
-def test_no_image_or_one_that_has_gone(tmp_path):
-  with pytest.raises(UserError, match="no image yet"):
-    module.read_square(None, 8)
+def test_an_upload_that_has_gone(tmp_path):
   with pytest.raises(UserError, match="has been deleted"):
     module.read_square(str(tmp_path / "gone.png"), 8)
 

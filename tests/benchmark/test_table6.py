@@ -19,8 +19,8 @@ def results(**changes: float) -> dict:
     "diffdis": dict(training=40.0, generation=3030.0, discrimination=250.0) | changes,
   }
   models = {
-    name: dict(image_size=32, parameters=1_500_000, gigaflop=dict(training=2.0), extrapolated=each)
-    for name, each in columns.items()
+    name: dict(image_size=32, parameters=1_500_000, gigaflop=dict(training=2.0), extrapolated=times)
+    for name, times in columns.items()
   }
   trained = dict(clip=20, stable_diffusion=6, diffdis=6)
   return dict(
@@ -29,8 +29,8 @@ def results(**changes: float) -> dict:
 
 
 def test_ratios_are_over_stable_diffusion_and_of_discrimination_over_clip():
-  found = table6.ratios({name: each["extrapolated"] for name, each in results()["models"].items()})
-  assert found == {
+  ratios = table6.ratios({name: model["extrapolated"] for name, model in results()["models"].items()})
+  assert ratios == {
     "training_over_stable_diffusion": 1.25,
     "generation_over_stable_diffusion": 1.01,
     "discrimination_over_clip": 2.5,
@@ -41,8 +41,8 @@ def test_ratios_are_over_stable_diffusion_and_of_discrimination_over_clip():
 
 def test_columns_follow_from_seconds_an_image():
   seconds = dict(training=0.5, generation=2.0, discrimination=0.01)
-  found = table6._extrapolated(seconds, trained=7200, generated=30, classified=500)
-  assert found == dict(training=1.0, generation=60.0, discrimination=5.0)
+  columns = table6._extrapolated(seconds, trained=7200, generated=30, classified=500)
+  assert columns == dict(training=1.0, generation=60.0, discrimination=5.0)
 
 
 def test_the_table_has_the_papers_figures_and_ours_beside_them():
@@ -55,24 +55,24 @@ def test_the_table_has_the_papers_figures_and_ours_beside_them():
 
 
 def test_the_three_are_the_shipped_configs():
-  found = config.get_config("batch=8")
+  three = config.get_config("batch=8")
   shipped = dict(
     clip=clip_cc3m.get_config("model=vit_l14"),
     stable_diffusion=diffdis_cc3m.get_config("objectives=generation"),
     diffdis=diffdis_cc3m.get_config(),
   )
-  assert list(found.models) == sorted(shipped) and found.trained.clip == 20 * 2_905_954
+  assert list(three.models) == sorted(shipped) and three.trained.clip == 20 * 2_905_954
   for name, expected in shipped.items():
     expected.batch_size, expected.inference.generation_steps = 8, 50
-    assert found.models[name].to_dict() == expected.to_dict()
+    assert three.models[name].to_dict() == expected.to_dict()
 
 
 def test_the_record_names_each_of_the_three():
-  found = benchmark.origin(config.get_config("small=True"))
-  objectives = {name: each["objectives"] for name, each in found.items()}
-  both = ["generation", "discrimination"]
-  assert objectives == {"clip": ["contrastive"], "stable_diffusion": ["generation"], "diffdis": both}
-  assert len({each["config_hash"] for each in found.values()}) == 3
+  origins = benchmark.origin(config.get_config("small=True"))
+  objectives = {name: origin["objectives"] for name, origin in origins.items()}
+  tasks = ["generation", "discrimination"]
+  assert objectives == {"clip": ["contrastive"], "stable_diffusion": ["generation"], "diffdis": tasks}
+  assert len({origin["config_hash"] for origin in origins.values()}) == 3
 
 
 def models_of(argument: str) -> dict[str, table6.Model]:
@@ -83,26 +83,26 @@ def models_of(argument: str) -> dict[str, table6.Model]:
 def test_operations_at_full_size_are_those_counted_by_hand():
   """Multiply-adds counted in PyTorch give 1.21 times Stable Diffusion's training, and in discrimination 2.05 times
   CLIP-L/14's."""
-  found = {name: table6._operations(model) for name, model in models_of("batch=64").items()}
-  assert found["diffdis"]["training"] / found["stable_diffusion"]["training"] == pytest.approx(1.21, abs=0.02)
-  assert found["diffdis"]["discrimination"] / found["clip"]["discrimination"] == pytest.approx(2.05, abs=0.03)
-  assert found["diffdis"]["generation"] == found["stable_diffusion"]["generation"]
-  assert found["clip"]["discrimination"] == pytest.approx(2 * 81.0, rel=0.02)
-  assert found["clip"]["training"] == pytest.approx(2 * 263, rel=0.02)
+  operations = {name: table6._operations(model) for name, model in models_of("batch=64").items()}
+  assert operations["diffdis"]["training"] / operations["stable_diffusion"]["training"] == pytest.approx(1.21, abs=0.02)
+  assert operations["diffdis"]["discrimination"] / operations["clip"]["discrimination"] == pytest.approx(2.05, abs=0.03)
+  assert operations["diffdis"]["generation"] == operations["stable_diffusion"]["generation"]
+  assert operations["clip"]["discrimination"] == pytest.approx(2 * 81.0, rel=0.02)
+  assert operations["clip"]["training"] == pytest.approx(2 * 263, rel=0.02)
 
 
 @pytest.mark.full
 def test_everything_is_timed():
-  found = table6.time_table6(models_of("small=True,batch=4"), rounds=2, generated=10, classified=20)
-  ways = {name: set(each["seconds"]) for name, each in found["models"].items()}
+  timed = table6.time_table6(models_of("small=True,batch=4"), rounds=2, generated=10, classified=20)
+  ways = {name: set(model["seconds"]) for name, model in timed["models"].items()}
   training, discrimination = {"training"}, {"discrimination"}
   assert ways == {
     "clip": training | discrimination,
     "stable_diffusion": training | {"generation"},
     "diffdis": training | {"generation"} | discrimination,
   }
-  for each in found["models"].values():
-    assert all(len(values) == 2 and min(values) > 0 for values in each["rounds"].values())
-  own = found["models"]["diffdis"]
+  for model in timed["models"].values():
+    assert all(len(values) == 2 and min(values) > 0 for values in model["rounds"].values())
+  own = timed["models"]["diffdis"]
   assert own["extrapolated"]["generation"] == 10 * own["seconds"]["generation"]
-  assert len(table6.markdown(found).splitlines()) == 10
+  assert len(table6.markdown(timed).splitlines()) == 10

@@ -1,4 +1,4 @@
-"""CLIP checkpoints of which a tensor or a config file is not what it should be: refused in one line, with its name."""
+"""Test that a checkpoint with a wrong tensor or config is refused in one line, with its name."""
 
 from __future__ import annotations
 
@@ -33,14 +33,12 @@ SHAPES = {
 }
 
 
-def write(folder: pathlib.Path, dtype: Any = np.float32, **changes: Any) -> pathlib.Path:
-  """A folder of open_clip."""
+def write(folder: pathlib.Path, config: Any = None, dtype: Any = np.float32, **shapes: Any) -> pathlib.Path:
+  """Write a folder of open_clip, and return it."""
   folder.mkdir(exist_ok=True)
-  save_file(
-    {name: np.zeros(shape, dtype) for name, shape in {**SHAPES, **changes}.items()},
-    folder / "open_clip_model.safetensors",
-  )
-  (folder / "open_clip_config.json").write_text('{"model_cfg": {}}')
+  arrays = {name: np.zeros(shape, dtype) for name, shape in {**SHAPES, **shapes}.items()}
+  save_file(arrays, folder / "open_clip_model.safetensors")
+  (folder / "open_clip_config.json").write_text(json.dumps(config or {"model_cfg": {}}))
   return folder
 
 
@@ -48,12 +46,9 @@ def write(folder: pathlib.Path, dtype: Any = np.float32, **changes: Any) -> path
   ("name", "shape"),
   [
     ("visual.conv1.weight", (64, 192)),
-    ("visual.positional_embedding", ()),
     ("visual.positional_embedding", (0, 64)),
     ("visual.proj", ()),
     ("token_embedding.weight", (49408,)),
-    ("positional_embedding", ()),
-    (f"visual.{LAYER}", ()),
   ],
 )
 def test_a_tensor_of_another_rank(tmp_path, name, shape):
@@ -61,16 +56,18 @@ def test_a_tensor_of_another_rank(tmp_path, name, shape):
     from_torch.open_source(write(tmp_path, **{name: shape}))
 
 
-def test_a_fused_tensor_without_axes_is_left_out(tmp_path):
-  name = "transformer.resblocks.0.attn.in_proj_weight"
-  assert (
-    name.replace("transformer.resblocks", "text_model.encoder.layers").replace("attn", "self_attn")
-    in (from_torch.open_source(write(tmp_path, **{name: ()})).components["clip"])
-  )
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_quantized_weights_are_no_weights(tmp_path, dtype):
+  """They would mean nothing without their scales, which lie beside them under names of their own."""
+  shapes = {"text_encoder.tokens.embedding": jax.ShapeDtypeStruct((49408, 64), np.float32)}
+  match = lambda dtype: from_torch.match(from_torch.open_source(write(tmp_path, dtype=dtype)), shapes)
+  with pytest.raises(UserError, match=r"clip parameter \S+ holds numbers of type [IU]8, as quantized weights do"):
+    match(dtype)
+  match(np.float16)
 
 
 def test_a_folder_of_what_several_processes_trained(tmp_path):
-  """As a file of it is read: PyTorch puts `module.` before each name."""
+  """PyTorch puts `module.` before each name."""
   write(tmp_path / "one")
   (tmp_path / "several").mkdir()
   arrays = {f"module.{name}": np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
@@ -80,25 +77,11 @@ def test_a_folder_of_what_several_processes_trained(tmp_path):
   assert one.components["clip"].keys() == several.components["clip"].keys() and one.model == several.model
 
 
-def match(folder: pathlib.Path) -> None:
-  path = "text_encoder.tokens.embedding"
-  from_torch.match(from_torch.open_source(folder), {path: jax.ShapeDtypeStruct((49408, 64), np.float32)})
-
-
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
-def test_quantized_weights_are_no_weights(tmp_path, dtype):
-  """Read without their scales, which lie beside them under names of their own, they would mean nothing."""
-  with pytest.raises(UserError, match=r"clip parameter \S+ holds numbers of type [IU]8, as quantized weights do"):
-    match(write(tmp_path, dtype))
-  match(write(tmp_path, np.float16))
-
-
 @pytest.mark.filterwarnings("ignore:.*quantize")
 @pytest.mark.parametrize(
   ("tensor", "kind"),
   [
     (lambda: torch.eye(3).to_sparse(), r"numbers of type torch.float32 \(torch.sparse_coo, on cpu\)"),
-    (lambda: torch.zeros(3, dtype=torch.complex64), "numbers of type torch.complex64 "),
     (lambda: torch.zeros(3, dtype=torch.int8), "numbers of type torch.int8 "),
     (lambda: torch.zeros(3, device="meta"), r"numbers of type torch.float32 \(torch.strided, on meta\)"),
     (lambda: torch.zeros(3, dtype=torch.bfloat16), ""),
@@ -106,8 +89,8 @@ def test_quantized_weights_are_no_weights(tmp_path, dtype):
 )
 def test_tensors_of_pytorch_that_are_no_floats(tmp_path, tensor, kind):
   torch.save({"a": tensor(), 0: torch.zeros(1)}, tmp_path / "x.bin")
-  found = tensor_files.open_file(tmp_path / "x.bin")
-  assert [*found] == ["a"] and (re.match(kind, found["a"].kind) if kind else not found["a"].kind)
+  tensors = tensor_files.open_file(tmp_path / "x.bin")
+  assert [*tensors] == ["a"] and (re.match(kind, tensors["a"].kind) if kind else not tensors["a"].kind)
 
 
 @pytest.mark.parametrize(
@@ -126,19 +109,11 @@ def test_a_config_of_transformers_with_other_values(tmp_path, file, content, mes
     from_torch.open_source(tmp_path)
 
 
-def test_a_config_of_open_clip_with_other_values(tmp_path):
-  (write(tmp_path) / "open_clip_config.json").write_text('{"model_cfg": {}, "preprocess_cfg": [1]}')
-  with pytest.raises(UserError, match=r"preprocess_cfg is \[1\]; it should be an object"):
-    from_torch.open_source(tmp_path)
-
-
 @pytest.mark.parametrize(
   "content",
   [
     {"model": {"vocab": {}}, "added_tokens": [{"x": 1}]},
-    {"model": [1]},
     {"model": {"vocab": [["a", 1]]}, "added_tokens": []},
-    {"added_tokens": 5},
     {"model": {"vocab": {"a": 1}}, "added_tokens": [{"content": [1], "id": 2}]},
   ],
 )

@@ -1,4 +1,4 @@
-"""Stable Diffusion v1 at full size with random weights: parity, and time and memory of both verbs.
+"""Test Stable Diffusion v1 at full size with random weights: parity, and time and memory of both verbs.
 
   python -m pytest -m full tests/interop/test_full_size.py --log-cli-level=INFO
 
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__).info
 
 
 def measure(verb: str, *flags: str) -> dict[str, float]:
-  """Wall seconds and peak bytes of a verb."""
+  """Return wall seconds and peak bytes of a verb."""
   command = [sys.executable, "-c", MEASURE, sys.executable, "-m", f"diffdis_jax.{verb}", *flags]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -80,7 +80,7 @@ def check_cost(what: str, cost: dict[str, float], size: int) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
-  """`sd`: a checkpoint. The tests below fill `run` and `out`, in their order."""
+  """Write a checkpoint to `sd`. The tests below fill `run` and `out`, in their order."""
   root = tmp_path_factory.mktemp("full")
   pipelines.stable_diffusion(root / "tokenizer", unet=UNET, vae=VAE, text=TEXT).save_pretrained(root / "sd")
   gc.collect()
@@ -130,26 +130,22 @@ def check_parity(what: str, actual: Any, expected: torch.Tensor, limit: float) -
   assert error <= limit
 
 
-def network_of(prefix: str, make: Any) -> tuple[networks.Network, dict[str, Any]]:
+def ours_of(module: torch.nn.Module, prefix: str, make: Any) -> tuple[networks.Network, dict[str, np.ndarray]]:
+  """Return our network with the same parameters; those that the module lacks are 0."""
   network = networks.Network.of(make)
-  return network, {f"{prefix}.{path}": leaf for path, leaf in network.shapes.items()}
-
-
-def params_of(module: torch.nn.Module, prefix: str, shapes: dict[str, Any]) -> dict[str, np.ndarray]:
-  return {path.removeprefix(f"{prefix}."): value for path, value in from_torch.to_ours(module, shapes).items()}
+  shapes = {f"{prefix}.{path}": leaf for path, leaf in network.shapes.items() if path not in ("shift", "scale")}
+  params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in network.shapes.items()}
+  theirs = from_torch.to_ours(module, shapes).items()
+  return network, params | {path.removeprefix(f"{prefix}."): value for path, value in theirs}
 
 
 @pytest.mark.parametrize("side", [32, 64])
 def test_unet(side):
   theirs = from_torch.randomise(pipelines.UNet2DConditionModel(**UNET), 0)
-  network, shapes = network_of("unet", lambda rngs: UNet(MODEL, up_path=True, dtype=np.float32, rngs=rngs))
-  rng = np.random.default_rng(0)
-  x, c = (
-    rng.standard_normal((1, side, side, 4), np.float32),
-    rng.standard_normal((1, 77, UNET["cross_attention_dim"]), np.float32),
-  )
-  t = np.array([500], np.int32)
-  ours = jax.jit(network.pure(lambda model, x, t, c: model(x, t, c)))(params_of(theirs, "unet", shapes), x, t, c)
+  network, params = ours_of(theirs, "unet", lambda rngs: UNet(MODEL, up_path=True, dtype=np.float32, rngs=rngs))
+  normal = lambda *shape: np.random.default_rng(len(shape)).standard_normal(shape, np.float32)
+  x, t, c = normal(1, side, side, 4), np.array([500], np.int32), normal(1, 77, UNET["cross_attention_dim"])
+  ours = jax.jit(network.pure(lambda model, x, t, c: model(x, t, c)))(params, x, t, c)
   with torch.no_grad():
     expected = theirs(from_torch.nchw(x), torch.from_numpy(t), encoder_hidden_states=torch.from_numpy(c)).sample
   check_parity(f"UNet, {side} x {side} latents", ours, expected, 2e-4)
@@ -157,9 +153,8 @@ def test_unet(side):
 
 def test_autoencoder():
   theirs = from_torch.randomise(pipelines.AutoencoderKL(**VAE), 0)
-  network, shapes = network_of("autoencoder", lambda rngs: Autoencoder(MODEL.autoencoder, dtype=np.float32, rngs=rngs))
-  statistics = {name: shapes.pop(f"autoencoder.{name}") for name in ("shift", "scale")}
-  params = params_of(theirs, "autoencoder", shapes) | {name: np.zeros(4, np.float32) for name in statistics}
+  make = lambda rngs: Autoencoder(MODEL.autoencoder, dtype=np.float32, rngs=rngs)
+  network, params = ours_of(theirs, "autoencoder", make)
   rng = np.random.default_rng(0)
   x, latent = rng.uniform(-1, 1, (1, 256, 256, 3)).astype(np.float32), rng.standard_normal((1, 32, 32, 4), np.float32)
   run = jax.jit(network.pure(lambda model, x, latent: (model.encode(x), model.decode(latent))))
@@ -174,13 +169,12 @@ def test_autoencoder():
 
 def test_text_encoder():
   theirs = from_torch.randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), 0)
-  network, shapes = network_of(
-    "text_encoder", lambda rngs: TextEncoder(MODEL.text_encoder, remat="none", dtype=np.float32, rngs=rngs)
-  )
+  make = lambda rngs: TextEncoder(MODEL.text_encoder, remat="none", dtype=np.float32, rngs=rngs)
+  network, params = ours_of(theirs, "text_encoder", make)
   tokens = np.random.default_rng(0).integers(0, 49406, (2, 77))
   tokens[:, 0], tokens[0, 9:], tokens[1, -1] = 49406, 49407, 49407
   run = jax.jit(network.pure(lambda model, tokens: model(tokens).c))
-  ours = run(params_of(theirs, "text_encoder", shapes), tokens.astype(np.int32))
+  ours = run(params, tokens.astype(np.int32))
   with torch.no_grad():
     expected = theirs(torch.from_numpy(tokens)).last_hidden_state
   check_parity("CLIP text tower L/14, last hidden state", ours, expected, 1e-4)

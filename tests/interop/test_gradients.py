@@ -1,4 +1,4 @@
-"""L_IG's gradient with respect to every parameter that Stable Diffusion has, against PyTorch's autograd."""
+"""Compare L_IG's gradient in every parameter of Stable Diffusion with PyTorch's autograd."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_config() -> ConfigDict:
 
 
 def stable_diffusion(model: ConfigDict) -> dict[str, torch.nn.Module]:
-  """Component -> diffusers' or transformers' module of the same sizes, with random weights."""
+  """Return diffusers' or transformers' modules of the same sizes by component, with random weights."""
   unet = sections.write_unet(
     model.unet.to_dict(), latent_channels=4, context_width=model.text_encoder.width, sample_size=8
   )
@@ -50,7 +50,7 @@ def stable_diffusion(model: ConfigDict) -> dict[str, torch.nn.Module]:
 def expected_gradients(
   modules: dict[str, torch.nn.Module], images: np.ndarray, keys: dict[str, jax.Array], dropout: float
 ) -> dict[str, np.ndarray]:
-  """By our paths. Timesteps, noise and dropped conditions are the step's own random choices."""
+  """Return gradients by our paths. Timesteps, noise and dropped conditions are the step's own random choices."""
   z = modules["vae"].encode(from_torch.nchw(np.asarray(to_signed(jnp.asarray(images))))).latent_dist.mode() * 0.5
   shape = (len(z), *z.shape[2:], 4)
   t = np.array(jax.random.randint(keys["t_z"], (len(z),), 0, 1000))

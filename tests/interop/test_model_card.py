@@ -1,4 +1,4 @@
-"""The model card's code, run as it is printed where a PyTorch user has neither JAX nor this package."""
+"""Run the model card's code as it is printed, where a PyTorch user has neither JAX nor this package."""
 
 from __future__ import annotations
 
@@ -14,25 +14,22 @@ from PIL import Image
 from diffdis_jax.export_weights import export_weights
 from diffdis_jax.interop import model_card
 from tests import tiny_clip
-from tests.hub_server import Hub
 from tests.interop.test_torch_pipeline import export_config, export_of
 from tests.test_requirements import EXTRAS
 
 pytestmark = pytest.mark.slow
-
-pytest_plugins = ("tests.hub_server",)
 
 # Not to be imported, since a PyTorch user has none of them.
 ABSENT = "import sys\nfor name in ('jax', 'flax', 'jaxtyping', 'diffdis_jax'):\n  sys.modules[name] = None\n"
 
 
 def code_of(folder: pathlib.Path) -> str:
-  """The card's blocks of Python, one after the other."""
+  """Return the card's blocks of Python, one after the other."""
   return "\n".join(re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S))
 
 
 def run_code(code: str, cwd: pathlib.Path, **environment: str) -> str:
-  """What it prints. Whatever it downloads or copies is kept in `cwd`."""
+  """Run it and return what it prints. Whatever it downloads or copies is kept in `cwd`."""
   (cwd / "card.py").write_text(ABSENT + code)
   kept = {"HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
   path = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -54,7 +51,7 @@ def test_from_a_folder(folder, tmp_path):
   code = code_of(folder)
   lines = [line for line in code.splitlines() if line]
   assert len(lines) == 4  # an import, two to generate, one to classify
-  # An evaluation whose --out lies elsewhere is not known here.
+  # An evaluation whose --out lies elsewhere is not known here. Its prompts are those of the run's own captions.
   card = (folder / "README.md").read_text()
   assert "## Figures\n\nNone are recorded with the run.\n" in card
   assert (
@@ -70,13 +67,13 @@ def test_from_a_folder(folder, tmp_path):
 
 def test_a_mixture_whose_sources_leave_out_what_has_a_default():
   mixture = {"a": {"path": "/home/somebody/cc3m"}, "b": {"name": "shapes", "split": "test", "weight": 0.5}}
-  said = model_card._data({"name": "shapes", "path": "", "split": "train", "mixture": mixture})
-  assert said == "pairs cc3m, split train, weight 1.0; shapes, split test, weight 0.5"
+  text = model_card._data({"name": "shapes", "path": "", "split": "train", "mixture": mixture})
+  assert text == "pairs cc3m, split train, weight 1.0; shapes, split test, weight 0.5"
   assert model_card._data(mixture["a"] | {"mixture": {}}) == "pairs cc3m, split train"
 
 
-def test_what_a_file_of_results_says_is_no_markup():
-  """It may come from anybody. Of what Markdown and HTML read, nothing is left."""
+def test_a_file_of_results_adds_no_markup():
+  """It may come from anybody, and holds what Markdown and HTML read."""
   hostile = "x |\n\n# Y <script>alert(1)</script> [a](javascript:b) ![c](//d) `e` *f* _g_ ~~h~~ $i$ \\"
   record = {"protocol": {"templates": hostile[:50], hostile[:20]: 1}, "pretrained": "a_b"}
   protocol, metrics = model_card._protocol(record), model_card._shown({hostile: 0.5})
@@ -86,38 +83,39 @@ def test_what_a_file_of_results_says_is_no_markup():
   assert model_card._plain("mean_per_class_recall 0.5") == "mean_per_class_recall 0.5"
 
 
-def test_of_a_run_that_only_classifies(tmp_path):
+def test_the_code_of_a_run_that_only_classifies(tmp_path):
   export_of(tmp_path, objectives=("discrimination",))
   (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
   Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
   assert run_code(code_of(tmp_path / "out"), tmp_path).startswith("['")
 
 
-def test_of_an_autoencoder_alone(tmp_path):
+def test_the_code_of_an_autoencoder_alone(tmp_path):
   export_of(tmp_path, objectives=("reconstruction",))
   (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
   Image.new("RGB", (48, 32)).save(tmp_path / "photo.png")
-  said = "print(tuple(latents.shape), tuple(images.shape))\n"
-  assert run_code(code_of(tmp_path / "out") + said, tmp_path) == "(1, 4, 8, 12) (1, 3, 32, 48)\n"
+  shapes = "print(tuple(latents.shape), tuple(images.shape))\n"
+  assert run_code(code_of(tmp_path / "out") + shapes, tmp_path) == "(1, 4, 8, 12) (1, 3, 32, 48)\n"
   card = (tmp_path / "out" / "README.md").read_text()
   assert "import_weights" not in card and "Watermarks" not in card
 
 
-def test_from_the_hub_and_then_offline(hub: Hub, tmp_path):
-  export_weights(export_of(tmp_path), str(tmp_path / "pushed"), repo="me/tiny")
-  code = code_of(tmp_path / "pushed")
+def test_from_the_hub(tmp_path):
+  """huggingface_hub reads a repository that was downloaded once from its cache."""
+  commit = "a" * 40
+  cached = tmp_path / "hf" / "hub" / "models--me--tiny"
+  export_weights(export_of(tmp_path), str(cached / "snapshots" / commit), repo="me/tiny")
+  (cached / "refs").mkdir()
+  (cached / "refs" / "main").write_text(commit)
+  code, card = code_of(cached / "snapshots" / commit), (cached / "snapshots" / commit / "README.md").read_text()
   assert 'from_pretrained("me/tiny", custom_pipeline="me/tiny", trust_remote_code=True)' in code
-  hub.add("me/tiny", tmp_path / "pushed")
-  online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
-  # Then from the cache, as the card's sentence says it.
-  assert 'call `huggingface_hub.snapshot_download("me/tiny")` once' in (tmp_path / "pushed" / "README.md").read_text()
+  assert 'call `huggingface_hub.snapshot_download("me/tiny")` once' in card and '`revision="COMMIT"` and' in card
   whole = 'from huggingface_hub import snapshot_download\nfolder = snapshot_download("me/tiny")\n'
-  assert run_code(code + whole, tmp_path, **online).startswith("['")
   assert run_code(whole + code.replace('"me/tiny"', "folder"), tmp_path).startswith("['")
 
 
-def test_of_a_clip(tmp_path):
+def test_the_code_of_a_clip(tmp_path):
   export_config(tiny_clip.get_config(), tmp_path)
   (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
-  said = 'print(model.logit_scale.shape, tuple(preprocess(__import__("PIL.Image").Image.new("RGB", (9, 8))).shape))'
-  assert run_code(f"{code_of(tmp_path / 'out')}\n{said}\n", tmp_path) == "torch.Size([]) (3, 16, 16)\n"
+  shapes = 'print(model.logit_scale.shape, tuple(preprocess(__import__("PIL.Image").Image.new("RGB", (9, 8))).shape))'
+  assert run_code(f"{code_of(tmp_path / 'out')}\n{shapes}\n", tmp_path) == "torch.Size([]) (3, 16, 16)\n"

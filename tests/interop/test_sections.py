@@ -1,4 +1,4 @@
-"""config.json of diffusers and transformers, read and written."""
+"""Test how config.json of diffusers and transformers is read and written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def through_json(config: dict) -> dict:
   return json.loads(json.dumps(config))
 
 
-def test_what_is_written_is_read_back():
+def test_written_configs_are_read_back():
   unet = sections.write_unet(SD["unet"], latent_channels=4, context_width=768, sample_size=64)
   assert sections.read_unet(through_json(unet), "here") == SD["unet"]
   vae = sections.write_vae(SD["autoencoder"], scaling_factor=0.18215, sample_size=512)
@@ -33,8 +33,7 @@ def test_what_is_written_is_read_back():
     assert sections.read_scheduler(sections.write_scheduler(schedule), "here") == schedule
 
 
-def test_libraries_read_what_is_written(tmp_path):
-  """Every field is one that they know, and means there what it means here."""
+def test_libraries_know_every_field_that_is_written():
   config = sections.write_unet(SD["unet"], latent_channels=4, context_width=768, sample_size=64)
   known = set(dict(UNet2DConditionModel(**pipelines.UNET).config))
   assert set(config) - known == {"_class_name"}
@@ -47,18 +46,10 @@ def test_libraries_read_what_is_written(tmp_path):
 
 
 def test_the_files_of_stable_diffusion_1_lack_some_fields():
-  """The autoencoder's, as published in 2022."""
-  config = dict(
-    act_fn="silu",
-    block_out_channels=[128, 256, 512, 512],
-    down_block_types=["DownEncoderBlock2D"] * 4,
-    in_channels=3,
-    latent_channels=4,
-    layers_per_block=2,
-    out_channels=3,
-    sample_size=512,
-    up_block_types=["UpDecoderBlock2D"] * 4,
-  )
+  """The autoencoder's config was published so in 2022."""
+  config = dict(act_fn="silu", block_out_channels=[128, 256, 512, 512], layers_per_block=2, sample_size=512)
+  config |= dict(in_channels=3, latent_channels=4, out_channels=3)
+  config |= dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
   assert sections.read_vae(config, "here") == SD["autoencoder"]
 
 
@@ -80,23 +71,18 @@ def test_a_field_that_is_missing_has_the_librarys_default():
   [
     (sections.read_unet, {"act_fn": "mish"}, "act_fn is 'mish'; .* have 'silu'"),
     (sections.read_unet, {"block_out_channels": 320}, "block_out_channels is 320; it should be a value such as"),
-    (sections.read_unet, {"layers_per_block": [1, 2]}, r"layers_per_block is \(1, 2\)"),
     (sections.read_unet, {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),
-    (sections.read_unet, {"up_block_types": ["UpBlock2D"]}, "up_block_types is"),
     (sections.read_unet, {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 4}, "down_block_types is"),
     (sections.read_vae, {"latents_mean": [0.0]}, "latents_mean is"),
-    (sections.read_vae, {"up_block_types": ["AttnUpDecoderBlock2D"]}, "up_block_types is"),
     (sections.read_text, {"hidden_act": "relu"}, "hidden_act is 'relu'; it must be one of quick_gelu, gelu"),
     (sections.read_text, {"layer_norm_eps": 1e-3}, "layer_norm_eps is 0.001"),
     (sections.read_vision, {"num_channels": 1}, "num_channels is 1"),
-    (sections.read_vision, {"hidden_act": "swish"}, "hidden_act is 'swish'"),
     (sections.read_scheduler, {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
     (sections.read_scheduler, {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
     (sections.read_scheduler, sections.BETAS | {"beta_schedule": "linear", "beta_end": 0.02}, "beta_end is 0.02"),
-    # Diffusers' defaults, which no schedule here has.
+    # These are diffusers' defaults, which no schedule here has.
     (sections.read_scheduler, {"beta_schedule": "scaled_linear"}, "beta_start is 0.0001; .* have 0.00085"),
     (sections.read_scheduler, {"beta_schedule": "linear", "beta_start": 0.00085}, "beta_end is 0.02; .* have 0.012"),
-    (sections.read_scheduler, {}, "beta_start is 0.0001"),
   ],
 )
 def test_what_is_not_supported(read, changes, message):

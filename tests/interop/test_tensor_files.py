@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -41,9 +42,8 @@ def test_safetensors(tmp_path, dtype):
   assert_values(tensors)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zipped, nested", [(True, True), (False, False)])
 def test_pickles_of_tensors(tmp_path, dtype, zipped, nested):
   state = {name: tensor.to(dtype) for name, tensor in as_torch().items()}
   content = {"state_dict": state, "epoch": 3} if nested else {**state, "step": 7}
@@ -61,12 +61,12 @@ class Malicious:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_is_never_executed(tmp_path, zipped):
-  state = {**as_torch(), "x": Malicious(tmp_path / "made")}
+  state = {**as_torch(), "x": Malicious(tmp_path / "folder")}
   torch.save(state, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
   with pytest.raises(UserError, match=r"needs code execution .* it would call \w+\.mkdir;") as error:
     tensor_files.open_file(tmp_path / "x.ckpt")
   assert "\n" not in str(error.value)
-  assert not (tmp_path / "made").exists()
+  assert not (tmp_path / "folder").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1, 2], protocol=2)])
@@ -85,14 +85,13 @@ def test_a_torchscript_archive_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
 def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
-  """As a clone without git-lfs has it in the place of weights."""
+  """A clone without git-lfs has it in the place of weights."""
   (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 3438167534\n")
   with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS, not the weights; type: git lfs pull"):
     tensor_files.open_file(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt"])
-@pytest.mark.parametrize("left", [0.1, 0.9])
+@pytest.mark.parametrize("name, left", [("x.safetensors", 0.1), ("x.safetensors", 0.9), ("x.ckpt", 0.9)])
 def test_files_cut_short(tmp_path, name, left):
   path = tmp_path / name
   big = np.zeros((100, 100), np.float32)
@@ -103,25 +102,13 @@ def test_files_cut_short(tmp_path, name, left):
     tensor_files.open_file(path)
 
 
-def raising(error: Exception):
-  def save(*_, **__) -> None:
-    raise error
-
-  return save
-
-
 def test_a_full_disk_is_known_for_one(tmp_path, monkeypatch):
-  """By its number: launchers try again, and no network is to blame."""
-  said = f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"
-  monkeypatch.setattr(tensor_files, "save_file", raising(SafetensorError(said)))
-  with pytest.raises(OSError, match="No space left") as error:
+  """Launchers go by its number, and try again."""
+  error = SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
+  monkeypatch.setattr(tensor_files, "save_file", mock.Mock(side_effect=error))
+  with pytest.raises(OSError, match="No space left") as raised:
     tensor_files.save({}, tmp_path / "x.safetensors")
-  assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "x.safetensors"))
-
-
-def test_no_file(tmp_path):
-  with pytest.raises(UserError, match="no file"):
-    tensor_files.open_file(tmp_path / "x.safetensors")
+  assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "x.safetensors"))
 
 
 def test_without_torch_a_pickle_asks_for_it(tmp_path):
@@ -145,15 +132,10 @@ def write(folder: pathlib.Path, *names: str, content: dict[str, np.ndarray] = VA
 @pytest.mark.parametrize(
   "right, others",
   [
-    (
-      "diffusion_pytorch_model.safetensors",
-      ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"),
-    ),
+    ("diffusion_pytorch_model.safetensors", ("diffusion_pytorch_model.fp16.safetensors", "pytorch_model.bin")),
     ("model.fp16.safetensors", ("pytorch_model.bin",)),
-    ("diffusion_pytorch_model.safetensors", ("diffusion_pytorch_model.non_ema.safetensors",)),
     ("pytorch_model.bin", ("pytorch_model.fp16.bin",)),
-    ("open_clip_model.safetensors", ("other.safetensors",)),
-    ("open_clip_model.safetensors", ("model.safetensors",)),  # timm's copy of the vision tower
+    ("open_clip_model.safetensors", ("other.safetensors", "model.safetensors")),  # timm's copy of the vision tower
   ],
 )
 def test_the_best_file_of_a_folder(tmp_path, right, others):
@@ -165,7 +147,6 @@ def test_the_best_file_of_a_folder(tmp_path, right, others):
 @pytest.mark.parametrize(
   "index, shards",
   [
-    ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-0000{}-of-00002.safetensors"),
     ("diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model-0000{}-of-00002.bin"),
   ],
@@ -181,7 +162,7 @@ def test_shards(tmp_path, index, shards):
     tensor_files.open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_a_broken_index(tmp_path, content):
   (tmp_path / "model.safetensors.index.json").write_text(content)
   with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
@@ -193,7 +174,7 @@ def test_a_folder_without_weights(tmp_path):
     tensor_files.open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"])
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F4"])
 def test_a_dtype_that_numpy_has_not_is_one_line(tmp_path, dtype):
   header = json.dumps({"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, 2 if dtype == "F4" else 4]}}).encode()
   file = tmp_path / "model.safetensors"
@@ -202,7 +183,7 @@ def test_a_dtype_that_numpy_has_not_is_one_line(tmp_path, dtype):
     tensor_files.open_file(file)
 
 
-@pytest.mark.parametrize("content", ['{"a":' * 20_000, "[1]", "3"])
+@pytest.mark.parametrize("content", ['{"a":' * 20_000, "[1]"])
 def test_a_config_that_is_no_object_is_one_line(tmp_path, content):
   (tmp_path / "config.json").write_text(content)
   with pytest.raises(UserError, match="config.json (is not JSON|should be a JSON object)"):

@@ -1,4 +1,4 @@
-"""What a checkpoint without a config says, against the configs that open_clip has for published ones."""
+"""Compare sizes that are read from a checkpoint alone with open_clip's configs of published ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unread(**shapes_by_name: tuple[int, ...]) -> Tensors:
 
 
 def towers(config: dict[str, Any]) -> dict[str, Any]:
-  """The `model` section that its checkpoint's tensors have, of which sections.py reads these."""
+  """Return the `model` section of its checkpoint, by the tensors that sections.py reads."""
   image, text = config["vision_cfg"], config["text_cfg"]
   width, patch = image["width"], image["patch_size"]
   positions = (image["image_size"] // patch) ** 2 + 1
@@ -48,20 +48,20 @@ def towers(config: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if is_supported(config)])
 def test_a_published_towers_heads_and_sizes_are_known_without_its_config(name):
-  """Of its tensors' shapes none says how many heads there are: ViT-H's are not of 64."""
+  """No tensor's shape gives the number of heads: ViT-H's are not 64 wide."""
   config = CONFIGS[name]
-  found = towers(config)
-  found["text_encoder"]["projection"] = config["embed_dim"]
-  bare, said = (openclip.read_config(each, found, "here") for each in ({}, config))
+  sizes = towers(config)
+  sizes["text_encoder"]["projection"] = config["embed_dim"]
+  bare, configured = (openclip.read_config(given, sizes, "here") for given in ({}, config))
   for tower in ("vision_encoder", "text_encoder"):
     same = ("num_heads", "width", "mlp_width", "projection")
-    assert {field: bare[tower][field] for field in same} == {field: said[tower][field] for field in same}
+    assert {field: bare[tower][field] for field in same} == {field: configured[tower][field] for field in same}
   width, of_64 = config["vision_cfg"]["width"], "head_width" not in config["vision_cfg"]
-  assert said["vision_encoder"]["num_heads"] == width // (64 if of_64 else config["vision_cfg"]["head_width"])
+  assert configured["vision_encoder"]["num_heads"] == width // (64 if of_64 else config["vision_cfg"]["head_width"])
 
 
 def test_a_config_that_says_a_width_alone_has_heads_of_64():
-  found = towers(CONFIGS["ViT-H-14"])
-  found["text_encoder"]["projection"] = 1024
-  said = openclip.read_config({"vision_cfg": {"width": 1280}}, found, "here")
-  assert said["vision_encoder"]["num_heads"] == 20  # as open_clip builds it
+  sizes = towers(CONFIGS["ViT-H-14"])
+  sizes["text_encoder"]["projection"] = 1024
+  configured = openclip.read_config({"vision_cfg": {"width": 1280}}, sizes, "here")
+  assert configured["vision_encoder"]["num_heads"] == 20  # open_clip builds it so

@@ -1,4 +1,4 @@
-"""Cycles read from schedules: lines as the TPU compiler writes them."""
+"""Test how cycles are read from schedules, whose lines are as the TPU compiler writes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from diffdis_jax.preflight import times
 
 
 def schedule(*loops: tuple[int, int, int], length: int) -> list[str]:
-  """So many bundles, some of which go back; a loop is (first bundle, the one that goes back, turns)."""
+  """Write so many bundles, some of which go back; a loop is (first bundle, the one that goes back, turns)."""
   lines = ["= control target key start", "LB: loop body"]
   for n in range(length):
     parts = ["%v1 = vadd.f32 %v0, %v0"]

@@ -1,4 +1,4 @@
-"""Operations counted from a trace, against arithmetic."""
+"""Compare operations that are counted from a trace with arithmetic."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_turns_of_loops_and_branches():
 
 
 def multiply_adds(*objectives: str) -> float:
-  """Billions for one sample of the paper's network, from the training step: of the products that teach."""
+  """Return the multiply-adds, in billions, of a training step of the paper's network for one sample."""
   config = diffdis_cc3m.get_config("latents=none")
   config.objectives, config.batch_size, config.model.remat = objectives, 2, "none"
   program = flops.trace_train(Trainer(Run.of(config), steps.make_mesh()))
@@ -63,8 +63,8 @@ def test_the_papers_network_costs_what_arithmetic_says():
   text = 6.65 * 1.5
   generation = multiply_adds("generation")
   assert generation == pytest.approx(3 * 90.1 + text, rel=0.01)
-  both = multiply_adds("generation", "discrimination")
-  assert both - generation == pytest.approx(3 * (28.6 + 0.74 + 0.11), rel=0.02)
+  joint = multiply_adds("generation", "discrimination")
+  assert joint - generation == pytest.approx(3 * (28.6 + 0.74 + 0.11), rel=0.02)
 
 
 @pytest.mark.full
@@ -76,8 +76,8 @@ def test_the_papers_network_costs_what_arithmetic_says():
     ("vit_l14", clip_cc3m.get_config("model=vit_l14"), 1 / 3),
   ],
 )
-def test_what_one_contrastive_batch_in_four_microbatches_costs(name, config, expected):
-  """The first pass, as a part of the step: discrimination forwards, or both towers forwards; not in preflight's."""
+def test_the_cost_of_one_contrastive_batch_in_four_microbatches(name, config, expected):
+  """Its first pass runs discrimination forwards, or both towers, which preflight does not count."""
   mesh, counts, counted = steps.make_mesh(), [], set()
   config.batch_size = 64
   config.model.update(remat="none", attention_kernel="xla")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import pathlib
-import shutil
 
 import pytest
 
 from diffdis_jax.report import __main__ as report
+from tests import browser
 from tests.report import written_run
 
 pytestmark = pytest.mark.full
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
-FLAGS += ("--disable-background-networking", "--disable-component-update", "--force-prefers-reduced-motion")
+pytest_plugins = ("tests.browser",)
 
 
 @pytest.fixture(scope="module")
@@ -31,34 +30,13 @@ def pages(tmp_path_factory) -> dict[str, pathlib.Path]:
   return {name: folder / f"{name}.html" for name in pages}
 
 
-@pytest.fixture(params=[390, 1280])
-def driver(request, tmp_path):
-  """Start Chromium at the width of a phone, and at that of a laptop."""
-  from selenium import webdriver
-
-  options = webdriver.ChromeOptions()
-  for flag in (*FLAGS, f"--user-data-dir={tmp_path}", "--window-size=1280,900"):
-    options.add_argument(flag)
-  if request.param < 500:  # the least of a window
-    size = {"width": request.param, "height": 844, "pixelRatio": 1.0}
-    options.add_experimental_option("mobileEmulation", {"deviceMetrics": size})
-  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-  options.binary_location = shutil.which("chromium") or ""
-  driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-  driver.width = request.param
-  yield driver
-  driver.quit()
-
-
 def texts(driver, selector: str) -> list[str]:
-  return [" ".join(each.text.split()) for each in driver.find_elements("css selector", selector)]
+  return [" ".join(element.text.split()) for element in driver.find_elements("css selector", selector)]
 
 
 def is_clean(driver) -> bool:
   """Return whether the console has no error, and nothing is wider than the window."""
-  wide = driver.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
-  assert driver.execute_script("return innerWidth") == driver.width
-  return wide == 0 and driver.get_log("browser") == []
+  return browser.is_no_wider_than_the_window(driver) and driver.get_log("browser") == []
 
 
 def test_a_run_is_read_off_the_page(driver, pages):

@@ -1,20 +1,27 @@
 from __future__ import annotations
 
+import base64
 import html.parser
+import io
 import json
 import math
 import os
 import re
+import time
 
+import numpy as np
 import pytest
+from etils import epath
+from PIL import Image
 
+from diffdis_jax.evals import samples
 from diffdis_jax.report import page, read
 from tests.command_runs import call
 from tests.report import written_run
 
 
 class Scripts(html.parser.HTMLParser):
-  """The contents of script elements, and every address that the page names."""
+  """Collect the contents of script elements, and every address that the page names."""
 
   def __init__(self, text: str):
     super().__init__()
@@ -55,8 +62,8 @@ def test_names_are_as_long_as_it_takes_to_tell_them_apart():
 
 
 def test_the_page_holds_what_the_run_left(pages):
-  found = Scripts(pages[0]).json("data")
-  (run,) = found["runs"]
+  content = Scripts(pages[0]).json("data")
+  (run,) = content["runs"]
   assert (run["name"], run["step"], run["num_steps"], run["status"]["state"]) == ("a/run", 300, 400, "stopped")
   loss = run["curves"]["loss"]
   assert loss["steps"] == list(range(10, 310, 10)) and loss["mean"][:2] == [10.0, 5.0]
@@ -67,16 +74,16 @@ def test_the_page_holds_what_the_run_left(pages):
   assert run["substituted"] == 1
   assert run["checkpoints"] == [{"step": 200, "metrics": {"test/acc1": 0.25}}, {"step": 300, "metrics": {}}]
   assert run["parameters"]["new"] == {"unet": 60, "alignment": 10}
-  assert {chart["section"] for chart in found["charts"]} == {"losses", "evaluations", "speed", "optimisation", "data"}
+  assert {chart["section"] for chart in content["charts"]} == {"losses", "evaluations", "speed", "optimisation", "data"}
   (pictures,) = Scripts(pages[0]).json("pictures")
   assert [grid["step"] for grid in pictures["grids"][0]["grids"]] == [100, 200, 300]
 
 
 def test_runs_are_compared_where_their_configs_differ(pages):
-  found = Scripts(pages[1]).json("data")
-  assert [run["name"] for run in found["runs"]] == ["a/run", "b<script>/run"]
-  assert {"field": "batch_size", "values": ["16", "32"]} in found["differences"]
-  assert {row["field"] for row in found["differences"]} == {"batch_size", "data.path"}
+  content = Scripts(pages[1]).json("data")
+  assert [run["name"] for run in content["runs"]] == ["a/run", "b<script>/run"]
+  assert {"field": "batch_size", "values": ["16", "32"]} in content["differences"]
+  assert {row["field"] for row in content["differences"]} == {"batch_size", "data.path"}
 
 
 def test_the_page_loads_nothing_and_what_it_holds_cannot_break_out_of_it(pages):
@@ -90,7 +97,7 @@ def test_the_page_loads_nothing_and_what_it_holds_cannot_break_out_of_it(pages):
 
 
 def test_texts_of_a_run_that_look_like_places_of_the_template_are_texts(tmp_path):
-  """As a class or a prompt may be called."""
+  """A class or a prompt may be called so."""
   names = ("{{pictures}}", "{{data}}", "{{title}}", "{{other}}", r"\g<1>")
   path = written_run.write(tmp_path / "{{pictures}} {{data}}", sample_prompts=names)
   text = page.render([read.read(path, "{{pictures}} {{data}}")], now=written_run.DAY)
@@ -107,15 +114,52 @@ def test_numbers_that_are_not_finite_are_null():
 
 def test_no_more_pictures_than_fit_and_the_last_among_them(runs, monkeypatch):
   monkeypatch.setattr(page, "MOST_GRIDS", 4)
-  found = page.embed(runs)
-  assert [[grid["step"] for grid in run["grids"][0]["grids"]] for run in found] == [[100, 300]] * 2
-  assert [run["grids"][0]["all"] for run in found] == [3, 3]
+  pictures = page.embed(runs)
+  assert [[grid["step"] for grid in run["grids"][0]["grids"]] for run in pictures] == [[100, 300]] * 2
+  assert [run["grids"][0]["all"] for run in pictures] == [3, 3]
+
+
+def test_pictures_become_smaller_until_all_fit_and_a_file_that_is_none_is_left_out(tmp_path):
+  smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 12, 3), dtype=np.uint8)).resize((400, 200))
+  paths = [epath.Path(tmp_path / f"{i}.png") for i in range(5)]
+  for i, path in enumerate(paths):
+    smooth.rotate(20 * i).save(path)
+  whole = page.embed_pictures(paths, most_bytes=1_000_000)
+  for picture, path in zip(whole, paths, strict=True):
+    image = Image.open(io.BytesIO(base64.b64decode(picture.uri.removeprefix("data:image/webp;base64,"))))
+    assert image.size == (picture.width, picture.height) == (400, 200)
+    assert np.abs(np.asarray(image, np.float32) - np.asarray(Image.open(path), np.float32)).mean() < 4  # of 255
+  most = sum(len(picture.uri) for picture in whole) // 3
+  smaller = page.embed_pictures(paths, most_bytes=most)
+  assert sum(len(picture.uri) for picture in smaller) <= most
+  assert len({(picture.width, picture.height) for picture in smaller}) == 1
+  paths[1].write_bytes(paths[0].read_bytes()[:500])
+  shown = page.embed_pictures([*paths[:2], epath.Path(tmp_path / "none")], most_bytes=10**6)
+  assert [picture is None for picture in shown] == [False, True, True]
 
 
 def test_a_report_takes_no_accelerator(tmp_path):
-  """On the machine of a run in progress that has them all."""
+  """A run in progress on the same machine may have them all."""
   run = written_run.write(tmp_path / "run")
   none_to_be_had = {**os.environ, "JAX_PLATFORMS": "cuda"}
   flags = [f"--workdir={run}", f"--out={tmp_path}/report.html"]
   done = call("report", none_to_be_had, *flags)
   assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.full
+def test_a_hundred_thousand_lines_and_two_hundred_grids_are_ten_seconds_and_ten_megabytes(tmp_path):
+  run, out, num_lines, rng = tmp_path / "run", tmp_path / "report.html", 100_000, np.random.default_rng(0)
+  written_run.write(run, num_steps=10 * num_lines)
+  names = ("loss", "loss_generation", "grad_norm", "steps_per_sec", "data_wait", *(f"loss_{i}_q1" for i in range(13)))
+  values = rng.uniform(0.5, 1.5, (num_lines, len(names))).tolist()
+  lines = (json.dumps({"step": 10 * i, **dict(zip(names, line))}) for i, line in enumerate(values, 1))
+  (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+  for i in range(200):  # grids of smooth samples, no two alike
+    tiles = [Image.fromarray(tile).resize((32, 32)) for tile in rng.integers(0, 256, (64, 6, 6, 3), dtype=np.uint8)]
+    grid = samples.draw_grid(np.stack([np.asarray(tile) for tile in tiles]), ["a red star"] * 64, columns=8)
+    grid.save(run / "samples" / f"samples_{5000 * (i + 1):08d}.png")
+  begin = time.monotonic()
+  assert call("report", dict(os.environ), f"--workdir={run}", f"--out={out}").returncode == 0
+  assert out.stat().st_size <= 10e6 and time.monotonic() - begin <= 10
+  assert out.read_text().count("data:image/webp") >= 200

@@ -18,7 +18,7 @@ def run(tmp_path_factory):
   return read.read(written_run.write(tmp_path_factory.mktemp("summary") / "run"), "run")
 
 
-def test_what_a_run_left_is_found(run):
+def test_a_workdir_is_read(run):
   assert run.step == 300 and run.curves["loss"].steps[-1] == 300
   assert [step for step, _ in run.grids["samples"]] == [100, 200, 300]
   assert run.checkpoints == {200: {"test/acc1": 0.25}, 300: {}}, "not the one that was never committed"
@@ -40,15 +40,13 @@ def test_what_a_run_left_is_found(run):
   ],
 )
 def test_how_a_run_stands(run, events, alive, step, expected):
-  curve = run.curves["loss"]
-  curves = {"loss": dataclasses.replace(curve, steps=np.array([step]), values=np.array([1.0]))}
-  run = dataclasses.replace(run, events=events, alive=alive, curves=curves)
-  found = read.status(run)
-  assert found["state"] == expected and found["message"] == ("too hot" if expected == "failed" else "")
+  curve = dataclasses.replace(run.curves["loss"], steps=np.array([step]), values=np.array([1.0]))
+  status = read.status(dataclasses.replace(run, events=events, alive=alive, curves={"loss": curve}))
+  assert status == {"state": expected, "message": "too hot" if expected == "failed" else ""}
 
 
 def test_a_run_that_was_started_again_runs_before_its_first_step(tmp_path):
-  """As the lock says."""
+  """Its lock says so."""
   path = tmp_path / "run"
   written_run.write(path)
   state = lambda: read.status(read.read(str(path), "run"))["state"]
@@ -60,11 +58,11 @@ def test_a_run_that_was_started_again_runs_before_its_first_step(tmp_path):
 
 
 def test_starts_and_what_they_cost(run):
-  made = read.starts(run, now=DAY + 1000)
-  assert [start["seconds"] for start in made] == [100.0, 200.0]
-  assert [start["how"] for start in made] == ["killed", "stopped"]
-  assert [start["repeated"] for start in made] == [10, 0]  # from step 50 back to step 40
-  cost = read.cost(run, made)
+  starts = read.starts(run, now=DAY + 1000)
+  assert [start["seconds"] for start in starts] == [100.0, 200.0]
+  assert [start["how"] for start in starts] == ["killed", "stopped"]
+  assert [start["repeated"] for start in starts] == [10, 0]  # from step 50 back to step 40
+  cost = read.cost(run, starts)
   assert cost["device_hours"] == {"TPU v4": pytest.approx(2 * 300 / 3600)}
   assert cost["seconds"] == 300
   assert cost["seconds_in_steps"] == pytest.approx(290 / 5)  # all but the first ten, at five a second
@@ -73,8 +71,8 @@ def test_starts_and_what_they_cost(run):
 
 def test_a_run_that_goes_on_costs_until_now(run):
   run = dataclasses.replace(run, events=run.events[:2], alive=True)
-  made = read.starts(run, now=DAY + 1000)
-  assert (made[-1]["seconds"], made[-1]["how"]) == (500.0, "running")
+  starts = read.starts(run, now=DAY + 1000)
+  assert (starts[-1]["seconds"], starts[-1]["how"]) == (500.0, "running")
   killed = read.starts(dataclasses.replace(run, alive=False, written=DAY + 600), now=DAY + 1000)
   assert (killed[-1]["seconds"], killed[-1]["how"]) == (100.0, "killed")
 

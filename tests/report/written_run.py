@@ -1,4 +1,4 @@
-"""A workdir written by hand, every number of which is known."""
+"""Write a workdir by hand, every number of which is known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ DAY = 1_790_000_000.0  # a time, in seconds since 1970
 
 
 def write(folder: pathlib.Path, **changes: Any) -> str:
-  """Killed at step 50 after 100 s on two devices, then stopped after 200 s; a line of metrics.jsonl is cut off.
+  """Write a run that was killed at step 50 after 100 s on two devices, then stopped after 200 s.
+
+  The last line of its metrics.jsonl is cut off.
 
   Args:
     changes: fields of the config, by dotted path.
@@ -55,7 +57,7 @@ def write(folder: pathlib.Path, **changes: Any) -> str:
 
 
 def line(step: int) -> str:
-  """Of metrics.jsonl: a loss of 100 / step, and 5 steps a second, but at step 10, whose speed is not known."""
+  """Return a line of metrics.jsonl: a loss of 100 / step, and 5 steps a second, unknown at step 10."""
   values = {"step": step, "loss": 100 / step, "grad_norm": 1.0 if step != 150 else 77.0, "substituted": int(step == 60)}
   values |= {"steps_per_sec": None if step == 10 else 5.0, "images_per_sec": 80.0, "data_wait": 0.125}
   text = json.dumps(values) + "\n"

@@ -1,0 +1,36 @@
+"""Start Chromium for tests of pages. It needs apt-get install chromium chromium-driver."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run")
+FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900")
+
+
+@pytest.fixture(params=[390, 1280])
+def driver(request, tmp_path) -> Iterator[Any]:
+  """Start it at the width of a phone, and at that of a laptop; `driver.width` says which."""
+  from selenium import webdriver
+
+  options = webdriver.ChromeOptions()
+  for flag in (*FLAGS, f"--user-data-dir={tmp_path}", "--force-prefers-reduced-motion"):
+    options.add_argument(flag)
+  if request.param < 500:  # the least of a window
+    size = {"width": request.param, "height": 844, "pixelRatio": 1.0}
+    options.add_experimental_option("mobileEmulation", {"deviceMetrics": size})
+  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+  options.binary_location = shutil.which("chromium") or ""
+  driver: Any = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+  driver.width = request.param
+  yield driver
+  driver.quit()
+
+
+def is_no_wider_than_the_window(driver: Any) -> bool:
+  width = driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+  return width == [driver.width] * 2
