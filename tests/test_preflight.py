@@ -75,6 +75,7 @@ def test_a_program_is_rematerialised_as_its_config_says():
   assert config.model.remat == "full" and config.model.attention_kernel == "auto"
 
 
+@pytest.mark.slow
 def test_the_step_of_a_clip():
   """It takes three times the products of both towers' layers, and those around them, rematerialised or not."""
   config, mesh = tiny_clip.get_config(), steps.make_mesh(2, 2, 2)

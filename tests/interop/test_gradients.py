@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from ml_collections import ConfigDict
