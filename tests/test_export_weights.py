@@ -21,7 +21,7 @@ from diffdis_jax.interop import from_torch, mapping, to_torch
 from diffdis_jax.run import checkpoint, digests, restore, workdir
 from diffdis_jax.structs import TrainState
 from tests import pages, pipelines
-from tests.command_runs import ROOT
+from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
 from tests.report import written_run
 from tests.steps import config_of, network_of
