@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,13 +17,6 @@ from diffdis_jax.errors import UserError
 def is_finite(x: BFloat16[np.ndarray, "..."] | UInt16[np.ndarray, "..."]) -> bool:
   """Say whether all numbers, bf16 or its bits, are finite. An exponent of ones marks those that are not."""
   return not ((x.view(np.uint16) & 0x7F80) == 0x7F80).any()
-
-
-class View(NamedTuple):
-  """Moments of a view of an image, and the other fields of its record."""
-
-  moments: BFloat16[np.ndarray, "h w d"]
-  record: dict[str, Any]
 
 
 class Latents:
@@ -45,18 +38,18 @@ class Latents:
     return len(self._stored) // self.views
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    return self._view(index, 0).record
+    record = self._stored[index * self.views]
+    del record["moments"]
+    return record
 
-  def read(self, index: int, view: int) -> View:
-    """Read a view. Raises the errors of records.Pairs, and records.Unusable where numbers are not finite."""
-    moments, record = self._view(index, view)
-    if not is_finite(moments):
-      raise records.Unusable(records.NOT_FINITE)
-    return View(moments, record)
-
-  def _view(self, index: int, view: int) -> View:
+  def read(self, index: int, view: int) -> dict[str, Any]:
+    """Read the record of a view, with its `moments`, bf16[h w 2c]. Raises the errors of records.Pairs, and
+    records.Unusable where numbers are not finite."""
     record = self._stored[index * self.views + view]
-    return View(record.pop("moments").view(ml_dtypes.bfloat16), record)
+    record["moments"] = record["moments"].view(ml_dtypes.bfloat16)
+    if not is_finite(record["moments"]):
+      raise records.Unusable(records.NOT_FINITE)
+    return record
 
 
 def open_latents(

@@ -306,8 +306,8 @@ class _LatentExample(_Example):
   source: Latents
 
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
-    moments, record = self.source.read(place, int(rng.integers(self.source.views)))
-    mean, log_variance = np.split(moments, 2, axis=-1)
+    record = self.source.read(place, int(rng.integers(self.source.views)))
+    mean, log_variance = np.split(record["moments"], 2, axis=-1)
     return {
       "mean": mean,
       "log_variance": log_variance,

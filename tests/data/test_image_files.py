@@ -72,11 +72,3 @@ def test_a_jpeg_of_many_scans_is_refused_at_once():
   np.testing.assert_array_equal(
     np.asarray(records.read_image(data + 3000 * last)), np.asarray(records.read_image(data))
   )
-
-
-def test_text_that_unpacks_to_much_is_a_corrupt_image():
-  png = encode(RED)
-  chunk = b"zTXta\0\0" + zlib.compress(bytes(20_000_000))
-  whole = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-  with pytest.raises(records.Unusable, match="corrupt image"):
-    records.read_image(png[:33] + whole + png[33:])

@@ -81,8 +81,8 @@ def test_latents_read_back(data, tmp_path, monkeypatch):
   for i in range(N - 1):
     assert (source[i]["caption"], source[i]["key"]) == (f"{i + 1}", f"0/{i + 1:03d}")
     for k in range(VIEWS):
-      moments, record = source.read(i, k)
-      assert moments.dtype == ml_dtypes.bfloat16 and moments.shape == (2, 2, 4) and "moments" not in record
+      moments = source.read(i, k)["moments"]
+      assert moments.dtype == ml_dtypes.bfloat16 and moments.shape == (2, 2, 4)
       np.testing.assert_array_equal(moments[..., 2:], (-moments[..., :2].astype(np.float32) - 10).astype(moments.dtype))
       seen.add(moments.tobytes())
   assert len(seen) == VIEWS * (N - 1)

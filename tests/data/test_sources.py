@@ -72,19 +72,6 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("metadata", "captions"),
-  [
-    ({"name": " bear ", "tags": ["animal", "", 3, "wild"]}, ["alt", "bear", "animal", "wild"]),
-    ({"name": None, "tags": []}, ["alt"]),
-    ({}, ["alt"]),
-  ],
-)
-def test_captions_of_several_fields(metadata, captions):
-  (record,) = records.Recaptioned([{"caption": "alt", **metadata}], ("caption", "name", "tags"))
-  assert record == {**metadata, "caption": "alt", "captions": captions}
-
-
-@pytest.mark.parametrize(
   ("captions", "usable"),
   [
     (["a cat", "a black cat"], ["a cat", "a black cat"]),

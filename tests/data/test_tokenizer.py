@@ -82,14 +82,6 @@ def test_a_caption_that_spells_start_or_end_is_text(tokenizer):
   assert tokenizer(["a <|endoftext|>"])[0, :9].tolist() == [START_ID, 320, *spelled, END_ID]
 
 
-@pytest.mark.parametrize("length", [3, 16, 77])
-def test_long_captions_keep_their_end(length):
-  tokens = Tokenizer(length)(["word " * 100, "a"])
-  assert tokens.shape == (2, length) and tokens.dtype == np.int32
-  assert tokens[0, -1] == END_ID and END_ID not in tokens[0, :-1]
-  assert tokens[1].tolist() == [49406, 320] + [END_ID] * (length - 2)
-
-
 @pytest.mark.parametrize("length", [3, 8, 77])
 def test_what_is_left_of_a_caption_that_is_too_long(length):
   """The last word that is read is the last that changes the ids."""

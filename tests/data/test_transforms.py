@@ -16,7 +16,6 @@ from diffdis_jax.data.transforms import (
   random_resized_crop,
   resize,
 )
-from diffdis_jax.errors import UserError
 from tests.raw_pairs import encode
 
 
@@ -225,8 +224,3 @@ def test_the_ends_of_brightness_contrast_saturation_and_hue_are_torchvisions(upp
   expected = functional.adjust_hue(image, 0.2 * sign)
   ours = augment(image, Ends(upper), size=24, how=Augmentation(hue=0.2))
   np.testing.assert_array_equal(ours, np.asarray(expected))
-
-
-def test_unknown_crop():
-  with pytest.raises(UserError, match="crop is 'center'; it must be one of centre, random, random_resized"):
-    Augmentation(crop="center")

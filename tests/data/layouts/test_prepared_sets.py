@@ -77,13 +77,3 @@ def test_a_damaged_record_is_one_line(tmp_path):
   damage(tmp_path / "coco", picture(0))
   with pytest.raises(UserError, match=f"coco: {message.format(0)}"):
     read(tmp_path, "mscoco_captions")
-
-
-def test_captions_of_fields_that_its_records_lack(tmp_path):
-  write_classes(tmp_path, "cifar10", ("bird", "cat", "dog"))
-  make = lambda *fields: sources.open_source(name="cifar10", path=tmp_path, image_size=8, caption_fields=fields)
-  assert make("class")[1]["captions"] == ["cat"]
-  with pytest.raises(
-    UserError, match="cifar10 has no caption field 'title'; the fields of its first record are caption, class, label"
-  ):
-    make("class", "title")
