@@ -187,13 +187,20 @@ def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not():
   assert {reason: n for reason, n in reasons.items() if n} == {"missing image": 6, "corrupt image": 6}
 
 
-def test_a_source_without_a_usable_record():
-  class Empty(Numbered):
+@pytest.mark.parametrize(
+  ("image", "message"),
+  [
+    (b"", "^40 records in a row cannot be used: 40 missing image; prepare"),
+    (np.zeros((16, 16)), "^a record's image is of type ndarray; a source gives the bytes of an image's file"),
+  ],
+)
+def test_a_source_without_a_usable_record(image, message):
+  class Unusable(Numbered):
     def __getitem__(self, index):
-      return {"image": b"", "caption": "x"}
+      return {"image": image, "caption": "x"}
 
-  with pytest.raises(UserError, match="^40 records in a row cannot be used: 40 missing image; prepare"):
-    next(make(Empty()))
+  with pytest.raises(UserError, match=message):
+    next(make(Unusable()))
 
 
 @pytest.fixture
@@ -231,6 +238,9 @@ def test_a_damaged_record_file_costs_its_records_alone(prepared):
   file.write_bytes(spoiled)
   batches = take(make(sources.open_source(name="pairs", path=prepared, image_size=8), image_size=8), 10)
   assert 0 < sum(batch[SUBSTITUTED].sum() for batch in batches) < 60
+  file.unlink()
+  with pytest.raises(UserError, match=f"{file.name} is missing; put it back"):
+    sources.open_source(name="pairs", path=prepared, image_size=8)
 
 
 @pytest.mark.slow
