@@ -106,8 +106,9 @@ def test_a_step_is_compiled_for_the_batches_that_are_stored(cache):
   config = config_of(**{"data.name": "latents", "data.path": str(cache)})
   batch = LatentBatch(**loader.Substitutions().take(next(steps.open_batches(config))))
   compiled_for = abstract_batch(Run.of(config), network_of(config), steps.make_mesh())
-  of = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype), batch)
-  assert of(compiled_for) == of(batch)
+  assert jax.tree.structure(compiled_for) == jax.tree.structure(batch)
+  shapes = lambda batch: [(x.shape, x.dtype) for x in jax.tree.leaves(batch)]
+  assert shapes(compiled_for) == shapes(batch)
 
 
 def test_latents_that_do_not_fit(cache):
