@@ -127,7 +127,7 @@ class Row:
   @property
   def latency(self) -> float:
     """Return the seconds of all hops."""
-    kind = self.topology.name.partition(":")[0]
+    kind = self.topology.kind
     link = TPU_HOP if self.topology.is_tpu else NVLINK_HOP if gpus.GPUS[kind].links else PCIE_HOP
     return self.traffic.links_hops * link + self.traffic.network_hops * NETWORK_HOP
 

@@ -41,7 +41,7 @@ MOST_LINES = {
   "method": 1850,
   "models": 2125,
   "parallel": 750,
-  "preflight": 1125,
+  "preflight": 1100,
   "report": 600,
   "run": 1450,
   "training": 1750,

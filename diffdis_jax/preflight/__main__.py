@@ -22,12 +22,10 @@ from diffdis_jax.errors import UserError, install
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import sharding
 from diffdis_jax.preflight import chips, flops, targets
-from diffdis_jax.preflight.chips import GIB
 from diffdis_jax.training.step import Trainer
 
 FLAGS = flags.FLAGS
 
-CC3M_PAIRS = 2_905_954
 ESTIMATES = {
   "seconds": "the compiler's sum",
   "seconds_by_cycles": "its operations' cycles, which charge what moves in bf16 twice",
@@ -96,14 +94,14 @@ def summarise(
     parameters=program.parameters,
     fits=0 < compiled.arguments and compiled.memory <= chip.memory,  # without arguments the compiler refused it
     memory_gib=dict(
-      arguments=compiled.arguments / GIB,
-      temporaries=compiled.temporaries / GIB,
-      outputs=compiled.outputs / GIB,
-      total=compiled.memory / GIB,
-      chip=chip.memory / GIB,
+      arguments=compiled.arguments / chips.GIB,
+      temporaries=compiled.temporaries / chips.GIB,
+      outputs=compiled.outputs / chips.GIB,
+      total=compiled.memory / chips.GIB,
+      chip=chip.memory / chips.GIB,
     ),
     operations_tflop=program.operations / 1e12,
-    collectives_gib={kind: size / GIB for kind, size in compiled.collectives.items()},
+    collectives_gib={kind: size / chips.GIB for kind, size in compiled.collectives.items()},
     traffic=vars(compiled.traffic),
     **estimates,
     seconds_between_chips=compiled.traffic.seconds(chip),
@@ -141,10 +139,9 @@ def lines(result: dict[str, Any]) -> list[str]:
     text.append(f"time: at least {1e3 * bound:.1f} ms, at the chips' peak; no estimate")
   if between := result["seconds_between_chips"]:
     text.append(f"between chips: at least {1e3 * between:.1f} ms, at all their links can carry; beside the rest or not")
-  elif crossing := result["traffic"]["network_bytes"] / GIB:
+  elif crossing := result["traffic"]["network_bytes"] / chips.GIB:
     text.append(f"between chips: unknown; {crossing:.3f} GiB a chip cross a network whose speed is not known")
-  of_rate, of_cost = BOUNDS[result["planned_by"]]
-  rate = result["images_per_second"]
+  (of_rate, of_cost), rate = BOUNDS[result["planned_by"]], result["images_per_second"]
   text.append(f"{of_rate}{rate:.0f} images/s" if rate >= 10 else f"{of_rate}{rate:.2g} images/s")
   # A bound at the chips' peak has no traffic in it either, but then says `at least` already.
   beside = "" if result["planned_by"] == "seconds_bound" else ", not in that time"
@@ -163,7 +160,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("slices", 1, "how many such slices, joined by the data centre's network", lower_bound=1)
   flags.DEFINE_boolean("cpu", False, "compile for CPU devices, also where the chips' own compiler is installed")
   flags.DEFINE_float("epochs", 6, "epochs of the run, for its cost", lower_bound=0)
-  flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "size of the training set, for the run's cost", lower_bound=1)
+  flags.DEFINE_integer("num_pairs", 2_905_954, "pairs of the training set, for the cost; CC3M's", lower_bound=1)
   flags.DEFINE_string("out", None, "JSON file to write")
 
 

@@ -93,6 +93,7 @@ class Topology:
   """Chips that one network joins: `v5e:8x8`; of GPUs, those of a host and, if there are several, hosts: `h100:8x4`."""
 
   name: str
+  kind: str
   chip: Chip
   shape: tuple[int, ...]
 
@@ -116,4 +117,4 @@ def parse(name: str) -> Topology:
   if layout not in LAYOUTS.get(chip, ()):
     known = "; ".join(f"{known}: {' '.join(layouts)}" for known, layouts in LAYOUTS.items())
     raise UserError(f"unknown topology {name!r}; it is CHIP:LAYOUT, such as v5e:8x8, of {known}")
-  return Topology(name=name, chip=CHIPS[chip], shape=tuple(map(int, layout.split("x"))))
+  return Topology(name=name, kind=chip, chip=CHIPS[chip], shape=tuple(map(int, layout.split("x"))))

@@ -87,15 +87,11 @@ def is_installed(compiler: str) -> bool:
   return any(plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins"))
 
 
-def _gpu(topology: Topology) -> gpus.Gpu:
-  return gpus.GPUS[topology.name.partition(":")[0]]
-
-
 def find(platform: str, topology: Topology, slices: int) -> Target:
   """Find the devices of a topology. Raises UserError where there are no such devices."""
   chip, near = topology.chip, topology.size if slices > 1 else topology.a_host
   if not topology.is_tpu:  # of a TPU's memory its compiler knows what a program may fill
-    chip = dataclasses.replace(chip, memory=GPU_MEMORY * _gpu(topology).memory)
+    chip = dataclasses.replace(chip, memory=GPU_MEMORY * gpus.GPUS[topology.kind].memory)
   options: Mapping[str, Any] = {}
   if platform == "tpu":
     devices = tpu_devices(topology, slices)
@@ -114,7 +110,7 @@ def gpu_devices(topology: Topology) -> list[Any]:
 
   a_host, *rest = topology.shape
   hosts = rest[0] if rest else 1
-  config = gpus.target_config(_gpu(topology), topology.chip, cuda=_version(CUDA), cudnn=_version(CUDNN))
+  config = gpus.target_config(gpus.GPUS[topology.kind], topology.chip, cuda=_version(CUDA), cudnn=_version(CUDNN))
   layout = f"1x{hosts}x{a_host}"  # slices, hosts of one, devices of one
   return list(topologies.get_topology_desc(platform="cuda", target_config=config, topology=layout).devices)
 
