@@ -226,13 +226,6 @@ def test_embeddings_equal_ours(num_steps, target, normalize_query, tmp_path):
   assert np.abs(np.diff(image, axis=0)).max(axis=1).min() > 1e-3, "the images' queries should differ"
 
 
-def test_a_config_that_says_nothing_of_the_querys_length_normalises_it():
-  config = twin_config(tiny_config())
-  assert config["inference"].pop("normalize_query") is True
-  assert torch_diffdis.DiffDis(**config).sampling["normalize_query"] is True
-  assert torch_diffdis.DiffDis(**(config | {"inference": None})).sampling["normalize_query"] is True
-
-
 @pytest.mark.parametrize(
   "changes", [{"model.text_encoder.projection": 12}, {"model.text_encoder.token_embedding_weight": 0.7}]
 )
