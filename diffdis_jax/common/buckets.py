@@ -67,10 +67,10 @@ def check(where: str) -> None:
   a ~ that the shell has left. A local path passes."""
   if where.startswith(("~/", "~")) and (meant := os.path.expanduser(where)) != where:
     raise UserError(f"the shell leaves the ~ of {where} as it is behind a =; give {meant}")
-  if not (found := _ADDRESS.match(where)):
+  if not (scheme := _ADDRESS.match(where)):
     return
   if not re.match(r"gs://[^/]+", where):
-    how = f"/{where[found.end() :]}" if found[1].lower() == "file" else "a local path or gs://BUCKET/FOLDER"
+    how = f"/{where[scheme.end() :]}" if scheme[1].lower() == "file" else "a local path or gs://BUCKET/FOLDER"
     raise UserError(f"{where} is no address that can be read; give {how}")
   if special := _SPECIAL.search(where):
     raise UserError(f"{where} has a {special[0]}, which no address in a bucket may have; take another name")
@@ -108,9 +108,9 @@ def files_below(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
 
 def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = ()) -> None:
   """Copy a local folder into a bucket; files named as in `last` after all others, as marks that those are there."""
-  found = sorted(file for file in folder.rglob("*") if file.is_file())
+  paths = sorted(file for file in folder.rglob("*") if file.is_file())
   for is_mark in (False, True):
-    if group := [file.relative_to(folder).as_posix() for file in found if (file.name in last) == is_mark]:
+    if group := [file.relative_to(folder).as_posix() for file in paths if (file.name in last) == is_mark]:
       urls = [f"{os.fspath(path(to)).rstrip('/')}/{name}" for name in group]
       _system().put([os.fspath(folder / name) for name in group], urls, batch_size=_AT_ONCE)
 

@@ -201,10 +201,10 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
       sys.path.append(os.getcwd())  # as `python -m` does and `diffdis` does not; last, so that it is in nobody's way
     spec.loader.exec_module(module)
-    made = module.get_config(*([argument] if colon else []))
-    if made is None:
+    fields = module.get_config(*([argument] if colon else []))
+    if fields is None:
       raise ValueError("get_config returned None; it should end with `return config`")
-    return ConfigDict(made)
+    return ConfigDict(fields)
   except ValueError as error:  # which get_config raises of its arguments, in a sentence of its own
     raise UserError(f"--{flag}={path}: {error}") from error
   except Exception as error:

@@ -90,10 +90,10 @@ def temporary_folder(begin: str, within: str | os.PathLike[str] | None = None) -
       with contextlib.suppress(OSError):  # another process holds it
         hold(left)
         shutil.rmtree(left)
-    made = stack.enter_context(tempfile.TemporaryDirectory(**how))
+    temporary = stack.enter_context(tempfile.TemporaryDirectory(**how))
     with contextlib.suppress(OSError):  # of a file system without locks
-      hold(made)
-    yield pathlib.Path(made)
+      hold(temporary)
+    yield pathlib.Path(temporary)
 
 
 def lock(file: IO[Any], *, wait: bool) -> None:
@@ -179,12 +179,12 @@ def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Return the JSON object in a file; an empty one of a file that is absent, damaged or out of reach."""
   try:
-    found = read_json(path)
+    content = read_json(path)
   except Exception as error:
     if not (isinstance(error, UserError) or may_pass(error)):
       raise
     return {}
-  return found if isinstance(found, dict) else {}
+  return content if isinstance(content, dict) else {}
 
 
 def as_json(content: Any) -> str:

@@ -99,7 +99,7 @@ def _same(leaf: str, fields: Collection[str], flags: Collection[str], *, flags_f
   if known:
     return sorted(known, key=lambda target: target.startswith("--") != flags_first)[:1]
   same = [path for path in fields if path.split(".")[-1] == leaf]
-  return [path for path in same if path.count(".") == min(each.count(".") for each in same)][:3]
+  return [path for path in same if path.count(".") == min(other.count(".") for other in same)][:3]
 
 
 def _ask(names: Iterable[str]) -> str:

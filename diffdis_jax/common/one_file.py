@@ -85,12 +85,12 @@ def read_record(path: pathlib.Path) -> Record:
 
 def check(path: pathlib.Path, step: int | None, *, ema: bool) -> Record:
   """Read what a file says. Raise UserError: it lacks this step or the raw weights (not `ema`), or is damaged."""
-  there = read_record(path)
-  if step not in (None, there.step):
-    raise UserError(f"no checkpoint {step} in {path}, which holds that of step {there.step} alone")
-  if there.ema and not ema:
+  record = read_record(path)
+  if step not in (None, record.step):
+    raise UserError(f"no checkpoint {step} in {path}, which holds that of step {record.step} alone")
+  if record.ema and not ema:
     raise UserError(f"{path} holds averaged weights alone; leave --noema out")
-  return there
+  return record
 
 
 def read_params(path: pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
@@ -110,12 +110,12 @@ def _read(path: pathlib.Path, *, arrays: bool = False) -> tuple[Record, Arrays]:
   """Read the record and, if asked, all arrays, whose digest is compared."""
   try:
     with safe_open(path, "numpy") as file:
-      text, found = file.metadata() or {}, {name: file.get_tensor(name) for name in (file.keys() if arrays else ())}
+      text, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in (file.keys() if arrays else ())}
     if "run" not in text:
       raise UserError(f"{path} holds no run; it should be as export_weights wrote it{IMPORT_FIRST}")
-    if arrays and digest(text["run"], found) != text.get("sha256"):
+    if arrays and digest(text["run"], tensors) != text.get("sha256"):
       raise ValueError("it holds other bytes than were written")
-    return Record(**parse_json(text["run"], "its run")), found
+    return Record(**parse_json(text["run"], "its run")), tensors
   except (SafetensorError, OSError, TypeError, ValueError) as error:
     raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}; copy it again") from error
 

@@ -42,10 +42,10 @@ def read(given: str) -> Run:
 
 def show(run: Run, *, prefix: str = "") -> Iterator[str]:
   """Yield path, value and range of each field, and its meaning in the line below."""
-  found = list(section.describe(run))
-  chosen = [line for line in found if f"{line.path}.".startswith(f"{prefix}.") or not prefix]
+  lines = list(section.describe(run))
+  chosen = [line for line in lines if f"{line.path}.".startswith(f"{prefix}.") or not prefix]
   if not chosen:
-    sections = {".".join(line.path.split(".")[:n]) for line in found for n in (1, 2, 3)}
+    sections = {".".join(line.path.split(".")[:n]) for line in lines for n in (1, 2, 3)}
     raise UserError(f"--fields={prefix} is the beginning of no field; {guesses.did_you_mean(prefix, sections)}")
   for line in chosen:
     yield f"{line.path} = {line.value!r}" + (f"    ({line.range})" if line.range else "")

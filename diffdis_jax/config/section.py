@@ -156,7 +156,7 @@ def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = Fals
   if rest := next((name for name, own in fields.items() if own.metadata.get("rest")), ""):
     others = {name: value for name, value in values.items() if name == rest or name not in fields}
     values = {name: value for name, value in values.items() if name not in others} | {rest: others}
-  made = {}
+  fields_read = {}
   for name in [*values, *(name for name in fields if name not in values)]:
     at = path if name == rest else f"{prefix}{name}"
     if name not in fields:
@@ -168,13 +168,13 @@ def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = Fals
       if whole and not (section and default is None):
         raise UserError(f"{at} is missing; every config of a run has it")
       continue
-    made[name] = value = values[name]
+    fields_read[name] = value = values[name]
     if section and not (value is None and default is None):
-      made[name] = read_section(section, value, at, whole=whole, known=known)
+      fields_read[name] = read_section(section, value, at, whole=whole, known=known)
     elif not section and issubclass(kind, Section):
-      made[name] = _value(at, value, default, parts=(default or {}) if name == rest and whole else {})
+      fields_read[name] = _value(at, value, default, parts=(default or {}) if name == rest and whole else {})
   try:
-    return kind(**made)
+    return kind(**fields_read)
   except (TypeError, UserError) as error:  # the first of a missing field
     raise UserError(f"{prefix}{error}") from error
 
@@ -215,14 +215,14 @@ def _section_kind(own: dataclasses.Field[Any], values: Any) -> type | None:
 
 def to_dict(section: Section) -> dict[str, Any]:
   """Return a section as nested dicts, without the sections that are absent: the inverse of `read_section`."""
-  found = {}
+  values = {}
   for own in dataclasses.fields(section):
     value = getattr(section, own.name)
     if own.metadata.get("rest"):
-      found = {**value, **found}
+      values = {**value, **values}
     elif value is not None or not own.metadata.get("kind"):
-      found[own.name] = to_dict(value) if isinstance(value, Section) else value
-  return found
+      values[own.name] = to_dict(value) if isinstance(value, Section) else value
+  return values
 
 
 class Line(NamedTuple):

@@ -45,11 +45,11 @@ def start() -> None:
     UserError: contradicting settings, or a device that cannot be had.
   """
   values = flags.FLAGS.flag_values_dict()
-  found = find(values, os.environ)
-  if found is not None:
+  arguments = find(values, os.environ)
+  if arguments is not None:
     folders = filter(None, (values.get("workdir"), values.get("out")))  # an ablation's runs are kept in its --out
     default = HEARTBEAT_TIMEOUT_OVER_BUCKETS if any(map(buckets.is_url, folders)) else HEARTBEAT_TIMEOUT
-    _initialize(found, values["coordinator_timeout"], values["heartbeat_timeout"] or default)
+    _initialize(arguments, values["coordinator_timeout"], values["heartbeat_timeout"] or default)
     log_place()
 
 
@@ -95,8 +95,8 @@ def _explicit(address: Any, num_processes: Any, process_id: Any) -> dict[str, An
   count, index = int(num_processes), int(process_id)
   if not 0 <= index < count:
     raise UserError(f"--process_id={index} should be from 0 to {count - 1}, since --num_processes={count}")
-  found = dict(coordinator_address=address, num_processes=count, process_id=index, local_device_ids=())
-  return found | {"cluster_detection_method": "deactivate"} if count > 1 else None
+  arguments = dict(coordinator_address=address, num_processes=count, process_id=index, local_device_ids=())
+  return arguments | {"cluster_detection_method": "deactivate"} if count > 1 else None
 
 
 def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -114,9 +114,9 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, Any]:
   )
 
 
-def _initialize(found: Mapping[str, Any], timeout: int, heartbeat: int) -> None:
+def _initialize(arguments: Mapping[str, Any], timeout: int, heartbeat: int) -> None:
   """Wait for all processes. At its own timeout jax aborts, with a stack trace, so a timer comes first."""
-  address = f" by {found['coordinator_address']}" if "coordinator_address" in found else ""
+  address = f" by {arguments['coordinator_address']}" if "coordinator_address" in arguments else ""
 
   def give_up() -> None:
     sys.stderr.write(
@@ -132,7 +132,7 @@ def _initialize(found: Mapping[str, Any], timeout: int, heartbeat: int) -> None:
   # SIGTERM is ours: jax's own service hears of no other signal, and asks for agreement at steps alone.
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
-    **found,
+    **arguments,
     initialization_timeout=2 * timeout + 60,
     heartbeat_timeout_seconds=heartbeat,
     shutdown_timeout_seconds=WAIT,

@@ -91,8 +91,8 @@ class Checkpointer:
     # Not the manager's list, which may hold a save that has only begun. And one process decides for all, since a shared
     # file system may show a new folder to some of them later.
     step = storage.patiently(lambda: workdir.latest_step(self.run), f"{self.run}")
-    found = int(processes.from_first(np.int32(-1 if step is None else step)))
-    return None if found < 0 else found
+    agreed = int(processes.from_first(np.int32(-1 if step is None else step)))
+    return None if agreed < 0 else agreed
 
   def save(
     self,
@@ -171,15 +171,15 @@ class Best(NamedTuple):
 
 def best(run: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
   """Find the best checkpoint by `kept.best_metric`; the earliest of equals, None where none was measured by it."""
-  folder, found = workdir.checkpoints(run), {}
+  folder, by_step = workdir.checkpoints(run), {}
   for step in workdir.committed_steps(folder) if kept.best_metric else ():
     try:
-      found[step] = workdir.metrics_of(folder, step)
+      by_step[step] = workdir.metrics_of(folder, step)
     except (OSError, UserError) as error:  # a run in training removes some, and beside a damaged one are others
       logging.warning("what checkpoint %d was measured at cannot be read: %s", step, error)
   # The steps come in order, and `max` keeps the first of equals.
-  step = max(found, key=lambda step: _rank(found[step], kept=kept), default=0)
-  value = found.get(step, {}).get(kept.best_metric, math.nan)
+  step = max(by_step, key=lambda step: _rank(by_step[step], kept=kept), default=0)
+  value = by_step.get(step, {}).get(kept.best_metric, math.nan)
   return None if math.isnan(value) else Best(step, float(value))
 
 

@@ -58,18 +58,18 @@ def write(folder: epath.PathLike, *, step: int | None = None, run: str | None = 
   path = buckets.path(folder)
   if buckets.is_url(path):
     # A server that keeps no digests has the objects read back.
-    found = {name: file if file.digest else _digest(path / name) for name, file in _listed(path).items()}
+    written = {name: file if file.digest else _digest(path / name) for name, file in _listed(path).items()}
   else:
     local = pathlib.Path(path)
     names = sorted(file.relative_to(local).as_posix() for file in local.rglob("*") if file.is_file())
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-      found = dict(zip(names, pool.map(lambda name: _digest(path / name), names), strict=True))
-  _write(path, Digests(found, step, run))
+      written = dict(zip(names, pool.map(lambda name: _digest(path / name), names), strict=True))
+  _write(path, Digests(written, step, run))
 
 
-def _write(path: epath.Path, found: Digests) -> None:
-  listed = {name: file for name, file in sorted(found.files.items()) if name not in _NOT_LISTED}
-  content = {"files": listed} | {name: getattr(found, name) for name in ("step", "run") if found.step is not None}
+def _write(path: epath.Path, written: Digests) -> None:
+  listed = {name: file for name, file in sorted(written.files.items()) if name not in _NOT_LISTED}
+  content = {"files": listed} | {name: getattr(written, name) for name in ("step", "run") if written.step is not None}
   files.write_json(path / NAME, {**content, "crc32c": _own(content)})
 
 
@@ -89,10 +89,10 @@ def read(folder: epath.PathLike) -> Digests | Damage | None:
 def fingerprint(folder: epath.PathLike, *, part: str) -> str:
   """Give sixteen hexadecimal digits for the files with `part` in their names, wherever the folder lies; none where
   there are no digests, or where they are damaged."""
-  found = read(folder)
-  if not isinstance(found, Digests):
+  saved = read(folder)
+  if not isinstance(saved, Digests):
     return ""
-  listed = sorted((name, *file) for name, file in found.files.items() if part in name)
+  listed = sorted((name, *file) for name, file in saved.files.items() if part in name)
   return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16] if listed else ""
 
 
@@ -110,31 +110,31 @@ def damage_of_step(path: epath.Path, run: str, items: Collection[str] | None = N
     run: the digest of its workdir's config, `workdir.run_digest`.
     items: such as `params`; None for all.
   """
-  found = read(path)
-  if found is None:
+  saved = read(path)
+  if saved is None:
     return Damage(NAME, "is missing")
-  if isinstance(found, Digests) and found.step != int(path.name):
-    return Damage(NAME, f"says that it was saved as step {found.step}")
-  if isinstance(found, Digests) and found.run not in ("", run):  # "" was saved where there was no config.json
+  if isinstance(saved, Digests) and saved.step != int(path.name):
+    return Damage(NAME, f"says that it was saved as step {saved.step}")
+  if isinstance(saved, Digests) and saved.run not in ("", run):  # "" was saved where there was no config.json
     return Damage(NAME, "says that it was saved by a run of another config than config.json has")
-  return _first_damage(path, found, lambda name: items is None or name.partition("/")[0] in items)
+  return _first_damage(path, saved, lambda name: items is None or name.partition("/")[0] in items)
 
 
-def _first_damage(path: epath.Path, found: Digests | Damage | None, asked: Callable[[str], bool]) -> Damage | None:
-  if not isinstance(found, Digests):
-    return found
-  names = sorted(filter(asked, found.files), key=lambda name: (found.files[name].size, name))
+def _first_damage(path: epath.Path, saved: Digests | Damage | None, asked: Callable[[str], bool]) -> Damage | None:
+  if not isinstance(saved, Digests):
+    return saved
+  names = sorted(filter(asked, saved.files), key=lambda name: (saved.files[name].size, name))
   listed = _listed(path) if buckets.is_url(path) else None
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    return next(filter(None, pool.map(lambda name: _compare(path, name, found.files[name], listed), names)), None)
+    return next(filter(None, pool.map(lambda name: _compare(path, name, saved.files[name], listed), names)), None)
 
 
 def _compare(path: epath.Path, name: str, saved: _File, listed: Mapping[str, _File] | None) -> Damage | None:
   try:
-    there = _File((path / name).stat().length, "") if listed is None else listed[name]
-    if there.size != saved.size:
-      return Damage(name, f"has {there.size} bytes, not {saved.size} as saved")
-    same = (there if there.digest else _digest(path / name)) == saved
+    present = _File((path / name).stat().length, "") if listed is None else listed[name]
+    if present.size != saved.size:
+      return Damage(name, f"has {present.size} bytes, not {saved.size} as saved")
+    same = (present if present.digest else _digest(path / name)) == saved
   except (FileNotFoundError, KeyError):
     return Damage(name, "is missing")
   return None if same else Damage(name, _OTHER_BYTES)
@@ -143,7 +143,7 @@ def _compare(path: epath.Path, name: str, saved: _File, listed: Mapping[str, _Fi
 def _listed(folder: epath.Path) -> dict[str, _File]:
   """List the objects in a bucket, with the digests that their server keeps."""
   listed = buckets.files_below(folder).items()
-  return {name: _File(each["size"], base64.b64decode(each.get("crc32c", "")).hex()) for name, each in listed}
+  return {name: _File(facts["size"], base64.b64decode(facts.get("crc32c", "")).hex()) for name, facts in listed}
 
 
 def _digest(path: epath.Path) -> _File:

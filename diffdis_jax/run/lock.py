@@ -64,9 +64,9 @@ class Lock:
         elif seen is not None and now - changed > PATIENCE:
           buckets.remove(self._path, generation=seen)
         if lives and now - begin > ENDING:
-          there = self._there()
+          holder = self._there()
           raise InUse(
-            f"--workdir={self._workdir} is in use by process {there.get('pid')} on {there.get('host')}; wait for it,"
+            f"--workdir={self._workdir} is in use by process {holder.get('pid')} on {holder.get('host')}; wait for it,"
             " stop it, or take another --workdir"
           )
         time.sleep(0.2)

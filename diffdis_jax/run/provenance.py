@@ -114,10 +114,10 @@ def metrics_of(lines: Sequence[str]) -> list[dict[str, Any]]:
 
   A line without a step gives an empty dict. A warning counts them, except the last one, which may be cut off.
   """
-  found = [_numbers(parse(line)) for line in lines]
-  if lost := sum(not each for each in found[:-1]):
+  numbers = [_numbers(parse(line)) for line in lines]
+  if lost := sum(not values for values in numbers[:-1]):
     logging.warning("metrics.jsonl has %d lines that cannot be read; they are left out", lost)
-  return found
+  return numbers
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, Any]:
@@ -130,8 +130,8 @@ def _numbers(line: dict[str, Any]) -> dict[str, Any]:
 def parse(line: str | bytes) -> dict[str, Any]:
   """Read a JSON object; an empty one if the line was cut off, or is still being written."""
   with contextlib.suppress(UserError):
-    if isinstance(found := parse_json(line, "a line"), dict):
-      return found
+    if isinstance(content := parse_json(line, "a line"), dict):
+      return content
   return {}
 
 
@@ -203,16 +203,16 @@ def behind(init_from: str) -> list[dict[str, Any]]:
   """
   if not init_from:
     return []
-  found = of_run(init_from, step=None if one_file.at(init_from) else workdir.latest_step(init_from))
-  return [{name: value for name, value in found.items() if name != "init_from"}, *found["init_from"]]
+  start = of_run(init_from, step=None if one_file.at(init_from) else workdir.latest_step(init_from))
+  return [{name: value for name, value in start.items() if name != "init_from"}, *start["init_from"]]
 
 
 def public(value: Any) -> Any:
   """Take the folders of absolute paths and of buckets' addresses out of JSON: `/data/sd/v1.ckpt` becomes `v1.ckpt`."""
   if isinstance(value, Mapping):
-    return {name: public(each) for name, each in value.items()}
+    return {name: public(child) for name, child in value.items()}
   if isinstance(value, list | tuple):
-    return [public(each) for each in value]
+    return [public(child) for child in value]
   return _FOLDERS.sub("", value) if isinstance(value, str) else value
 
 

@@ -62,9 +62,9 @@ def find_on_all(run: epath.PathLike, step: int | None) -> epath.Path:
 
   A run that still trains may save another one between two looks, and a shared disk may show it to some of them later.
   """
-  found = [0]
-  processes.on_first(lambda: found.insert(0, int(_patiently(lambda: find(run, step), run).name)))
-  path = workdir.checkpoints(run) / str(int(processes.from_first(np.int32(found[0]))))
+  steps = [0]
+  processes.on_first(lambda: steps.insert(0, int(_patiently(lambda: find(run, step), run).name)))
+  path = workdir.checkpoints(run) / str(int(processes.from_first(np.int32(steps[0]))))
   processes.shows(lambda: workdir.is_committed(path))
   return path
 
@@ -73,8 +73,8 @@ def choose(run: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
   """Choose what `restore_params` reads for these wishes. Every process makes the call, and gets the same. Raises
   UserError as `find`."""
   if (file := one_file.at(run)) is not None:
-    there = one_file.check(file, step, ema=ema)
-    return Chosen(there.step, there.ema)
+    record = one_file.check(file, step, ema=ema)
+    return Chosen(record.step, record.ema)
   path = find_on_all(run, step)
   return Chosen(int(path.name), ema and (path / "ema").exists())
 
@@ -158,10 +158,10 @@ def initialised(run: epath.PathLike) -> set[str]:
   if (packed := one_file.at(run)) is not None:
     return {*one_file.read_record(packed).initialised}
   file = buckets.path(run) / "import.json"
-  found = files.read_json(file) if file.exists() else {"initialised": []}
-  if not isinstance(found, dict) or "initialised" not in found:
+  content = files.read_json(file) if file.exists() else {"initialised": []}
+  if not isinstance(content, dict) or "initialised" not in content:
     raise UserError(f"{file} does not say what was initialised; it should be as import_weights wrote it")
-  return {*found["initialised"]}
+  return {*content["initialised"]}
 
 
 def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[str] = ()) -> Any:

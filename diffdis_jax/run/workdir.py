@@ -137,8 +137,8 @@ def checkpoints(workdir: epath.PathLike) -> epath.Path:
 
 def all_steps(path: epath.Path) -> list[epath.Path]:
   """List the checkpoints in that folder, whole or not, by step."""
-  paths = [each for each in path.iterdir() if _STEP.fullmatch(each.name)] if path.is_dir() else []
-  return sorted(paths, key=lambda each: int(each.name))
+  paths = [child for child in path.iterdir() if _STEP.fullmatch(child.name)] if path.is_dir() else []
+  return sorted(paths, key=lambda child: int(child.name))
 
 
 def is_committed(path: epath.Path) -> bool:
@@ -148,13 +148,13 @@ def is_committed(path: epath.Path) -> bool:
 
 def committed_steps(path: epath.Path) -> list[int]:
   """List the steps of the whole checkpoints in that folder."""
-  return [int(each.name) for each in all_steps(path) if is_committed(each)]
+  return [int(step.name) for step in all_steps(path) if is_committed(step)]
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
   """Find the newest committed step of a run."""
   # From the newest on, of which hardly any is not whole: the others are not asked for.
-  return next((int(each.name) for each in reversed(all_steps(checkpoints(workdir))) if is_committed(each)), None)
+  return next((int(step.name) for step in reversed(all_steps(checkpoints(workdir))) if is_committed(step)), None)
 
 
 def newest_whole(path: epath.Path, run: str, *, before: float = math.inf) -> int | None:
@@ -167,10 +167,10 @@ def metrics_of(path: epath.Path, step: int) -> dict[str, float]:
   """Read what was measured when this checkpoint was saved; empty where nothing was. Raises OSError, and UserError where
   it is damaged."""
   file = path / str(step) / _METRICS
-  found = parse_json(file.read_bytes(), str(file)) if file.exists() else {}
-  if not isinstance(found, dict) or not all(isinstance(value, (int, float)) for value in found.values()):
+  metrics = parse_json(file.read_bytes(), str(file)) if file.exists() else {}
+  if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):
     raise UserError(f"{file} should hold a number for each metric")
-  return found
+  return metrics
 
 
 if __name__ == "__main__":

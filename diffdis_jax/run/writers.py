@@ -121,8 +121,8 @@ class Writer:
       self._mirror.copy()
 
   def close(self) -> None:
-    for each in filter(None, (self._mirror, self._tracker)):
-      each.close()
+    for output in filter(None, (self._mirror, self._tracker)):
+      output.close()
 
   def _begin_events(self) -> None:
     # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.

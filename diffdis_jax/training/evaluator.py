@@ -77,21 +77,21 @@ class Evaluator:
       UserError: data that cannot be used.
     """
     params = {**state.params, **state.ema}  # the averages, as evaluate and generate take them by default
-    found = {}
+    by_evaluation = {}
     for name, evaluation in self._evals.items() if self._evaluates(step, last) else ():
       metrics = evaluation.run(self._inference, params)
       logging.info("step %d  %s  %s", step, name, "  ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
-      found[name] = {f"{name}/{key}": value for key, value in metrics.items()}
+      by_evaluation[name] = {f"{name}/{key}": value for key, value in metrics.items()}
     grid = self._grid(params) if self._draws(step, last) else None
     # Written when all of it is there: a stop in the middle leaves none, and the restart does it again from its start.
-    for metrics in found.values():
+    for metrics in by_evaluation.values():
       writer.scalars(step, metrics)
     if grid is not None:
       writer.image(step, "samples", grid)
     best = self._run.checkpoint.best_metric
-    if not best or not found:
+    if not best or not by_evaluation:
       return {}
-    together = {key: value for metrics in found.values() for key, value in metrics.items()}
+    together = {key: value for metrics in by_evaluation.values() for key, value in metrics.items()}
     if best not in together:
       raise UnknownMetric(f"checkpoint.best_metric={best} is none of {', '.join(together)}")
     # Process 0's: of metrics that round apart, two processes might keep different checkpoints.

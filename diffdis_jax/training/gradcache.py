@@ -83,17 +83,17 @@ class GradCache:
     total, metrics = jnp.zeros(()), {}
     first: Rows = {}
     cache: Rows = {}
-    of_scale = jnp.zeros(())
+    scale_gradient = jnp.zeros(())
     if self.network.task.contrasts:
       first = self._in_turn(self.first_pass, params, (rows,)).rows
       scale = {**fixed, **trainable}[LOGIT_SCALE]  # a config may freeze it
       contrast = jax.value_and_grad(self._contrast, argnums=(0, 1), has_aux=True)
-      (total, metrics), (cache, of_scale) = contrast({name: first[name] for name in REPRESENTATIONS}, scale, rows)
+      (total, metrics), (cache, scale_gradient) = contrast({name: first[name] for name in REPRESENTATIONS}, scale, rows)
 
     second_pass = functools.partial(self.second_pass, batch_size=len(batch.tokens))
     gradient, second = self._in_turn(second_pass, params, (rows, first, cache), summed=trainable)
     if LOGIT_SCALE in gradient:  # where the passes leave 0
-      gradient[LOGIT_SCALE] += of_scale
+      gradient[LOGIT_SCALE] += scale_gradient
     if noise is not None and "loss_generation" in second:
       per_sample = second["loss_generation"]
       total = total + self._weighted(per_sample, noise).mean()
@@ -107,13 +107,13 @@ class GradCache:
       return Pass({}, _pairs(model, rows))
     assert rows.noise is not None
     encoded = encode.encode_rows(model, rows.batch, rows.noise)
-    found = self._predict(model, rows, encoded, passes=("discrimination",))
-    found["z"] = encoded.latents.z
+    encoded_rows = self._predict(model, rows, encoded, passes=("discrimination",))
+    encoded_rows["z"] = encoded.latents.z
     if encoded.latents.z_discrimination is not None:
-      found["z_discrimination"] = encoded.latents.z_discrimination
+      encoded_rows["z_discrimination"] = encoded.latents.z_discrimination
     if _text_is_encoded_once(trainable):
-      found["c"] = encoded.text.c
-    return Pass({}, found)
+      encoded_rows["c"] = encoded.text.c
+    return Pass({}, encoded_rows)
 
   def second_pass(
     self, trainable: Params, fixed: Params, rows: Microbatch, first: Rows, cache: Rows, *, batch_size: int
@@ -123,16 +123,16 @@ class GradCache:
     def share(trainable: Params) -> tuple[Float[Array, ""], Rows]:
       model = self.network.with_params({**fixed, **trainable})
       if isinstance(model, Clip):
-        found = _pairs(model, rows)
+        predicted = _pairs(model, rows)
       else:
-        found = self._predict(model, rows, _encoded(model, rows, first), passes=self.network.objectives)
+        predicted = self._predict(model, rows, _encoded(model, rows, first), passes=self.network.objectives)
       # Linear in the representations, with the cache held: its gradient is the chain rule's second factor.
-      total = sum((jnp.sum(found[name] * cache[name]) for name in cache), start=jnp.zeros(()))
-      if "loss_generation" not in found:
+      total = sum((jnp.sum(predicted[name] * cache[name]) for name in cache), start=jnp.zeros(()))
+      if "loss_generation" not in predicted:
         return total, {}
       # By the batch's size, and not the microbatch's, so that the shares add up to the mean.
       assert rows.noise is not None
-      per_sample = found["loss_generation"]
+      per_sample = predicted["loss_generation"]
       return total + jnp.sum(self._weighted(per_sample, rows.noise)) / batch_size, {"loss_generation": per_sample}
 
     return Pass(*jax.grad(share, has_aux=True)(trainable))
@@ -140,11 +140,11 @@ class GradCache:
   def _predict(self, model: DiffDis, rows: Microbatch, encoded: Encoded, *, passes: Sequence[str]) -> Rows:
     assert rows.noise is not None
     c_null = encode.null_condition(model, rows.batch.tokens.shape[1])
-    found = algorithms.denoise_rows(model, encoded, c_null, rows.noise, network=self.network, passes=passes)
-    of_rows = {} if found.loss_generation is None else {"loss_generation": found.loss_generation}
-    if found.query is not None:
-      of_rows |= {"query": found.query.astype(jnp.float32), "e": encoded.text.e}
-    return of_rows
+    denoised = algorithms.denoise_rows(model, encoded, c_null, rows.noise, network=self.network, passes=passes)
+    predicted = {} if denoised.loss_generation is None else {"loss_generation": denoised.loss_generation}
+    if denoised.query is not None:
+      predicted |= {"query": denoised.query.astype(jnp.float32), "e": encoded.text.e}
+    return predicted
 
   def _weighted(self, per_sample: Float[Array, "b"], noise: StepNoise) -> Float[Array, "b"]:
     schedule = schedules.noise_schedule(self.network.image_process.schedule)
@@ -159,10 +159,11 @@ class GradCache:
     if rows.noise is None:
       total, (metrics, _) = objectives.contrastive_loss(Pairs(image=query, text=e), logit_scale, captions=captions)
       return total, metrics
-    found = losses.contrastive(
+    contrast = losses.contrastive(
       query, e, logit_scale, captions=captions, dropped=rows.noise.drop_image, on_rows=sharding.each_own_rows
     )
-    return self.run.loss.ita_weight * found.loss, objectives.discrimination_metrics(found, logit_scale, rows.noise)
+    metrics = objectives.discrimination_metrics(contrast, logit_scale, rows.noise)
+    return self.run.loss.ita_weight * contrast.loss, metrics
 
   def _in_turn(
     self,
@@ -181,14 +182,14 @@ class GradCache:
 
     def of_device(params: tuple[Params, Params], leaves: list[Array]) -> Pass:
       def one(total: Params, microbatch: list[Array]) -> tuple[Params, Rows]:
-        gradient, found = f(*params, *jax.tree.unflatten(kind, microbatch))
+        gradient, results = f(*params, *jax.tree.unflatten(kind, microbatch))
         # In the parameters' own f32: in bf16 a sum soon loses what is added.
-        return {path: total[path] + x.astype(total[path].dtype) for path, x in gradient.items()}, found
+        return {path: total[path] + x.astype(total[path].dtype) for path, x in gradient.items()}, results
 
       zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in (summed or {}).items()}
       split = [x.reshape(self.n, -1, *x.shape[1:]) for x in leaves]
-      total, found = jax.lax.scan(one, zeros, split)
-      return Pass(total, {name: x.reshape(-1, *x.shape[2:]) for name, x in found.items()})
+      total, results = jax.lax.scan(one, zeros, split)
+      return Pass(total, {name: x.reshape(-1, *x.shape[2:]) for name, x in results.items()})
 
     return Pass(*sharding.on_own_rows(of_device, self.mesh, summed or {})(params, leaves))
 

@@ -46,7 +46,7 @@ def class_contrastive_loss(
     return Pairs(image=unit_norm(image), text=model.encode_text(tokens).e)
 
   # By one noise, so that student and teacher differ in their parameters alone.
-  pairs, of_teacher = embed(model), embed(at_start)
+  pairs, teacher_pairs = embed(model), embed(at_start)
   scale = model.logit_scale[...]
   contrast, accuracy = class_contrastive(
     pairs.image, pairs.text, scale, labels=batch.label, smoothing=section.label_smoothing
@@ -55,8 +55,8 @@ def class_contrastive_loss(
     pairs.image,
     pairs.text,
     scale,
-    teacher_image=of_teacher.image,
-    teacher_text=of_teacher.text,
+    teacher_image=teacher_pairs.image,
+    teacher_text=teacher_pairs.text,
     teacher_logit_scale=at_start.logit_scale[...],
   )
   metrics: Metrics = {

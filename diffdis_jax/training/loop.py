@@ -92,13 +92,13 @@ def train_and_evaluate(
         raise Diverged(step, bad, checkpoints.latest_step())
       if logs:
         out.scalars(step, meters.report(step))
-      why, due, found = stop.agreed(), evaluations.is_due(step, last=last), {}
+      why, due, best = stop.agreed(), evaluations.is_due(step, last=last), {}
       # Evaluation before the save, whose checkpoint is kept by what was measured; unless there is no time for it.
       if due and not why:
         dog.alive()
         try:
           with meters.paused():
-            found, due = evaluations.after_step(step, state, out, last=last), False
+            best, due = evaluations.after_step(step, state, out, last=last), False
         except (Preempted, UserError) as error:  # no reason to lose steps
           # Several processes would have to agree: data that one of them has read may be its own rows'.
           if jax.process_count() > 1 and type(error) is UserError:
@@ -110,7 +110,7 @@ def train_and_evaluate(
         with meters.paused():
           out.flush()
           meta = meters.to_meta() | {"evaluated": not due}
-          checkpoints.save(step, state, data, meta=meta, metrics=found)
+          checkpoints.save(step, state, data, meta=meta, metrics=best)
       if why:
         logging.warning("the run stops: saving step %d; run the same command again to resume", step)
         raise why

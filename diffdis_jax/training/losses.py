@@ -67,14 +67,14 @@ def diffusion_loss(
   del teacher
   model, noise = build(trainable), noise_of(run, keys, batch, network)
   captions = captions_of(run.loss, batch.tokens)
-  found = algorithms.training_losses(model, batch, noise, network=network, loss=run.loss, captions=captions)
+  losses_of_rows = algorithms.training_losses(model, batch, noise, network=network, loss=run.loss, captions=captions)
   metrics: Metrics = {}
   # What the run is not trained for has no loss, and leaves no line in the log.
-  if found.generation is not None:
-    metrics |= generation_metrics(found.generation, noise)
-  if found.alignment is not None:
-    metrics |= discrimination_metrics(found.alignment, model.logit_scale[...], noise)
-  return result(found.total, metrics)
+  if losses_of_rows.generation is not None:
+    metrics |= generation_metrics(losses_of_rows.generation, noise)
+  if losses_of_rows.alignment is not None:
+    metrics |= discrimination_metrics(losses_of_rows.alignment, model.logit_scale[...], noise)
+  return result(losses_of_rows.total, metrics)
 
 
 def generation_metrics(per_sample: Float[Array, "b"], noise: StepNoise) -> Metrics:
@@ -83,14 +83,14 @@ def generation_metrics(per_sample: Float[Array, "b"], noise: StepNoise) -> Metri
   return {"loss_generation": mean_of(per_sample), **quarters_of("loss_generation", per_sample, noise.t_z, everything)}
 
 
-def discrimination_metrics(found: losses.Contrastive, logit_scale: Float[Array, ""], noise: StepNoise) -> Metrics:
+def discrimination_metrics(contrast: losses.Contrastive, logit_scale: Float[Array, ""], noise: StepNoise) -> Metrics:
   """Report L_ITA of the rows that have an image, the mean of both directions as of held-out pairs; and by the quarter
   of t_e. Rows whose image is dropped for guidance can only guess, and would hide how far the others have come."""
   rows = ~noise.drop_image
-  per_pair = jnp.where(rows, 0.5 * (found.query_to_text + found.text_to_query), 0.0)
+  per_pair = jnp.where(rows, 0.5 * (contrast.query_to_text + contrast.text_to_query), 0.0)
   return {
     "loss_discrimination": Average(total=per_pair.sum(), count=rows.sum(dtype=jnp.float32)),
-    **alignment(found, logit_scale),
+    **alignment(contrast, logit_scale),
     **quarters_of("loss_discrimination", per_pair, noise.t_e, rows),
   }
 
@@ -108,8 +108,8 @@ def clip_loss(
 def contrastive_loss(pairs: Pairs, logit_scale: Float[Array, ""], *, captions: UInt32[Array, "b"] | None) -> Result:
   """Compute CLIP's loss (Radford et al., 2021): InfoNCE between images and texts, both ways, over all of the batch."""
   # Whole on every device: the negatives of a row are those of the global batch.
-  found = losses.contrastive(pairs.image, pairs.text, logit_scale, captions=captions, on_rows=sharding.each_own_rows)
-  return result(found.loss, {"loss_contrastive": mean_of(found.loss[None]), **alignment(found, logit_scale)})
+  contrast = losses.contrastive(pairs.image, pairs.text, logit_scale, captions=captions, on_rows=sharding.each_own_rows)
+  return result(contrast.loss, {"loss_contrastive": mean_of(contrast.loss[None]), **alignment(contrast, logit_scale)})
 
 
 def reconstruction_loss(
@@ -120,7 +120,7 @@ def reconstruction_loss(
   model, x = build(trainable), to_signed(batch.image)
   posterior = model.autoencoder.encode(x)
   latent = sample_posterior(posterior, keys["posterior"])
-  found = losses.reconstruction(
+  parts = losses.reconstruction(
     x,
     model.autoencoder.decode(latent),
     mean=posterior.mean,
@@ -136,13 +136,13 @@ def reconstruction_loss(
     "autoencoder.shift": keep * shift + (1.0 - keep) * mean,
     "autoencoder.scale": 1.0 / (keep / scale + (1.0 - keep) * jnp.maximum(deviation, 1e-6)),
   }
-  return result(found.loss.mean(), {"loss_l1": mean_of(found.l1), "loss_kl": mean_of(found.kl)}, statistics)
+  return result(parts.loss.mean(), {"loss_l1": mean_of(parts.l1), "loss_kl": mean_of(parts.kl)}, statistics)
 
 
-def alignment(found: losses.Contrastive, logit_scale: Float[Array, ""]) -> Metrics:
+def alignment(contrast: losses.Contrastive, logit_scale: Float[Array, ""]) -> Metrics:
   """Report accuracy among the texts of a contrastive batch, and the temperature."""
   temperature = losses.temperature(logit_scale)
-  return {"alignment_accuracy": mean_of(found.accuracy[None]), "temperature": mean_of(temperature[None])}
+  return {"alignment_accuracy": mean_of(contrast.accuracy[None]), "temperature": mean_of(temperature[None])}
 
 
 def quarters_of(name: str, per_sample: Float[Array, "b"], t: Int[Array, "b"], rows: Bool[Array, "b"]) -> Metrics:

@@ -61,8 +61,8 @@ def digests_of(run: Run) -> dict[str, str]:
 
 def _digests(paths: Mapping[str, Any]) -> dict[str, str]:
   """Return the digests of those paths where prepared data lie."""
-  found = {field: digests.fingerprint(str(path), part=digests.RECORDS) for field, path in paths.items() if path}
-  return {field: digest for field, digest in found.items() if digest}
+  by_field = {field: digests.fingerprint(str(path), part=digests.RECORDS) for field, path in paths.items() if path}
+  return {field: digest for field, digest in by_field.items() if digest}
 
 
 def moved(run: Run, path: str) -> set[str]:

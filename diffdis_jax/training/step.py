@@ -216,7 +216,7 @@ class Trainer:
     # Differentiated by what is trained alone: frozen parameters cost no gradient and no memory for one.
     value_and_grad = jax.value_and_grad(loss_of(network, run, build), has_aux=True)
 
-    named = lambda found: Gradient(found[1], *found[0][1])  # of ((loss, (metrics, statistics)), gradient)
+    named = lambda result: Gradient(result[1], *result[0][1])  # of ((loss, (metrics, statistics)), gradient)
     if n == 1:
       return named(value_and_grad(trainable, batch, keys(jnp.zeros((), jnp.int32)), state.teacher))
 
