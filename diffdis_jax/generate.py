@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,9 @@ from absl import flags, logging
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from diffdis_jax import inference
 from diffdis_jax.common import cli, files, progress
-from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import samples
-from diffdis_jax.evals.prompts import warn_of_long
-from diffdis_jax.parallel import processes
-from diffdis_jax.run import restore
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
@@ -60,13 +54,17 @@ def main(argv: Sequence[str]) -> None:
   del argv
   if FLAGS.noise and FLAGS["seed"].present:
     raise UserError("--noise and --seed are both given; give one of them")
+  prompts = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
+
+  from diffdis_jax.parallel import processes  # not at the top: jax takes seconds, and mistakes are said before
+
   cli.compilation_cache()
   cli.use_all_cores()
   processes.start()
   sampling = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
   given = {name: FLAGS[name].value for name in ("num_images", "seed", "noise", "step", "ema", "batch_size")}
   given |= {name: value for name, value in sampling.items() if value is not None}
-  generate(FLAGS.workdir, read_prompts(FLAGS.prompt, FLAGS.prompts_file), FLAGS.out, **given)
+  generate(FLAGS.workdir, prompts, FLAGS.out, **given)
 
 
 def generate(
@@ -91,6 +89,12 @@ def generate(
 
   Raises UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
+  from diffdis_jax import inference
+  from diffdis_jax.evals import samples
+  from diffdis_jax.evals.prompts import warn_of_long
+  from diffdis_jax.parallel import processes
+  from diffdis_jax.run import restore
+
   if (count := len(prompts) * num_images) > MOST_IMAGES:
     raise UserError(f"{count} images; one call makes at most {MOST_IMAGES}: make several calls, with other --seed")
   folder = files.empty_folder(out)  # here: what is in the way shows before anything is loaded
@@ -125,7 +129,7 @@ def generate(
 
 
 def sample(
-  model: Any, params: Params, prompts: Sequence[str], z_T: Float32[np.ndarray, "n h w c"]
+  model: Any, params: Mapping[str, Any], prompts: Sequence[str], z_T: Float32[np.ndarray, "n h w c"]
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
   """Yield the prompts' images, about CHUNK at a time."""
   done = progress.Progress("generated", len(prompts), "images").add

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffdis_jax import generate
+from diffdis_jax import generate, inference
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import samples
+from diffdis_jax.run import restore
 from tests.command_runs import call
 
 pytest_plugins = ("tests.untrained", "tests.command_runs")
@@ -40,8 +42,8 @@ def model(monkeypatch):
     model.settings = settings
     return model, {}
 
-  monkeypatch.setattr(generate.inference, "load", load)
-  monkeypatch.setattr(generate.restore, "choose", lambda run, step, ema: (7, ema))
+  monkeypatch.setattr(inference, "load", load)
+  monkeypatch.setattr(restore, "choose", lambda run, step, ema: (7, ema))
   return model
 
 
@@ -141,7 +143,7 @@ def test_nothing_is_left_when_writing_fails(model, tmp_path, monkeypatch):
   def full(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(generate.samples, "save_grid", full)
+  monkeypatch.setattr(samples, "save_grid", full)
   with pytest.raises(OSError, match="No space left"):
     generate.generate("run", ["a star"], str(tmp_path / "out"))
   assert not list(tmp_path.iterdir())
