@@ -36,12 +36,12 @@ def make_record(*, metrics: Any, protocol: Any, provenance: Any, **names: str) -
 def together(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
   """Describe what made a figure of several records: each value of `commits`, `versions`, `devices`, `processors` once,
   null for a record that has none; and `clean`, whether all were."""
-  found = [record.get("provenance") or {} for record in records]
+  origins = [record.get("provenance") or {} for record in records]
   # As text, since dicts have no hash; sorted, so that the same records give the same bytes.
-  texts = lambda name: sorted({json.dumps(each.get(name), sort_keys=True) for each in found})
+  texts = lambda name: sorted({json.dumps(origin.get(name), sort_keys=True) for origin in origins})
   names = {"commits": "commit", "versions": "versions", "devices": "device", "processors": "processors"}
   values = {plural: [json.loads(text) for text in texts(name)] for plural, name in names.items()}
-  return {**values, "clean": all(each.get("clean") is True for each in found) if found else None}
+  return {**values, "clean": all(origin.get("clean") is True for origin in origins) if origins else None}
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
