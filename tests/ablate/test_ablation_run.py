@@ -112,19 +112,6 @@ def test_one_that_fails_is_told_and_the_others_go_on(plan, tmp_path, caplog):
   assert folder.log(plan.runs[1]).read_text().count("no such data") == 2
 
 
-def test_results_alone_are_a_finished_run(plan, tmp_path):
-  """Checkpoints may be removed, or left on another machine: nothing is trained again, the autoencoder neither."""
-  folder, (first, run, other) = Folder(tmp_path), plan.runs
-  synthetic.write(folder, run, {})
-
-  def fail(*_):
-    raise AssertionError("trained or measured again")
-
-  running.run(run, folder, train=fail, measure=fail)
-  assert folder.state(run).is_finished and folder.state(run).words == "finished"
-  assert not folder.state(other).is_finished and folder.state(first).words == "missing"
-
-
 def test_a_start_that_no_row_needs_any_more_is_not_trained_again(plan, tmp_path):
   """This holds where all its rows have results, whether or not its workdir is there."""
   folder, begun = Folder(tmp_path), tmp_path / "begun"
