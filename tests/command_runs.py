@@ -6,7 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -55,60 +55,47 @@ def joint_flags(autoencoder: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def autoencoder_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> str:
+def run_once(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Callable[..., pathlib.Path]:
+  """Return a function that runs a command once for all processes of the tests, and returns the path that it writes."""
+
+  def run_once(name: str, verb: str, *flags: str) -> pathlib.Path:
+    def make(path: pathlib.Path) -> None:
+      done = call(verb, environment, *flags, f"--{'workdir' if verb == 'train' else 'out'}={path}")
+      assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, name, make)
+
+  return run_once
+
+
+@pytest.fixture(scope="session")
+def autoencoder_run(run_once: Callable[..., pathlib.Path]) -> str:
   """Return the workdir of a finished run of the autoencoder."""
-
-  def train(workdir: pathlib.Path) -> None:
-    done = call("train", environment, "--config=tests/tiny.py:autoencoder", f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
-
-  return str(made_once(tmp_path_factory, "autoencoder", train))
+  return str(run_once("autoencoder", "train", "--config=tests/tiny.py:autoencoder"))
 
 
 @pytest.fixture(scope="session")
-def joint_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], autoencoder_run: str) -> str:
+def joint_run(run_once: Callable[..., pathlib.Path], autoencoder_run: str) -> str:
   """Return the workdir of a finished joint run on that autoencoder, with sample images and TensorBoard's events."""
-
-  def train(workdir: pathlib.Path) -> None:
-    prompts = "--config.sample_prompts=('a red star', 'a blue ring')"
-    done = call("train", environment, *joint_flags(autoencoder_run), f"--workdir={workdir}", prompts)
-    assert done.returncode == 0, done.stderr
-
-  return str(made_once(tmp_path_factory, "joint", train))
+  prompts = "--config.sample_prompts=('a red star', 'a blue ring')"
+  return str(run_once("joint", "train", *joint_flags(autoencoder_run), prompts))
 
 
 @pytest.fixture(scope="session")
-def joint_results(
-  tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], joint_run: str
-) -> pathlib.Path:
-  """Return the file that evaluate writes for the joint run, with the flags MEASURED."""
-
-  def evaluate(out: pathlib.Path) -> None:
-    done = call("evaluate", environment, f"--workdir={joint_run}", *MEASURED, f"--out={out}")
-    assert done.returncode == 0, done.stderr
-
-  return made_once(tmp_path_factory, "joint.json", evaluate)
+def joint_results(run_once: Callable[..., pathlib.Path], joint_run: str) -> pathlib.Path:
+  """Return the results that evaluate writes for the joint run, with the flags MEASURED."""
+  return run_once("joint.json", "evaluate", f"--workdir={joint_run}", *MEASURED)
 
 
 @pytest.fixture(scope="session")
-def joint_images(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], joint_run: str) -> pathlib.Path:
-  """Return the folder of images that the joint run generates, with the flags GENERATED."""
-
-  def generate(out: pathlib.Path) -> None:
-    done = call("generate", environment, f"--workdir={joint_run}", *GENERATED, f"--out={out}")
-    assert done.returncode == 0, done.stderr
-
-  return made_once(tmp_path_factory, "joint_images", generate)
+def joint_images(run_once: Callable[..., pathlib.Path], joint_run: str) -> pathlib.Path:
+  """Return the images that the joint run generates with the flags GENERATED."""
+  return run_once("joint_images", "generate", f"--workdir={joint_run}", *GENERATED)
 
 
 @pytest.fixture(scope="session")
-def exportable_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> str:
-  """Return the workdir of a finished run of both objectives on an untrained autoencoder without patches."""
-
-  def train(workdir: pathlib.Path) -> None:
-    fields = {"num_steps": 2, "model.autoencoder.widths": (8, 8), "model.autoencoder.patch": 1}
-    flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    done = call("train", environment, "--config=tests/tiny.py", *flags, f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
-
-  return str(made_once(tmp_path_factory, "exportable", train))
+def exportable_run(run_once: Callable[..., pathlib.Path]) -> str:
+  """Return the workdir of a finished joint run, whose untrained autoencoder has no patches, as in diffusers."""
+  fields = {"num_steps": 2, "model.autoencoder.widths": (8, 8), "model.autoencoder.patch": 1}
+  flags = [f"--config.{name}={value}" for name, value in fields.items()]
+  return str(run_once("exportable", "train", "--config=tests/tiny.py", *flags))

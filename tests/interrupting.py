@@ -1,4 +1,4 @@
-"""Ctrl-C as a terminal sends it: to every process of a group of its own, in which it is not ignored."""
+"""Send Ctrl-C as a terminal does, to every process of a group that does not ignore it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from tests.command_runs import ROOT
 
 @contextlib.contextmanager
 def not_ignored() -> Iterator[None]:
-  """Ctrl-C, in this process and in those that it starts.
-
-  A shell without job control has what it runs in the background ignore SIGINT, and so would all that is started here. A
-  signal with a handler has its default again in a program that is started.
-  """
+  """Undo that a shell without job control makes its background commands, and all that they start, ignore SIGINT."""
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     yield
@@ -28,7 +24,7 @@ def not_ignored() -> Iterator[None]:
 
 
 def is_alive(pid: int | str) -> bool:
-  """Return whether this process runs. A zombie does not."""
+  """Return true if this process exists and is no zombie."""
   try:
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
   except OSError:
@@ -36,16 +32,10 @@ def is_alive(pid: int | str) -> bool:
 
 
 class Terminal:
-  """A command in a terminal. Its stderr goes to a file, which anybody may keep writing to.
-
-  Args:
-    command: what is typed.
-    environment: its variables.
-    stderr: of the command and its children.
-  """
+  """A command in a terminal, whose stderr goes to a file."""
 
   def __init__(self, command: Sequence[str], environment: Mapping[str, str], stderr: pathlib.Path):
-    self._stderr = stderr
+    self._file = stderr
     with not_ignored(), stderr.open("wb") as file:
       self.process = subprocess.Popen(
         command, cwd=ROOT, env={**environment}, stdout=subprocess.PIPE, stderr=file, text=True, start_new_session=True
@@ -62,11 +52,11 @@ class Terminal:
     self.process.communicate()
 
   def wait_until(self, ready: Callable[[], object], *, seconds: float = 120) -> None:
-    """Until `ready()`, while the command runs."""
+    """Wait for `ready()` while the command runs."""
     deadline = time.monotonic() + seconds
     while not ready():
-      assert self.process.poll() is None, self.said
-      assert time.monotonic() < deadline, self.said
+      assert self.process.poll() is None, self.stderr
+      assert time.monotonic() < deadline, self.stderr
       time.sleep(0.005)
 
   def ctrl_c(self) -> None:
@@ -74,10 +64,10 @@ class Terminal:
     os.killpg(self.process.pid, signal.SIGINT)
 
   def end(self, *, seconds: float = 60) -> int:
-    """Wait for the end and return the exit code."""
+    """Return the exit code."""
     return self.process.wait(seconds)
 
   @property
-  def said(self) -> str:
-    """Return the text of stderr."""
-    return self._stderr.read_text()
+  def stderr(self) -> str:
+    """Read the file of stderr."""
+    return self._file.read_text()

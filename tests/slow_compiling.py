@@ -1,4 +1,4 @@
-"""Runs a module of which one process compiles one program slowly, as where the others find it in a cache:
+"""Run a module while one process compiles one program slowly, as if the others had found it in a cache:
 python -m tests.slow_compiling diffdis_jax.train --config=... --workdir=...
 """
 
@@ -16,7 +16,7 @@ MESSAGE = "compiling slowly"
 
 
 def variables(name: str, *, seconds: int, process: int = 0) -> dict[str, str]:
-  """Environment in which process number `process` takes so many seconds longer to compile the program `name`."""
+  """Return variables by which process number `process` takes so many more seconds to compile the program `name`."""
   return {NAME: name, PROCESS: str(process), SECONDS: str(seconds)}
 
 

@@ -1,4 +1,4 @@
-"""Training steps of the tiny config with random parameters, compiled in seconds, for the tests of step and mesh."""
+"""Training steps of the tiny config with random parameters, which compile in seconds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ALPHA_BAR = {name: np.cumprod(1 - betas) for name, betas in _BETAS.items()}
 
 
 def make_config(*objectives: str, **changes: Any) -> ConfigDict:
-  """Return the tiny config with 99 words and attention in the middle alone, since the compiler takes most of the time.
+  """Make the tiny config with 99 words and attention in the middle alone, so that it compiles quickly.
 
   `changes` are fields by their dotted path.
   """
@@ -61,7 +61,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def make_batch(config: ConfigDict, seed: int = 0) -> Batch:
-  """Make images of smooth noise and captions of two to five words. The last two rows have the same caption."""
+  """Make images of smooth noise and captions of two to five words; the last two rows have the same caption."""
   rng = np.random.default_rng(seed)
   n, side = config.batch_size, config.image_size
   coarse = rng.integers(0, 256, (n, side // 4, side // 4, 3), np.uint8)
@@ -80,7 +80,7 @@ def make_inference(config: ConfigDict, *, mesh: Mesh | None = None, batch_size: 
 
 
 def config_of(workdir: epath.PathLike) -> ConfigDict:
-  """Read the config of the run in this folder."""
+  """Read the config of the run in this folder, not locked."""
   return ConfigDict(read_fields(workdir))
 
 
@@ -89,7 +89,6 @@ def network_of(config: ConfigDict) -> Network:
 
 
 def build_trainer(config: ConfigDict, mesh: Mesh) -> step.Trainer:
-  """Build a trainer without compiling it."""
   return step.Trainer(Run.of(config), mesh)
 
 
@@ -100,29 +99,28 @@ def open_batches(config: ConfigDict, rows: Sequence[int] | None = None) -> grain
 
 
 class Trainer:
-  """A compiled Step, and the state around its random parameters."""
+  """A compiled step, and the state around its random parameters; `batch` has the fields that it takes."""
 
-  def __init__(self, config: ConfigDict, mesh: Mesh | None = None):
+  def __init__(self, config: ConfigDict, mesh: Mesh | None = None, batch: Any = None):
     self.config, self.mesh = config, make_mesh() if mesh is None else mesh
     self.step = build_trainer(config, self.mesh)
     self.params = random_params(self.step.shapes, seed=0)
-    lowered = self.step.train_step.lower(self.step.abstract_state, self.place(make_batch(config)))
+    lowered = self.step.train_step.lower(self.step.abstract_state, self.place(batch or make_batch(config)))
     self._train_step = lowered.compile()
 
   @property
   def text(self) -> str:
-    """Return the text of the compiled step."""
+    """The text of the compiled step."""
     return self._train_step.as_text()
 
-  def place(self, batch: Batch) -> Batch:
-    return Batch(**sharding.to_global(vars(batch), self.mesh))
+  def place(self, batch: Any) -> Any:
+    return type(batch)(**sharding.to_global(vars(batch), self.mesh))
 
   def initial(self) -> TrainState:
-    state = self.step.with_params(jax.device_put(self.params, self.step.param_shardings))
-    return state
+    return self.step.with_params(jax.device_put(self.params, self.step.param_shardings))
 
-  def run(self, state: TrainState, *batches: Batch) -> tuple[TrainState, list[Metrics]]:
-    """Take a step on each of the batches. Return the state, and each step's metrics on the host."""
+  def run(self, state: TrainState, *batches: Any) -> tuple[TrainState, list[Metrics]]:
+    """Take a step on each of the batches; return the state, and each step's metrics on the host."""
     state, metrics = jax.tree.map(jnp.copy, state), []  # the step takes its memory
     for batch in batches:
       state, now = self._train_step(state, self.place(batch))
@@ -131,7 +129,7 @@ class Trainer:
 
 
 def moments(opt_state: Any, name: str) -> dict[str, jax.Array]:
-  """Return Adam's moments mu or nu by path."""
+  """Return Adam's moments, mu or nu, by path."""
   leaves = jax.tree.leaves_with_path(opt_state)
   return {key[-1].key: x for key, x in leaves if jax.tree_util.GetAttrKey(name) in key}
 
@@ -163,7 +161,7 @@ class Loss:
     self._loss = loss_function(self.network, Run.of(config))
 
   def __call__(self, trained: Params, batch: Batch, keys: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-    # The compiled step gets them as jax arrays, too.
+    # The compiled step gets them as arrays, too.
     trained, fixed, batch = jax.tree.map(jnp.asarray, (trained, self._fixed, batch))
     loss, (metrics, _) = self._loss(trained, fixed, batch, keys)
     return loss, metrics

@@ -95,7 +95,7 @@ def test_it_saves_when_it_is_stopped(tmp_path, environment, autoencoder_run, how
     terminal.wait_until(lambda: steps_of(out) >= 3, seconds=300)
     terminal.ctrl_c() if how == "Ctrl-C" else terminal.process.terminate()
     assert terminal.end(seconds=120) == code
-    assert terminal.said.count("\n") == (1 if how == "Ctrl-C" else 0), terminal.said
+    assert terminal.stderr.count("\n") == (1 if how == "Ctrl-C" else 0), terminal.stderr
   state = call("ablate", environment, "plan", *flags, f"--out={out}").stdout.splitlines()
   assert " of 400" in state[0] and "missing" in state[1] and "? h" not in state[1]
 

@@ -1,13 +1,11 @@
-"""CLIP through the verbs: trains, is measured, leaves for PyTorch and comes back, is trained on."""
+"""CLIP trains by the commands, is measured, leaves for PyTorch, comes back, and trains on."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-import shutil
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import open_clip
@@ -15,10 +13,8 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from configs import clip_cc3m
 from diffdis_jax import config as run_config
 from diffdis_jax import evaluate, export_weights, generate, import_weights, inference
-from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import tasks as sections
@@ -31,7 +27,6 @@ from tests.command_runs import call
 from tests.models.from_torch import nchw
 from tests.models.networks import random_params, relative_error
 from tests.steps import build_trainer, config_of, network_of
-from tests.test_resume import metrics, restore_training
 
 pytest_plugins = ("tests.command_runs",)
 
@@ -57,12 +52,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory, run: str) -> pathlib.Path
 
 @pytest.fixture(scope="module")
 def embedded(run: str) -> dict[str, np.ndarray]:
-  """Images, tokens, and what the run makes of them."""
+  """Images and tokens with the embeddings that the run gives them."""
   model, params = inference.load(run, batch_size=8)
   images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
   tokens = Tokenizer(model.max_length)(PROMPTS)
-  found = {"image": model.embed_images(params, images, seed=0), "text": model.embed_texts(params, tokens)}
-  return {"images": images, "pixels": np.asarray(normalise(jnp.asarray(images))), "tokens": tokens, **found}
+  image, text = model.embed_images(params, images, seed=0), model.embed_texts(params, tokens)
+  np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1.0, rtol=1e-5)
+  np.testing.assert_allclose(model.embed_images(params, images, seed=1), image, atol=1e-6)
+  pixels = np.asarray(normalise(jnp.asarray(images)))
+  return {"pixels": pixels, "tokens": tokens, "image": image, "text": text}
 
 
 def metrics_of(run: str) -> list[dict[str, Any]]:
@@ -80,58 +78,20 @@ def test_a_run_measures_itself_and_keeps_its_best(run):
   assert best is not None and best.value == pytest.approx(max(accuracy.values()))
 
 
-@pytest.mark.slow
-def test_gone_on_with_from_its_first_save_it_ends_in_the_same_bits(run, environment, tmp_path):
-  resumed = tmp_path / "resumed"
-  shutil.copytree(run, resumed)
-  shutil.rmtree(resumed / "checkpoints" / "8")
-  lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
-  (resumed / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
-  done = call("train", environment, "--config=tests/tiny_clip.py", f"--workdir={resumed}")
-  assert done.returncode == 0, done.stderr
-
-  assert metrics(resumed) == metrics(pathlib.Path(run))
-  (expected, next_batch), (found, next_found) = restore_training(pathlib.Path(run)), restore_training(resumed)
-  np.testing.assert_array_equal(next_found, next_batch)
-  assert int(found.step) == 8
-  for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
-    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
-
-
 def test_evaluation_gives_what_the_run_measured(run):
   section, *_ = sections.of_config(config_of(run).evals.to_dict(), tasks=None)
   retrieval = sections.Section("shapes", "retrieval", {"data": SHAPES, "duplicate_captions": True})
   results = evaluate.evaluate(run, [section, retrieval])
   record = results["zero_shot"][section.dataset]
   assert record["metrics"]["acc1"] == pytest.approx(metrics_of(run)[-1]["test/acc1"])
-  assert (
-    not {"steps", "num_noise_samples", "guidance"} & record["protocol"].keys() and record["protocol"]["checkpoint"] == 8
-  )
+  assert not {"steps", "num_noise_samples", "guidance"} & record["protocol"].keys()
+  assert record["protocol"]["checkpoint"] == 8
   assert 0 < results["retrieval"]["shapes"]["metrics"]["image_retrieval_recall@10"] <= 1
-
-
-def test_embeddings_have_length_one_and_need_no_seed(run, embedded):
-  for kind in ("image", "text"):
-    np.testing.assert_allclose(np.linalg.norm(embedded[kind], axis=1), 1.0, rtol=1e-5)
-  model, params = inference.load(run, batch_size=16)
-  again = model.embed_images(params, embedded["images"], seed=1)
-  np.testing.assert_allclose(again, embedded["image"], atol=1e-6)
-
-
-def test_larger_images_are_embedded_by_interpolated_positions(run, embedded):
-  model, params = inference.load(run, image_size=32, batch_size=8)
-  larger = embedded["images"].repeat(2, axis=1).repeat(2, axis=2)
-  found = model.embed_images(params, larger, seed=0)
-  assert found.shape == embedded["image"].shape and not np.allclose(found, embedded["image"], atol=1e-3)
 
 
 def test_what_a_clip_does_not_do_is_refused(run, tmp_path):
   for use, message in (
-    (
-      lambda: inference.load(run, num_noise_samples=2),
-      "this run is a CLIP model, which samples nothing; num_noise_samples has no effect",
-    ),
-    (lambda: inference.load(run, image_size=18), "image_size is 18; patches of 4 px do not tile it"),
+    (lambda: inference.load(run, num_noise_samples=2), "this run is a CLIP model, which samples nothing; num_noise_"),
     (lambda: generate.generate(run, ["a red star"], str(tmp_path / "out")), "this run is a CLIP model, which has no"),
   ):
     with pytest.raises(UserError, match=message) as error:
@@ -144,9 +104,9 @@ def test_transformers_embeds_what_the_run_embeds(exported, embedded):
   tokens = CLIPTokenizer.from_pretrained(exported)(PROMPTS, padding="max_length", truncation=True)["input_ids"]
   np.testing.assert_array_equal(tokens, embedded["tokens"])
   with torch.no_grad():
-    found = model(input_ids=torch.tensor(tokens), pixel_values=nchw(embedded["pixels"]))
-  assert relative_error(embedded["image"], found.image_embeds) < 1e-5
-  assert relative_error(embedded["text"], found.text_embeds) < 1e-5
+    theirs = model(input_ids=torch.tensor(tokens), pixel_values=nchw(embedded["pixels"]))
+  assert relative_error(embedded["image"], theirs.image_embeds) < 1e-5
+  assert relative_error(embedded["text"], theirs.text_embeds) < 1e-5
 
 
 def test_open_clip_embeds_what_the_run_embeds(exported, embedded):
@@ -159,15 +119,11 @@ def test_open_clip_embeds_what_the_run_embeds(exported, embedded):
   assert preprocess.transforms[0].size == 16
 
 
-def saved(run: str) -> Params:
-  return {path: np.asarray(value) for path, value in restore.restore_params(run).items()}
-
-
 @pytest.mark.parametrize("file", ["", "open_clip_model.safetensors"])
 def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path, file):
   imported = str(tmp_path / "imported")
   import_weights.import_weights(str(exported / file), imported)
-  before, after = saved(run), saved(imported)
+  before, after = restore.restore_params(run), restore.restore_params(imported)
   assert before.keys() == after.keys()
   for path, value in before.items():
     np.testing.assert_array_equal(after[path], value, err_msg=path)
@@ -179,8 +135,8 @@ def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_run_on_larger_images_and_shorter_texts_than_its_towers_take_leaves_as_it_is(tmp_path):
-  """Its positions are interpolated, and those behind its captions were never trained."""
+def test_a_run_with_larger_images_and_shorter_texts_than_its_towers_take_is_exported(tmp_path):
+  """The positions of images are interpolated, and those behind the captions were never trained."""
   config = tiny_clip.get_config()
   config.image_size, config.model.text_encoder.max_length = 32, 12
   path, out, back = (str(tmp_path / name) for name in ("run", "out", "back"))
@@ -190,17 +146,15 @@ def test_a_run_on_larger_images_and_shorter_texts_than_its_towers_take_leaves_as
   model, params = inference.load(path, batch_size=8)
   images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
   expected = model.embed_images(params, images, seed=0)
-  texts = model.embed_texts(params, Tokenizer(model.max_length)(PROMPTS))  # of which one is cut
+  texts = model.embed_texts(params, Tokenizer(model.max_length)(PROMPTS))  # one of them is cut
 
   export_weights.export_weights(path, out)
   pixels = nchw(np.asarray(normalise(jnp.asarray(images))))
-  theirs, (other, _, preprocess) = (
-    CLIPModel.from_pretrained(out).eval(),
-    open_clip.create_model_and_transforms(f"local-dir:{out}"),
-  )
+  theirs = CLIPModel.from_pretrained(out).eval()
+  other, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
   with torch.no_grad():
-    found = theirs.visual_projection(theirs.vision_model(pixels).pooler_output)
-    assert relative_error(expected, found / found.norm(dim=-1, keepdim=True)) < 1e-5
+    image = theirs.visual_projection(theirs.vision_model(pixels).pooler_output)
+    assert relative_error(expected, image / image.norm(dim=-1, keepdim=True)) < 1e-5
     assert relative_error(expected, other.eval().encode_image(pixels, normalize=True)) < 1e-5
     tokens = open_clip.get_tokenizer(f"local-dir:{out}")(PROMPTS)
     assert relative_error(texts, other.encode_text(tokens, normalize=True)) < 1e-5
@@ -208,19 +162,15 @@ def test_a_run_on_larger_images_and_shorter_texts_than_its_towers_take_leaves_as
   export_weights.export_weights(path, out + "16", dtype="bfloat16")
   other = open_clip.create_model(f"local-dir:{out}16")
   assert other.logit_scale == float(params["logit_scale"]) and other.positional_embedding.dtype == torch.float32
-  assert {each.dtype for each in CLIPModel.from_pretrained(out + "16").parameters()} == {torch.bfloat16}
+  assert {x.dtype for x in CLIPModel.from_pretrained(out + "16").parameters()} == {torch.bfloat16}
   import_weights.import_weights(out, back)
   assert (config_of(back).image_size, config_of(back).data.max_length) == (32, 8)
-  import_weights.import_weights(f"{out}/open_clip_model.safetensors", back + "2")
-  assert (config_of(back + "2").image_size, config_of(back + "2").data.max_length) == (32, 8)
 
 
 @pytest.mark.parametrize(
   "changes, message",
   [
     ({"model.vision_encoder.activation": "quick_gelu"}, "text_encoder.activation is 'gelu'; .* only with 'quick_gelu'"),
-    ({"model.text_encoder.token_embedding_weight": 8.0}, "token_embedding_weight is 8.0; .* only with 0.0"),
-    ({"model.vision_encoder.spatial_pool": 2}, "spatial_pool is 2; .* only with 0"),
     ({"model.text_encoder.eos_id": 5}, "eos_id is 5; .* only with 49407"),
   ],
 )
@@ -231,42 +181,3 @@ def test_a_clip_that_neither_library_can_hold(run, tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     export_weights.export_weights(str(tmp_path / "run"), str(tmp_path / "out"))
   assert not (tmp_path / "out").exists()
-
-
-def test_a_wrong_tower_ends_the_command_in_one_line(tmp_path, environment):
-  flags = (
-    "--config=tests/tiny_clip.py",
-    "--config.model.vision_encoder.projection=16",
-    f"--workdir={tmp_path / 'run'}",
-  )
-  done = call("train", environment, *flags)
-  assert done.returncode == 2 and not (tmp_path / "run").exists()
-  assert "error: model.text_encoder.projection is 12 and vision_encoder.projection 16" in done.stderr
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["vit_b32", "vit_l14"])
-def test_a_released_size_leaves_for_both_libraries_and_comes_back(tmp_path, name):
-  config = clip_cc3m.get_config(f"model={name}")
-  config.model.dtype = "float32"
-  run, out, back = (str(tmp_path / name) for name in ("run", "out", "back"))
-  workdir.open_for_training(run, config.to_dict())
-  params = jax.jit(network_of(config).initialise)(jax.random.key(0))
-  with checkpoint.Checkpointer(run) as checkpointer:
-    checkpointer.save(1, TrainState(params=params))
-  export_weights.export_weights(run, out)
-  import_weights.import_weights(f"{out}/open_clip_model.safetensors", back)
-  loaded = saved(back)
-  for path, value in params.items():
-    np.testing.assert_array_equal(loaded[path], value, err_msg=path)
-  model, params = inference.load(back, batch_size=8)
-  images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
-  tokens = Tokenizer(77)(PROMPTS[:2])
-  pixels, ids = nchw(np.asarray(normalise(jnp.asarray(images)))), torch.tensor(tokens).long()
-  with torch.no_grad():
-    theirs = CLIPModel.from_pretrained(out).eval()(input_ids=ids, pixel_values=pixels)
-    other = open_clip.create_model(f"local-dir:{out}").eval()
-    others = other.encode_image(pixels, normalize=True), other.encode_text(ids, normalize=True)
-  for image, text in ((theirs.image_embeds, theirs.text_embeds), others):
-    assert relative_error(model.embed_images(params, images, seed=0), image) < 1e-4
-    assert relative_error(model.embed_texts(params, tokens), text) < 1e-4

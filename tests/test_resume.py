@@ -28,7 +28,7 @@ pytest_plugins = ("tests.command_runs",)
 
 
 def kill_when(command: list[str], environment: dict[str, str], ready: Callable[[], bool]) -> None:
-  """Starts the run, and kills it with its threads in whatever state as soon as `ready()`."""
+  """Start the run, and kill it as soon as `ready()`."""
   process = command_runs.start(command, environment, output=subprocess.DEVNULL)
   try:
     deadline = time.monotonic() + 300
@@ -48,14 +48,14 @@ def steps_logged(run: pathlib.Path) -> list[int]:
 
 
 def metrics(run: pathlib.Path) -> list[dict[str, float]]:
-  """Return every line without its speeds."""
+  """Read every line without its speeds."""
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   speeds = {"steps_per_sec", "images_per_sec", "data_wait"}
   return [{name: value for name, value in line.items() if name not in speeds} for line in lines]
 
 
 def restore_training(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
-  """The last state, and the images of the batch after it."""
+  """Restore the last state, and the images of the batch after it."""
   config = config_of(str(run))
   trainer = build_trainer(config, steps.make_mesh())
   iterator = steps.open_batches(config)
@@ -64,8 +64,18 @@ def restore_training(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
   return jax.device_get(state), next(iterator)["image"]
 
 
+def assert_same_end(run: pathlib.Path, whole: pathlib.Path) -> None:
+  """Check that both runs have the same metrics, the same bits in their last state, and the same next batch."""
+  assert metrics(run) == metrics(whole)
+  (expected, next_batch), (state, own_batch) = restore_training(whole), restore_training(run)
+  np.testing.assert_array_equal(own_batch, next_batch)
+  assert jax.tree.structure(state) == jax.tree.structure(expected)
+  for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(state), strict=True):
+    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
+
+
 def killed_twice(killed: pathlib.Path, command: list[str], environment: dict[str, str]) -> bool:
-  """Kills the run after a random step, and the one that goes on in a save; whether the save was still unfinished."""
+  """Kill the run after a random step, and its successor in a save; return true if that save was unfinished."""
   chosen = random.randint(SAVE_EVERY - 1, 2 * SAVE_EVERY - 1)
   kill_when(command, environment, lambda: chosen in steps_logged(killed))
   first = workdir.latest_step(str(killed)) or 0
@@ -98,11 +108,4 @@ def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, j
   assert done.returncode == 0, done.stderr
   assert not unfinished(killed)
   assert steps_logged(killed) == list(range(1, STEPS + 1))
-  assert metrics(killed) == metrics(whole)
-
-  (expected, next_batch), (found, next_found) = restore_training(whole), restore_training(killed)
-  np.testing.assert_array_equal(next_found, next_batch)
-  assert int(found.step) == STEPS
-  assert jax.tree.structure(found) == jax.tree.structure(expected)
-  for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
-    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
+  assert_same_end(killed, whole)

@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def shrink(model: ConfigDict) -> None:
-  """Makes it small, for 16 px and 8 tokens."""
+  """Make it small, for 16 px and 8 tokens."""
   model.unet.update(widths=(8,), attention=(True,), depth=1, num_heads=2, groups=4)
   model.alignment.update(width=16, depth=1, num_heads=2)
   model.text_encoder.update(max_length=8, width=16, depth=1, num_heads=2, mlp_width=32)

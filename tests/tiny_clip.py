@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def shrink(model: ConfigDict) -> None:
-  """Makes it small, for 16 px and 8 tokens."""
+  """Make it small, for 16 px and 8 tokens."""
   tower = dict(width=16, depth=2, num_heads=2, mlp_width=32, projection=12)
   model.text_encoder.update(max_length=8, **tower)
   model.vision_encoder.update(image_size=16, patch=4, **tower)

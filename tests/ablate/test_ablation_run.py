@@ -148,6 +148,76 @@ def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
   assert not Folder(tmp_path / "out").log(plan.runs[1]).exists()
 
 
+def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path, caplog):
+  begun, next_one = tmp_path / "begun", tmp_path / "next"
+  waits = f"import time; open({str(begun)!r}, 'w')\nwhile True:\n  time.sleep(0.01)"
+  lines = {1: waits, 2: f"open({str(next_one)!r}, 'w')"}
+  caplog.set_level("INFO")
+
+  def interrupt():
+    while not begun.exists():
+      threading.Event().wait(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  threading.Thread(target=interrupt).start()
+  begin = time.monotonic()
+  with not_ignored(), pytest.raises(Interrupted):
+    running.run_all(plan, Folder(tmp_path / "out"), script(lines))
+  assert time.monotonic() - begin < 30 and not next_one.exists()
+  assert "run 1 of 0 to 2: " in caplog.text and "run 2 of 0 to 2: " not in caplog.text
+
+
+# A run's process, which a terminal's Ctrl-C and the SIGTERM of its parent both reach. It saves once.
+SAVING = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def save(*_):
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  time.sleep(0.5)
+  (folder / f"saved.{os.getpid()}").touch()
+  os._exit(130)
+for number in (signal.SIGINT, signal.SIGTERM):
+  signal.signal(number, save)
+(folder / f"begun.{os.getpid()}").touch()
+while True:
+  time.sleep(1)
+"""
+ALL = """
+import pathlib, sys
+from absl import flags
+from diffdis_jax.common import cli
+from diffdis_jax.ablate import run
+from tests.ablate.synthetic import make_plan
+
+FOLDER = flags.DEFINE_string("folder", "", "")
+
+def main(_):
+  folder, plan = pathlib.Path(FOLDER.value), make_plan(names=["4"], seeds=(0,))
+  command = lambda number: [sys.executable, "-IS", str(folder / "saving.py"), str(folder)]
+  sys.exit(run.run_all(plan, run.Folder(folder / "out"), command))
+
+if __name__ == "__main__":
+  cli.run(main)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_lets_the_run_save(tmp_path):
+  (tmp_path / "saving.py").write_text(SAVING)
+  (tmp_path / "all.py").write_text(ALL)
+  command = [sys.executable, str(tmp_path / "all.py"), f"--folder={tmp_path}", "--quiet"]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  with Terminal(command, environment, tmp_path / "stderr") as terminal:
+    terminal.wait_until(lambda: len([*tmp_path.glob("begun.*")]) == 1)
+    terminal.ctrl_c()
+    assert terminal.end(seconds=20) == 130
+    (line,) = terminal.stderr.splitlines()
+    assert "a second Ctrl-C ends it at once" in line
+  assert len([*tmp_path.glob("saved.*")]) == 1
+  assert not any(is_alive(path.suffix[1:]) for path in tmp_path.glob("begun.*"))
+
+
 @pytest.mark.parametrize("code, cause", [(75, Preempted), (130, Interrupted)])
 def test_a_run_that_was_stopped_ends_all(plan, tmp_path, code, cause):
   with pytest.raises(Preempted) as error:

@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from diffdis_jax.common.params import first_match, flatten, merge
-from diffdis_jax.errors import UserError
 
 
 class Pair(nnx.Module):
@@ -18,12 +16,6 @@ class Pair(nnx.Module):
     for layer in self.layers:
       x = layer(x)
     return x
-
-
-def test_flatten_names_every_variable_by_its_path():
-  flat = flatten(nnx.state(Pair(nnx.Rngs(0))))
-  assert set(flat) == {f"layers.{i}.kernel" for i in range(12)} | {"shift"}
-  assert flat["shift"].shape == (3,)
 
 
 def test_merge_puts_each_value_in_its_place():
@@ -40,10 +32,5 @@ def test_merge_puts_each_value_in_its_place():
 
 def test_first_match_wins():
   rules = ((r"\.bias$", "bias"), (r"^unet\.", "unet"), ("", "rest"))
-  found = {path: first_match(path, rules, "rules") for path in ("unet.a.bias", "unet.a.kernel", "old_unet.kernel")}
-  assert found == {"unet.a.bias": "bias", "unet.a.kernel": "unet", "old_unet.kernel": "rest"}
-
-
-def test_unmatched_parameter_is_an_error_that_names_it_and_the_table():
-  with pytest.raises(UserError, match="no rule of optim.groups matches parameter unet.kernel"):
-    first_match("unet.kernel", (("^text", 1),), "optim.groups")
+  values = {path: first_match(path, rules, "rules") for path in ("unet.a.bias", "unet.a.kernel", "old_unet.kernel")}
+  assert values == {"unet.a.bias": "bias", "unet.a.kernel": "unet", "old_unet.kernel": "rest"}

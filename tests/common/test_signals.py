@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM to commands that have nothing to save: one line and a code."""
+"""Ctrl-C and SIGTERM end a command that has nothing to save with one line and a code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 @pytest.fixture
 def begin(tmp_path: pathlib.Path):
-  """Starts that verb, and returns when it is where Ctrl-C shall find it."""
+  """Start that command, and return when Ctrl-C may come."""
   (tmp_path / "verb.py").write_text(VERB)
   (tmp_path / "work").mkdir()
 
@@ -70,11 +70,11 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize("number, code, said", ENDS)
-def test_it_is_one_line_and_leaves_nothing_half_written(begin, tmp_path, number, code, said):
+@pytest.mark.parametrize("number, code, message", ENDS)
+def test_it_is_one_line_and_leaves_nothing_half_written(begin, tmp_path, number, code, message):
   with begin("sleeps") as terminal:
     os.killpg(terminal.process.pid, number)
-    assert (terminal.end(), terminal.said) == (code, said)
+    assert (terminal.end(), terminal.stderr) == (code, message)
   assert left(tmp_path) == ["begun"]
 
 
@@ -84,25 +84,7 @@ def test_a_second_one_ends_it_at_once(begin, tmp_path):
     terminal.wait_until((tmp_path / "work" / "ending").exists)
     assert terminal.process.poll() is None
     terminal.ctrl_c()
-    assert (terminal.end(), terminal.said) == (130, "interrupted\n")
-
-
-def test_who_ignores_it_goes_on_ignoring_it(tmp_path):
-  (tmp_path / "verb.py").write_text(VERB)
-  command = [sys.executable, str(tmp_path / "verb.py"), "--how=sleeps", f"--folder={tmp_path}"]
-  ignoring = ["bash", "-c", '"$@" & echo $!; wait', "bash", *command]  # as a script does in the background
-  shell = subprocess.Popen(ignoring, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, start_new_session=True)
-  try:
-    pid = int(shell.stdout.readline())
-    while not (tmp_path / "begun").exists():
-      assert shell.poll() is None
-      time.sleep(0.01)
-    os.kill(pid, signal.SIGINT)
-    time.sleep(0.5)
-    assert shell.poll() is None
-  finally:
-    os.killpg(shell.pid, signal.SIGKILL)
-    shell.communicate()
+    assert (terminal.end(), terminal.stderr) == (130, "interrupted\n")
 
 
 def test_a_worker_does_not_hear_of_it_from_its_first_moment_on_and_its_parent_does():

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 
 import pytest
 
@@ -11,12 +9,8 @@ from configs import common
 DEFAULTS = dict(runlocal=False, fusion=True, gamma=1.0, steps=10, schedule="cosine")
 
 
-@pytest.mark.parametrize("arg", [None, ""])
-def test_defaults(arg):
-  assert common.parse_arg(arg, **DEFAULTS).to_dict() == DEFAULTS
-
-
 def test_values_have_the_type_of_their_default():
+  assert common.parse_arg(None, **DEFAULTS).to_dict() == common.parse_arg("", **DEFAULTS).to_dict() == DEFAULTS
   values = common.parse_arg("runlocal,fusion=False,gamma=3,steps=7,schedule=linear", **DEFAULTS)
   assert values.to_dict() == dict(runlocal=True, fusion=False, gamma=3.0, steps=7, schedule="linear")
   assert isinstance(values.gamma, float) and isinstance(values.steps, int) and values.runlocal is True
@@ -26,10 +20,7 @@ def test_values_have_the_type_of_their_default():
   "arg, message",
   [
     ("fuson=1", r"unknown argument 'fuson'; known: fusion, gamma, runlocal, schedule, steps; did you mean fusion\?"),
-    ("runlocl", r"unknown argument 'runlocl'; .*; did you mean runlocal\?"),
     ("steps=1.5", "steps=1.5 should be of type int"),
-    ("steps", "steps=True should be of type int"),
-    ("schedule", "argument 'schedule' has no value; write it as schedule=VALUE"),
     ("steps=3,schedule=", "argument 'schedule' has no value; write it as schedule=VALUE"),
     ("fusion=maybe", "fusion=maybe should be of type bool"),
     ("gamma=1,gamma=2", "'gamma' is given twice"),
@@ -43,14 +34,14 @@ def test_mistakes_are_named(arg, message):
 @pytest.mark.parametrize(
   "name, arg",
   [
-    *(("shapes", each) for each in ("", "objectives=contrastive")),
+    *(("shapes", arg) for arg in ("", "objectives=contrastive")),
     *((name, "") for name in ("shapes_lt", "places_lt")),
     ("clip_cc3m", "runlocal"),
     ("diffdis_cc3m", "imagenet=I,coco=C,flickr=F,held_out=H,fid=C,inception=W"),
   ],
 )
-def test_what_is_measured_has_the_runs_image_size_unless_it_says_another(name, arg):
-  """Else shapes and scenes would be rendered at the config's own size and enlarged, and FID doubt its reference."""
+def test_evaluations_have_the_runs_image_size_unless_they_set_another(name, arg):
+  """Otherwise shapes and scenes would be rendered at the config's own size and enlarged."""
   config = importlib.import_module(f"configs.{name}").get_config(arg)
   sizes = lambda: {key: section.data.image_size for key, section in config.evals.items() if "data" in section}
   before, first = config.image_size, next(iter(sizes()))
@@ -59,8 +50,3 @@ def test_what_is_measured_has_the_runs_image_size_unless_it_says_another(name, a
   assert {*sizes().values()} == {2 * before}
   config.evals[first].data.image_size = 3 * before
   assert sizes() == dict.fromkeys(sizes(), 2 * before) | {first: 3 * before} and config.image_size == 2 * before
-
-
-def test_does_not_import_jax():
-  code = "import sys, configs.common; sys.exit('jax' in sys.modules)"
-  assert subprocess.run([sys.executable, "-c", code]).returncode == 0

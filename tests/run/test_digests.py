@@ -1,8 +1,7 @@
-"""Damage in a checkpoint is refused by the name of the file, whatever byte it is in."""
+"""Damage in any byte of a checkpoint is refused with the name of the file."""
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 
@@ -20,7 +19,7 @@ FLIPS = 200
 
 
 def large_state() -> TrainState:
-  """With an array that has a file of its own, beside those that lie in the index."""
+  """Make a state with an array that has its own file, beside those that lie in the index."""
   state = make_state()
   large = jnp.asarray(np.random.default_rng(1).normal(size=(64, 64)), jnp.float32)
   return TrainState(params=state.params | {"unet.large": large}, ema=state.ema, opt_state=state.opt_state)
@@ -61,23 +60,17 @@ def test_no_flipped_bit_is_restored_in_silence(tmp_path):
   assert len(files) > 20 and refused > 0.8 * FLIPS
 
 
-@pytest.mark.parametrize("name", ["params", "ema"])
-def test_parameters_alone_are_checked_too(tmp_path, name):
-  save(tmp_path, 1, state=large_state())
-  file = max((tmp_path / "checkpoints" / "1" / name).rglob("d/*"), key=lambda path: path.stat().st_size)
-  flip(file, random.Random(0))
-  with pytest.raises(UserError, match=rf"checkpoints/1 cannot be read: {name}/.*{file.name} holds other"):
-    restore.restore_params(tmp_path)
-  restored = restore.restore_params(tmp_path, ema=False) if name == "ema" else None
-  assert restored is None or {*restored} == {*large_state().params}
-
-
-def test_averages_that_are_gone_are_missed(tmp_path):
+@pytest.mark.parametrize("name, message", [("ema", "ema/.* is missing"), (digests.NAME, "digests.json is missing; ")])
+def test_lost_files_are_an_error(tmp_path, name, message):
   save(tmp_path, 1)
-  shutil.rmtree(tmp_path / "checkpoints" / "1" / "ema")
-  with pytest.raises(UserError, match="checkpoints/1 cannot be read: ema/.* is missing"):
-    restore.restore_params(tmp_path)
-  restore.restore_params(tmp_path, ema=False)
+  lost = tmp_path / "checkpoints" / "1" / name
+  shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+  for read in (
+    lambda: restore.restore_params(tmp_path),
+    lambda: restore.read_state(tmp_path, 1, abstract(make_state(1), one_device), make_iterator()),
+  ):
+    with pytest.raises(UserError, match=f"checkpoints/1 cannot be read: {message}"):
+      read()
 
 
 def test_the_newest_whole_one_before_it_is_named(tmp_path):
@@ -90,28 +83,13 @@ def test_the_newest_whole_one_before_it_is_named(tmp_path):
     restore.restore_params(tmp_path)
 
 
-@pytest.mark.parametrize("read", ["restore", "restore_params", "saved_params"])
-def test_lost_digests_are_an_error(tmp_path, read):
-  """Each checkpoint had some before its commit mark."""
-  save(tmp_path, 1)
-  (tmp_path / "checkpoints" / "1" / digests.NAME).unlink()
-  with pytest.raises(UserError) as error:
-    if read == "restore":
-      restore.read_state(tmp_path, 1, abstract(make_state(1), one_device), make_iterator())
-    else:
-      getattr(restore, read)(tmp_path)
-  assert str(error.value).startswith(f"checkpoint {tmp_path}/checkpoints/1 cannot be read: digests.json is missing; ")
-
-
 def test_a_checkpoint_whose_folder_was_renamed_is_refused(tmp_path):
   save(tmp_path, 12)
   (tmp_path / "checkpoints" / "12").rename(tmp_path / "checkpoints" / "14")
-  said = "checkpoints/14 cannot be read: digests.json says that it was saved as step 12; "
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
-    assert checkpointer.latest_step() == 14
-    with pytest.raises(UserError, match=said):
-      restore.read_state(tmp_path, 14, abstract(make_state(12), one_device), make_iterator())
-  with pytest.raises(UserError, match=said):
+  message = "checkpoints/14 cannot be read: digests.json says that it was saved as step 12; "
+  with pytest.raises(UserError, match=message):
+    restore.read_state(tmp_path, 14, abstract(make_state(12), one_device), make_iterator())
+  with pytest.raises(UserError, match=message):
     restore.restore_params(tmp_path)
 
 
@@ -125,12 +103,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
   save(run_of(tmp_path / "a"), 4)
   save(run_of(tmp_path / "b", seed=1), 2)
   shutil.copytree(tmp_path / "a" / "checkpoints" / "4", tmp_path / "b" / "checkpoints" / "4")
-  said = "checkpoints/4 cannot be read: digests.json says that it was saved by a run of another config than config.json"
-  with pytest.raises(UserError, match=said) as error:
+  message = "checkpoints/4 cannot be read: digests.json says that it was saved by a run of another config than config"
+  with pytest.raises(UserError, match=message) as error:
     restore.read_state(tmp_path / "b", 4, abstract(make_state(4), one_device), make_iterator())
   assert "take --step=2, the newest whole one before it" in str(error.value)
-  with pytest.raises(UserError, match=said):
-    restore.restore_params(tmp_path / "b")
 
 
 def test_a_longer_run_and_moved_data_keep_their_checkpoints(tmp_path):
@@ -150,26 +126,6 @@ def test_digests_are_written_before_the_commit_mark(tmp_path, monkeypatch):
   assert not (tmp_path / "checkpoints" / "1").exists()
 
 
-def test_digests_of_every_file(tmp_path):
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
-    checkpointer.save(1, make_state(), make_iterator(), metrics={"acc": 0.5})
-  folder = tmp_path / "checkpoints" / "1"
-  listed = json.loads((folder / digests.NAME).read_text())["files"]
-  others = {digests.NAME, "commit_success.txt", "_CHECKPOINT_METADATA"}
-  assert {*listed} == {path.relative_to(folder).as_posix() for path in checkpoint_files(tmp_path, 1)} - others
-
-
-def test_a_copied_run_is_whole_and_a_cut_file_is_named(tmp_path):
-  save(tmp_path / "a", 1)
-  shutil.copytree(tmp_path / "a", tmp_path / "b")
-  folder = tmp_path / "b" / "checkpoints" / "1"
-  assert digests.damage(folder) is None
-  (folder / "meta" / "metadata").write_bytes(b"{}")
-  assert digests.damage(folder) == digests.Damage("meta/metadata", "has 2 bytes, not 11 as saved")
-  (folder / "meta" / "metadata").unlink()
-  assert digests.damage(folder) == digests.Damage("meta/metadata", "is missing")
-
-
 def test_damaged_metrics_are_refused_before_a_checkpoint_is_deleted_by_them(tmp_path):
   kept = checkpoint.CheckpointPolicy(keep_last=1, keep_best=1, best_metric="acc")
   with checkpoint.Checkpointer(tmp_path, kept) as checkpointer:
@@ -181,16 +137,3 @@ def test_damaged_metrics_are_refused_before_a_checkpoint_is_deleted_by_them(tmp_
   (folder / "1" / "metrics" / "metrics").write_text('{"acc": 0.1}')
   with pytest.raises(UserError, match="checkpoints/1 cannot be read: metrics/metrics .*; move its folder"):
     checkpoint.Checkpointer(tmp_path, kept)
-
-
-@pytest.mark.parametrize("content", ["[1]", '{"init_timestamp_nsecs": "x"}'])
-def test_damage_of_what_orbax_says_of_a_checkpoint_is_one_line(tmp_path, content):
-  save(tmp_path, 1)
-  (tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text(content)
-  with pytest.raises(
-    UserError, match=f"_CHECKPOINT_METADATA in {tmp_path}/checkpoints is damaged: .*; remove that file"
-  ):
-    checkpoint.Checkpointer(tmp_path)
-  (tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA").unlink()
-  with checkpoint.Checkpointer(tmp_path) as checkpointer:
-    assert checkpointer.latest_step() == 1

@@ -1,4 +1,4 @@
-"""A run that hangs, and a trace of its steps."""
+"""A run that hangs ends, and steps are traced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import checkpoint, watch
+from diffdis_jax.run import watch
 from tests.command_runs import ROOT
 
 HANGS = """
@@ -30,31 +30,24 @@ with watch.Watchdog(0.5) as dog:
 """
 
 
-def test_a_process_that_hangs_says_where_and_ends_with_a_code_that_is_started_again():
+def test_a_process_that_hangs_logs_where_and_ends_with_a_code_that_is_started_again():
   done = subprocess.run([sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=60)
   assert done.returncode == 1
   assert done.stdout == "alive\n", "no sooner"
-  assert "in waits_for_a_dead_peer" in done.stderr, "of every thread, where it stands"
+  assert "in waits_for_a_dead_peer" in done.stderr
 
 
-def test_a_save_may_take_as_long_as_orbax_waits_for_it():
-  assert checkpoint.SAVE_TIMEOUT < watch.SECONDS
-
-
-@pytest.mark.parametrize("text", ["", "5", "a:b", "0:3", "3:0", "-1:2", "2.5:1", "1:2:3"])
-def test_what_is_no_span_of_steps_is_refused(text):
+@pytest.mark.parametrize("text", ["", "5", "a:b", "0:3", "3:0"])
+def test_a_span_is_two_numbers_within_the_run(text):
   with pytest.raises(UserError, match=f"--profile={text} should be START:STEPS, such as 100:5"):
     watch.parse(text, num_steps=1000)
-
-
-def test_a_span_lies_within_the_run():
   assert watch.parse("98:3", num_steps=100) == range(98, 101)
   with pytest.raises(UserError, match="--profile=98:4 ends at step 101; the run ends at step 100"):
     watch.parse("98:4", num_steps=100)
 
 
 def take_steps(profiler: watch.Profiler, steps: range) -> None:
-  """Takes steps of matrix products, as the loop does."""
+  """Take steps of matrix products, as the loop does."""
   f, x = jax.jit(lambda x: x @ x / 100), jnp.ones((100, 100))
   for step in steps:
     profiler.before(step, x)
@@ -64,21 +57,16 @@ def take_steps(profiler: watch.Profiler, steps: range) -> None:
   profiler.close()  # as at the end of a run
 
 
-# Of jaxlib 0.12 on Python 3.13; as an error it would end the process.
+# jaxlib 0.12 warns on Python 3.13; as an error it would end the process.
 @pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning")
 def test_the_trace_holds_the_steps_of_the_span_and_nothing_else(tmp_path):
   take_steps(watch.Profiler(range(3, 5), tmp_path, start_step=0), range(1, 8))
   folder = tmp_path / "plugins" / "profile" / "step_00000003"
   assert sorted(path.name for path in folder.iterdir()) == ["host_000.trace.json.gz", "host_000.xplane.pb"]
-  # What Perfetto reads.
+  # Perfetto reads this file.
   events = json.loads(gzip.decompress((folder / "host_000.trace.json.gz").read_bytes()))["traceEvents"]
   assert sorted(event["args"]["step_num"] for event in events if event.get("name") == "train") == ["3", "4"]
-  # What xprof reads.
+  # xprof reads this one.
   data = jax.profiler.ProfileData.from_file(str(folder / "host_000.xplane.pb"))
   traced = [event for plane in data.planes for line in plane.lines for event in line.events if event.name == "train"]
   assert sorted(dict(event.stats)["step_num"] for event in traced) == [3, 4]
-
-
-def test_steps_that_were_taken_before_are_not_traced(tmp_path, caplog):
-  take_steps(watch.Profiler(range(2, 5), tmp_path, start_step=2), range(3, 6))
-  assert "no profile: step 2 was taken before" in caplog.text and not list(tmp_path.iterdir())

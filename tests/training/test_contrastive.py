@@ -17,7 +17,6 @@ from open_clip_train.scheduler import cosine_lr
 
 from diffdis_jax.config import Run
 from diffdis_jax.config.sections import Loss, Optim
-from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import encode
 from diffdis_jax.models.clip import normalise
@@ -58,7 +57,7 @@ def their_loss(theirs: CLIP, batch: Batch) -> torch.Tensor:
 
 
 def their_optimizer(theirs: CLIP, config: ConfigDict) -> torch.optim.AdamW:
-  """Two groups, by the rule of open_clip's present version."""
+  """Group the parameters by open_clip's rule."""
   without = theirs.no_weight_decay()
   assert without == {"positional_embedding", "visual.positional_embedding", "visual.class_embedding"}
   decays = lambda name, parameter: parameter.ndim > 1 and name not in without
@@ -93,7 +92,7 @@ def test_loss_and_gradients_equal_open_clips(remat):
   expected = their_loss(theirs, batch)
   expected.backward()
   assert relative_error(value, expected.item()) < 1e-5
-  # In their layout, where q, k and v are one: softmax leaves the bias of k no gradient but rounding.
+  # In their layout q, k and v are one array: softmax leaves the bias of k no gradient but rounding.
   of_theirs = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
   assert largest_error(open_clip_twin.to_theirs(gradients), of_theirs) < 1e-4
   named = steps.means(metrics)
@@ -102,7 +101,6 @@ def test_loss_and_gradients_equal_open_clips(remat):
   assert 0.0 <= named["alignment_accuracy"] <= 1.0
 
 
-# From the largest scale, which the gradient of random towers would pull down, and from the smallest.
 @pytest.mark.parametrize("logit_scale", [2.0, MAX_LOGIT_SCALE, 1e-4])
 def test_parameters_after_five_steps_equal_those_of_torch(trainer, logit_scale):
   config = trainer.config
@@ -122,26 +120,12 @@ def test_parameters_after_five_steps_equal_those_of_torch(trainer, logit_scale):
       theirs.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
     assert relative_error(steps.means(metrics[i])["loss"], loss.item()) < 1e-4
   params, expected = jax.device_get(state.params), open_clip_twin.to_ours(dict(theirs.named_parameters()))
-  # Except for the biases of k, whose gradient is rounding alone, which Adam makes as large as any.
+  # The gradient of the biases of k is rounding alone, which Adam makes as large as any.
   learned = lambda params: {path: x for path, x in params.items() if not path.endswith(("k.bias", "logit_scale"))}
   assert largest_error(learned(params), learned(expected)) < 1e-4
   assert float(params["logit_scale"]) == pytest.approx(theirs.logit_scale.item(), rel=1e-4)
   assert 0.0 <= params["logit_scale"] <= np.float32(MAX_LOGIT_SCALE)
   assert state.ema == {}  # the baseline keeps no average
-
-
-@pytest.mark.slow
-def test_several_devices_give_the_same(trainer):
-  mesh = steps.make_mesh(data=2, fsdp=2, tensor=2)
-  several = steps.Trainer(trainer.config, mesh)
-  trainer.params = several.params
-  batch = steps.make_batch(trainer.config)
-  (one, metrics), (all_of_them, others) = (each.run(each.initial(), batch) for each in (trainer, several))
-  assert steps.means(others[0])["loss"] == pytest.approx(steps.means(metrics[0])["loss"], rel=1e-5)
-  patch = several.step.param_shardings["vision_encoder.patch.kernel"]
-  assert patch.shard_shape((4, 4, 3, 16)) == (4, 4, 3, 8)
-  for path, value in jax.device_get(all_of_them.params).items():
-    np.testing.assert_allclose(value, one.params[path], rtol=1e-3, atol=2e-5, err_msg=path)
 
 
 def test_equal_captions_are_negatives_or_left_out():
@@ -152,20 +136,20 @@ def test_equal_captions_are_negatives_or_left_out():
   model = network_of(config).with_params(params)
   pairs = jax.jit(lambda batch: encode.encode_pairs(model, batch))(batch)
   logits = np.exp(2.0) * np.asarray(pairs.image, np.float64) @ np.asarray(pairs.text, np.float64).T
-  for equal, found in (("negatives", logits), ("mask", logits.copy())):
+  for equal, kept in (("negatives", logits), ("mask", logits.copy())):
     if equal == "mask":
-      found[-1, -2] = found[-2, -1] = -np.inf
+      kept[-1, -2] = kept[-2, -1] = -np.inf
     own = np.diag(logits)
-    expected = np.mean([np.log(np.exp(found).sum(axis)) - own for axis in (0, 1)])
+    expected = np.mean([np.log(np.exp(kept).sum(axis)) - own for axis in (0, 1)])
     section = Loss(**{**config.loss, "duplicate_captions": equal})
     captions = objectives.captions_of(section, batch.tokens)
-    found, _ = objectives.contrastive_loss(pairs, jnp.float32(2.0), captions=captions)
-    assert float(found) == pytest.approx(expected, rel=1e-5)
+    loss, _ = objectives.contrastive_loss(pairs, jnp.float32(2.0), captions=captions)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
   assert not np.isclose(np.exp(logits[-1, -2]), 0)
 
 
 def test_the_rate_is_open_clips_a_step_later_while_it_warms_up():
-  """Theirs begins at peak / warmup, ours at 0; the decay is the same."""
+  """Their rate begins at peak / warmup, ours at 0; the decay is the same."""
   peak, warmup, total = 1e-3, 4, 20
   optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
   section = Optim(rates=dict(new=peak), schedule_kind="cosine", warmup_steps=warmup)
@@ -179,31 +163,14 @@ def test_the_rate_is_open_clips_a_step_later_while_it_warms_up():
   np.testing.assert_allclose([ours(step) for step in range(warmup, total)], rates[warmup:], rtol=1e-4)
 
 
-def test_the_recipes_differ_in_the_images_and_in_equal_captions():
-  paper, openclip = (tiny_clip.get_config(f"recipe={name}") for name in ("paper", "openclip"))
-  assert (paper.loss.duplicate_captions, openclip.loss.duplicate_captions) == ("mask", "negatives")
-  assert Augmentation(**openclip.data.augment) == Augmentation(crop="random_resized", crop_scale=(0.9, 1.0))
-  assert paper.data.augment.randaugment_operations == 2
-  openclip.loss.duplicate_captions, openclip.data.augment = paper.loss.duplicate_captions, paper.data.augment
-  assert paper.to_dict() == openclip.to_dict()
-
-
 @pytest.mark.parametrize(
   "changes, message",
   [
     ({"objectives": ("contrastive", "generation")}, "contrastive is trained alone"),
     ({"model.text_encoder.projection": 16}, "model.text_encoder.projection is 16 and vision_encoder.projection 12"),
-    ({"model.text_encoder.projection": 0}, "model.text_encoder.projection is 0 and vision_encoder.projection 12"),
     ({"model.vision_encoder.patch": 5}, "model.vision_encoder.image_size has 16; it must be a multiple of patch=5"),
     ({"image_size": 18}, "image_size is 18; patches of 4 px do not tile it, so it must be a multiple of 4, such as 16"),
-    (
-      {"model.vision_encoder.spatial_pool": 3},
-      "vision_encoder.spatial_pool is 3; the map is 4 x 4, so it must",
-    ),
-    ({"model.vision_encoder.tower": "resnet"}, "vision_encoder.tower is 'resnet'; it must be one of transformer"),
     ({"data.max_length": 9}, "data.max_length is 9; it must be from 2 to model.text_encoder.max_length, 8"),
-    ({"model.remat": "some"}, "model.remat is 'some'; it must be one of none, full"),
-    ({"loss.duplicate_captions": "kept"}, "loss.duplicate_captions is 'kept'; it must be one of mask, negatives"),
     ({"data.discrimination_view": "own"}, "objective contrastive has one view of an image"),
     ({"objectives": ("generation",)}, "model has a vision_encoder, which is CLIP's"),
   ],
@@ -212,8 +179,3 @@ def test_what_is_no_clip_is_refused(changes, message):
   with pytest.raises(UserError, match=message) as error:
     build_trainer(make_config(**changes), steps.make_mesh())
   assert "\n" not in str(error.value)
-
-
-def test_a_diffdis_network_has_no_contrastive_objective():
-  with pytest.raises(UserError, match="model has no vision_encoder, which objective contrastive trains"):
-    network_of(steps.make_config("contrastive"))

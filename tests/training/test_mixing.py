@@ -1,4 +1,4 @@
-"""Mixup and CutMix against timm, and their samples against their distributions."""
+"""Mixup and CutMix equal timm's, and their samples have their distributions."""
 
 import types
 
@@ -41,20 +41,8 @@ def test_one_draw_gives_timms_pixels_and_targets(monkeypatch, share, is_cutmix, 
   side = int(SIZE * np.sqrt(1 - share)) // 2
   box = [int(np.clip(edge, 0, SIZE)) for edge in (row - side, row + side, column - side, column + side)]
   assert [int(edge) for edge in (mix.top, mix.bottom, mix.left, mix.right)] == box
-  for found, expected in zip(ours(mix, smoothing), timms(monkeypatch, share, is_cutmix, box, smoothing), strict=True):
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
-
-
-def test_the_box_is_timms_where_its_sides_are_even(monkeypatch):
-  """Of an odd side later versions of timm have the last row, too."""
-  for share in (0.3, 0.56, 0.75):
-    side = int(SIZE * np.sqrt(1 - share))
-    if side % 2:
-      continue
-    monkeypatch.setattr(np.random, "randint", lambda low, high, size: 4)
-    top, bottom, left, right = timm_mixup.rand_bbox((3, SIZE, SIZE), share)
-    mix = mixing.boxed(jnp.float32(share), jnp.asarray(True), jnp.int32(4), jnp.int32(4), size=SIZE)
-    assert [int(edge) for edge in (mix.top, mix.bottom, mix.left, mix.right)] == [top, bottom, left, right]
+  for mixed, expected in zip(ours(mix, smoothing), timms(monkeypatch, share, is_cutmix, box, smoothing), strict=True):
+    np.testing.assert_allclose(mixed, expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
 
 
 def draws(n=3000, **settings):
@@ -64,36 +52,27 @@ def draws(n=3000, **settings):
 
 
 def test_draws_have_their_distributions():
-  found = draws()
-  assert stats.binomtest(int(found.is_cutmix.sum()), len(found.share), 0.5).pvalue > 0.01
-  mixups = found.share[~found.is_cutmix]
+  mix = draws()
+  assert stats.binomtest(int(mix.is_cutmix.sum()), len(mix.share), 0.5).pvalue > 0.01
+  mixups = mix.share[~mix.is_cutmix]
   assert stats.kstest(mixups, stats.beta(0.8, 0.8).cdf).pvalue > 0.01
-  rows, columns = found.bottom - found.top, found.right - found.left
-  np.testing.assert_allclose(found.share[found.is_cutmix], (1 - rows * columns / SIZE**2)[found.is_cutmix], rtol=1e-6)
+  rows, columns = mix.bottom - mix.top, mix.right - mix.left
+  np.testing.assert_allclose(mix.share[mix.is_cutmix], (1 - rows * columns / SIZE**2)[mix.is_cutmix], rtol=1e-6)
   assert rows.max() == columns.max() == SIZE - 2 and rows.min() == 0  # both halves are rounded down
 
 
-@pytest.fixture(scope="module")
-def choices():
-  """Of each draw share, kind, row (`top`) and column (`left`), before a box is made of them."""
-  as_it_is = lambda share, kind, row, column, *, size: mixing.Mix(share, kind, row, row, column, column)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(mixing, "boxed", as_it_is)
-    return draws(4000, cutmix=3.0)
-
-
-def test_both_kinds_have_a_beta_of_their_own(choices):
+def test_both_kinds_have_their_own_beta_and_a_box_may_be_around_every_pixel(monkeypatch):
+  unboxed = lambda share, kind, row, column, *, size: mixing.Mix(share, kind, row, row, column, column)
+  monkeypatch.setattr(mixing, "boxed", unboxed)
+  choices = draws(4000, cutmix=3.0)
   for shares, a in ((choices.share[~choices.is_cutmix], 0.8), (choices.share[choices.is_cutmix], 3.0)):
     assert stats.kstest(shares, stats.beta(a, a).cdf).pvalue > 0.01
-
-
-def test_a_box_may_be_around_every_pixel(choices):
   counts = np.zeros((SIZE, SIZE), int)
   np.add.at(counts, (choices.top, choices.left), 1)
   assert stats.chisquare(counts.ravel()).pvalue > 0.01
 
 
-def test_what_is_left_out():
+def test_a_kind_without_weight_is_left_out():
   assert not draws(50, cutmix=0.0).is_cutmix.any() and draws(50, mixup=0.0).is_cutmix.all()
   none = draws(50, mixup=0.0, cutmix=0.0)
   assert (none.share == 1).all() and not none.is_cutmix.any()

@@ -9,38 +9,28 @@ import pytest
 
 from diffdis_jax.structs import LatentBatch
 from tests import steps
-from tests.models.networks import random_params
 
-# Of few parts: the compiler's time is what these tests cost.
+# Few parts are trained: the compiler's time is what these tests cost.
 CHANGES = {
   "optim.groups": ((r"^unet\.(middle|norm_out|conv_out)|^alignment|^logit_scale", "new"), (".*", "frozen")),
   "optim.warmup_steps": 0,
 }
 
 
-def make_batches(config, network):
-  """Two good batches of latents, and one with a NaN in one row."""
-  made = []
+def make_batches(config):
+  """Make two good batches of latents, and one with a NaN in one row."""
+  batches, shape = [], steps.network_of(config).latent_shape
   for seed in range(2):
     rng, tokens = np.random.default_rng(seed), steps.make_batch(config, seed).tokens
-    latents = rng.normal(size=(config.batch_size, *network.latent_shape)).astype(ml_dtypes.bfloat16)
-    made.append(LatentBatch(mean=latents, log_variance=np.full_like(latents, -9), tokens=tokens))
-  mean = made[0].mean.copy()
+    latents = rng.normal(size=(config.batch_size, *shape)).astype(ml_dtypes.bfloat16)
+    batches.append(LatentBatch(mean=latents, log_variance=np.full_like(latents, -9), tokens=tokens))
+  mean = batches[0].mean.copy()
   mean[3, 0, 0, 0] = np.nan
-  return [*made, made[0].replace(mean=mean)]
-
-
-def compiled(config, mesh):
-  trainer = steps.build_trainer(config, mesh)
-  place = lambda batch: LatentBatch(**steps.sharding.to_global(vars(batch), mesh))
-  batches = [place(batch) for batch in make_batches(config, trainer.network)]
-  params = jax.device_put(random_params(trainer.shapes, seed=0), trainer.param_shardings)
-  program = trainer.train_step.lower(trainer.abstract_state, batches[0]).compile()
-  return trainer.with_params(params), program, batches
+  return [*batches, batches[0].replace(mean=mean)]
 
 
 def bits(state):
-  """Of all that a step may change, except its number."""
+  """Return the bits of all that a step may change, except its number."""
   trees = state.params, state.ema, state.opt_state
   return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree.leaves_with_path(trees)}
 
@@ -57,19 +47,18 @@ CASES = {
 )
 def test_a_step_that_is_not_finite_changes_nothing(case):
   changes, mesh = CASES[case]
-  state, program, (first, second, not_finite) = compiled(
-    steps.make_config(**CHANGES, **changes), steps.make_mesh(*mesh)
-  )
-  for batch in (first, second):
-    state, metrics = program(state, batch)
-    assert metrics["skipped"].total == 0 and metrics["loss"].count > 0
+  config = steps.make_config(**CHANGES, **changes)
+  first, second, not_finite = make_batches(config)
+  trainer = steps.Trainer(config, steps.make_mesh(*mesh), first)
+  state, metrics = trainer.run(trainer.initial(), first, second)
+  assert all(own["skipped"].total == 0 and own["loss"].count > 0 for own in metrics)
+  before = bits(state)
   for i in range(2):
-    before = bits(state)
-    state, metrics = program(state, not_finite)
+    state, (metrics,) = trainer.run(state, not_finite)
     assert bits(state) == before and int(state.step) == 3 + i and int(state.skipped) == 1 + i
     assert metrics["skipped"].total == metrics["skipped"].count == 1
-    assert all(x == 0 for name, each in metrics.items() if name != "skipped" for x in jax.tree.leaves(each))
-  state, metrics = program(state, second)
+    assert all(x == 0 for name, metric in metrics.items() if name != "skipped" for x in jax.tree.leaves(metric))
+  state, (metrics,) = trainer.run(state, second)
   assert bits(state) != before and metrics["skipped"].total == 0 and int(state.skipped) == 0
 
 
@@ -77,10 +66,10 @@ def test_a_step_that_is_not_finite_changes_nothing(case):
 def test_a_step_that_is_left_out_does_not_delay_the_schedule():
   """A linear schedule of three steps has rate 0 from then on, whichever of them were left out."""
   changes = {"optim.schedule_kind": "linear", "num_steps": 3}
-  state, program, (first, second, not_finite) = compiled(steps.make_config(**CHANGES, **changes), steps.make_mesh())
-  for batch in (first, not_finite, not_finite):
-    state, _ = program(state, batch)
-  before = {path: np.asarray(x).tobytes() for path, x in state.params.items()}
-  state, metrics = program(state, second)
+  config = steps.make_config(**CHANGES, **changes)
+  first, second, not_finite = make_batches(config)
+  trainer = steps.Trainer(config, batch=first)
+  before, _ = trainer.run(trainer.initial(), first, not_finite, not_finite)
+  after, (metrics,) = trainer.run(before, second)
   assert metrics["grad_norm"].total > 0
-  assert {path: np.asarray(x).tobytes() for path, x in state.params.items()} == before
+  assert bits(after.replace(opt_state=(), ema={})) == bits(before.replace(opt_state=(), ema={}))

@@ -206,12 +206,14 @@ def test_a_signal_is_one_line_and_the_same_command_goes_on(many, tmp_path, unhur
     group = [int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*") if _group(path) == terminal.process.pid]
     if number == signal.SIGKILL:
       os.kill(next(pid for pid in group if b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()), number)
-      assert terminal.end() == 2 and terminal.said.startswith("error: a process of the preparation was killed, perhaps")
-      assert terminal.said.count("\n") == 1 and "with --num_processes below 2 if memory is short" in terminal.said
+      assert terminal.end() == 2 and terminal.stderr.startswith(
+        "error: a process of the preparation was killed, perhaps"
+      )
+      assert terminal.stderr.count("\n") == 1 and "with --num_processes below 2 if memory is short" in terminal.stderr
     else:
       os.killpg(terminal.process.pid, number)
       ends = {signal.SIGINT: (130, "interrupted\n"), signal.SIGTERM: (143, "terminated\n")}
-      assert (terminal.end(), terminal.said) == ends[number]
+      assert (terminal.end(), terminal.stderr) == ends[number]
     deadline = time.monotonic() + 20
     while any(map(is_alive, group)) and time.monotonic() < deadline:
       time.sleep(0.01)
