@@ -35,11 +35,12 @@ def test_ctrl_c_saves_and_one_that_has_saved_nothing_takes_another_config(tmp_pa
     os.killpg(terminal.process.pid, signal.SIGKILL)
     terminal.process.wait()
   assert workdir.latest_step(run) is None
+  killed_at = max(steps_logged(run))
 
   other = {"seed": 1, "data.loader.num_workers": 1}
   with Terminal([*train, *flags(run, **other)], environment, tmp_path / "stderr") as terminal:
-    # Its own steps, not those that are about to be dropped.
-    terminal.wait_until(lambda: len(provenance.read(run)) == 2 and len(steps_logged(run)) > 2)
+    # The steps of the killed run are dropped only after this run has begun, so a later step is its own.
+    terminal.wait_until(lambda: len(provenance.read(run)) == 2 and max(steps_logged(run), default=0) > killed_at)
     terminal.ctrl_c()
     assert terminal.end() == 130
     stderr = terminal.stderr
