@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
   cli.use_all_cores()
   processes.start()
   sampling = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
-  given = {name: FLAGS[name].value for name in ("num_images", "seed", "noise", "step", "ema", "batch_size")}
+  names = ("num_images", "seed", "noise", "step", "ema", "batch_size")
+  given: dict[str, Any] = {name: FLAGS[name].value for name in names}
   given |= {name: value for name, value in sampling.items() if value is not None}
   generate(FLAGS.workdir, prompts, FLAGS.out, **given)
 

@@ -62,7 +62,8 @@ class Pipeline:
     evals = run_config.load(path).evals.values()
     templates = [section.get("templates") for section in evals if section["task"] == "zero_shot"]
     # A text is the path of a file, which may lie on another machine.
-    self._templates = next((own for own in templates if own and not isinstance(own, str)), prompt_texts.TEMPLATES)
+    own: list[Sequence[str]] = [each for each in templates if each and not isinstance(each, str)]
+    self._templates = own[0] if own else prompt_texts.TEMPLATES
     self._compiled: dict[tuple[int, Sampling], inference.Inference] = {}
 
   def generate(

@@ -78,12 +78,10 @@ class Plan:
     base = chips.parse(f"{kind}:{layout}").size if layout else numbers[0]
     small = tuple(by_size[number] for number in numbers if fit_above is None or number <= fit_above)
     plan = cls(topologies=tuple(by_size[number] for number in numbers), compiled=small, base=base)
-    for topology in plan.topologies:
-      if topology not in small and len(plan.like(topology)) < 2:
-        hosts = "" if topology.is_tpu else " of several hosts" if len(topology.shape) > 1 else " of one host"
-        raise UserError(
-          f"--fit_above={fit_above} leaves fewer than two compiled topologies{hosts} to fit {topology.name}"
-        )
+    for size in plan.topologies:
+      if size not in small and len(plan.like(size)) < 2:
+        hosts = "" if size.is_tpu else " of several hosts" if len(size.shape) > 1 else " of one host"
+        raise UserError(f"--fit_above={fit_above} leaves fewer than two compiled topologies{hosts} to fit {size.name}")
     return plan
 
   def like(self, topology: chips.Topology) -> list[chips.Topology]:

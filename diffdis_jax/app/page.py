@@ -71,7 +71,8 @@ def build(sampler: StepSampler, index: answers.Index | None, run: Run, about: st
   with page:
     # Escaped: a folder's name may hold what Markdown takes for HTML.
     gr.Markdown(f"# DiffDis\n{html.escape(about)}")
-    with gr.Tabs() as tabs.all:
+    with gr.Tabs() as all_tabs:
+      tabs.all = all_tabs
       for name in sampler.tabs:
         if name != "search" or index is not None:
           with gr.Tab(TITLES.get(name, name.capitalize()), id=name, render_children=True):
@@ -88,6 +89,7 @@ class _Tabs:
     self._zero_shot = next((section for section in run.evals.values() if section["task"] == "zero_shot"), {})
     self._small = "small" if sampler.network.image_size < SMALL else ""
     self._send, self._drawn, self._example = None, None, None
+    self.all: gr.Tabs | None = None
 
   def draw(self) -> None:
     how, text = self._run.inference, [*self._run.sample_prompts, "a red star"][0]

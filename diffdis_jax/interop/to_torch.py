@@ -78,8 +78,8 @@ def write(folder: pathlib.Path, params: Params, own: Mapping[str, Any], *, dtype
   entries = [mapping.from_path(path) for path in params]
   for component, file in (*FILES.items(), ("head", tensor_files.HEAD)):
     # Popped, so that each array is in memory once: converted, or not yet.
-    own = [entry for entry in entries if entry.component == component]
-    arrays = {entry.name: convert(entry, params.pop(entry.path), dtype) for entry in own}
+    parts = [entry for entry in entries if entry.component == component]
+    arrays = {entry.name: convert(entry, params.pop(entry.path), dtype) for entry in parts}
     # Of generation alone a projection of the text query may be there, which nothing then uses.
     if arrays and (component != "diffdis" or is_aligned):
       path = folder / (file if component == "head" else file_of(component, dtype))

@@ -126,7 +126,6 @@ def denoising(run: pathlib.Path) -> dict[str, Any]:
     times = [frames[i + 1].t if i + 1 < len(frames) else 0 for i in places]
     rows += [np.concatenate([frames[i].noisy for i in places], axis=1)]
     rows += [np.concatenate([frames[i].guided for i in places], axis=1)]
-  sampler.close()
   Image.fromarray(np.concatenate(rows)).save(records.HERE / "denoising.png", optimize=True)
   of = {"prompts": PROMPTS, "t": times, "image_size": model.image_size, "guidance": how.generation_guidance}
   what = "denoising.png: DDIM steps of a generation, by prompt z_t decoded and the prediction of z_0"
