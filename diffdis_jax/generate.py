@@ -29,6 +29,7 @@ CHUNK = 256  # images in memory at a time, or those of a call where it has more
 GRID = 64  # images of grid.png
 COLUMNS = 8
 MOST_COLUMNS = 16
+MOST_BYTES = 64 * 2**20  # of a file of prompts
 MOST_IMAGES = 100_000  # of a call, whose noise is in memory and whose files have numbers of five digits
 
 
@@ -154,10 +155,14 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
       raise UserError('no prompt; give --prompt="a red star" (may be repeated) or --prompts_file')
     return list(prompts)
   try:
-    content = pathlib.Path(file).read_bytes().decode("utf-8-sig")  # without the mark that some editors put first
+    with open(file, "rb") as stream:
+      content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:  # such as of a device, which has no end
+      raise ValueError(f"it has more than {MOST_BYTES // 2**20} MiB")
+    text = content.decode("utf-8-sig")  # without the mark that some editors put first
   except (OSError, ValueError) as error:
     raise UserError(f"cannot read --prompts_file={file}: {error}; it should be text with one prompt a line") from error
-  lines = [line.strip() for line in content.splitlines() if line.strip()]
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
   if not lines:
     raise UserError(f"no prompt in --prompts_file={file}; it should hold one a line")
   return lines

@@ -125,6 +125,7 @@ def test_prompts(tmp_path):
     ([], "empty.txt", "no prompt in"),
     ([], "absent.txt", "cannot read --prompts_file"),
     ([], "latin.txt", "cannot read --prompts_file"),
+    ([], "/dev/zero", "more than 64 MiB"),
   ):
     with pytest.raises(UserError, match=message):
       generate.read_prompts(prompts, name and str(tmp_path / name))
