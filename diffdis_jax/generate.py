@@ -9,7 +9,6 @@ with each file's prompt and the sampling settings.
 from __future__ import annotations
 
 import json
-import pathlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

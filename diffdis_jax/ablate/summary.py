@@ -89,7 +89,8 @@ def check_protocols(table: str, runs: Sequence[Run], results: Mapping[Run, Resul
 def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[str]]) -> dict[str, Any]:
   """Return the entry of a table in tables.json, given each row's figures and the names of its runs, finished or not.
 
-  A cell is as `cells_of` gives it. `count` says how many differences have a p, and how many of them are significant.
+  A cell is as `cells_of` gives it. `count` says how many differences have a p, how many of them are significant, and
+  how many would be without Holm's correction, truly and by chance.
   """
   cells = cells_of(figures, base=table.base)
   rows = [
@@ -104,9 +105,12 @@ def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[s
     for place, row in enumerate(table.rows)
   ]
   differences = [cell["difference"] for row in cells for cell in row.values() if cell["difference"]]
+  tested = [difference for difference in differences if difference["p"] is not None]
   count = {
-    "differences": sum(difference["p"] is not None for difference in differences),
-    "significant": sum(difference["is_significant"] for difference in differences),
+    "differences": len(tested),
+    "significant": sum(difference["is_significant"] for difference in tested),
+    "uncorrected": sum(difference["p"] < significance.ALPHA for difference in tested),
+    "uncorrected_by_chance": significance.ALPHA * len(tested),
   }
   return {"title": table.title, "rows": rows, "count": count}
 
@@ -197,8 +201,13 @@ def render_table(table: Mapping[str, Any], *, columns: Mapping[str, str], paper:
     lines += _rows(row, [*columns], [*others])
   text = "\n".join("| " + " | ".join((*line, *[BLANK] * (len(heads) - len(line)))) + " |" for line in lines)
   count = table["count"]
-  bold = f"{count['significant']} of {count['differences']} differences bold; chance alone makes any bold in at most"
-  return f"{text}\n\n{bold} 5 % of such tables." if count["differences"] else text
+  if not count["differences"]:
+    return text
+  return (
+    f"{text}\n\n{count['significant']} of {count['differences']} differences bold; chance alone makes any bold in at"
+    f" most 5 % of such tables. Before Holm's correction {count['uncorrected']} have p < 0.05; chance gives"
+    f" {count['uncorrected_by_chance']:.3g}."
+  )
 
 
 def _rows(row: Mapping[str, Any], columns: Sequence[str], others: Sequence[str]) -> list[list[str]]:

@@ -327,7 +327,7 @@ class Split(NamedTuple):
   """The records of a split, images undecoded, and their files."""
 
   stored: Any
-  files: Sequence[Any]
+  files: Sequence[str]
 
 
 def _open(path: str | os.PathLike[str], split: str) -> Split:
@@ -339,7 +339,7 @@ def _open(path: str | os.PathLike[str], split: str) -> Split:
   # Images are decoded by the loader's threads, in `image_files`' formats and bounds.
   undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in data_set.info.features else None
   stored = data_set.as_data_source(split=split, decoders=undecoded)
-  files = data_set.info.splits[split].filepaths
+  files = [os.fspath(file) for file in data_set.info.splits[split].filepaths]
   if missing := [file for file in files if not os.path.exists(file)]:
     raise UserError(f"{missing[0]} is missing; put it back, or prepare the data set again")
   return Split(stored, files)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 
@@ -21,6 +22,8 @@ from diffdis_jax.run import lock
 from tests import tiny
 from tests.ablate import synthetic
 from tests.ablate.synthetic import make_plan
+from tests.command_runs import ROOT
+from tests.interrupting import Terminal, is_alive, not_ignored
 
 
 @pytest.fixture
