@@ -19,10 +19,12 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import parts, tables
@@ -43,7 +45,7 @@ LAYOUTS = (
 )
 
 
-def _find(source: pathlib.Path, asked: Asked) -> list[FilesPart] | list[TablePart]:
+def _find(source: pathlib.Path, asked: Asked) -> Sequence[FilesPart]:
   """Find out which layout it is, and return the parts of the source, uncut and by their splits' own names."""
   parts.check_folder(source, f"a folder of {LAYOUTS}")
   names = list(parts.names_below(source))
@@ -180,19 +182,29 @@ class _Row:
   """A row of the source that begins a record.
 
   Attributes:
-    place: in its part.
+    part: its number in the source.
+    pair: without the image.
     unit: the digest of its image, or its key where no image can be read.
     is_whole: whether it has an image and a caption.
     captions: of all rows of the split that have the same image.
     rows: how many those are.
   """
 
-  place: int
+  part: int
   split: str
+  pair: RawPair
   unit: bytes
   is_whole: bool
   captions: list[str]
   rows: int = 1
+
+  def joined(self) -> RawPair:
+    """Return the pair, with the captions of all rows."""
+    if self.rows == 1:
+      return self.pair
+    fields = {name: value for name, value in json.loads(self.pair.metadata or b"{}").items() if name != "captions"}
+    how: dict[str, Any] = {"file": self.pair.file, "row": self.pair.row, "joined": True}
+    return parts.captioned_pair(self.pair.key, [*dict.fromkeys(self.captions)], fields, **how)
 
 
 def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
@@ -206,29 +218,28 @@ def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
   """
   uncut = _find(source, asked)
   rows = _read_rows(uncut)
-  held = _held_out(source, [row for of_part in rows for row in of_part], asked.held_out)
+  held = _held_out(source, rows, asked.held_out)
+  chosen = collections.defaultdict[tuple[int, str], list[RawPair]](list)
+  for row in rows:
+    chosen[row.part, "val" if row.split == "train" and row.unit in held else row.split].append(row.joined())
   by_split: dict[str, list[Part]] = {"train": []}
-  for part, of_part in zip(uncut, rows, strict=True):
-    chosen = collections.defaultdict[str, list[_Row]](list)
-    for row in of_part:
-      chosen["val" if row.split == "train" and row.unit in held else row.split].append(row)
-    for split, of_split in chosen.items():
-      # A table is one part for each split, since it is read from its start.
-      size = ITEMS if isinstance(part, FilesPart) else len(of_split)
-      same = by_split.setdefault(split, [])
-      for start in range(0, len(of_split), size):
-        same.append(_choose(part, f"{split}-{len(same):05d}", split, of_split[start : start + size]))
+  for (number, split), pairs in chosen.items():
+    # A table is one part for each split, since it is read from its start.
+    size = len(pairs) if isinstance(uncut[number], TablePart) else ITEMS
+    same = by_split.setdefault(split, [])
+    for start in range(0, len(pairs), size):
+      how: dict[str, Any] = {"split": split, "pairs": pairs[start : start + size]}
+      same.append(dataclasses.replace(uncut[number], name=f"{split}-{len(same):05d}", **how))
   return [part for of_split in by_split.values() for part in of_split]
 
 
-def _read_rows(uncut: Sequence[FilesPart | TablePart]) -> list[list[_Row]]:
-  """Read all images, and return the rows of each part that begin a record."""
-  rows: list[list[_Row]] = []
+def _read_rows(uncut: Sequence[FilesPart]) -> list[_Row]:
+  """Read all images, and return the rows that begin a record."""
+  rows: list[_Row] = []
   first: dict[tuple[str, bytes], _Row] = {}  # split and image -> the first usable row
-  for part in uncut:
+  for number, part in enumerate(uncut):
     split = SPLITS.get(part.split, part.split)
-    rows.append([])
-    for place, pair in enumerate(parts.reading(part)):
+    for pair in parts.reading(part):
       unit = digest(pair.image) if pair.image else b""
       # A row whose captions cannot be used stays a record of its own, which the preparation skips and counts.
       captions = _usable_captions(pair) if unit else []
@@ -236,22 +247,13 @@ def _read_rows(uncut: Sequence[FilesPart | TablePart]) -> list[list[_Row]]:
         row.captions += captions
         row.rows += 1
         continue
-      unit_or_key = unit or pair.key.encode("utf-8", "surrogatepass")
-      row = _Row(place, split, unit_or_key, bool(pair.image and pair.caption), captions)
-      rows[-1].append(row)
+      is_whole = bool(pair.image and pair.caption)
+      pair.image = None  # all images would not fit the memory
+      row = _Row(number, split, pair, unit or pair.key.encode("utf-8", "surrogatepass"), is_whole, captions)
+      rows.append(row)
       if captions:
         first[split, unit] = row
   return rows
-
-
-def _choose(part: FilesPart | TablePart, name: str, split: str, rows: Sequence[_Row]) -> Part:
-  """Return the part of these rows alone."""
-  joined = {row.place: tuple(dict.fromkeys(row.captions)) for row in rows if row.rows > 1}
-  places = [row.place for row in rows]
-  if isinstance(part, TablePart):
-    return dataclasses.replace(part, name=name, split=split, places=places, joined=joined)
-  pairs = [parts.join(part.pairs[i], joined[i]) if i in joined else part.pairs[i] for i in places]
-  return dataclasses.replace(part, name=name, split=split, pairs=pairs)
 
 
 def _usable_captions(pair: RawPair) -> list[str]:

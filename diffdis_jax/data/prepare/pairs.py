@@ -29,7 +29,8 @@ class RawPair:
   Attributes:
     refused: why one of them was not read, one of records.REASONS; empty where all were.
     joined: whether its captions are those of several rows with the same image.
-    file: the name of the image's file, where it is still to be read.
+    file: the name of the file that has the image, where it is still to be read.
+    row: the image's row there, if it is a table.
   """
 
   key: str
@@ -39,6 +40,7 @@ class RawPair:
   refused: str = ""
   joined: bool = False
   file: str = ""
+  row: int = 0
 
 
 class Record(NamedTuple):

@@ -10,7 +10,7 @@ import os
 import pathlib
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from absl import logging
@@ -61,7 +61,9 @@ class FilesPart:
     # All pairs count: a class that is taken out of another split moves the labels of this one.
     digest = hashlib.blake2b(digest_size=16)
     for pair in self.pairs:
-      digest.update(f"{pair!r}{stamp(self.root / pair.file)}".encode("utf-8", "surrogatepass"))
+      digest.update(repr(pair).encode("utf-8", "surrogatepass"))
+    for file in sorted({pair.file for pair in self.pairs if pair.file}):
+      digest.update(repr(stamp(self.root / file)).encode())
     return [self.name, len(self.pairs), digest.hexdigest()]
 
   def __iter__(self) -> Iterator[RawPair]:
@@ -138,12 +140,6 @@ def captioned_pair(key: str, captions: Sequence[bytes | str], fields: Mapping[st
   return RawPair(key, caption=raw[0] if raw else None, metadata=encode(json.dumps(fields, ensure_ascii=False)), **how)
 
 
-def join(pair: RawPair, captions: Sequence[str]) -> RawPair:
-  """Give a pair the captions of all rows with its image."""
-  fields = {name: value for name, value in json.loads(pair.metadata or b"{}").items() if name != "captions"}
-  return captioned_pair(pair.key, captions, fields, image=pair.image, file=pair.file, joined=True)
-
-
 def reading(part: Iterable[Any]) -> Iterator[Any]:
   """Yield what a part holds. Raise UserError: a file of it cannot be read."""
   try:
@@ -192,10 +188,12 @@ def tars(source: pathlib.Path) -> list[Part]:
   return [part for parts in by_split.values() for part in parts]
 
 
-def files(pairs: Sequence[RawPair], *, split: str, root: pathlib.Path) -> list[Part]:
+def files(
+  pairs: Sequence[RawPair], *, split: str, root: pathlib.Path, part: Callable[..., FilesPart] = FilesPart
+) -> list[Part]:
   """Cut loose files of one split into parts, in order."""
   return [
-    FilesPart(f"{split}-{number:05d}", split, root, pairs[start : start + ITEMS])
+    part(f"{split}-{number:05d}", split, root, pairs[start : start + ITEMS])
     for number, start in enumerate(range(0, len(pairs), ITEMS))
   ]
 

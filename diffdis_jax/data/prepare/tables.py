@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import itertools
 import pathlib
 import posixpath
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 from diffdis_jax.data import image_files
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import SPLITS
+from diffdis_jax.data.prepare.parts import SPLITS, FilesPart
 from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, TOO_LARGE, leads_out, texts_of
 from diffdis_jax.errors import UserError, not_installed, parse_json
 
@@ -59,46 +58,21 @@ def is_picture(name: str) -> bool:
 
 
 @dataclasses.dataclass
-class TablePart:
-  """The rows of a file with images in a column, or those of some places, which rise.
+class TablePart(FilesPart):
+  """Pairs whose images are in a column of one table, with rising rows."""
 
-  Attributes:
-    prefix: of the keys, which are PREFIX/KEY, or PREFIX/ROW where the file has no column `key`.
-    image, captions, others: columns; the last become metadata.
-    places: numbers of the rows; None for all.
-    joined: place -> the captions of all rows with the same image.
-  """
-
-  name: str
-  split: str
-  path: pathlib.Path
-  prefix: str
-  image: str
-  captions: tuple[str, ...]
-  others: tuple[str, ...]
-  places: Sequence[int] | None = None
-  joined: Mapping[int, Sequence[str]] = dataclasses.field(default_factory=dict)
-
-  def identity(self) -> list[Any]:
-    rows = repr((self.places, sorted(self.joined.items())))
-    digest = hashlib.blake2b(rows.encode(), digest_size=16).hexdigest()
-    return [self.path.name, *parts.stamp(self.path), digest, *self.captions]
+  column: str
 
   def __iter__(self) -> Iterator[RawPair]:
-    wanted = None if self.places is None else {*self.places}
-    stop = None if self.places is None else self.places[-1] + 1
-    for number, row in enumerate(itertools.islice(_rows(self.path), stop)):
-      if wanted is None or number in wanted:
-        pair = self._pair(f"{self.prefix}/{row.get('key', number)}", row)
-        yield parts.join(pair, self.joined[number]) if number in self.joined else pair
-
-  def _pair(self, key: str, row: Mapping[str, Any]) -> RawPair:
-    image = row[self.image]
-    image = image.get("bytes") if isinstance(image, dict) else image
-    if image is not None and len(image) > MOST_BYTES:
-      return RawPair(key, refused=TOO_LARGE)
-    fields = {name: row[name] for name in self.others if is_plain(row[name])}
-    return parts.captioned_pair(key, texts_of(row, self.captions), fields, image=image)
+    by_row = {pair.row: pair for pair in self.pairs}
+    images = _rows(self.root / self.pairs[0].file, [self.column]) if by_row else ()
+    for number, row in enumerate(itertools.islice(images, max(by_row, default=0) + 1)):
+      if number in by_row:
+        image = row[self.column]
+        image = image.get("bytes") if isinstance(image, dict) else image
+        is_too_large = image is not None and len(image) > MOST_BYTES
+        change: dict[str, Any] = {"refused": TOO_LARGE} if is_too_large else {"image": image}
+        yield dataclasses.replace(by_row[number], **change)
 
 
 def is_plain(value: Any) -> bool:
@@ -124,31 +98,31 @@ class _Table(NamedTuple):
   batches: Iterable[Any]  # pyarrow.RecordBatch
 
 
-def _open(path: pathlib.Path) -> _Table:
-  """Open a parquet file, or an arrow file of datasets."""
+def _open(path: pathlib.Path, columns: Sequence[str] | None = None) -> _Table:
+  """Open a parquet file, or an arrow file of datasets, for all of its columns or for these."""
   import pyarrow
   import pyarrow.parquet
 
   if path.suffix == ".arrow":
     reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-    return _Table(reader.schema, reader)
+    return _Table(reader.schema, (batch.select(columns or reader.schema.names) for batch in reader))
   file = pyarrow.parquet.ParquetFile(path)
-  return _Table(file.schema_arrow, file.iter_batches(_AT_ONCE))
+  return _Table(file.schema_arrow, file.iter_batches(_AT_ONCE, columns=columns))
 
 
-def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _rows(path: pathlib.Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
   with _readable(path):
-    for batch in _open(path).batches:
+    for batch in _open(path, columns).batches:
       for start in range(0, batch.num_rows, _AT_ONCE):  # datasets writes 1,000 rows a batch
         yield from batch.slice(start, _AT_ONCE).to_pylist()
 
 
 def parquet(source: pathlib.Path, name: str, asked: Asked) -> TablePart:
-  """Read the columns of a parquet file. Its name or folder begins with the split. Raise UserError: it cannot be read,
+  """Read the captions of a parquet file. Its name or folder begins with the split. Raise UserError: it cannot be read,
   or lacks a column."""
   words = [re.split(r"[-_.]", posixpath.basename(name))[0], posixpath.basename(posixpath.dirname(name))]
   split = next((word for word in map(str.lower, words) if word in SPLITS), "train")
-  return _table(source / name, split, posixpath.splitext(name)[0], asked)
+  return _table(source, name, split, asked)
 
 
 def saved(source: pathlib.Path, asked: Asked) -> list[TablePart]:
@@ -162,24 +136,34 @@ def saved(source: pathlib.Path, asked: Asked) -> list[TablePart]:
     files = [(pathlib.Path(file["filename"]), split) for split, of in by_split.items() for file in of.cache_files]
   if outside := [path for path, _ in files if leads_out(path, source)]:
     raise UserError(f"{source} names {outside[0]}, which is not below it; write it again by save_to_disk")
-  return [
-    _table(path, split, posixpath.splitext(path.relative_to(source).as_posix())[0], asked) for path, split in files
-  ]
+  return [_table(source, path.relative_to(source).as_posix(), split, asked) for path, split in files]
 
 
-def _table(path: pathlib.Path, split: str, prefix: str, asked: Asked) -> TablePart:
+def _table(source: pathlib.Path, name: str, split: str, asked: Asked) -> TablePart:
+  """Read the pairs of a table. Keys are TABLE/KEY, or TABLE/ROW where it has no column `key`."""
+  path, prefix = source / name, posixpath.splitext(name)[0]
   with _readable(path):
     schema = _open(path).schema
   images = [field.name for field in schema if _is_image(field.type)]
-  image = next((column for column in IMAGES if column in images), images[0] if len(images) == 1 else "")
-  if not image:
+  column = next((column for column in IMAGES if column in images), images[0] if len(images) == 1 else "")
+  if not column:
     raise UserError(
       f"{path} has no column with an image, its bytes or a struct that has them; its columns are"
       f" {', '.join(schema.names) or 'none'}"
     )
   rest = [column for column in schema.names if column not in images]
   captions = caption_fields(str(path), rest, asked)
-  return TablePart("", split, path, prefix, image, captions, _others(rest, captions, asked))
+  rows = enumerate(_rows(path, rest))
+  pairs = [_pair(f"{prefix}/{row.get('key', i)}", row, captions, asked, file=name, row=i) for i, row in rows]
+  return TablePart("", split, source, pairs, column)
+
+
+def _pair(key: str, values: Mapping[str, Any], captions: Sequence[str], asked: Asked, **how: Any) -> RawPair:
+  """Make the pair of a row of these values. Those that JSON can hold become metadata, without those that training would
+  take instead of the captions that were asked for."""
+  left_out = {*captions, "captions"} if asked.caption_fields else {*captions}
+  fields = {name: value for name, value in values.items() if name not in left_out and is_plain(value)}
+  return parts.captioned_pair(key, texts_of(values, captions), fields, **how)
 
 
 def _is_image(kind: Any) -> bool:
@@ -200,13 +184,6 @@ def caption_fields(where: str, columns: Sequence[str], asked: Asked) -> tuple[st
       f"{where} has no {what}; name those with captions by --caption_fields, of {', '.join(columns)}{example}"
     )
   return asked.caption_fields or tuple(usual)
-
-
-def _others(names: Sequence[str], captions: Sequence[str], asked: Asked) -> tuple[str, ...]:
-  """Return the columns that become metadata: without the captions, and without what training would take instead of
-  those that were asked for."""
-  left_out = {*captions, "captions"} if asked.caption_fields else {*captions}
-  return tuple(name for name in names if name not in left_out)
 
 
 def listed_pairs(source: pathlib.Path, lists: Sequence[str], names: Sequence[str], asked: Asked) -> list[RawPair]:
@@ -235,9 +212,8 @@ def listed_pairs(source: pathlib.Path, lists: Sequence[str], names: Sequence[str
         raise UserError(f"{table}, row {number} has no {column}; its columns are {', '.join(row)}")
       key = posixpath.normpath(posixpath.join(folder, file))
       key = there.get(form(key), key)
-      plain = [field for field, value in row.items() if field != column and is_plain(value)]
-      fields = {field: row[field] for field in _others(plain, captions, asked)}
-      pairs.append(parts.captioned_pair(key, texts_of(row, captions), fields, file=key))
+      del row[column]
+      pairs.append(_pair(key, row, captions, asked, file=key))
   if not pairs:
     raise UserError(f"{source / lists[0]} has no rows; each is a {FILES[0]} and a caption")
   named = {pair.file for pair in pairs}

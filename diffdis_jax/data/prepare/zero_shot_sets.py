@@ -17,7 +17,7 @@ from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.data.layouts.class_lists import ClassList
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import Part
+from diffdis_jax.data.prepare.parts import FilesPart, Part
 from diffdis_jax.data.prepare.write import DataSet
 from diffdis_jax.errors import UserError, not_installed
 
@@ -59,25 +59,15 @@ PIXELS = ("cifar10", "cifar100", "pets")
 
 
 @dataclasses.dataclass
-class PixelsPart:
-  """Some of the images of a set that torchvision gives as pixels."""
+class PixelsPart(FilesPart):
+  """Some of the images of a set that torchvision gives as pixels; `row` is the number of one."""
 
-  name: str
-  split: str
-  root: pathlib.Path
   set_name: str
-  first: int
-  count: int
-
-  def identity(self) -> list[Any]:
-    return [self.set_name, len(_open(self.set_name, self.root)), self.first, self.count]
 
   def __iter__(self) -> Iterator[RawPair]:
     images = _open(self.set_name, self.root)
-    texts = _texts(images.classes, self.set_name, self.root)
-    for index in range(self.first, self.first + self.count):
-      image, label = images[index]
-      yield dataclasses.replace(texts[label], key=f"{index:08d}", image=image_files.png(image))
+    for pair in self.pairs:
+      yield dataclasses.replace(pair, image=image_files.png(images[pair.row][0]))
 
 
 def find_parts(set_name: str, source: pathlib.Path) -> list[Part]:
@@ -89,17 +79,14 @@ def find_parts(set_name: str, source: pathlib.Path) -> list[Part]:
   parts.check_folder(source, f"the folder that torchvision takes as root of {set_name}")
   split, images = SETS[set_name].split, _open(set_name, source)
   texts = _texts(images.classes, set_name, source)
-  if set_name in PIXELS:
-    starts = range(0, len(images), parts.ITEMS)
-    return [
-      PixelsPart(f"{split}-{i:05d}", split, source, set_name, first, min(parts.ITEMS, len(images) - first))
-      for i, first in enumerate(starts)
-    ]
-  files = [(os.path.relpath(file, source), label) for file, label in (images[i] for i in range(len(images)))]
+  part, pairs = functools.partial(PixelsPart, set_name=set_name) if set_name in PIXELS else FilesPart, []
+  for number in range(len(images)):
+    image, label = images[number]
+    file = "" if set_name in PIXELS else os.path.relpath(image, source)
+    pairs.append(dataclasses.replace(texts[label], key=file or f"{number:08d}", file=file, row=number))
   if set_name == "sun397":  # whose files torchvision takes in whatever order the disk gives
-    files.sort()
-  pairs = [dataclasses.replace(texts[label], key=file, file=file) for file, label in files]
-  return parts.files(pairs, split=split, root=source)
+    pairs.sort(key=lambda pair: pair.file)
+  return parts.files(pairs, split=split, root=source, part=part)
 
 
 @functools.lru_cache(maxsize=1)  # by each process, for all of its parts
