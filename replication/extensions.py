@@ -15,7 +15,7 @@ from diffdis_jax.evals.query_use import STEPS
 from diffdis_jax.evals.tasks import TASKS, Task
 from diffdis_jax.method import network, schedules
 from diffdis_jax.models import clip
-from replication import query, scenes
+from replication import query, scenes, shapes_lt
 from replication.choice import Choice
 from replication.convolutional import LEVELS, ConvolutionalEncoder
 from replication.generation_accuracy import GenerationAccuracy
@@ -58,6 +58,7 @@ def of_query_use(name: str, section: Mapping[str, Any]) -> dict[str, str]:
 def add() -> None:
   """Add all parts; a second call changes nothing."""
   sources.KINDS["scenes"] = scenes.Section
+  shapes_lt.add()
   sources.KINDS |= {f"{name}_twice": query.twice(sources.KINDS[name]) for name in ("scenes", "pairs")}
   if "constant" not in network.TEXT_STREAMS:
     model.TEXT_STREAMS.append("constant")

@@ -179,7 +179,7 @@ def matrices(name: str, arg: str) -> set[str]:
 @pytest.mark.parametrize(
   "name, arg",
   [
-    pytest.param(name, arg, marks=() if name in ("shapes", "shapes_lt", "clip_cc3m") else pytest.mark.slow)
+    pytest.param(name, arg, marks=() if name in ("shapes", "places_lt", "clip_cc3m") else pytest.mark.slow)
     for name, arg in CASES
     if name != "benchmark" and arg in REPRESENTATIVE
   ],

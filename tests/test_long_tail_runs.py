@@ -22,7 +22,7 @@ from diffdis_jax.interop import from_torch
 from diffdis_jax.run import checkpoint, restore, workdir
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
-from tests import steps, tiny_clip
+from tests import command_runs, steps, tiny_clip
 from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
 from tests.steps import build_trainer, config_of
@@ -98,7 +98,8 @@ def test_the_second_stage_keeps_the_backbone_and_its_anchors(first, second):
 
 @pytest.mark.full
 def test_a_second_stage_is_measured_in_table_8s_columns(second, environment, tmp_path):
-  done = call("evaluate", environment, f"--workdir={second}", "--tasks=long_tail", f"--out={tmp_path / 'F.json'}")
+  words = ("evaluate", f"--workdir={second}", "--tasks=long_tail", f"--out={tmp_path / 'F.json'}")
+  done = command_runs.run([sys.executable, "-m", "replication", *words], environment)
   assert done.returncode == 0, done.stderr
   record = json.loads((tmp_path / "F.json").read_text())["long_tail"]["test"]
   assert {"image_acc", "text_acc", "knn_acc", "acc", "acc_low", "acc_summed_low"} <= record["metrics"].keys()

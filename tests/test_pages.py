@@ -28,7 +28,17 @@ pytestmark = pytest.mark.slow
 
 pytest_plugins = ("tests.command_runs",)
 
-SOURCES = ("Makefile", "README.md", "LICENSE", "NOTICE", "requirements.txt", "pyproject.toml", "configs", "diffdis_jax")
+SOURCES = (
+  "Makefile",
+  "README.md",
+  "LICENSE",
+  "NOTICE",
+  "requirements.txt",
+  "pyproject.toml",
+  "configs",
+  "diffdis_jax",
+  "replication",
+)
 UNREACHABLE = "error sending request|dns error|Failed to fetch|Could not connect"  # of uv, without a network
 
 # Each entry is how a command begins, what the tests append to it, and the files that it writes.
@@ -60,9 +70,9 @@ RUN_SLOWLY: dict[str, tuple[str, tuple[str, ...]]] = {
   README_TRAINS: ("", ("RUN/samples/samples_00000020.png", "RUN/checkpoints/20/commit_success.txt")),
   "python -m diffdis_jax.train --config=shapes:autoencoder --workdir=runs/lt/autoencoder": (SHORT, ()),
   "python -m diffdis_jax.train --config=shapes --workdir=runs/lt/diffdis": (SHORT, ()),
-  "python -m diffdis_jax.train --config=shapes_lt:stage=1": (SHORT, ()),
-  "python -m diffdis_jax.train --config=shapes_lt:stage=2": (SHORT, ()),
-  "python -m diffdis_jax.evaluate --workdir=runs/lt/stage2": ("", ("runs/lt/F.json", "runs/lt/F.md")),
+  "python -m replication train --config=replication/configs/shapes_lt.py:stage=1": (SHORT, ()),
+  "python -m replication train --config=replication/configs/shapes_lt.py:stage=2": (SHORT, ()),
+  "python -m replication evaluate --workdir=runs/lt/stage2": ("", ("runs/lt/F.json", "runs/lt/F.md")),
 }
 # Every command of the pages, written as python -m and with its config's name.
 LINES = [*dict.fromkeys(pages.as_module(line.removeprefix(".venv/bin/")) for line in pages.commands())]

@@ -1,17 +1,20 @@
-"""configs/shapes_lt.py, shrunk until a step compiles and runs in seconds; the network is that of the run `init`, or
-without it a small one.
+"""replication/configs/shapes_lt.py, shrunk until a step compiles and runs in seconds; the network is that of the run
+`init`, or without it a small one.
 
 Also a config file for command lines: --config=tests/tiny_lt.py:stage=1,init=WORKDIR
 """
 
 from ml_collections import ConfigDict
 
-from configs import shapes_lt
+from replication import shapes_lt
+from replication.configs import shapes_lt as shapes_lt_config
 from tests import tiny, tiny_clip
+
+shapes_lt.add()
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  config = shapes_lt.get_config(arg)
+  config = shapes_lt_config.get_config(arg)
   if "init=" not in arg:
     config.image_size, config.data.max_length = 16, 8
     (tiny_clip if "vision_encoder" in config.model else tiny).shrink(config.model)

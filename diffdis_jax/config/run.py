@@ -153,7 +153,7 @@ def _check_task(run: Run) -> None:
     if (value is not None) != needed:
       raise UserError(
         f"objectives is {names}, and {name} is {'missing' if needed else 'there'}; it belongs to"
-        f" {' and '.join(owners)}: take configs/places_lt.py or configs/shapes_lt.py"
+        f" {' and '.join(owners)}: take configs/places_lt.py"
       )
   if run.data.sampling is not None and run.data.sampling.sentences != task.sentences:
     raise UserError(

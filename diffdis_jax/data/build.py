@@ -79,8 +79,7 @@ def open_loader(
   if long_tail.is_sampled(**data.source) != is_sampled or (is_sampled and data.mixture):
     raise UserError(
       f"data.name is {data.source['name']!r}, and data.sampling {'is' if is_sampled else 'is not'} there; it belongs to"
-      f" the long-tailed sets alone, {', '.join(long_tail.NAMES)}, without a mixture: take configs/places_lt.py or"
-      " configs/shapes_lt.py"
+      f" the long-tailed sets alone, {', '.join(long_tail.SETS)}, without a mixture: take configs/places_lt.py"
     )
   common: dict[str, Any] = dict(
     batch_size=run.batch_size,

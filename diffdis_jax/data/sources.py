@@ -15,11 +15,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 from diffdis_jax.common import buckets
 from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.config.section import check_number, check_type
-from diffdis_jax.data import latents, long_tail, records, shapes, shapes_lt
+from diffdis_jax.data import latents, long_tail, records, shapes
 from diffdis_jax.data.layouts import find
 from diffdis_jax.errors import UserError
-
-RENDERED = ("shapes", "shapes_lt")
 
 
 @runtime_checkable
@@ -65,6 +63,7 @@ class Section:
   """
 
   LACKS: ClassVar[tuple[str, ...]] = ()
+  IS_RENDERED: ClassVar[bool] = False
 
   name: str
   image_size: int
@@ -80,7 +79,7 @@ class Section:
       raise UserError(f"seed is {self.seed}; at least 0")
     if self.num_images is not None and self.num_images < 1:
       raise UserError(f"num_images is {self.num_images}; at least 1, or None for all")
-    if self.name in RENDERED and (path := str(self.path)):  # images there would be left out in silence
+    if self.IS_RENDERED and (path := str(self.path)):  # images there would be left out in silence
       raise UserError(
         f"data.path is {path!r}, and data.name {self.name!r}, whose images are rendered, from no file: leave the path"
         " empty, or give data.name='pairs' to take what prepare_data wrote there"
@@ -102,6 +101,8 @@ class Section:
 
 class _Rendered(Section):
   """Shapes, rendered by index."""
+
+  IS_RENDERED = True
 
   def open(self) -> Source:
     if self.split not in shapes.SPLITS:
@@ -142,9 +143,7 @@ class _LongTailed(Section):
   LACKS = ("num_images", "caption_fields")
 
   def open(self) -> Source:
-    if self.name == "shapes_lt":
-      return shapes_lt.LongTailedShapes(split=self.split, image_size=self.image_size, seed=self.seed)
-    return long_tail.open_split(buckets.local(self.path, "data.path"), self.name, self.split)
+    return long_tail.SETS[self.name].open_split(buckets.local(self.path, "data.path"), self.split)
 
 
 class _Published(Section):
@@ -159,7 +158,7 @@ class _Published(Section):
 KINDS: dict[str, type[Section]] = {
   "shapes": _Rendered,
   **dict.fromkeys(("pairs", "latents"), _Prepared),
-  **dict.fromkeys(long_tail.NAMES, _LongTailed),
+  **dict.fromkeys(long_tail.SETS, _LongTailed),
   **dict.fromkeys(find.NAMES, _Published),
 }
 

@@ -54,8 +54,8 @@ class LongTail(base.Evaluation):
 
   def open(self) -> None:
     data = self.data
-    if data.get("name") not in long_tail.NAMES:
-      raise UserError(f"task long_tail is measured on {', '.join(long_tail.NAMES)}, not on {data.get('name')!r}")
+    if data.get("name") not in long_tail.SETS:
+      raise UserError(f"task long_tail is measured on {', '.join(long_tail.SETS)}, not on {data.get('name')!r}")
     source = sources.open_source(**data)
     assert isinstance(source, long_tail.LabelledSource)
     self.source, self.labels = source, source.labels

@@ -13,7 +13,7 @@ from diffdis_jax.config import section
 from tests.command_runs import ROOT
 
 # The configs have each kind of network and each optional section.
-CONFIGS = ("shapes", "diffdis_cc3m", "clip_cc3m", "shapes_lt:stage=2", "shapes:objectives=contrastive")
+CONFIGS = ("shapes", "diffdis_cc3m", "clip_cc3m", "places_lt:stage=2", "shapes:objectives=contrastive")
 
 
 @pytest.mark.parametrize("given", CONFIGS)

@@ -13,12 +13,12 @@ import pytest
 
 from diffdis_jax.config import Run
 from diffdis_jax.config import sections as stages
-from diffdis_jax.data import shapes_lt
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import base
 from diffdis_jax.evals.long_tail import GROUPS, LongTail
 from diffdis_jax.parallel import sharding
 from diffdis_jax.training import anchors
+from replication import shapes_lt
 from tests import tiny_lt
 from tests.once import shared_folder
 

@@ -8,7 +8,7 @@ import pytest
 
 from diffdis_jax.ablate import tables
 from diffdis_jax.config import model, sections
-from diffdis_jax.data import sources
+from diffdis_jax.data import long_tail, sources
 from diffdis_jax.evals.tasks import TASKS
 from diffdis_jax.method import network, schedules
 from diffdis_jax.models import clip
@@ -17,7 +17,8 @@ from replication import extensions
 
 @pytest.fixture(scope="module", autouse=True)
 def extended() -> Iterator[None]:
-  changed = (sources.KINDS, TASKS, tables.TITLES_OF, model.TOWERS, clip.TOWERS, network.TEXT_STREAMS, schedules.BETAS)
+  changed = (sources.KINDS, long_tail.SETS, TASKS, tables.TITLES_OF, model.TOWERS, clip.TOWERS)
+  changed += (network.TEXT_STREAMS, schedules.BETAS)
   lists = (model.TEXT_STREAMS, sections.SCHEDULES)
   before, names = [{**table} for table in changed], [[*entries] for entries in lists]
   extensions.add()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from diffdis_jax.data import corpus
+from diffdis_jax.data import corpus, long_tail, sources
 from diffdis_jax.data.corpus import Corpus
 from diffdis_jax.data.shapes import CLASSNAMES, PAIRS, make_scene, render
 from diffdis_jax.errors import UserError
@@ -124,3 +124,33 @@ def make_corpus(seed: int) -> Corpus:
     own += [*NOTHING, *wrong]
     sentences.append(tuple(own[i] for i in rng.permutation(len(own))) if number % 2 else tuple(own))
   return Corpus(CLASSNAMES, tuple(sentences))
+
+
+class _Set:
+  """What `data.long_tail.SETS` has of the long-tailed shapes."""
+
+  pairs = STARTS
+
+  def open_corpus(self, path: object, seed: int) -> Corpus:
+    """Make the sentences of all classes."""
+    del path
+    return make_corpus(seed)
+
+  def train_counts(self, path: object, seed: int) -> Int[np.ndarray, " k"]:
+    """Count each class's training images."""
+    del path
+    return counts(seed)
+
+
+class Section(sources.Section):
+  """The data source `shapes_lt` of a config; `split` is one of SPLITS."""
+
+  LACKS, IS_RENDERED = ("num_images", "caption_fields"), True
+
+  def open(self) -> LongTailedShapes:
+    return LongTailedShapes(split=self.split, image_size=self.image_size, seed=self.seed)
+
+
+def add() -> None:
+  """Add the long-tailed shapes to the package's tables; a second call changes nothing."""
+  sources.KINDS["shapes_lt"], long_tail.SETS["shapes_lt"] = Section, _Set()

@@ -1,11 +1,15 @@
 """The long-tailed shapes have their counts, groups and sentences."""
 
+import json
+
 import numpy as np
 import pytest
 
-from diffdis_jax.config import Run
-from diffdis_jax.data import long_tail, shapes_lt, sources
+from configs import shapes
+from diffdis_jax.config import Run, load
+from diffdis_jax.data import long_tail, sources
 from diffdis_jax.evals.long_tail import in_group
+from replication import shapes_lt
 from replication.configs import shapes_lt as config_of_stages
 
 SHAPES = dict(name="shapes_lt", image_size=16)
@@ -68,3 +72,37 @@ def test_sentences():
   assert corpus.sentences[1][0] != "a bad photo of a red square ."
   assert "a bad photo of a red square ." in corpus.sentences[1]
   assert corpus == shapes_lt.make_corpus(0) and corpus != shapes_lt.make_corpus(1)
+
+
+def test_a_long_tailed_run_and_its_start_have_the_same_rare_classes(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(config_of_stages.get_config("seed=1").to_dict()))
+  assert config_of_stages.get_config(f"init={tmp_path},seed=1").data.seed == 1
+  with pytest.raises(ValueError, match="is a run of seed=1, whose rare classes are not those of seed=0; give seed=1"):
+    config_of_stages.get_config(f"init={tmp_path}")
+  (tmp_path / "config.json").write_text(json.dumps(shapes.get_config().to_dict()))
+  assert config_of_stages.get_config(f"init={tmp_path},seed=1").init_from == str(tmp_path)  # where nothing is rare
+
+
+def test_a_run_starts_from_the_file_of_a_run():
+  of_one_file = config_of_stages.get_config("init=shapes")
+  assert of_one_file.init_from == "shapes" and Run.of(of_one_file).model == load("shapes").model
+
+
+def test_a_run_of_clip_has_a_start_that_is_one(tmp_path):
+  for objectives, is_clip in (("", False), ("objectives=contrastive", True)):
+    (tmp_path / "config.json").write_text(json.dumps(shapes.get_config(objectives).to_dict()))
+    if is_clip:
+      assert "vision_encoder" in config_of_stages.get_config(f"backbone=clip,init={tmp_path}").model
+    else:
+      with pytest.raises(ValueError, match=f"backbone=clip: init={tmp_path} is a run of DiffDis; give one of CLIP"):
+        config_of_stages.get_config(f"backbone=clip,init={tmp_path}")
+
+
+@pytest.mark.parametrize("arg", ["", "stage=2", "backbone=clip", "stage=2,backbone=clip", "stage=0"])
+def test_configs_can_be_run(arg):
+  assert Run.of(config_of_stages.get_config(arg)).data.source["name"] == "shapes_lt"
+
+
+def test_an_unknown_stage_is_named():
+  with pytest.raises(ValueError, match="argument stage=3 should be"):
+    config_of_stages.get_config("stage=3")
