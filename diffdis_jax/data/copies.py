@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import pathlib
+from collections.abc import Sequence
 
 from absl import logging
 from fsspec.core import OpenFile, OpenFiles
@@ -32,14 +33,49 @@ def folder_of(path: str | os.PathLike[str], *, split: str | None = None) -> str:
   return str(_copied(os.fspath(buckets.path(path)), split))  # with single slashes, as objects are named
 
 
+class ShardCopies:
+  """Copies of single shards of a data set in a bucket, which the processes of this machine share.
+
+  Args:
+    url: of the data set.
+    names: of its shards.
+  """
+
+  def __init__(self, url: str, names: Sequence[str]):
+    self._url, self._names = url.rstrip("/"), names
+
+  def fetch(self, shard: int) -> pathlib.Path:
+    """Copy a shard to this machine, if it is not there, and return its path."""
+    copy, system, address = self._path(shard), buckets.checked(), f"{self._url}/{self._names[shard]}"
+    with copy.with_name(f"{copy.name}.lock").open("w") as lock:
+      files.lock(lock, wait=True)
+      if not copy.exists() or copy.stat().st_size != system.info(address)["size"]:
+        partial = copy.with_name(f"{copy.name}.part")
+        system.get_file(address, os.fspath(partial))
+        partial.replace(copy)
+    return copy
+
+  def drop(self, shard: int) -> None:
+    """Remove the copy of a shard. A process that still reads it keeps it open."""
+    self._path(shard).unlink(missing_ok=True)
+
+  def _path(self, shard: int) -> pathlib.Path:
+    return _cache_of(self._url) / self._names[shard]
+
+
+def _cache_of(url: str) -> pathlib.Path:
+  """Make the folder for copies of a data set. A hash, since an address may be longer than a file's name."""
+  folder = pathlib.Path(files.user_cache("data")) / hashlib.sha256(url.encode()).hexdigest()[:32]
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
 @functools.cache
 def _copied(url: str, split: str | None) -> pathlib.Path:
   system = buckets.checked()
   there = {name: facts["size"] for name, facts in system.find(url, detail=True).items()}
   wanted = [name for name in there if _RECORDS not in name or f"-{split}{_RECORDS}" in name]
-  # A hash: an address may be longer than a file's name, and has slashes.
-  folder = pathlib.Path(files.user_cache("data")) / hashlib.sha256(url.encode()).hexdigest()[:32]
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = _cache_of(url)
   with (folder / "lock").open("w") as lock:
     files.lock(lock, wait=True)  # which the processes of this machine share
     if (size := sum(there[name] for name in wanted)) > 1e6:

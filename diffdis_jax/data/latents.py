@@ -28,11 +28,16 @@ class Latents:
     views: of each image.
     shape: [h, w, 2c] of the moments.
     facts: what data/prepare/latents.LatentStage.facts wrote.
+    lengths: images of each shard.
   """
 
   def __init__(self, stored: records.Pairs | records.Recaptioned, facts: Mapping[str, Any]):
     self._stored, self.facts = stored, facts
     self.views, self.shape = facts["views"], tuple(facts["shape"])
+    # An image whose views lie in two shards counts for the first.
+    ends = -(-np.cumsum(stored.lengths, dtype=np.int64) // self.views)
+    self.lengths: list[int] = np.diff(ends, prepend=0).tolist()
+    self.prefetch = stored.prefetch
 
   def __len__(self) -> int:
     return len(self._stored) // self.views

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from diffdis_jax.common import signals
 from diffdis_jax.config.data import Augmentation, Loading
-from diffdis_jax.data import records
+from diffdis_jax.data import records, shards
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.long_tail import LabelledSource
@@ -78,6 +78,10 @@ def train_loader(
       raise UserError(
         f"num_images is {len(part)}; in training these come {together} at a time: take a multiple of {together}"
       )
+    if isinstance(part, shards.Sharded) and shards.is_large(part.lengths):
+      order = shards.Order(part.lengths, batch_size, seed + i, prefetch=part.prefetch)
+      datasets.append(grain.MapDataset.source(order).seed(seed + i).random_map(example))
+      continue
     order = grain.MapDataset.range(len(part) // together).seed(seed + i).shuffle()
     if together > 1:
       order = experimental.FlatMapMapDataset(order, _InRuns(together))

@@ -14,7 +14,8 @@ import pathlib
 import re
 import resource
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diffdis_jax.common import buckets, storage
-from diffdis_jax.data import copies, image_files
+from diffdis_jax.data import copies, image_files, shards
 from diffdis_jax.data.transforms import Decoded, decode_reduced
 from diffdis_jax.errors import Gone, UserError, may_pass, parse_json
 from diffdis_jax.run import digests
@@ -217,6 +218,15 @@ class Recaptioned:
     """Return the number of records that follow each other in training, as `sources.Source` says."""
     return getattr(self.source, "together", 1)
 
+  @property
+  def lengths(self) -> list[int]:
+    """Return the number of records of each shard; none where the source has no shards."""
+    return getattr(self.source, "lengths", [])
+
+  def prefetch(self, shards: Iterable[int]) -> None:
+    """Open shards that are read soon."""
+    self.source.prefetch(shards)
+
   def __getitem__(self, index: int) -> dict[str, Any]:
     record = self.source[index]
     if not (texts := texts_of(record, self.caption_fields)):
@@ -228,13 +238,17 @@ class Pairs:
   """Captioned images as prepare_data stored them, undecoded; fields of the json beside an image become fields.
 
   Reading a record raises Unusable where it is damaged or has no caption. A file that is away is tried again, by
-  `storage.patiently`, and all are opened again then: ArrayRecord never reads a file again that it could not open once.
+  `storage.patiently`.
+
+  Attributes:
+    lengths: records of each shard.
   """
 
-  def __init__(self, open_split: Callable[[], Split], num_images: int | None = None):
-    self._open, self._is_stale = open_split, False
-    self._records, self._files = open_split()
-    self._num_images = len(self._records) if num_images is None else min(num_images, len(self._records))
+  def __init__(self, split: Split, num_images: int | None = None):
+    self._split = split
+    ends = np.minimum(np.cumsum(split.lengths, dtype=np.int64), sys.maxsize if num_images is None else num_images)
+    self.lengths: list[int] = np.diff(ends, prepend=0).tolist()
+    self._num_images = sum(self.lengths)
 
   def __len__(self) -> int:
     return self._num_images
@@ -252,21 +266,22 @@ class Pairs:
       raise IndexError(f"index {index} outside of {self._num_images} records")
     return storage.patiently(lambda: self._read(index), "the data")
 
+  def prefetch(self, shards: Iterable[int]) -> None:
+    """Open shards that are read soon, in the background."""
+    self._split.stored.prefetch(shards)
+
   def _read(self, index: int) -> dict[str, Any]:
     try:
-      if self._is_stale:
-        self._records, self._is_stale = self._open().stored, False
-      record = dict(self._records[index])
+      record = dict(self._split.deserialize(self._split.stored[index]))
       # Of a file that became shorter ArrayRecord reads nothing, and says nothing.
       if record and all(value is None for value in record.values()):
         raise Unusable("unreadable record")
       return record
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
-      away = _away(error, self._files)
-      if away is None and not isinstance(error, UserError):
+      if not (away := _away(error, self._split.files)):
         raise Unusable("unreadable record") from error
-      self._is_stale = True
-      raise away or error from error
+      self._split.stored.forget(index)
+      raise away from error
 
 
 def open_pairs(
@@ -281,7 +296,7 @@ def open_pairs(
     )
   if split not in info.splits:
     raise UserError(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
-  return recaptioned(Pairs(functools.partial(_open, path, split), num_images), caption_fields, str(path))
+  return recaptioned(Pairs(_open(path, split), num_images), caption_fields, str(path))
 
 
 def recaptioned(source: Any, caption_fields: Sequence[str], name: str) -> Any:
@@ -326,7 +341,9 @@ def builder(path: str | os.PathLike[str]) -> Any:
 class Split(NamedTuple):
   """The records of a split, images undecoded, and their files."""
 
-  stored: Any
+  stored: shards.Reader
+  deserialize: Callable[[bytes], dict[str, Any]]
+  lengths: Sequence[int]
   files: Sequence[str]
 
 
@@ -334,15 +351,21 @@ def _open(path: str | os.PathLike[str], split: str) -> Split:
   """Open a split. Raises UserError: one of its files is missing."""
   import tensorflow_datasets as tfds
 
-  _open_many_files()  # ArrayRecord keeps open what it has read of
-  data_set = builder(copies.folder_of(path, split=split))
+  info = builder(path).info
   # Images are decoded by the loader's threads, in `image_files`' formats and bounds.
-  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in data_set.info.features else None
-  stored = data_set.as_data_source(split=split, decoders=undecoded)
-  files = [os.fspath(file) for file in data_set.info.splits[split].filepaths]
-  if missing := [file for file in files if not os.path.exists(file)]:
-    raise UserError(f"{missing[0]} is missing; put it back, or prepare the data set again")
-  return Split(stored, files)
+  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in info.features else None
+  lengths, files = info.splits[split].shard_lengths, [os.fspath(file) for file in info.splits[split].filepaths]
+  if shards.is_large(lengths) and buckets.is_url(path):
+    fetched = copies.ShardCopies(os.fspath(buckets.path(path)), [os.path.basename(file) for file in files])
+  else:
+    folder = copies.folder_of(path, split=split)
+    there = set(os.listdir(folder))
+    if missing := [file for file in files if os.path.basename(file) not in there]:
+      raise UserError(f"{missing[0]} is missing; put it back, or prepare the data set again")
+    fetched = None
+  _open_many_files()
+  deserialize = functools.partial(info.features.deserialize_example_np, decoders=undecoded)
+  return Split(shards.Reader(files, lengths, fetched), deserialize, lengths, files)
 
 
 def _open_many_files() -> None:
