@@ -1,4 +1,4 @@
-"""The tests. `check` is how annotations are checked while they run: to it an int is a float too, as PEP 484 has it."""
+"""The tests. `check` checks annotations at run time; as in PEP 484, it accepts an int where a float is annotated."""
 
 from beartype import BeartypeConf, beartype
 

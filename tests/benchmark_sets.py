@@ -1,4 +1,4 @@
-"""Write tiny copies of the published sets: in torchvision's layouts, CLIP_benchmark's tars and COCO's files."""
+"""Write tiny copies of the published data sets: torchvision's layouts, CLIP_benchmark's tars and COCO's files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cifar100(root: pathlib.Path) -> None:
 
 
 def _cifar(folder: pathlib.Path, batch: str, labels: str, meta: str, field: str, set_name: str) -> None:
-  """Pickle by the protocol of Python 2, as the authors did."""
+  """Pickle with Python 2's protocol, as the authors did."""
   folder.mkdir(parents=True)
   rng = np.random.default_rng(0)
   data = {"data": rng.integers(0, 256, (12, 3072), np.uint8), labels: [i % 10 for i in rng.permutation(12).tolist()]}
@@ -104,7 +104,7 @@ def fgvc_aircraft(root: pathlib.Path) -> None:
 def pets(root: pathlib.Path) -> None:
   folder = root / "oxford-iiit-pet"
   rows = [("yorkshire_terrier_2", 37), ("Abyssinian_201", 1), ("american_bulldog_100", 2), ("Bengal_7", 6)]
-  cats = ("Abyssinian", "Bengal")  # capitals are theirs alone
+  cats = ("Abyssinian", "Bengal")  # only cats' names begin with a capital
   spelt = [name if name in cats else name.lower() for name in names("pets")]
   every = [(f"{name.replace(' ', '_')}_1", i) for i, name in enumerate(spelt, 1)]
   rows = [*rows, *every]
@@ -142,7 +142,7 @@ def write_wds(
   templates: Sequence[str] = (),
   kind: str = "",
 ) -> None:
-  """Write tars as CLIP_benchmark's builder does by webdataset's ShardWriter, which sorts the members of a sample."""
+  """Write tars as CLIP_benchmark does, by webdataset's ShardWriter, which sorts the members of a sample."""
   (folder / "test").mkdir(parents=True, exist_ok=True)
   texts = dict(classnames=classnames, zeroshot_classification_templates=templates, dataset_type=[kind] * bool(kind))
   for name, lines in texts.items():
@@ -151,8 +151,8 @@ def write_wds(
   shards = range(0, len(samples), per_tar)
   (folder / "test/nshards.txt").write_text(f"{len(shards)}\n")
   for shard, start in enumerate(shards):
-    some = enumerate(samples[start : start + per_tar], start)
-    files = {f"s{number:07d}.{ending}": data for number, sample in some for ending, data in sorted(sample.items())}
+    members = enumerate(samples[start : start + per_tar], start)
+    files = {f"s{number:07d}.{ending}": data for number, sample in members for ending, data in sorted(sample.items())}
     write_tar(folder / f"test/{shard}.tar", files)
 
 

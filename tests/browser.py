@@ -1,4 +1,4 @@
-"""Start Chromium for tests of pages. It needs apt-get install chromium chromium-driver."""
+"""Start Chromium for tests of pages. It requires apt-get install chromium chromium-driver."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FLAGS += ("--disable-background-networking", "--disable-component-update", "--di
 
 @pytest.fixture(params=[390, 1280])
 def driver(request, tmp_path) -> Iterator[Any]:
-  """Start it at the width of a phone, and at that of a laptop; `driver.width` says which."""
+  """Start Chromium at the width of a phone and at the width of a laptop, which `driver.width` gives."""
   from selenium import webdriver
 
   options = webdriver.ChromeOptions()
   for flag in (*FLAGS, f"--user-data-dir={tmp_path}", "--force-prefers-reduced-motion"):
     options.add_argument(flag)
-  if request.param < 500:  # the least of a window
+  if request.param < 500:  # a window cannot be narrower
     size = {"width": request.param, "height": 844, "pixelRatio": 1.0}
     options.add_experimental_option("mobileEmulation", {"deviceMetrics": size})
   options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

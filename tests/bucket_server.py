@@ -1,4 +1,4 @@
-"""A server on this machine speaks Google Cloud Storage's protocol and has one bucket, gs://bucket."""
+"""Run a server on this machine that speaks Google Cloud Storage's protocol and has one bucket, gs://bucket."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def serving(root: pathlib.Path, port: int, public: int | None = None) -> Iterato
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-  """Yield the server's address. The environment of this process does not name it: see `bucket_environment`."""
+  """Yield the server's address. This process's environment does not contain it: see `bucket_environment`."""
   root = tmp_path_factory.mktemp("buckets")
   (root / "bucket").mkdir()
   with serving(root, free_port()) as address:
@@ -74,8 +74,8 @@ def environment_of(address: str) -> dict[str, str]:
 
 @pytest.fixture
 def bucket(bucket_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-  """Return gs://bucket, which this process and what it starts reach."""
-  buckets.path("gs://bucket")  # first, since it says how gcsfs is imported
+  """Return gs://bucket, which this process and its children can reach."""
+  buckets.path("gs://bucket")  # first, since it decides how gcsfs is imported
   from gcsfs import GCSFileSystem
 
   for name, value in bucket_environment.items():

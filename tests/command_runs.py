@@ -1,4 +1,4 @@
-"""Runs of the tiny config through the command line, as a user types it, shared by the test files that look at them."""
+"""Runs of the tiny config by command lines as a user types them, shared by several test files."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def start(
   folder: pathlib.Path = ROOT,
   output: int = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
-  """Start a command with nothing to read, whose output is text."""
+  """Start a command with an empty stdin; its output is text."""
   options: Any = dict(cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True)
   return subprocess.Popen(command, **options)
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-  """Run a command to its end."""
+  """Run a command until it ends."""
   options: Any = dict(cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
   return subprocess.run(command, **options)
 
 
 def call(verb: str, environment: Mapping[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
-  """Run a command of the package."""
+  """Run a command of the package, named by its verb."""
   return run([sys.executable, "-m", f"diffdis_jax.{verb}", *flags], environment)
 
 
@@ -56,7 +56,7 @@ def joint_flags(autoencoder: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def run_once(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Callable[..., pathlib.Path]:
-  """Return a function that runs a command once for all processes of the tests, and returns the path that it writes."""
+  """Return a function that runs a command once for all test processes, and returns the path that it writes."""
 
   def run_once(name: str, verb: str, *flags: str) -> pathlib.Path:
     def make(path: pathlib.Path) -> None:

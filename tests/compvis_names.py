@@ -1,4 +1,4 @@
-"""diffusers' names to those of CompVis' single-file checkpoints: as diffusers' converter reads them, turned around."""
+"""Map diffusers' names to those of CompVis' single-file checkpoints, by the inverse of diffusers' converter."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def unet_name(name: str, *, depth: int, has_attention: Mapping[int, bool]) -> str:
-  """`has_attention`: whether the up path's levels have attention; an upsampling's number depends on it."""
+  """Return a UNet parameter's name. An upsampling's number depends on whether the levels have attention."""
   if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name):
-    way, level, kind, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    first = level * (depth + 1) + (way == "down")
-    side = "input_blocks" if way == "down" else "output_blocks"
+    direction, level, kind, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    first = level * (depth + 1) + (direction == "down")
+    side = "input_blocks" if direction == "down" else "output_blocks"
     if kind == "downsamplers":
       return f"{side}.{first + depth}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
@@ -62,12 +62,12 @@ def vae_name(name: str, *, levels: int) -> str:
 def single_file(
   states: Mapping[str, Mapping[str, torch.Tensor]], *, depth: int, levels: int
 ) -> dict[str, torch.Tensor]:
-  """Return one state dict of three. The autoencoder's attention has 1x1 convolutions there.
+  """Return one state dict made of three. Its autoencoder has attention as 1x1 convolutions.
 
   Args:
-    states: those of unet, vae and text_encoder, the last with its prefix `text_model.`.
+    states: state dicts of unet, vae and text_encoder, the last with its prefix `text_model.`.
     depth: residual blocks a level of the UNet.
-    levels: of the autoencoder.
+    levels: number of levels of the autoencoder.
   """
   names = list(states["unet"])
   has_attention = {level: f"up_blocks.{level}.attentions.0.norm.weight" in names for level in range(10)}

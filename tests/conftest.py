@@ -1,6 +1,6 @@
-"""Eight CPU devices, strict dtype promotion, warnings as errors, and every annotation of the package checked.
+"""Set up the tests: eight CPU devices, strict dtype promotion, warnings as errors, and checked annotations.
 
-`make test` runs what is marked neither `slow` nor `full`, CI what is not marked `full`, `make test-all` everything.
+`make test` runs the tests marked neither `slow` nor `full`; CI those not marked `full`; `make test-all` all.
 """
 
 import gc
@@ -13,9 +13,9 @@ import signal
 from collections.abc import Iterator
 
 # Compiling takes most of the tests' time, and these flags more than halve it. jax reads them when it makes its first
-# array, also in the commands that the tests start. A compiler that does not know a flag ends at once and says so.
-# The second puts an AdamW step's moments, average and parameter into one kernel instead of four. The third is for
-# jaxlib 0.10 alone: later ones have no other emitter.
+# array, also in the commands that the tests start. A compiler that does not know a flag ends at once with a message.
+# The second flag puts an AdamW step's moments, average and parameter into one kernel instead of four. The third is only
+# for jaxlib 0.10: later versions have no other emitter.
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
   " --xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
@@ -29,10 +29,10 @@ import pytest
 from absl import logging as absl_logging
 
 jaxtyping.install_import_hook("diffdis_jax", "tests.check")  # before any module of the package is imported
-# Under nohup this signal is ignored, which the commands that the tests start would inherit.
+# nohup ignores this signal, and the commands that the tests start would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Test files name these files of fixtures as plugins. pytest must know them before one is imported.
+# Test files name these fixture files as plugins; pytest must know them before the first is imported.
 pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.untrained", "tests.inception_weights")
 pytest.register_assert_rewrite("tests.browser", "tests.bucket_server")
 
@@ -46,7 +46,7 @@ CACHE /= hashlib.sha256(repr(_FEATURES).encode()).hexdigest()[:16]
 CACHED = {
   "jax_compilation_cache_dir": str(CACHE),
   "jax_persistent_cache_min_compile_time_secs": 0,
-  "jax_persistent_cache_enable_xla_caches": "none",  # they put the folder's path into each key
+  "jax_persistent_cache_enable_xla_caches": "none",  # they would put the folder's path into each key
 }
 for _name, _value in CACHED.items():
   jax.config.update(_name, _value)
@@ -55,15 +55,15 @@ for _name, _value in CACHED.items():
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_disable_most_optimizations", True)  # the compiler is faster without
+jax.config.update("jax_disable_most_optimizations", True)  # the compiler is faster without them
 
-# Python's usual garbage collection takes a tenth of the time: jax traces into millions of objects, which stay.
+# Python's default garbage collection takes a tenth of the time, since jax's traces are millions of objects that stay.
 gc.set_threshold(100_000, 50, 50)
 
 
-PROCESS_BYTES = 5 * 2**30  # the memory that one process of the tests may take
-CACHE_BYTES = 2 * 2**30  # limit of the compiled programs; one run of the tests needs a small part of it
-# Limit of the CPU time of a case of `make test` with its child processes. Machines differ: CI sets its own.
+PROCESS_BYTES = 5 * 2**30  # memory that one test process may take
+CACHE_BYTES = 2 * 2**30  # limit for the compiled programs; one run of the tests needs a small part of it
+# Limit on the CPU time of a case of `make test`, child processes included. CI sets its own limit.
 MOST_SECONDS = float(os.environ.get("CASE_SECONDS", 20))
 
 
@@ -79,7 +79,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-  """Fail an unmarked case that takes longer than MOST_SECONDS. The runs that cases share do not count."""
+  """Fail an unmarked case that takes longer than MOST_SECONDS. Runs shared by several cases do not count."""
   before = sum(os.times()[:4])
   result = yield
   seconds = sum(os.times()[:4]) - before
@@ -93,7 +93,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def verbosity_stays() -> Iterator[None]:
-  """Keep absl's log as it was, so that no test, nor a command in its process, changes it for the next one."""
+  """Keep absl's verbosity, so that no test or command changes it for the next one."""
   logger = absl_logging.get_absl_logger()
   before = logger.level, logging.root.level
   yield
@@ -103,14 +103,14 @@ def verbosity_stays() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-  """Return one worker a core, if there is memory for it: jax keeps in memory what it compiled and traced."""
+  """Return one worker a core if memory allows: jax keeps what it compiled and traced in memory."""
   memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   return max(1, min(len(os.sched_getaffinity(0)), memory // PROCESS_BYTES))
 
 
 def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line("filterwarnings", "error")
-  # If an entry is incomplete, since another process writes it or was killed, jax compiles it again.
+  # jax compiles again if an entry is incomplete because another process writes it or was killed.
   config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
-  # Annotations of flax cause it.
+  # flax's annotations cause this warning.
   config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")

@@ -1,4 +1,4 @@
-"""Send Ctrl-C as a terminal does, to every process of a group that does not ignore it."""
+"""Send Ctrl-C as a terminal does: to every process of a group that does not ignore it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.command_runs import ROOT
 
 @contextlib.contextmanager
 def not_ignored() -> Iterator[None]:
-  """Undo that a shell without job control makes its background commands, and all that they start, ignore SIGINT."""
+  """Stop ignoring SIGINT, which a shell without job control makes its background commands and their children do."""
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     yield
@@ -32,7 +32,7 @@ def is_alive(pid: int | str) -> bool:
 
 
 class Terminal:
-  """A command in a terminal, whose stderr goes to a file."""
+  """Run a command in a terminal; its stderr goes to a file."""
 
   def __init__(self, command: Sequence[str], environment: Mapping[str, str], stderr: pathlib.Path):
     self._file = stderr
@@ -52,7 +52,7 @@ class Terminal:
     self.process.communicate()
 
   def wait_until(self, ready: Callable[[], object], *, seconds: float = 120) -> None:
-    """Wait for `ready()` while the command runs."""
+    """Wait until `ready()` is true, while the command runs."""
     deadline = time.monotonic() + seconds
     while not ready():
       assert self.process.poll() is None, self.stderr
@@ -60,11 +60,11 @@ class Terminal:
       time.sleep(0.005)
 
   def ctrl_c(self) -> None:
-    """Send SIGINT to the whole group."""
+    """Send SIGINT to the whole process group."""
     os.killpg(self.process.pid, signal.SIGINT)
 
   def end(self, *, seconds: float = 60) -> int:
-    """Return the exit code."""
+    """Wait until the command ends, and return its exit code."""
     return self.process.wait(seconds)
 
   @property

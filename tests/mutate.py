@@ -1,4 +1,4 @@
-"""Change the equations one at a time and count how many of the changes the fast tests of their modules find.
+"""Mutate the equations one at a time, and count how many mutations the fast tests of their modules find.
 
   python tests/mutate.py [--count=40] [--seed=0] [--only=losses]
 
@@ -73,7 +73,7 @@ def changes(node: ast.AST) -> Iterator[ast.expr]:
 
 
 def expressions(tree: ast.AST) -> Iterator[ast.AST]:
-  """Yield the nodes of functions' bodies in order, except for annotations, errors, text and what is logged."""
+  """Yield the nodes of functions' bodies in order, without annotations, errors, text and logging."""
   for name, child in ast.iter_fields(tree):
     if name in ("annotation", "returns", "decorator_list", "args") and not isinstance(tree, ast.Call):
       continue
@@ -93,7 +93,7 @@ def sites(tree: ast.Module) -> list[ast.AST]:
 
 
 class Replace(ast.NodeTransformer):
-  """Put `new` in the place of `old`."""
+  """Replaces the node `old` by `new`."""
 
   def __init__(self, old: ast.AST, new: ast.expr):
     self.old, self.new = old, new
@@ -112,7 +112,7 @@ def mutated(path: str, i: int, k: int) -> tuple[str, str]:
 
 
 def chosen_changes(*, only: str, count: int, seed: int) -> list[tuple[str, int, int]]:
-  """Choose changes at random from one module after another, each as a path, a node's number and a change's number."""
+  """Choose changes at random from the modules in turn, each as a path, a node's number and a change's number."""
   queues = []
   for path in (path for path in TESTS if only in path):
     nodes = sites(ast.parse((ROOT / "diffdis_jax" / path).read_text()))
@@ -143,7 +143,7 @@ def main() -> None:
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--only", default="", help="a part of a module's name")
   parser.add_argument("--seconds", type=float, default=120, help="limit for the tests of one change")
-  given = parser.parse_args()
+  arguments = parser.parse_args()
   missed: list[str] = []
   tried = 0
   passing: dict[str, bool] = {}
@@ -152,9 +152,9 @@ def main() -> None:
     for name in COPIED:
       copied = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
       copied(ROOT / name, checkout / name)
-    for path, i, k in chosen_changes(only=given.only, count=given.count, seed=given.seed):
+    for path, i, k in chosen_changes(only=arguments.only, count=arguments.count, seed=arguments.seed):
       if path not in passing:
-        passing[path] = tests_pass(checkout, path, seconds=5 * given.seconds)
+        passing[path] = tests_pass(checkout, path, seconds=5 * arguments.seconds)
         if not passing[path]:
           sys.stdout.write(f"the tests of {path} fail without a change: {TESTS[path]}\n")
       if not passing[path]:
@@ -163,7 +163,7 @@ def main() -> None:
       file = checkout / "diffdis_jax" / path
       before = file.read_text()
       file.write_text(source)
-      is_found = not tests_pass(checkout, path, seconds=given.seconds)
+      is_found = not tests_pass(checkout, path, seconds=arguments.seconds)
       file.write_text(before)
       tried += 1
       sys.stdout.write(f"{'found ' if is_found else 'MISSED'} {text}\n")

@@ -1,4 +1,4 @@
-"""Let the processes that run the tests side by side share a folder that one of them makes."""
+"""Let parallel test processes share a folder that one of them makes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def shared_folder(factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
-  """Return the shared folder's `name`. The first process that asks calls `make` for it, and the others wait."""
+  """Return `name` in the shared folder. The first process that asks calls `make` for it, and the others wait."""
   path = shared_folder(factory) / name
   finished = path.with_name(f"{name}.finished")
   with filelock.FileLock(f"{path}.lock"):

@@ -1,4 +1,4 @@
-"""The commands and Python blocks that README and the pages in docs/ show."""
+"""Read the commands and Python blocks of README and the pages in docs/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
-WRITTEN = ROOT / "docs" / "tour"  # the notebook writes here, also a model card
+WRITTEN = ROOT / "docs" / "tour"  # the notebook writes here, a model card among other files
 DOCS = sorted(path for path in (ROOT / "docs").rglob("*.md") if WRITTEN not in path.parents)
 BESIDE = sorted((ROOT / "replication").rglob("*.md"))
 PAGES = ("README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (*DOCS, *BESIDE)))
@@ -19,7 +19,7 @@ _VARIABLE = re.compile(r'(\w+)="(.*)"')
 
 
 def commands() -> Iterator[str]:
-  """Yield the commands in every page's blocks, and in its text those that begin with `python -m diffdis_jax.`.
+  """Yield the commands in the blocks of all pages, and those in text that begin with `python -m diffdis_jax.`.
 
   A command is one line without comments, its variables replaced. A launcher before it is left out.
   """
@@ -36,19 +36,19 @@ def commands() -> Iterator[str]:
 
 
 def as_module(line: str) -> str:
-  """Write `diffdis COMMAND ...` as `python -m diffdis_jax.COMMAND ...`, and a config's file as its name."""
+  """Rewrite `diffdis COMMAND ...` as `python -m diffdis_jax.COMMAND ...`, and a config's file as its name."""
   return re.sub(r"(--(?:config|base)=)configs/(\w+)\.py", r"\1\2", re.sub(r"^diffdis (?=[a-z])", _MODULE, line))
 
 
 def python_block(page: str, containing: str) -> str:
-  """Return the page's only block of Python with this text in it."""
+  """Return the only Python block of a page that contains this text."""
   text = (ROOT / page).read_text(encoding="utf-8")
   (chosen,) = (block for language, block in _BLOCK.findall(text) if language == "python" and containing in block)
   return chosen
 
 
 def number_of_python_blocks(page: str) -> int:
-  """Count the blocks of Python in a page."""
+  """Count the Python blocks of a page."""
   return sum(language == "python" for language, _ in _BLOCK.findall((ROOT / page).read_text(encoding="utf-8")))
 
 
@@ -59,5 +59,5 @@ def _in_block(block: str, variables: dict[str, str]) -> Iterator[str]:
       variables[variable[1]] = variable[2]
     line = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
     launcher = None if variable else _COMMAND.match(line)
-    if launcher and not re.search(r"diffdis(_jax.| )NAME", line):  # the drawing of the folders has that
+    if launcher and not re.search(r"diffdis(_jax.| )NAME", line):  # it occurs in the picture of the folders
       yield line[launcher.end() :]

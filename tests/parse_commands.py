@@ -23,15 +23,15 @@ RUN = "--run" in sys.argv[1:]
 
 
 def parse_alone(main: Callable[[list[str]], Any], *, flags_parser: Callable[[list[str]], list[str]]) -> None:
-  """Take the place of absl's `app.run`."""
-  rest = flags_parser(sys.argv)
+  """Parse flags in place of absl's `app.run`."""
+  positional = flags_parser(sys.argv)
   if RUN:
-    main(rest)
+    main(positional)
 
 
 def outcome(command: Sequence[str]) -> tuple[int, str]:
   """Return the exit code and the output of a command."""
-  known, code, output = {*flags.FLAGS}, 0, io.StringIO()
+  defined, code, output = {*flags.FLAGS}, 0, io.StringIO()
   sys.argv = [command[0], *command[1:]]
   with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
     try:
@@ -39,11 +39,11 @@ def outcome(command: Sequence[str]) -> tuple[int, str]:
     except SystemExit as ended:
       code = int(ended.code or 0)
   flags.FLAGS.unparse_flags()
-  for name in {*flags.FLAGS} - known:  # the next command has its own of these names
+  for name in {*flags.FLAGS} - defined:  # the next command defines flags of the same names
     delattr(flags.FLAGS, name)
   return code, output.getvalue()
 
 
 app.run = parse_alone
-warnings.simplefilter("ignore", RuntimeWarning)  # runpy warns if one command has imported the next
+warnings.simplefilter("ignore", RuntimeWarning)  # runpy warns if one command has already imported the next
 json.dump([outcome(command) for command in json.load(sys.stdin)], sys.stdout)

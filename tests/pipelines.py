@@ -1,4 +1,4 @@
-"""Make Stable Diffusion in PyTorch with random weights, tiny or of full size, as users keep it on disk."""
+"""Make Stable Diffusion in PyTorch with random weights, tiny or at full size, as users have it on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.models import from_torch
 from tests.once import made_once
 
 LENGTH = 12
-# 8 heads and 32 groups, because a single-file checkpoint cannot say otherwise; 16 px latents of 32 px images.
+# 8 heads and 32 groups, which a single-file checkpoint implies; 32 px images have 16 px latents.
 UNET = dict(
   block_out_channels=(32, 64),
   down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -48,7 +48,7 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory: pytest.TempPathFactory, sd: pathlib.Path) -> str:
-  """Return the workdir of that Stable Diffusion."""
+  """Import that Stable Diffusion, and return the workdir."""
   make = lambda folder: import_weights.import_weights(str(sd), str(folder))
   return str(made_once(tmp_path_factory, "imported", make))
 
@@ -62,7 +62,7 @@ def tokenizer(folder: pathlib.Path, length: int) -> CLIPTokenizer:
 def stable_diffusion(
   scratch: pathlib.Path, *, unet: dict[str, Any] = UNET, vae: dict[str, Any] = VAE, text: dict[str, Any] = TEXT
 ) -> StableDiffusionPipeline:
-  """Make a pipeline of these sizes, tiny by default."""
+  """Make a pipeline of these sizes, which are tiny by default."""
   modules = dict(
     unet=UNet2DConditionModel(**unet),
     vae=AutoencoderKL(**vae),
@@ -70,7 +70,7 @@ def stable_diffusion(
   )
   for seed, module in enumerate(modules.values()):
     from_torch.randomise(module, seed)
-  # Images with some contrast, and neither black nor white.
+  # Give images some contrast, and make them neither black nor white.
   with torch.no_grad():
     modules["vae"].decoder.conv_out.weight *= 0.3
   return StableDiffusionPipeline(
@@ -84,7 +84,7 @@ def stable_diffusion(
 
 
 def draw(pipeline: StableDiffusionPipeline, noise: np.ndarray, *, steps: int, guidance: float = 7.5) -> np.ndarray:
-  """Generate PROMPTS, u8[n h w 3], from the given initial noise, [n h w c]."""
+  """Generate images of PROMPTS, u8[n h w 3], from the given initial noise, [n h w c]."""
   pipeline.set_progress_bar_config(disable=True)
   images = pipeline(
     PROMPTS[: len(noise)],
@@ -97,7 +97,7 @@ def draw(pipeline: StableDiffusionPipeline, noise: np.ndarray, *, steps: int, gu
 
 
 def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
-  """Return the PSNR of u8 images in dB; equal images give infinity."""
+  """Return the PSNR of u8 images in dB, infinity for equal images."""
   assert actual.shape == expected.shape and actual.dtype == expected.dtype == np.uint8
   error = np.mean((actual.astype(np.float64) - expected) ** 2)
   return float(10 * np.log10(255**2 / error)) if error else float("inf")

@@ -1,4 +1,4 @@
-"""Make raw pairs for the tests of data: pictures, webdataset tars, and everything that can be wrong with them."""
+"""Make raw pairs for the tests of data: pictures, webdataset tars, and every kind of fault in them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def columns(**values: Any) -> bytes:
 
 
 def write_pairs(folder: pathlib.Path, count: int, *, first: int = 0, tar: str = "0.tar", **how: Any) -> None:
-  """Write a tar of pictures, whose captions are their numbers, into a folder that may be new."""
+  """Write a tar of pictures, whose captions are their numbers, into a folder, which may be new."""
   folder.mkdir(parents=True, exist_ok=True)
   numbers = range(first, first + count)
   of_pair = lambda i: {f"{i:03d}.png": picture(i, **how), f"{i:03d}.txt": b"%d" % i}
@@ -72,7 +72,8 @@ def bomb() -> bytes:
 
 
 def faults() -> dict[str, tuple[bytes, bytes, str]]:
-  """Return, by name of a fault, image, caption, and the reason why the pair is left out, or "" where it can be used."""
+  """Return, by the name of a fault, an image, a caption, and the reason for leaving the pair out ("" if it can be
+  used)."""
   red = Image.new("RGB", (16, 16), (255, 0, 0))
   exif = Image.Exif()
   exif[0x0112] = 6

@@ -1,4 +1,4 @@
-"""Serve the page in a process of its own, for the tests that click and those that ask it much."""
+"""Serve the page in a process of its own, for tests that click on it or send it many requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Served(NamedTuple):
   uploads: pathlib.Path
 
   def page(self, number: int) -> str:
-    """Return the address of the page that is served as the number-th, from 0, once it is."""
+    """Wait until page `number`, counted from 0, is served, and return its address."""
     end = time.monotonic() + 300
     while len(pages := re.findall(r"the page is at (\S+?)/?;", self.log.read_text())) <= number:
       assert is_alive(self.pid) and time.monotonic() < end, self.log.read_text()
@@ -33,7 +33,7 @@ class Served(NamedTuple):
     return pages[number]
 
   def memory(self) -> int:
-    """Return resident memory in MB."""
+    """Return the server's resident memory in MB."""
     status = pathlib.Path(f"/proc/{self.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024
 
@@ -49,7 +49,7 @@ def serve(
 def started(
   arguments: list[str], log: pathlib.Path, environment: dict[str, str], *, stop: signal.Signals = signal.SIGTERM
 ) -> Iterator[Served]:
-  """Run Python with these arguments until the block is left; it must then end with code 0 and leave no upload."""
+  """Run Python with these arguments during the block, and check that it ends with code 0 and leaves no upload."""
   command, uploads = [sys.executable, *arguments], log.with_suffix(".uploads")
   environment = {**os.environ, **environment, "GRADIO_TEMP_DIR": str(uploads)}
   with log.open("w") as file:

@@ -1,6 +1,5 @@
-"""Run a module while one process compiles one program slowly, as if the others had found it in a cache:
-python -m tests.slow_compiling diffdis_jax.train --config=... --workdir=...
-"""
+"""Run a module while one process compiles one program slowly, as if the others had loaded it from a cache:
+python -m tests.slow_compiling diffdis_jax.train --config=... --workdir=..."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ MESSAGE = "compiling slowly"
 
 
 def variables(name: str, *, seconds: int, process: int = 0) -> dict[str, str]:
-  """Return variables by which process number `process` takes so many more seconds to compile the program `name`."""
+  """Return variables that make process number `process` take `seconds` longer to compile the program `name`."""
   return {NAME: name, PROCESS: str(process), SECONDS: str(seconds)}
 
 
@@ -25,7 +24,7 @@ class _Time(ctypes.Structure):
 
 
 def _wait(seconds: int) -> None:
-  """Wait like a compiler, on a lock that is held: other threads run, but no signal handler of Python does."""
+  """Wait as a compiler does, on a lock: other threads run, but no signal handler of Python does."""
   lock, end = ctypes.create_string_buffer(64), _Time(int(time.time()) + seconds, 0)
   library = ctypes.CDLL(None)
   for _ in range(2):

@@ -1,4 +1,4 @@
-"""Training steps of the tiny config with random parameters, which compile in seconds."""
+"""Run training steps of the tiny config with random parameters, which compile in seconds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ALPHA_BAR = {name: np.cumprod(1 - betas) for name, betas in _BETAS.items()}
 def make_config(*objectives: str, **changes: Any) -> ConfigDict:
   """Make the tiny config with 99 words and attention in the middle alone, so that it compiles quickly.
 
-  `changes` are fields by their dotted path.
+  `changes` maps fields, by dotted path, to values.
   """
   config = tiny.get_config()
   config.model.unet.attention = (False,)
@@ -80,7 +80,7 @@ def make_inference(config: ConfigDict, *, mesh: Mesh | None = None, batch_size: 
 
 
 def config_of(workdir: epath.PathLike) -> ConfigDict:
-  """Read the config of the run in this folder, not locked."""
+  """Read the config of the run in this folder, unlocked."""
   return ConfigDict(read_fields(workdir))
 
 
@@ -99,7 +99,7 @@ def open_batches(config: ConfigDict, rows: Sequence[int] | None = None) -> grain
 
 
 class Trainer:
-  """A compiled step, and the state around its random parameters; `batch` has the fields that it takes."""
+  """A compiled step with a state of random parameters; `batch` has the fields that the step takes."""
 
   def __init__(self, config: ConfigDict, mesh: Mesh | None = None, batch: Any = None):
     self.config, self.mesh = config, make_mesh() if mesh is None else mesh
@@ -110,7 +110,7 @@ class Trainer:
 
   @property
   def text(self) -> str:
-    """The text of the compiled step."""
+    """Return the text of the compiled step."""
     return self._train_step.as_text()
 
   def place(self, batch: Any) -> Any:
@@ -121,21 +121,21 @@ class Trainer:
 
   def run(self, state: TrainState, *batches: Any) -> tuple[TrainState, list[Metrics]]:
     """Take a step on each of the batches; return the state, and each step's metrics on the host."""
-    state, metrics = jax.tree.map(jnp.copy, state), []  # the step takes its memory
+    state, metrics = jax.tree.map(jnp.copy, state), []  # the step reuses the memory of its input state
     for batch in batches:
-      state, now = self._train_step(state, self.place(batch))
-      metrics.append(jax.device_get(now))
+      state, metrics_now = self._train_step(state, self.place(batch))
+      metrics.append(jax.device_get(metrics_now))
     return state, metrics
 
 
 def moments(opt_state: Any, name: str) -> dict[str, jax.Array]:
-  """Return Adam's moments, mu or nu, by path."""
+  """Return Adam's moments `mu` or `nu` by path."""
   leaves = jax.tree.leaves_with_path(opt_state)
   return {key[-1].key: x for key, x in leaves if jax.tree_util.GetAttrKey(name) in key}
 
 
 def loss_function(network: Network, run: Run) -> Any:
-  """Return a run's loss as a function of (trainable, fixed, batch, keys, teacher), without gathering over devices."""
+  """Return a run's loss as a function of (trainable, fixed, batch, keys, teacher), not gathered over devices."""
 
   def loss(
     trainable: Params, fixed: Params, batch: Any, keys: dict[str, jax.Array], teacher: Params | None = None
@@ -151,7 +151,7 @@ def make_keys(microbatch: int = 0) -> dict[str, jax.Array]:
 
 
 class Loss:
-  """A config's loss as a function of (trained parameters, batch, keys), the others fixed; not compiled."""
+  """A config's loss as a function of (trained parameters, batch, keys), the other parameters fixed; not compiled."""
 
   def __init__(self, config: ConfigDict, *, trained: str = ""):
     self.network = network_of(config)
@@ -161,7 +161,7 @@ class Loss:
     self._loss = loss_function(self.network, Run.of(config))
 
   def __call__(self, trained: Params, batch: Batch, keys: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-    # The compiled step gets them as arrays, too.
+    # The compiled step also gets them as arrays.
     trained, fixed, batch = jax.tree.map(jnp.asarray, (trained, self._fixed, batch))
     loss, (metrics, _) = self._loss(trained, fixed, batch, keys)
     return loss, metrics

@@ -1,4 +1,4 @@
-"""Shorten tests/tiny.py's evaluations to a second, for the tests of ablate: --base=tests/tiny_ablation.py"""
+"""Shorten the evaluations of tests/tiny.py to a second, for the tests of ablate: --base=tests/tiny_ablation.py"""
 
 from ml_collections import ConfigDict
 

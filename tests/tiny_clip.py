@@ -1,6 +1,6 @@
-"""configs/clip_cc3m.py, shrunk until a step compiles and runs in seconds: the same code with smaller numbers.
+"""configs/clip_cc3m.py is shrunk here until a step compiles and runs in seconds: the same code with smaller numbers.
 
-Also a config file for command lines: --config=tests/tiny_clip.py[:recipe=openclip]
+It is also a config file for command lines: --config=tests/tiny_clip.py[:recipe=openclip]
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def shrink(model: ConfigDict) -> None:
-  """Make it small, for 16 px and 8 tokens."""
+  """Shrink a model for 16 px and 8 tokens."""
   tower = dict(width=16, depth=2, num_heads=2, mlp_width=32, projection=12)
   model.text_encoder.update(max_length=8, **tower)
   model.vision_encoder.update(image_size=16, patch=4, **tower)

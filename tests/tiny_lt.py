@@ -1,7 +1,7 @@
-"""replication/configs/shapes_lt.py, shrunk until a step compiles and runs in seconds; the network is that of the run
-`init`, or without it a small one.
+"""Shrink replication/configs/shapes_lt.py until a step compiles and runs in seconds. Without the run `init`, it has a
+small network.
 
-Also a config file for command lines: --config=tests/tiny_lt.py:stage=1,init=WORKDIR
+It is also a config file for command lines: --config=tests/tiny_lt.py:stage=1,init=WORKDIR
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Make a run of the shapes config, much smaller and never trained, for tests of the verbs."""
+"""Make a run of the shapes config, much smaller and untrained, for tests of the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEP = 3
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
-  """Return the workdir of a run with a checkpoint of step 3, made once for all the test files."""
+  """Return the workdir of a run with a checkpoint of step 3, which all test files share."""
   return str(made_once(tmp_path_factory, "untrained", _make_run))
 
 

@@ -34,7 +34,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 class StepSampler(step_sampler.StepSampler):
-  """A model whose query is an image's mean colour, or the colour that a text names."""
+  """A model whose query is the mean colour of an image, or the colour that a text names."""
 
   COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
   temperature = 3.0
@@ -57,7 +57,7 @@ class StepSampler(step_sampler.StepSampler):
 
 
 class Source:
-  """Squares of one colour."""
+  """A data source whose images are squares of one colour."""
 
   def __init__(self, *colours):
     self.colours = colours
@@ -88,7 +88,7 @@ def test_a_generation_shows_three_images_after_each_step():
   steps = [*answers.generate(StepSampler(), " a star ", 0, 3, 2)]
   assert [image.mean() for image, _ in steps[-1][1]] == [1, 2, 3]
   assert [line for line, _ in steps] == ["Step 1 of 3, t = 998.", "Step 2 of 3, t = 997.", "3 steps."]
-  # The image is of the latent that the step leads to, its predictions of the one that it begins with.
+  # The image shows the latent after the step; the predictions are made from the latent before it.
   captions = [[caption for _, caption in images] for _, images in steps]
   assert captions[1][0] == "z at the next t, decoded" and "from z_t with the prompt" in captions[1][2]
   assert captions[2][0] == "a star"
@@ -116,8 +116,8 @@ def test_images_are_found_by_text_and_by_image(tmp_path):
 
 
 def test_images_to_search_are_those_of_classification_where_they_can_be_opened(monkeypatch, caplog):
-  """The emoji config's first evaluation by name is of generated images, whose data are those of training."""
-  evals = dict(sorted(Run.of(emoji.get_config("path=P")).to_dict()["evals"].items()))  # as config.json has them
+  """The emoji config's first evaluation by name uses generated images, so its data are the training data."""
+  evals = dict(sorted(Run.of(emoji.get_config("path=P")).to_dict()["evals"].items()))  # in the order of config.json
   assert min(evals) == "drawn" and evals["drawn"]["data"]["split"] == "train"
   monkeypatch.setattr(sources, "open_source", lambda **section: section)
   opened: Any = open_data(evals, None, None, image_size=32)
@@ -125,7 +125,7 @@ def test_images_to_search_are_those_of_classification_where_they_can_be_opened(m
   monkeypatch.setattr(sources, "open_source", mock.Mock(side_effect=ConnectionError("no route to the bucket")))
   assert open_data(evals, None, None, image_size=32) is None
   assert "no images to search: no route to the bucket; give --data and --split" in caplog.text
-  with pytest.raises(ConnectionError):  # somebody asked for this one
+  with pytest.raises(ConnectionError):  # the user asked for this data set
     open_data({}, "gs://bucket/data", "val", image_size=8)
 
 
@@ -151,7 +151,7 @@ def test_a_data_set_that_is_away_while_it_is_embedded_ends_the_search_with_a_rea
 
 
 def test_a_taken_port_is_known_before_the_run_is_looked_for():
-  with socket.create_server(("127.0.0.1", 0)) as other:
-    port = other.getsockname()[1]
+  with socket.create_server(("127.0.0.1", 0)) as second:
+    port = second.getsockname()[1]
     with pytest.raises(UserError, match=f"^cannot listen at 127.0.0.1, port {port}: Address already in use; take "):
       app.listen("127.0.0.1", port)

@@ -1,4 +1,4 @@
-"""Ask the page of a small run good and bad things, by the interface that the page itself uses."""
+"""Send good and bad requests to the page of a small run, through the interface that the page itself uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest_plugins = ("tests.untrained",)
 REQUESTS, AT_ONCE = 33, 6
 UPLOADS = {"image": pictures.png(64, 48), "empty": b"", "large": bytes(11_000_000), "bomb": pictures.bomb(30_000)}
 NAMES, TEMPLATE = "red star, blue ring, green heart", "a {}"
-# Name, what is asked, what is uploaded, and what must come back: an answer, or a message with these words.
+# Each row: the function's name, its inputs, what is uploaded, and the expected answer or words of the error message.
 KINDS = (
   ("draw", ["a red star", 0, 6, 3.0], "", "answer"),
   ("classify", [NAMES, TEMPLATE, 0], "image", "answer"),
@@ -49,16 +49,16 @@ def ask(client: httpx.Client, name: str, data: list) -> str | list:
 
 
 def outcome(address: str, number: int) -> tuple[str, str]:
-  """Return what must come back, and what comes."""
+  """Return the expected outcome of a request and the actual one."""
   name, inputs, upload, expected = KINDS[number % len(KINDS)]
   with httpx.Client(base_url=address, timeout=120) as client:
     if upload:
       path = upload
       if upload in UPLOADS:
-        sent = client.post("/gradio_api/upload", files={"files": ("a.png", UPLOADS[upload])})
-        if sent.status_code != 200:
-          return expected, str(sent.status_code)
-        (path,) = sent.json()
+        response = client.post("/gradio_api/upload", files={"files": ("a.png", UPLOADS[upload])})
+        if response.status_code != 200:
+          return expected, str(response.status_code)
+        (path,) = response.json()
       inputs = [{"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}, *inputs]
     values = ask(client, name, inputs)
     is_answer = isinstance(values, list) and isinstance(values[0], str) and all(values[1:])
@@ -67,7 +67,7 @@ def outcome(address: str, number: int) -> tuple[str, str]:
 
 @pytest.mark.slow
 def test_no_request_is_lost_bad_ones_are_messages_and_a_drawn_image_goes_to_classify(run, tmp_path):
-  """Afterwards the page ends by SIGTERM, and leaves no upload."""
+  """At the end SIGTERM stops the page, and it leaves no upload behind."""
   with serve(run, tmp_path / "log", {}) as served, ThreadPoolExecutor(AT_ONCE) as pool:
     end = time.monotonic() + 120
     while "images can be searched" not in served.log.read_text() and time.monotonic() < end:

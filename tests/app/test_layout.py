@@ -1,4 +1,4 @@
-"""Test the page's tabs, first values and example, by the run that it serves."""
+"""Test that the page's tabs, initial values and example fit the run that it serves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.app.test_answers import Source
 from tests.app.test_answers import StepSampler as ColourSampler
 from tests.models.networks import random_params
 
-pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("default")]  # for Gradio's own imports
+pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("default")]  # Gradio's own imports warn
 
 
 def build(config, source: Source | None = None):
@@ -32,12 +32,12 @@ def build(config, source: Source | None = None):
   return blocks
 
 
-def components(config, source: Source | None = None, **wanted: str) -> list[dict]:
-  """Return the properties of the components that have these."""
+def components(config, source: Source | None = None, **expected: str) -> list[dict]:
+  """Return the properties of all components whose properties have these values."""
   properties = [
     {**part["props"], "type": part["type"]} for part in build(config, source).get_config_file()["components"]
   ]
-  return [part for part in properties if wanted.items() <= {name: part.get(name) for name in wanted}.items()]
+  return [part for part in properties if expected.items() <= {name: part.get(name) for name in expected}.items()]
 
 
 def config_of(*objectives: str):
@@ -76,7 +76,7 @@ def test_an_example_is_drawn_and_classified_before_the_first_click():
   assert len(gallery["value"]) == 3 and by_id["draw-line"]["value"] == "2 steps."
   assert by_id["classify-image"]["value"] and "%" in by_id["classify-line"]["value"]
   assert len(by_id["classify-answer"]["value"]["confidences"]) > 1
-  # A run that generates nothing takes the first image that is searched.
+  # For a run that does not generate, the first of the searched images is the example.
   by_id = {part.get("elem_id"): part for part in components(tiny_clip.get_config(), Source("red"))}
   assert "%" in by_id["classify-line"]["value"] and "send-button" not in by_id
 
@@ -115,7 +115,7 @@ def test_uploads_stay_for_ten_minutes_at_most_and_neither_title_nor_manifest_sho
 
 
 def test_an_address_in_the_place_of_a_file_is_never_fetched(monkeypatch):
-  """Gradio would do so in a field of any kind, whatever the file's size."""
+  """Gradio would download an address given for any field, whatever the file's size."""
   import gradio
   from gradio import processing_utils
 
@@ -124,7 +124,7 @@ def test_an_address_in_the_place_of_a_file_is_never_fetched(monkeypatch):
 
   monkeypatch.setattr(processing_utils, "async_ssrf_protected_get", get)
   blocks = build(config_of("discrimination"))
-  function = next(known for known in blocks.fns.values() if known.api_name == "classify")
+  function = next(candidate for candidate in blocks.fns.values() if candidate.api_name == "classify")
   file = {"path": "https://example.com/large.png", "meta": {"_type": "gradio.FileData"}}
   for inputs in ([file, "a, b", "{}", 0], [None, [file], "{}", 0]):
     with pytest.raises(gradio.Error, match="not as an address"):

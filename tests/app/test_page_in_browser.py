@@ -1,4 +1,4 @@
-"""Click through the page in Chromium. It needs apt-get install chromium chromium-driver."""
+"""Click through the page in Chromium. It requires the packages of apt-get install chromium chromium-driver."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def served(run, tmp_path_factory):
 
 
 class Page:
-  """The page as a user sees and clicks it."""
+  """The page as a user sees it and clicks on it."""
 
   def __init__(self, driver, address: str):
     self.driver = driver
@@ -64,7 +64,7 @@ class Page:
     return " ".join(element.text for element in self.all(selector))
 
   def line(self, name: str) -> str:
-    """Return the tab's line about its answer."""
+    """Return the status line below a tab's answer."""
     fields = self.driver.find_elements("css selector", f"#{name}-line textarea, #{name}-line input")
     return fields[0].get_attribute("value") if fields else ""
 
@@ -73,7 +73,7 @@ class Page:
     self.wait(lambda: self.driver.find_elements("css selector", f"#{name}-image input[type=file]"))[0].send_keys(path)
 
   def is_clean(self) -> bool:
-    """Return whether nothing is wider than the window, and nothing was asked of another machine."""
+    """Return whether nothing is wider than the window and the page contacted no other machine."""
     elsewhere = self.driver.execute_script(
       "return performance.getEntriesByType('resource').map(e => e.name)"
       ".filter(name => !name.startsWith(location.origin) && !name.startsWith('data:'))"
@@ -110,7 +110,7 @@ def test_an_image_is_classified(page, tmp_path):
 
 def test_images_are_found_by_text_and_by_an_upload(page, tmp_path):
   page.tab("Search")
-  page.fill("By text", "a red star\n")  # the return key asks
+  page.fill("By text", "a red star\n")  # the return key starts the search
   page.wait(lambda: len(page.all("button.thumbnail-item")) >= 12)
   scores = page.text(".caption-label")
   page.upload("search", pictures.write(tmp_path, "a.png", pictures.png(40, 30)))

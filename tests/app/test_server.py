@@ -18,7 +18,7 @@ from tests.served_app import started
 pytestmark = pytest.mark.slow
 
 REQUESTS, AT_ONCE = 200, 10
-GROWTH = 20  # MB that may be added after the first quarter
+GROWTH = 20  # MB that memory may still grow by after the first quarter of the requests
 SERVER = """
 import sys
 from absl import logging
@@ -38,7 +38,7 @@ with uploads():
 HOST = "127.0.0.1"
 EVIL = "http://evil.example"
 CALL, JOIN, UPLOAD = "/gradio_api/call/say", "/gradio_api/queue/join", "/gradio_api/upload"
-# Headers, path, what is uploaded, and the status that must come back.
+# Each row: headers, path, what is uploaded, and the expected status.
 KINDS = (
   ({"host": "evil.example"}, "/config", b"", 400),
   ({"origin": EVIL}, "/config", b"", 403),
@@ -53,13 +53,13 @@ KINDS = (
   ({}, JOIN, b'{"data": ["a"], "fn_index": 99, "session_hash": "s"}', 404),
   ({}, CALL, b"leaves", 0),
   ({}, UPLOAD, b"leaves", 0),
-  ({"host": "localhost:9999", "origin": "http://localhost:9999"}, "/config", b"", 200),  # as ssh -L forwards
+  ({"host": "localhost:9999", "origin": "http://localhost:9999"}, "/config", b"", 200),  # as forwarded by ssh -L
   ({"host": "page.example", "origin": "https://page.example"}, "/config", b"", 200),
 )
 
 
 def status(address: str, number: int) -> tuple[int, int]:
-  """Return the status that a request must have, and that it has."""
+  """Return the expected status of a request and the actual one."""
   headers, path, body, expected = KINDS[number % len(KINDS)]
   if body == b"leaves":
     return expected, leave(address, path)
@@ -72,7 +72,7 @@ def status(address: str, number: int) -> tuple[int, int]:
 
 
 def leave(address: str, path: str) -> int:
-  """Begin to send a body, and leave."""
+  """Begin to send a body, then close the connection."""
   place = urlsplit(address)
   with socket.create_connection((place.hostname, place.port), 30) as connection:
     head = f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 100000\r\n"
@@ -83,13 +83,13 @@ def leave(address: str, path: str) -> int:
 
 
 def size(folder: pathlib.Path) -> int:
-  """Return its files' size. The server may still be removing those of a request whose sender has left."""
-  kept = 0
+  """Return the total size of a folder's files. The server may still be deleting files of a request that was aborted."""
+  total = 0
   for place, _, names in os.walk(folder):
     for name in names:
       with contextlib.suppress(FileNotFoundError):
-        kept += os.stat(os.path.join(place, name)).st_size
-  return kept
+        total += os.stat(os.path.join(place, name)).st_size
+  return total
 
 
 def test_hostile_requests_are_refused_and_nothing_of_them_stays(tmp_path):
@@ -98,14 +98,14 @@ def test_hostile_requests_are_refused_and_nothing_of_them_stays(tmp_path):
     before = served.memory()
     every(served.address, range(REQUESTS // 4, REQUESTS))
     after = served.memory()
-    kept = size(served.uploads)
+    remaining = size(served.uploads)
   assert after - before < GROWTH, f"{before} MB, then {after} MB"
-  assert 0 < kept
+  assert 0 < remaining
   assert "Traceback" not in served.log.read_text(), served.log.read_text()[-2000:]
 
 
 def test_it_serves_at_addresses_of_ipv6_and_again_and_ends_by_ctrl_c(tmp_path):
-  """SIGTERM ends the first three of four pages, and Ctrl-C the last, after hostile requests."""
+  """SIGTERM ends the first three of four servers, and Ctrl-C the last, after hostile requests."""
   hosts = "::1", "[::1]", "::", HOST
   with started(["-c", SERVER, *hosts], tmp_path / "log", {}, stop=signal.SIGINT) as served:
     for number, host in enumerate(hosts):
@@ -121,7 +121,7 @@ def test_it_serves_at_addresses_of_ipv6_and_again_and_ends_by_ctrl_c(tmp_path):
 
 
 def test_a_request_whose_head_or_body_does_not_come_is_cut_off(tmp_path):
-  """Beside sockets that hold their head or body back, others are answered; and no path is told."""
+  """While some clients hold back their head or body, others get answers; and the message names no path."""
   with started(["-c", SERVER, HOST], tmp_path / "log", {}) as served:
     place = urlsplit(served.address)
     begin = b"GET /config HTTP/1.1\r\nHost: " + place.netloc.encode()
@@ -130,12 +130,12 @@ def test_a_request_whose_head_or_body_does_not_come_is_cut_off(tmp_path):
       slow, again, body, endless = [connect() for _ in range(240)], connect(), connect(), connect()
       again.sendall(begin + b"\r\n\r\n")
       assert again.recv(12) == b"HTTP/1.1 200"
-      again.sendall(begin)  # of a second request
+      again.sendall(begin)  # the beginning of a second request
       for connection in slow:
         connection.sendall(begin)
       post = b"POST /gradio_api/call/say HTTP/1.1\r\nHost: localhost\r\n"
       body.sendall(post + b"Content-Length: 9\r\n\r\n")
-      with contextlib.suppress(ConnectionError):  # closed after 600 kB
+      with contextlib.suppress(ConnectionError):  # the server closes after 600 kB
         endless.sendall(post + b"Transfer-Encoding: chunked\r\n\r\n")
         for _ in range(9):
           endless.sendall(b"20000\r\n" + bytes(2**17) + b"\r\n")
@@ -151,7 +151,7 @@ def test_a_request_whose_head_or_body_does_not_come_is_cut_off(tmp_path):
 
 
 def every(address: str, numbers: range) -> None:
-  """Check that all of these requests get the status that they must."""
+  """Check that each of these requests gets its expected status."""
   with ThreadPoolExecutor(AT_ONCE) as pool:
     statuses = list(pool.map(lambda number: status(address, number), numbers))
   assert [pair for pair in statuses if pair[0] != pair[1]] == [] and len(statuses) == len(numbers)

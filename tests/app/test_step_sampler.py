@@ -1,4 +1,4 @@
-"""Compare answers step by step with whole loops, which tests/test_inference.py compares with DDIM by hand."""
+"""Compare step-by-step sampling with the whole loops, which tests/test_inference.py compares with DDIM by hand."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def test_the_last_frame_is_the_image_that_generate_gives(sampler):
 
 def test_frames_are_spread_evenly_and_end_with_the_last_step(sampler):
   how = dict(seed=0, guidance_scale=2.0)
-  for num_steps, frames, shown in ((3, 20, [1, 2, 3]), (7, 3, [1, 4, 7]), (6, 1, [6])):
-    assert [frame.step for frame in sampler.generate("a", steps=num_steps, frames=frames, **how)] == shown
+  for num_steps, frames, expected in ((3, 20, [1, 2, 3]), (7, 3, [1, 4, 7]), (6, 1, [6])):
+    assert [frame.step for frame in sampler.generate("a", steps=num_steps, frames=frames, **how)] == expected
 
 
 def test_the_emptied_prediction_knows_nothing_of_the_prompt_and_the_guided_one_goes_by_the_scale(sampler):
   first = lambda prompt, scale: next(sampler.generate(prompt, seed=1, steps=2, guidance_scale=scale, frames=2))
-  star, ring, unguided, none = (first(*request) for request in (("a star", 3), ("a ring", 3), ("a star", 0), ("", 3)))
+  star, ring, unguided, empty = (first(*request) for request in (("a star", 3), ("a ring", 3), ("a star", 0), ("", 3)))
   np.testing.assert_array_equal(star.emptied, ring.emptied)
   assert np.abs(star.guided.astype(int) - ring.guided).max() > 1
-  for drawing in (unguided, none):  # no guidance at all, or that of the empty prompt
+  for drawing in (unguided, empty):  # without guidance, or with guidance by the empty prompt
     assert np.abs(drawing.guided.astype(int) - drawing.emptied).max() <= 1
 
 
@@ -72,7 +72,7 @@ def test_a_model_that_diverged_is_a_message(sampler, monkeypatch):
 
 
 def test_a_step_takes_the_runs_form_of_attention():
-  """A form that runs elsewhere alone is refused where it is traced."""
+  """An attention kernel that runs only on another platform is refused when it is traced."""
   config = tiny.get_config()
   config.model.attention_kernel = "pallas"
   sampler = make(config)

@@ -1,4 +1,4 @@
-"""Test which Host and Origin are answered, and how long a body may be."""
+"""Test which Host and Origin headers are accepted, and how long a body may be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from diffdis_jax.app.server import KnownHost, OwnOrigin
 
-pytestmark = pytest.mark.filterwarnings("default")  # of Gradio's own imports
+pytestmark = pytest.mark.filterwarnings("default")  # Gradio's own imports warn
 
 HERE = "127.0.0.1:7860"
 
@@ -26,21 +26,21 @@ def answer(
   kind: str = "http",
   length: str | None = None,
 ) -> int:
-  sent = []
+  messages = []
 
   async def send(message):
-    sent.append(message)
+    messages.append(message)
 
-  given = {b"host": host, b"origin": origin, b"content-length": length}
-  headers = [(name, value.encode()) for name, value in given.items() if value is not None]
+  header_values = {b"host": host, b"origin": origin, b"content-length": length}
+  headers = [(name, value.encode()) for name, value in header_values.items() if value is not None]
   page = KnownHost(OwnOrigin(answers, names=names, limit=9), host=at, names=names)
   asyncio.run(page({"type": kind, "headers": headers, "path": "/"}, None, send))
-  return sent[0].get("status", 0)
+  return messages[0].get("status", 0)
 
 
 @pytest.mark.parametrize("host", [HERE, "LOCALHOST", "[::1]:7860", "localhost:9999", "127.0.0.1", "page.example:80"])
 def test_the_page_is_asked_for_by_its_own_names_at_any_port(host):
-  """ssh -L forwards another port, for one."""
+  """For example, ssh -L forwards another port."""
   names = ("Page.example",)
   assert answer(host, names=names) == 200
   for scheme in ("http", "https"):

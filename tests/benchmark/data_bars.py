@@ -1,4 +1,4 @@
-"""Hold the data's way from tars to batches to our bars; the bare cost of the same work is one of them.
+"""Measure the way from tars to batches against fixed bars, such as the bare cost of the same work.
 
   python -m tests.benchmark.data_bars OUT.json [FOLDER]
 
@@ -41,12 +41,12 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.training.metrics import Meters
 from diffdis_jax.training.step import Trainer
 
-SOURCE, SHORT_SIDE, CROP = 512, 288, 256  # pixels of a photograph, as it is stored smaller, and of what is seen of it
-IMAGES, REPEATS = 200, 10  # Grain takes longer to shuffle fewer records than some thousands
+SOURCE, SHORT_SIDE, CROP = 512, 288, 256  # in pixels; SHORT_SIDE is how records are stored
+IMAGES, REPEATS = 200, 10  # Grain takes longer to shuffle fewer records than a few thousand
 BATCH, ROUNDS = 16, 15
-BATCHES = {"source": 20, "short_side": 40, "bare": 20}  # of a round: about as long for each
-AHEAD = 2  # batches that the loader reads ahead, which cost nothing once they are there
-ANSWER = 0.05  # seconds, in which a bucket answers
+BATCHES = {"source": 20, "short_side": 40, "bare": 20}  # batches a round, so that all rounds take about as long
+AHEAD = 2  # batches that the loader reads ahead; once read, they cost nothing
+ANSWER = 0.05  # seconds until a bucket answers
 AT_LEAST = {
   "loader_over_bare": 0.9,
   "short_side_over_source": 2.5,
@@ -58,7 +58,7 @@ AT_MOST = {"data_wait": 0.02}
 
 
 def main(out: str, scratch: str | None = None) -> None:
-  """Write every figure, the bars, and whether each is met."""
+  """Write every measured value, the bars, and whether each bar is met."""
   logging.set_verbosity(logging.INFO)
   run = Run.of(diffdis_cc3m.get_config("runlocal"))
   trainer = Trainer(run, sharding.make_mesh(**vars(run.mesh)))
@@ -85,7 +85,8 @@ def photograph(rng: np.random.Generator, side: int) -> bytes:
 
 
 def write_photographs(folder: pathlib.Path) -> pathlib.Path:
-  """Write a new folder with a tar of photographs as img2dataset packs them, each REPEATS times with another caption."""
+  """Write a tar of photographs as img2dataset packs them, each REPEATS times with another caption, and return its
+  folder."""
   folder.mkdir()
   rng = np.random.default_rng(0)
   images = [photograph(rng, SOURCE) for _ in range(IMAGES)]
@@ -101,10 +102,10 @@ def write_photographs(folder: pathlib.Path) -> pathlib.Path:
 
 
 def prepare_speed(raw: pathlib.Path, folder: pathlib.Path) -> dict[str, float]:
-  """Return pairs a second of processor time, by one process, of JPEGs that are kept, and that are stored smaller."""
+  """Return pairs per second of CPU time in one process, for JPEGs that are stored as they are and for smaller ones."""
   speeds = {}
   for name, short_side in (("kept", None), ("reencoded", SHORT_SIDE)):
-    # The processor's time: by the clock it would be the speed of what else this machine does.
+    # Take CPU time: wall time would depend on what else this machine does.
     begin = time.process_time()
     prepare(parts.tars(raw), folder / name, make_stage=functools.partial(Stage, short_side=short_side))
     speeds[f"prepare_{name}_per_core"] = REPEATS * IMAGES / (time.process_time() - begin)
@@ -131,7 +132,7 @@ def bare_loop(source: sources.Source) -> Iterator[None]:
 
 
 def loader_speed(folder: pathlib.Path) -> dict[str, Any]:
-  """Return images a second of the loader with one thread, from each kind of records, and of the bare loop."""
+  """Return images per second of the loader with one thread, for each kind of records, and of the bare loop."""
   kept, smaller = (
     sources.open_source(name="pairs", path=folder / name, image_size=CROP) for name in ("kept", "reencoded")
   )
@@ -141,7 +142,7 @@ def loader_speed(folder: pathlib.Path) -> dict[str, Any]:
   seconds: dict[str, list[float]] = {name: [] for name in iterators}
   for index in range(ROUNDS + 1):
     for name, iterator in iterators.items():
-      for _ in range(AHEAD):  # what was read before the clock starts would count otherwise
+      for _ in range(AHEAD):  # otherwise, batches read before the clock starts would count
         next(iterator)
       begin = time.perf_counter()
       for _ in range(BATCHES[name]):
@@ -149,22 +150,22 @@ def loader_speed(folder: pathlib.Path) -> dict[str, Any]:
       took = time.perf_counter() - begin
       if index:  # the first round warms up
         seconds[name].append(took / (BATCHES[name] * BATCH))
-      time.sleep(AHEAD * took / BATCHES[name])  # it reads ahead again now, and not while the next one is timed
-  # The median: a round that something else disturbed does not count.
+      time.sleep(AHEAD * took / BATCHES[name])  # let the loader read ahead now, not while the next one is timed
+  # The median ignores a round that something else disturbed.
   rates = {name: 1 / statistics.median(values) for name, values in seconds.items()}
   ratios = {"loader_over_bare": rates["source"] / rates["bare"]}
   return {"images_per_second": rates, **ratios, "short_side_over_source": rates["short_side"] / rates["source"]}
 
 
 def data_wait(trainer: Trainer, prepared: pathlib.Path, *, steps: int = 30) -> dict[str, float]:
-  """Return the share of a small model's steps that waits for the records that were prepared there."""
+  """Return the share of a small model's steps that waits for the records in `prepared`."""
   source = {"name": "pairs", "path": str(prepared)}
   run = dataclasses.replace(trainer.run, data=dataclasses.replace(trainer.run.data, source=source, mixture={}), seed=0)
   state = trainer.with_params(trainer.init_params(jax.random.key(0)))
   iterator, substitutions = open_loader(run), loader.Substitutions()
   draw = lambda: batch_type(run.data)(**sharding.to_global(substitutions.take(next(iterator)), trainer.mesh))
-  # The first step compiles, and is not timed. Nor is what was read ahead meanwhile, which a long run has no more of
-  # where its steps wait, and the steps in which it is read again where they do not.
+  # The first step is not timed, since it compiles. Nor are the steps on batches that were read ahead meanwhile: a long
+  # run has no such batches if its steps wait for data, and reads them again if they do not.
   state, metrics = trainer.train_step(state, draw())
   for _ in range(run.data.loader.prefetch):
     draw()
@@ -172,16 +173,16 @@ def data_wait(trainer: Trainer, prepared: pathlib.Path, *, steps: int = 30) -> d
     state, metrics = trainer.train_step(state, draw())
   jax.block_until_ready(metrics)
   meters = Meters(run, start_step=0, meta={})
-  for step in range(1, steps + 2):  # as train does: a batch is loaded while the step before it runs
+  for step in range(1, steps + 2):  # as in train: a batch is loaded while the previous step runs
     rows = sharding.to_global(meters.next_rows(iterator), trainer.mesh)
     state, metrics = trainer.train_step(state, batch_type(run.data)(**rows))
-    meters.add(step, metrics)  # the first step begins the clock
+    meters.add(step, metrics)  # the clock starts at the first step
   report = meters.report(steps + 1)
   return {"data_wait": report["data_wait"], "small_model_steps_per_second": report["steps_per_sec"]}
 
 
 class Distant:
-  """Small records, each of which comes after ANSWER seconds. Sleeping, they need no processor."""
+  """Small records, each of which takes ANSWER seconds to arrive. Waiting needs no CPU."""
 
   def __len__(self) -> int:
     return 100_000
@@ -192,9 +193,9 @@ class Distant:
 
 
 def distant(loading: Loading, *, rows: int = 64, seconds: float = 20.0) -> dict[str, float]:
-  """Return images a second from such records."""
+  """Return images per second from such records."""
   batches = make_loader(Distant(), loading, rows=rows, side=8)
-  for _ in range(2 * loading.prefetch):  # what is read ahead before the clock starts would count otherwise
+  for _ in range(2 * loading.prefetch):  # otherwise, what was read ahead before the clock starts would count
     next(batches)
   count, begin = 0, time.perf_counter()
   while time.perf_counter() < begin + seconds:

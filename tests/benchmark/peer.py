@@ -38,16 +38,16 @@ from tests import steps
 from tests.models import open_clip_twin
 from tests.training.test_contrastive import MAX_LOGIT_SCALE, their_loss, their_optimizer
 
-Pass = Callable[[], Any]  # one pass or step, finished
+Pass = Callable[[], Any]  # one finished forward pass or training step
 
 
 def time_in_turns(ways: Mapping[str, Pass], rounds: int) -> dict[str, Any]:
-  """Return seconds of each round, their medians, and the ratio of the first way's to the second's."""
+  """Return the seconds of each round, their medians, and the ratio of the first function's median to the second's."""
   seconds: dict[str, list[float]] = {name: [] for name in ways}
   for index in range(rounds + 1):
-    for name, once in ways.items():
+    for name, run_pass in ways.items():
       begin = time.perf_counter()
-      once()
+      run_pass()
       if index:  # the first round warms up
         seconds[name].append(time.perf_counter() - begin)
   median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -79,21 +79,21 @@ def clip(rounds: int) -> dict[str, Any]:
 
 
 def unet(rounds: int) -> dict[str, Any]:
-  """Time both UNets, and compare their predictions."""
+  """Time a pass of each UNet, and compare their predictions."""
   run = Run.of(benchmark.get_config())
   network, model = Network.of(run), run.model
   device = {"cpu": "cpu", "gpu": "cuda"}[jax.default_backend()]
-  # Noise for all of them: the cost of a pass does not depend on the values.
+  # Use the same noise for all passes: their cost does not depend on the values.
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal((run.batch_size, *shape), np.float32)
   inputs = dict(z=normal(*network.latent_shape), t=rng.integers(0, 1000, run.batch_size, np.int32))
   inputs |= dict(c=normal(network.max_length, model.text_encoder.width), noise=normal(*network.latent_shape))
 
   graphdef, abstract = abstract_module(build := lambda rngs: UNet(model, up_path=True, dtype=network.dtype, rngs=rngs))
-  # PyTorch has one GPU, or all cores of a CPU; those are as many devices to JAX.
+  # PyTorch uses one GPU or all cores of a CPU; give JAX the same.
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.devices() if device == "cpu" else jax.devices()[:1])
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  params = jax.jit(lambda key: flatten(initial_state(build, key)), out_shardings=whole)(jax.random.key(0))
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  params = jax.jit(lambda key: flatten(initial_state(build, key)), out_shardings=replicated)(jax.random.key(0))
   batch = sharding.to_global(inputs, mesh)
 
   def loss(params: Any, z: Any, t: Any, c: Any, noise: Any) -> Any:
@@ -104,7 +104,7 @@ def unet(rounds: int) -> dict[str, Any]:
 
   def ours() -> Any:
     (_, prediction), gradients = passes(params, *(batch[name] for name in inputs))
-    jax.block_until_ready(gradients)  # the call returns before it is computed
+    jax.block_until_ready(gradients)  # the call returns before the result is computed
     return prediction
 
   sizes = dict(latent_channels=model.autoencoder.latent_channels, context_width=model.text_encoder.width)
@@ -112,15 +112,15 @@ def unet(rounds: int) -> dict[str, Any]:
   peer: Any = UNet2DConditionModel.from_config(config)
   entries = {path: mapping.from_path(f"unet.{path}") for path in params}
   state = {entry.name: np.array(entry.to_theirs(np.asarray(params[path]))) for path, entry in entries.items()}
-  peer.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})  # strict: the same network
-  # By itself PyTorch takes TF32 for convolutions, and not for products.
+  peer.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})  # the same network
+  # By default PyTorch uses TF32 for convolutions but not for matrix products.
   torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = network.matmul_precision != "highest"
-  # A copy: with the strides of NHWC PyTorch takes it for channels-last, for which it has other convolutions.
+  # Copy: otherwise the strides of NHWC make PyTorch use its channels-last convolutions.
   nchw = lambda x: torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(device)
   z, noise = nchw(inputs["z"]), nchw(inputs["noise"])
   t, c = (torch.from_numpy(inputs[name]).to(device) for name in "tc")
   call = peer.to(device)
-  if device == "cuda":  # the fastest that PyTorch has there, or the comparison would flatter ours
+  if device == "cuda":  # PyTorch's fastest layout, so that the comparison is fair
     call = torch.compile(peer.to(memory_format=torch.channels_last))
 
   def theirs() -> Any:
@@ -130,7 +130,7 @@ def unet(rounds: int) -> dict[str, Any]:
     torch.mean(torch.square(noise - prediction.float())).backward()
     return prediction.detach().float().cpu().numpy().transpose(0, 2, 3, 1)  # the copy waits for the device
 
-  predictions = [np.asarray(once(), np.float64) for once in (ours, theirs)]
+  predictions = [np.asarray(run_pass(), np.float64) for run_pass in (ours, theirs)]
   difference = np.abs(predictions[0] - predictions[1]).max() / np.abs(predictions[1]).max()
   origin = provenance.provenance(provenance.of_config(run.to_dict()))
   measured = time_in_turns({"ours": ours, "diffusers": theirs}, rounds)
@@ -138,7 +138,7 @@ def unet(rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it leaves PyTorch no memory of a GPU
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # otherwise JAX leaves PyTorch no GPU memory
   logging.set_verbosity(logging.INFO)
   time_peer = {"unet": unet, "clip": clip}[sys.argv[1]]
   files.write_out(sys.argv[2], files.as_json(time_peer(int(sys.argv[3]) if sys.argv[3:] else 5)))

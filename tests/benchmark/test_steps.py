@@ -1,4 +1,4 @@
-"""Test what is timed, by the command line."""
+"""Test which step the command line times."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytest_plugins = ("tests.command_runs",)
   ],
 )
 def test_the_batch_is_one_that_the_run_trains_on(fields, names):
-  """Its kind and shapes are those of training and of preflight; otherwise another step would be timed."""
+  """A batch has the kind and shapes of training and preflight; otherwise another step would be timed."""
   run = Run.of(tiny.get_config()).replace(fields)
   trainer = Trainer(run, make_mesh(1))
   batch = table6.random_batch(trainer)
@@ -42,7 +42,7 @@ def test_the_batch_is_one_that_the_run_trains_on(fields, names):
 
 
 def test_a_step_of_one_task_has_no_switch_of_the_other():
-  """A run of that task alone refuses it, so that no config with such a switch could be timed."""
+  """A run of that task alone refuses the switch, so a config with it could not be timed."""
   run = Run.of(tiny.get_config()).replace({"loss.snr_gamma": 5.0})
   trainers = benchmark.trainers(run).items()
   assert {name for name, trainer in trainers if trainer.run.loss.snr_gamma} == {"joint", "generation"}
@@ -50,7 +50,7 @@ def test_a_step_of_one_task_has_no_switch_of_the_other():
 
 @pytest.mark.parametrize("config", [tiny.get_config("autoencoder"), places_lt.get_config("stage=1,backbone=clip")])
 def test_a_config_of_another_step_is_refused_by_what_it_trains(config):
-  """Its user is not told to take the config that it is of, or to train an autoencoder first."""
+  """The message does not tell the user to take another config, or to train an autoencoder first."""
   run = Run.of(config)
   with pytest.raises(UserError, match=f"and this config's objective is {run.objectives[0]}; its own pace is in"):
     benchmark.trainers(run)
@@ -59,7 +59,7 @@ def test_a_config_of_another_step_is_refused_by_what_it_trains(config):
 def test_the_record_says_what_was_timed_where(environment, tmp_path):
   out = tmp_path / "benchmark.json"
   flags = ("--config=tests/tiny.py", "--config.seed=5", "--config.data.path=/somewhere/shapes", "--rounds=1")
-  flags += ("--config.model.unet.attention=(False,)",)  # three steps are compiled, which is what this test costs
+  flags += ("--config.model.unet.attention=(False,)",)  # compiling three steps is most of this test's cost
   done = call("benchmark", environment, *flags, f"--out={out}")
   assert done.returncode == 0, done.stderr
   record = json.loads(out.read_text())

@@ -12,7 +12,7 @@ from tests import steps
 
 
 def results(**changes: float) -> dict:
-  """Return what `time_table6` gives for models of which DiffDis trains for 40 h where Stable Diffusion does for 32."""
+  """Return what `time_table6` gives for models where DiffDis trains for 40 h and Stable Diffusion for 32 h."""
   columns = {
     "clip": dict(training=16.0, discrimination=100.0),
     "stable_diffusion": dict(training=32.0, generation=3000.0),

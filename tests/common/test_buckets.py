@@ -1,4 +1,4 @@
-"""Paths in a bucket, against a server of one on this machine."""
+"""Test paths in a bucket, with a server on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffdis_jax.evals import results
 from diffdis_jax.run import digests, lock, provenance, workdir, writers
 
 pytest_plugins = ("tests.bucket_server",)
-# gcsfs's own thread holds its sessions to the end.
+# A thread of gcsfs holds its sessions until the process ends.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -28,7 +28,7 @@ def url(bucket):
 
 
 def elsewhere(code: str) -> None:
-  """Run this code in another process, with `buckets` at hand."""
+  """Run this code in another process, where `buckets` is imported."""
   done = subprocess.run(
     [sys.executable, "-c", f"from diffdis_jax.common import buckets\n{code}"], capture_output=True, text=True
   )
@@ -68,7 +68,7 @@ def test_metrics_and_history_keep_every_line_over_a_resume(url):
       raise Preempted
   events = [(line["event"], line.get("step")) for line in provenance.read(url)]
   assert events == [("start", 0), ("end", None), ("start", 5), ("end", None)]
-  # A process is killed after a checkpoint of step 3.
+  # The process is killed after it saved the checkpoint of step 3.
   elsewhere(
     f"""
 import os
@@ -105,7 +105,7 @@ def test_a_second_run_is_refused_and_a_dead_ones_lock_taken_over(url, monkeypatc
 
 
 def test_a_bucket_that_is_away_is_not_taken_for_an_empty_one(url, monkeypatch):
-  """Otherwise a run would begin from nothing, or remove its checkpoints as those of killed saves."""
+  """Otherwise a run would start from nothing, or delete its checkpoints as incomplete."""
   import aiohttp
   from gcsfs import GCSFileSystem
 
@@ -131,7 +131,7 @@ def test_a_bucket_that_is_away_is_not_taken_for_an_empty_one(url, monkeypatch):
 
 
 def test_a_mark_is_copied_after_what_it_marks(bucket, monkeypatch):
-  """A copy that is killed in between must not pass for a whole folder."""
+  """A copy that is killed halfway must not pass for a complete folder."""
   from gcsfs import core
 
   copied = []

@@ -1,4 +1,4 @@
-"""Command lines as a user types them, on a verb that does nothing."""
+"""Test command lines as a user types them, with a command that does nothing."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_bad_input_is_one_line(folder, flags, message):
 )
 def test_what_may_pass_is_one_line_and_a_bug_keeps_its_traceback(folder, kind, message, lines):
   code, out, err = run(folder, *GOOD, f"--fail={kind}")
-  assert (code, out) == (1, "") and message in err  # a launcher tries code 1 again
+  assert (code, out) == (1, "") and message in err  # a launcher would retry after code 1
   assert err.count("\n") == lines if lines else "Traceback" in err
 
 
@@ -171,11 +171,11 @@ def helps() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_every_help_begins_with_its_command_and_an_example_whose_flags_exist():
-  for command, shown in helps().items():
-    assert " ".join(shown.split()).startswith(main_module.commands()[command]), shown
-    assert f"diffdis {command} " in shown
-    names = set(FLAG.findall(shown.partition("\nFlags:\n")[2]))
-    lines = re.findall(rf"diffdis {command} .*", shown.replace("\\\n", " "))
+  for command, help_text in helps().items():
+    assert " ".join(help_text.split()).startswith(main_module.commands()[command]), help_text
+    assert f"diffdis {command} " in help_text
+    names = set(FLAG.findall(help_text.partition("\nFlags:\n")[2]))
+    lines = re.findall(rf"diffdis {command} .*", help_text.replace("\\\n", " "))
     used = {name.removeprefix("no") for name in re.findall(r"--(\w+)", " ".join(lines))}
     assert used and used <= names, f"{command}: {used - names}"
     assert "quiet" in names and not names & {"alsologtostderr", "verbosity", "tfds_dir"}
@@ -189,7 +189,7 @@ def test_the_version_and_the_list_of_commands(capsys):
   assert capsys.readouterr().out == expected
   assert main_module.main([]) == 0
   listed = capsys.readouterr().out
-  assert all(f"  {command} " in listed and what in listed for command, what in main_module.commands().items())
+  assert all(f"  {command} " in listed and purpose in listed for command, purpose in main_module.commands().items())
 
 
 def test_a_command_that_does_not_exist_is_one_line(capsys):
@@ -203,7 +203,7 @@ def test_a_command_that_does_not_exist_is_one_line(capsys):
 def test_a_closed_output_is_no_error(command):
   """`diffdis ... | head` ends when head has read enough."""
   line = shlex.join([sys.executable, "-m", "diffdis_jax", *command])
-  # The code of the command, not that of the reader.
+  # The code of the command, not of the reader.
   done = subprocess.run(
     ["bash", "-c", f"{line} | true; echo ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True
   )
@@ -235,8 +235,8 @@ def show(folder: pathlib.Path, name: str, program=("-m", "diffdis_jax")) -> str:
 
 def test_a_config_is_found_by_its_name_in_another_folder(tmp_path):
   assert {*cli.config_names()} == {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common"}
-  (tmp_path / "shapes").mkdir()  # of a run, perhaps
-  (tmp_path / "configs").mkdir()  # of another project
+  (tmp_path / "shapes").mkdir()  # perhaps the folder of a run
+  (tmp_path / "configs").mkdir()  # the folder of another project
   (tmp_path / "configs/common.py").write_text("raise AssertionError")
   assert "batch_size = 48" in show(tmp_path, "shapes")
 

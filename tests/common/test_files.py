@@ -75,7 +75,7 @@ def test_what_is_no_json_is_one_line(tmp_path, content, message):
   with pytest.raises(UserError, match=message) as error:
     files.read_json(tmp_path / "f.json")
   assert len(str(error.value)) < 300
-  (tmp_path / "f.json").write_bytes(b"\xef\xbb\xbf[1]")  # some editors put this mark before a text
+  (tmp_path / "f.json").write_bytes(b"\xef\xbb\xbf[1]")  # some editors write this mark at the start of a text
   assert files.read_json(tmp_path / "f.json") == [1]
 
 
@@ -94,14 +94,14 @@ def test_the_next_command_removes_the_folder_that_a_killed_one_left(tmp_path):
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
   process = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], env=environment, stdout=subprocess.PIPE)
   assert process.stdout.readline() == b"in\n"
-  (there,) = tmp_path.iterdir()
+  (folder,) = tmp_path.iterdir()
 
   def again() -> list[pathlib.Path]:
     with contextlib.suppress(KeyError), files.whole_folder(tmp_path / "folder"):
       raise KeyError
     return [*tmp_path.iterdir()]
 
-  assert again() == [there]  # its process lives
+  assert again() == [folder]  # its process is still running
   process.kill()
   process.communicate()
   assert again() == []

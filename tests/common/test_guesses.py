@@ -21,7 +21,7 @@ OF_GENERATE = ("workdir", "out", "prompt", "prompts_file", "num_images", "seed",
 
 
 @pytest.mark.parametrize(
-  "key, answer",
+  "key, nearest",
   [
     ("optim.lr", "did you mean optim.rates.new?"),
     ("learning_rate", "did you mean optim.rates.new?"),
@@ -36,8 +36,8 @@ OF_GENERATE = ("workdir", "out", "prompt", "prompts_file", "num_images", "seed",
     ("foo", "known: batch_size, checkpoint, condition_timestep, data, eval_every, evals, image_diffusion,"),
   ],
 )
-def test_a_config_key(key, answer):
-  with pytest.raises(UserError, match=re.escape(f"unknown config key {key}; {answer}")) as error:
+def test_a_config_key(key, nearest):
+  with pytest.raises(UserError, match=re.escape(f"unknown config key {key}; {nearest}")) as error:
     guesses.check_key(CONFIG.to_dict(), key, OF_TRAIN)
   assert len(str(error.value)) < 450
 
@@ -56,7 +56,7 @@ def test_every_answer_is_a_field_or_a_flag_that_there_is():
   package = pathlib.Path(diffdis_jax.__file__).parent
   text = "".join(path.read_text() for path in package.rglob("*.py"))
   flags = set(re.findall(r"""DEFINE_\w+\(\s*"(\w+)\"""", text))
-  flags |= {*evaluate.SAMPLING, *tasks.all_settings()}  # derived
+  flags |= {*evaluate.SAMPLING, *tasks.all_settings()}  # computed defaults
   targets = {target for targets in guesses._TARGETS.values() for target in targets}
   assert len(targets) > 20 and "workdir" in flags
   assert not {target for target in targets if not target.startswith("--")} - fields

@@ -23,11 +23,11 @@ def test_merge_puts_each_value_in_its_place():
   params = {path: jnp.full(leaf.shape, i, jnp.float32) for i, (path, leaf) in enumerate(flatten(abstract).items())}
   module = merge(graphdef, abstract, params)
   np.testing.assert_array_equal(module.shift[...], params["shift"])
-  # The eleventh layer, not the second: paths do not sort as numbers do.
+  # The eleventh layer, not the second: paths sort as text, not as numbers.
   for i in (2, 10):
     np.testing.assert_array_equal(module.layers[i].kernel[...], params[f"layers.{i}.kernel"])
-  again = flatten(nnx.state(module))
-  assert again.keys() == params.keys() and all(again[path] is params[path] for path in params)
+  merged = flatten(nnx.state(module))
+  assert merged.keys() == params.keys() and all(merged[path] is params[path] for path in params)
 
 
 def test_first_match_wins():

@@ -29,10 +29,10 @@ def lines(*arguments: str) -> list[str]:
 
 def test_a_log_gets_lines_and_a_terminal_a_bar():
   assert len(lines()) >= 30 and lines("quiet") == []
-  mine, its = pty.openpty()
-  termios.tcsetwinsize(its, (24, 100))
-  subprocess.run([sys.executable, "-c", WORK], stderr=its, check=True)
-  os.close(its)
+  mine, terminal = pty.openpty()
+  termios.tcsetwinsize(terminal, (24, 100))
+  subprocess.run([sys.executable, "-c", WORK], stderr=terminal, check=True)
+  os.close(terminal)
   text = os.read(mine, 1 << 16).decode()
   os.close(mine)
   assert "40/40" in text and " of 40 images" not in text

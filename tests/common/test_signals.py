@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command that has nothing to save with one line and a code."""
+"""Test that Ctrl-C and SIGTERM end a command that has nothing to save with one line and an exit code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 @pytest.fixture
 def begin(tmp_path: pathlib.Path):
-  """Start that command, and return when Ctrl-C may come."""
+  """Begin that command, and return once Ctrl-C may be sent."""
   (tmp_path / "verb.py").write_text(VERB)
   (tmp_path / "work").mkdir()
 

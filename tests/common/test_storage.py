@@ -1,4 +1,4 @@
-"""Reads are tried again where an error may pass."""
+"""Test that reads are retried after an error that may pass."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_storage_that_stays_away_ends_in_one_line(pauses):
   with pytest.raises(storage.Away, match="^gs://b/c could not be read for 30. s: two") as raised:
     storage.patiently(Flaky(*[Gone("two\nlines")] * 99), "gs://b/c")
   assert storage.PATIENCE <= sum(pauses) < 310 and max(pauses) == storage.LONGEST
-  assert raised.value.errno is None  # by which common/cli.py ends with one line and code 1
+  assert raised.value.errno is None  # without it common/cli.py ends with one line and code 1
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), ValueError("bug"), OSError(errno.ENOSPC, "full")])

@@ -1,4 +1,4 @@
-"""`config show` prints every field with its value, its range and its meaning."""
+"""Test that `config show` prints every field with its value, its range and its meaning."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from diffdis_jax.common import cli, guesses
 from diffdis_jax.config import section
 from tests.command_runs import ROOT
 
-# The configs have each kind of network and each optional section.
+# These configs cover each kind of network and each optional section.
 CONFIGS = ("shapes", "diffdis_cc3m", "clip_cc3m", "places_lt:stage=2", "shapes:objectives=contrastive")
 
 
-@pytest.mark.parametrize("given", CONFIGS)
-def test_each_field_of_a_config_is_there_with_its_value_and_a_meaning(given):
-  run_config = config.Run.of(cli.read_config(given))
-  shown = {field.path: field for field in section.describe(run_config)}
-  assert {path: field.value for path, field in shown.items()} == guesses.fields_of(run_config.to_dict())
-  assert [path for path, field in shown.items() if not field.meaning] == []
-  if given == "shapes":
-    assert shown["optim.b1"].range == "at least 0 and below 1"
-    assert shown["optim.schedule_kind"].range == "constant, cosine, linear, epoch_cosine"
+@pytest.mark.parametrize("config_flag", CONFIGS)
+def test_each_field_of_a_config_is_there_with_its_value_and_a_meaning(config_flag):
+  run_config = config.Run.of(cli.read_config(config_flag))
+  fields = {field.path: field for field in section.describe(run_config)}
+  assert {path: field.value for path, field in fields.items()} == guesses.fields_of(run_config.to_dict())
+  assert [path for path, field in fields.items() if not field.meaning] == []
+  if config_flag == "shapes":
+    assert fields["optim.b1"].range == "at least 0 and below 1"
+    assert fields["optim.schedule_kind"].range == "constant, cosine, linear, epoch_cosine"
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:

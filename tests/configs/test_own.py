@@ -1,4 +1,4 @@
-"""configs/own.py chooses its sizes from a prepared set and from the run that it starts from."""
+"""Test that configs/own.py chooses its sizes by a prepared data set and by the run that it starts from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def prepared(folder: pathlib.Path, **splits: int) -> pathlib.Path:
-  """Write the description of a set, without its records."""
+  """Write the description of a data set, without its records."""
   folder.mkdir(exist_ok=True)
   info = {"splits": [{"name": name, "shardLengths": [str(n // 2), str(n - n // 2)]} for name, n in splits.items()]}
   (folder / "dataset_info.json").write_text(json.dumps(info))
@@ -41,7 +41,7 @@ def a_run(folder: pathlib.Path, model: ConfigDict, image_size: int, *objectives:
 
 @pytest.fixture
 def stable_diffusion(tmp_path: pathlib.Path) -> pathlib.Path:
-  """A run as import_weights writes it."""
+  """Write a run as import_weights does, and return its workdir."""
   model = sd_v1()
   model.update(dtype="float32", remat="none")
   return a_run(tmp_path / "sd", model, 512, "generation", "discrimination")
@@ -54,7 +54,7 @@ def test_batch_and_steps_follow_from_the_pairs(tmp_path, stable_diffusion, pairs
   path = prepared(tmp_path / "data", train=pairs, val=3)
   config = own.get_config(f"path={path},from={stable_diffusion}")
   assert (config.batch_size, config.num_steps) == (batch, steps)
-  run = Run.of(config)  # every field in its range
+  run = Run.of(config)  # checks every field's range
   assert run.optim.warmup_steps <= run.num_steps and run.eval_every * 10 >= run.num_steps
   assert run.batch_size % run.optim.accumulate == 0
 
@@ -97,8 +97,8 @@ def test_from_scratch_is_an_autoencoder_and_then_the_network_around_it(tmp_path)
   assert second.image_size == 64 and second.optim.rates.to_dict() == dict(new=5e-4, drawing=1e-3)
   changed = lambda config: {k: v for k, v in Run.of(config).to_dict().items() if k != "init_from"}
   alone = own.get_config(f"path={path}")
-  assert changed(second) == changed(alone)  # the same but for where it starts
-  assert alone.init_from == f"config:own:path={path},autoencoder"  # which train makes first
+  assert changed(second) == changed(alone)  # equal except for where they start
+  assert alone.init_from == f"config:own:path={path},autoencoder"  # train runs that config first
   assert own.get_config(f"path={path},size=32").init_from == f"config:own:path={path},autoencoder,size=32"
 
 

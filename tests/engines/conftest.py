@@ -11,7 +11,7 @@ from tests.engines.slurm import PROGRAMS, Slurm
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-  """Start a Slurm. Skip the tests if it is not installed, or this user cannot start it."""
+  """Start a Slurm cluster. Skip the tests if Slurm is not installed or this user may not start it."""
   missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
   if missing:
     pytest.skip(f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge")

@@ -9,32 +9,32 @@ import pathlib
 import sys
 import tempfile
 
-OLDEST = "1.31"  # Kubernetes that docs/clusters.md asks for
+OLDEST = "1.31"  # the oldest Kubernetes that docs/clusters.md supports
 
 
 def check_kubernetes(text: str) -> str:
-  """Check every object as strictly as an API server, which refuses unknown fields. Return the versions' names."""
+  """Check every object as strictly as an API server, which refuses unknown fields, and return the checked versions."""
   import kubernetes_validate
   import yaml
 
   versions = OLDEST, kubernetes_validate.latest_version()
-  for given in yaml.safe_load_all(text):
-    objects = check_jobset(given) if given["kind"] == "JobSet" else [given]
+  for resource in yaml.safe_load_all(text):
+    objects = check_jobset(resource) if resource["kind"] == "JobSet" else [resource]
     for checked in objects:
       for version in versions:
         kubernetes_validate.validate(checked, version, strict=True)
   return "Kubernetes " + " and ".join(versions)
 
 
-def check_jobset(given: dict) -> list[dict]:
-  """Check by JobSet's own types, except for the jobs in it. Return those as objects of Kubernetes."""
+def check_jobset(jobset: dict) -> list[dict]:
+  """Check an object by JobSet's own types, except for its jobs, which are returned as Kubernetes objects."""
   from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-  jobs = given["spec"]["replicatedJobs"]
-  rest = {**given, "spec": {**given["spec"], "replicatedJobs": [{**job, "template": {}} for job in jobs]}}
-  # The types leave out a field that they do not know.
-  known = JobsetV1alpha2JobSet.model_validate(rest).to_dict()
-  assert known == rest, f"JobSet knows of {rest} only {known}"
+  jobs = jobset["spec"]["replicatedJobs"]
+  without_jobs = {**jobset, "spec": {**jobset["spec"], "replicatedJobs": [{**job, "template": {}} for job in jobs]}}
+  # The types drop a field that they do not know.
+  parsed = JobsetV1alpha2JobSet.model_validate(without_jobs).to_dict()
+  assert parsed == without_jobs, f"JobSet knows of {without_jobs} only {parsed}"
   return [{"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, **job["template"]} for job in jobs]
 
 

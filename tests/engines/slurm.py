@@ -1,6 +1,6 @@
-"""A real Slurm on this machine: munged, slurmctld and slurmd run as root in a folder of their own.
+"""Run a real Slurm on this machine: munged, slurmctld and slurmd run as root in a folder of their own.
 
-Debian's packages slurmctld, slurmd, slurm-client and munge bring them.
+They come from Debian's packages slurmctld, slurmd, slurm-client and munge.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from tests.command_runs import ROOT
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
-CPUS = 4  # Slurm assumes as many, so that two tasks fit on any machine
+CPUS = 4  # so that two tasks fit on any machine: Slurm believes this number
 _CONFIG = """
 ClusterName=t
 SlurmctldHost={host}(127.0.0.1)
@@ -56,7 +56,7 @@ PartitionName=high Nodes={host} PriorityTier=10 State=UP
 
 
 class Slurm:
-  """The cluster has one node, and two partitions. The jobs of one preempt those of the other."""
+  """A cluster of one node with two partitions; jobs of one partition preempt jobs of the other."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
@@ -73,7 +73,7 @@ class Slurm:
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
-    # --force, since a test's folder lies below /tmp, where others may write.
+    # --force, since a test's folder is below /tmp, where other users may write.
     self._munged = subprocess.Popen(
       ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]
       + [f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munged.seed", f"--log-file={folder}/munged.log"],
@@ -81,7 +81,7 @@ class Slurm:
       stderr=subprocess.DEVNULL,
     )
     wait_until(lambda: (folder / "munge.socket").exists(), 20, "munged")
-    # An absolute path, or else srun in a job does not find the file.
+    # An absolute path: srun in a job would not find a relative one.
     subprocess.run(["slurmctld", "-f", str(folder / "slurm.conf")], check=True, env=self.environment)
     self.start_node()
 
@@ -90,7 +90,7 @@ class Slurm:
     wait_until(lambda: "idle" in self.run("sinfo", "-h", "-o", "%T"), 60, "the node")
 
   def kill_node(self, workdir: pathlib.Path) -> None:
-    """Kill the daemon and all that runs there at once, like a machine that loses its power."""
+    """Kill the daemon and all its processes at once, as a power failure would."""
     for pattern in (str(self.folder / "slurm.conf"), "slurmstepd", str(workdir)):
       for pid in pids(pattern):
         if "slurmctld" not in command_of(pid):
@@ -114,44 +114,44 @@ class Slurm:
 
   def submit(self, environment: dict[str, str], *flags: str, command: list[str], script: str = "slurm.sbatch") -> str:
     """Submit a job and return its number."""
-    asked = ["sbatch", "--parsable", f"--output={self.folder}/%j.log", *flags, f"launch/{script}", "--", *command]
-    # DELAY=0: no pause between a crash and the next start.
-    given = {**environment, "SLURM_CONF": self.environment["SLURM_CONF"], "DELAY": "0"}
-    done = subprocess.run(asked, cwd=ROOT, env=given, capture_output=True, text=True, timeout=60)
+    arguments = ["sbatch", "--parsable", f"--output={self.folder}/%j.log", *flags, f"launch/{script}", "--", *command]
+    # DELAY=0: the launcher does not wait between a crash and the next start.
+    variables = {**environment, "SLURM_CONF": self.environment["SLURM_CONF"], "DELAY": "0"}
+    done = subprocess.run(arguments, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().split(";")[0]
 
   def facts(self, job: str) -> dict[str, str]:
     """Return what Slurm shows of a job."""
-    shown = self.run("scontrol", "show", "job", job)
-    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    output = self.run("scontrol", "show", "job", job)
+    return dict(word.split("=", 1) for word in output.split() if "=" in word)
 
   def hasten(self, job: str) -> None:
-    """Start a job that was queued again at once. Slurm makes it wait for two minutes, in case the node is bad."""
+    """Start a requeued job at once. Slurm would wait for two minutes, in case the node is bad."""
     wait_until(lambda: self.facts(job)["JobState"] == "PENDING", 90, f"job {job} queued again")
     time.sleep(10)  # for a moment the node refuses a job that it has just killed
     self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
   def log(self, job: str) -> str:
-    """Return the output of all its starts."""
+    """Return the output of all starts of a job."""
     return (self.folder / f"{job}.log").read_text()
 
   def wait_for_end(self, job: str, seconds: float = 180) -> dict[str, str]:
-    """Wait until the job has ended for good, and return its facts."""
+    """Wait until the job will not run again, and return its facts."""
     ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
     wait_until(lambda: self.facts(job)["JobState"] in ended, seconds, f"the end of job {job}")
     return self.facts(job)
 
 
-def wait_until(ready: Callable[[], Any], seconds: float, what: str) -> None:
+def wait_until(ready: Callable[[], Any], seconds: float, event: str) -> None:
   deadline = time.monotonic() + seconds
   while not ready():
-    assert time.monotonic() < deadline, f"no {what} after {seconds:.0f} seconds"
+    assert time.monotonic() < deadline, f"no {event} after {seconds:.0f} seconds"
     time.sleep(0.1)
 
 
 def pids(text: str) -> list[int]:
-  """Return the numbers of the processes, except for this one, whose command line has the text."""
+  """Return the ids of all other processes whose command line contains the text."""
   numbers = (int(path.name) for path in pathlib.Path("/proc").iterdir() if path.name.isdigit())
   return [pid for pid in numbers if pid != os.getpid() and text in command_of(pid)]
 

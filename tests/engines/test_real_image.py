@@ -1,6 +1,6 @@
-"""Test the Dockerfile under a real builder, buildah, as root. It takes minutes: it installs what the image holds.
+"""Test the Dockerfile under a real builder, buildah, as root. It takes minutes, since it installs the packages.
 
-The base, python:3.12-slim, lies in a registry. The same Debian with its own Python takes its place here.
+The base image python:3.12-slim is in a registry; here the same Debian with its own Python replaces it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.full
 PROGRAMS = ("buildah", "mmdebstrap")
 BASE = "localhost/python"
 _BASE = "FROM scratch\nADD base.tar /\nRUN python3 -m venv /usr/local\n"
-# In a sandbox limits cannot be raised, and a host may lie behind a proxy with a certificate of its own.
+# A sandbox cannot raise limits, and a host may be behind a proxy with its own certificate.
 _LIMITS = ("--network=host", "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096")
 _BUILDS = (*_LIMITS, "--volume=/etc/ssl/certs:/etc/ssl/certs:ro")
 
 
 class Builder:
-  """buildah keeps its images in a folder of its own here."""
+  """Run buildah, with its images in a folder of its own."""
 
   def __init__(self, folder: pathlib.Path):
     self._stores = [f"--root={folder / 'images'}", f"--runroot={folder / 'run'}"]
@@ -40,7 +40,7 @@ class Builder:
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
-  """Return a builder that has the base. Skip the tests if it is not installed, or this user cannot start it."""
+  """Return a builder that has the base image. Skip the tests if buildah cannot be started."""
   missing = [name for name in PROGRAMS if shutil.which(name) is None]
   if missing:
     pytest.skip(f"no {', '.join(missing)}: apt-get install buildah netavark mmdebstrap")
@@ -75,10 +75,10 @@ def test_an_extra_without_a_processor_is_refused(builder):
 def test_the_image_trains_in_its_working_directory(builder, container):
   flags = ["--config=configs/shapes.py:autoencoder", "--workdir=/tmp/run", "--config.num_steps=2"]
   builder("run", container, "--", "python", "-m", "diffdis_jax.train", *flags)
-  shown = builder("run", container, "--", "sh", "-c", "pwd; ls /tmp/run/checkpoints; python -c 'import libtpu'")
-  assert shown.stdout.splitlines()[:2] == ["/diffdis", "2"]
+  output = builder("run", container, "--", "sh", "-c", "pwd; ls /tmp/run/checkpoints; python -c 'import libtpu'")
+  assert output.stdout.splitlines()[:2] == ["/diffdis", "2"]
 
 
 def test_the_image_holds_the_launchers_and_no_tests(builder, container):
-  shown = builder("run", container, "--", "sh", "-c", "launch/gke/gke.sh --help | head -1; ls")
-  assert shown.stdout.startswith("A run on GKE as a JobSet") and "tests" not in shown.stdout.split()
+  output = builder("run", container, "--", "sh", "-c", "launch/gke/gke.sh --help | head -1; ls")
+  assert output.stdout.startswith("A run on GKE as a JobSet") and "tests" not in output.stdout.split()

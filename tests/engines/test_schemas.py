@@ -1,6 +1,6 @@
-"""Test what launchers hand over by the schemas of Kubernetes, JobSet and SkyPilot, and the Dockerfile by its linter.
+"""Check the launchers' output by the schemas of Kubernetes, JobSet and SkyPilot, and the Dockerfile by its linter.
 
-uv brings each of these in an environment of its own, from its cache or from the index.
+uv installs each of these tools in its own environment, from its cache or from the index.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SCHEMAS = pathlib.Path(__file__).with_name("schemas.py")
 
 
 def run(packages: tuple[str, ...], *command: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-  """Run a command in an environment of these packages. Skip the test if no index brings them."""
-  asked = [f"--with={package}" for package in packages]
-  uv = [sys.executable, "-m", "uv", "run", "--quiet", "--no-project", f"--python={sys.executable}", *asked]
+  """Run a command in an environment with these packages. Skip the test if no index has them."""
+  with_flags = [f"--with={package}" for package in packages]
+  uv = [sys.executable, "-m", "uv", "run", "--quiet", "--no-project", f"--python={sys.executable}", *with_flags]
   done = subprocess.run([*uv, *map(str, command)], cwd=ROOT, input=stdin, capture_output=True, text=True)
   if re.search("error sending request|dns error|Failed to fetch|Could not connect", done.stderr):
     pytest.skip(f"no package index brings {', '.join(packages)}")
@@ -79,7 +79,7 @@ def test_skypilot_takes_the_task(name, expected):
 
 
 def test_skypilot_knows_the_exit_codes():
-  """SkyPilot's client ignores a field that it does not know, but refuses a wrong value of one that it knows."""
+  """SkyPilot's client ignores an unknown field, but refuses a wrong value of a known field."""
   done = check("skypilot", (ROOT / "launch/skypilot.yaml").read_text().replace("[75, 143]", "[many]"))
   assert done.returncode == 1 and "recover_on_exit_codes" in done.stderr and "not of type 'integer'" in done.stderr
 

@@ -1,4 +1,4 @@
-"""Compare names of single-file checkpoints with diffusers' own converter, at full size with nothing allocated."""
+"""Compare names of single-file checkpoints with diffusers' own converter, at full size but without memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.interop.test_mapping import full_size
 
 @pytest.fixture(scope="module")
 def single_file() -> dict[str, torch.Tensor]:
-  """Return Stable Diffusion v1's checkpoint file, of meta tensors."""
+  """Return Stable Diffusion v1's checkpoint file as meta tensors."""
   states = {component: full_size(component).state_dict() for component in ("unet", "vae", "text_encoder")}
   states["text_encoder"] = {f"text_model.{name}": tensor for name, tensor in states["text_encoder"].items()}
   return compvis_names.single_file(states, depth=2, levels=4)
 
 
 def test_names_that_published_checkpoints_have(single_file):
-  """The original file lists these, which numbering could get wrong."""
+  """The published file contains these names, whose numbers are easy to get wrong."""
   for name in (
     "model.diffusion_model.input_blocks.3.0.op.weight",
     "model.diffusion_model.output_blocks.2.1.conv.weight",
@@ -41,7 +41,7 @@ def test_names_that_published_checkpoints_have(single_file):
 def test_names_are_those_of_diffusers_converter(single_file, component):
   tensors = {name: Tensor(tuple(tensor.shape), lambda: None) for name, tensor in single_file.items()}
   extras = {"model_ema.decay": Tensor((), lambda: None), "betas": Tensor((1000,), lambda: None)}
-  components, others = compvis.split(tensors | extras)
+  components, renamed = compvis.split(tensors | extras)
   if component == "unet":
     expected = single_file_utils.convert_ldm_unet_checkpoint(dict(single_file), {"layers_per_block": 2})
   elif component == "vae":
@@ -53,7 +53,7 @@ def test_names_are_those_of_diffusers_converter(single_file, component):
   assert {name: squeezed(tensor.shape) for name, tensor in components[component].items()} == {
     name: squeezed(tensor.shape) for name, tensor in expected.items()
   }
-  assert others == list(extras)
+  assert renamed == list(extras)
 
 
 def test_depth_and_levels_are_read_off_the_names():

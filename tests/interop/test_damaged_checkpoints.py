@@ -1,4 +1,4 @@
-"""Test that a checkpoint with a wrong tensor or config is refused in one line, with its name."""
+"""Test that a checkpoint with a wrong tensor or config is refused in one line that names it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHAPES = {
 
 
 def write(folder: pathlib.Path, config: Any = None, dtype: Any = np.float32, **shapes: Any) -> pathlib.Path:
-  """Write a folder of open_clip, and return it."""
+  """Write a folder of open_clip's layout, and return it."""
   folder.mkdir(exist_ok=True)
   arrays = {name: np.zeros(shape, dtype) for name, shape in {**SHAPES, **shapes}.items()}
   save_file(arrays, folder / "open_clip_model.safetensors")
@@ -58,7 +58,7 @@ def test_a_tensor_of_another_rank(tmp_path, name, shape):
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
 def test_quantized_weights_are_no_weights(tmp_path, dtype):
-  """They would mean nothing without their scales, which lie beside them under names of their own."""
+  """Quantized weights mean nothing without their scales, which have names of their own."""
   shapes = {"text_encoder.tokens.embedding": jax.ShapeDtypeStruct((49408, 64), np.float32)}
   match = lambda dtype: from_torch.match(from_torch.open_source(write(tmp_path, dtype=dtype)), shapes)
   with pytest.raises(UserError, match=r"clip parameter \S+ holds numbers of type [IU]8, as quantized weights do"):
@@ -67,14 +67,14 @@ def test_quantized_weights_are_no_weights(tmp_path, dtype):
 
 
 def test_a_folder_of_what_several_processes_trained(tmp_path):
-  """PyTorch puts `module.` before each name."""
+  """PyTorch's data-parallel training puts `module.` before each name."""
   write(tmp_path / "one")
   (tmp_path / "several").mkdir()
   arrays = {f"module.{name}": np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
   save_file(arrays, tmp_path / "several" / "open_clip_model.safetensors")
   (tmp_path / "several" / "open_clip_config.json").write_text('{"model_cfg": {}}')
-  one, several = (from_torch.open_source(tmp_path / name) for name in ("one", "several"))
-  assert one.components["clip"].keys() == several.components["clip"].keys() and one.model == several.model
+  single, several = (from_torch.open_source(tmp_path / name) for name in ("one", "several"))
+  assert single.components["clip"].keys() == several.components["clip"].keys() and single.model == several.model
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize")

@@ -1,4 +1,4 @@
-"""Test Stable Diffusion v1 at full size with random weights: parity, and time and memory of both verbs.
+"""Test Stable Diffusion v1 at full size with random weights: parity, and the time and memory of import and export.
 
   python -m pytest -m full tests/interop/test_full_size.py --log-cli-level=INFO
 
@@ -46,7 +46,7 @@ VAE = dict(
 TEXT = dict(num_hidden_layers=12, max_position_embeddings=77, **TEXT_L14)
 SECONDS, MEMORY, PSNR = 120, 2.5, 45
 
-# Runs a command in a small process of its own: a child's peak memory starts at that of the process it comes from.
+# Run a command in a small process of its own: a child's peak memory starts at the memory of its parent.
 MEASURE = """
 import json, resource, subprocess, sys, time
 start = time.monotonic()
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__).info
 
 
 def measure(verb: str, *flags: str) -> dict[str, float]:
-  """Return wall seconds and peak bytes of a verb."""
+  """Return the wall seconds and peak bytes of a command."""
   command = [sys.executable, "-c", MEASURE, sys.executable, "-m", f"diffdis_jax.{verb}", *flags]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -72,15 +72,15 @@ def size_of(folder: pathlib.Path) -> int:
   return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
-def check_cost(what: str, cost: dict[str, float], size: int) -> None:
-  log("%s: %.2f GB, %.0f s, peak memory %.2f x", what, size / 1e9, cost["seconds"], cost["peak"] / size)
+def check_cost(name: str, cost: dict[str, float], size: int) -> None:
+  log("%s: %.2f GB, %.0f s, peak memory %.2f x", name, size / 1e9, cost["seconds"], cost["peak"] / size)
   assert cost["seconds"] < SECONDS
   assert cost["peak"] < MEMORY * size
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
-  """Write a checkpoint to `sd`. The tests below fill `run` and `out`, in their order."""
+  """Write a checkpoint to `sd`. The tests below fill `run` and `out`, in this order."""
   root = tmp_path_factory.mktemp("full")
   pipelines.stable_diffusion(root / "tokenizer", unet=UNET, vae=VAE, text=TEXT).save_pretrained(root / "sd")
   gc.collect()
@@ -114,19 +114,19 @@ def test_the_import_and_the_export_draw_what_diffusers_draws(folders, noise):
   measure("generate", f"--workdir={folders['run']}", f"--out={folders['images']}", *flags)
   with Image.open(folders["images"] / "00000.png") as image:
     ours = np.asarray(image)[None]
-  drawn = {}
+  generated = {}
   for name in ("sd", "out"):
-    drawn[name] = pipelines.draw(StableDiffusionPipeline.from_pretrained(folders[name]), noise, steps=50)
+    generated[name] = pipelines.draw(StableDiffusionPipeline.from_pretrained(folders[name]), noise, steps=50)
     gc.collect()
-    log("PSNR of %s and ours: %.1f dB", name, pipelines.psnr(drawn[name], ours))
+    log("PSNR of %s and ours: %.1f dB", name, pipelines.psnr(generated[name], ours))
   assert ours.std() > 10
-  assert min(pipelines.psnr(images, ours) for images in drawn.values()) >= PSNR
+  assert min(pipelines.psnr(images, ours) for images in generated.values()) >= PSNR
 
 
-def check_parity(what: str, actual: Any, expected: torch.Tensor, limit: float) -> None:
+def check_parity(name: str, actual: Any, expected: torch.Tensor, limit: float) -> None:
   expected = from_torch.nhwc(expected) if expected.ndim == 4 else expected
   error = networks.relative_error(actual, expected)
-  log("%s: max abs error %.1e of the largest magnitude", what, error)
+  log("%s: max abs error %.1e of the largest magnitude", name, error)
   assert error <= limit
 
 

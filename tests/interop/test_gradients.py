@@ -36,7 +36,7 @@ def make_config() -> ConfigDict:
 
 
 def stable_diffusion(model: ConfigDict) -> dict[str, torch.nn.Module]:
-  """Return diffusers' or transformers' modules of the same sizes by component, with random weights."""
+  """Return diffusers' or transformers' modules of the same sizes, by component, with random weights."""
   unet = sections.write_unet(
     model.unet.to_dict(), latent_channels=4, context_width=model.text_encoder.width, sample_size=8
   )
@@ -51,7 +51,7 @@ def stable_diffusion(model: ConfigDict) -> dict[str, torch.nn.Module]:
 def expected_gradients(
   modules: dict[str, torch.nn.Module], images: np.ndarray, keys: dict[str, jax.Array], dropout: float
 ) -> dict[str, np.ndarray]:
-  """Return gradients by our paths. Timesteps, noise and dropped conditions are the step's own random choices."""
+  """Return the gradients by our paths, for the step's own timesteps, noise and dropped conditions."""
   z = modules["vae"].encode(from_torch.nchw(np.asarray(to_signed(jnp.asarray(images))))).latent_dist.mode() * 0.5
   shape = (len(z), *z.shape[2:], 4)
   t = np.array(jax.random.randint(keys["t_z"], (len(z),), 0, 1000))
@@ -93,9 +93,9 @@ def test_gradients_equal_those_of_pytorch():
 
   def loss(model, images):
     batch = Batch(image=jnp.asarray(images), tokens=jnp.asarray(TOKENS, jnp.int32))
-    whole = network_of(config)
-    noise = noise_of(run, keys, batch, whole)
-    return algorithms.training_losses(model, batch, noise, network=whole, loss=Loss()).total
+    full_network = network_of(config)
+    noise = noise_of(run, keys, batch, full_network)
+    return algorithms.training_losses(model, batch, noise, network=full_network, loss=Loss()).total
 
   ours = jax.jit(jax.grad(network.pure(loss)))(params, images)
   theirs = expected_gradients(modules, images, keys, config.loss.condition_dropout)
@@ -104,12 +104,12 @@ def test_gradients_equal_those_of_pytorch():
   largest = max(np.linalg.norm(gradient) for gradient in theirs.values())
   errors, vanishing = {}, []
   for path, expected in theirs.items():
-    if np.linalg.norm(expected) < 1e-6 * largest:  # a key's bias, which softmax cancels; the decoder, which has no part
+    if np.linalg.norm(expected) < 1e-6 * largest:  # softmax cancels a key's bias, and the decoder takes no part
       vanishing.append(path)
       assert np.linalg.norm(ours[path]) < 1e-6 * largest, path
     else:
       errors[path] = np.linalg.norm(ours[path] - expected) / np.linalg.norm(expected)
-  assert np.isfinite([*errors.values()]).all()  # or else `max` would pass over a NaN
+  assert np.isfinite([*errors.values()]).all()  # otherwise `max` would pass over a NaN
   worst = max(errors, key=errors.get)
   assert errors[worst] < 1e-4, f"{worst}: {errors[worst]:.2e}"
   without = ("autoencoder.post_quant", "autoencoder.decoder", "autoencoder.up", "autoencoder.conv_out")

@@ -1,4 +1,4 @@
-"""Test the table of names: one to one, whole on both sides, and exact in values."""
+"""Test the table of names: it is one to one, complete on both sides, and exact in values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT_L14 = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
 
 @functools.cache
 def golden(name: str) -> dict[str, tuple[int, ...]]:
-  """Return our parameters' shapes from a config's golden listing; an ablation's has those that it adds."""
+  """Return our parameters' shapes from a config's golden listing; the listing of an ablation has the added ones."""
   lines = [line.removeprefix("+ ").split() for line in (GOLDEN / f"{name}.txt").read_text().splitlines()]
   shapes = {path: re.search(r"\[(.*)\]", kind)[1] for path, kind, *_ in lines if path != "-"}
   return {
@@ -33,7 +33,7 @@ def golden(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def full_size(component: str) -> torch.nn.Module:
-  """Return Stable Diffusion v1's component, with nothing allocated."""
+  """Return a component of Stable Diffusion v1 without allocating it."""
   with torch.device("meta"):
     if component == "unet":
       return UNet2DConditionModel(cross_attention_dim=768)
@@ -118,9 +118,9 @@ def test_kernels_are_laid_out_as_torch_has_them():
   rng = np.random.default_rng(0)
   x, linear = rng.standard_normal((2, 4)), rng.standard_normal((4, 6))
   theirs = mapping.from_path("unet.time.fc1.kernel").to_theirs(linear)
-  given = lambda array: torch.from_numpy(np.ascontiguousarray(array))
-  np.testing.assert_allclose(torch.nn.functional.linear(given(x), given(theirs)), x @ linear, rtol=1e-12)
+  to_torch = lambda array: torch.from_numpy(np.ascontiguousarray(array))
+  np.testing.assert_allclose(torch.nn.functional.linear(to_torch(x), to_torch(theirs)), x @ linear, rtol=1e-12)
   kernel, image = rng.standard_normal((3, 3, 4, 5)), rng.standard_normal((1, 3, 3, 4))
   theirs = mapping.from_path("unet.conv_in.kernel").to_theirs(kernel)
-  output = torch.nn.functional.conv2d(given(np.moveaxis(image, -1, 1)), given(theirs))
+  output = torch.nn.functional.conv2d(to_torch(np.moveaxis(image, -1, 1)), to_torch(theirs))
   np.testing.assert_allclose(output[0, :, 0, 0], np.einsum("hwi,hwio->o", image[0], kernel), rtol=1e-12)

@@ -1,4 +1,4 @@
-"""Run the model card's code as it is printed, where a PyTorch user has neither JAX nor this package."""
+"""Run the model card's code as it is printed, in an environment without JAX and this package."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from tests.test_requirements import EXTRAS
 
 pytestmark = pytest.mark.slow
 
-# Not to be imported, since a PyTorch user has none of them.
+# A PyTorch user has none of these.
 ABSENT = "import sys\nfor name in ('jax', 'flax', 'jaxtyping', 'diffdis_jax'):\n  sys.modules[name] = None\n"
 
 
 def code_of(folder: pathlib.Path) -> str:
-  """Return the card's blocks of Python, one after the other."""
+  """Return all Python blocks of the card, joined."""
   return "\n".join(re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S))
 
 
 def run_code(code: str, cwd: pathlib.Path, **environment: str) -> str:
-  """Run it and return what it prints. Whatever it downloads or copies is kept in `cwd`."""
+  """Run code and return its output. Downloads and copies are stored in `cwd`."""
   (cwd / "card.py").write_text(ABSENT + code)
-  kept = {"HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+  variables = {"HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
   path = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
   command = [sys.executable, "card.py"]
-  done = subprocess.run(command, cwd=cwd, env=path | kept | environment, capture_output=True, text=True)
+  done = subprocess.run(command, cwd=cwd, env=path | variables | environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert "packages that were not found" not in done.stderr
   return done.stdout
@@ -43,15 +43,15 @@ def run_code(code: str, cwd: pathlib.Path, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
   path = tmp_path_factory.mktemp("made")
-  export_of(path, sample_prompts=('a "red" 🍎', "blue ring"))  # as captions are
+  export_of(path, sample_prompts=('a "red" 🍎', "blue ring"))  # quotes and emoji, as in captions
   return path / "out"
 
 
 def test_from_a_folder(folder, tmp_path):
   code = code_of(folder)
   lines = [line for line in code.splitlines() if line]
-  assert len(lines) == 4  # an import, two to generate, one to classify
-  # An evaluation whose --out lies elsewhere is not known here. Its prompts are those of the run's own captions.
+  assert len(lines) == 4  # one line for the import, two for generation, one for classification
+  # Results in an --out elsewhere do not appear. The prompts are captions of the run.
   card = (folder / "README.md").read_text()
   assert "## Figures\n\nNone are recorded with the run.\n" in card
   assert (
@@ -59,7 +59,7 @@ def test_from_a_folder(folder, tmp_path):
     and "diffusers>=0.35.2" in EXTRAS["torch"]
   )
   (tmp_path / "FOLDER").symlink_to(folder)
-  # What a pipeline saved is whole in another process too.
+  # A pipeline that was saved works in another process too.
   saved = 'pipe.save_pretrained("saved")\n' + "\n".join(lines[:2]).replace('"FOLDER"', '"saved"') + "\n"
   printed = run_code(code + saved + 'print(pipe.classify(image, ["a", "b"]).labels)\n', tmp_path)
   assert printed.count("\n") == 2 and printed.startswith("['")
@@ -73,7 +73,7 @@ def test_a_mixture_whose_sources_leave_out_what_has_a_default():
 
 
 def test_a_file_of_results_adds_no_markup():
-  """It may come from anybody, and holds what Markdown and HTML read."""
+  """The file may come from anybody, and contains what Markdown and HTML would interpret."""
   hostile = "x |\n\n# Y <script>alert(1)</script> [a](javascript:b) ![c](//d) `e` *f* _g_ ~~h~~ $i$ \\"
   record = {"protocol": {"templates": hostile[:50], hostile[:20]: 1}, "pretrained": "a_b"}
   protocol, metrics = model_card._protocol(record), model_card._shown({hostile: 0.5})
@@ -101,7 +101,7 @@ def test_the_code_of_an_autoencoder_alone(tmp_path):
 
 
 def test_from_the_hub(tmp_path):
-  """huggingface_hub reads a repository that was downloaded once from its cache."""
+  """huggingface_hub takes a repository that was downloaded before from its cache."""
   commit = "a" * 40
   cached = tmp_path / "hf" / "hub" / "models--me--tiny"
   export_weights(export_of(tmp_path), str(cached / "snapshots" / commit), repo="me/tiny")
@@ -110,8 +110,8 @@ def test_from_the_hub(tmp_path):
   code, card = code_of(cached / "snapshots" / commit), (cached / "snapshots" / commit / "README.md").read_text()
   assert 'from_pretrained("me/tiny", custom_pipeline="me/tiny", trust_remote_code=True)' in code
   assert 'call `huggingface_hub.snapshot_download("me/tiny")` once' in card and '`revision="COMMIT"` and' in card
-  whole = 'from huggingface_hub import snapshot_download\nfolder = snapshot_download("me/tiny")\n'
-  assert run_code(whole + code.replace('"me/tiny"', "folder"), tmp_path).startswith("['")
+  program = 'from huggingface_hub import snapshot_download\nfolder = snapshot_download("me/tiny")\n'
+  assert run_code(program + code.replace('"me/tiny"', "folder"), tmp_path).startswith("['")
 
 
 def test_the_code_of_a_clip(tmp_path):

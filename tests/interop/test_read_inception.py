@@ -1,4 +1,4 @@
-"""Test how FID's Inception is read: each tensor in its place, its hash, and other files."""
+"""Test how FID's Inception is read: each tensor's place, the hash, and files of other models."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_every_tensor_is_read_into_its_place(weights, inception_state):
 
 def test_a_copy_has_the_same_hash_of_its_tensors(tmp_path, weights, inception_file, inception_state):
   assert weights.file_sha256 == hashlib.sha256(inception_file.read_bytes()).hexdigest() and not weights.published
-  kept = {name: x for name, x in inception_state.items() if not name.endswith("num_batches_tracked")}
-  save_file(kept, tmp_path / "x.safetensors")
+  without_counts = {name: x for name, x in inception_state.items() if not name.endswith("num_batches_tracked")}
+  save_file(without_counts, tmp_path / "x.safetensors")
   copy = inception.read(str(tmp_path / "x.safetensors"))
   assert copy.sha256 == weights.sha256 and copy.file_sha256 != weights.file_sha256
 
 
 def blank(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-  """Return tensors of the same shapes, whose file has a few kilobytes."""
+  """Return tensors of the same shapes whose file takes a few kilobytes."""
   return {name: torch.zeros(()).expand(x.shape) for name, x in state.items()}
 
 

@@ -35,8 +35,8 @@ def test_written_configs_are_read_back():
 
 def test_libraries_know_every_field_that_is_written():
   config = sections.write_unet(SD["unet"], latent_channels=4, context_width=768, sample_size=64)
-  known = set(dict(UNet2DConditionModel(**pipelines.UNET).config))
-  assert set(config) - known == {"_class_name"}
+  fields = set(dict(UNet2DConditionModel(**pipelines.UNET).config))
+  assert set(config) - fields == {"_class_name"}
   config = sections.write_vae(SD["autoencoder"], scaling_factor=0.18215, sample_size=512)
   assert set(config) - set(dict(AutoencoderKL(**pipelines.VAE).config)) == {"_class_name"}
   scheduler = DDIMScheduler.from_config(sections.write_scheduler("linear"))
@@ -46,7 +46,7 @@ def test_libraries_know_every_field_that_is_written():
 
 
 def test_the_files_of_stable_diffusion_1_lack_some_fields():
-  """The autoencoder's config was published so in 2022."""
+  """The autoencoder's published config of 2022 lacks them."""
   config = dict(act_fn="silu", block_out_channels=[128, 256, 512, 512], layers_per_block=2, sample_size=512)
   config |= dict(in_channels=3, latent_channels=4, out_channels=3)
   config |= dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
@@ -80,7 +80,7 @@ def test_a_field_that_is_missing_has_the_librarys_default():
     (sections.read_scheduler, {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
     (sections.read_scheduler, {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
     (sections.read_scheduler, sections.BETAS | {"beta_schedule": "linear", "beta_end": 0.02}, "beta_end is 0.02"),
-    # These are diffusers' defaults, which no schedule here has.
+    # diffusers' defaults, which no schedule here uses.
     (sections.read_scheduler, {"beta_schedule": "scaled_linear"}, "beta_start is 0.0001; .* have 0.00085"),
     (sections.read_scheduler, {"beta_schedule": "linear", "beta_start": 0.00085}, "beta_end is 0.02; .* have 0.012"),
   ],

@@ -76,7 +76,7 @@ def test_other_files(tmp_path, content):
     tensor_files.open_file(tmp_path / "x.bin")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit warns
 def test_a_torchscript_archive_is_named(tmp_path):
   torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-32.pt")
   with pytest.raises(UserError, match=r"ViT-B-32.pt is a TorchScript archive, .*; take open_clip's or transformers'"):
@@ -85,25 +85,25 @@ def test_a_torchscript_archive_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
 def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
-  """A clone without git-lfs has it in the place of weights."""
+  """A clone without git-lfs contains a pointer instead of the weights."""
   (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 3438167534\n")
   with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS, not the weights; type: git lfs pull"):
     tensor_files.open_file(tmp_path / name)
 
 
-@pytest.mark.parametrize("name, left", [("x.safetensors", 0.1), ("x.safetensors", 0.9), ("x.ckpt", 0.9)])
-def test_files_cut_short(tmp_path, name, left):
+@pytest.mark.parametrize("name, size", [("x.safetensors", 0.1), ("x.safetensors", 0.9), ("x.ckpt", 0.9)])
+def test_files_cut_short(tmp_path, name, size):
   path = tmp_path / name
   big = np.zeros((100, 100), np.float32)
   save_file({"a": big}, path) if name == "x.safetensors" else torch.save({"a": torch.from_numpy(big)}, path)
   content = path.read_bytes()
-  path.write_bytes(content[: int(left * len(content))])
+  path.write_bytes(content[: int(size * len(content))])
   with pytest.raises(UserError, match=rf"{name} (is no whole|cannot be read).*; copy it again"):
     tensor_files.open_file(path)
 
 
 def test_a_full_disk_is_known_for_one(tmp_path, monkeypatch):
-  """Launchers go by its number, and try again."""
+  """The launcher recognises a full disk by its error number and retries."""
   error = SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
   monkeypatch.setattr(tensor_files, "save_file", mock.Mock(side_effect=error))
   with pytest.raises(OSError, match="No space left") as raised:
@@ -130,7 +130,7 @@ def write(folder: pathlib.Path, *names: str, content: dict[str, np.ndarray] = VA
 
 
 @pytest.mark.parametrize(
-  "right, others",
+  "best, others",
   [
     ("diffusion_pytorch_model.safetensors", ("diffusion_pytorch_model.fp16.safetensors", "pytorch_model.bin")),
     ("model.fp16.safetensors", ("pytorch_model.bin",)),
@@ -138,8 +138,8 @@ def write(folder: pathlib.Path, *names: str, content: dict[str, np.ndarray] = VA
     ("open_clip_model.safetensors", ("other.safetensors", "model.safetensors")),  # timm's copy of the vision tower
   ],
 )
-def test_the_best_file_of_a_folder(tmp_path, right, others):
-  write(tmp_path, right)
+def test_the_best_file_of_a_folder(tmp_path, best, others):
+  write(tmp_path, best)
   write(tmp_path, *others, content={"wrong": np.zeros(1, np.float32)})
   assert_values(tensor_files.open_folder(tmp_path))
 

@@ -1,4 +1,4 @@
-"""Test how latents' shift and scale go into a diffusers autoencoder, which has no place for them."""
+"""Test how the latents' shift and scale go into a diffusers autoencoder, which has no fields for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def own_of(model, schedule="scaled_linear"):
 
 
 def export(tmp_path, objectives=networks.BOTH, dtype="float32", shift=SHIFT, scale=SCALE):
-  """Write random parameters, and return them."""
+  """Write random parameters as an export, and return them."""
   model = networks.tiny_model()
   network = networks.Network.of(networks.builder(model, objectives))
   params = networks.random_params(network.shapes, seed=0)
@@ -30,7 +30,7 @@ def export(tmp_path, objectives=networks.BOTH, dtype="float32", shift=SHIFT, sca
 
 @pytest.fixture(scope="module")
 def autoencode():
-  """Return a function from parameters, images and z to the latent's mean and log-variance, and the image of z."""
+  """Return a function from parameters, images and z to the latent's mean and log-variance, and to the decoded z."""
 
   def run(model, x, z):
     ours = model.autoencoder
@@ -53,9 +53,9 @@ def test_shift_and_scale_are_folded_into_the_convolutions(autoencode, tmp_path, 
     posterior = theirs.encode(from_torch.nchw(x)).latent_dist
     decoded = theirs.decode(from_torch.nchw(z) / theirs.config.scaling_factor).sample
   assert networks.relative_error(mean, theirs.config.scaling_factor * from_torch.nhwc(posterior.mean)) < 1e-5
-  # In units of z: the log-variance of scale · latent is 2 log scale larger.
-  there = from_torch.nhwc(posterior.logvar) + 2 * np.log(theirs.config.scaling_factor)
-  assert np.abs(there - (log_variance + 2 * np.log(scale))).max() < 1e-4
+  # In units of z: the log-variance of scale · latent is larger by 2 log scale.
+  exported = from_torch.nhwc(posterior.logvar) + 2 * np.log(theirs.config.scaling_factor)
+  assert np.abs(exported - (log_variance + 2 * np.log(scale))).max() < 1e-4
   assert networks.relative_error(image, from_torch.nhwc(decoded)) < 1e-5
 
 
@@ -84,8 +84,8 @@ def test_parameters_are_used_up_and_all_are_written(tmp_path):
 @pytest.mark.parametrize("dtype, variant", [("bfloat16", "bf16"), ("float16", "fp16")])
 def test_half_precision_has_the_names_of_a_variant(tmp_path, dtype, variant):
   export(tmp_path, dtype=dtype)
-  written = [*tmp_path.rglob("*.safetensors")]
-  assert {path.name for path in written} == {
+  files = [*tmp_path.rglob("*.safetensors")]
+  assert {path.name for path in files} == {
     f"{name}.{variant}.safetensors" for name in ("diffusion_pytorch_model", "model")
   }
-  assert {str(array.dtype) for path in written for array in load_file(path).values()} == {dtype}
+  assert {str(array.dtype) for path in files for array in load_file(path).values()} == {dtype}

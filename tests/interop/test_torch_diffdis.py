@@ -1,4 +1,4 @@
-"""Compare the PyTorch model, loaded from an exported folder, with ours: every ablation, one and several steps."""
+"""Compare the PyTorch model, loaded from an exported folder, with ours, for each ablation and number of steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ T_E = np.array([0, 1, 500, 999], np.int32)
 
 
 def tiny_config(**changes: Any) -> ConfigDict:
-  """Return the config of a run that a diffusers pipeline can hold, with these fields changed."""
+  """Return the config of a run that a diffusers pipeline can represent, with these fields changed."""
   config = steps.make_config()
   config.model = networks.tiny_model()
   config.model.unet.update(widths=(8, 16), attention=(True, False), depth=1)
@@ -54,7 +54,7 @@ def twin_config(config: ConfigDict) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Twin:
-  """The PyTorch model with the three networks that its methods take, loaded from the files of an export."""
+  """The PyTorch model with the three networks that its methods need, loaded from the files of an export."""
 
   diffdis: torch_diffdis.DiffDis
   unet: UNet2DConditionModel
@@ -105,7 +105,7 @@ def predict(model: DiffDis, e_t: Any, t_e: Any, z: Any, t_z: Any, *, length: int
 
 @functools.cache
 def tiny_network(**switches: Any) -> tuple[Params, Callable[..., jax.Array]]:
-  """Return parameters, and their prediction as a function of (e_t, t_e, z, t_z), compiled once."""
+  """Return parameters, and a compiled function of (e_t, t_e, z, t_z) that predicts with them."""
   config = tiny_config(**switches)
   network = network_of(config)
   params = networks.random_params(network.shapes, seed=0)
@@ -159,10 +159,10 @@ def assert_same_query(twin: Twin, expected: Any, given: dict[str, np.ndarray], t
 def test_predicted_query_equals_ours(changes, tmp_path):
   config = tiny_config(**changes)
   params, run = tiny_network(**{name: value for name, value in changes.items() if name.startswith("model.")})
-  given = inputs(config, size=(8, 12))
-  prediction = run(**given, t_z=np.full(len(T_E), config.condition_timestep, np.int32))
-  expected = to_data(config, prediction, e_t=given["e_t"], t_e=T_E)
-  assert_same_query(make_twin(config, dict(params), tmp_path), expected, given, tolerance=1e-5)
+  query_inputs = inputs(config, size=(8, 12))
+  prediction = run(**query_inputs, t_z=np.full(len(T_E), config.condition_timestep, np.int32))
+  expected = to_data(config, prediction, e_t=query_inputs["e_t"], t_e=T_E)
+  assert_same_query(make_twin(config, dict(params), tmp_path), expected, query_inputs, tolerance=1e-5)
 
 
 @pytest.mark.slow
@@ -189,12 +189,12 @@ def test_predicted_query_equals_ours_at_full_size(arg, tmp_path):
   network = network_of(config)
   params = networks.random_params(network.shapes, seed=0)
   run = jax.jit(network.pure(functools.partial(predict, length=config.data.max_length)))
-  given = inputs(config, size=(32, 32))
-  prediction = run(params, **given, t_z=np.full(len(T_E), config.condition_timestep, np.int32))
-  expected = np.asarray(to_data(config, prediction, e_t=given["e_t"], t_e=T_E))
+  query_inputs = inputs(config, size=(32, 32))
+  prediction = run(params, **query_inputs, t_z=np.full(len(T_E), config.condition_timestep, np.int32))
+  expected = np.asarray(to_data(config, prediction, e_t=query_inputs["e_t"], t_e=T_E))
   twin = make_twin(config, params, tmp_path)
-  shutil.rmtree(tmp_path)  # 5 GB
-  assert_same_query(twin, expected, given, tolerance=1e-4)
+  shutil.rmtree(tmp_path)  # free 5 GB
+  assert_same_query(twin, expected, query_inputs, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,8 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 def test_bfloat16_computes_between_float32_borders(folder):
   twin = Twin.from_pretrained(folder)
-  given = inputs(tiny_config(), size=(8, 8))
-  z, noise = from_torch.nchw(given["z"]), torch.from_numpy(given["e_t"])
+  query_inputs = inputs(tiny_config(), size=(8, 8))
+  z, noise = from_torch.nchw(query_inputs["z"]), torch.from_numpy(query_inputs["e_t"])
   expected = twin.embed_image(z, 2, noise)
   query = twin.to(torch.bfloat16).embed_image(z, 2, noise)
   assert query.dtype == torch.float32
@@ -274,7 +274,7 @@ def test_schedule_equals_ours(schedule):
 def test_timesteps_equal_ours():
   for n in (1, 2, 3, 7, 50, 999, 1000):
     ours = schedules.trailing(n)
-    with torch.device("meta"):  # whatever the default device is: Apple's has no float64
+    with torch.device("meta"):  # even if the default device, such as Apple's, has no float64
       assert torch_diffdis.trailing(n) == [*ours.t, ours.t_prev[-1]]
   for n in (0, 1001):
     with pytest.raises(ValueError, match=f"steps is {n}"):

@@ -1,4 +1,4 @@
-"""Test the exported pipeline in diffusers: what it generates and how it classifies, against the run."""
+"""Test the exported pipeline in diffusers: compare its images and classifications with the run's."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ STEPS = 3
 
 
 def load(folder: pathlib.Path, **how: Any) -> Any:
-  """Load it as the model card does."""
+  """Load a pipeline as the model card does."""
   pipe = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True, **how)
   pipe.set_progress_bar_config(disable=True)
   return pipe
 
 
 def export_of(folder: pathlib.Path, **changes: Any) -> str:
-  """Export a tiny run with these changes, whose autoencoder has patches of 4 x 4 pixels; see `export_config`."""
+  """Export a tiny run with these changes, whose autoencoder has 4 x 4 pixel patches; see `export_config`."""
   config = tiny.get_config()
   config.model.unet.update(widths=(8, 16), attention=(True, False))
   config.update_from_flattened_dict(changes)
@@ -65,7 +65,7 @@ def export_config(config: ConfigDict, folder: pathlib.Path) -> str:
     channels = len(params["autoencoder.scale"])
     params["autoencoder.shift"] = np.linspace(-0.5, 0.5, channels, dtype=np.float32)
     params["autoencoder.scale"] = np.linspace(0.2, 1, channels, dtype=np.float32)
-    params["autoencoder.conv_out.kernel"] *= 0.3  # images neither black nor white
+    params["autoencoder.conv_out.kernel"] *= 0.3  # so that images are neither black nor white
   with checkpoint.Checkpointer(path) as checkpointer:
     checkpointer.save(3, TrainState(params=params))
   export_weights(path, str(folder / "out"))
@@ -74,7 +74,7 @@ def export_config(config: ConfigDict, folder: pathlib.Path) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_modules(tmp_path_factory) -> Iterator[None]:
-  """Give diffusers a folder for the code that it copies, which the tests' processes would share."""
+  """Give diffusers a folder of its own for copied code, which test processes would otherwise share."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
     yield
@@ -87,7 +87,7 @@ def run(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def folder(run) -> pathlib.Path:
-  """Return the folder of its export."""
+  """Return the folder of the run's export."""
   return pathlib.Path(run).with_name("out")
 
 
@@ -109,7 +109,7 @@ def photos() -> list[Image.Image]:
 
 
 def squares(photos: list[Image.Image], size: int) -> np.ndarray:
-  """Cut images as evaluations and the app do."""
+  """Resize and crop images as evaluations and the app do."""
   return np.stack([np.asarray(transforms.resize(transforms.decode(_encoded(photo)), size)) for photo in photos])
 
 
@@ -132,9 +132,9 @@ def test_patches_generate_what_the_run_generates(run, folder, pipe):
   model, params = inference.load(run, mesh=steps.make_mesh(), batch_size=8, generation_steps=STEPS)
   noise = model.noise(2, seed=3)
   expected = model.generate(params, Tokenizer(model.max_length)(pipelines.PROMPTS), noise)
-  drawn = pipelines.draw(pipe, noise, steps=STEPS, guidance=model.sampling.generation_guidance)
-  assert pipelines.psnr(drawn, expected) >= 60
-  assert drawn.std() > 10 and pipelines.psnr(drawn[:1], drawn[1:]) < 30
+  generated = pipelines.draw(pipe, noise, steps=STEPS, guidance=model.sampling.generation_guidance)
+  assert pipelines.psnr(generated, expected) >= 60
+  assert generated.std() > 10 and pipelines.psnr(generated[:1], generated[1:]) < 30
   size = model.image_size
   images = pipe("a red star", num_inference_steps=1).images
   assert images[0].size == (size, size)
@@ -180,7 +180,7 @@ def test_it_embeds_and_classifies_as_the_run_does(run, pipe, photos, changes, mo
 
 
 def test_it_reads_texts_as_the_run_does(run, pipe):
-  """Captions of the web look like these."""
+  """These texts look like captions from the web."""
   texts = [
     "Salt &amp; pepper",
     "salt &amp;amp; pepper",
@@ -194,7 +194,7 @@ def test_it_reads_texts_as_the_run_does(run, pipe):
   np.testing.assert_allclose(pipe.embed_texts(texts), expected, atol=1e-4)
 
 
-# What web captions hold, and what a tokenizer could take for more than text.
+# Text that web captions contain, and text that a tokenizer could misread as a special token.
 PIECES = [
   *("<|endoftext|>", "<|startoftext|>", "<|EndOfText|>", "&lt;|endoftext|&gt;", "<| endoftext |>", "<|endoftext|>x"),
   *("\x00", "\x1b[31m", "\x7f", "\x85", "\r\n", "\t", "\u200b", "\u2028", "\ufeff", "&#1;", "&#128;", "&nbsp;"),
@@ -232,10 +232,10 @@ def test_images_of_every_kind_in_batches_of_any_size(pipe, photos):
   kinds = (square.numpy(), chw, chw / 255.0, list(chw), [square[0].numpy(), chw[1]], (square / 255.0).numpy())
   for images in kinds:
     torch.testing.assert_close(pipe.embed_images(images, noise=noise), expected, atol=0, rtol=0)
-  one = pipe.embed_images(photos[0], generator=torch.Generator().manual_seed(4))
-  assert one.shape == (1, 16)
-  torch.testing.assert_close(one, pipe.embed_images(photos[0], generator=torch.Generator().manual_seed(4)))
-  assert not torch.allclose(one, pipe.embed_images(photos[0], generator=torch.Generator().manual_seed(5)))
+  single = pipe.embed_images(photos[0], generator=torch.Generator().manual_seed(4))
+  assert single.shape == (1, 16)
+  torch.testing.assert_close(single, pipe.embed_images(photos[0], generator=torch.Generator().manual_seed(4)))
+  assert not torch.allclose(single, pipe.embed_images(photos[0], generator=torch.Generator().manual_seed(5)))
   assert pipe.embed_texts("a red star").shape == (1, 16)
 
 
@@ -243,7 +243,7 @@ def test_images_of_every_kind_in_batches_of_any_size(pipe, photos):
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("odd", [b"", struct.pack("<HHLf", 0x0131, 11, 1, 1.5)], ids=["whole", "damaged"])
 def test_a_photograph_is_upright_as_in_the_run(orientation, odd):
-  """It is so too where a camera wrote a text by its number and a number by its type."""
+  """The orientation also counts if a camera stored a number as text, or a text as a number."""
   entries = struct.pack("<HHL2H", 0x0112, 3, 1, orientation, 0) + odd
   exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(entries) // 12) + entries + bytes(4)
   buffer = io.BytesIO()
@@ -253,7 +253,7 @@ def test_a_photograph_is_upright_as_in_the_run(orientation, odd):
 
 
 class Offloaded:
-  """Stands for accelerate's hook: a part's weights come when it is called, and those of the part before it go."""
+  """Stands for accelerate's hook: calling a part loads its weights and unloads those of the previous part."""
 
   def __init__(self, part: torch.nn.Module, before: Offloaded | None = None):
     self.part, self.before = part, before
@@ -273,11 +273,11 @@ class Offloaded:
 
 
 def test_parts_that_are_offloaded_come_in_the_order_of_enable_model_cpu_offload(folder, pipe, photos, monkeypatch):
-  """Their layers are called without their `forward`, at which alone accelerate would bring them."""
+  """The pipeline calls layers of a part without its `forward`, and accelerate loads weights in `forward` alone."""
   noise, offloaded = torch.from_numpy(query_noise(2, seed=1)), load(folder)
-  # There enable_sequential_cpu_offload has the weights of a part that is not called just now.
+  # enable_sequential_cpu_offload keeps the weights of a part there until it is called.
   monkeypatch.setattr(type(offloaded.text_encoder), "device", torch.device("meta"))
-  # A part of the sequence sends the one before it away; vae.encode is decorated only where accelerate is installed.
+  # A part of the sequence unloads the previous one; vae.encode is decorated only if accelerate is installed.
   sequence = [name for name in offloaded.model_cpu_offload_seq.split("->") if name not in ("image_encoder", "vae")]
   assert sequence == ["text_encoder", "unet"], "beyond it diffdis comes and leaves the UNet, which it calls"
   hooks = [text := Offloaded(offloaded.text_encoder), Offloaded(offloaded.unet, text), Offloaded(offloaded.diffdis)]
@@ -289,7 +289,7 @@ def test_parts_that_are_offloaded_come_in_the_order_of_enable_model_cpu_offload(
 
 
 def test_the_variant_fp16_is_loaded_by_its_name_and_computes_in_full_precision_unless_asked(run, tmp_path):
-  """transformers 5 would keep its own part's dtype of the files."""
+  """By itself transformers 5 would keep the dtype of the files."""
   out = tmp_path / "out"
   export_weights(run, str(out), dtype="float16")
   assert 'trust_remote_code=True, variant="fp16")' in (out / "README.md").read_text()
@@ -298,7 +298,7 @@ def test_the_variant_fp16_is_loaded_by_its_name_and_computes_in_full_precision_u
   assert parts == dict.fromkeys(("vae", "text_encoder", "unet", "diffdis"), torch.float32)
   assert pipe("a red star", num_inference_steps=1).images[0].size == (16, 16)
   assert load(out, variant="fp16", dtype=torch.float16).text_encoder.dtype == torch.float16
-  import_weights.import_weights(str(out), str(tmp_path / "again"))  # it is read back by that name too
+  import_weights.import_weights(str(out), str(tmp_path / "again"))  # import_weights reads it by that name too
 
 
 def test_it_is_saved_and_loaded_again(folder, pipe, photos, tmp_path):

@@ -1,4 +1,4 @@
-"""Compare sizes that are read from a checkpoint alone with open_clip's configs of published ones."""
+"""Compare sizes that are read from a checkpoint alone with open_clip's configs of published checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unread(**shapes_by_name: tuple[int, ...]) -> Tensors:
 
 
 def towers(config: dict[str, Any]) -> dict[str, Any]:
-  """Return the `model` section of its checkpoint, by the tensors that sections.py reads."""
+  """Return the `model` section for a config's checkpoint, from the tensors that sections.py reads."""
   image, text = config["vision_cfg"], config["text_cfg"]
   width, patch = image["width"], image["patch_size"]
   positions = (image["image_size"] // patch) ** 2 + 1
@@ -48,7 +48,7 @@ def towers(config: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if is_supported(config)])
 def test_a_published_towers_heads_and_sizes_are_known_without_its_config(name):
-  """No tensor's shape gives the number of heads: ViT-H's are not 64 wide."""
+  """No tensor's shape gives the number of heads, and ViT-H's heads are not 64 wide."""
   config = CONFIGS[name]
   sizes = towers(config)
   sizes["text_encoder"]["projection"] = config["embed_dim"]
@@ -64,4 +64,4 @@ def test_a_config_that_says_a_width_alone_has_heads_of_64():
   sizes = towers(CONFIGS["ViT-H-14"])
   sizes["text_encoder"]["projection"] = 1024
   configured = openclip.read_config({"vision_cfg": {"width": 1280}}, sizes, "here")
-  assert configured["vision_encoder"]["num_heads"] == 20  # open_clip builds it so
+  assert configured["vision_encoder"]["num_heads"] == 20  # open_clip builds it with this number

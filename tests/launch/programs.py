@@ -1,4 +1,4 @@
-"""Programs that stand in for gcloud and kubectl: they record how they are called."""
+"""Install programs that stand in for gcloud and kubectl and record how they are called."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Answer:
 
 
 class Programs:
-  """The programs, in a folder that comes first on PATH."""
+  """A folder of these programs, which comes first on PATH."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
@@ -50,9 +50,9 @@ class Programs:
     self.answer({})
 
   def answer(self, answers: Mapping[str, Sequence[Answer]]) -> None:
-    """Give the n-th call that contains a key that key's n-th answer, and later ones the last. Other calls succeed."""
-    written = {key: [dataclasses.asdict(answer) for answer in queue] for key, queue in answers.items()}
-    (self.folder / "answers.json").write_text(json.dumps(written))
+    """Set answers by key: the n-th call that contains a key gets its n-th answer, later calls the last one."""
+    queues = {key: [dataclasses.asdict(answer) for answer in queue] for key, queue in answers.items()}
+    (self.folder / "answers.json").write_text(json.dumps(queues))
 
   def environment(self, **variables: str) -> dict[str, str]:
     return {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}", "DELAY": "0", **variables}

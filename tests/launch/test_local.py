@@ -1,4 +1,4 @@
-"""Test launch/local.sh with small real processes: which of them it starts again or stops, and when."""
+"""Test launch/local.sh with small real processes: when it restarts or stops which of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.launch.programs import ROOT, wait_for
 
 pytestmark = pytest.mark.slow
 
-# This is a process of a run. FOLDER/plan holds a word for each attempt, which says what process 1 does. Process 0 runs
-# until it is asked to stop, and then saves, unless the word is "stubborn". When no word is left, both finish.
+# This is a process of a run. FOLDER/plan has one word for each attempt, which says what process 1 does. Process 0
+# runs until it is asked to stop and then saves, unless the word is "stubborn". When no word is left, both finish.
 PROCESS = """
 import os, pathlib, signal, subprocess, sys, time
 folder, me = pathlib.Path(sys.argv[1]), int(os.environ["DIFFDIS_PROCESS_ID"])
@@ -55,9 +55,9 @@ Launch = Callable[..., subprocess.Popen]
 
 @pytest.fixture
 def launch(tmp_path: pathlib.Path):
-  """Start the launcher on two of these processes with a plan, and kill what is left of it at the end."""
-  # A command that a shell without job control runs in the background ignores SIGINT, and so do its children. A signal
-  # with a handler here has its default again in a child.
+  """Start the launcher on two of these processes with a plan, and kill the remaining processes at the end."""
+  # A shell without job control makes a background command and its children ignore SIGINT. A signal that has a handler
+  # here gets its default action in a child.
   stops = (signal.SIGINT, signal.SIGHUP)
   before = {number: signal.signal(number, signal.default_int_handler) for number in stops}
   started = []
@@ -88,7 +88,7 @@ def launch(tmp_path: pathlib.Path):
 
 
 def is_alive(path: pathlib.Path) -> bool:
-  """Return whether the process whose number begins the file runs. A zombie does not."""
+  """Return whether the process whose number begins the file runs and is no zombie."""
   try:
     state = pathlib.Path("/proc", path.read_text().split()[0], "stat").read_text()
   except FileNotFoundError:
@@ -142,7 +142,7 @@ def test_gives_up_after_restarts_without_progress(launch, tmp_path):
 
 
 def test_a_new_checkpoint_resets_the_count(launch, tmp_path):
-  """A checkpoint of step 9 counts, and then one of step 10."""
+  """Checkpoints of step 9 and of step 10 each count as progress."""
   code, _, _ = finish(launch("1 saves9 saves10", "--restarts", "1"))
   assert (code, attempts(tmp_path)) == (0, 4)
 
@@ -152,7 +152,7 @@ def test_kills_a_process_that_does_not_stop(launch, tmp_path):
   code, _, err = finish(launch("stubborn", grace=1))
   assert (code, attempts(tmp_path)) == (0, 2)
   assert "process 0 ended with code 137" in err
-  assert time.monotonic() - begun < 15  # without `grace` it would be 20
+  assert time.monotonic() - begun < 15  # without `grace` it would take 20
 
 
 def test_kills_the_workers_of_a_dead_process(launch, tmp_path):

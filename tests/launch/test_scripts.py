@@ -1,4 +1,4 @@
-"""Test what holds for every launcher: shellcheck, --help, the flags of XLA, and one line for a wrong command."""
+"""Test what all launchers share: shellcheck, --help, XLA's flags, and a one-line message for a wrong command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TPU_FLAGS = {
   "tpu_fsdp": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
   " --xla_tpu_enable_windowed_einsum_for_reduce_scatter=false",
 }
-STARTED = [path for path in SCRIPTS if path.name != "supervise.sh"]  # by a user
+STARTED = [path for path in SCRIPTS if path.name != "supervise.sh"]  # scripts that a user starts
 
 
 @pytest.fixture
@@ -49,23 +49,23 @@ def test_shellcheck_finds_nothing():
 @pytest.mark.parametrize("path", FLAGS, ids=name_of)
 def test_xla_knows_each_flag_of_a_file_which_keeps_those_of_the_user(programs, path):
   """XLA ends the process if it does not know a flag."""
-  asked = "--xla_cpu_enable_fast_math=false"
-  devices = f"import jax, os; print(jax.device_count(), '{asked}' in os.environ['XLA_FLAGS'].split())"
-  shown = ["bash", "-c", 'set -ae; . "$1"; set +a; exec "$2" -c "$3"', "bash", path, sys.executable, devices]
-  environment = programs.environment(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1", XLA_FLAGS=asked)
-  done = subprocess.run(shown, cwd=ROOT, env=environment, capture_output=True, text=True)
+  user_flag = "--xla_cpu_enable_fast_math=false"
+  devices = f"import jax, os; print(jax.device_count(), '{user_flag}' in os.environ['XLA_FLAGS'].split())"
+  command = ["bash", "-c", 'set -ae; . "$1"; set +a; exec "$2" -c "$3"', "bash", path, sys.executable, devices]
+  environment = programs.environment(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1", XLA_FLAGS=user_flag)
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   assert (done.returncode, done.stdout) == (0, "1 True\n"), done.stderr
 
 
 @pytest.mark.parametrize("given, kept", [({}, ""), ({"LIBTPU_INIT_ARGS": "--xla_a=1"}, "--xla_a=1 ")])
 def test_a_tpus_flags_come_behind_those_of_the_user(programs, given, kept):
-  """A shell may read both files, one after the other."""
-  shown = [
+  """A shell may source both files, one after the other."""
+  command = [
     "bash",
     "-c",
     f"set -ae; {''.join(f'. launch/flags/{name}.env; ' for name in TPU_FLAGS)}set +a; printenv LIBTPU_INIT_ARGS",
   ]
-  done = subprocess.run(shown, cwd=ROOT, env=programs.environment(**given), capture_output=True, text=True)
+  done = subprocess.run(command, cwd=ROOT, env=programs.environment(**given), capture_output=True, text=True)
   expected = f"{kept}{' '.join(TPU_FLAGS.values())}\n"
   assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
@@ -85,7 +85,7 @@ def test_the_tpu_compiler_knows_its_flags():
 
 @pytest.mark.parametrize("version, code", [("3 2", 2), ("4 3", 2), ("4 4", 0), ("5 0", 0)])
 def test_an_older_bash_is_refused_in_one_line(version, code):
-  """macOS has 3.2, with which a launcher would fail halfway."""
+  """macOS has bash 3.2, with which a launcher would fail halfway."""
   older = f"OLD=({version}); source <(sed s/BASH_VERSINFO/OLD/g launch/supervise.sh)"
   done = subprocess.run(["bash", "-c", older], cwd=ROOT, capture_output=True, text=True)
   assert (done.returncode, done.stderr.count("\n")) == (code, code // 2)
@@ -97,13 +97,13 @@ def test_an_older_bash_is_refused_in_one_line(version, code):
   [
     ({}, ["", "0.9"]),
     ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, ["", "0.5"]),
-    ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, ["0.5", ""]),  # beside which JAX refuses the older one
+    ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, ["0.5", ""]),  # JAX refuses the older variable beside the new one
   ],
 )
 def test_jax_may_take_as_much_of_a_gpu_as_preflight_counts_on(programs, given, expected):
   environment = programs.environment(**{"XLA_CLIENT_MEM_FRACTION": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": "", **given})
-  shown = ["bash", "-c", "source launch/supervise.sh; env | grep MEM_FRACTION"]
-  done = subprocess.run(shown, cwd=ROOT, env=environment, capture_output=True, text=True)
+  command = ["bash", "-c", "source launch/supervise.sh; env | grep MEM_FRACTION"]
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   values = dict(line.split("=") for line in done.stdout.splitlines())
   assert [values[name] for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")] == expected
   assert targets.GPU_MEMORY == 0.9 and "MEM_FRACTION=0.9" in (ROOT / "Dockerfile").read_text()
@@ -161,7 +161,7 @@ def test_a_run_on_gke_is_restarted_by_its_exit_code_and_its_secret_stands_in_no_
 
 
 def newest_step(*command: str) -> int:
-  """Return the newest step that a launcher of this command sees."""
+  """Return the newest step that a launcher with this command sees."""
   words = shlex.join([sys.executable, "-m", *command])
   code = f"source launch/supervise.sh; workdir=$(workdir_of {words}); python=$(python_of {words}); newest_step"
   done = subprocess.run(["bash", "-euc", code], cwd=ROOT, capture_output=True, text=True)

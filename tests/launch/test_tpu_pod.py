@@ -1,4 +1,4 @@
-"""Test launch/tpu_pod.sh with a stand-in for gcloud. What it sends to a host runs here in a folder."""
+"""Test launch/tpu_pod.sh with a stand-in for gcloud. Commands for a host run here, in a folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def programs(tmp_path: pathlib.Path) -> Programs:
 
 
 def test_every_host_of_every_slice_gets_the_command(programs):
-  """One of four hosts is preempted, so the command starts again on all of them."""
+  """One of four hosts is preempted, so the command is restarted on all of them."""
   programs.answer(
     {STATE: [ACTIVE], DONE: [Answer()], "ssh run-0": [ended(0, 0)], "ssh run-1": [ended(0, 75), ended(0, 0)]}
   )
@@ -39,14 +39,14 @@ def test_every_host_of_every_slice_gets_the_command(programs):
 
 
 def test_variables_are_handed_over_in_a_file_and_in_no_command(programs):
-  """Anybody can read a command in the list of processes, here and on the hosts."""
+  """Anybody can read a command line in the list of processes, here and on the hosts."""
   programs.answer({STATE: [ACTIVE], RUN: [ended(0)]})
   names = dict(ENV="WANDB_API_KEY,HF_TOKEN", WANDB_API_KEY='it\'s $(a) "secret"', HF_TOKEN="t")
   done = programs.run("tpu_pod.sh", "run", "--", *TRAIN, **SETTINGS, **names)
   assert done.returncode == 0, done.stderr
   assert "secret" not in str(programs.calls) and "secret" not in done.stdout + done.stderr
-  sent = next(call[-1] for call in programs.calls if RUN in call[-1])
-  assert "; . ./.env; rm -f .env; export DIFFDIS_LAUNCHED=1" in sent, "the file stays on the hosts"
+  remote_command = next(call[-1] for call in programs.calls if RUN in call[-1])
+  assert "; . ./.env; rm -f .env; export DIFFDIS_LAUNCHED=1" in remote_command, "the file stays on the hosts"
   (file,) = (word for call in programs.calls for word in call if word.endswith("/.env"))
   assert not pathlib.Path(file).exists(), "the file stays on this machine"
 
@@ -73,14 +73,14 @@ def test_a_lost_connection_leaves_the_command_and_the_next_attempt_waits(program
   command = "echo started >>attempts; while [[ ! -e end ]]; do sleep 0.05; done; echo ended >>attempts"
 
   def start() -> subprocess.Popen:
-    shown = programs.run("tpu_pod.sh", "--dry-run", "run", "--", "bash", "-c", command, **SETTINGS).stdout
-    sent = shown.splitlines()[-1].split("--command=")[1]
-    script = subprocess.run(["bash", "-c", f"printf %s {sent}"], capture_output=True, text=True).stdout
+    printed = programs.run("tpu_pod.sh", "--dry-run", "run", "--", "bash", "-c", command, **SETTINGS).stdout
+    remote_command = printed.splitlines()[-1].split("--command=")[1]
+    script = subprocess.run(["bash", "-c", f"printf %s {remote_command}"], capture_output=True, text=True).stdout
     return subprocess.Popen(["bash", "-c", script], cwd=home, stdout=subprocess.PIPE, text=True)
 
   first = start()
   wait_for(attempts)
-  first.stdout.close()  # a host sees a lost connection like this
+  first.stdout.close()  # this is how a host sees a lost connection
   second = start()
   time.sleep(0.5)
   assert attempts.read_text() == "started\n"

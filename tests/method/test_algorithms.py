@@ -20,7 +20,7 @@ def network_of(**changes):
 
 
 def test_an_images_feature_is_algorithm_three_with_one_step():
-  """Both have the same bits where γ is 1; with another γ the loop ends at γ ê_0, which is divided by γ again."""
+  """The two have the same bits if γ is 1; with another γ the loop ends at γ ê_0, which is then divided by γ."""
   network, params = network_of(**{"text_diffusion.gamma": 1.0})
   images = steps.make_batch(steps.make_config()).image[:4]
   e_T = np.random.default_rng(0).standard_normal((4, network.model.query_width)).astype(np.float32)
@@ -31,13 +31,13 @@ def test_an_images_feature_is_algorithm_three_with_one_step():
     )
 
   def last(params):
-    """Run Algorithm 3's loop, before its result is normalised."""
+    """Run Algorithm 3's loop and return its result before normalisation."""
     model, process = network.with_params(params), network.text_process
     z, c_null = model.encode_image(jnp.asarray(images)), model.encode_text(model.text_encoder.null_tokens(8)).c
 
-    def step(e_t, now):
+    def step(e_t, step_coefficients):
       how = dict(z=z, c_null=c_null, network=network, guidance_scale=1.0, normalize_query=False)
-      return algorithms.text_query_step(model, e_t, now, **how).x_prev, None
+      return algorithms.text_query_step(model, e_t, step_coefficients, **how).x_prev, None
 
     coefficients = samplers.ddim_coefficients(process, schedules.trailing(1))
     return jax.lax.scan(step, jnp.asarray(e_T), coefficients)[0] / process.gamma

@@ -35,14 +35,14 @@ def generate(model, z_t, t_z, c):
 
 @functools.cache
 def two_levels(*objectives: str, **changes) -> networks.Network:
-  """Make the shortest network with a hidden text query to hand on: gradients take long to compile."""
+  """Make the shortest network in which a block hands a text query to the next: gradients compile slowly."""
   unet = networks.tiny_model()["unet"] | TWO_LEVELS
   return networks.diffdis(objectives or networks.BOTH, unet=unet, **changes)
 
 
 @functools.cache
 def compiled(f, **switches):
-  """Compile f for these two levels, once."""
+  """Compile f for this two-level network, once for all tests."""
   return two_levels(**switches).jit(f)
 
 
@@ -53,7 +53,7 @@ def three_levels() -> networks.Network:
 
 @functools.cache
 def discrimination():
-  """Compile the paper's model, once."""
+  """Compile discrimination of the paper's model, once for all tests."""
   return three_levels().jit(discriminate)
 
 
@@ -155,19 +155,19 @@ def test_both_passes_as_one_batch_give_what_each_gives(switches, inputs):
   assert networks.relative_error(together.noise_z, compiled(generate, **switches)(params, **generation)) < 1e-5
   assert networks.relative_error(together.prediction_e, compiled(discriminate, **switches)(params, **inputs)) < 1e-5
 
-  # No text token, clean image or parameter of theirs reaches generation.
+  # Text token, clean image and their parameters do not influence generation.
   others = inputs | {name: inputs[name] + np.float32(1) for name in ("z", "e_t", "c_null")}
   other = joint(changed(params, NEW), generation=generation, discrimination=others)
   np.testing.assert_array_equal(other.noise_z, together.noise_z)
   assert np.abs(other.prediction_e - together.prediction_e).max() > 1e-3
-  # And no caption reaches discrimination.
+  # Captions do not influence discrimination.
   same = joint(params, generation=generation | dict(c=c + 1, z_t=z_t + 1), discrimination=inputs).prediction_e
   np.testing.assert_array_equal(same, together.prediction_e)
 
 
 @pytest.fixture(scope="module")
 def gradient_of_discrimination():
-  """Return the gradient for each parameter with rematerialisation `remat`."""
+  """Return a function of `remat` that gives the gradient of each parameter."""
 
   @functools.cache
   def gradient(remat: str) -> dict[str, np.ndarray]:
@@ -183,7 +183,7 @@ def test_discrimination_teaches_all_but_the_up_path(gradient_of_discrimination):
   for path, value in gradient_of_discrimination("none").items():
     largest = np.abs(value).max()
     if path.startswith(("text_stream.", "alignment.", "unet.")) and not path.startswith(UP_PATH):
-      # A bias on keys shifts all scores of a softmax alike.
+      # A bias on keys shifts all scores of a softmax equally.
       assert (largest > 1e-5) != path.endswith("attn.k.bias"), path
     else:
       assert largest == 0, path

@@ -23,7 +23,7 @@ SWITCHES = [(True, True), (True, False), (False, True), (False, False)]
 
 
 class Both(nnx.Module):
-  """Holds the image stream's block under the path that from_torch knows, and the text token's."""
+  """Holds the image stream's block under the path that from_torch knows, and the text token's block."""
 
   def __init__(self, *, share_attention: bool, modality_ffn: bool, rngs: nnx.Rngs):
     common = dict(dtype=jnp.float32, rngs=rngs)
@@ -87,14 +87,14 @@ def test_block_equals_the_papers(share_attention, modality_ffn, inputs):
 
 
 def test_every_parameter_of_the_text_token_learns(inputs):
-  network, params, _ = build(share_attention=False, modality_ffn=True)  # where it has the most of its own
+  network, params, _ = build(share_attention=False, modality_ffn=True)  # has most such parameters
   total = network.pure(lambda block: sum(jnp.sum(jnp.sin(y)) for y in block(**inputs)))
   gradient = jax.jit(jax.grad(total))(params)
   assert all(np.abs(gradient[path]).max() > 1e-4 for path in params if path.startswith("text."))
 
 
 def test_text_token_takes_no_cross_attention_of_its_own(inputs):
-  """c reaches the text token only at the next block, through the image stream's tokens."""
+  """c influences the text token only at the next block, through the image stream's tokens."""
   network, params, _ = build(True, True)
   run = network.jit(lambda block, **inputs: block(**inputs))
   x, h_e = run(params, **inputs)

@@ -27,19 +27,19 @@ def _want(scale):
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0, 7.5])
-def test_equation(scale):
+def test_guidance_equals_its_equation(scale):
   got = guide(_denoise, X, T, condition=CONDITION, null=NULL, scale=scale).guided
   np.testing.assert_allclose(got, _want(scale), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale, sizes", [(1.0, [4]), (2.0, [8])])
 def test_one_call_of_twice_the_batch_and_none_of_it_at_scale_one(scale, sizes):
-  seen = []
+  batch_sizes = []
 
   def denoise(x, t, condition):
-    seen.append(len(x))
+    batch_sizes.append(len(x))
     assert len(t) == len(condition["c"]) == len(condition["z"]) == len(x)
     return _denoise(x, t, condition)
 
   assert guide(denoise, X, T, condition=CONDITION, null=NULL, scale=scale).guided.shape == X.shape
-  assert seen == sizes
+  assert batch_sizes == sizes

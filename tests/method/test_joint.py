@@ -1,4 +1,4 @@
-"""Test two batches as one, and the fusion block on one of them."""
+"""Test the joint batch of two batches, and the fusion block on one of its parts."""
 
 from __future__ import annotations
 

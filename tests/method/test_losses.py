@@ -1,4 +1,4 @@
-"""Compare losses with torch, open_clip and numpy in float64."""
+"""Compare the losses with torch, open_clip and numpy in float64."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ def _logits(scale=SCALE):
 
 
 def _slow_contrastive(same, dropped):
-  """Return the losses of both directions by their definition, a row at a time, in float64; None where there is no
-  anchor."""
+  """Return the losses of both directions by their definition, row by row, in float64; None if no row counts."""
   s = _logits()
   rows, columns = [], []
   for i in range(B):
@@ -80,7 +79,7 @@ def test_contrastive_and_its_gradients_equal_open_clips_loss():
 @pytest.mark.parametrize("logits", [losses._LOGITS, B * B // 4])
 def test_contrastive_masks_equal_the_definition(captions, dropped, logits, monkeypatch):
   monkeypatch.setattr(losses, "_LOGITS", logits)
-  got = jax.jit(lambda *a, **kwargs: losses.contrastive(*a, **kwargs))(  # traced again, with the other _LOGITS
+  got = jax.jit(lambda *a, **kwargs: losses.contrastive(*a, **kwargs))(  # trace again with the changed _LOGITS
     *_jax(QUERY, E, SCALE),
     captions=None if captions is None else jnp.asarray(captions),
     dropped=None if dropped is None else jnp.asarray(dropped),
@@ -95,7 +94,7 @@ def test_contrastive_masks_equal_the_definition(captions, dropped, logits, monke
 
 
 def test_dropped_rows_learn_from_their_query_only():
-  """Their query gets a gradient, through ê → e; it moves no other row's loss."""
+  """Such a row's query gets a gradient through ê → e, and does not change the loss of other rows."""
   query, e, scale, dropped = _jax(QUERY, E, SCALE, DROPPED)
 
   loss = jax.jit(lambda q: losses.contrastive(q, e, scale, dropped=dropped))
@@ -165,7 +164,7 @@ def test_a_loop_on_each_device_gives_the_loss_and_gradients_of_all_logits_at_onc
 
   step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnames="on_rows")
   want, want_gradients = step(*arguments, on_rows=lambda f: f)
-  monkeypatch.setattr(losses, "_LOGITS", b * b // 8 // 4)  # four turns on each of the devices
+  monkeypatch.setattr(losses, "_LOGITS", b * b // 8 // 4)  # four loop turns on each device
   rows = [x if x.ndim == 0 else jax.device_put(x, sharding.batch_sharding(mesh)) for x in arguments]
   with sharding.tracing(mesh, matmul_precision="highest"):
     got, gradients = step(*rows, on_rows=sharding.each_own_rows)
@@ -192,7 +191,7 @@ def test_only_embeddings_go_between_devices():
   b, d = 64, 16
   moved = hlo.collectives(compiled_contrastive(b, d, 8).as_text())
   gathered = [shape for collective in moved if collective.kind == "all-gather" for shape in collective.shapes]
-  assert 2 <= gathered.count((b, d)) <= 4  # both sides, and their gradients on the way back
+  assert 2 <= gathered.count((b, d)) <= 4  # embeddings of both modalities, and their gradients in the backward pass
   for collective in moved:
     assert collective.kind in ("all-gather", "all-reduce", "reduce-scatter"), collective
     assert all(math.prod(shape) <= b * d for shape in collective.shapes), collective
@@ -212,20 +211,20 @@ def test_unit_norm_equals_torch_and_is_safe_at_zero():
 
 
 def test_caption_ids_are_equal_exactly_where_captions_are():
-  """The captions are as alike as can be: every change of one token, and of two, of one caption."""
+  """The captions are as similar as possible: all variants of one caption with one token changed, or two."""
   base = np.full((1, 77), 49407, np.int32)
   base[0, :4] = [49406, 320, 1125, 539]
-  one = np.repeat(base, 49408, axis=0)
-  one[:, 2] = np.arange(49408)
-  two = np.repeat(base, 300 * 300, axis=0)
-  two[:, 1], two[:, 3] = np.divmod(np.arange(300 * 300), 300)
+  one_changed = np.repeat(base, 49408, axis=0)
+  one_changed[:, 2] = np.arange(49408)
+  two_changed = np.repeat(base, 300 * 300, axis=0)
+  two_changed[:, 1], two_changed[:, 3] = np.divmod(np.arange(300 * 300), 300)
   swapped = base[:, [0, 2, 1, 3, *range(4, 77)]]
-  captions = np.unique(np.concatenate([base, one, two, swapped]), axis=0)
+  captions = np.unique(np.concatenate([base, one_changed, two_changed, swapped]), axis=0)
   caption_ids = jax.jit(losses.caption_ids)
   ids = caption_ids(jnp.asarray(captions))
   assert ids.dtype == jnp.uint32
-  assert len(np.unique(ids)) >= len(captions) - 4  # of 1e10 pairs 2.3 collide by chance
-  assert len(np.unique(caption_ids(jnp.asarray(one)))) == len(one)
+  assert len(np.unique(ids)) >= len(captions) - 4  # 2.3 collisions are expected among 1e10 pairs
+  assert len(np.unique(caption_ids(jnp.asarray(one_changed)))) == len(one_changed)
   twice = caption_ids(jnp.asarray(np.concatenate([base, base])))
   assert twice[0] == twice[1]
 

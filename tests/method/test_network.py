@@ -1,4 +1,4 @@
-"""Test the sizes that the paper's network must have, and models that cannot be built."""
+"""Test the sizes that the paper's network must have, and the errors for models that cannot be built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compare every step with diffusers, and γ with the process it belongs to."""
+"""Compare every step with diffusers, and γ with the diffusion process of scaled data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X, PREDICTION, NOISE = np.random.default_rng(0).standard_normal((3, 2, 5)).astyp
 
 
 def _theirs(name, target, num_steps, dtype=torch.float64):
-  """Make diffusers' scheduler with SD's settings, in float64 unless told: its own f32 tables are 1e-5 off and more."""
+  """Make diffusers' scheduler with SD's settings, by default in float64: its f32 tables are off by 1e-5 and more."""
   theirs = DDIMScheduler(
     beta_start=0.00085,
     beta_end=0.012,
@@ -42,28 +42,28 @@ def _torch(*arrays, dtype=torch.float64):
 
 
 def _assert_close(got, want):
-  """Compare to 1e-6, relative for values over 1: a step may multiply noise by 1 / √ᾱ."""
+  """Compare up to 1e-6, relative for values over 1: a step may multiply noise by 1 / √ᾱ."""
   np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
 def _step(process, t, t_prev, x, prediction):
-  """Return x at t_prev."""
+  """Return x at t_prev after one step."""
   timesteps = Timesteps(t=np.array([t], np.int32), t_prev=np.array([t_prev], np.int32))
-  (now,) = samplers.ddim_coefficients(process, timesteps).each()
-  return samplers.ddim_step(process, now, jnp.asarray(x), jnp.asarray(prediction)).x_prev
+  (coefficients,) = samplers.ddim_coefficients(process, timesteps).each()
+  return samplers.ddim_step(process, coefficients, jnp.asarray(x), jnp.asarray(prediction)).x_prev
 
 
 def _run(denoise, x, process, timesteps):
-  """Return x_0 by one scan, as Algorithms 2 and 3 do it."""
+  """Return x_0 by one scan, as in Algorithms 2 and 3."""
 
-  def step(x_t, now):
-    return samplers.ddim_step(process, now, x_t, denoise(x_t, jnp.full(len(x_t), now.t))).x_prev, None
+  def step(x_t, coefficients):
+    return samplers.ddim_step(process, coefficients, x_t, denoise(x_t, jnp.full(len(x_t), coefficients.t))).x_prev, None
 
   return jax.lax.scan(step, x, samplers.ddim_coefficients(process, timesteps))[0] / process.gamma
 
 
 def process_of(schedule: str, target: str = "noise", gamma: float = 1.0) -> TextDiffusion:
-  """Return a process, by default that of images."""
+  """Return a process, by default the one for images."""
   return TextDiffusion(schedule=schedule, target=target, gamma=gamma)
 
 
@@ -83,7 +83,7 @@ def test_ddim_step_equals_diffusers(name, target):
 
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 def test_gamma_is_the_plain_process_of_scaled_data(target):
-  """The process is x_t = √ᾱ (γ x_0) + √(1 − ᾱ) ε: diffusers, told γ x̂_0, steps the same."""
+  """The process is x_t = √ᾱ (γ x_0) + √(1 − ᾱ) ε: diffusers takes the same steps if it gets γ x̂_0."""
   gamma, steps = 0.3, schedules.leading(20)
   theirs = _theirs("linear", target, 20)
   for t, t_prev in zip(steps.t.tolist(), steps.t_prev.tolist()):
@@ -94,15 +94,15 @@ def test_gamma_is_the_plain_process_of_scaled_data(target):
 
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 def test_a_true_prediction_stays_on_the_marginal_and_names_the_data(target):
-  """DDIM takes x_t of known data and noise to exactly x_{t_prev} of the same two."""
+  """From known data and noise, DDIM takes x_t to exactly the x_{t_prev} of the same data and noise."""
   process, t, t_prev = process_of(schedule="cosine", target=target, gamma=0.4), 800, 350
   x0, noise = jnp.asarray(X), jnp.asarray(NOISE)
 
   def at(t):
     return schedules.add_noise(process, x0, noise=noise, t=jnp.full(len(x0), t))
 
-  (now,) = samplers.ddim_coefficients(process, Timesteps(t=np.array([t]), t_prev=np.array([t_prev]))).each()
-  got = samplers.ddim_step(process, now, at(t), x0 if target == "data" else noise)
+  (coefficients,) = samplers.ddim_coefficients(process, Timesteps(t=np.array([t]), t_prev=np.array([t_prev]))).each()
+  got = samplers.ddim_step(process, coefficients, at(t), x0 if target == "data" else noise)
   np.testing.assert_allclose(got.x_prev, at(t_prev), atol=5e-6)
   np.testing.assert_allclose(got.x_0, x0, atol=2e-5)
 
@@ -123,8 +123,8 @@ def test_whole_ddim_run_equals_diffusers():
 
 def test_one_trailing_step_is_the_data_prediction_at_the_last_timestep():
   process = process_of(schedule="cosine", target="data", gamma=0.3)
-  (now,) = samplers.ddim_coefficients(process, schedules.trailing(1)).each()
-  assert now.t == 999
-  got = samplers.ddim_step(process, now, jnp.asarray(X), jnp.asarray(PREDICTION))
+  (coefficients,) = samplers.ddim_coefficients(process, schedules.trailing(1)).each()
+  assert coefficients.t == 999
+  got = samplers.ddim_step(process, coefficients, jnp.asarray(X), jnp.asarray(PREDICTION))
   np.testing.assert_array_equal(got.x_0, PREDICTION)
   np.testing.assert_allclose(got.x_prev / process.gamma, PREDICTION, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Compare schedules with diffusers, and the forward process with float64."""
+"""Compare the schedules with diffusers, and the forward process with float64."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_leading_equals_diffusers_at_every_step_count():
 
 
 def test_trailing_equals_diffusers_at_every_step_count():
-  """diffusers gives one step too many, at t = -1, for 61 and other counts: the first n are compared."""
+  """For some counts, such as 61, diffusers gives one step too many at t = -1: compare the first n."""
   theirs = DDIMScheduler(timestep_spacing="trailing")
   for n in range(1, 1001):
     theirs.set_timesteps(n)
@@ -75,7 +75,7 @@ def test_add_noise_equals_diffusers(name):
 @pytest.mark.parametrize("gamma", [1.0, 0.3])
 @pytest.mark.parametrize("name", DIFFUSERS_NAMES)
 def test_the_inverse_undoes_add_noise(name, gamma):
-  """Compare with float64, up to what f32 leaves of a signal scaled by γ √ᾱ."""
+  """Compare with float64, within the precision that f32 leaves of a signal scaled by γ √ᾱ."""
   schedule, process = schedules.noise_schedule(name), TextDiffusion(schedule=name, target="noise", gamma=gamma)
   x0, noise, t = jnp.asarray(_normal(2)), jnp.asarray(_normal(3)), jnp.asarray(T0)
   x_t = schedules.add_noise(process, x0, noise=noise, t=t)

@@ -1,4 +1,4 @@
-"""Take weights of the PyTorch implementations (diffusers, transformers) as our parameters."""
+"""Convert weights of the PyTorch implementations (diffusers, transformers) to our parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffdis_jax.interop import mapping
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-  """Make norms that are not the identity, biases that are not zero, and weights that keep outputs near unit scale."""
+  """Randomise a module: norms are not the identity, biases are not zero, and outputs stay near unit scale."""
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, parameter in module.named_parameters():
@@ -26,10 +26,10 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def to_ours(module: torch.nn.Module, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Return the values of `shapes`' parameters from `module`; every parameter of `module` is used."""
+  """Return the values of the parameters in `shapes` from `module`, and check that each of its parameters is used."""
   values = {name: value.detach().numpy() for name, value in module.named_parameters()}
   entries = [mapping.from_path(path) for path in shapes]
-  # In memory transformers 5 has no such prefix.
+  # A model of transformers 5 in memory has no such prefix.
   names = {entry: entry.name.removeprefix("text_model.") for entry in entries}
   assert sorted(names.values()) == sorted(values)
   params = {entry.path: np.asarray(entry.to_ours(values[name]), np.float32) for entry, name in names.items()}

@@ -1,4 +1,4 @@
-"""Make small networks with random parameters, for the tests of models/."""
+"""Make small networks with random parameters for the tests of models/."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tiny_model(**changes: Any) -> dict[str, Any]:
 
 
 def random_params(shapes: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
-  """Return parameters that keep outputs of each layer near unit scale; no norm is the identity, no bias is zero."""
+  """Return random parameters: each layer's outputs stay near unit scale, no norm is the identity, no bias is zero."""
   rng = np.random.default_rng(seed)
   params = {}
   for path, leaf in shapes.items():
@@ -81,8 +81,7 @@ def builder(model: Mapping[str, Any], objectives: Sequence[str]) -> Callable[[nn
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-  """Return the largest deviation as a part of the largest magnitude, of finite numbers: Python's `max` passes over a
-  NaN."""
+  """Return the largest deviation relative to the largest magnitude; NaN is an error, which `max` would miss."""
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   assert actual.shape == expected.shape
   assert np.isfinite(actual).all() and np.isfinite(expected).all()

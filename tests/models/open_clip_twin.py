@@ -14,14 +14,14 @@ from diffdis_jax.interop.tensor_files import Tensor
 
 
 def make(model: ConfigDict) -> CLIP:
-  """Make the model of a config's `model` section, with fresh parameters."""
+  """Make the open_clip model of a config's `model` section, with new parameters."""
   config = openclip.write_config(model.to_dict())["model_cfg"]
   vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
   return CLIP(config["embed_dim"], vision, text, quick_gelu=config["quick_gelu"])
 
 
 def to_ours(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-  """Return named parameters, or their gradients, by our paths and in our layout."""
+  """Return named parameters or gradients by our paths and in our layout."""
   arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
   unread = {name: Tensor(x.shape, lambda x=x: x) for name, x in arrays.items()}
   params = {}
@@ -33,6 +33,6 @@ def to_ours(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def to_theirs(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Invert `to_ours`, where q, k and v are one array."""
+  """Invert `to_ours`; open_clip has q, k and v in one array."""
   entries = {path: mapping.from_path(path, mapping.CLIP) for path in params}
   return openclip.restore({entry.name: entry.to_theirs(np.asarray(params[path])) for path, entry in entries.items()})

@@ -1,4 +1,4 @@
-"""The paper's discrimination pass in float64 PyTorch, written from its description around diffusers' UNet.
+"""Compute the paper's discrimination pass in float64 PyTorch, written from the paper around diffusers' UNet.
 
 The network's own parameters come as {our path: array}; kernels are [in, out].
 """
@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 
 class Weights:
-  """Holds parameters below `prefix`, in float64, and the few functions of them that are needed."""
+  """The parameters below `prefix` in float64, and the few functions of them that are needed."""
 
   def __init__(self, params: Mapping[str, np.ndarray], prefix: str):
     below = {path.removeprefix(prefix): value for path, value in params.items() if path.startswith(prefix)}
@@ -125,8 +125,7 @@ def discrimination(
   alignment_depth: int,
   alignment_heads: int,
 ) -> Tensor:
-  """Run the down path and the middle, the text token beside the image from the first attention block on, then the
-  alignment."""
+  """Run the down path and the middle, with the text token from the first attention block on, then the alignment."""
   time = Weights(params, "text_stream.").embed_time(t_e)
   temb = unet.time_embedding(unet.time_proj(t_z).double())
   h, h_e, index = unet.conv_in(z), torch.zeros_like(e_t), 0

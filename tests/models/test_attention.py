@@ -1,4 +1,4 @@
-"""Compare attention on its two CPU paths with numpy in float64, and over [text, image] without a concatenation."""
+"""Compare attention's two CPU paths, and attention over [text, image] without concatenation, with numpy in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def qkv(n: int, m: int, dtype=jnp.float32):
   return tuple(jnp.asarray(2 * rng.standard_normal((2, size, 3, 8)), dtype) for size in (n, m, m))
 
 
-# 128 x 128 scores are where attention on a CPU begins to go head by head.
+# From 128 x 128 scores on, attention on a CPU goes head by head.
 @pytest.mark.parametrize("n, m", [(5, 7), (127, 128), (128, 128), (256, 64), (16384, 1)])
 def test_attention_equals_softmax(n, m):
   q, k, v = qkv(n, m)
@@ -46,16 +46,16 @@ def test_masked_attention_equals_softmax(n):
 @pytest.mark.parametrize("n", [6, 128])
 def test_one_more_key_is_merged_exactly(n):
   q, k, v = qkv(n, n + 1)
-  merged = jax.jit(lambda q, k, v: attention.merge_extra_key(*attention.attend_with_lse(q, k, v), q, *one))
-  k, v, one = k[:, 1:], v[:, 1:], (k[:, :1], v[:, :1])
-  expected = softmax_attention(q, *(np.concatenate(pair, axis=1) for pair in zip(one, (k, v))))
+  merged = jax.jit(lambda q, k, v: attention.merge_extra_key(*attention.attend_with_lse(q, k, v), q, *extra))
+  k, v, extra = k[:, 1:], v[:, 1:], (k[:, :1], v[:, :1])
+  expected = softmax_attention(q, *(np.concatenate(pair, axis=1) for pair in zip(extra, (k, v))))
   assert networks.relative_error(merged(q, k, v), expected) < 1e-5
 
 
 def test_both_paths_have_the_same_gradient():
   q, k, v = qkv(9, 9)
   mask = jnp.asarray(np.tril(np.ones((9, 9), bool)))
-  # Its private name, since a public call of this size takes the other path.
+  # The private function, since a public call of this size takes the other path.
   by_head = attention._attend_by_head
   with_lse = attention.attend_with_lse, functools.partial(by_head, mask=None, with_lse=True)
   masked = (
@@ -64,14 +64,14 @@ def test_both_paths_have_the_same_gradient():
   )
   total = lambda f, qkv: sum(jnp.sum(jnp.sin(x)) for x in f(*qkv))
   for paths in (with_lse, masked):
-    one, other = (jax.jit(jax.grad(functools.partial(total, f)))((q, k, v)) for f in paths)
-    for a, b in zip(one, other, strict=True):
+    first, second = (jax.jit(jax.grad(functools.partial(total, f)))((q, k, v)) for f in paths)
+    for a, b in zip(first, second, strict=True):
       assert networks.relative_error(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("n", [6, 128])
 def test_both_streams_together_are_attention_over_their_concatenation(n):
-  """The paper's step is to concatenate, attend and split; its gradients are compared too."""
+  """The paper concatenates, attends and splits; gradients are compared too."""
   text, image = (Projected(*qkv(size, size)) for size in (1, n))
 
   def as_written(text: Projected, image: Projected) -> tuple[jax.Array, jax.Array]:

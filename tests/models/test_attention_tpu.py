@@ -1,4 +1,4 @@
-"""Compare the TPU's kernel, interpreted, with float64; compiled programs of TPUs and GPUs contain theirs."""
+"""Compare the TPU's kernel, interpreted, with float64, and check that compiled programs contain the kernels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from diffdis_jax.preflight import chips, targets
 from tests import steps
 from tests.models import networks
 
-# Rounding of results in bf16, which keeps 8 bits, and of weights that are summed.
+# Rounding of results in bf16, which has 8 bits, and of the weights that are summed.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1.5e-2}
 interpreted = functools.partial(attention_tpu.attend_with_lse, interpret=True)
 
 
 def attention_in_float64(q, k, v, of_attended, of_lse):
-  """Return value and lse, and the gradients of q, k and v under these of both, by hand."""
+  """Compute value, lse and, by hand, the gradients of q, k and v for given gradients of value and lse."""
   scale = 1 / np.sqrt(q.shape[-1])
   scores = np.einsum("bnhd,bmhd->bnhm", q, k) * scale
   top = scores.max(axis=-1, keepdims=True)
@@ -54,7 +54,7 @@ def with_gradients(attend, q, k, v, g, of_lse):
 
 
 def of_value(attend, q, k, v, g):
-  """Return the value of an attention that gives nothing else, and the gradients under g."""
+  """Return an attention's value alone, and its gradients for g."""
   value, vjp = jax.vjp(attend, q, k, v)
   return value, *vjp(g)
 
@@ -83,7 +83,7 @@ def test_value_and_gradients_of_the_kernel(n, m, heads, channels, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("n", [256, 257, pytest.param(4096, marks=pytest.mark.full)])
 def test_one_more_key_is_merged_exactly_with_the_kernel(monkeypatch, n, dtype):
-  """Value and gradients, also of the one key and its value, are those of attention over all keys side by side."""
+  """The value and all gradients, also of the extra key and its value, equal attention over all keys together."""
   q, k, v, g, _ = inputs(n, n + 1, dtype=dtype)
   monkeypatch.setattr(attention_tpu, "attend_with_lse", interpreted)
 
@@ -102,7 +102,7 @@ def test_one_more_key_is_merged_exactly_with_the_kernel(monkeypatch, n, dtype):
 
 @pytest.mark.parametrize("shape, heads", [((2, 2, 2), 2), ((1, 2, 4), 2)])
 def test_each_device_attends_for_its_own_rows_and_heads(shape, heads):
-  """A mesh gives what one device computes, with gradients, where `tensor` divides the heads and where it does not."""
+  """A mesh gives the results and gradients of one device, whether or not `tensor` divides the heads."""
   mesh = steps.make_mesh(*shape)
   rng = np.random.default_rng(0)
   q, k, v = (jnp.asarray(rng.standard_normal((8, 128, heads, 8)), jnp.float32) for _ in range(3))
@@ -121,7 +121,7 @@ def chosen(monkeypatch, compiled_for: str, n: int, m: int, *, d: int = 40, dtype
   monkeypatch.setattr(attention, "_compiled_for", lambda: compiled_for)
   q, k = (jnp.zeros((1, size, 1, d), dtype) for size in (n, m))
   kernel = attention._choose(q, k, mask, **options)
-  return next(name for name, known in attention.KERNELS.items() if known is kernel)
+  return next(name for name, candidate in attention.KERNELS.items() if candidate is kernel)
 
 
 def test_the_choice_by_platform(monkeypatch):
@@ -151,34 +151,36 @@ def test_a_kernel_can_be_forced(monkeypatch):
 
 @pytest.mark.parametrize("n, m", [(128, 128), (129, 129), (131, 128)])
 def test_what_cudnn_is_given(monkeypatch, n, m):
-  """XLA's form of the same function stands in for cuDNN's: it gets even numbers of tokens, and results are exact."""
-  asked = []
+  """XLA's form of the same function stands in for cuDNN: it gets even numbers of tokens, and results are exact."""
+  shapes = []
 
   def stand_in(q, k, v, *, implementation, **lengths):
-    asked.append((implementation, q.shape[1] % 2, k.shape[1] % 2))
+    shapes.append((implementation, q.shape[1] % 2, k.shape[1] % 2))
     return dot_product_attention(q, k, v, implementation="xla", **lengths)
 
   dot_product_attention = jax.nn.dot_product_attention
   monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
   monkeypatch.setattr(attention, "_compiled_for", lambda: "gpu")
   q, k, v, g, _ = inputs(n, m + 1, dtype=jnp.bfloat16)
-  more = lambda q, k, v: attention.attend_with_one_more(q, k[:, :-1], v[:, :-1], Projected(q, k[:, -1:], v[:, -1:]))
+  with_extra_key = lambda q, k, v: attention.attend_with_one_more(
+    q, k[:, :-1], v[:, :-1], Projected(q, k[:, -1:], v[:, -1:])
+  )
   plain = lambda q, k, v: attention.attend(q, k, v)
   args = (*(np.asarray(x, np.float64) for x in (q, k, v, g)), np.zeros(q.shape[:3]))
   attended, _, *gradients = attention_in_float64(*args)
-  for attend in (more, plain):
+  for attend in (with_extra_key, plain):
     with jax.numpy_dtype_promotion("standard"):  # XLA's form mixes bf16 and f32
       ours = jax.jit(functools.partial(of_value, attend))(q, k, v, g)
     for a, b in zip(ours, (attended, *gradients), strict=True):
       assert networks.relative_error(a.astype(jnp.float32), b) < TOLERANCE[jnp.bfloat16]
-  assert set(asked) == {("cudnn", 0, 0)}
+  assert set(shapes) == {("cudnn", 0, 0)}
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("n", [1024, 257])
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100:4", "a100:4", "b200:4"])
 def test_compiled_programs_contain_the_kernel(topology, n):
-  """The chip's own compiler compiles a self-attention with one more key, and its gradient, on a mesh."""
+  """The chip's own compiler compiles self-attention with one extra key, and its gradient, on a mesh."""
   parsed = chips.parse(topology)
   platform = "tpu" if parsed.is_tpu else "cuda"
   if not targets.is_installed(platform):
@@ -188,13 +190,13 @@ def test_compiled_programs_contain_the_kernel(topology, n):
   place = NamedSharding(mesh, PartitionSpec(("fsdp", "data")))
   shape = lambda n: jax.ShapeDtypeStruct((4, n, 8, 40), jnp.bfloat16, sharding=place)
 
-  def loss(q, k, v, more):
-    return attention.attend_with_one_more(q, k, v, more).astype(jnp.float32).sum()
+  def loss(q, k, v, extra):
+    return attention.attend_with_one_more(q, k, v, extra).astype(jnp.float32).sum()
 
   gradient = sharding.tracing(mesh, matmul_precision="default")(jax.grad(loss, (0, 1, 2, 3)))
   args = (*[shape(n)] * 3, Projected(*[shape(1)] * 3))
   compiled = targets.compile(jax.jit(gradient).lower(*args), target)
   names = ("tpu_custom_call",) * 2 if parsed.is_tpu else ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
   assert all(compiled.text.count(f'custom_call_target="{name}"') == names.count(name) for name in names)
-  # All scores in bf16 would be 8 MiB on each of the four devices.
+  # All scores in bf16 would take 8 MiB on each of the four devices.
   assert compiled.temporaries < 6 * 2**20

@@ -1,4 +1,4 @@
-"""Compare how CLIP starts with open_clip: spread and shape of each kind of parameter."""
+"""Compare CLIP's initial parameters with open_clip's: the spread and shape of each kind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEEDS = 3
 
 
 def pooled(draws: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Return all numbers of each kind of parameter, over seeds and layers."""
+  """Return all values of each kind of parameter, over seeds and layers."""
   values = defaultdict(list)
   for params in draws:
     for path, value in params.items():
@@ -31,7 +31,7 @@ def pooled(draws: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def check(config: ConfigDict, theirs: list[Mapping[str, np.ndarray]], *, least: float) -> None:
-  """Check that deviations are equal up to `least` or what chance explains, and uniform where theirs are."""
+  """Check that deviations are equal up to `least` or chance, and that parameters are uniform if open_clip's are."""
   network = network_of(config)
   initialise = jax.jit(network.initialise)
   ours = pooled([initialise(jax.random.key(seed)) for seed in range(len(theirs))])
@@ -43,14 +43,14 @@ def check(config: ConfigDict, theirs: list[Mapping[str, np.ndarray]], *, least: 
       np.testing.assert_allclose(ours[kind], values, err_msg=kind)
       continue
     assert abs(ours[kind].std() / values.std() - 1) < max(least, 5 / values.size**0.5), kind
-    # A normal's largest of a few hundred lies beyond 2.5 deviations, a uniform's never beyond 1.74.
+    # The largest of a few hundred normal values is beyond 2.5 deviations; a uniform value is never beyond 1.74.
     is_uniform = lambda x: np.abs(x).max() < 1.8 * x.std()
     assert values.size < 200 or is_uniform(ours[kind]) == is_uniform(values), kind
 
 
 def test_each_kind_of_parameter_starts_as_in_open_clip():
   config = tiny_clip.get_config()
-  # Widths and depths that differ, so that none can stand in for another.
+  # All widths and depths differ, so that a mix-up would show.
   config.model.text_encoder.update(vocab_size=999, bos_id=997, eos_id=998, width=64, depth=3, mlp_width=192)
   config.model.vision_encoder.update(width=96, depth=2, mlp_width=480)
   theirs = []

@@ -19,12 +19,12 @@ TOLERANCE = 1e-4
 
 
 def relative(ours: np.ndarray, expected: np.ndarray) -> float:
-  """Return the largest difference, as a fraction of the image's largest feature."""
+  """Return the largest difference, relative to the image's largest feature."""
   return float((np.abs(ours - expected).max(axis=-1) / np.abs(expected).max(axis=-1)).max())
 
 
 def draw(size: tuple[int, int], n: int, seed: int = 0) -> np.ndarray:
-  """Return images with structure at every scale: noise alone has the same features everywhere."""
+  """Return images with structure at every scale: pure noise has the same features everywhere."""
   rng = np.random.default_rng([seed, *size])
   coarse = torch.from_numpy(rng.normal(size=(n, 3, 5, 4)).astype(np.float32))
   smooth = torch.nn.functional.interpolate(coarse, size, mode="bicubic").numpy()

@@ -40,7 +40,7 @@ def test_norms_of_bfloat16_are_computed_in_float32(norm):
 
 def test_group_norm_and_its_gradients_equal_flax():
   rng = np.random.default_rng(0)
-  # Means unlike zero, which the factor and the term a channel must cancel.
+  # The means are not zero, so the factor and the offset of each channel must cancel them.
   x = jnp.asarray(rng.normal(rng.uniform(-20, 20, 8), 1.0, (2, 4, 4, 8)), jnp.float32)
   weights = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
   ours = layers.GroupNorm(8, groups=4, eps=1e-5, rngs=nnx.Rngs(0))
@@ -48,7 +48,7 @@ def test_group_norm_and_its_gradients_equal_flax():
     parameter[...] = jnp.asarray(rng.standard_normal(8), jnp.float32)
   total = lambda module, x: jnp.sum(weights * jnp.sin(module(x)))
   ours_gradients, expected = (nnx.grad(total, argnums=(0, 1))(module, x) for module in (ours, ours.norm))
-  # As runs compile it: what saves the other tests time rounds these sums more coarsely.
+  # Compile as a run does: the tests' faster compiler settings round these sums more coarsely.
   options = {"xla_backend_optimization_level": 3}
   if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
     options["xla_cpu_use_fusion_emitters"] = True
@@ -74,7 +74,7 @@ def test_group_norm_and_its_gradients_equal_flax():
   ],
 )
 def test_convolutions_of_few_positions_or_whole_patches_are_products(side, size, stride, padding, as_product):
-  """Values, and the gradients of images and kernel, are those of a convolution."""
+  """Their values, and the gradients of images and kernel, equal a convolution's."""
   rng = np.random.default_rng(0)
   x, kernel = (
     jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, side, side, 3), (size, size, 3, 120))

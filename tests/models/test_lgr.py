@@ -22,7 +22,7 @@ def make(rngs):
 
 NETWORK = Network.of(make)
 BRANCHES = NETWORK.jit(lambda head, *args: head(*args))
-COUNTS = (4, 2, 4, 1, 3)  # sentences that each class has
+COUNTS = (4, 2, 4, 1, 3)  # sentences of each class
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_both_branches_equal_torchs(params):
 
 
 def test_padding_takes_no_attention_from_an_only_sentence(params):
-  """If padding's score were a hundred larger, the softmax would leave the sentence nothing."""
+  """Even if padding's score were larger by a hundred, softmax must leave attention to the sentence."""
   f, scale, only = RNG.standard_normal((B, D)).astype(np.float32), np.float32(1.0), COUNTS.index(1)
   ours = BRANCHES({**params, "q.kernel": 1000 * params["q.kernel"]}, f, scale).language[:, only]
   expected = np.exp(scale) * F.cosine_similarity(*map(torch.tensor, (f, params["anchors"][only, :1])), dim=-1)

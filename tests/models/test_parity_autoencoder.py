@@ -43,7 +43,7 @@ def to_ours(theirs: AutoencoderKL, network: networks.Network) -> dict[str, np.nd
   return {path.removeprefix("autoencoder."): value for path, value in params.items()} | STATISTICS
 
 
-# Patches are Stable Diffusion's autoencoder on rearranged pixels, which PyTorch calls pixel_unshuffle.
+# With patches, it is Stable Diffusion's autoencoder on rearranged pixels, PyTorch's pixel_unshuffle.
 @pytest.mark.parametrize("patch", [1, 2])
 def test_autoencoder_equals_diffusers(patch):
   theirs = from_torch.randomise(diffusers_autoencoder(patch=patch), seed=patch)

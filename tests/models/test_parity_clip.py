@@ -28,7 +28,7 @@ from tests.models import from_torch, networks
 from tests.models.test_parity_text_encoder import TOKENS, clip_config
 
 PROJECTION = 12
-# Our section of a model's config; what OpenAI released under that name, as transformers' config; and its parameters.
+# Each row: our `model` section; OpenAI's release of that name as transformers' config; and its parameter count.
 RELEASED = [
   pytest.param(sizes.clip_vit_b32(), CLIPConfig(), 151_277_313, id="ViT-B/32"),
   pytest.param(
@@ -78,7 +78,7 @@ def tiny_theirs(*, image_size: int, patch: int, activation: str) -> CLIPModel:
 
 
 def to_ours(theirs: CLIPModel, network: networks.Network) -> dict[str, np.ndarray]:
-  """Return every parameter of `theirs`, which are all that `network` has."""
+  """Return every parameter of `theirs`, and check that `network` has no other."""
   entries = {name: mapping.from_name("clip", name) for name, _ in theirs.named_parameters()}
   params = {entries[name].path: entries[name].to_ours(x.detach().numpy()) for name, x in theirs.named_parameters()}
   assert {path: x.shape for path, x in params.items()} == {path: leaf.shape for path, leaf in network.shapes.items()}
@@ -102,7 +102,7 @@ def assert_equal_embeddings(
 
 
 def images(n: int, size: int) -> np.ndarray:
-  """Return images, each darker than the one before it."""
+  """Return images, each darker than the previous one."""
   pixels = np.random.default_rng(4).integers(0, 256, (n, size, size, 3), np.uint8)
   return pixels // np.arange(1, n + 1, dtype=np.uint8)[:, None, None, None]
 
@@ -112,7 +112,7 @@ def images(n: int, size: int) -> np.ndarray:
   [
     (8, 4, "quick_gelu"),
     (9, 3, "gelu"),
-    # 145 tokens, so attention goes head by head on a CPU.
+    # 145 tokens, so attention goes head by head on a CPU
     (24, 2, "quick_gelu"),
   ],
 )
@@ -124,7 +124,7 @@ def test_clip_equals_transformers(image_size, patch, activation):
 
 @pytest.mark.parametrize("shape", [(8, 12), (12, 12), (4, 4), (16, 20)])
 def test_positions_of_other_sizes_are_interpolated_as_in_open_clip(shape):
-  """A grid of 2 x 2 is resized to other grids."""
+  """A 2 x 2 grid is resized to other grids."""
   rows, columns = shape[0] // 4, shape[1] // 4
   positions = np.random.default_rng(0).standard_normal((5, 24)).astype(np.float32)
   state = {"visual.positional_embedding": torch.from_numpy(positions)}
@@ -157,12 +157,12 @@ def torch_of(params: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def boxes(x: torch.Tensor, parts: int) -> torch.Tensor:
-  """Return the means over boxes of [b, c, h, w], each box's channels together."""
+  """Return the means over boxes of [b, c, h, w], each box's channels side by side."""
   return torch.nn.functional.adaptive_avg_pool2d(x, parts).permute(0, 2, 3, 1).flatten(1)
 
 
 def test_a_head_over_parts_adds_their_means_by_a_matrix_of_its_own():
-  """Transformers' tower is computed in float64; all else is CLIP's."""
+  """The reference is transformers' tower in float64 with this head."""
   theirs = from_torch.randomise(tiny_theirs(image_size=16, patch=4, activation="gelu"), seed=0)
   arrangement: dict[str, Any] = dict(image_size=16, patch=4, activation="gelu")
   pooled = tiny(**arrangement, spatial_pool=2)
@@ -175,9 +175,9 @@ def test_a_head_over_parts_adds_their_means_by_a_matrix_of_its_own():
 
   with torch.no_grad():
     double = theirs.double()
-    seen = double.vision_model(pixel_values=torch.tensor(np.float64(pixels)).permute(0, 3, 1, 2))
-    alone = double.visual_projection(seen.pooler_output)
-    tokens = double.vision_model.post_layernorm(seen.last_hidden_state[:, 1:])
+    features = double.vision_model(pixel_values=torch.tensor(np.float64(pixels)).permute(0, 3, 1, 2))
+    alone = double.visual_projection(features.pooler_output)
+    tokens = double.vision_model.post_layernorm(features.last_hidden_state[:, 1:])
   added = boxes(tokens.unflatten(1, (4, 4)).permute(0, 3, 1, 2), 2) @ torch_of(params)["vision_encoder.map_out.kernel"]
   assert networks.relative_error(pooled_e, alone + added) < 1e-5
   assert added.abs().max() > 0.1 * alone.abs().max()

@@ -14,7 +14,7 @@ from diffdis_jax.models.text_encoder import TextEncoder
 from tests.models import from_torch, networks
 
 BOS, EOS = 97, 98
-# End of text at position 3, at the very end, and right after the start; the rest is padding, which is EOS too.
+# The end of text is at position 3, at the very end, and right after the start; the rest is padding, which is EOS too.
 TOKENS = np.array(
   [[BOS, 5, 6, EOS, EOS, EOS, EOS], [BOS, 1, 2, 3, 4, 5, EOS], [BOS, EOS, EOS, EOS, EOS, EOS, EOS]], np.int32
 )
@@ -61,7 +61,7 @@ def test_text_encoder_equals_transformers(activation):
 
 def test_query_through_clips_projection():
   theirs = from_torch.randomise(CLIPTextModelWithProjection(clip_config(hidden_act="quick_gelu", projection_dim=12)), 1)
-  # The projection's model holds the tower one level deeper.
+  # The model with the projection has the tower one level deeper.
   theirs = torch.nn.ModuleDict({"tower": theirs.text_model, "text_projection": theirs.text_projection})
   flat = torch.nn.Module()
   for name, child in [*theirs.tower.named_children(), ("text_projection", theirs.text_projection)]:
@@ -82,7 +82,7 @@ def test_token_vectors_in_the_query():
   text = network.jit(lambda model, tokens: model(tokens))(params, TOKENS)
   others = {path: value for path, value in params.items() if path in plain.shapes}
   at_end = plain.jit(lambda model, tokens: model.query(model(tokens).c, tokens))(others, TOKENS)
-  # Neither start, end nor padding counts; of a caption without a word there is nothing to add.
+  # Start, end and padding do not count; a caption without words adds nothing.
   means = np.stack([table[[5, 6]].mean(axis=0), table[[1, 2, 3, 4, 5]].mean(axis=0), np.zeros_like(table[0])])
   expected = torch.from_numpy(np.asarray(at_end) + 0.7 * means)
   assert networks.relative_error(text.e, unit(expected)) < 1e-5

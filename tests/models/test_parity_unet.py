@@ -20,7 +20,7 @@ def diffusers_unet(*, widths: tuple[int, ...], attention: tuple[bool, ...], dept
     down_block_types=down,
     up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
     layers_per_block=depth,
-    attention_head_dim=2,  # for Stable Diffusion v1's configs, diffusers means the number of heads
+    attention_head_dim=2,  # in Stable Diffusion v1's configs, diffusers takes it as the number of heads
     cross_attention_dim=CONTEXT_WIDTH,
     norm_num_groups=4,
   )

@@ -12,7 +12,7 @@ from tests import steps
 
 
 class Rows:
-  """Rows of an array, which keep the places and the threads that asked for them."""
+  """Rows of an array that record which places were read, and by which threads."""
 
   def __init__(self, n: int, damaged: int = -1):
     self.damaged = damaged
@@ -42,7 +42,7 @@ def test_every_row_once_in_order_in_calls_of_one_shape(n):
   np.testing.assert_array_equal(doubled, 2 * rows.values)
   calls = -(-n // 4)
   assert shapes == [(4, 3)] * calls and ended == list(range(1, calls + 1))
-  assert [place for asked in rows.asked for place in asked][:n] == list(range(n)) and len(rows.asked) == calls
+  assert [place for places in rows.asked for place in places][:n] == list(range(n)) and len(rows.asked) == calls
   assert threading.get_ident() not in rows.threads
 
 

@@ -44,7 +44,7 @@ OF_SLURM = dict(num_processes=5, process_id=3, local_device_ids=(), cluster_dete
     (NOTHING, DIFFDIS | {"DIFFDIS_PROCESS_ID": "3"}, dict(zip(FLAGS, ("a:1", 4, 3), strict=True)) | EXPLICIT),
     (NOTHING, DIFFDIS | {"JOB_COMPLETION_INDEX": "2"}, dict(zip(FLAGS, ("a:1", 4, 2), strict=True)) | EXPLICIT),
     (NOTHING, SLURM, OF_SLURM),
-    # jax would give each task of a node a single GPU. Slurm shows a task its own GPUs as devices from 0 on.
+    # jax would give each task of a node a single GPU. Slurm shows each task its own GPUs as devices from 0 on.
     (NOTHING, TWO_A_NODE, OF_SLURM | {"local_device_ids": (1,)}),
     (NOTHING, TWO_A_NODE | {"CUDA_VISIBLE_DEVICES": "0,1"}, OF_SLURM | {"local_device_ids": (1,)}),
     (NOTHING, TWO_A_NODE | {"SLURM_GPUS_PER_TASK": "1"}, OF_SLURM),
@@ -59,7 +59,7 @@ def test_processes_are_told_by_flags_or_the_environment(flags, environ, expected
 
 
 @pytest.mark.parametrize(
-  "given, message",
+  "variables, message",
   [
     ({"process_id": 0}, "go together; give all three"),
     ({"coordinator_address": "a", "num_processes": 2, "process_id": 0}, "should be HOST:PORT"),
@@ -68,9 +68,9 @@ def test_processes_are_told_by_flags_or_the_environment(flags, environ, expected
     ({"coordinator_address": "a:1", "num_processes": "x", "process_id": 2}, "whole numbers"),
   ],
 )
-def test_bad_settings(given, message):
+def test_bad_settings(variables, message):
   with pytest.raises(UserError, match=message):
-    processes.find({**NOTHING, **given}, {})
+    processes.find({**NOTHING, **variables}, {})
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def free_port() -> int:
 
 
 def start(folder, index: int, port: int, *flags: str) -> subprocess.Popen[str]:
-  if not (folder / "verb.py").exists():  # or the process before would find it empty
+  if not (folder / "verb.py").exists():  # otherwise the previous process could find it empty
     (folder / "verb.py").write_text(VERB)
   env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   where = [f"--coordinator_address=localhost:{port}", "--num_processes=2", f"--process_id={index}"]
@@ -216,7 +216,7 @@ def test_two_processes_restore_every_bit_and_both_refuse_a_damaged_file(tmp_path
     assert code == 0, err
     assert json.loads(out.splitlines()[-1]) == expected
   large = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.stat().st_size > 1 << 19)
-  file = min(large, key=lambda path: path.stat().st_size)  # it holds c, which takes half the bytes
+  file = min(large, key=lambda path: path.stat().st_size)  # it holds c, which takes half of the bytes
   content = bytearray(file.read_bytes())
   content[len(content) // 2] ^= 1
   file.write_bytes(content)
@@ -227,7 +227,7 @@ def test_two_processes_restore_every_bit_and_both_refuse_a_damaged_file(tmp_path
 
 
 def test_one_raises_and_all_end_at_once_with_its_error_shown(tmp_path):
-  """The others end within the heartbeat's time; without it, they would wait an hour."""
+  """The other processes end within the heartbeat's time; without it they would wait an hour."""
   port = free_port()
   first, second = (start(tmp_path, i, port, "--how=raise", "--heartbeat_timeout=5") for i in range(2))
   try:

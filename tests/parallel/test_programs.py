@@ -1,4 +1,4 @@
-"""A command ends without waiting for the programs that compile."""
+"""Test that a command ends without waiting for programs that still compile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
   ("error", "code", "message"), [('UserError("no such image")', 2, "error: no such image\n"), ("Preempted", 75, "")]
 )
 def test_an_end_does_not_wait_for_what_compiles_ahead(error, code, message):
-  """The command's main thread ends while another would compile for a minute."""
+  """The main thread ends while another would compile for a minute."""
   begin = time.monotonic()
   command = [sys.executable, "-c", _ENDS_WHILE_COMPILING.replace("ERROR", error)]
   done = subprocess.run(command, capture_output=True, text=True)

@@ -27,7 +27,7 @@ STEPS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """Losses and gradient norms of five steps on different batches, and the first step's gradient."""
+  """The losses and gradient norms of five steps on different batches, and the gradient of the first step."""
 
   losses: np.ndarray
   norms: np.ndarray
@@ -35,17 +35,17 @@ class Measured:
 
 
 def measure(trainer: steps.Trainer) -> Measured:
-  first, *rest = (steps.make_batch(trainer.config, seed) for seed in range(STEPS))
+  first, *later_batches = (steps.make_batch(trainer.config, seed) for seed in range(STEPS))
   state, metrics = trainer.run(trainer.initial(), first)
   gradient = first_gradient(state.opt_state, trainer)
-  _, more = trainer.run(state, *rest)
+  _, later_metrics = trainer.run(state, *later_batches)
   names = ["grad_norm", "loss", *(f"loss_{objective}" for objective in trainer.config.objectives)]
-  values = np.array([[steps.means(now)[name] for name in names] for now in metrics + more])
+  values = np.array([[steps.means(step_metrics)[name] for name in names] for step_metrics in metrics + later_metrics])
   return Measured(values[:, 1:], values[:, 0], gradient)
 
 
 def first_gradient(opt_state: Any, trainer: steps.Trainer) -> dict[str, np.ndarray]:
-  """Return the first step's unclipped gradient: Adam's first moment is 1 - b1 of it."""
+  """Return the first step's unclipped gradient: Adam's first moment is (1 - b1) times it."""
   assert not trainer.config.optim.clip_norm
   moments = steps.moments(opt_state, "mu")
   gradient = {path: np.asarray(x) / (1 - trainer.config.optim.b1) for path, x in moments.items()}
@@ -54,7 +54,7 @@ def first_gradient(opt_state: Any, trainer: steps.Trainer) -> dict[str, np.ndarr
 
 
 def measure_on(*shapes: tuple[int, int, int], objectives: tuple[str, ...] = (), **changes: Any) -> list[Measured]:
-  """Measure on each mesh. Two compile at a time; one runs at a time, since all use the same devices."""
+  """Measure steps on each mesh. Two compile at a time, but one runs at a time, since all use the same devices."""
   config = steps.make_config(*objectives, **{"optim.clip_norm": 0.0}, **changes)
   with ThreadPoolExecutor(2) as pool:
     trainers = list(pool.map(lambda shape: steps.Trainer(config, steps.make_mesh(*shape)), shapes))
@@ -66,7 +66,7 @@ def assert_same(measured: Measured, expected: Measured, name: str) -> None:
   np.testing.assert_allclose(measured.norms, expected.norms, rtol=1e-3, err_msg=name)
   largest = max(np.linalg.norm(value) for value in expected.gradient.values())
   for path, value in expected.gradient.items():
-    # The largest norm counts too, since rounding alone makes the gradient of a key's bias.
+    # Add the largest norm to the divisor: the gradient of a key's bias is rounding alone.
     error = np.linalg.norm(measured.gradient[path] - value) / (np.linalg.norm(value) + 1e-4 * largest)
     assert error < 1e-3, f"{name}: {path}: {error:.1e}"
 
@@ -108,11 +108,11 @@ def test_parameters_are_born_sharded_and_their_state_lies_with_them():
 
 def test_initial_parameters_do_not_depend_on_the_mesh():
   config = steps.make_config("reconstruction")
-  one, eight = (build_trainer(config, steps.make_mesh(*shape)) for shape in ((1, 1, 1), (2, 2, 2)))
-  expected, split = (jax.device_get(trainer.init_params(jax.random.key(3))) for trainer in (one, eight))
+  single, eight = (build_trainer(config, steps.make_mesh(*shape)) for shape in ((1, 1, 1), (2, 2, 2)))
+  expected, split = (jax.device_get(trainer.init_params(jax.random.key(3))) for trainer in (single, eight))
   for name in expected:
     np.testing.assert_allclose(split[name], expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
-  other = jax.device_get(one.init_params(jax.random.key(4)))
+  other = jax.device_get(single.init_params(jax.random.key(4)))
   assert (other["autoencoder.conv_in.kernel"] != expected["autoencoder.conv_in.kernel"]).all()
 
 
@@ -156,8 +156,8 @@ def test_every_parameter_has_a_rule_whose_axes_divide_it():
 
 @pytest.mark.slow
 def test_only_parameters_and_embeddings_are_gathered_in_a_step():
-  """What a step gathers has the shape of a parameter, or is a row's vector or two numbers, and no image."""
-  # One of the joint steps above has compiled this program.
+  """All gathers of a step have the shape of a parameter, of an embedding, or of two numbers, and never of an image."""
+  # One of the joint steps above has already compiled this program.
   config, mesh = steps.make_config(**{"optim.clip_norm": 0.0}), steps.make_mesh(1, 8, 1)
   trainer = build_trainer(config, mesh)
   lowered = trainer.train_step.lower(trainer.abstract_state, abstract_batch(trainer.run, trainer.network, mesh))
@@ -175,12 +175,12 @@ def test_only_parameters_and_embeddings_are_gathered_in_a_step():
 
 def test_the_papers_state_on_eight_devices_is_at_most_a_seventh():
   trainer = build_trainer(diffdis_cc3m.get_config("latents=none"), steps.make_mesh(1, 8, 1))
-  whole = local = 0
+  total = local = 0
   for leaf in jax.tree.leaves(trainer.abstract_state):
     size = leaf.dtype.itemsize
-    whole += size * math.prod(leaf.shape)
+    total += size * math.prod(leaf.shape)
     local += size * math.prod(leaf.sharding.shard_shape(leaf.shape))
-  assert whole > 4 * 4 * 8e8 and local < whole / 7
+  assert total > 4 * 4 * 8e8 and local < total / 7
 
 
 @dataclasses.dataclass(frozen=True)

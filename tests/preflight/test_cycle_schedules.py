@@ -1,4 +1,4 @@
-"""Test how cycles are read from schedules, whose lines are as the TPU compiler writes them."""
+"""Test how cycles are read from schedules whose lines look as the TPU compiler writes them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from diffdis_jax.preflight import times
 
 
 def schedule(*loops: tuple[int, int, int], length: int) -> list[str]:
-  """Write so many bundles, some of which go back; a loop is (first bundle, the one that goes back, turns)."""
+  """Write a schedule of `length` bundles; a loop is (first bundle, the bundle that jumps back, turns)."""
   lines = ["= control target key start", "LB: loop body"]
   for n in range(length):
     parts = ["%v1 = vadd.f32 %v0, %v0"]
@@ -30,7 +30,7 @@ def test_a_branch_forwards_is_no_loop():
 
 
 def test_a_loop_counts_as_often_as_it_turns():
-  # Bundles 2 to 5, with the three after the branch: seven, of 20. Of twelve turns two only fill and drain the copies.
+  # Bundles 2 to 5 and the three after the branch: seven of 20. Two of the twelve turns only fill and drain the copies.
   assert times.cycles(schedule((2, 5, 12), length=20)) == 20 - 6 + 10 * 6
   assert times.cycles(schedule((2, 5, 2), length=20)) == 20 + 6
 
@@ -39,8 +39,8 @@ def test_loops_in_loops_and_after_each_other():
   inner = 9 - 4 + 3
   body = 14 - 2 + 3 - inner + 7 * inner
   assert times.cycles(schedule((4, 9, 7), (2, 14, 5), length=40)) == 40 - 15 + 3 * body
-  one, two = 6 - 2 + 3, 26 - 20 + 3
-  assert times.cycles(schedule((2, 6, 5), (20, 26, 6), length=40)) == 40 - one - two + 3 * one + 4 * two
+  first, second = 6 - 2 + 3, 26 - 20 + 3
+  assert times.cycles(schedule((2, 6, 5), (20, 26, 6), length=40)) == 40 - first - second + 3 * first + 4 * second
 
 
 def test_files_of_operations_alone_are_read(tmp_path):

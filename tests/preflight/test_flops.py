@@ -1,4 +1,4 @@
-"""Compare operations that are counted from a trace with arithmetic."""
+"""Compare the operations counted from a trace with arithmetic."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def multiply_adds(*objectives: str) -> float:
 
 @pytest.mark.full
 def test_the_papers_network_costs_what_arithmetic_says():
-  """Count the multiply-adds of one sample, in billions: UNet 90.1, text tower 6.65 (with the null prompt's for every
-  second sample here, and forward alone), down path, middle, alignment and fusion 28.6 + 0.74 + 0.11."""
+  """Count multiply-adds of one sample, in billions: UNet 90.1; text tower 6.65, forward only, with the null prompt's
+  for every second sample; down path and middle 28.6, alignment 0.74, fusion 0.11."""
   text = 6.65 * 1.5
   generation = multiply_adds("generation")
   assert generation == pytest.approx(3 * 90.1 + text, rel=0.01)
@@ -77,7 +77,7 @@ def test_the_papers_network_costs_what_arithmetic_says():
   ],
 )
 def test_the_cost_of_one_contrastive_batch_in_four_microbatches(name, config, expected):
-  """Its first pass runs discrimination forwards, or both towers, which preflight does not count."""
+  """Its first pass runs discrimination, or both towers, forward; preflight does not count this pass."""
   mesh, counts, counted = steps.make_mesh(), [], set()
   config.batch_size = 64
   config.model.update(remat="none", attention_kernel="xla")

@@ -1,4 +1,4 @@
-"""Test how collectives are read from programs' text: lines as compilers write them, and a program of our own."""
+"""Test how collectives are read from a program's text: lines as compilers write them, and a program of our own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests import steps
     ("%p = (u32[4], u32[4], u32[], u32[]) collective-permute-start(%a)", "collective-permute", ((4,),), 16),
     ("%r = f32[] all-reduce-start(%a)", "all-reduce", ((),), 4),
     ("%t = pred[16]{0} all-to-all(%a)", "all-to-all", ((16,),), 16),
-    # XLA for GPUs writes asynchronous ones so: (operands, results), but the results alone for an all-reduce.
+    # XLA for GPUs writes asynchronous ones as (operands, results), but an all-reduce with the results alone.
     ("%s = ((f32[1024]{0}), f32[128]{0}) reduce-scatter-start(f32[1024]{0} %p)", "reduce-scatter", ((128,),), 512),
     ("%s = (f32[1024], f32[128]) reduce-scatter-start(f32[1024] %p)", "reduce-scatter", ((128,),), 512),
     ("%t = ((f32[4,8]{1,0}), f32[4,8]{1,0}, u32[], u32[]) all-to-all-start(%p)", "all-to-all", ((4, 8),), 128),
@@ -51,7 +51,7 @@ ENTRY %main.2 (p: f32[8,8]) -> f32[8,8] {
 
 
 def test_a_computation_of_another_thread_ends_too():
-  """XLA closes one that runs on a SparseCore so, and what follows is not in the loop before it."""
+  """XLA closes a computation on a SparseCore like this; what follows is not in the loop before it."""
   text = """
 %body (p: f32[8]) -> f32[8] {
   %r = f32[8] all-reduce(%p), channel_id=1
@@ -66,7 +66,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_a_collective_spread_over_several_operations_counts_once():
-  """The TPU compiler writes it in each of the operations that it overlaps, with the same channel."""
+  """The TPU compiler writes the collective in each operation that it overlaps, with the same channel."""
   part = "bf16[64,8] all-gather(%a), channel_id={}, replica_groups={{{{0,1}}}}, {}metadata={{}}"
   spread = 'frontend_attributes={chain_id="2"}, '
   lines = [part.format(*fields) for fields in ((7, spread), (7, spread), (8, spread), (9, ""), (9, ""))]
@@ -81,9 +81,9 @@ def test_estimated_cycles():
 
 
 def test_cycles_of_a_loop_count_as_often_as_it_turns():
-  """They do so in a loop that XLA made itself too, which no trace shows."""
+  """This also holds in a loop that XLA made itself, which no trace shows."""
   noted = ', backend_config={"estimated_cycles":"CYCLES"}'
-  lines = {"%r": "1000", "%g": "20", "%d": "3"}  # in the body, in a computation that is called once, in the program
+  lines = {"%r": "1000", "%g": "20", "%d": "3"}  # in body, called computation, program
   text = CALLS.replace("LOOP", "%less, body=%body").replace("s32[]", "u32[]")
   for name, cycles in lines.items():
     text = re.sub(rf"(  {name} = .*)", rf"\1{noted.replace('CYCLES', cycles)}", text)
@@ -101,16 +101,16 @@ def test_no_collective(line):
 
 def test_bytes_of_a_compiled_program():
   mesh = steps.make_mesh(8)
-  split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+  split, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
   x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
   compiled = lambda f, out: jax.jit(f, in_shardings=split, out_shardings=out).lower(x).compile().as_text()
-  assert hlo.bytes_by_kind(compiled(lambda x: x + 1, whole)) == {"all-gather": 4 * 64 * 32}
-  assert hlo.bytes_by_kind(compiled(lambda x: x.sum(axis=0), whole)) == {"all-reduce": 4 * 32}
+  assert hlo.bytes_by_kind(compiled(lambda x: x + 1, replicated)) == {"all-gather": 4 * 64 * 32}
+  assert hlo.bytes_by_kind(compiled(lambda x: x.sum(axis=0), replicated)) == {"all-reduce": 4 * 32}
   assert hlo.bytes_by_kind(compiled(lambda x: x + 1, split)) == {}
 
 
 def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns():
-  """Five turns, with an inner loop of three turns each, have 15 sums, 5 gathers, and one sum after them."""
+  """Five turns, with an inner loop of three turns each, have 15 sums and 5 gathers; one sum follows them."""
   mesh, rows = steps.make_mesh(8), PartitionSpec("data")
 
   def inner(c, _):
@@ -167,7 +167,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   "loop, turns",
   [
     ('%until, body=%body, backend_config={"known_trip_count":{"n":"6"}}', 6),
-    ("%less, body=%body", 7),  # the TPU compiler writes it so
+    ("%less, body=%body", 7),  # as the TPU compiler writes it
     ("%until, body=%body", 1),
   ],
 )
@@ -175,7 +175,7 @@ def test_calls_of_other_kinds_count_once_and_so_does_a_loop_of_unknown_turns(loo
   expected = {"all-reduce": turns * 32, "all-gather": 256, "all-to-all": 32}
   text = CALLS.replace("LOOP", loop)
   assert hlo.bytes_by_kind(text) == expected
-  # XLA's own loops, of products beside an exchange, count so.
+  # XLA's own loops, of products beside an exchange, look like this.
   assert hlo.bytes_by_kind(text.replace("s32[]", "u32[]")) == expected
 
 
@@ -188,7 +188,7 @@ def test_calls_of_other_kinds_count_once_and_so_does_a_loop_of_unknown_turns(loo
     ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", (0, 1, 4, 5)),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=3] {'axis_0'}", (0, 3)),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=3,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 6, 7)),
-    # XLA for GPUs of several hosts writes devices in an order of their own, and parts of an axis.
+    # XLA for GPUs on several hosts writes devices in an order of its own, and parts of an axis.
     ("replica_groups=mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_2'}", (0, 8)),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=(0,3,1,2) {'axis_1'}", (0, 3)),
     ("replica_groups=mesh['axis_0'=8,'axis_1'=3] {'axis_0':(2)2}", (0, 6)),
@@ -207,7 +207,7 @@ def test_a_group_that_is_written_in_another_way_is_not_passed_over_in_silence(ca
 
 
 def test_bytes_that_reach_a_device():
-  """A result has 400 bytes on each of four devices, and a device has its own part already."""
+  """A result has 400 bytes on each of four devices, and a device already has its own part."""
   received = {
     "all-gather": 300,
     "reduce-scatter": 1200,
@@ -231,7 +231,7 @@ def test_kernels_declare_their_cost():
 
 
 def test_kernels_of_a_loop_are_alike_too_and_run_as_often_as_it_turns():
-  """In sampling the network is the body: several layers call one kernel, and one of the calls has a schedule."""
+  """In sampling the network is the loop's body: several layers call one kernel, and one of the calls has a schedule."""
   call = '  %{} = f32[8]{{0}} custom-call(%{}), custom_call_target="tpu_custom_call", backend_config={}\n'
   calls = (call.format(*names, COST) for names in (("k.4", "p"), ("k.5", "k.4"), ("k.6", "k.5")))
   body = "  %p = f32[8]{0} parameter(0)\n" + "".join(calls)

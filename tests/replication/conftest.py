@@ -1,4 +1,4 @@
-"""Add the replication's parts to the package's tables for its own tests alone."""
+"""Add the replication's extensions to the package's tables for these tests alone."""
 
 from __future__ import annotations
 

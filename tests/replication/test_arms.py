@@ -1,4 +1,4 @@
-"""Test which runs an experiment of arms has, what each of them starts from, and what is wrong in a file."""
+"""Test which runs an experiment of arms has, what each starts from, and which faults of a file are reported."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ FIELDS = dict(title="Which?", arms=ARMS, step_seconds={"generation": 2.0}, claim
 
 @pytest.fixture
 def read(monkeypatch):
-  """Return read(**fields), which reads the experiment of these fields on the tiny config."""
+  """Return read(**fields), which reads an experiment with these fields on the tiny config."""
   original = cli.read_config
 
   def make(**fields):
 
     def chosen(path, flag="config"):
-      # The tiny config takes no argument for CLIP, which has a config of its own.
+      # The tiny config takes no argument for CLIP; a config of its own replaces it.
       clip = "tests/tiny_clip.py" if path == f"{BASE}:objectives=contrastive" else path
       return ConfigDict(FIELDS | fields) if path == "file:x" else original(clip, flag)
 
@@ -57,7 +57,7 @@ def plan_of(experiment, seeds=(3, 5)):
 
 
 def test_the_experiments_of_the_pages_have_what_they_compare():
-  """Their bases measure the columns of the claims. CLIP's rates are in no claim."""
+  """Their bases measure the columns that the claims name. No claim names CLIP's learning rates."""
   text = (pages.ROOT / "replication/index.md").read_text()
   named = {*re.findall(r"\| `(\w+\.py\S*)` \| `(\w+)` \|$", text, re.M)}
   assert {name for _, name in named} == {*EXPERIMENTS}
@@ -73,7 +73,7 @@ def test_each_seed_has_its_own_chain(read):
   assert [run.config["seed"] for run in plan.runs] == [3] * 5 + [5] * 5
   for seed, of_seed in ((3, plan.runs[:5]), (5, plan.runs[5:])):
     by_name = {run.name.partition("-seed")[0]: run for run in of_seed}
-    assert [*by_name] == ["autoencoder", "clip", "first", "alone", "after"]  # what is started from comes before
+    assert [*by_name] == ["autoencoder", "clip", "first", "alone", "after"]  # a run's start comes before the run
     assert {name: run.start and run.start.name for name, run in by_name.items()} == {
       "autoencoder": None,
       "clip": None,
@@ -83,7 +83,7 @@ def test_each_seed_has_its_own_chain(read):
     }
     assert all(run.name.split("-")[1] == f"seed_{seed}" for run in of_seed)
     steps = {name: run.config["num_steps"] for name, run in by_name.items()}
-    assert steps == {"autoencoder": 8, "clip": 8, "first": 15, "alone": 12, "after": 6}  # 30 s of 2 s each
+    assert steps == {"autoencoder": 8, "clip": 8, "first": 15, "alone": 12, "after": 6}  # 30 s at 2 s a step
     assert {run.config["batch_size"] for name, run in by_name.items() if name != "autoencoder"} == {4}
     assert not by_name["first"].evals and by_name["alone"].evals
     assert by_name["clip"].config["objectives"] == ("contrastive",)
@@ -111,18 +111,18 @@ def test_claims_have_verdicts(read, tmp_path):
 
 
 def test_the_records_of_an_experiment_are_kept(read, tmp_path):
-  """Records have values by seed, as replication/measured reads them. The records of another experiment stay."""
+  """Records have values by seed, as replication/measured reads them; other experiments' records stay."""
   experiment = read()
   plan, folder = plan_of(experiment, (0, 1, 2)), Folder(tmp_path)
   write_claim(plan, folder, [(0.50, 0.40), (0.51, 0.40), (0.52, 0.40)])
   judged = claims.judge(experiment.claims, plan, summary.read_results(plan, folder))
   summarised = json.loads(json.dumps(summary.summarise(plan, folder, base="tiny") | {"claims": judged}))
-  kept = replication.merged({"records": {"e9/a/b": {}, "x/old/b": {}}}, replication.records_of(summarised))
-  record = records.Record(**kept["records"]["x/after/test/acc1"])
+  merged = replication.merged({"records": {"e9/a/b": {}, "x/old/b": {}}}, replication.records_of(summarised))
+  record = records.Record(**merged["records"]["x/after/test/acc1"])
   assert record.values == {"0": 50.0, "1": 51.0, "2": 52.0} and record.what == "after: top-1 test ↑"
-  assert "e9/a/b" in kept["records"] and "x/old/b" not in kept["records"]
-  assert {*record.of["runs"]} < {*kept["runs"]} and kept["settings"]["x"]["seeds"] == [0, 1, 2]
-  assert kept["claims"]["x"][0]["verdict"]["words"] == "higher"
+  assert "e9/a/b" in merged["records"] and "x/old/b" not in merged["records"]
+  assert {*record.of["runs"]} < {*merged["runs"]} and merged["settings"]["x"]["seeds"] == [0, 1, 2]
+  assert merged["claims"]["x"][0]["verdict"]["words"] == "higher"
 
 
 def test_a_claim_without_runs_has_no_verdict(read, tmp_path):
@@ -134,7 +134,7 @@ def test_a_claim_without_runs_has_no_verdict(read, tmp_path):
 
 
 def test_claims_are_corrected_for_those_that_are_not_done(read, tmp_path):
-  """By hand, t = 11 √3 with two degrees has p = 1 - √(363 / 365). The diverged comparison counts too."""
+  """By hand, t = 11 √3 with two degrees of freedom has p = 1 - √(363 / 365). The diverged comparison counts too."""
   experiment = read(claims=(CLAIM, CLAIM | dict(column="unseen/acc1")))
   plan, folder = plan_of(experiment, (0, 1, 2)), Folder(tmp_path)
   for seed, of_seed in enumerate(zip(*(plan.rows[plan.tables[0].name, place] for place in (0, 1)), strict=True)):

@@ -1,4 +1,4 @@
-"""Test the choice among hard negatives with scorers whose accuracy is known from the words of the captions."""
+"""Test the choice among hard negatives with scorers whose accuracy follows from the words of the captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LENGTH = 16
 
 
 class Scorer:
-  """Knows an image's caption by its pixels, and makes of texts and images what `embed` makes of their words."""
+  """A scorer that reads an image's caption from its pixels, and embeds texts and images by `embed` of their words."""
 
   image_size, max_length = 32, LENGTH
 
@@ -35,7 +35,7 @@ class Scorer:
 
 
 def bag(text):
-  """Count how often each word occurs. The sums are whole numbers, so that equal bags are equal to the last bit."""
+  """Count how often each word occurs. The sums are whole numbers, so equal bags are equal to the last bit."""
   vector = np.zeros(512, np.float32)
   for word in text.split():
     vector[hash_of(word, 512)] += 1
@@ -43,7 +43,7 @@ def bag(text):
 
 
 def whole(text):
-  """Give each of a few texts an axis of its own."""
+  """Give each text an axis of its own."""
   vector = np.zeros(65536, np.float32)
   vector[hash_of(" ".join(text.split()), 65536)] = 1
   return vector

@@ -1,4 +1,4 @@
-"""Test the verdicts on comparisons that were named before the runs, against scipy and by hand."""
+"""Test the verdicts on preregistered comparisons against scipy and by hand."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ def test_equivalence_is_two_one_sided_tests_of_scipy(mean):
 
 
 def test_equivalence_is_the_90_per_cent_interval():
-  """2, 1, 6 have the mean 3, and t(0.95, 2) = 2.9200, so that the interval ends at 3 + 2.92 √(7 / 3) = 7.4604."""
+  """The mean of 2, 1, 6 is 3 and t(0.95, 2) = 2.9200, so the interval ends at 3 + 2.92 √(7 / 3) = 7.4604."""
   for bound, is_within in ((7.45, False), (7.47, True)):
     assert (claims.equivalent([2.0, 1.0, 6.0], bound) < 0.05) == is_within
   assert claims.equivalent([1.0], 3.0) is None and claims.equivalent([1.0, 1.0], 3.0) is None
 
 
-def test_verdicts():
-  """The four with a bound of 3 are a large effect, a sure small one, sure absence, and too wide a spread."""
+def test_verdicts_on_four_kinds_of_difference():
+  """The four cases with a bound of 3: a large effect, a certain small effect, certain equivalence, and too wide a
+  spread."""
   pairs = [[9.0, 10.0, 11.0, 10.5, 9.5], [1.0, 1.1, 0.9, 1.05, 0.95], [0.1, -0.2, 0.1, 0.05, 0.0], [5, -5, 4, -4, 3.0]]
   verdicts = claims.verdicts([*pairs, [1.0]], [3.0] * 5)
   assert [verdict.words for verdict in verdicts] == [

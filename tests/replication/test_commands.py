@@ -33,7 +33,7 @@ def test_a_command_of_the_package_knows_what_the_replication_adds(environment):
 
 @pytest.mark.full
 def test_arms_start_from_each_other(tmp_path, environment):
-  """Two seeds have four runs each. The command does nothing the second time, and the table has the comparison."""
+  """Two seeds have four runs each. A second call does nothing, and the table has the comparison."""
   flags = [BASE, "--arms=tests/replication/tiny_arms.py", "--seeds=0,1", f"--out={tmp_path / 'out'}"]
   done = ablate(environment, "run", *flags)
   assert done.returncode == 0, done.stderr

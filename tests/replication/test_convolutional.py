@@ -1,4 +1,4 @@
-"""Test the convolutional tower of CLIP against torch."""
+"""Test CLIP's convolutional tower against torch."""
 
 from __future__ import annotations
 

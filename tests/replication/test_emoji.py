@@ -1,4 +1,4 @@
-"""Test which pairs of icons and captions the experiments on emoji have."""
+"""Test which pairs of icons and captions the emoji experiments have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.raw_pairs import load
 pytestmark = pytest.mark.slow
 
 COUNTS = {"train": 5_726, "val_vendor": 895, "val_concepts": 757, "test_vendor": 1_364}
-# SHA-256 of a split's captions as first published, one a line.
+# SHA-256 of a split's captions as first published, one per line.
 CAPTIONS = {
   "train": "11b2734b8dbb3f99326a1ff684de272305ad136a1f2b7b6d51191275aacf4cfa",
   "val_vendor": "ab5b239fb0047abe07a7e9d3500d234907c00a9ec3fa6dc2b081867463dcb8c1",
@@ -26,7 +26,7 @@ CAPTIONS = {
 
 
 def test_the_shipped_choices():
-  """The concepts' names come with emojibase. Their code points take the names' place here."""
+  """The concepts' names come from emojibase, so code points replace them here."""
   chosen = emoji.read_choices()
   codes = chosen["concepts"].split()
   assert len(codes) == len({*codes}) == 1_364 and len({*chosen["held_out"].split()}) == 158

@@ -1,4 +1,4 @@
-"""Test that the plans in replication/configs/experiments.py are those of replication/protocol.md and those that ran."""
+"""Test that the plans in replication/configs/experiments.py are those of replication/protocol.md and of the runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan_of(name: str) -> tuple[planning.Plan, tuple[arms.Claim, ...]]:
 
 
 def of_first_seed(name: str) -> dict[str, planning.Run]:
-  """Return the runs of seed 0 by their arms. Each has a valid config."""
+  """Return the runs of seed 0 by arm, after checking that each has a valid config."""
   plan, _ = plan_of(name)
   runs = {run.name.partition("-seed_0-")[0]: run for run in plan.runs if "-seed_0-" in run.name}
   assert len({run.name for run in plan.runs}) == len(plan.runs) == 5 * len(runs)
@@ -53,7 +53,7 @@ def without_digest(run: str | None) -> str | None:
 
 @pytest.mark.parametrize("name", [name for name in BASES if name != "e4_rates"])
 def test_the_plan_is_the_one_that_ran(name):
-  """It has the arms, starts, objectives and comparisons of the archive. A run's digest grew with the config."""
+  """The plan has the arms, starts, objectives and comparisons of the archive. Digests differ, since the config grew."""
   plan, claims = plan_of(name)
   archive = replication.stored()
   ran = {without_digest(run): (without_digest(of["start"]), of["objectives"]) for run, of in archive["runs"].items()}

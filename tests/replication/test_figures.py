@@ -1,4 +1,4 @@
-"""Test that the figures of docs/ show what the records in replication/measured hold."""
+"""Test that the figures of docs/ show the values of the records in replication/measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_figure_is_drawn_from_its_records(name):
 
 
 def test_a_mean_in_a_figure_is_that_of_its_records():
-  """Compute accuracy on `val_vendor` after 1,800 steps of generation, three seeds, without the figures' code."""
+  """Compute accuracy on `val_vendor` after 1,800 steps of generation, over three seeds, without the figures' code."""
   runs = json.loads((plots.records.HERE / "emoji.json").read_text())["runs"]
   metrics = [runs[f"generation_first_discrimination_1800-seed_{seed}"]["metrics"] for seed in range(3)]
   mean = sum(100 * of_seed["zero_shot"]["val_vendor"][1]["acc1"] for of_seed in metrics) / 3

@@ -1,4 +1,4 @@
-"""Test how the judges of generated images count: labelled icons, and the attributes of rendered scenes."""
+"""Test how the judges of generated images count: labelled icons, and attributes of rendered scenes."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def test_images_held_out_are_not_trained_on(monkeypatch):
 
 
 def test_how_many_of_five_attributes_of_a_scene_are_right():
-  asked = Scene(STAR, RING, "left of")
+  prompted = Scene(STAR, RING, "left of")
   expected = {
-    asked: 5,
-    asked.swapped_objects: 4,  # "a red star right of a blue ring": the relation alone is wrong
-    asked.swapped_colours: 3,
+    prompted: 5,
+    prompted.swapped_objects: 4,  # "a red star right of a blue ring": only the relation is wrong
+    prompted.swapped_colours: 3,
     Scene(STAR, RING, "above"): 4,
     Scene(RING, STAR, "above"): 4,
     Scene(STAR, HEART, "left of"): 3,
-    Scene(HEART, STAR, "left of"): 2,  # the star is in the other's place, where the relation is wrong too
+    Scene(HEART, STAR, "left of"): 2,  # the star is in the other object's place, and the relation is wrong too
     Scene(STAR, ("blue", "heart"), "left of"): 4,
     Scene(HEART, HEART, "above"): 0,
   }
   judged = np.array([scene_judge.attributes_of(scene) for scene in expected])
-  right = scene_judge.right(judged, np.tile(scene_judge.attributes_of(asked), (len(judged), 1)))
-  assert right.sum(axis=1).tolist() == [*expected.values()]
-  assert right[1].tolist() == [False, True, True, True, True]
+  correct = scene_judge.right(judged, np.tile(scene_judge.attributes_of(prompted), (len(judged), 1)))
+  assert correct.sum(axis=1).tolist() == [*expected.values()]
+  assert correct[1].tolist() == [False, True, True, True, True]

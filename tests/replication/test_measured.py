@@ -1,4 +1,4 @@
-"""Test that README's table, results.md and the log's tables have the numbers of replication/measured."""
+"""Test that the tables of README, results.md and the log contain the numbers of replication/measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def page(name: str) -> str:
 
 
 def table_of(name: str) -> list[list[str]]:
-  """Return the rows of a table of README or results.md, without its head."""
+  """Return the rows of a table in README or results.md, without its head."""
   where, make = tables.PLACES[name]
   assert make() in page(where)
   return [line.strip("|").split("|") for line in make().splitlines()[2:]]
@@ -36,7 +36,7 @@ def test_no_number_of_the_results_stands_in_no_record():
 
 
 def test_none_of_65_differences_on_shapes_is_significant():
-  """At two standard errors 14 are bold, and chance gives 11.9."""
+  """At two standard errors 14 differences would be bold; chance gives 11.9."""
   counts = [paired.table(name)["count"] for name in SHAPES]
   assert sum(count["differences"] for count in counts) == records.value("shapes", "differences") == 65
   assert sum(count["significant"] for count in counts) == 0
@@ -48,7 +48,7 @@ def test_none_of_65_differences_on_shapes_is_significant():
 
 
 def accuracy_of(start: str) -> np.ndarray:
-  """Read top-1 on `val_vendor` by seed, in per cent, from the file itself."""
+  """Read top-1 on `val_vendor` by seed, in per cent, directly from the file."""
   runs = records.read("emoji")["runs"]
   return np.array(
     [100 * runs[f"{start}-seed_{seed}"]["metrics"]["zero_shot"]["val_vendor"][1]["acc1"] for seed in (0, 1, 2)]
@@ -56,7 +56,7 @@ def accuracy_of(start: str) -> np.ndarray:
 
 
 def test_a_difference_on_a_page_is_that_of_its_runs():
-  """Compute the gain of generation first on `val_vendor` without the project's code."""
+  """Compute how much generation first gains on `val_vendor`, without the project's code."""
   first = accuracy_of("generation_first_discrimination_1800")
   none = accuracy_of("held_temperature_discrimination_1800_epyc")
   test = stats.ttest_rel(first, none)
@@ -109,7 +109,7 @@ def test_a_claim_of_the_paper_is_decided_by_its_runs(line, claim):
   ],
 )
 def test_what_is_called_a_claim_of_the_paper_is_so_in_its_table(words, row, base):
-  """Its table says so at least by top-1. If FID or R@1 say otherwise, the page names top-1."""
+  """The claim's table supports it at least by top-1. If FID or R@1 disagree, the page names top-1."""
   claims = [claim for claim in replication.PAPER if words in claim.words]
   assert len(claims) == 1 and {look.testbed for look in claims[0].looks} == {*replication.TESTBEDS}
   number = claims[0].words.partition(" ")[2][0]

@@ -69,7 +69,7 @@ def test_arms_differ_in_what_the_protocol_names(name):
 
 
 def gradient_of_query_noise(**changes):
-  """Return the largest gradient of Algorithm 1's loss, and how far the queries of two draws of e_T are apart."""
+  """Return the largest gradient of Algorithm 1's loss, and how much the queries of two samples of e_T differ."""
   config = steps.make_config("discrimination", **changes)
   run, images = run_config.Run.of(config), steps.make_batch(config)
   batch = jax.tree.map(jnp.asarray, images)

@@ -25,7 +25,7 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def archive() -> dict[str, Any]:
-  """Return two comparisons of e1 as replication.json holds them. Each arm starts from 2 min of generation."""
+  """Return two comparisons of e1 as in replication.json. Each arm starts from a generation run of 2 min."""
   bases = [name for name in FIGURES if name != "both"]
   pairs = [[a - b for a, b in zip(FIGURES["both"], FIGURES[base], strict=True)] for base in bases]
   verdicts = judging.verdicts(pairs, [3.0, 3.0])
@@ -45,7 +45,7 @@ def archive() -> dict[str, Any]:
 
 
 def rows(text: str) -> list[list[str]]:
-  """Return the rows of all tables of a text, without their heads."""
+  """Return the rows of all tables in a text, without their heads."""
   tables = re.findall(r"^\|.*\n\|---.*\n((?:\|.*\n?)*)", text, re.M)
   return [line.split("|")[1:-1] for table in tables for line in table.splitlines()]
 
@@ -65,7 +65,7 @@ def test_a_comparison_has_effect_interval_p_and_verdict(archive):
 
 
 def test_a_claim_of_the_paper_is_judged_by_its_comparisons(archive):
-  """The correction counts both experiments: a p of 0.03 in each is not significant at 0.025."""
+  """The correction counts both experiments: p = 0.03 in each is not significant, since the limit is 0.025."""
   table = rows(replication.paper(archive))
   words, rendered, emoji, points = table[0]
   assert (words, points) == ("joint training helps discrimination", "both − discrimination")
@@ -103,13 +103,13 @@ def test_costs_count_each_run_once(archive):
 
 
 def test_a_run_that_experiments_share_keeps_the_minutes_of_the_first(archive):
-  """On a busy machine the run for the second experiment has the same figures and takes other minutes."""
+  """A second run on a busy machine has the same results but takes other minutes."""
   runs = {name: {**run, "minutes": None} for name, run in archive["runs"].items() if "both" in name}
   base = {**archive["records"][f"e1/both/{COLUMN}"]}
   new = {"settings": {"e3": {}}, "records": {f"e3/both/{COLUMN}": base}, "runs": {"autoencoder": {}, **runs}}
-  kept = replication.merged(archive, {**new, "claims": {"e3": []}})
-  assert kept["runs"] == archive["runs"] and kept["records"][f"e3/both/{COLUMN}"] == base
-  again = replication.merged(kept, {**new, "settings": {"e1": {}}, "records": {}, "claims": {"e1": []}})
+  merged = replication.merged(archive, {**new, "claims": {"e3": []}})
+  assert merged["runs"] == archive["runs"] and merged["records"][f"e3/both/{COLUMN}"] == base
+  again = replication.merged(merged, {**new, "settings": {"e1": {}}, "records": {}, "claims": {"e1": []}})
   assert again["runs"]["both-0"]["minutes"] == 4.0, "since e3 has it too"
 
 

@@ -1,4 +1,4 @@
-"""Test which scenes are held out, what captions say, and that no score of texts alone solves the swaps."""
+"""Test which scenes are held out, what captions say, and that scoring texts alone cannot solve the swaps."""
 
 import collections
 import hashlib
@@ -58,7 +58,7 @@ def test_1024_captions_differ_and_no_two_mean_the_same(split):
 
 @pytest.mark.parametrize("split", CHOICES)
 def test_a_score_of_texts_alone_is_right_on_half_of_the_swaps(split):
-  """The score may be a bag of words or a random number for each text. A tie counts one half."""
+  """Such a score may be a bag of words or a random number for each text. A tie counts one half."""
   records = fields(split, len(scenes_of(split)))
   assert SPLITS[split] == 4096 and len(records) % scenes.ORBIT == 0
   bag = lambda text: sum(hashlib.sha256(word.encode()).digest()[0] for word in text.split())
@@ -79,7 +79,7 @@ def _truths_and(kind, records):
 
 @pytest.mark.parametrize("image_size", [32, 64])
 def test_every_image_shows_its_scene(image_size):
-  """Each colour's pixels lie on the side that the caption says. No shape touches the other or leaves the image."""
+  """Each colour's pixels are on the side that the caption says. Shapes do not touch and do not leave the image."""
   assert scenes.OFF_CENTRE + scenes.APART[1] + scenes.RADIUS[1] <= 0.5 + 1e-9 and scenes.APART[0] >= scenes.RADIUS[1]
   rng = np.random.default_rng(0)
   for scene in scenes_of("train")[::7]:

@@ -1,4 +1,4 @@
-"""Two arms of tests/tiny_ablation.py. One of them starts from generation: --arms=tests/replication/tiny_arms.py"""
+"""Two arms of tests/tiny_ablation.py, one of which starts from generation: --arms=tests/replication/tiny_arms.py"""
 
 from ml_collections import ConfigDict
 

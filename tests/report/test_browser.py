@@ -1,4 +1,4 @@
-"""Read the page in Chromium. It needs apt-get install chromium chromium-driver."""
+"""Read the page in Chromium. It requires apt-get install chromium chromium-driver."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest_plugins = ("tests.browser",)
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, pathlib.Path]:
-  """Write the pages of one run, of two, and of one that has just begun."""
+  """Write the pages of one run, of two runs, and of a run that has just begun."""
   folder = tmp_path_factory.mktemp("browser")
   runs = [written_run.write(folder / name / "run", batch_size=size) for name, size in (("a", 16), ("b", 32))]
   begun = pathlib.Path(written_run.write(folder / "c" / "run"))
@@ -25,8 +25,8 @@ def pages(tmp_path_factory) -> dict[str, pathlib.Path]:
   for picture in sorted((begun / "samples").iterdir())[1:]:
     picture.unlink()
   pages = {"one": runs[:1], "two": runs, "begun": [str(begun)]}
-  for name, some in pages.items():
-    report.report(some, str(folder / f"{name}.html"))
+  for name, few_steps in pages.items():
+    report.report(few_steps, str(folder / f"{name}.html"))
   return {name: folder / f"{name}.html" for name in pages}
 
 
@@ -35,7 +35,7 @@ def texts(driver, selector: str) -> list[str]:
 
 
 def is_clean(driver) -> bool:
-  """Return whether the console has no error, and nothing is wider than the window."""
+  """Return whether the console has no error and nothing is wider than the window."""
   return browser.is_no_wider_than_the_window(driver) and driver.get_log("browser") == []
 
 
@@ -61,7 +61,7 @@ def test_the_slider_the_curves_and_the_config_answer(driver, pages):
   source = lambda: driver.find_element("css selector", ".live img").get_attribute("src")
   assert texts(driver, "output") == ["step 300"]
   last, slider = source(), driver.find_element("css selector", "input[type=range]")
-  slider.send_keys("\ue012")  # arrow left
+  slider.send_keys("\ue012")  # the left arrow key
   assert texts(driver, "output") == ["step 200"] and source() != last
 
   stage = driver.find_element("css selector", "#losses .chart [tabindex]")

@@ -42,9 +42,9 @@ def test_a_bucket_has_mean_least_and_most_of_its_finite_values():
   rng = np.random.default_rng(0)
   steps = np.sort(rng.choice(10_000, 3000, replace=False)) + 17
   values = rng.normal(size=3000)
-  values[1234] = 1e6  # a spike of one step
+  values[1234] = 1e6  # a spike of a single step
   values[[5, 700, 2999]] = math.nan
-  values[900:1000] = math.nan  # more than a bucket
+  values[900:1000] = math.nan  # more steps than a bucket holds
   band = curves.thin(curves.Curve(steps, values), 100)
   width = fractions.Fraction(int(steps[-1] - steps[0] + 1), 100)
   places = np.array([(int(step) - int(steps[0])) // width for step in steps])

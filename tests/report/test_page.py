@@ -91,13 +91,13 @@ def test_the_page_loads_nothing_and_what_it_holds_cannot_break_out_of_it(pages):
     parsed = Scripts(text)
     assert parsed.addresses == [], "every address is made by the script, and is #, or data:"
     assert len(parsed.scripts) == 3
-    assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/2000/svg"}  # a name, never loaded
+    assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/2000/svg"}  # a namespace, not loaded
     assert "default-src 'none'" in text
     assert not re.search(r"\{\{\w+\}\}", text), "a place of the template that was not filled"
 
 
 def test_texts_of_a_run_that_look_like_places_of_the_template_are_texts(tmp_path):
-  """A class or a prompt may be called so."""
+  """A class or a prompt may look like a placeholder."""
   names = ("{{pictures}}", "{{data}}", "{{title}}", "{{other}}", r"\g<1>")
   path = written_run.write(tmp_path / "{{pictures}} {{data}}", sample_prompts=names)
   text = page.render([read.read(path, "{{pictures}} {{data}}")], now=written_run.DAY)
@@ -134,12 +134,12 @@ def test_pictures_become_smaller_until_all_fit_and_a_file_that_is_none_is_left_o
   assert sum(len(picture.uri) for picture in smaller) <= most
   assert len({(picture.width, picture.height) for picture in smaller}) == 1
   paths[1].write_bytes(paths[0].read_bytes()[:500])
-  shown = page.embed_pictures([*paths[:2], epath.Path(tmp_path / "none")], most_bytes=10**6)
-  assert [picture is None for picture in shown] == [False, True, True]
+  images = page.embed_pictures([*paths[:2], epath.Path(tmp_path / "none")], most_bytes=10**6)
+  assert [picture is None for picture in images] == [False, True, True]
 
 
 def test_a_report_takes_no_accelerator(tmp_path):
-  """A run in progress on the same machine may have them all."""
+  """A run in progress on the same machine may use all of them."""
   run = written_run.write(tmp_path / "run")
   none_to_be_had = {**os.environ, "JAX_PLATFORMS": "cuda"}
   flags = [f"--workdir={run}", f"--out={tmp_path}/report.html"]
@@ -155,7 +155,7 @@ def test_a_hundred_thousand_lines_and_two_hundred_grids_are_ten_seconds_and_ten_
   values = rng.uniform(0.5, 1.5, (num_lines, len(names))).tolist()
   lines = (json.dumps({"step": 10 * i, **dict(zip(names, line))}) for i, line in enumerate(values, 1))
   (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-  for i in range(200):  # grids of smooth samples, no two alike
+  for i in range(200):  # grids of smooth samples, all different
     tiles = [Image.fromarray(tile).resize((32, 32)) for tile in rng.integers(0, 256, (64, 6, 6, 3), dtype=np.uint8)]
     grid = samples.draw_grid(np.stack([np.asarray(tile) for tile in tiles]), ["a red star"] * 64, columns=8)
     grid.save(run / "samples" / f"samples_{5000 * (i + 1):08d}.png")

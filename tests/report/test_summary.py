@@ -46,7 +46,7 @@ def test_how_a_run_stands(run, events, alive, step, expected):
 
 
 def test_a_run_that_was_started_again_runs_before_its_first_step(tmp_path):
-  """Its lock says so."""
+  """The lock shows that it runs."""
   path = tmp_path / "run"
   written_run.write(path)
   state = lambda: read.status(read.read(str(path), "run"))["state"]
@@ -65,7 +65,7 @@ def test_starts_and_what_they_cost(run):
   cost = read.cost(run, starts)
   assert cost["device_hours"] == {"TPU v4": pytest.approx(2 * 300 / 3600)}
   assert cost["seconds"] == 300
-  assert cost["seconds_in_steps"] == pytest.approx(290 / 5)  # all but the first ten, at five a second
+  assert cost["seconds_in_steps"] == pytest.approx(290 / 5)  # all but the first ten steps, at five a second
   assert cost["images"] == 300 * 16
 
 

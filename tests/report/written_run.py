@@ -1,4 +1,4 @@
-"""Write a workdir by hand, every number of which is known."""
+"""Write a workdir by hand, in which every number is known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests import tiny
 
-DAY = 1_790_000_000.0  # a time, in seconds since 1970
+DAY = 1_790_000_000.0  # a time in seconds since 1970
 
 
 def write(folder: pathlib.Path, **changes: Any) -> str:

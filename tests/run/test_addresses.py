@@ -1,4 +1,4 @@
-"""Commands refuse a bad address or folder before they do anything."""
+"""Test that commands refuse a bad address or folder before they do anything."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests import tiny
     ("gs:/b/run", "gs:/b/run is no address that can be read; give a local path or gs://BUCKET/FOLDER"),
     ("gs:///b", "gs:///b is no address that can be read; give a local path or gs://BUCKET/FOLDER"),
     ("file:///data/run", "file:///data/run is no address that can be read; give /data/run"),
-    # The libraries take these characters for another thing, so that the first save would fail.
+    # The libraries interpret these characters, so the first save would fail.
     *((f"gs://b/run{special}1/x", f"gs://b/run{special}1/x has a {special}, which no") for special in "#?*["),
     ("~/runs/a", "the shell leaves the ~ of ~/runs/a as it is behind a =; give /home/me/runs/a"),
   ],

@@ -104,7 +104,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, sharding_of):
   step = jax.jit(lambda params: jax.tree.map(lambda x: x * 0, params), donate_argnums=0)
   params = {"a": jnp.arange(1 << 20, dtype=jnp.float32)}
   params = place(TrainState(params=params), sharding_of).params
-  jax.block_until_ready(step(jax.tree.map(jnp.copy, params)))  # compiled, so that it is quick below
+  jax.block_until_ready(step(jax.tree.map(jnp.copy, params)))  # compile it now, so that it is quick below
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, TrainState(params=params))
     jax.block_until_ready(step(params))
@@ -151,7 +151,7 @@ def test_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("late", [True, False])
 def test_a_save_that_fails_is_tried_again_at_the_next_one(tmp_path, monkeypatch, caplog, late):
-  """A save that fails while it is waited for is raised, and a launcher starts the run again."""
+  """An error of a background save is raised when the run waits for it, and a launcher restarts the run."""
 
   def full(*_, **__):
     raise ValueError("RESOURCE_EXHAUSTED: Failed to write 177 bytes to file 14: No space left on device")
@@ -190,11 +190,11 @@ def test_a_checkpoint_on_storage_that_is_away_for_a_while_is_read(tmp_path, monk
 
 def test_another_model_is_told_which_array_differs(tmp_path):
   save(tmp_path, 1)
-  wanted = abstract(make_state(), one_device).params
-  wanted["text.bias"] = jax.ShapeDtypeStruct((6,), jnp.float32)
-  wanted["unet.new"] = jax.ShapeDtypeStruct((2,), jnp.float32)
+  expected_shapes = abstract(make_state(), one_device).params
+  expected_shapes["text.bias"] = jax.ShapeDtypeStruct((6,), jnp.float32)
+  expected_shapes["unet.new"] = jax.ShapeDtypeStruct((2,), jnp.float32)
   with pytest.raises(UserError, match=r"2 arrays; the first, text.bias, is float32\[5\] there and float32\[6\] here"):
-    restore.restore_params(tmp_path, abstract=wanted)
+    restore.restore_params(tmp_path, abstract=expected_shapes)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_another_model_is_told_which_array_differs(tmp_path):
 )
 def test_the_best_stay_beside_the_last_and_every_tenth(tmp_path, best_is, values, kept):
   policy = CheckpointPolicy(keep_last=1, keep_every=10, keep_best=2, best_metric="a", best_is=best_is)
-  for step, value in values.items():  # a new checkpointer knows what was saved before it
+  for step, value in values.items():  # a new checkpointer knows what was saved before
     with checkpoint.Checkpointer(tmp_path, policy) as checkpointer:
       checkpointer.save(step, make_state(), metrics={} if value is None else {"a": value})
   assert workdir.committed_steps(workdir.checkpoints(tmp_path)) == kept

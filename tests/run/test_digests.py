@@ -1,4 +1,4 @@
-"""Damage in any byte of a checkpoint is refused with the name of the file."""
+"""Test that damage in any byte of a checkpoint is refused with the name of the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLIPS = 200
 
 
 def large_state() -> TrainState:
-  """Make a state with an array that has its own file, beside those that lie in the index."""
+  """Make a state with an array large enough for a file of its own; small arrays are in the index."""
   state = make_state()
   large = jnp.asarray(np.random.default_rng(1).normal(size=(64, 64)), jnp.float32)
   return TrainState(params=state.params | {"unet.large": large}, ema=state.ema, opt_state=state.opt_state)

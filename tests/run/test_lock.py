@@ -1,4 +1,4 @@
-"""One run at a time may write into a workdir."""
+"""Test that one run at a time may write into a workdir."""
 
 from __future__ import annotations
 

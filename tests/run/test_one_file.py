@@ -1,4 +1,4 @@
-"""A run in one file stands for its workdir wherever one is read, and its damage is found."""
+"""Test that a run in one file can replace its workdir wherever one is read, and that damage is detected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.models.networks import random_params
 from tests.steps import BOS, EOS, build_trainer, make_config, make_mesh, network_of
 
 TOKENS, QUERY = "text_encoder.tokens.embedding", "text_encoder.query_tokens.embedding"
-READ = [3, 5, 40]  # the tokens that discrimination has read
+READ = [3, 5, 40]  # the tokens that occurred in training captions
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory) -> str:
-  """A run at step 6 with averages, whose captions had three words."""
+  """Make a run at step 6 with averaged weights, whose captions had three words."""
   folder = tmp_path_factory.mktemp("one_file")
   config.data.path = str(folder / "data")
   (folder / "data").mkdir()
@@ -61,19 +61,19 @@ def packed(run, tmp_path_factory) -> pathlib.Path:
 
 
 def test_the_file_stands_for_its_workdir(config, run, packed):
-  # The folders of this machine are left out.
+  # Folders of this machine are left out.
   assert run_config.load(packed) == run_config.load(run).replace({"data.path": "data"})
   assert restore.choose(packed, None, ema=True) == restore.choose(run, None, ema=True) == (6, True)
   assert provenance.of_run(str(packed), step=6) == provenance.of_run(run, step=6)
   assert provenance.behind(str(packed)) == provenance.behind(run) != []
   record = one_file.read_record(packed)
   assert (record.step, record.ema, record.licences) == (6, True, "The images are CC-BY-4.0.\n")
-  assert str(packed.parents[1]) not in json.dumps(record.config)  # folders of this machine
+  assert str(packed.parents[1]) not in json.dumps(record.config)  # no folders of this machine
   before, after = restore.restore_params(run), restore.restore_params(packed)
   assert before.keys() == after.keys() == restore.saved_params(packed).keys()
   for name in before.keys() - {TOKENS, QUERY}:
     assert after[name].dtype == np.float32
-    # The exponential of logit_scale, a scalar, would be off by up to 1.6 %.
+    # bfloat16 would change the exponential of the scalar logit_scale by up to 1.6 %.
     written = before[name].astype("bfloat16") if before[name].ndim else before[name]
     np.testing.assert_array_equal(after[name], np.asarray(written, np.float32), err_msg=name)
   trainer = build_trainer(config, make_mesh())
@@ -97,9 +97,9 @@ def test_tokens_that_were_never_read_share_one_vector(run, packed):
 @pytest.mark.parametrize(
   "weight, read, origin",
   [
-    (0.0, [], {}),  # no token vectors in the query
-    (2.0, [], {}),  # they are there, and generation alone does not train them
-    (2.0, READ, {"init_from": [{"imported": "sd"}]}),  # where the others are pretrained
+    (0.0, [], {}),  # the query has no token vectors
+    (2.0, [], {}),  # it has them, but generation alone does not train them
+    (2.0, READ, {"init_from": [{"imported": "sd"}]}),  # the other vectors are pretrained
   ],
 )
 def test_every_token_is_kept_where_none_is_known_to_be_untrained(tmp_path, weight, read, origin):
@@ -130,7 +130,7 @@ def test_results_of_its_checkpoint_stand_in_the_file(run, tmp_path):
 
 
 def test_its_licences_are_those_of_its_starts_too(run, packed, tmp_path, caplog):
-  """Each licence stands once. A start that is gone or damaged adds none."""
+  """Each licence appears once. A start that is gone or damaged adds none."""
   own, data = "The pictures are CC0.\n", tmp_path / "data"
   data.mkdir()
   (data / "LICENSES.md").write_text(own)
@@ -163,7 +163,7 @@ def test_a_name_stands_for_a_file_where_no_folder_has_it(packed, tmp_path, monke
 def test_weights_of_pytorch_are_imported_first(tmp_path):
   (tmp_path / "sd").mkdir()
   (tmp_path / "sd" / "model_index.json").write_text("{}")
-  (tmp_path / "clip").mkdir()  # of transformers, whose config has a run's name
+  (tmp_path / "clip").mkdir()  # a transformers checkpoint, in a folder whose name is a run's
   (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
   (tmp_path / "clip" / "model.safetensors").write_bytes(b"")
   save_file({"model.diffusion_model.x": np.ones(1, np.float32)}, tmp_path / "v1.safetensors")
@@ -187,7 +187,7 @@ def test_what_it_does_not_hold_is_refused(packed):
 def test_any_flipped_bit_is_refused_in_one_line(packed, tmp_path):
   rng, file, whole = random.Random(0), tmp_path / "F.safetensors", packed.read_bytes()
   length = 8 + int.from_bytes(whole[:8], "little")
-  # A bit of the header's length, of the header, and of weights; then a file that is cut short.
+  # Flip a bit of the header's length, of the header, or of weights; then cut the file short.
   header, weights = [rng.randrange(8, length) for _ in range(60)], [rng.randrange(length, len(whole)) for _ in "12"]
   for at in (0, 7, 9, *header, *weights):
     file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])

@@ -1,4 +1,4 @@
-"""A figure's provenance has the checkout's commit, the config's hash, and the runs that a run began from."""
+"""Test that a result's provenance has the commit, the config's hash, and the runs that the run started from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def git(folder: pathlib.Path, *arguments: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
-  """A repository with a package, and one commit."""
+  """Make a repository with a package and one commit."""
   root = tmp_path / "checkout"
   (root / "diffdis_jax").mkdir(parents=True)
   (root / "diffdis_jax" / "train.py").write_text("a = 1\n")
@@ -42,7 +42,7 @@ def test_a_checkout_has_its_commit_and_tells_whether_it_is_clean(checkout):
   assert provenance._checkout(checkout) == (commit, True)
   (checkout / "RUN").mkdir()
   (checkout / "RUN" / "metrics.jsonl").write_text("{}\n")
-  assert provenance._checkout(checkout) == (commit, True)  # a run is no code
+  assert provenance._checkout(checkout) == (commit, True)  # a run is not code
   (checkout / "README.md").write_text("two\n")
   assert provenance._checkout(checkout) == (commit, False)
   (checkout / "README.md").write_text("one\n")
@@ -51,7 +51,7 @@ def test_a_checkout_has_its_commit_and_tells_whether_it_is_clean(checkout):
 
 
 def test_what_is_no_checkout_has_no_commit_but_the_one_that_was_copied_there(checkout, tmp_path, monkeypatch):
-  inside = checkout / "venv" / "site-packages"  # a wheel's place, in somebody's own repository
+  inside = checkout / "venv" / "site-packages"  # where a wheel lies in somebody's own repository
   (inside / "diffdis_jax").mkdir(parents=True)
   assert provenance._checkout(inside) == (None, None)
   monkeypatch.setenv("PATH", str(tmp_path))
@@ -71,7 +71,7 @@ def test_a_record_has_versions_device_and_processors():
 
 
 def write_run(path: epath.PathLike, *, steps: int, began_from: str = "", recorded: bool = True, **changes) -> str:
-  """Write a workdir of so many finished steps, with a history if `recorded`; an import has none."""
+  """Write a workdir with so many finished steps, with a history if `recorded`; an import has none."""
   config = tiny.get_config()
   config.update(init_from=began_from, **changes)
   folder = workdir.open_for_training(str(path), config.to_dict())
@@ -114,11 +114,11 @@ def test_the_chain_is_known_without_the_folders(tmp_path):
   (tmp_path / "b" / "checkpoints" / "99").mkdir()
   (tmp_path / "b" / "checkpoints" / "99" / digests.COMMIT_MARK).write_text("")
   shutil.rmtree(tmp_path / "a")
-  assert provenance.of_run(last, step=40) == before  # whatever b does afterwards
+  assert provenance.of_run(last, step=40) == before  # whatever run b does afterwards
   shutil.rmtree(tmp_path / "b")
   assert provenance.of_run(last, step=40) == before
   with provenance.recorded(last, step=40, is_writer=True, facts={"commit": "b" * 40, "clean": False}):
-    pass  # it continues
+    pass  # resume the run
   after = provenance.of_run(last, step=50)
   assert after == before | {"steps": 50, "commits": ["a" * 40, "b" * 40], "clean": False}
 
@@ -132,7 +132,7 @@ def test_an_import_says_of_what(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "text, shown",
+  "text, public_text",
   [
     ("/home/Max Müller/my runs/v1.ckpt", "v1.ckpt"),
     ("/my disk/emoji.py:path=/data/my set/emoji,gamma=0.3", "emoji.py:path=emoji,gamma=0.3"),
@@ -145,8 +145,8 @@ def test_an_import_says_of_what(tmp_path):
     ({"a": ("/x/y", 1, None)}, {"a": ["y", 1, None]}),
   ],
 )
-def test_no_path_of_a_machine_is_told(text, shown):
-  assert provenance.public(text) == shown
+def test_no_path_of_a_machine_is_told(text, public_text):
+  assert provenance.public(text) == public_text
 
 
 def record(folder, *, step=0, error=None, facts=None):

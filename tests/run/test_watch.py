@@ -1,4 +1,4 @@
-"""A run that hangs ends, and steps are traced."""
+"""Test that a run that hangs ends, and that steps can be traced."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_span_is_two_numbers_within_the_run(text):
 
 
 def take_steps(profiler: watch.Profiler, steps: range) -> None:
-  """Take steps of matrix products, as the loop does."""
+  """Take steps of matrix products, and profile them as the loop does."""
   f, x = jax.jit(lambda x: x @ x / 100), jnp.ones((100, 100))
   for step in steps:
     profiler.before(step, x)
@@ -57,7 +57,7 @@ def take_steps(profiler: watch.Profiler, steps: range) -> None:
   profiler.close()  # as at the end of a run
 
 
-# jaxlib 0.12 warns on Python 3.13; as an error it would end the process.
+# jaxlib 0.12 warns on Python 3.13; as an error, the warning would end the process.
 @pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning")
 def test_the_trace_holds_the_steps_of_the_span_and_nothing_else(tmp_path):
   take_steps(watch.Profiler(range(3, 5), tmp_path, start_step=0), range(1, 8))
@@ -66,7 +66,7 @@ def test_the_trace_holds_the_steps_of_the_span_and_nothing_else(tmp_path):
   # Perfetto reads this file.
   events = json.loads(gzip.decompress((folder / "host_000.trace.json.gz").read_bytes()))["traceEvents"]
   assert sorted(event["args"]["step_num"] for event in events if event.get("name") == "train") == ["3", "4"]
-  # xprof reads this one.
+  # xprof reads this file.
   data = jax.profiler.ProfileData.from_file(str(folder / "host_000.xplane.pb"))
   traced = [event for plane in data.planes for line in plane.lines for event in line.events if event.name == "train"]
   assert sorted(dict(event.stats)["step_num"] for event in traced) == [3, 4]

@@ -40,7 +40,7 @@ def test_fields_that_may_change_are_taken_over(tmp_path, field, value):
 
 
 def commit(path, step: int = 1) -> None:
-  """Make the mark of a checkpoint."""
+  """Write the file that marks a checkpoint as complete."""
   folder = path / "checkpoints" / str(step)
   folder.mkdir(parents=True)
   (folder / "commit_success.txt").touch()
@@ -66,7 +66,7 @@ def test_other_config_is_refused_with_every_differing_field(tmp_path):
 def test_a_run_with_a_checkpoint_may_get_longer_and_not_shorter(tmp_path):
   workdir.open_for_training(tmp_path, make_config().to_dict())
   longer = make_config(num_steps=150).to_dict()
-  assert workdir.lengthened(tmp_path, longer) is None  # without a checkpoint it is another run's config
+  assert workdir.lengthened(tmp_path, longer) is None  # without a checkpoint, it is another run's config
   commit(tmp_path)
   assert workdir.lengthened(tmp_path, make_config().to_dict()) is None
   assert workdir.lengthened(tmp_path, longer) == 100 and workdir.check_config(tmp_path, longer) == []
@@ -81,7 +81,7 @@ def test_a_run_with_a_checkpoint_may_get_longer_and_not_shorter(tmp_path):
 def test_a_run_without_a_checkpoint_does_not_hold_its_config(tmp_path, caplog):
   workdir.open_for_training(tmp_path, make_config().to_dict())
   (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
-  (tmp_path / "checkpoints" / "2").mkdir()  # without its mark
+  (tmp_path / "checkpoints" / "2").mkdir()  # without the mark of a complete checkpoint
   other = make_config(batch_size=32)
   assert workdir.check_config(tmp_path, other.to_dict()) == ["batch_size is 64 there and 32 here"]
   workdir.open_for_training(tmp_path, other.to_dict())

@@ -38,12 +38,12 @@ def test_resume_drops_the_steps_beyond_it_and_a_line_cut_off(tmp_path):
 
 
 def test_an_evaluation_that_is_done_again_has_its_lines_once(tmp_path):
-  """The run was stopped in the middle of the evaluation at the step from which it resumes."""
+  """The run was stopped in the middle of an evaluation, at the step from which it resumes."""
   writers.open_writer(tmp_path, start_step=0, is_writer=True).scalars(2, {"loss": 1.0})
   for _ in range(2):
     writer = writers.open_writer(tmp_path, start_step=2, is_writer=True, evaluated=False)
     writer.scalars(2, {"test/acc1": 0.5})
-    writer.scalars(3, {"loss": 0.5})  # and killed here
+    writer.scalars(3, {"loss": 0.5})  # and is killed here
   expected = [{"step": 2, "loss": 1.0}, {"step": 2, "test/acc1": 0.5}, {"step": 3, "loss": 0.5}]
   assert read_lines(tmp_path / "metrics.jsonl") == expected
   writers.open_writer(tmp_path, start_step=2, is_writer=True)
@@ -57,7 +57,7 @@ def test_tensorboard_reads_scalars_and_images_of_two_starts(tmp_path):
     writer = writers.open_writer(tmp_path, start_step=step - 1, is_writer=True)
     writer.scalars(step, {"loss": jnp.bfloat16(step / 2), "bad": float("nan")})
     writer.image(step, "samples", image)
-    if step == 6:  # the other was killed
+    if step == 6:  # the other process was killed
       writer.close()
   from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -72,7 +72,7 @@ def test_tensorboard_reads_scalars_and_images_of_two_starts(tmp_path):
 
 
 class Recorder:
-  """A tracker's module and its run, which keep their calls."""
+  """Stands for a tracker's module and its run, and records their calls."""
 
   def __init__(self, calls):
     self.calls, self.Image = calls, np.shape
@@ -92,7 +92,7 @@ class Recorder:
 
 def test_a_tracker_gets_the_same_numbers_and_pictures(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", Recorder(calls := []))
-  for _ in range(2):  # it goes on with the same run there
+  for _ in range(2):  # the second turn continues the same tracked run
     track = lambda: writers.Tracker(tmp_path, {"seed": 3})
     writer = writers.open_writer(tmp_path, start_step=0, is_writer=True, open_tracker=track)
     writer.scalars(1, {"loss": jnp.bfloat16(0.5), "count": np.int32(3), "bad": float("nan")})
@@ -112,7 +112,7 @@ def test_a_damaged_line_is_not_dropped_in_silence(tmp_path, caplog):
 
 
 class SignedOut(types.SimpleNamespace):
-  """A module wandb into which nobody has signed in."""
+  """Stands for a wandb module into which nobody has signed in."""
 
   class Error(Exception):
     pass

@@ -1,4 +1,4 @@
-"""CLIP's training against open_clip under PyTorch, tiny towers in f32: loss, gradients, and five steps of AdamW."""
+"""Compare CLIP's training with open_clip's in PyTorch, with tiny towers in f32: loss, gradients, five AdamW steps."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def their_loss(theirs: CLIP, batch: Batch) -> torch.Tensor:
 
 
 def their_optimizer(theirs: CLIP, config: ConfigDict) -> torch.optim.AdamW:
-  """Group the parameters by open_clip's rule."""
+  """Make the optimizer with parameters grouped by open_clip's rule."""
   without = theirs.no_weight_decay()
   assert without == {"positional_embedding", "visual.positional_embedding", "visual.class_embedding"}
   decays = lambda name, parameter: parameter.ndim > 1 and name not in without
@@ -87,12 +87,12 @@ def test_loss_and_gradients_equal_open_clips(remat):
   total = steps.loss_function(network_of(config), Run.of(config))
   value_and_grad = jax.value_and_grad(lambda params, batch: total(params, {}, batch, {}), has_aux=True)
   lowered = jax.jit(value_and_grad).lower(params, jax.tree.map(jnp.asarray, batch))
-  assert ("optimization_barrier" in lowered.as_text()) == (remat == "full")  # around what is computed again
+  assert ("optimization_barrier" in lowered.as_text()) == (remat == "full")  # a barrier is around what is recomputed
   (value, (metrics, _)), gradients = lowered.compile()(params, batch)
   expected = their_loss(theirs, batch)
   expected.backward()
   assert relative_error(value, expected.item()) < 1e-5
-  # In their layout q, k and v are one array: softmax leaves the bias of k no gradient but rounding.
+  # In open_clip q, k and v are one array: softmax leaves the bias of k only rounding as its gradient.
   of_theirs = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
   assert largest_error(open_clip_twin.to_theirs(gradients), of_theirs) < 1e-4
   named = steps.means(metrics)
@@ -120,7 +120,7 @@ def test_parameters_after_five_steps_equal_those_of_torch(trainer, logit_scale):
       theirs.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
     assert relative_error(steps.means(metrics[i])["loss"], loss.item()) < 1e-4
   params, expected = jax.device_get(state.params), open_clip_twin.to_ours(dict(theirs.named_parameters()))
-  # The gradient of the biases of k is rounding alone, which Adam makes as large as any.
+  # The gradient of k's biases is rounding alone, which Adam scales up like any gradient.
   learned = lambda params: {path: x for path, x in params.items() if not path.endswith(("k.bias", "logit_scale"))}
   assert largest_error(learned(params), learned(expected)) < 1e-4
   assert float(params["logit_scale"]) == pytest.approx(theirs.logit_scale.item(), rel=1e-4)
@@ -136,11 +136,11 @@ def test_equal_captions_are_negatives_or_left_out():
   model = network_of(config).with_params(params)
   pairs = jax.jit(lambda batch: encode.encode_pairs(model, batch))(batch)
   logits = np.exp(2.0) * np.asarray(pairs.image, np.float64) @ np.asarray(pairs.text, np.float64).T
-  for equal, kept in (("negatives", logits), ("mask", logits.copy())):
+  for equal, unique_rows in (("negatives", logits), ("mask", logits.copy())):
     if equal == "mask":
-      kept[-1, -2] = kept[-2, -1] = -np.inf
+      unique_rows[-1, -2] = unique_rows[-2, -1] = -np.inf
     own = np.diag(logits)
-    expected = np.mean([np.log(np.exp(kept).sum(axis)) - own for axis in (0, 1)])
+    expected = np.mean([np.log(np.exp(unique_rows).sum(axis)) - own for axis in (0, 1)])
     section = Loss(**{**config.loss, "duplicate_captions": equal})
     captions = objectives.captions_of(section, batch.tokens)
     loss, _ = objectives.contrastive_loss(pairs, jnp.float32(2.0), captions=captions)
@@ -149,7 +149,7 @@ def test_equal_captions_are_negatives_or_left_out():
 
 
 def test_the_rate_is_open_clips_a_step_later_while_it_warms_up():
-  """Their rate begins at peak / warmup, ours at 0; the decay is the same."""
+  """Their learning rate begins at peak / warmup and ours at 0; the decay is the same."""
   peak, warmup, total = 1e-3, 4, 20
   optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
   section = Optim(rates=dict(new=peak), schedule_kind="cosine", warmup_steps=warmup)

@@ -1,4 +1,4 @@
-"""A contrastive batch in several microbatches has the gradients and metrics of the same batch at once."""
+"""Test that a contrastive batch in several microbatches has the gradients and metrics of the whole batch."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ problem = functools.cache(Problem)
 
 
 def assert_same_gradient(gradient: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-  """Compare to 1e-5, except for the biases of k, to which softmax leaves no gradient but rounding."""
+  """Compare to 1e-5, except for the biases of k, whose gradient is only rounding, since softmax cancels them."""
   assert gradient.keys() == expected.keys()
   for path, value in expected.items():
     if not path.endswith("k.bias"):
@@ -134,7 +134,7 @@ def test_every_objective_number_and_mesh(case, n, shape):
 
 
 def trained(n: int, **changes: Any) -> tuple[dict[str, np.ndarray], dict[str, float], str]:
-  """Return CLIP's gradient as AdamW got it, the metrics, and the program's text, for a step on eight devices."""
+  """Return CLIP's gradient as AdamW gets it, the metrics, and the program's text, for a step on eight devices."""
   # With b1 = 0, the first moment is the newest gradient.
   changes = {"optim.accumulate": n, "optim.b1": 0.0, "optim.clip_norm": 0.01, **changes}
   trainer = steps.Trainer(make_config("clip", **changes), steps.make_mesh(*FSDP))
@@ -149,7 +149,7 @@ def in_four() -> tuple[dict[str, np.ndarray], dict[str, float], str]:
 
 
 def test_clipping_sees_the_norm_of_the_whole_batch(in_four):
-  """The gradient of logit_scale counts once: four times it is another norm."""
+  """The gradient of logit_scale counts once; counted four times, it would change the norm."""
   expected, metrics, _ = trained(1)
   gradient, own_metrics, _ = in_four
   assert_same_gradient(gradient, expected)
@@ -163,14 +163,14 @@ def test_clipping_sees_the_norm_of_the_whole_batch(in_four):
 def test_a_contrastive_batch_a_microbatch_is_another_loss(in_four):
   gradient, metrics, _ = in_four
   others, other_metrics, _ = trained(4, **{"optim.contrastive_batch": "microbatch"})
-  # A row has 8 candidates instead of 32.
+  # A row then has 8 candidates instead of 32.
   assert other_metrics["loss_contrastive"] < metrics["loss_contrastive"] - 0.5
   difference = np.sqrt(sum(np.sum(np.square(others[path] - x)) for path, x in gradient.items()))
-  assert difference > 0.1 * 0.01  # the norm of each
+  assert difference > 0.1 * 0.01  # each gradient is clipped to the norm 0.01
 
 
 def in_loops(text: str) -> set[str]:
-  """Return the names of the computations that a loop runs, at any depth."""
+  """Return the names of all computations that run in a loop, at any depth."""
   called = {}
   for block in re.split(r"\n(?=%|ENTRY)", text):
     name = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", block)

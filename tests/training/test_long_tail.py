@@ -1,4 +1,4 @@
-"""The losses of both stages equal torch's; the step keeps the teacher, draws the noise, and trains the right parts."""
+"""Test VL-LTR's two stages: losses equal torch's, and a step keeps the teacher and trains the right parts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def unit(*shape):
 
 
 IMAGE, TEXT, THEIR_IMAGE, THEIR_TEXT = unit(4, B, D)
-SCALES = (np.float32(np.log(1 / 0.07)), np.float32(5.0))  # the second is beyond what `contrastive` allows
+SCALES = (np.float32(np.log(1 / 0.07)), np.float32(5.0))  # the second exceeds what `contrastive` allows
 
 
 def by_torch(scale, smoothing):
@@ -119,7 +119,7 @@ BACKBONES = [pytest.param(clip, id=name, marks=pytest.mark.full) for name, clip 
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def first_stage(request):
-  """The trainer with its parameters before, and the state after two steps."""
+  """Return the trainer with its parameters before, and the state after two steps."""
   config = make_config(1, clip=request.param)
   trainer = trainer_of(config)
   state, metrics = trainer.run(trainer.initial(), make_batch(config), make_batch(config))
@@ -147,7 +147,7 @@ class Loss:
     self._loss = steps.loss_function(self.network, Run.of(config))
 
   def metrics(self, teacher=None):
-    """Return the metrics by name; `teacher` has other values for some of the parameters."""
+    """Return the metrics by name; `teacher` replaces the values of some parameters."""
 
     def loss(params, batch, teacher):
       return self._loss(params, {}, batch, self.keys, teacher and {**params, **teacher})[1][0]
@@ -158,8 +158,8 @@ class Loss:
 
 @pytest.mark.parametrize("clip", [False, True], ids=["diffdis", "clip"])
 def test_the_first_stages_loss_by_hand(clip):
-  """Student and teacher embed the same images, noise and sentences."""
-  # The weight β is no half, so that β and 1 − β differ.
+  """Student and teacher embed the same images with the same noise, and the same sentences."""
+  # The weight β is not one half, so that β and 1 − β differ.
   loss = Loss(make_config(1, clip=clip, **{"long_tail.distill_weight": 0.3}))
   network, batch, keys, b = loss.network, loss.batch, loss.keys, B
   theirs = {
@@ -191,7 +191,7 @@ def test_the_first_stages_loss_by_hand(clip):
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def second_stage(request):
-  """The trainer with its parameters before, the state after a step, and its metrics."""
+  """Return the trainer with its parameters before, the state after a step, and its metrics."""
   config = make_config(2, clip=request.param)
   trainer = trainer_of(config)
   state, (metrics,) = trainer.run(trainer.initial(), make_batch(config))

@@ -14,7 +14,7 @@ from tests import tiny
 
 
 class FakeEvaluator(evaluator.Evaluator):
-  """An evaluator that is due after every fourth step, keeps the steps, and may fail."""
+  """An evaluator that is due after every fourth step, records the steps, and may fail."""
 
   def __init__(self, failing: type[UserError] | None):
     self.failing, self.asked = failing, []
@@ -35,11 +35,11 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   config = tiny.get_config("autoencoder")
   config.update(num_steps=6, save_every=3, log_every=3)
   run = Run.of(config)
-  trainer = Trainer(run, sharding.make_mesh(**vars(run.mesh)))  # compiles once for all the runs
+  trainer = Trainer(run, sharding.make_mesh(**vars(run.mesh)))  # compile once for all the runs
   train = lambda: loop.train_and_evaluate(run, str(tmp_path), trainer=trainer)
   failing, passing = FakeEvaluator(failing=UserError), FakeEvaluator(failing=None)
   monkeypatch.setattr(evaluator, "Evaluator", lambda *_: failing)
-  for _ in range(2):  # the second time it is done before the first step
+  for _ in range(2):  # the second time, the run is finished before its first step
     with pytest.raises(UserError, match="best_metric=test/acc_1 is none of test/acc1"):
       train()
   assert workdir.latest_step(tmp_path) == 4 and failing.asked == [4, 4]
@@ -53,7 +53,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   def refuse(_):
     raise UserError("no space left")
 
-  monkeypatch.setattr(checkpoint.Checkpointer, "wait", refuse)  # the last save fails behind the last step
+  monkeypatch.setattr(checkpoint.Checkpointer, "wait", refuse)  # the last save fails after the last step
   with pytest.raises(UserError, match="no space left"):
     train()
   assert [line["why"] for line in provenance.read(tmp_path) if line["event"] == "end"][-2:] == ["finished", "failed"]

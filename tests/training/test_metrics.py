@@ -1,4 +1,4 @@
-"""The speed of a run, and its progress line."""
+"""Test the measured speed of a run, and its progress line."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_speed_counts_steps_and_waiting_and_leaves_out_pauses(clock, monkeypatch
   assert speeds == pytest.approx(
     {"loss": 16.5, "steps_per_sec": 2.0, "images_per_sec": 64.0, "data_wait": 0.4, "substituted": 0}
   )
-  busy = types.SimpleNamespace(is_ready=lambda: False)  # while the devices work, nobody waits for data
+  busy = types.SimpleNamespace(is_ready=lambda: False)  # nobody waits for data while the devices work
   monkeypatch.setattr(meters, "_last", {"loss": busy})
   meters.next_rows(data)
   meters._last = None
@@ -81,7 +81,7 @@ def test_totals_keep_their_bits_through_json():
   assert meta["totals"] == {name: [float(x.total), float(x.count)] for name, x in totals.items()}
 
 
-JOINT = ("loss_discrimination", "loss_generation")  # as jax sorts them
+JOINT = ("loss_discrimination", "loss_generation")  # in jax's order
 
 
 @pytest.mark.parametrize(

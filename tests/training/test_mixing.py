@@ -1,4 +1,4 @@
-"""Mixup and CutMix equal timm's, and their samples have their distributions."""
+"""Test that mixup and CutMix equal timm's, and that their samples have the right distributions."""
 
 import types
 

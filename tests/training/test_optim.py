@@ -44,7 +44,7 @@ def make(*, num_steps: int = NUM_STEPS, **changes) -> optax.GradientTransformati
 
 
 def run(optimizer: optax.GradientTransformationExtraArgs, steps: int = 4) -> list[dict[str, np.ndarray]]:
-  """Return the parameters after each step, with other gradients each time."""
+  """Return the parameters after each step; each step has other gradients."""
   params, history = draw(0), []
   with jax.numpy_dtype_promotion("standard"):
     state = optimizer.init(params)
@@ -114,7 +114,7 @@ def test_each_group_takes_its_own_rate_and_decay_spares_biases_and_norms():
 
 @pytest.mark.parametrize("b1", [0.9, 0.99])
 def test_a_first_moment_of_bfloat16_decays_by_b1_itself(b1):
-  """With b1 itself rounded to bf16, the mean would be 1.5 % or 15 % too small."""
+  """If b1 itself were rounded to bf16, the mean would be too small by 1.5 % or 15 %."""
   gradients = np.random.default_rng(0).normal(1.0, 1.0, (300, 512)).astype(np.float32)
   section, params = optim.Optim(first_moment="bfloat16", b1=b1, clip_norm=0.0), {"head.kernel": jnp.zeros(512)}
   optimizer = optim.build_optimizer(params, section, num_steps=NUM_STEPS)
@@ -168,7 +168,7 @@ def test_average_is_optax_incremental_update_with_a_ramp(step, rate):
 
 @pytest.mark.parametrize("warmup_epochs, peak", [(5, 1e-5), (0, 5e-5)])
 def test_the_rate_of_an_epoch_is_timms_told_of_it_one_late(warmup_epochs, peak):
-  """VL-LTR's main.py steps timm's scheduler by `step(epoch)` at an epoch's end."""
+  """At the end of an epoch VL-LTR's main.py calls timm's `step(epoch)`, so the next epoch gets this one's rate."""
   epochs, epoch_steps = 50, 3
   parameter = torch.nn.Parameter(torch.zeros(()))
   scheduler = CosineLRScheduler(

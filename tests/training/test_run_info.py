@@ -29,7 +29,7 @@ def prepared(folder, first: int):
 
 @pytest.mark.parametrize("mixture", [False, True])
 def test_a_run_goes_on_where_its_data_have_been_moved(tmp_path, caplog, mixture):
-  """Moved data are told by the digests of their records from others with as many records."""
+  """The digests of the records distinguish moved data from other data with as many records."""
   (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
   first = prepared(tmp_path / "a", 0)
   copy, other = shutil.copytree(first, tmp_path / "copy"), prepared(tmp_path / "b", 1)
@@ -64,7 +64,7 @@ def config_of(path: str, mixture: bool):
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"seed": "3"}, "seed is 3 on host 0 and 0 on host 2; start the same command"),  # as by --config.seed=$RANDOM
+    ({"seed": "3"}, "seed is 3 on host 0 and 0 on host 2; start the same command"),  # as with --config.seed=$RANDOM
     ({"commit": "'other'"}, "commit is 'other' on host 0 and .* on host 2; .* same code, packages and data, on every"),
     ({"data": "'another'"}, "data is 'another' on host 0 and 'shapes, split train' on host 2"),
   ],

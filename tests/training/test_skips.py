@@ -1,4 +1,4 @@
-"""A step that is not finite changes nothing but the number of steps."""
+"""Test that a step with a non-finite loss or gradient changes only the number of steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from diffdis_jax.structs import LatentBatch
 from tests import steps
 
-# Few parts are trained: the compiler's time is what these tests cost.
+# Only few parts are trained, since compiling is the cost of these tests.
 CHANGES = {
   "optim.groups": ((r"^unet\.(middle|norm_out|conv_out)|^alignment|^logit_scale", "new"), (".*", "frozen")),
   "optim.warmup_steps": 0,
@@ -64,7 +64,7 @@ def test_a_step_that_is_not_finite_changes_nothing(case):
 
 @pytest.mark.slow
 def test_a_step_that_is_left_out_does_not_delay_the_schedule():
-  """A linear schedule of three steps has rate 0 from then on, whichever of them were left out."""
+  """A linear schedule of three steps then has rate 0, whichever steps were left out."""
   changes = {"optim.schedule_kind": "linear", "num_steps": 3}
   config = steps.make_config(**CHANGES, **changes)
   first, second, not_finite = make_batches(config)

@@ -1,4 +1,4 @@
-"""Nothing that a run freezes may be random, unless the config says so."""
+"""Test that a run must not freeze randomly initialised parameters unless its config allows it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save(params: Params, path: pathlib.Path) -> str:
 
 
 def frozen_at_random(trainer: Trainer, init_from: str = "") -> dict[str, int]:
-  """Return the parts for which the run is refused, with the number of their parameters."""
+  """Return the parts for which the run is refused, with their numbers of parameters."""
   try:
     start.find_initial(init_from, trainer)
   except UserError as error:
@@ -62,7 +62,7 @@ def frozen_at_random(trainer: Trainer, init_from: str = "") -> dict[str, int]:
 )
 def test_a_shipped_config_needs_its_frozen_parts_from_another_run(name, arg, parts):
   step = make_step(importlib.import_module(f"configs.{name}").get_config(arg))
-  # All of a part, the autoencoder's statistics included.
+  # All parameters of a part, with the autoencoder's statistics.
   assert frozen_at_random(step) == {
     part: sum(path.startswith(f"{part}.") for path in step.shapes) for part in sorted(parts)
   }
@@ -84,7 +84,7 @@ def test_parameters_that_the_other_run_lacks_are_named(tmp_path):
 
 
 def test_parts_that_would_compute_something_else(tmp_path):
-  """No parameter's shape tells the activation, heads or groups, so that all parameters could be loaded."""
+  """No parameter's shape shows the activation, heads or groups, so all parameters could be loaded."""
   config = tiny_config()
   step = make_step(config)
   path = save(random_params(step.shapes, seed=0), tmp_path / "run")

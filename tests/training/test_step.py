@@ -29,12 +29,12 @@ T = steps.NUM_TIMESTEPS
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
   """Record the inputs and the output of both passes from now on, by the name of the pass."""
-  seen: dict[str, dict[str, Any]] = {}
+  calls: dict[str, dict[str, Any]] = {}
 
   def recording(name: str, original: Callable) -> Callable:
     def call(self: DiffDis, **inputs: Any) -> Any:
-      seen[name] = {**inputs, "output": original(self, **inputs)}
-      return seen[name]["output"]
+      calls[name] = {**inputs, "output": original(self, **inputs)}
+      return calls[name]["output"]
 
     return call
 
@@ -44,19 +44,19 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     outputs = original(model, *passes, **settings)
     predictions = outputs.noise_z, outputs.prediction_e
     for name, inputs, output in zip(("generation", "discrimination"), passes, predictions, strict=True):
-      seen[name] = {**vars(inputs), "output": output}
+      calls[name] = {**vars(inputs), "output": output}
     return outputs
 
   monkeypatch.setattr(joint, "both_passes", both_passes)
   monkeypatch.setattr(DiffDis, "generation", recording("generation", DiffDis.generation))
   monkeypatch.setattr(DiffDis, "discrimination", recording("discrimination", DiffDis.discrimination))
-  return seen
+  return calls
 
 
 def info_nce(
   query: np.ndarray, e: np.ndarray, scale: float, tokens: np.ndarray, dropped: np.ndarray
 ) -> tuple[float, np.ndarray]:
-  """Return the loss, and the mean of both directions for each row that has an image, in float64 and with loops."""
+  """Return the loss, and for each row with an image the mean of both directions, in float64 and with loops."""
   query = query / np.linalg.norm(query, axis=1, keepdims=True)
   logits = min(np.exp(scale), 100.0) * query @ e.T
   b = len(e)
@@ -80,7 +80,7 @@ VARIANTS = {
     "condition_timestep": 0,
     "sample_posterior": False,
   },
-  # The paper has no weight by signal to noise.
+  # The paper has no weight by signal-to-noise ratio.
   "beside the paper": {"loss.snr_gamma": 2.0, "loss.image_dropout": 0.5},
 }
 
@@ -89,13 +89,13 @@ VARIANTS = {
 def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
   config = steps.make_config(**VARIANTS[variant])
   loss, batch, keys = steps.Loss(config), steps.make_batch(config), steps.make_keys()
-  seen = spy(monkeypatch)
+  calls = spy(monkeypatch)
 
   def everything(params, batch, keys):
     model = loss.network.with_params(params)
     z = model.encode_image(batch.image, keys["posterior"] if config.sample_posterior else None)
     empty = jnp.asarray([[steps.BOS] + [steps.EOS] * (batch.tokens.shape[1] - 1)])
-    return loss(params, batch, keys), dict(seen), z, model.encode_text(batch.tokens), model.encode_text(empty).c
+    return loss(params, batch, keys), dict(calls), z, model.encode_text(batch.tokens), model.encode_text(empty).c
 
   results = jax.device_get(jax.jit(everything)(loss.params, batch, keys))
   ((total, metrics), passes, z, text, null) = jax.tree.map(lambda x: x.astype(np.float64), results)
@@ -151,11 +151,11 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
 def test_discrimination_sees_a_caption_only_through_its_noised_query(monkeypatch):
   config = steps.make_config("discrimination", **{"loss.image_dropout": 0.0})
   loss, batch, keys = steps.Loss(config), steps.make_batch(config), steps.make_keys()
-  seen = spy(monkeypatch)
+  calls = spy(monkeypatch)
 
   def inputs(params, batch, keys):
     loss(params, batch, keys)
-    return dict(seen["discrimination"])
+    return dict(calls["discrimination"])
 
   run = jax.jit(inputs)
   before = run(loss.params, batch, keys)
@@ -181,7 +181,7 @@ GOLDEN_KEYS = {
 }
 
 
-# The golden keys are those of seed 3, step 5, microbatch 1: other ones would change resumed runs.
+# The golden keys are for seed 3, step 5, microbatch 1; other keys would change resumed runs.
 def test_keys_depend_on_seed_step_and_microbatch_alone():
   raw = lambda *place: {name: jax.random.key_data(key) for name, key in step.step_keys(*place).items()}
   places = [(seed, n, micro) for seed in (0, 1, 2**31) for n in (0, 1, 2) for micro in (0, 1, 2)]
@@ -254,7 +254,7 @@ def test_latent_statistics_of_microbatches_are_the_mean_of_theirs():
   of_part = jax.jit(lambda batch, keys: loss(params, {}, batch, keys)[1][1])
   parts = [of_part(jax.tree.map(lambda x, i=i: x[i::2], batch), steps.make_keys(i)) for i in range(2)]
   assert statistics.keys() == {"autoencoder.shift", "autoencoder.scale"}
-  # By hand, the shift and the reciprocal of the scale of the first part are running averages.
+  # By hand: the shift, and the reciprocal of the scale, of the first part are running averages.
   model = trainer.network.with_params(params)
   sample = jax.jit(lambda image, key: sample_posterior(model.autoencoder.encode(to_signed(image)), key))
   z = np.asarray(sample(batch.image[::2], steps.make_keys(0)["posterior"]), np.float64)
@@ -270,7 +270,7 @@ def test_latent_statistics_of_microbatches_are_the_mean_of_theirs():
 
 
 def test_accumulation_applies_the_mean_gradient_of_the_microbatches():
-  trained, rate, eps = r"^unet\.(norm_out|conv_out)", 0.1, 1.0  # with this eps the update is smooth in the gradient
+  trained, rate, eps = r"^unet\.(norm_out|conv_out)", 0.1, 1.0  # with this eps, the update is smooth in the gradient
   changes = {"optim.accumulate": 2, "optim.groups": ((trained, "new"), (".*", "frozen")), "optim.rates.new": rate}
   changes["optim.contrastive_batch"] = "microbatch"
   changes |= {"optim.eps": eps, "optim.clip_norm": 0.0, "optim.warmup_steps": 0, "optim.schedule_kind": "constant"}
@@ -299,10 +299,10 @@ def test_accumulation_applies_the_mean_gradient_of_the_microbatches():
 
 @pytest.mark.slow
 def test_bf16_compute_keeps_f32_parameters_and_is_close():
-  """The gradient of every part points where f32's does.
+  """In bf16 the gradient of every part points in the direction of f32's.
 
-  One that is off by a share r has a cosine of 1 - r²/2. bf16 rounds to 2^-9, and some hundred roundings in a row are
-  off by a few per cent: 1 to 5 % were measured. Twice that is allowed.
+  A gradient that is off by a share r has a cosine of 1 - r²/2. bf16 rounds to 2^-9, and some hundred roundings in a
+  row are off by a few per cent: 1 to 5 % were measured. Twice that is allowed.
   """
   batch = steps.make_batch(steps.make_config())
   in_f32, in_bf16 = (
@@ -355,7 +355,7 @@ def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
 
 @pytest.mark.parametrize("name", ["image", "discrimination_image"])
 def test_pixels_of_another_scale_are_refused(name):
-  """Pixels from 0 to 1, as somebody's own training loop may have, would make every image black."""
+  """Pixels from 0 to 1, as another training loop may have, would make every image black."""
   batch = types.SimpleNamespace(**vars(steps.make_batch(steps.make_config())))
   setattr(batch, name, batch.image.astype(np.float32) / 255)
   trainer = build_trainer(steps.make_config(), steps.make_mesh())
@@ -365,13 +365,13 @@ def test_pixels_of_another_scale_are_refused(name):
 
 def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
   config = steps.make_config(sample_posterior=False)
-  loss, seen = steps.Loss(config), spy(monkeypatch)
+  loss, calls = steps.Loss(config), spy(monkeypatch)
 
   @jax.jit
   def images(batch: Batch) -> tuple[jax.Array, jax.Array]:
     loss(loss.trained, batch, steps.make_keys())
-    # The noise is the same each time, so that z_t is equal where z is.
-    return seen["generation"]["z_t"], seen["discrimination"]["z"]
+    # The noise is the same each time, so z_t is equal if z is.
+    return calls["generation"]["z_t"], calls["discrimination"]["z"]
 
   batch, other = steps.make_batch(config), steps.make_batch(config, seed=1)
   batches = batch, other, batch.replace(discrimination_image=other.image)
@@ -383,9 +383,9 @@ def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
 
 @pytest.mark.parametrize("sample", [True, False])
 def test_stored_posteriors_train_as_their_images_do(monkeypatch, sample):
-  """Posteriors are stored in bfloat16; apart from its rounding the network gets the same. Each step samples again."""
+  """Posteriors are stored in bfloat16; except for its rounding, the network gets the same. Each step samples again."""
   config = steps.make_config(sample_posterior=sample, **{"loss.image_dropout": 0.0})
-  loss, seen = steps.Loss(config), spy(monkeypatch)
+  loss, calls = steps.Loss(config), spy(monkeypatch)
   batch = jax.tree.map(jnp.asarray, steps.make_batch(config))
   model = loss.network.with_params(loss.params)
 
@@ -401,7 +401,7 @@ def test_stored_posteriors_train_as_their_images_do(monkeypatch, sample):
   def given(batch: Batch | LatentBatch, step_number: jax.Array) -> dict[str, jax.Array]:
     loss(loss.trained, batch, step.step_keys(0, step_number, jnp.int32(0)))
     passes = {"generation": ("z_t", "t_z", "c"), "discrimination": ("z", "t_z", "e_t", "t_e", "c_null")}
-    return {f"{name} {field}": seen[name][field] for name, fields in passes.items() for field in fields}
+    return {f"{name} {field}": calls[name][field] for name, fields in passes.items() for field in fields}
 
   expected, from_stored = (given(inputs, jnp.int32(0)) for inputs in (batch, stored))
   for name, value in expected.items():
