@@ -4,24 +4,24 @@
   diffdis train --config=clip_cc3m:model=vit_b32,recipe=paper,path=DIR,imagenet=DIR2 \
       --workdir=RUN
 
-Zero-shot ImageNet there, after 20 epochs in batches of 1024 by AdamW, rate 1e-3, weight decay 0.1:
+The paper's zero-shot ImageNet accuracy after 20 epochs, batch 1024, AdamW, learning rate 1e-3, weight decay 0.1:
 
   recipe=paper     random crop and RandAugment                 vit_b32 16.7 %   vit_l14 21.1 %
   recipe=openclip  open_clip's code: its crop, nothing else    vit_b32 14.7 %   vit_l14 19.1 %
 
-These are the paper's figures. Nothing was run at full size: `preflight` estimates 37 chip-hours for vit_l14 on v5p at
-batch 256, and at most 20 for vit_b32 on v5e at batch 1024 (replication/log/compilers.md).
+Nothing was run at full size: `preflight` estimates 37 chip-hours for vit_l14 on v5p at batch 256, and at most 20 for
+vit_b32 on v5e at batch 1024 (replication/log/compilers.md).
 
 The rest is not stated by the paper: betas, epsilon, warm-up, schedule, crops, activation. The values here are
 open_clip's, with two exceptions: the warm-up is shorter than its 10,000 steps, and the paper's recipe crops half of the
-image or more and has 2 operations of magnitude 9. Both recipes have the exact GELU. They differ in the images, and in
-equal captions, which are negatives of each other in open_clip's.
+image or more and has 2 operations of magnitude 9. Both recipes have the exact GELU. They differ in the views of images,
+and in duplicate captions, which open_clip's recipe takes as negatives.
 
 CLIP overfits CC3M: its best checkpoint comes well before the last. After each epoch the data sets that
 imagenet=DIR,coco=DIR,flickr=DIR,held_out=DIR name are measured, as in diffdis_cc3m.py, and the checkpoint of the
 highest top-1 on ImageNet is kept beside the newest. The paper does not say which of them Table 1 reports: report both.
 
-On a laptop, 20 steps of small towers on rendered shapes, or with path=DIR on pairs of one's own:
+A smoke test for a laptop, 20 steps of small towers on rendered shapes, or with path=DIR on your own pairs:
 
   diffdis train --config=clip_cc3m:runlocal --workdir=RUN
 """

@@ -16,7 +16,7 @@ from diffdis_jax.config import read_fields
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.errors import UserError
 
-CC3M_PAIRS = 2_905_954  # the paper's count; links expire, and prepare_data counts those that are left
+CC3M_PAIRS = 2_905_954  # the paper's count; prepare_data counts the links that still work
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDict:
@@ -30,28 +30,28 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
     ValueError: an unknown or repeated key, a value of another type, or none where it would be text.
   """
   values = ConfigDict(defaults)
-  seen = set()
+  parsed_keys = set()
   for entry in filter(None, (arg or "").split(",")):
     key, equals, text = entry.partition("=")
     if key not in defaults:
       near = difflib.get_close_matches(key, defaults, n=1)
       guess = f"; did you mean {near[0]}?" if near else ""
       raise ValueError(f"unknown argument {key!r}; known: {', '.join(sorted(defaults)) or 'none'}{guess}")
-    if key in seen:
+    if key in parsed_keys:
       raise ValueError(f"argument {key!r} is given twice")
     # A value may also be empty because a variable of the shell is not set.
     if not text and isinstance(defaults[key], str):
       raise ValueError(f"argument {key!r} has no value; write it as {key}=VALUE")
-    seen.add(key)
+    parsed_keys.add(key)
     values[key] = _read(key, text if equals else "True", type(defaults[key]))
   return values
 
 
 def check_choices(args: ConfigDict, **choices: Collection[Any]) -> None:
   """Raise ValueError unless each of these arguments is one of its choices."""
-  for name, known in choices.items():
-    if args[name] not in known:
-      raise ValueError(f"argument {name}={args[name]} should be one of {', '.join(map(str, known))}")
+  for name, allowed in choices.items():
+    if args[name] not in allowed:
+      raise ValueError(f"argument {name}={args[name]} should be one of {', '.join(map(str, allowed))}")
 
 
 def _read(key: str, text: str, kind: type) -> Any:
@@ -65,12 +65,12 @@ def _read(key: str, text: str, kind: type) -> Any:
   raise ValueError(f"argument {key}={text} should be of type {kind.__name__}")
 
 
-# These fields of a run's config define what its weights mean.
+# The fields of a config that define what the weights mean.
 OF_NETWORK = ("model", "image_size", "image_diffusion", "text_diffusion", "condition_timestep", "inference")
 
 
 def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> dict[str, Any]:
-  """Put the network of the run in `path` in place of the config's, name the run in `init_from`, and return its config.
+  """Replace the config's network by that of the run in `path`, name the run in `init_from`, and return its config.
 
   Raises:
     ValueError: no run there; `argument` is what named it.
@@ -80,7 +80,7 @@ def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> di
     fields = read_fields(path)
     put_network(config, fields)
   except (OSError, UserError, ValueError, KeyError, TypeError) as error:
-    # The error of a wrong path is a sentence. That of a damaged config may be a bare name, so its type is added.
+    # A wrong path's error is a sentence. A damaged config's error may be a bare name, so its type is added.
     message = error if isinstance(error, (OSError, UserError)) else repr(error)
     raise ValueError(f"argument {argument}={path} should be the workdir of a run: {message}") from error
   config.init_from = path
@@ -88,8 +88,8 @@ def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> di
 
 
 def take_start(config: ConfigDict, args: ConfigDict) -> dict[str, Any]:
-  """Call `take_network` with argument init. Raise ValueError if there is no run, or no run of CLIP although argument
-  backbone asks for one."""
+  """Call `take_network` with argument `init`. Raise ValueError if no run is there, or if `backbone=clip` and it is not
+  CLIP."""
   fields = take_network(config, args.init)
   if args.backbone == "clip" and "vision_encoder" not in config.model:
     raise ValueError(f"argument backbone=clip: init={args.init} is a run of DiffDis; give one of CLIP there")
@@ -97,7 +97,7 @@ def take_start(config: ConfigDict, args: ConfigDict) -> dict[str, Any]:
 
 
 def put_network(config: ConfigDict, fields: Mapping[str, Any]) -> None:
-  """Put the network of a run's config, nested dicts, in place of the config's; a head stays behind."""
+  """Replace the config's network by the fields of a run's config, except for its head."""
   for name in OF_NETWORK:
     config[name] = ConfigDict(fields[name]) if isinstance(fields[name], dict) else fields[name]
   config.data.max_length = fields["data"]["max_length"]
@@ -106,10 +106,10 @@ def put_network(config: ConfigDict, fields: Mapping[str, Any]) -> None:
 
 
 def num_pairs(path: str) -> dict[str, int]:
-  """Return split -> pairs of a set that prepare_data wrote.
+  """Return the number of pairs of each split of a data set that prepare_data wrote.
 
   Raises:
-    ValueError: none there, or one without split `train`; or no path that can be read.
+    ValueError: no data set there, no split `train` in it, or an unreadable path.
   """
   try:
     buckets.check(path)
@@ -117,19 +117,19 @@ def num_pairs(path: str) -> dict[str, int]:
     raise ValueError(f"argument path={path}: {error}") from error
   splits = read_prepared(path, "dataset_info.json").get("splits", ())
   try:
-    found = {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}
+    counts = {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f"{path}/dataset_info.json is damaged: {error!r}; prepare the data set again") from error
-  if "train" not in found:
-    there = f"no split train in {path}, only {', '.join(found)}" if found else f"no prepared data set in {path}"
-    # prepare_data would not overwrite what is there, such as the pictures themselves.
+  if "train" not in counts:
+    problem = f"no split train in {path}, only {', '.join(counts)}" if counts else f"no prepared data set in {path}"
+    # prepare_data would not overwrite what is already there, such as the images.
     out = "NEW_FOLDER" if buckets.path(path).exists() else shlex.quote(path)
-    raise ValueError(f"{there}; write one with diffdis prepare_data files --source=PICTURES --out={out}")
-  return found
+    raise ValueError(f"{problem}; write one with diffdis prepare_data files --source=PICTURES --out={out}")
+  return counts
 
 
 def read_prepared(path: str, name: str) -> dict[str, Any]:
-  """Return the value of a prepared set's JSON file; empty where there is none. Raise ValueError: it is damaged."""
+  """Return the content of a prepared data set's JSON file, or {} if it is absent. Raise ValueError if it is damaged."""
   file = buckets.path(path) / name
   try:
     return dict(read_json(file)) if file.exists() else {}
@@ -138,8 +138,8 @@ def read_prepared(path: str, name: str) -> dict[str, Any]:
 
 
 def own_size(config: ConfigDict) -> Any:
-  """Return a reference to the run's image_size, so that measured data follow a later --config.image_size."""
-  # Each caller gets its own reference: setting it changes neither another one nor the run's.
+  """Return a reference to the run's image_size, so that evaluation data follow a later --config.image_size."""
+  # Each caller gets its own reference; setting it changes no other reference and not the run's size.
   return config.get_ref("image_size") + 0
 
 
@@ -148,7 +148,7 @@ def evaluations(args: ConfigDict, image_size: Any) -> ConfigDict:
   Karpathy's test splits of coco and flickr, and the losses on split `val` of held_out."""
 
   def data(path: str, split: str) -> dict[str, Any]:
-    return dict(name="pairs", path=path, split=split, image_size=image_size + 0)  # as of own_size
+    return dict(name="pairs", path=path, split=split, image_size=image_size + 0)  # as in own_size
 
   sets = ConfigDict()
   if args.imagenet_names and not args.imagenet:
@@ -174,5 +174,5 @@ def evaluations(args: ConfigDict, image_size: Any) -> ConfigDict:
 
 
 def held_out_loss(data: dict[str, Any]) -> dict[str, Any]:
-  """Measure the losses of the same 256 held-out pairs each time; no more, since training waits."""
+  """Return the evaluation of the losses on the same 256 held-out pairs. There are no more, since training waits."""
   return dict(task="held_out_loss", data=data, num_images=256)

@@ -1,12 +1,12 @@
-"""The paper's run: DiffDis on CC3M at 256 px, from Stable Diffusion v1-1's weights.
+"""Train the paper's model: DiffDis on CC3M at 256 px, from Stable Diffusion v1-1's weights.
 
   diffdis prepare_data cc3m --source=TARS --out=DIR
   diffdis train --config=diffdis_cc3m:path=DIR --workdir=DIR2 --config.init_from=SD_WORKDIR
 
-Not run at full size. From cached latents `preflight` estimates 16 chip-hours by the compiler's sum on 16 v5p at batch
-1024, at most 51 on 64 v5e, and at least 3.6 on 8 H100 (docs/preflight.md).
+It was not run at full size. From cached latents `preflight` estimates 16 chip-hours by the compiler's sum on 16 v5p at
+batch 1024, at most 51 on 64 v5e, and at least 3.6 on 8 H100 (docs/preflight.md).
 
-Cached latents save the encoding, a third of a step's cost:
+Cached latents save encoding the images, a third of a step's cost:
 
   diffdis prepare_data latents --workdir=SD_WORKDIR --data=DIR --out=LATENTS --image_size=256 --views=4 \
       --augment='{"crop": "random", "flip": true}'
@@ -16,14 +16,14 @@ Cached latents save the encoding, a third of a step's cost:
 Every 2,000 steps it generates sample_prompts, and measures the data sets that imagenet=DIR,coco=DIR,flickr=DIR name,
 each a folder written by prepare_data (`folder`, `coco`, `flickr30k`; the latter two with Karpathy's splits). ImageNet's
 class folders are numbers such as n01440764: imagenet_names=F.json is a list of 1,000 names in their order. Without it
-the folders' own names are the classes. Of its images 5,000 are measured, by OpenAI's 80 prompts. held_out=DIR is what
-prepare_data cc3m wrote: the losses on its split `val` show whether the run overfits.
+the folders' own names are the classes. Accuracy is measured on 5,000 of its images, with OpenAI's 80 prompts.
+held_out=DIR is what prepare_data cc3m wrote: the losses on its split `val` show whether the run overfits.
 
 With inception=F, the weights of FID's network (docs/fid.md), and fid=DIR, a prepared set with captions and a
 split `val` such as COCO 2014, it measures FID and KID of 1,000 images too: enough to see a run go wrong, too few to
 compare with the paper.
 
-On a laptop, 20 steps of a toy of the same parts on rendered shapes, or with path=DIR on pairs of one's own:
+A smoke test for a laptop, 20 steps of a small model on rendered shapes, or with path=DIR on your own pairs:
 
   diffdis train --config=diffdis_cc3m:runlocal --workdir=DIR2
 
@@ -101,9 +101,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.objectives = (args.objectives,)
 
   config.data.update(name="latents" if args.latents else "pairs", path=args.latents or args.path, max_length=77)
-  # Generation takes an undistorted square, as in Stable Diffusion's training. The view is shared by both
-  # objectives, since the paper states none for DiffDis; with --config.data.discrimination_view=own, discrimination gets
-  # the views of the paper's CLIP baseline: random crop and RandAugment.
+  # Generation needs an undistorted square, as in Stable Diffusion's training. Both objectives share the view, since the
+  # paper states none for DiffDis. With --config.data.discrimination_view=own, discrimination gets the views of the
+  # paper's CLIP baseline: random crop and RandAugment.
   config.data.augment.update(crop="random", flip=True)
   config.data.discrimination_augment.update(crop="random_resized", randaugment_operations=2)
   config.data.loader.update(num_threads=16, prefetch=16)
@@ -115,7 +115,7 @@ def get_config(arg: str = "") -> ConfigDict:
     rates=dict(pretrained=1e-5, new=1e-4),
     warmup_steps=1000,
     weight_decay=1e-4,
-    ema_decay=0.9999,  # a bound that this run does not reach: it ends at 0.99947 (training/optim.update_ema)
+    ema_decay=0.9999,  # an upper bound that this run does not reach: it ends at 0.99947 (training/optim.update_ema)
   )
   config.save_every = config.sample_every = config.eval_every = 2000
   config.checkpoint.keep_every = 10_000
@@ -143,7 +143,8 @@ def fid(args: ConfigDict, image_size: Any) -> dict[str, Any]:
   if not (args.fid and args.inception):
     raise ValueError("fid=DIR and inception=FILE go together: a set with captions, and the weights of FID's network")
   data = dict(name="pairs", path=args.fid, split="val", image_size=image_size)
-  # A file of statistics, --config.evals.fid.reference=F.npz, is made at the first evaluation and serves every run.
+  # The statistics file --config.evals.fid.reference=F.npz is written at the first evaluation and then reused by all
+  # runs.
   return dict(task="fid", data=data, inception=args.inception, num_images=1000, reference="")
 
 

@@ -15,17 +15,17 @@ On L4, A10G and RTX 4090 it takes 17.9 GiB of 24 GB by XLA's buffer assignment, 
 JAX take 90 % of the card instead of its default of 75 %: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, which the launchers set.
 This was not run.
 
-Batch and steps follow from the number of pairs. What a step keeps in memory follows from memory=GB of one device: below
-80 GB there are no averaged weights and the first moment is in bf16. Rematerialisation is always on, and a step takes as
-many images at a time as fit. `train` logs each choice, and --config.batch_size=N and the like override it. size=PIXELS
-is the images' size, by default that of the run in `from`; half of it takes a quarter of the time.
+Batch and steps follow from the number of pairs. The use of memory follows from memory=GB of one device: below 80 GB
+there are no averaged weights and the first moment is in bf16. Rematerialisation is always on, and a step takes as many
+images at a time as fit. `train` logs each choice, and --config.batch_size=N and the like override it. size=PIXELS is
+the images' size, by default that of the run in `from`; half of it takes a quarter of the time.
 
 The losses on split `val` are measured ten times, and the checkpoint with the lowest generation loss is kept beside the
-newest: evaluate --best. None of these sizes and rates was tuned; rates of fine-tuning are those of diffdis_cc3m.py,
-those from scratch of emoji.py.
+newest: evaluate --best. None of these sizes and learning rates was tuned. Fine-tuning has those of diffdis_cc3m.py,
+training from scratch those of emoji.py.
 
-Measured with 500 pictures of 512 to 1,024 px and no compiled program: from the folder to the autoencoder's first step
-29 s of a processor, 2 of them for prepare_data. A step of it took 1.4 s, and its L1 was 0.12 after 60.
+With 500 pictures of 512 to 1,024 px and cold caches, the autoencoder's first step came after 29 s of CPU time, 2 of
+them for prepare_data. Each step took 1.4 s, and L1 was 0.12 after 60 steps.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from ml_collections import ConfigDict
 from diffdis_jax.configs import common
 from diffdis_jax.models.sizes import medium
 
-SMALLEST, LARGEST = 8, 64  # batch
-PASSES = {"pretrained": 50, "scratch": 150, "autoencoder": 100}  # over the pairs, within these steps
+SMALLEST, LARGEST = 8, 64  # batch size
+PASSES = {"pretrained": 50, "scratch": 150, "autoencoder": 100}  # passes over the pairs, within the limits of STEPS
 STEPS = {"pretrained": (500, 10_000), "scratch": (2000, 40_000), "autoencoder": (1500, 10_000)}
-# GB of one device -> images of 256 px that a step takes at a time; of 512 px a quarter. Compiled for 24 and 40 GB.
+# GB of one device -> number of 256 px images in a microbatch; at 512 px it is a quarter. Compiled for 24 and 40 GB.
 AT_A_TIME = {24: 8, 40: 16, 80: 32}
 PROMPTS = 8
-FEW = 300  # pictures
+FEW = 300  # number of pictures
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -95,7 +95,7 @@ def scratch_network(config: ConfigDict) -> None:
 
 
 def take_start(config: ConfigDict, path: str) -> str:
-  """Take the network of the run there. Return `scratch` if that run trained only an autoencoder, else `pretrained`."""
+  """Take the network of the run in `path`. Return `scratch` if it trained only an autoencoder, else `pretrained`."""
   objectives = common.take_network(config, path, argument="from")["objectives"]
   if "vision_encoder" in config.model:
     raise ValueError(f"argument from={path} is a CLIP; it should be import_weights' folder of Stable Diffusion")
@@ -103,19 +103,19 @@ def take_start(config: ConfigDict, path: str) -> str:
 
 
 def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
-  """Set batch and steps for so many pairs."""
+  """Set the batch size and the number of steps for so many pairs."""
   train = pairs["train"]
   if train < SMALLEST:
     raise ValueError(
       f"path={config.data.path} has {train} pairs in split train, fewer than the smallest batch, {SMALLEST}"
     )
-  # An eighth of the pairs gives a pass several steps; a power of two is divisible by devices and microbatches.
+  # With an eighth of the pairs, a pass has several steps; a power of two is divisible by devices and microbatches.
   size = SMALLEST
   while 2 * size <= min(LARGEST, train // 8):
     size *= 2
-  least, most = STEPS[start]
+  least, maximum = STEPS[start]
   config.batch_size = size
-  config.num_steps = max(least, min(most, PASSES[start] * train // size))
+  config.num_steps = max(least, min(maximum, PASSES[start] * train // size))
   config.optim.warmup_steps = min(1000, config.num_steps // 10)
   config.save_every = config.eval_every = config.sample_every = -(-config.num_steps // 10)
   held_out = f", {pairs['val']:,} held out" if pairs.get("val") else ""
@@ -130,7 +130,7 @@ def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
 
 
 def to_autoencoder(config: ConfigDict) -> None:
-  """Train the autoencoder alone as emoji.py does, without views that uncover white."""
+  """Train the autoencoder alone as emoji.py does, except for the views that show white borders."""
   config.objectives = ("reconstruction",)
   config.data.augment.update(crop="random", flip=True)
   config.optim.update(groups=((".*", "new"),), rates=dict(new=2e-3), ema_decay=0.998)
@@ -152,7 +152,7 @@ def train_from_scratch(config: ConfigDict) -> None:
 
 
 def fine_tune(config: ConfigDict, memory: int) -> None:
-  """Train all of the UNet and what DiffDis adds to it, in this many GB."""
+  """Train all of the UNet and what DiffDis adds to it, within this many GB."""
   fitting = [gigabytes for gigabytes in AT_A_TIME if gigabytes <= memory]
   if not fitting:
     raise ValueError(f"memory={memory} is too little: fine-tuning Stable Diffusion takes {min(AT_A_TIME)} GB")

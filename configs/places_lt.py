@@ -1,20 +1,20 @@
-"""Long-tailed recognition, the paper's Table 8: VL-LTR (Tian et al., ECCV 2022) on Places-LT or ImageNet-LT.
+"""Train long-tailed recognition, the paper's Table 8: VL-LTR (Tian et al., ECCV 2022) on Places-LT or ImageNet-LT.
 
   diffdis train --config=places_lt:stage=1,path=PLACES,init=START --workdir=STAGE1
   diffdis train --config=places_lt:stage=2,path=PLACES,init=STAGE1 --workdir=STAGE2
   diffdis evaluate --workdir=STAGE2 --tasks=long_tail --out=F.json
 
-START is any run with an image and a text side: DiffDis, CLIP, an imported CLIP. Its config gives the network, which
+START is any run that embeds images and texts: DiffDis, CLIP, or an imported CLIP. Its config gives the network, which
 here computes in bf16 with full rematerialisation. Without init=, as for preflight, backbone=diffdis|clip takes one of
 the paper's two: DiffDis at 256 px or CLIP ViT-L/14 at 224 px. PLACES holds the published lists, the text corpus and the
 images (docs/long_tail.md). set=imagenet is ImageNet-LT.
 
-Stage 1 is class-wise contrast and distillation from START; stage 2 the language-guided head on the frozen backbone.
-Every rate is that of VL-LTR's ViT-B/16; the paper states none for DiffDis or ViT-L/14. text=False freezes
-the text tower in stage 1.
+Stage 1 is class-wise contrast and distillation from START; stage 2 the language-guided head on the frozen backbone. All
+learning rates are VL-LTR's for ViT-B/16; the paper states none for DiffDis or ViT-L/14. text=False freezes the text
+tower in stage 1.
 
-Not run at full size. For stage 1 of DiffDis `preflight` estimates 5 chip-hours on 16 v5e by cycles, which is too few,
-and at least 0.7 on 8 H100 (replication/log/compilers.md).
+It was not run at full size. For stage 1 of DiffDis `preflight` estimates 5 chip-hours on 16 v5e by cycles, which is an
+underestimate, and at least 0.7 on 8 H100 (replication/log/compilers.md).
 
 The paper's figures (Image-, Text-, KNN-Acc after stage 1, Acc after stage 2): CLIP-L/14 31.4 / 38.1 / 35.5, 40.5 %;
 DiffDis 37.0 / 52.5 / 40.5, 44.4 %.
@@ -36,13 +36,13 @@ ANCHORS = 64
 
 
 class LongTailedSet(NamedTuple):
-  """A set's training images and classes, and the rates that differ between sets."""
+  """The training images and classes of a data set, and the learning rates that differ between data sets."""
 
   name: str
   images: int
   classes: int
-  backbone: float  # stage 1
-  visual: float  # stage 2
+  backbone: float  # of stage 1
+  visual: float  # of stage 2
 
 
 SETS = {
@@ -59,12 +59,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config = common.base(model(), image_size=image_size)
   if args.init:
     common.take_start(config, args)
-  # Set after the start's network: an import computes in f32 and keeps all activations, too much for these batches.
+  # Set these after taking the start's network: an import computes in f32 and stores all activations, too much for these
+  # batches.
   config.model.update(dtype="bfloat16", remat="full")
-  known = SETS[args.set]
-  epoch = known.images // BATCH
+  chosen_set = SETS[args.set]
+  epoch = chosen_set.images // BATCH
   config.batch_size, config.num_steps = BATCH, EPOCHS * epoch
-  config.data.update(name=known.name, path=args.path)
+  config.data.update(name=chosen_set.name, path=args.path)
   config.data.augment.update(
     crop="random_resized",
     crop_scale=(0.08, 1.0),
@@ -75,28 +76,28 @@ def get_config(arg: str = "") -> ConfigDict:
     erase=0.25,
   )
   config.data.loader.update(num_threads=16, prefetch=16)
-  # Split weights, moments and the frozen start over all chips: whole, they do not fit on a v5e beside 64 images.
+  # Split weights, moments and the frozen start over all chips: unsplit, they do not fit on a v5e beside 64 images.
   config.mesh.update(data=1, fsdp=-1)
   config.optim.update(epoch_steps=epoch, weight_decay=0.05)
   if args.stage == 1:
-    first_stage(config, rate=known.backbone, text=args.text)
+    first_stage(config, rate=chosen_set.backbone, text=args.text)
     config.optim.update(warmup_steps=WARMUP * epoch, warmup_rate=1e-6)
   else:
-    second_stage(config, classes=known.classes, anchors=ANCHORS, visual=known.visual, language=1e-6)
+    second_stage(config, classes=chosen_set.classes, anchors=ANCHORS, visual=chosen_set.visual, language=1e-6)
   config.log_every, config.save_every, config.eval_every = epoch, 5 * epoch, config.num_steps
-  data = dict(name=known.name, path=args.path, split="test", image_size=common.own_size(config))
+  data = dict(name=chosen_set.name, path=args.path, split="test", image_size=common.own_size(config))
   config.evals.test = dict(task="long_tail", data=data, crop_pct=0.875)
   config.train_evals = ("test",)
   return config
 
 
 def long_tailed(config: ConfigDict) -> None:
-  """Set the fields that both stages of every long-tailed set share."""
-  config.sample_posterior = False  # as where images are embedded
+  """Set the fields that both stages share for all long-tailed sets."""
+  config.sample_posterior = False  # as when images are embedded
   sentences = "class_contrastive" in config.objectives
   config.data.sampling = dataclasses.asdict(ClassSampling(sentences=sentences))
   config.long_tail = dataclasses.asdict(LongTail())
-  # One-dimensional parameters do not decay; the scale of the logits, which is a number, does.
+  # One-dimensional parameters have no weight decay, but the scalar scale of the logits has.
   config.optim.update(schedule_kind="epoch_cosine", no_decay=r"bias$|norm|class_token", clip_norm=0.0, ema_decay=0.0)
 
 

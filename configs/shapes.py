@@ -1,14 +1,14 @@
-"""DiffDis on rendered shapes: minutes on a CPU, no download.
+"""Train DiffDis on rendered shapes, in minutes on a CPU and without a download.
 
   diffdis train --config=shapes:autoencoder --workdir=runs/shapes/autoencoder
   diffdis train --config=shapes --workdir=runs/shapes/diffdis \
       --config.init_from=runs/shapes/autoencoder
 
 `make demo` runs both, evaluates and generates, in 9 to 11 min of two quiet cores. 8 of the 64 colour-shape pairs are
-never trained on. Result of four seeds on an AMD EPYC: zero-shot top-1 99.9 ± 0.2 % on seen pairs and 97.0 ± 1.2 % on
-unseen pairs, accuracy of generated images 94.8 ± 3.7 and 92.2 ± 3.1 % (replication/log/shapes.md).
+never trained on. Four seeds on an AMD EPYC gave zero-shot top-1 99.9 ± 0.2 % on seen pairs and 97.0 ± 1.2 % on unseen
+pairs, accuracy of generated images 94.8 ± 3.7 and 92.2 ± 3.1 % (replication/log/shapes.md).
 
-CLIP on the same pairs, batches and texts needs no autoencoder: --config=shapes:objectives=contrastive
+CLIP on the same pairs needs no autoencoder: --config=shapes:objectives=contrastive
 """
 
 from typing import Any
@@ -31,25 +31,26 @@ def get_config(arg: str = "") -> ConfigDict:
   config.text_diffusion.schedule = "scaled_linear"
   if args.autoencoder:
     config.objectives = ("reconstruction",)
-    # Small batches learn more: after 22,400 images L1 was 0.073 in batches of 32, 0.062 of 16 and 0.051 of 8.
+    # Small batches learn more: after 22,400 images, L1 was 0.073 with batch size 32, 0.062 with 16 and 0.051 with 8.
     config.num_steps, config.batch_size = 2400, 8
     config.optim.update(groups=((".*", "new"),), rates=dict(new=3e-3))
     config.save_every = 1200
     return config
 
   config.num_steps, config.batch_size = 1500, 48
-  # Seen pairs are soon classified, and the loss says little more. With a decay of 0.01 one seed of three then stayed at
-  # 75 % on unseen pairs; with 0.5 none of four did, but generated images are noisier (replication/log/shapes.md).
+  # Seen pairs are soon classified, and then the loss falls little. With a weight decay of 0.01 one of three seeds
+  # stayed at 75 % on unseen pairs; with 0.5 none of four did, but generated images are noisier
+  # (replication/log/shapes.md).
   config.optim.weight_decay = 0.5
-  # One caption a class: two different ones are negatives of each other, which lowered accuracy on unseen pairs.
+  # One caption a class: two captions of a class would be negatives, which lowered accuracy on unseen pairs.
   config.data.caption_fields = ("plain_caption",)
-  # From scratch, L_ITA's gradient is tens of times that of L_IG in the shared layers. With a weight of 0.3 instead of
-  # 0.05 both tasks learned more slowly, and accuracy on unseen pairs was lower. With 0.03 instead of 0.01, it was 92
-  # and 88 % instead of 96 and 98 % (two seeds).
+  # From scratch, L_ITA's gradient in the shared layers is tens of times L_IG's. With weight 0.3 instead of 0.05 both
+  # tasks learned more slowly, and accuracy on unseen pairs was lower. With 0.03 instead of 0.01, it was 92 and 88 %
+  # instead of 96 and 98 % (two seeds).
   config.loss.ita_weight = 0.01
-  # The UNet learns fastest at a rate at which the transformers diverge. The text tower gives L_ITA its targets: a slow
-  # one is easier to follow. Its 49,408 random token vectors need no training, since the captions use some sixty of
-  # them; it would cost a twelfth of the step.
+  # The UNet learns fastest at a learning rate at which the transformers diverge. The text tower gives L_ITA its
+  # targets, and slow targets are easier to follow. Its 49,408 random token vectors are not trained: the captions use
+  # about sixty of them, and training all would cost a twelfth of the step.
   config.optim.groups = (
     ("^autoencoder|^text_encoder.tokens", "frozen"),
     ("^text_encoder", "text"),
@@ -67,13 +68,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config.evals = dict(
     test=dict(**zero_shot, data=data("test")),
     unseen=dict(**zero_shot, data=data("unseen")),
-    held_out=dict(**common.held_out_loss(data("test")), caption_field="plain_caption"),  # as it is trained
+    held_out=dict(**common.held_out_loss(data("test")), caption_field="plain_caption"),  # as in training
     generated=dict(task="generation_accuracy", per_class=4, classifier_steps=200),
     test_retrieval=dict(
       task="retrieval",
       data=data("test"),
       caption_field="plain_caption",
-      duplicate_captions=True,  # otherwise an image would be wrong for the captions of the other 15 of its class
+      duplicate_captions=True,  # otherwise an image would be wrong for the captions of the 15 other images of its class
     ),
   )
   config.train_evals = ("test", "unseen", "held_out")

@@ -32,8 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     dict(
       models=models,
       mesh=dict(data=-1, fsdp=1, tensor=1),
-      trained={name: count * common.CC3M_PAIRS for name, count in epochs.items()},  # images of a whole training
-      generated=30_000,  # images of MSCOCO's captions; the paper does not say how many
-      classified=50_000,  # of ImageNet's validation set
+      trained={name: count * common.CC3M_PAIRS for name, count in epochs.items()},  # images of the whole training
+      generated=30_000,  # MSCOCO captions; the paper does not say how many
+      classified=50_000,  # ImageNet's validation images
     )
   )

@@ -1,4 +1,4 @@
-"""A hook of mkdocs, named in mkdocs.yml: adds the pages of replication/, which lies beside docs/, to the site."""
+"""Add the pages of replication/, which is beside docs/, to the site. mkdocs.yml names this file as a hook."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 def on_files(files: Any, config: Any) -> Any:
   """Add every Markdown file of replication/ under the same path."""
-  from mkdocs.structure.files import File  # here, so that tests need no mkdocs
+  from mkdocs.structure.files import File  # imported here, so that tests need no mkdocs
 
   root = pathlib.Path(config.docs_dir).parent
   for path in sorted((root / "replication").rglob("*.md")):
@@ -18,7 +18,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-  """Point links between the two folders, as the repository has them, to the place where the site has the page."""
+  """Convert links between docs/ and replication/ from paths in the repository to paths on the site."""
   if page.file.src_uri.startswith("replication/"):
     return markdown.replace("../docs/", "../")
   return markdown.replace("](../replication/", "](replication/")

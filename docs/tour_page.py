@@ -1,4 +1,4 @@
-"""A hook of mkdocs, named in mkdocs.yml: shows the notebook with its outputs as the page tour.md."""
+"""Show the notebook with its outputs as the page tour.md. mkdocs.yml names this file as a hook."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 
 def on_files(files: Any, config: Any) -> Any:
-  """Adds the page, which lies in no file."""
-  from mkdocs.structure.files import File  # here, so that tests need no mkdocs
+  """Add the page, for which there is no file."""
+  from mkdocs.structure.files import File  # imported here, so that tests need no mkdocs
 
   notebook = (pathlib.Path(config.docs_dir) / "tour.ipynb").read_text(encoding="utf-8")
   files.append(File.generated(config, "tour.md", content=markdown(json.loads(notebook))))
@@ -17,7 +17,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def markdown(notebook: dict[str, Any]) -> str:
-  """Text as it is, code and what it wrote as blocks, pictures within the page."""
+  """Convert the notebook to Markdown: text, then code and its output as blocks, and pictures inside the page."""
   parts = []
   for cell in notebook["cells"]:
     source = "".join(cell["source"])

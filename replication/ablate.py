@@ -1,9 +1,9 @@
-"""Plan, run or tabulate an experiment of arms that start from each other, planned before its runs.
+"""Plan, run or tabulate a preregistered experiment, whose arms may start from each other.
 
   python -m replication.ablate plan --base=replication/configs/scenes.py:measured=test \\
       --arms=replication/configs/experiments.py:e1 --seeds=0,1,2,3,4 --out=runs/e1
 
-`run` and `table` take the same flags and work like those of `diffdis ablate`. Each seed has its own starts.
+`run` and `table` take the same flags and work like those of `diffdis ablate`. Each seed trains its own starting runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read an experiment that was planned before its runs: arms, which may start from each other, and their comparisons.
+"""Read a preregistered experiment: its arms, which may start from each other, and their comparisons.
 
 Its file has a `get_config`, like the config of a run. replication/configs/experiments.py is one.
 """
@@ -27,7 +27,7 @@ class Arm:
     name: name of the row, and part of the names of its runs.
     args: arguments that are appended to those of the base, such as `objectives=generation`.
     changes: fields of the config that differ, nested as they are there.
-    start: the arm whose run of the same seed its runs start from; by default what the base starts from.
+    start: the arm whose run of the same seed is the start; by default the base's own start.
     minutes: minutes of training on one core, which give `num_steps` by `step_seconds`; None for the config's steps.
     speed: key of `step_seconds`; by default its objectives, joined with "+".
     measured: True for a row of the table, False for a start only.
@@ -110,8 +110,8 @@ def read(path: str, *, base: str, overrides: Mapping[str, Any]) -> Read:
     raise UserError(f"--arms={path} has no arm that is measured")
   claims = tuple(read_section(Claim, fields, "claims") for fields in experiment.claims)
   _check(claims, measured)
-  file, _, argument = path.partition(":")  # the form that `read_config` takes
-  # The name and not the path, since tables.json is published.
+  file, _, argument = path.partition(":")  # the form that `read_config` reads
+  # Use the name instead of the path, since tables.json is published.
   name = argument or pathlib.PurePath(file).stem
   return Read(Table(name=name, title=experiment.title, rows=measured, base=None), claims)
 
@@ -144,8 +144,10 @@ def _check(claims: Sequence[Claim], rows: Sequence[Row]) -> None:
     for label in (claim.row, claim.base):
       if label not in by_label:
         raise UserError(f"a claim names arm {label!r}; measured are {', '.join(by_label)}")
-      # Only what its runs measure: they leave out evaluations of objectives that the arm does not train.
+      # Only what the arm's runs measure: evaluations of objectives that the arm does not train are left out.
       config = tables.changed(by_label[label].own_base or {}, by_label[label].changes)
-      known = [column.name for column in tables.columns_of(plan.measured(config))]
-      if claim.column not in known:
-        raise UserError(f"a claim names column {claim.column!r}, which arm {label} lacks; it has {', '.join(known)}")
+      column_names = [column.name for column in tables.columns_of(plan.measured(config))]
+      if claim.column not in column_names:
+        raise UserError(
+          f"a claim names column {claim.column!r}, which arm {label} lacks; it has {', '.join(column_names)}"
+        )

@@ -1,4 +1,4 @@
-"""Measure the choice among an image's caption and hard negatives, false captions that differ from it in one thing."""
+"""Measure the choice between an image's caption and hard negatives, false captions that differ from it in one thing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ TIES = "the truth has its share"
 
 @base.settings()
 class Choice(base.OfImages):
-  """Task `choice`: how often an image is nearer to its caption than to all of its hard negatives, and to each kind.
+  """Task `choice`: measure how often an image is nearer to its caption than to all its hard negatives, and to each
+  kind.
 
   Source: none; it follows the probes of word order in ARO (Yuksekgonul et al., 2023) and SugarCrepe (Hsieh et al.,
   2023). Each record of `data` has `negatives`, {kind: false caption}, with the same kinds.
@@ -38,7 +39,7 @@ class Choice(base.OfImages):
     images = self.embed_images(inference, params)
     # The same few texts recur, so each is embedded once.
     places = {text: i for i, text in enumerate(dict.fromkeys(text for texts in self.texts for text in texts))}
-    # A caption and a negative that differ only after the last token that is read are a tie.
+    # A caption and a negative that differ only beyond the maximum length are a tie.
     prompts.warn_of_long(tuple(places), inference.max_length, what="captions")
     embedded = base.embed_texts(inference, params, [*places])
     chosen = embedded[np.array([[places[text] for text in texts] for texts in self.texts])]
@@ -50,7 +51,7 @@ class Choice(base.OfImages):
 
 def share_right(own: Float[np.ndarray, "n 1"], others: Float[np.ndarray, "n k"]) -> float:
   """Return how often a row's own score is the highest. A tie of m scores counts 1/m, as chance would; NaN is wrong."""
-  # The test is "not smaller" instead of "equal or larger", because a NaN is neither.
+  # Test "not smaller" instead of "equal or larger", because both are false for NaN.
   above = ~(others <= own)
   return float(np.where(above.any(axis=1), 0.0, 1 / (1 + (others == own).sum(axis=1))).mean())
 

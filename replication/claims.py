@@ -1,4 +1,4 @@
-"""Judge comparisons that were named before the runs: by paired differences, and by a bound below which none counts."""
+"""Judge preregistered comparisons by paired differences, and by a bound below which a difference counts as none."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NOTE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
-  """A comparison that was named before the runs: labels of two rows, the name of a figure, and `bound`, the largest
-  difference that counts as none."""
+  """A preregistered comparison: labels of two rows, the name of a metric, and `bound`, the largest difference that
+  counts as none."""
 
   row: str
   base: str
@@ -41,7 +41,7 @@ class Verdict:
     p_equivalent: p of a true difference of `bound` or more; None if the difference has no p.
     p_equivalent_holm: the same after Holm's correction over the experiment's comparisons.
     words: "higher" or "lower" if the difference is significant, "no effect larger than BOUND" if p_equivalent_holm is,
-      both words if both are, and "undecided" if neither is.
+      both if both are, and "undecided" if neither is.
   """
 
   difference: Difference
@@ -97,15 +97,15 @@ def judge(claims: Sequence[Claim], plan: Plan, results: Mapping[Run, Results | N
   for claim in claims:
     values = {}
     for label in (claim.row, claim.base):
-      known = {column.name: column for run in plan.rows[rows[label]] for column in columns_of(run.evals)}
-      values[label] = summary.by_seed(plan, rows[label], results, known[claim.column])
+      columns = {column.name: column for run in plan.rows[rows[label]] for column in columns_of(run.evals)}
+      values[label] = summary.by_seed(plan, rows[label], results, columns[claim.column])
     ours, theirs = values.values()
     pairs.append([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
     by_text = {label: {str(seed): value for seed, value in by_seed.items()} for label, by_seed in values.items()}
     fields.append({**dataclasses.asdict(claim), "values": by_text, "verdict": None})
-  whole = [place for place, values in enumerate(pairs) if values]
-  judged = verdicts([pairs[i] for i in whole], [claims[i].bound for i in whole], named=len(claims))
-  for place, verdict in zip(whole, judged, strict=True):
+  with_values = [place for place, values in enumerate(pairs) if values]
+  judged = verdicts([pairs[i] for i in with_values], [claims[i].bound for i in with_values], named=len(claims))
+  for place, verdict in zip(with_values, judged, strict=True):
     fields[place]["verdict"] = dataclasses.asdict(verdict)
   return fields
 

@@ -1,4 +1,4 @@
-"""A convolutional vision tower for CLIP, to compare encoders (E4). It is not in the paper."""
+"""Define a convolutional vision tower for CLIP, to compare encoders (E4). It is not in the paper."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from diffdis_jax.models.layers import GroupNorm, conv, linear
 from diffdis_jax.models.remat import run_block
 from diffdis_jax.models.unet import EPS, BlockMaker, DownLevel
 
-GROUPS = 8  # of every GroupNorm
+GROUPS = 8  # groups of each GroupNorm
 LEVELS = 3
 
 
 class ConvolutionalEncoder(nnx.Module):
-  """The UNet's down path on patches, without attention and timestep; the mean of its last map is projected.
+  """The UNet's down path on patches, without attention and timestep; its last map is averaged and projected.
 
-  Each level has `size.depth` blocks, and twice the channels of the one before; the last has `size.width`.
+  Each level has `size.depth` blocks, and twice the channels of the previous level; the last has `size.width`.
 
   Args:
     remat: key of remat.REMAT_POLICIES, applied to each block.
@@ -41,9 +41,9 @@ class ConvolutionalEncoder(nnx.Module):
     self.stride, self.spatial_pool, self.remat = size.stride, size.spatial_pool, remat
     widths = [size.width // 2**i for i in reversed(range(LEVELS))]
     dense = functools.partial(linear, use_bias=False, dtype=dtype, rngs=rngs)
-    whole = ((0, 0), (0, 0))  # no padding: patches tile the image
+    no_padding = ((0, 0), (0, 0))  # patches tile the image
     self.patch = conv(
-      3, widths[0], size.patch, stride=size.patch, padding=whole, use_bias=False, dtype=dtype, rngs=rngs
+      3, widths[0], size.patch, stride=size.patch, padding=no_padding, use_bias=False, dtype=dtype, rngs=rngs
     )
     make = BlockMaker(num_heads=1, context_width=1, groups=GROUPS, time_width=None, dtype=dtype, rngs=rngs)
     self.down = nnx.List(
@@ -56,7 +56,7 @@ class ConvolutionalEncoder(nnx.Module):
       self.map_out = dense(size.spatial_pool**2 * size.width, size.projection)
 
   def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
-    """Return embeddings of normalised images in f32, not normalised.
+    """Return the embeddings, in f32 and not normalised, of normalised images.
 
     Raises:
       UserError: the tower's patches and levels do not halve the images evenly.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-ROWS = 256  # images whose distances to all others are in memory at a time
+ROWS = 256  # number of images whose distances to all others are in memory at a time
 
 
 def squared_distances(
@@ -33,8 +33,8 @@ class OwnDistances:
     self._images = images
     self._least = np.full(num_classes, np.nan)
     for k in np.unique(labels):
-      # This is how near two images of one class in different styles are. An image that is nearer to a training image
-      # shares more with it than the class.
+      # This distance is how near two images of a class in different styles are. An image nearer than that to a training
+      # image shares more with it than the class.
       own = squared_distances(images[labels == k], images[labels == k])
       if len(own) > 1:
         self._least[k] = own[np.triu_indices(len(own), 1)].min()
@@ -50,7 +50,7 @@ class OwnDistances:
     if not judged.any():
       return None
     images, least = images[judged], self._least[labels[judged]]
-    # Blocks of rows, since the distances of all images to all others may not fit in memory.
+    # Go block by block, since the distances of all images to all others may not fit in memory.
     blocks = range(0, len(images), ROWS)
     nearest = [squared_distances(images[start : start + ROWS], self._images).min(axis=1) for start in blocks]
     return float((np.concatenate(nearest) < least).mean())

@@ -1,8 +1,8 @@
-"""Emoji of several artists with captions, rendered from icon sets that are published as npm packages.
+"""Read emoji of several artists with captions, rendered from icon sets that are published as npm packages.
 
 A concept is an emoji of Unicode by its English name in emojibase. Skin tones, flags, and most emoji that differ only in
 gender or trade are left out. Six artists' drawings of 1,206 concepts are `train`, and their drawings of 158 others are
-`val_concepts`. `val_vendor` and `test_vendor` are one artist each who is not in train. OpenMoji, if its package is
+`val_concepts`. `val_vendor` and `test_vendor` each have an artist who is not in train. OpenMoji, if its package is
 there, is the split `openmoji`, with the captions of `test_vendor`.
 
 `emoji.json.gz` keeps the random choices that were made when the pairs were first published: the concepts by their code
@@ -38,17 +38,17 @@ from replication import emoji_packages
 from replication.emoji_packages import EMOJIBASE, ICONS, Package
 
 CHOICES = pathlib.Path(__file__).with_name("emoji.json.gz")
-SIZE = 64  # pixels
-# Icons of these artists are rendered larger and then shrunk: the renderer does not smooth hard edges of masks.
+SIZE = 64  # in pixels
+# Icons of these artists are rendered larger and then shrunk, since the renderer does not smooth hard edges of masks.
 SUPERSAMPLED = {"fluent-emoji": 2}
-ITEMS = 2500  # of a part
+ITEMS = 2500  # items of a part
 SPLITS = {
   "train": ("noto", "fluent-emoji-flat", "fluent-emoji", "fxemoji", "emojione", "streamline-emojis"),
   "val_vendor": ("noto-v1",),
   "val_concepts": ("noto", "fluent-emoji-flat", "fluent-emoji", "fxemoji", "emojione", "streamline-emojis"),
   "test_vendor": ("twemoji",),
 }
-OPENMOJI = "openmoji"  # artist and split
+OPENMOJI = "openmoji"  # name of the artist and of the split
 STYLES = {
   "noto": "shaded",
   "fluent-emoji-flat": "flat",
@@ -62,7 +62,7 @@ TEMPLATES = (
   "an emoji of {concept}",
   "icon of {concept}, {group}",
   "{concept}",
-  "{concept}, {tags}",  # the first two
+  "{concept}, {tags}",  # the concept's first two tags
   "{style} emoji of {concept}",
   "{style} drawing of {concept}",
 )
@@ -70,8 +70,8 @@ TEMPLATES = (
 
 def data_set(parts: Sequence[Part]) -> DataSet:
   """Describe the data set, with the licences of the artists' icons."""
-  there = dict.fromkeys(part.split for part in parts)
-  splits = {vendor: [split for split in there if vendor in SPLITS.get(split, (OPENMOJI,))] for vendor in ICONS}
+  split_names = dict.fromkeys(part.split for part in parts)
+  splits = {vendor: [split for split in split_names if vendor in SPLITS.get(split, (OPENMOJI,))] for vendor in ICONS}
   lines = [
     "# Licences",
     "",
@@ -99,7 +99,7 @@ def _row(vendor: str, package: Package, splits: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-  """The entry of emojibase for an emoji; `concept_id` is its name in ASCII, like the names of icons."""
+  """An emoji's entry in emojibase; `concept_id` is its name in ASCII, like the names of icons."""
 
   concept: str
   concept_id: str
@@ -157,16 +157,16 @@ class IconsPart:
 
 
 def find_parts(source: pathlib.Path) -> list[Part]:
-  """Return the parts of a folder with the tarballs of `emoji_packages`; that of OpenMoji may be absent.
+  """Return the parts of a folder with the tarballs of `emoji_packages`; OpenMoji's may be absent.
 
   Raises:
-    UserError: no such folder, a tarball that is missing or another one, or no renderer.
+    UserError: no such folder, a tarball that is missing or differs, or no renderer.
   """
   parts.check_folder(source, "a folder of npm tarballs: docs/data.md says which")
   with_openmoji = (source / ICONS[OPENMOJI].file).is_file()
   needed = [package for vendor, package in ICONS.items() if vendor != OPENMOJI or with_openmoji]
   emoji_packages.check(source, [EMOJIBASE, *needed])
-  _renderer()  # it raises its error before minutes of reading
+  _renderer()  # raise a missing renderer's error before minutes of reading
   chosen, concepts = read_choices(), read_concepts(source)
   all_parts: list[Part] = []
   for split in SPLITS:
@@ -179,9 +179,9 @@ def find_parts(source: pathlib.Path) -> list[Part]:
 
 
 def read_concepts(source: pathlib.Path) -> list[Concept]:
-  """Read the concepts in the order of `emoji.json.gz`, the order of their ids."""
-  read = functools.partial(emoji_packages.read_json, source, EMOJIBASE)
-  messages, by_code = read("en/messages.json"), {entry["hexcode"]: entry for entry in read("en/data.json")}
+  """Read the concepts in the order of `emoji.json.gz`, which is the order of their ids."""
+  read_json = functools.partial(emoji_packages.read_json, source, EMOJIBASE)
+  messages, by_code = read_json("en/messages.json"), {entry["hexcode"]: entry for entry in read_json("en/data.json")}
   groups, subgroups = ({entry["order"]: entry["key"] for entry in messages[kind]} for kind in ("groups", "subgroups"))
   concepts = []
   for code in read_choices()["concepts"].split():
@@ -194,30 +194,30 @@ def read_concepts(source: pathlib.Path) -> list[Concept]:
 
 def icons_of(split: str, concepts: Sequence[Concept], chosen: Mapping[str, Any]) -> list[Icon]:
   """Return the icons of a split of `SPLITS`, artist by artist, by name."""
-  # A concept is held out for every artist: otherwise training would have seen it.
+  # A concept is held out for every artist, so that training has not seen it in any style.
   held_out = {int(place) for place in chosen["held_out"].split()}
   every = {*range(len(concepts))}
-  wanted = {"test_vendor": every, "val_concepts": held_out}.get(split, every - held_out)
+  chosen_concepts = {"test_vendor": every, "val_concepts": held_out}.get(split, every - held_out)
   icons_of_split = []
   for vendor in SPLITS[split]:
-    icons = _icons_of_vendor(vendor, concepts, chosen["vendors"][vendor], wanted)
-    # The parts below depend on this order by name, in which the icons were first published.
+    icons = _icons_of_vendor(vendor, concepts, chosen["vendors"][vendor], chosen_concepts)
+    # The parts depend on this order by name, in which the icons were first published.
     icons_of_split += sorted(icons, key=lambda icon: icon.name)
   return icons_of_split
 
 
-def icons_of_openmoji(concepts: Sequence[Concept], chosen: Mapping[str, Any], there: Mapping[str, str]) -> list[Icon]:
-  """Return OpenMoji's icons of the concepts of `test_vendor` that it has, with the captions of `test_vendor`."""
+def icons_of_openmoji(concepts: Sequence[Concept], chosen: Mapping[str, Any], drawn: Mapping[str, str]) -> list[Icon]:
+  """Return OpenMoji's icons of the concepts of `test_vendor`, with the captions of `test_vendor`."""
   icons = icons_of("test_vendor", concepts, chosen)
   renamed = [dataclasses.replace(icon, vendor=OPENMOJI, name=icon.concept.concept_id) for icon in icons]
-  return [icon for icon in renamed if icon.name in there]
+  return [icon for icon in renamed if icon.name in drawn]
 
 
 def _icons_of_vendor(
-  vendor: str, concepts: Sequence[Concept], chosen: Mapping[str, Any], wanted: Collection[int]
+  vendor: str, concepts: Sequence[Concept], chosen: Mapping[str, Any], chosen_concepts: Collection[int]
 ) -> Iterator[Icon]:
   for place, (concept, templates) in enumerate(zip(concepts, chosen["templates"].split(), strict=True)):
-    if templates != "-" and place in wanted:
+    if templates != "-" and place in chosen_concepts:
       names = chosen["icons"].get(str(place), concept.concept_id).split()
       for name, template in zip(names, templates, strict=True):
         yield Icon(vendor, name, concept, int(template))
@@ -233,13 +233,13 @@ def _cut(split: str, source: pathlib.Path, icons: Sequence[Icon]) -> list[Part]:
   ]
 
 
-@functools.cache  # by each process, for all of its parts
+@functools.cache  # once in each process, for all of its parts
 def read_icons(source: pathlib.Path, vendor: str) -> dict[str, str]:
-  """Read name -> SVG of a vendor's icons."""
+  """Read a vendor's icons as name -> SVG."""
   content = emoji_packages.read_json(source, ICONS[vendor], "icons.json")
   default = {"left": 0, "top": 0, "width": content.get("width", 16), "height": content.get("height", 16)}
   svgs = {}
-  # Iconify's icons lack the outer element. An icon without a box has that of its set.
+  # Iconify's icons lack the outer element. An icon without its own box has the box of its set.
   for name, icon in content["icons"].items():
     box = " ".join(str(icon.get(side, default[side])) for side in default)
     svgs[name] = (
@@ -250,17 +250,17 @@ def read_icons(source: pathlib.Path, vendor: str) -> dict[str, str]:
 
 
 def render(svg: str, *, scale: int = 1) -> bytes:
-  """Render a PNG of `SIZE` on white, from a drawing `scale` times as large. An SVG that cannot be drawn is returned as
-  it is, so that it counts as no image."""
+  """Render a PNG of `SIZE` on white from a drawing `scale` times as large. Return an SVG that cannot be drawn
+  unchanged, so that it counts as no image."""
   side = scale * SIZE
   try:
-    drawn = _renderer().svg_to_bytes(
+    png = _renderer().svg_to_bytes(
       svg_string=svg, background="white", width=side, height=side, dpi=96, skip_system_fonts=True
     )
   except ValueError:
     return svg.encode()
-  image = image_files.open_image(bytes(drawn)).convert("RGB")
-  # A box filter makes each pixel the mean of those that it covers, without ringing.
+  image = image_files.open_image(bytes(png)).convert("RGB")
+  # A box filter averages the pixels that each pixel covers, without ringing.
   if scale > 1:
     image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
   file = io.BytesIO()
@@ -281,6 +281,6 @@ def read_choices() -> dict[str, Any]:
 
 
 def _in_ascii(name: str) -> str:
-  # Icon sets name their files so: apostrophes and accents are dropped, and all else becomes one hyphen.
+  # Icon sets name their files like this: without apostrophes and accents, and a hyphen for everything else.
   plain = unicodedata.normalize("NFKD", name.replace("’", "")).encode("ascii", "ignore").decode()
   return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

@@ -1,4 +1,4 @@
-"""The npm packages of the emoji pairs: tarballs that `npm pack` writes, checked by their hashes."""
+"""List the npm packages of the emoji pairs, and check their tarballs, which `npm pack` writes, by hash."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Package:
     name, version: name and version in npm's registry.
     sha256: digest of its tarball.
     licence: SPDX identifier of the licence of the files that are taken.
-    author, url: author and address to name with it.
+    author, url: author and address to credit.
   """
 
   name: str
@@ -46,8 +46,7 @@ def _icons(set_name: str, version: str, sha256: str, licence: str, author: str, 
   return Package(f"@iconify-json/{set_name}", version, sha256, licence, author, f"https://github.com/{repository}")
 
 
-# The packages of each artist. Versions are pinned by hash: another version has other icons, and the pairs would be
-# others.
+# The packages of each artist. Versions are pinned by hash, since another version has other icons.
 ICONS = {
   "noto": _icons(
     *("noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
@@ -89,16 +88,16 @@ ICONS = {
 
 
 def check(source: pathlib.Path, packages: Sequence[Package]) -> None:
-  """Check that the tarballs of these packages lie in the folder as they were published. Raises UserError otherwise."""
+  """Check that the folder has the tarballs of these packages as published. Raises UserError otherwise."""
   if missing := [package for package in packages if not (source / package.file).is_file()]:
     named = ", ".join(f"{package.name} {package.version}" for package in missing)
     raise UserError(f"{source} lacks {named}; in this folder: {_fetch(missing)}")
-  # All missing tarballs are named at once, since one command fetches them.
+  # Name all missing tarballs at once, since one command fetches them.
   for package in packages:
     path = source / package.file
     try:
       digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:  # a folder of that name, or no right to read it
+    except OSError as error:  # a folder of that name, or a missing permission
       raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if digest != package.sha256:
       raise UserError(
@@ -113,8 +112,8 @@ def read_json(source: pathlib.Path, package: Package, member: str) -> Any:
   try:
     with tarfile.open(path) as tar:
       file = tar.extractfile(f"package/{member}")
-      assert file is not None  # a folder of that name
-      return json.load(file)  # npm puts all of a package below `package/`
+      assert file is not None  # not a folder of that name
+      return json.load(file)  # npm puts all files of a package below `package/`
   except (OSError, EOFError, KeyError, ValueError, AssertionError, tarfile.TarError) as error:
     raise UserError(f"cannot read {member} of {path}: {error}; fetch it again: {_fetch([package])}") from error
 

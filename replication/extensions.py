@@ -41,7 +41,7 @@ def of_choice(name: str, section: Mapping[str, Any]) -> dict[str, str]:
 
 
 def of_generated_images(name: str, section: Mapping[str, Any]) -> dict[str, str]:
-  """Return the titles of figures of generated images; for scenes also that of the share of correct attributes."""
+  """Return the titles of the metrics of generated images; for scenes also of the share of correct attributes."""
   if "data" not in section:
     return of_shapes(name, section)
   title = f"generated images, {name}"
@@ -50,7 +50,7 @@ def of_generated_images(name: str, section: Mapping[str, Any]) -> dict[str, str]
 
 
 def of_query_use(name: str, section: Mapping[str, Any]) -> dict[str, str]:
-  """Return the titles of the figures that show whether the noised text query is read."""
+  """Return the titles of the metrics that show whether the noised text query is read."""
   del name, section
   return {metric: f"query use: {title}" for metric, title in QUERY_USE.items()}
 

@@ -1,4 +1,4 @@
-"""The task `generation_accuracy` with two more judges: one of rendered scenes, and one of icons that counts copies."""
+"""Add two judges to the task `generation_accuracy`: one for rendered scenes, and one for icons that counts copies."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ OF_LABELS = ("splits", "label_field", "epochs", "held_out")  # settings of the j
 
 @base.settings()
 class GenerationAccuracy(generation_accuracy.GenerationAccuracy):
-  """Task `generation_accuracy`: the share of generated images that show what was asked for, as a classifier judges.
+  """Task `generation_accuracy`: measure the share of generated images that show the prompt, judged by a classifier.
 
-  With `data` of `scenes` it generates one image for each caption. An image is right if both colours, both shapes and
-  the relation are (`scene_judge`). Further metrics are acc1_attributes, the share of the five that are right,
+  With `data` of `scenes` it generates one image for each caption. An image is correct if both colours, both shapes and
+  the relation are (`scene_judge`). Further metrics are acc1_attributes, the share of the five that are correct,
   acc1_relation, acc1_colour and acc1_shape.
 
   With labelled images there is also nearer_than_own: the share of generated images that are nearer to an image in the
@@ -59,7 +59,8 @@ class GenerationAccuracy(generation_accuracy.GenerationAccuracy):
 
 
 class CopiesJudge(LabelJudge):
-  """A judge that names the classes of labelled images, and counts images as near to a training image as copies are."""
+  """A judge that names the classes of labelled images, and counts images that are as near to a training image as a
+  copy."""
 
   _own: copies.OwnDistances | None = None
   _real_nearer: Mapping[str, float] = {}
@@ -74,7 +75,7 @@ class CopiesJudge(LabelJudge):
       # The first source is the split of `data`, on which the generator was trained.
       labels, others = np.split(self.labels, [len(squares[0])])
       self._own = copies.OwnDistances(squares[0], labels, num_classes=len(self.classnames))
-      # The same share for real images that were not trained on: the baseline without copies.
+      # The baseline without copies: the same share for real images that were not trained on.
       if squares[1:]:
         real = self._own.share_nearer(np.concatenate(squares[1:]), others)
         self._real_nearer = {} if real is None else {"real_nearer_than_own": real}

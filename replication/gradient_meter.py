@@ -30,7 +30,7 @@ from diffdis_jax.training.step import Trainer
 
 FLAGS = flags.FLAGS
 TASKS = ("generation", "discrimination")
-# Block -> paths of its parameters, and the tasks whose loss reaches it. Both losses reach all of `shared`.
+# The paths of a block's parameters, and the tasks whose loss reaches it. Both losses reach all of `shared`.
 BLOCKS = {
   "down": (r"^unet\.(conv_in|down)\.", TASKS),
   "middle": (r"^unet\.middle\.", TASKS),
@@ -56,7 +56,7 @@ def compare(trainer: Trainer, state: TrainState, batch: TrainingBatch) -> dict[s
   loss = dataclasses.replace(trainer.run.loss, ita_weight=1.0)
   gradients: dict[str, Params] = {}
   for task in TASKS:
-    single = copy.copy(trainer)  # the same state and parameters, with the loss of one task
+    single = copy.copy(trainer)  # the same state and parameters, but the loss of one task
     single.run = dataclasses.replace(trainer.run, loss=loss)
     single.network = dataclasses.replace(trainer.network, objectives=(task,))
     gradients[task] = single.gradient(state, batch).gradient

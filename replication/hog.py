@@ -1,7 +1,7 @@
-"""A baseline that learns nothing: it gives an image the class of the training image with the nearest edges and colours.
+"""Classify without learning: give an image the class of the training image with the most similar edges and colours.
 
-It shows how easy the icons of a held-out artist are. Without it, a model's accuracy on one artist does not carry over
-to another.
+This baseline shows how easy the icons of a held-out artist are. Without it, a model's accuracies on different artists
+cannot be compared.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 from replication.label_judge import text_labels
 
-SIDE = 32  # pixels: images are compared at this size
-CELL, BINS, BLOCK = 8, 9, 2  # pixels of a cell, directions of 180°, and cells of a block, along each side
+SIDE = 32  # in pixels: images are compared at this size
+CELL, BINS, BLOCK = 8, 9, 2  # pixels of a cell, directions within 180°, and cells of a block along each side
 CLIP = 0.2  # limit of a block's values between two normalisations to length 1 (Dalal and Triggs, L2-Hys)
 COLOUR_WEIGHT = 0.25  # weight of the cosine of colours; that of edges has weight 1
 
@@ -55,7 +55,7 @@ class Hog(base.Evaluation):
       )
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    del inference  # it takes no part
+    del inference  # the model is not used
     counts = {"num_images": len(self._labels), "num_training_images": len(self._known)}
     return {"train_split": self.train_split, **counts}
 
@@ -64,20 +64,20 @@ class Hog(base.Evaluation):
     del inference, params
     queries = base.Images(self.source, self._indices, SIDE)[np.arange(len(self._indices))]
     keys = base.Images(self._train, np.arange(len(self._known)), SIDE)[np.arange(len(self._known))]
-    right = self._known[nearest(queries, keys)] == self._labels
-    return {"acc1": float(right.mean()), "acc1_seen": float(right[self._seen].mean())}
+    is_right = self._known[nearest(queries, keys)] == self._labels
+    return {"acc1": float(is_right.mean()), "acc1_seen": float(is_right[self._seen].mean())}
 
 
 def nearest(queries: UInt8[np.ndarray, "n s s 3"], keys: UInt8[np.ndarray, "m s s 3"]) -> np.ndarray:
-  """Return the place of each query's nearest key: the cosine of edges, and a quarter of that of colours."""
-  # Subtract the training images' mean colours, since nearly all icons stand on white.
+  """Return the index of each query's nearest key, by the cosine of edges plus a quarter of the cosine of colours."""
+  # Subtract the training images' mean colours, since nearly all icons have a white background.
   centre = colours(keys).mean(axis=0)
   edges = unit(gradients(queries)) @ unit(gradients(keys)).T
   return (edges + COLOUR_WEIGHT * unit(colours(queries) - centre) @ unit(colours(keys) - centre).T).argmax(axis=1)
 
 
 def gradients(images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n d"]:
-  """Return histograms of oriented gradients in f32: overlapping blocks of 2 x 2 cells, each of length about 1."""
+  """Return histograms of oriented gradients in f32, in overlapping blocks of 2 x 2 cells, each of length about 1."""
   # The square root evens out contrast. A pixel takes the gradient of its strongest channel.
   x = np.sqrt(images.astype(np.float32) / 255)
   dy, dx = np.zeros_like(x), np.zeros_like(x)

@@ -1,7 +1,7 @@
-"""Train a small classifier of labelled images, which judges generated ones.
+"""Train a small classifier of labelled images to judge generated images.
 
 It shares neither weights nor layers with the model that it judges. It is not in the paper. It makes errors too, so its
-own accuracy on held-out real images stands beside every figure.
+own accuracy on held-out real images is reported with every result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 from diffdis_jax.evals.generation_accuracy import BATCH, SIZE, Examples, Trained, apply, fit
 
-PARTS = 4  # parts along each side, over which the classifier takes the mean of its features
+PARTS = 4  # the classifier averages its features over this many parts along each side
 PEAK_RATE = 2.5e-3
 VIEW = transforms.Augmentation(
   shift=0.08, zoom=0.15, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.3, hue=0.02
@@ -30,10 +30,11 @@ VIEW = transforms.Augmentation(
 
 
 class LabelJudge:
-  """Names the classes of labelled images, after training on several splits. `GenerationAccuracy` explains the settings.
+  """A judge that names the classes of labelled images, after training on several splits. `GenerationAccuracy` explains
+  the settings.
 
   Raises:
-    UserError: a label that is no text, fewer than two classes, or so few images that none or all are held out.
+    UserError: a label that is not text, fewer than two classes, or so few images that none or all are held out.
   """
 
   template, per_class = "{}", 1
@@ -73,17 +74,17 @@ class LabelJudge:
     return {"splits": list(self._splits), "epochs": self._epochs, **counts}
 
   def train(self, image_size: int = SIZE) -> Trained:
-    """Train the classifier once, on the images that are not held out. It serves generated images of any size."""
+    """Train the classifier once, on the images that are not held out. It judges generated images of any size."""
     del image_size
     if self._trained is None:
-      # The images are read once; every epoch takes other views of them.
+      # The images are read once; every epoch uses new views of them.
       images = [
         records.read_image(base.read(source, i)["image"]) for source in self.sources for i in range(len(source))
       ]
       of_training, labels = [images[i] for i in self._trained_on], self.labels[self._trained_on]
       how = dict(num_classes=len(self.classnames), epochs=self._epochs, seed=self._seed)
       model = train_on_labels(of_training, labels, **how)
-      # Held-out images are judged like generated ones: whole, in one view.
+      # Held-out images are judged like generated ones: uncropped, in one view.
       real = np.stack([np.asarray(transforms.resize(images[i], SIZE)) for i in self._measured_on])
       places = ranks(classify(model, real), self.labels[self._measured_on])
       self._trained = Trained(model, _accuracy("judge_", places))
@@ -102,8 +103,8 @@ class LabelJudge:
 
 
 def ranks(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-  """Count the classes that are at least as likely as each row's own; 0 is right. A NaN ranks before all."""
-  # As in base.ranks a tie is wrong: a classifier with equal logits for all classes is never right.
+  """Count the classes that are at least as likely as each row's own class; 0 is correct. A NaN counts as likelier."""
+  # As in base.ranks, a tie is wrong: a classifier with equal logits for all classes is never right.
   own = np.take_along_axis(logits, labels[:, None], axis=1)
   others = np.arange(logits.shape[1]) != labels[:, None]
   return (others & ~(logits < own)).sum(axis=1)
@@ -130,7 +131,7 @@ class LabelClassifier(nnx.Module):
     x = image.astype(jnp.float32) / 127.5 - 1.0
     for conv, norm in zip(self.convs, self.norms, strict=True):
       x = nnx.relu(norm(conv(x)))
-    # A mean over the whole image would lose positions, in which alone many icons differ.
+    # A mean over the whole image would lose positions, and many icons differ in nothing else.
     b, h, w, c = x.shape
     parts = x.reshape(b, PARTS, h // PARTS, PARTS, w // PARTS, c).mean((2, 4))
     return self.head(self.dropout(parts.reshape(b, -1)))
@@ -140,7 +141,7 @@ def train_on_labels(
   images: Sequence[Image.Image], labels: Int[np.ndarray, " n"], *, num_classes: int, epochs: int, seed: int
 ) -> LabelClassifier:
   """Train on varied views of the images by AdamW under a one-cycle schedule, which peaks at PEAK_RATE."""
-  # The rest of an epoch is dropped, so that one step is compiled. Few images make one batch.
+  # The rest of an epoch is dropped, so that only one step is compiled. Few images form a single batch.
   batch_size = min(BATCH, len(images))
   num_steps = epochs * (len(images) // batch_size)
   model = LabelClassifier(num_classes, rngs=nnx.Rngs(seed))
@@ -163,7 +164,7 @@ def train_on_labels(
 
 
 def _epochs(n: int, batch_size: int, *, num_steps: int, seed: int) -> Iterator[Int[np.ndarray, " b"]]:
-  """Yield the rows of each step: all in random order, epoch after epoch. The rest of an epoch is dropped."""
+  """Yield the rows of each step, in a new random order every epoch. The rest of an epoch is dropped."""
   rng = np.random.default_rng(seed)
   for _ in range(0, num_steps, n // batch_size):
     order = rng.permutation(n)
@@ -180,8 +181,8 @@ def classify(model: LabelClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Fl
 
 
 def text_labels(source: Any, name: str) -> Shaped[np.ndarray, " n"]:
-  """Return each record's class by its name. Raises UserError if one is no text."""
+  """Return each record's class name. Raises UserError if one is not text."""
   labels = [base.get_field(base.fields(source, i), name) for i in range(len(source))]
-  if wrong := [label for label in labels if not isinstance(label, str)]:
-    raise UserError(f"field {name!r} holds {wrong[0]!r}; a label should be a class's name: give another label_field")
+  if not_text := [label for label in labels if not isinstance(label, str)]:
+    raise UserError(f"field {name!r} holds {not_text[0]!r}; a label should be a class's name: give another label_field")
   return np.array(labels)

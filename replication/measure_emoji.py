@@ -1,8 +1,8 @@
-"""Measure a run on the emoji: held-out artists and concepts, and OpenMoji if it is there, beside a baseline.
+"""Evaluate a run on the emoji's held-out artists and concepts, and on OpenMoji if it is there, with a baseline.
 
   python -m replication.measure_emoji --workdir=RUN --data_root=data --out=suite.json
 
-suite.md compares the artists who are not in training with `hog` on the same images. The same command resumes.
+suite.md compares the run on artists who are not in training with `hog` on the same images. Run it again to resume.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ from replication import extensions
 
 FLAGS = flags.FLAGS
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
-# Split -> its number of images.
+# The published number of images of each split.
 COUNTS = {"test_vendor": 1_364, "val_vendor": 895, "val_concepts": 757, "openmoji": 1_364}
 OPTIONAL = "openmoji"
-# Training saw the artists of these splits. Every other split is by an artist who is not in training.
+# Training saw the artists of these splits. All other splits have artists who are not in training.
 OF_TRAINING = ("train", "val_concepts")
-CHOSEN_ON = "val_vendor"  # settings are chosen on it, so the mean over held-out artists leaves it out
+CHOSEN_ON = "val_vendor"  # settings are chosen on it, so the mean over held-out artists excludes it
 SETS = {f"emoji/{split}": count for split, count in COUNTS.items()}
 AGAIN = "prepare it again with python -m replication.prepare_emoji"
 
 
 def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
-  """Return the evaluations: zero-shot classification and retrieval on each split that is there, also those of further
-  artists, and for each artist who is not in training the baseline `hog` on the same images.
+  """Return the evaluations: zero-shot classification and retrieval on each split that is there, and the baseline `hog`
+  on the same images for each artist who is not in training.
 
-  In retrieval every image with the query's caption is right: in `val_concepts` images by several artists share one.
+  In retrieval, every image with the query's caption is correct: in `val_concepts` images by several artists share one.
 
   Args:
-    root: the prepared folder, or one that holds it as `emoji`.
-    image_size: of the run.
+    root: the prepared folder, or a folder that has it as `emoji`.
+    image_size: image size of the run.
 
   Raises:
-    UserError: there is none, or it lacks a split.
+    UserError: no prepared folder there, or a missing split.
   """
   path = next((folder for folder in (root, root / "emoji") if (folder / "dataset_info.json").exists()), None)
   if path is None:
     raise UserError(f"no emoji in --data_root={root}, neither in it nor in its folder emoji; {AGAIN}")
-  there = records.read_info(path).splits
-  # A partial set would silently give a partial table. Only OpenMoji may be absent: it is a package of its own.
-  if missing := [split for split in ("train", *COUNTS) if split not in there and split != OPTIONAL]:
+  available = records.read_info(path).splits
+  # A partial set would silently give a partial table. Only OpenMoji, a package of its own, may be absent.
+  if missing := [split for split in ("train", *COUNTS) if split not in available and split != OPTIONAL]:
     raise UserError(f"{path} has no split {missing[0]}; {AGAIN}")
-  splits = [*(split for split in COUNTS if split in there), *sorted({*there} - {"train", *COUNTS})]
+  splits = [*(split for split in COUNTS if split in available), *sorted({*available} - {"train", *COUNTS})]
   if OPTIONAL not in splits:
     logging.info("%s has no split %s, and so it is not measured", path, OPTIONAL)
   chosen = []
   for split in splits:
     data = {"name": "pairs", "path": str(path), "split": split, "image_size": image_size}
     zero_shot: dict[str, Any] = {"data": data, "label_field": "concept", "templates": TEMPLATES}
-    # Some concepts of its icons were seen in training in other styles, and others were never seen.
+    # Training saw some concepts of its icons in other styles, and never saw others.
     if split not in OF_TRAINING:
       zero_shot["seen_split"] = "train"
     chosen.append(Section(f"emoji/{split}", "zero_shot", zero_shot))
@@ -90,7 +90,7 @@ def check(name: str, evaluation: Evaluation, *, incomplete: bool) -> None:
 
 
 def table(title: str, results: Results) -> str:
-  """Return a table in per cent: a column for each artist who is not in training, and the baseline below the run."""
+  """Return a table in per cent, with a column for each artist not in training, and the baseline below the run."""
   names = held_out(results.get("zero_shot", {}))
   lines = [["", *(name.removeprefix("emoji/") for name in names), "mean of the test artists"]]
   lines.append(["---"] * len(lines[0]))
@@ -113,11 +113,11 @@ def main(argv: object) -> None:
   cli.compilation_cache()
   cli.use_all_cores()
   result_files.check_out(FLAGS.out)
-  asked = sections(pathlib.Path(FLAGS.data_root), image_size=config.load(FLAGS.workdir).image_size)
-  kept = result_files.ResultFile(FLAGS.out)
+  evaluations = sections(pathlib.Path(FLAGS.data_root), image_size=config.load(FLAGS.workdir).image_size)
+  result_file = result_files.ResultFile(FLAGS.out)
   of_count = functools.partial(check, incomplete=FLAGS.incomplete)
-  measured = evaluate.evaluate(FLAGS.workdir, asked, kept=kept, check=of_count)
-  kept.write()
+  measured = evaluate.evaluate(FLAGS.workdir, evaluations, kept=result_file, check=of_count)
+  result_file.write()
   title = pathlib.PurePath(FLAGS.workdir).name
   text = f"{table(title, measured)}\n{tables.table({title: measured})}"
   result_files.write_text(f"{FLAGS.out.removesuffix('.json')}.md", text)

@@ -1,4 +1,4 @@
-"""Prepare the emoji: npm tarballs of icon sets, rendered to 64 px, with captions.
+"""Prepare the emoji pairs: render npm tarballs of icon sets to 64 px, and write captions.
 
   make data/emoji/dataset_info.json
 

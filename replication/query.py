@@ -14,7 +14,7 @@ from diffdis_jax.data import records, sources
 from diffdis_jax.method import schedules
 from diffdis_jax.method.fusion import TextStream
 
-LATE = 900  # the first timestep of `scaled_linear` in the schedule `late`
+LATE = 900  # the first timestep of `scaled_linear` that the schedule `late` uses
 LAST = NUM_TIMESTEPS - 1
 
 
@@ -32,23 +32,23 @@ class ConstantQuery(TextStream):
 
 
 def late_betas(n: int) -> Float[np.ndarray, "T"]:
-  """Return the schedule of the noise levels of `scaled_linear` from LATE on, each for equally many timesteps."""
+  """Return the schedule with the noise levels of `scaled_linear` from LATE on, each repeated equally often."""
   alpha_bar = schedules.noise_schedule("scaled_linear").alpha_bar[LATE + np.arange(n) * (NUM_TIMESTEPS - LATE) // n]
   return 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
 
 
 @dataclasses.dataclass(frozen=True)
 class TwoCaptions:
-  """A source that has each image twice in a row, with the first and with the last of its captions.
+  """A data source that has each image twice in a row, with its first and with its last caption.
 
-  A batch holds both, so the image alone does not tell which caption a row has; e_t does.
+  A batch has both, so the image alone does not determine a row's caption, but e_t does.
   """
 
   source: Any
 
   @property
   def together(self) -> int:
-    """The number of records that stay next to each other in training (`sources.Source`)."""
+    """Return the number of records that stay next to each other in training (`sources.Source`)."""
     return 2 * getattr(self.source, "together", 1)
 
   def __len__(self) -> int:
@@ -61,7 +61,7 @@ class TwoCaptions:
 
 
 def twice(kind: type[sources.Section]) -> type[sources.Section]:
-  """Return the kind of data source that gives each image of `kind` twice."""
+  """Return a kind of data source that gives each image of `kind` twice."""
 
   class Twice(kind):
     def open(self) -> sources.Source:

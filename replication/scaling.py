@@ -1,4 +1,4 @@
-"""Estimate weak scaling: one config on more and more chips, with a constant share of the batch for each.
+"""Estimate weak scaling: one config on more and more chips, with a constant batch per chip.
 
   python -m replication.scaling --config=diffdis_cc3m:latents=none --topology=h100 --scaling=8,16,32,64,128,256 \\
       --fit_above=64 --config.mesh.fsdp=8 --config.model.remat=none --out=scaling.json
@@ -12,8 +12,8 @@ ones are fitted by least squares, with as many terms as compiled topologies:
   hops        a + b n                  from one chip of a ring to the next, one after another: by the last two
   memory      a + b / n                b: arrays that are split over all chips
 
-Parts of a step do not overlap here: its time is the sum of computing, of moving the bytes at full speed, and of the
-latency of all hops.
+The parts of a step are assumed not to overlap: its time is the sum of computing, of moving the bytes at full speed, and
+of the latency of all hops.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Plan:
     by_size = {topology.size: topology for topology in reversed(layouts)}
     for number in numbers:
       if number not in by_size or number % numbers[0]:
-        known = ", ".join(str(size) for size in sorted(by_size) if size % numbers[0] == 0)
-        raise UserError(f"--scaling has {number}; multiples of {numbers[0]} that {kind} comes in: {known or 'none'}")
+        possible = ", ".join(str(size) for size in sorted(by_size) if size % numbers[0] == 0)
+        raise UserError(f"--scaling has {number}; multiples of {numbers[0]} that {kind} comes in: {possible or 'none'}")
     base = chips.parse(f"{kind}:{layout}").size if layout else numbers[0]
     small = tuple(by_size[number] for number in numbers if fit_above is None or number <= fit_above)
     plan = cls(topologies=tuple(by_size[number] for number in numbers), compiled=small, base=base)
@@ -85,7 +85,7 @@ class Plan:
     return plan
 
   def like(self, topology: chips.Topology) -> list[chips.Topology]:
-    """Return the compiled topologies to fit a topology to: a network between hosts changes the exchanges."""
+    """Return the compiled topologies by which a topology is fitted: a network between hosts changes the exchanges."""
     has_network = len(topology.shape) > 1
     return [small for small in self.compiled if (len(small.shape) > 1) == has_network]
 
@@ -104,7 +104,7 @@ def fitted(numbers: Sequence[int], values: Sequence[float], at: int, terms: Term
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """One topology.
+  """The estimate for one topology.
 
   Attributes:
     images: images of a step, on all chips.
@@ -155,28 +155,28 @@ class Row:
     )
 
 
-def check(topology: chips.Topology, found: Mapping[str, Any]) -> None:
-  """Raise UserError if the report of the train step (preflight.summarise) has no program."""
-  memory = found["memory_gib"]
+def check(topology: chips.Topology, report: Mapping[str, Any]) -> None:
+  """Raise UserError if the train step's report (preflight.summarise) has no program."""
+  memory = report["memory_gib"]
   if not memory["arguments"]:
     needed = f"{memory['total']:.2f} GiB a chip of {memory['chip']:.0f}"
     raise UserError(f"{topology.name} would take {needed}; take --config.model.remat=full or a smaller batch")
 
 
 def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Return rows of all topologies, and the estimate that computing time follows: the first that all compiled ones have.
+  """Return a row for each topology, and the estimate used for computing time: the first that all compiled ones have.
 
-  It takes the report of the train step for each of plan.compiled, after `check`.
+  `reports` are the train step's reports for plan.compiled, after `check`.
   """
   compiled: dict[chips.Topology, Row] = {}
-  by = next((bound for bound in preflight.BOUNDS if all(report[bound] for report in reports)), "")
+  bound_name = next((bound for bound in preflight.BOUNDS if all(report[bound] for report in reports)), "")
   for topology, report in zip(plan.compiled, reports, strict=True):
     memory = report["memory_gib"]
     compiled[topology] = Row(
       topology=topology,
       images=report["images"],
       is_fitted=False,
-      computing=report[by],
+      computing=report[bound_name],
       traffic=Traffic(**report["traffic"]),
       memory=memory["total"],
       room=memory["chip"],
@@ -185,14 +185,14 @@ def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     compiled.get(topology) or _fit(topology, [compiled[small] for small in plan.like(topology)])
     for topology in plan.topologies
   ]
-  return {"planned_by": by, "rows": [row.as_json(rows[0]) for row in rows]}
+  return {"planned_by": bound_name, "rows": [row.as_json(rows[0]) for row in rows]}
 
 
 def _fit(topology: chips.Topology, rows: Sequence[Row]) -> Row:
   numbers, last = [row.topology.size for row in rows], rows[-1]
-  at = lambda values, terms: fitted(numbers, values, topology.size, terms)
+  extrapolated = lambda values, terms: fitted(numbers, values, topology.size, terms)
   moved = {name: [vars(row.traffic)[name] for row in rows] for name in vars(last.traffic)}
-  traffic = {name: at(values, BYTES) for name, values in moved.items()}
+  traffic = {name: extrapolated(values, BYTES) for name, values in moved.items()}
   # Never take fewer hops than the last: without an axis `data` XLA joins fewer sums, so the smallest may have more.
   for name in ("links_hops", "network_hops"):
     traffic[name] = max(moved[name][-1], fitted(numbers[-2:], moved[name][-2:], topology.size, HOPS))
@@ -202,14 +202,14 @@ def _fit(topology: chips.Topology, rows: Sequence[Row]) -> Row:
     images=last.images // numbers[-1] * topology.size,
     is_fitted=True,
     traffic=Traffic(**traffic),
-    memory=at([row.memory for row in rows], MEMORY),
+    memory=extrapolated([row.memory for row in rows], MEMORY),
   )
 
 
 def lines(table: Mapping[str, Any]) -> Iterator[str]:
   """Yield the lines of a readable table."""
-  by = preflight.ESTIMATES.get(table["planned_by"], "the chips' peak, a lower bound")
-  yield f"weak scaling; nothing overlaps, computing by {by}"
+  estimate = preflight.ESTIMATES.get(table["planned_by"], "the chips' peak, a lower bound")
+  yield f"weak scaling; nothing overlaps, computing by {estimate}"
   yield "topology       images  step, ms  GiB into one chip  GiB a chip  images/s  efficiency"
   for row in table["rows"]:
     kind = row["row"] if row["fits"] else f"{row['row']}, DOES NOT FIT"
@@ -240,7 +240,7 @@ def main(argv: object) -> None:
   if FLAGS.slices > 1:
     raise UserError("weak scaling is of one slice; leave out --slices")
   plan = Plan.of(FLAGS.topology, FLAGS.scaling, FLAGS.fit_above)
-  plan.batch_size(plan.topologies[0], FLAGS.config.batch_size)  # a wrong size is refused before anything is compiled
+  plan.batch_size(plan.topologies[0], FLAGS.config.batch_size)  # refuse a wrong size before anything is compiled
   if FLAGS.out:
     files.check_out(FLAGS.out)
   results = scale(preflight.prepare(plan.compiled[-1]), plan)

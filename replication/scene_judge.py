@@ -36,7 +36,7 @@ class SceneLogits(struct.PyTreeNode):
 
 
 class SceneClassifier(nnx.Module):
-  """Four convolutions; each half of their map names one shape, by heads that all halves share."""
+  """Four convolutions; in each half of their feature map, heads that all halves share name one shape."""
 
   def __init__(self, *, rngs: nnx.Rngs, widths: Sequence[int] = (24, 48, 96, 96)):
     self.convs = nnx.List(
@@ -62,7 +62,7 @@ class SceneClassifier(nnx.Module):
 
 
 def attributes_of(scene: scenes.Scene) -> tuple[int, ...]:
-  """Return the attributes of a scene as numbers, in the order of ATTRIBUTES."""
+  """Return a scene's attributes as numbers, in the order of ATTRIBUTES."""
   pairs = (scene.first, scene.second)
   named = (number for colour, shape in pairs for number in (COLOURS.index(colour), shapes.SHAPES.index(shape)))
   return (scenes.RELATIONS.index(scene.relation), *named)
@@ -86,7 +86,7 @@ def train(*, image_size: int, seed: int, num_steps: int) -> Trained:
 
   def loss(model: SceneClassifier, image: Array, target: Int[Array, "b 5"]) -> Array:
     logits, cross_entropy = model(image), optax.softmax_cross_entropy_with_integer_labels
-    # Only the halves of the true relation show one shape each: left and right, or top and bottom.
+    # Only the halves along the true relation show one shape each: left and right, or top and bottom.
     rows, first = jnp.arange(len(target)), 2 * target[:, 0]
     total = cross_entropy(logits.relation, target[:, 0])
     for place in (0, 1):
@@ -94,9 +94,9 @@ def train(*, image_size: int, seed: int, num_steps: int) -> Trained:
       total += cross_entropy(logits.shape[rows, first + place], target[:, 2 + 2 * place])
     return total.mean()
 
-  drawn = (rng.integers(NUM_RENDERS, size=generation_accuracy.BATCH) for _ in range(num_steps))
+  batches_of_rows = (rng.integers(NUM_RENDERS, size=generation_accuracy.BATCH) for _ in range(num_steps))
   schedule = optax.cosine_onecycle_schedule(num_steps, PEAK_RATE)
-  batches = (Examples(examples.images[rows], examples.targets[rows]) for rows in drawn)
+  batches = (Examples(examples.images[rows], examples.targets[rows]) for rows in batches_of_rows)
   generation_accuracy.fit(model, optax.adam(schedule), loss, batches)
   fresh = render(image_size=image_size, num_images=NUM_MEASURED, seed=seed + 1)
   accuracy = float((attributes(model, fresh.images) == fresh.targets).all(axis=1).mean())
@@ -116,13 +116,13 @@ def attributes(model: SceneClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> 
   return generation_accuracy.apply(named, model, images, batch_size=256)
 
 
-def right(named: Int[np.ndarray, "n 5"], asked: Int[np.ndarray, "n 5"]) -> Bool[np.ndarray, "n 5"]:
-  """Return which attributes are right.
+def right(named: Int[np.ndarray, "n 5"], prompted: Int[np.ndarray, "n 5"]) -> Bool[np.ndarray, "n 5"]:
+  """Return which attributes are correct.
 
-  The two shapes are compared in the places that were asked for, or swapped if more attributes are right that way. In a
-  swapped scene the relation is wrong.
+  The two shapes are compared in the prompt's order, or swapped if more attributes are correct that way. In a swapped
+  scene the relation is wrong.
   """
-  straight, crosswise = named == asked, named[:, CROSSWISE] == asked
+  straight, crosswise = named == prompted, named[:, CROSSWISE] == prompted
   crosswise[:, 0] = False
   return np.where((crosswise.sum(axis=1) > straight.sum(axis=1))[:, None], crosswise, straight)
 
@@ -133,13 +133,13 @@ def _scene(record: Mapping[str, Any]) -> scenes.Scene:
 
 
 class SceneJudge:
-  """Judges images that were generated for the captions of a split of scenes, for `GenerationAccuracy`.
+  """A judge of images that were generated for the captions of a split of scenes, for `GenerationAccuracy`.
 
   Args:
-    data: section of a data source, of scenes.
+    data: the config section of a data source of scenes.
     seed: seed of the classifier.
-    classifier_steps: steps of its training.
-    required_accuracy: accuracy that it must reach on new renders.
+    classifier_steps: steps of the classifier's training.
+    required_accuracy: accuracy that the classifier must reach on new renders.
   """
 
   template, per_class = "{}", 1
@@ -168,8 +168,8 @@ class SceneJudge:
   def measure(
     self, images: UInt8[np.ndarray, "n h w 3"], classes: Int[np.ndarray, " n"], *, image_size: int
   ) -> dict[str, float]:
-    """Return acc1, all five attributes right; acc1_attributes, the share of the five; and acc1_relation, _colour,
-    _shape."""
+    """Return acc1, the share of images with all five attributes correct; acc1_attributes, the share of correct
+    attributes; and acc1_relation, acc1_colour and acc1_shape."""
     trained = self.train(image_size)
     squares = np.stack([base.to_square(image, SIZE) for image in images])
     correct = right(attributes(trained.model, squares), self._targets[classes])

@@ -1,12 +1,12 @@
-"""Procedural captioned images of two coloured shapes and a relation, "a red star left of a blue ring".
+"""Render captioned images of two coloured shapes and a relation, such as "a red star left of a blue ring".
 
 16 of the 64 pairs of colour and shape are never in training, two of each colour and two of each shape. Each image has
-two true captions, which are converses: the other one is "a blue ring right of a red star". Its hard negatives are false
-captions that differ from the true one in one thing. In two kinds only the order of the words differs.
+two true captions, which are converses: here the other is "a blue ring right of a red star". Its hard negatives are
+false captions that differ from the true one in one thing. In two kinds only the order of the words differs.
 
-A caption alone does not show that it is false. The splits `choice_...`, which have negatives, also have the scenes that
-these describe, equally often: a score of texts alone is right on half of the swapped ones. Every negative names as many
-unseen pairs as the true caption. None of this is in the paper.
+A caption alone does not reveal that it is false. The splits `choice_...`, which have negatives, also have the scenes
+that the negatives describe, equally often, so scoring texts alone is right on half of the swaps. Every negative names
+as many unseen pairs as the true caption. None of this is in the paper.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ CONVERSES = {"left of": "right of", "above": "below"}
 RELATIONS = tuple(CONVERSES)
 KINDS = ("other_colour", "other_shape", "swapped_colours", "swapped_objects")  # kinds of negatives
 
-# All lengths are fractions of the image's side. No two shapes touch, and none leaves the image.
-RADIUS = (0.18, 0.22)  # to the outermost point of a shape
-APART = (0.22, 0.26)  # distance from a scene's centre to that of either shape, along the relation's axis
-ASIDE = 0.12  # largest offset of either shape, across that axis
-OFF_CENTRE = 0.02  # largest offset of a scene's centre, along either axis
+# All lengths are fractions of the image's side. Shapes do not touch and do not leave the image.
+RADIUS = (0.18, 0.22)  # to a shape's outermost point
+APART = (0.22, 0.26)  # distance from the scene's centre to each shape's centre, along the relation's axis
+ASIDE = 0.12  # largest offset of a shape, across that axis
+OFF_CENTRE = 0.02  # largest offset of the scene's centre, along each axis
 
 # 3 and 8 have no common factor, and 2 and 5 differ, so each shape and each colour is held out twice.
 UNSEEN = tuple((colour, SHAPES[(3 * i + j) % len(SHAPES)]) for i, colour in enumerate(COLOURS) for j in (2, 5))
@@ -46,8 +46,8 @@ SPLITS = {
   **dict.fromkeys((f"choice_{split}" for split in MEASURED), 4096),
   "all": 8192,
 }
-TOGETHER = 8  # scenes of training: four of the same two objects, and four of two others of the same colours
-ORBIT = 8  # scenes that swaps of colours and of objects, and the other relation, make of one
+TOGETHER = 8  # consecutive scenes of training: four of the same two objects, and four of two others of the same colours
+ORBIT = 8  # number of scenes that swapping colours, objects or the relation makes of one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +71,17 @@ class Scene:
 
   @property
   def swapped_colours(self) -> Scene:
-    """Return the scene with each shape in the colour of the other."""
+    """Return the scene with the two shapes' colours swapped."""
     (colour, shape), (other_colour, other_shape) = self.first, self.second
     return Scene((other_colour, shape), (colour, other_shape), self.relation)
 
   @property
   def swapped_objects(self) -> Scene:
-    """Return the scene with each shape in the place of the other."""
+    """Return the scene with the two shapes' places swapped."""
     return Scene(self.second, self.first, self.relation)
 
   def others(self, part: int) -> list[Scene]:
-    """Return the scenes in which one of the two has another colour or shape that neither has, with as many unseen
-    pairs.
+    """Return the scenes in which one of the two shapes gets a new colour or form, with as many unseen pairs.
 
     Args:
       part: 0 to change a colour, 1 to change a shape.
@@ -98,7 +97,7 @@ class Scene:
 
 
 def say(first: Pair, relation: str, second: Pair) -> str:
-  """Word the caption of two shapes and their relation."""
+  """Write the caption of two shapes and their relation."""
   return f"a {' '.join(first)} {relation} a {' '.join(second)}"
 
 
@@ -107,10 +106,10 @@ def scenes_of(split: str) -> tuple[Scene, ...]:
   """Return the scenes of a split, each once.
 
   `train` has every scene of two seen pairs that share neither colour nor shape. Similar scenes follow each other:
-  unless they meet in a batch, relations and shapes are learned late, or only in some runs. `val` and `test` have such
+  unless they share a batch, relations and shapes are learned late, or only in some runs. `val` and `test` have such
   scenes too, and `val_unseen` and `test_unseen` those with one unseen pair. For each of these four, `choice_...` has
-  the scenes whose swapped colours name as many unseen pairs: all eight of an orbit, one after another. `all`, from
-  which a judge of images learns, has every two pairs, also equal ones.
+  the scenes whose swapped colours name as many unseen pairs: all eight of an orbit, one after another. `all`, on which
+  the judge is trained, has every two pairs, even two equal ones.
   """
   pairs = {"train": SEEN, "all": PAIRS}.get(split)
   if pairs is not None:
@@ -128,13 +127,13 @@ def scenes_of(split: str) -> tuple[Scene, ...]:
 
 
 def _alike_together(scenes: Sequence[Scene]) -> list[Scene]:
-  """Put scenes of the same two colours after each other, and among these the four of the same two objects."""
+  """Order scenes so that those of the same two colours follow each other, the four of the same two objects together."""
   by_colours: dict[frozenset[str], dict[Scene, None]] = {}
   for scene in scenes:
     orders = sorted((scene, scene.swapped_objects), key=lambda order: (order.first, order.second))
     of_objects = (dataclasses.replace(order, relation=relation) for order in orders for relation in RELATIONS)
     by_colours.setdefault(frozenset((scene.first[0], scene.second[0])), {}).update(dict.fromkeys(of_objects))
-  return [scene for alike in by_colours.values() for scene in alike]
+  return [scene for group in by_colours.values() for scene in group]
 
 
 def _differs(scene: Scene) -> bool:
@@ -143,17 +142,17 @@ def _differs(scene: Scene) -> bool:
 
 @functools.cache
 def _orbits() -> list[tuple[Scene, ...]]:
-  """Return all orbits, in random order. `val` and `test` have every second one each, so they share no scene."""
+  """Return all orbits in random order. `val` and `test` take alternate ones, so they share no scene."""
   every = [Scene(first, second, RELATIONS[0]) for first in PAIRS for second in PAIRS]
   orbits = [*dict.fromkeys(_orbit(scene) for scene in every if _differs(scene))]
   return [orbits[i] for i in np.random.default_rng(0).permutation(len(orbits))]
 
 
 def _orbit(scene: Scene) -> tuple[Scene, ...]:
-  """Return the eight scenes that swaps make of one. Each of the eight gives the same order."""
+  """Return the eight scenes that swaps make of one scene, in an order that does not depend on that scene."""
   own = (scene, scene.swapped_colours)
-  four = sorted((*own, *(alike.swapped_objects for alike in own)), key=lambda alike: (alike.first, alike.second))
-  return tuple(dataclasses.replace(alike, relation=relation) for alike in four for relation in RELATIONS)
+  four = sorted((*own, *(member.swapped_objects for member in own)), key=lambda member: (member.first, member.second))
+  return tuple(dataclasses.replace(member, relation=relation) for member in four for relation in RELATIONS)
 
 
 def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
@@ -186,14 +185,14 @@ class Scenes:
 
   A record is {image: u8[h w 3], caption, captions: both true ones, first: "red star", second, relation, seen: True if
   both of its pairs are seen, key}. In the splits `choice_...` it also has negatives: {kind: false caption} of KINDS.
-  `caption` is one of the two true ones, and the negatives have its wording. The scenes of `scenes_of` take turns, in
-  new images each time. `val`, `val_unseen`, `test` and `test_unseen` have more than 1,024 scenes, with different
-  captions. `seed` changes images, not scenes. In training TOGETHER images follow each other.
+  `caption` is one of the two true ones, and the negatives have its wording. The scenes of `scenes_of` are repeated in
+  turn, in new images each time. `val`, `val_unseen`, `test` and `test_unseen` have more than 1,024 scenes, with
+  different captions. `seed` changes images, not scenes. In training TOGETHER images follow each other.
   """
 
   def __init__(self, *, split: str, image_size: int, seed: int = 0, num_images: int | None = None):
     self._scenes = scenes_of(split)
-    # The split is part of the seed, or two splits of one scene would share images.
+    # The split is part of the seed: otherwise two splits with a common scene would share images.
     self._seed = (seed, tuple(SPLITS).index(split))
     self._has_negatives = split.startswith("choice_")
     self._image_size = image_size
@@ -247,7 +246,7 @@ class Section(sources.Section):
   """The data source `scenes` of a config; `split` is one of SPLITS."""
 
   def open(self) -> sources.Source:
-    if path := str(self.path):  # its images would silently be left out
+    if path := str(self.path):  # its images would otherwise be left out without a message
       raise UserError(f"data.path is {path!r}, and scenes are rendered, from no file: leave the path empty")
     if self.split not in SPLITS:
       raise UserError(f"scenes has no split {self.split!r}; there are {', '.join(SPLITS)}")

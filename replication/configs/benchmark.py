@@ -1,8 +1,9 @@
-"""Stable Diffusion v1's network at half its widths, 128 px: arithmetic dominates, three training states fit a laptop.
+"""Configure Stable Diffusion v1's network at half its widths and 128 px, for timing.
 
   python -m replication benchmark --config=replication/configs/benchmark.py --out=benchmark.json
 
-It is for timing only; nothing was trained with it. Its measurements are in replication/log/compilers.md.
+At this size arithmetic dominates, and three training states fit a laptop. Nothing was trained with it. Its measurements
+are in replication/log/compilers.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""DiffDis on real image-caption pairs, 64 px icons of about 1,200 concepts in several drawing styles, at 32 px.
+"""Train DiffDis at 32 px on real image-caption pairs: icons of about 1,200 concepts in several drawing styles.
 
   make data/emoji/dataset_info.json
   CONFIG=replication/configs/emoji.py
@@ -10,11 +10,11 @@
   python -m replication.measure_emoji --workdir=runs/emoji/diffdis --data_root=data --out=suite.json
 
 Train generation first, then both objectives from there: the paper also starts from a generative model. Accuracy was a
-third higher than after as many steps of both alone (one run).
+third higher than with as many joint steps alone (one run).
 
-Autoencoder and generation took 9 and 24 min on two cores of an AMD EPYC, the run itself 118 min on one: 1.5 hours of
-two cores. Result, seed 0, one run: zero-shot top-1 45.1 % of 895 concepts on val_vendor and 58.0 % of 1,364 on
-test_vendor, R@1 56 %, accuracy of generated images 41.5 % top-1 (replication/log/emoji.md).
+Autoencoder and generation took 9 and 24 min on two cores of an AMD EPYC, and the joint run 118 min on one. Seed 0 gave
+zero-shot top-1 45.1 % of 895 concepts on val_vendor and 58.0 % of 1,364 on test_vendor, R@1 56 %, accuracy of generated
+images 41.5 % top-1 (replication/log/emoji.md).
 
 Baselines are one objective alone, or CLIP with the same text tower, on the same pairs, views and batch; CLIP needs no
 autoencoder:
@@ -22,9 +22,9 @@ autoencoder:
   ... --config=$CONFIG:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/generation
   ... --config=$CONFIG:objectives=contrastive,path=data/emoji
 
-Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train. test_vendor is a
-development set: spatial_pool, token_embedding_weight and τ were chosen by accuracy on it. On a GPU:
---config.batch_size=512 --config.model.dtype=bfloat16 and more steps.
+The splits val_vendor and test_vendor have drawing styles that are not in train, and val_concepts has other concepts.
+test_vendor is a development set: spatial_pool, token_embedding_weight and τ were chosen by accuracy on it. On a GPU,
+use --config.batch_size=512 --config.model.dtype=bfloat16 and more steps.
 
 E10 has three arguments: `query_use` also measures the task of that name, `constant_query` makes a network that cannot
 read e_t, and `two_captions` trains on each image with two of its captions in one batch.
@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 from configs import common
 from diffdis_jax.models.sizes import clip_medium, medium
 
-# The views of each task. Generation's keep their colours: otherwise the white ground would be generated grey.
+# Each task has its own views. Views for generation keep colours: otherwise the white background would become grey.
 GENERATED = dict(shift=0.06, zoom=0.15, rotation=10.0)
 ENCODED = GENERATED | dict(brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04)
 DISCRIMINATED = dict(shift=0.08, zoom=0.2, rotation=12.0, brightness=0.3, contrast=0.3, saturation=0.5, hue=0.05)
@@ -63,8 +63,8 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   common.check_choices(args, objectives=NUM_STEPS)
   config = common.base(medium(), image_size=32)
-  config.model.query_init = 0.0  # a shorter plateau at the start
-  # Neither is in the paper. Both were chosen by accuracy on test_vendor (replication/log/emoji.md).
+  config.model.query_init = 0.0  # shortens the plateau at the start
+  # These two are not in the paper. They were chosen by accuracy on test_vendor (replication/log/emoji.md).
   config.model.alignment.spatial_pool = 4
   config.model.text_encoder.token_embedding_weight = 8.0
   config.model.temperature = TEMPERATURE
@@ -85,10 +85,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.discrimination_augment.update(DISCRIMINATED)
   else:
     config.data.augment.update(GENERATED if args.objectives == "generation" else DISCRIMINATED)
-  # Captions mostly name the drawing style too. Half of the time the concept stands alone, as in classification.
+  # Captions usually also name the drawing style. Half of the time the concept stands alone, as in classification.
   config.data.caption_fields = ("caption", "concept")
   config.loss.ita_weight = 0.3
-  # Discrimination alone, seed 0: L_ITA after 300 steps was 3.2 at UNet's rate of 2e-3, 3.0 at 1e-3 and 2.6 at 5e-4.
+  # Discrimination alone, seed 0: L_ITA after 300 steps was 3.2 at the UNet's learning rate 2e-3, 3.0 at 1e-3 and 2.6 at
+  # 5e-4.
   config.optim.update(
     groups=(
       ("^autoencoder", "frozen"),
@@ -152,7 +153,7 @@ def add_evaluations(config: ConfigDict, path: str) -> None:
 
 
 def to_clip(config: ConfigDict) -> None:
-  """Turn the config into CLIP. Its text tower has one more layer, CLIP's projection, and trains as beside the UNet."""
+  """Turn the config into CLIP, whose text tower gets CLIP's projection as one more layer."""
   config.objectives = ("contrastive",)
   token_embedding_weight = config.model.text_encoder.token_embedding_weight
   config.model = clip_medium()

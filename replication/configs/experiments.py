@@ -30,16 +30,16 @@ from ml_collections import ConfigDict
 
 from configs import clip_cc3m, common
 
-STEPS = 900  # of 64 images; equal samples
+STEPS = 900  # of 64 images, for arms with equal samples
 # Seconds of a step on one idle core, by objectives: medians of 15 rounds in turns, measured by
 # `python -m replication benchmark --config=scenes.py --rounds=15 --out=F.json`, before the first run.
 STEP_SECONDS = {"generation": 0.251, "discrimination": 0.157, "generation+discrimination": 0.356}
-EMOJI_STEPS = 600  # of 64 images; equal samples
-# The same for emoji.py, by what is trained: with `path=data/emoji`; with
-# `--config.model.alignment.spatial_pool=0 --config.model.text_encoder.token_embedding_weight=0`, as "discrimination
-# without additions"; and with `objectives=contrastive,path=data/emoji`, as "CLIP" with that last field,
-# and as "CLIP with parts" and "convolutional CLIP" with CLIPS's. The other core was busy.
-# Both objectives were timed later, by the first of these commands: 2.744 times discrimination, here in its seconds.
+EMOJI_STEPS = 600  # of 64 images, for arms with equal samples
+# The same for emoji.py, by what is trained: with `path=data/emoji`; with `--config.model.alignment.spatial_pool=0
+# --config.model.text_encoder.token_embedding_weight=0`, as "discrimination without additions"; with
+# `objectives=contrastive,path=data/emoji`, as "CLIP" with that last field; and as "CLIP with parts" and "convolutional
+# CLIP" with the fields of CLIPS. The other core was busy. Both objectives were timed later with the first command:
+# 2.744 times discrimination, here converted to its seconds.
 EMOJI_STEP_SECONDS = {
   "generation": 0.972,
   "discrimination": 0.519,
@@ -50,12 +50,12 @@ EMOJI_STEP_SECONDS = {
   "convolutional CLIP": 0.250,
 }
 RATES = (3e-4, 1e-3, 3e-3)
-# The best rate of RATES for each CLIP, by top-1 on val_vendor in the table of e4_rates (measured/e4_rates_runs.tar.xz).
+# The best learning rate of RATES for each CLIP, by top-1 on val_vendor (measured/e4_rates_runs.tar.xz).
 CLIP_RATES: dict[str, float] = {"CLIP": 1e-3, "CLIP with parts": 1e-3, "convolutional CLIP": 1e-3}
 # Turn off the two additions of emoji.py that the paper's model lacks.
 WITHOUT_PARTS: dict[str, Any] = dict(alignment=dict(spatial_pool=0))
 WITHOUT_TOKENS: dict[str, Any] = dict(text_encoder=dict(token_embedding_weight=0.0))
-# Map the name of a CLIP to what differs in its model: parts of its tokens, as in DiffDis's head, or its UNet's levels.
+# The change to the model for each CLIP: parts of its tokens, as in DiffDis's head, or the UNet's levels as its tower.
 CLIPS: dict[str, dict[str, Any]] = {
   "CLIP": WITHOUT_TOKENS,
   "CLIP with parts": dict(vision_encoder=dict(spatial_pool=4)),
@@ -66,18 +66,18 @@ CLIPS: dict[str, dict[str, Any]] = {
 # CLIP lacks these fields of an evaluation's protocol.
 # Table 7 compares these timesteps t_z of the clean image with the paper's 1000.
 TIMESTEPS: dict[str, dict[str, Any]] = {f"timestep {t_z}": dict(condition_timestep=t_z) for t_z in (0, 999)}
-QUERY_STEPS = 1800  # of E10
-NO_SIGNAL = 1e-12  # γ of the arm whose e_t is noise alone; γ has to be above 0
-# Measure a run at its end only.
+QUERY_STEPS = 1800  # steps of E10's runs
+NO_SIGNAL = 1e-12  # γ of the arm whose e_t is pure noise; γ must be above 0
+# Measure a run only at its end.
 QUIET = dict(train_evals=(), sample_prompts=(), save_every=450, sample_every=100_000, eval_every=100_000)
 
 
 def get_config(arg: str = "") -> ConfigDict:
   args = common.parse_arg(arg, **dict.fromkeys(EXPERIMENTS, False))
-  asked = [name for name in EXPERIMENTS if args[name]]
-  if len(asked) != 1:
+  requested = [name for name in EXPERIMENTS if args[name]]
+  if len(requested) != 1:
     raise ValueError(f"argument should be one of {', '.join(EXPERIMENTS)}")
-  return ConfigDict(EXPERIMENTS[asked[0]]())
+  return ConfigDict(EXPERIMENTS[requested[0]]())
 
 
 def e1() -> dict[str, Any]:
@@ -105,8 +105,8 @@ def e1() -> dict[str, Any]:
 
 
 def e3() -> dict[str, Any]:
-  """Ask which parts matter. The arms of the clean image's timestep t_z train both objectives: without generation, no
-  other image has a timestep."""
+  """Ask which parts matter. The arms of the clean image's timestep t_z train both objectives, since without generation
+  no other image has a timestep."""
   arms, claims = [], []
   for base, changes in (("discrimination", _parts(1.0, 0.1)), ("both", TIMESTEPS)):
     arms.append(_arm(base, base, num_steps=STEPS))
@@ -116,7 +116,7 @@ def e3() -> dict[str, Any]:
 
 
 def e2() -> dict[str, Any]:
-  """Ask why generation first helps: by its captions, its images, or the minutes it takes."""
+  """Ask why generation first helps: because of its captions, its images, or its extra minutes."""
   seconds = _measured_seconds("generation", "discrimination")
   minutes = EMOJI_STEPS * (seconds["generation"] + seconds["discrimination"]) / 60
   same: dict[str, Any] = dict(num_steps=EMOJI_STEPS)
@@ -137,16 +137,16 @@ def e2() -> dict[str, Any]:
 
 
 def e4_rates() -> dict[str, Any]:
-  """Choose the rate of each CLIP, by a seed that is in no table. No test compares them."""
+  """Choose the learning rate of each CLIP, by a seed that is in no table. No test compares them."""
   arms = [_clip(name, f"{name}, rate {rate:g}", rate=rate, num_steps=EMOJI_STEPS) for name in CLIPS for rate in RATES]
   return dict(title="Which rate is each CLIP's?", arms=tuple(arms))
 
 
 def e4() -> dict[str, Any]:
-  """Ask whether the lead over CLIP is fair. Each comparison is of two networks with the same text tower and head."""
+  """Ask whether the lead over CLIP is fair. Each comparison has two networks with the same text tower and head."""
   if missing := [name for name in CLIPS if name not in CLIP_RATES]:
     raise ValueError(f"no rate is chosen for {', '.join(missing)}; run e4_rates and add it to CLIP_RATES")
-  alone = {"CLIP": "discrimination without additions"}  # as long as which DiffDis, if not that with its additions
+  alone = {"CLIP": "discrimination without additions"}  # the arm with equal minutes, if not "discrimination"
   seconds = _measured_seconds("discrimination", *alone.values(), *CLIPS)
   same: dict[str, Any] = dict(num_steps=EMOJI_STEPS)
   arms = []
@@ -170,13 +170,13 @@ def e4() -> dict[str, Any]:
 
 
 def e5() -> dict[str, Any]:
-  """Measure classes that are rare in the start too. Every seed measures the set of shapes_lt.py:seed=0."""
+  """Measure classes that the start has not seen either. Every seed measures the data set of shapes_lt.py:seed=0."""
   arms = []
-  for classes, seen in (("all classes", "stage=0,all_classes"), ("no low classes", "stage=0")):
+  for classes, start_args in (("all classes", "stage=0,all_classes"), ("no low classes", "stage=0")):
     for model, backbone in (("DiffDis", "diffdis"), ("CLIP", "clip")):
-      stages = {", start": seen, ", stage 1": "stage=1", "": "stage=2"}
+      stages = {", start": start_args, ", stage 1": "stage=1", "": "stage=2"}
       if model == "DiffDis":
-        stages = {", autoencoder": f"{seen},autoencoder", **stages}
+        stages = {", autoencoder": f"{start_args},autoencoder", **stages}
       start = ""
       for stage, args in stages.items():
         name = f"{model}, {classes}{stage}"
@@ -192,8 +192,8 @@ def e5() -> dict[str, Any]:
 
 
 def e6() -> dict[str, Any]:
-  """Ask whether stronger augmentation makes the better CLIP. The arms differ only in their views of the images; none
-  has those of emoji.py."""
+  """Ask whether stronger augmentation makes a better CLIP. The arms differ only in their views of the images; none has
+  the views of emoji.py."""
   plain = common.base(clip_cc3m.clip_small(), image_size=32).data.augment.to_dict()
   arms = [
     _clip("CLIP", recipe, num_steps=EMOJI_STEPS, data=dict(augment=plain | clip_cc3m.RECIPES[recipe]))
@@ -204,7 +204,7 @@ def e6() -> dict[str, Any]:
 
 
 def e7() -> dict[str, Any]:
-  """Ask which parts matter on emoji, without spatial pooling: its means of the feature map bypass the fusion block."""
+  """Ask which parts matter on emoji without spatial pooling, whose means of the feature map bypass the fusion block."""
   base = "discrimination, no spatial pooling"
   arms, claims = [_arm(base, "discrimination", num_steps=EMOJI_STEPS, model=WITHOUT_PARTS)], []
   for name, change in _parts(1.0, 0.3).items():  # the config's own γ is 0.1
@@ -236,12 +236,12 @@ def e9() -> dict[str, Any]:
 
 
 def e10() -> dict[str, Any]:
-  """Ask whether the noised text query helps, by arms that cannot read it and arms that are made to read it."""
+  """Ask whether the noised text query helps, by arms that cannot read it and arms that are forced to read it."""
   return _query("Is the text query used?", {}, "test_unseen/acc1", 3.0)
 
 
 def e10_emoji() -> dict[str, Any]:
-  """Ask the same on emoji, without spatial pooling: its means of the feature map bypass the text token."""
+  """Ask the same on emoji without spatial pooling, whose means of the feature map bypass the text token."""
   return _query("Is the text query used, on emoji?", WITHOUT_PARTS, TOP1, 2.0)
 
 
@@ -259,10 +259,10 @@ def _query(title: str, model: dict[str, Any], column: str, bound: float) -> dict
     "two captions": strong | dict(args=",two_captions"),
     "two captions, constant": plain | dict(args=",constant_query,two_captions"),
   }
-  arms = tuple(_arm(name, "discrimination", num_steps=QUERY_STEPS, **each) for name, each in fields.items())
+  arms = tuple(_arm(name, "discrimination", num_steps=QUERY_STEPS, **arm_fields) for name, arm_fields in fields.items())
   bases = {"two captions": "two captions, constant"}
-  asked = [name for name in fields if not name.endswith("constant")]
-  claims = tuple(_claim(name, bases.get(name, "constant"), column, bound) for name in asked)
+  reading = [name for name in fields if not name.endswith("constant")]
+  claims = tuple(_claim(name, bases.get(name, "constant"), column, bound) for name in reading)
   return dict(title=title, arms=arms, claims=claims)
 
 
@@ -272,7 +272,7 @@ EXPERIMENTS |= {"e9": e9, "e10": e10, "e10_emoji": e10_emoji}
 
 
 def _parts(*gammas: float) -> dict[str, dict[str, Any]]:
-  """Return name -> what an arm of discrimination alone changes in the fusion block or the text diffusion."""
+  """Return, by name, the changes of an arm of discrimination alone in the fusion block or the text diffusion."""
   return {
     "without fusion": dict(model=dict(fusion=False)),
     "own attention": dict(model=dict(share_attention=False)),
@@ -295,7 +295,7 @@ def _measured_seconds(*names: str) -> dict[str, float]:
 
 
 def _clip(kind: str, name: str, *, rate: float | None = None, **fields: Any) -> dict[str, Any]:
-  """Return an arm that is one of CLIPS; by default at the config's rate."""
+  """Return an arm with one of CLIPS, by default at the config's learning rate."""
   if rate:
     fields["optim"] = dict(rates=dict(new=rate))
   return _arm(name, "contrastive", model=CLIPS[kind], **fields) | dict(speed=kind)

@@ -1,4 +1,4 @@
-"""Draw README's picture with the included model `shapes`: what it generates, and how it classifies.
+"""Draw README's picture: images that the included model `shapes` generates, and how it classifies one.
 
   python -m replication.figures.face
 
@@ -26,10 +26,10 @@ BARS = 3
 def main(workdir: str = "shapes") -> None:
   model = diffdis_jax.load(workdir)
   names = [f"{colour} {shape}" for colour, shape in shapes.UNSEEN]
-  drawn = model.generate([f"a {name}" for name in names], seed=0)
+  generated = model.generate([f"a {name}" for name in names], seed=0)
   source = shapes.Shapes(split="unseen", image_size=32, seed=1)
-  asked = source[0]["image"]
-  (scores,) = model.classify(asked, shapes.CLASSNAMES).scores
+  classified = source[0]["image"]
+  (scores,) = model.classify(classified, shapes.CLASSNAMES).scores
 
   # With four columns the letters can be read on a phone.
   figure = plt.figure(figsize=(style.WIDTH, 6.6), layout="none")
@@ -39,9 +39,9 @@ def main(workdir: str = "shapes") -> None:
     width,
     0.235 * style.WIDTH / 6.6,
   )
-  for i, (name, image) in enumerate(zip(names, drawn, strict=True)):
+  for i, (name, image) in enumerate(zip(names, generated, strict=True)):
     _show(figure.add_axes(place(i % 4, i // 4)), image, f"a {name}")
-  _show(figure.add_axes(place(0, 2)), asked, "what is it?")
+  _show(figure.add_axes(place(0, 2)), classified, "what is it?")
   _bars(figure.add_axes(place(2, 2, 0.48)), scores)
   # This figure needs its own backend, since that of style.py writes SVG.
   figure.savefig(OUT, dpi=100, transparent=True, backend="agg")

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from replication.figures.style import INK, OFF, SOFT, TEXT, WIDTH, Figure, ends, reach
 from replication.measured import paired, replication
 
-LINE = 0.27  # inches
+LINE = 0.27  # inches a line
 
 
 class Comparison(NamedTuple):
@@ -47,26 +47,26 @@ def forest(comparisons: Sequence[Comparison], panels: Sequence[str], title: str)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.axvline(0, color=OFF)
     for significant, colour in ((False, SOFT), (True, TEXT)):
-      there = [(y, difference) for y, difference, _ in points if difference is not None]
-      shown = [(y, difference) for y, difference in there if difference["is_significant"] == significant]
-      whole = [(y, difference) for y, difference in shown if difference["low"] is not None]
+      marked = [(y, difference) for y, difference, _ in points if difference is not None]
+      same_style = [(y, difference) for y, difference in marked if difference["is_significant"] == significant]
+      ranged = [(y, difference) for y, difference in same_style if difference["low"] is not None]
       # One line with gaps takes a fifth of the bytes of many lines.
-      x = [value for _, difference in whole for value in (difference["low"], difference["high"], math.nan)]
-      axes.plot(x, [y for y, _ in whole for _ in range(3)], color=colour, lw=2)
-      axes.plot([difference["mean"] for _, difference in whole], [y for y, _ in whole], "o", color=colour)
-      alone = [(y, difference) for y, difference in shown if difference["low"] is None]
+      x = [value for _, difference in ranged for value in (difference["low"], difference["high"], math.nan)]
+      axes.plot(x, [y for y, _ in ranged for _ in range(3)], color=colour, lw=2)
+      axes.plot([difference["mean"] for _, difference in ranged], [y for y, _ in ranged], "o", color=colour)
+      alone = [(y, difference) for y, difference in same_style if difference["low"] is None]
       axes.plot([difference["mean"] for _, difference in alone], [y for y, _ in alone], "o", color=colour, mfc="none")
     if any(bound for *_, bound in points):
       axes.barh([y for y, *_ in points], [2 * b for *_, b in points], 0.8, [-b for *_, b in points], color=OFF, lw=0)
   first = grid[0, 0]
-  at = first.get_yaxis_transform()
+  axis_transform = first.get_yaxis_transform()
   for y, heading, lines in rows:
     labels = [(heading, INK)] * bool(heading) + [(line, SOFT) for line in lines]
     for k, (words, colour) in enumerate(labels):
-      first.text(0, y - 0.7 - (len(labels) - 1 - k), words, color=colour, transform=at, in_layout=False)
-  drawn = [difference for row in comparisons for difference in row.differences if difference is not None]
+      first.text(0, y - 0.7 - (len(labels) - 1 - k), words, color=colour, transform=axis_transform, in_layout=False)
+  present = [difference for row in comparisons for difference in row.differences if difference is not None]
   handles = [Line2D([], [], marker="o", ls="", color=SOFT, label="not significant")]
-  if any(difference["is_significant"] for difference in drawn):
+  if any(difference["is_significant"] for difference in present):
     handles.append(Line2D([], [], marker="o", ls="", color=TEXT, label="significant (Holm)"))
   band = "; band: the bound of no effect" if any(comparison.bound for comparison in comparisons) else ""
   figure.legend(handles=handles, loc="outside lower left", ncols=2, title=f"points, 95 % intervals{band}")

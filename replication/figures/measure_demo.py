@@ -1,7 +1,7 @@
 """Measure the run of `make demo` for the figures: python -m replication.figures.measure_demo --demo=runs/demo
 
-It writes demo_run.json and denoising.png into replication/measured, in some minutes of one core; --parts=LIST does a
-part.
+It writes demo_run.json and denoising.png into replication/measured, in a few minutes of one core. --parts=LIST measures
+only some parts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from replication.measured import records
 
 FLAGS = flags.FLAGS
 CURVES = ("loss", "loss_generation", "loss_discrimination")
-POINTS = 75  # largest number of points of a curve
-PROMPTS = ("a red circle", "a green star", "a purple ring")  # training never saw the second pair
+POINTS = 75  # largest number of points in a curve
+PROMPTS = ("a red circle", "a green star", "a purple ring")  # the second pair is unseen
 FRAMES = 6
 CANDIDATES = 16  # images generated for each prompt
 KEPT_OF = (1, 2, 4, 8)
@@ -59,7 +59,7 @@ def training(run: pathlib.Path) -> dict[str, Any]:
 
 
 def classes(run: pathlib.Path) -> dict[str, Any]:
-  """Return the zero-shot accuracy of each class, measured like the demo's own evaluation of all of them."""
+  """Return the zero-shot accuracy of each class, measured like the demo's own accuracy over all classes."""
   model, params = inference.load(str(run))
   accuracy: dict[str, float] = {}
   for section in tasks.of_config(run_config.load(str(run)).evals, tasks=("zero_shot",)):
@@ -68,12 +68,16 @@ def classes(run: pathlib.Path) -> dict[str, Any]:
     names, labels = zero_shot.names, zero_shot.labels
     images = base.embed_images(model, params, zero_shot.source, np.arange(len(labels)), seed=0)
     texts = base.embed_texts(model, params, [prompts.fill(zero_shot.all_templates[0], name) for name in names])
-    right = base.ranks(images, texts, query_groups=labels, key_groups=np.arange(len(names))) == 0
-    recalls = class_recalls(right, labels)
+    is_right = base.ranks(images, texts, query_groups=labels, key_groups=np.arange(len(names))) == 0
+    recalls = class_recalls(is_right, labels)
     accuracy |= {names[k]: round(100 * float(x), 2) for k, x in zip(np.unique(labels), recalls, strict=True)}
-  what = "zero-shot top-1 of 64 classes, by class: 16 images of each seen pair, 112 of each unseen one"
+  description = "zero-shot top-1 of 64 classes, by class: 16 images of each seen pair, 112 of each unseen one"
   return {
-    "accuracy by class": {"what": what, "unit": "%", "values": {name: accuracy[name] for name in shapes.CLASSNAMES}}
+    "accuracy by class": {
+      "what": description,
+      "unit": "%",
+      "values": {name: accuracy[name] for name in shapes.CLASSNAMES},
+    }
   }
 
 
@@ -84,22 +88,22 @@ def best_of_n(run: pathlib.Path) -> dict[str, Any]:
   """
   model, params = inference.load(str(run))
   texts = [f"a {name}" for name in shapes.CLASSNAMES]
-  asked = np.tile(np.arange(len(texts)), CANDIDATES)
+  prompt_of = np.tile(np.arange(len(texts)), CANDIDATES)
   tokens = Tokenizer(model.max_length)(texts)
-  images = model.generate(params, tokens[asked], model.noise(len(asked), seed=0))
+  images = model.generate(params, tokens[prompt_of], model.noise(len(prompt_of), seed=0))
   queries, e = model.embed_images(params, images, seed=0), model.embed_texts(params, tokens)
-  scores = np.einsum("nd,nd->n", queries, e[asked]).reshape(CANDIDATES, len(texts))
+  scores = np.einsum("nd,nd->n", queries, e[prompt_of]).reshape(CANDIDATES, len(texts))
   judge = ShapeJudge(0, classifier_steps=200).train(model.image_size).model
   squares = np.stack([base.to_square(image, generation_accuracy.SIZE) for image in images])
-  right = (generation_accuracy.pairs_of(judge, squares) == PAIRS[asked]).all(axis=-1).astype(float)
-  ranked = np.take_along_axis(right.reshape(scores.shape), np.argsort(-scores, axis=0, kind="stable"), axis=0)
+  is_right = (generation_accuracy.pairs_of(judge, squares) == PAIRS[prompt_of]).all(axis=-1).astype(float)
+  ranked = np.take_along_axis(is_right.reshape(scores.shape), np.argsort(-scores, axis=0, kind="stable"), axis=0)
   seen = np.array([pair in shapes.SEEN for pair in shapes.PAIRS])
   figures = {}
-  for which, chosen in (("seen", seen), ("unseen", ~seen)):
+  for kind, chosen in (("seen", seen), ("unseen", ~seen)):
     by_rank = ranked[:, chosen].mean(axis=1)
     values = {str(n): round(100 * float(np.dot(first_of(n, CANDIDATES), by_rank)), 2) for n in KEPT_OF}
-    figures[f"best of n/{which}"] = {
-      "what": f"accuracy of the first of n generated images by the model's own query, {which} pairs, by n",
+    figures[f"best of n/{kind}"] = {
+      "what": f"accuracy of the first of n generated images by the model's own query, {kind} pairs, by n",
       "unit": "%",
       "values": values,
       "of": {"images": CANDIDATES, "settings": "demo"},
@@ -108,7 +112,7 @@ def best_of_n(run: pathlib.Path) -> dict[str, Any]:
 
 
 def first_of(n: int, total: int) -> list[float]:
-  """Return, for each rank from 0, the best, how often its image is the best of n random ones."""
+  """Return, for each rank (0 is best), how often its image is the best of n random ones."""
   return [math.comb(total - 1 - rank, n - 1) / math.comb(total, n) for rank in range(total)]
 
 
@@ -119,18 +123,18 @@ def denoising(run: pathlib.Path) -> dict[str, Any]:
   rows, times = [], []
   for prompt in PROMPTS:
     steps = how.generation_steps
-    drawn = sampler.generate(prompt, seed=0, steps=steps, guidance_scale=how.generation_guidance, frames=steps)
-    frames = [*drawn]
+    steps_shown = sampler.generate(prompt, seed=0, steps=steps, guidance_scale=how.generation_guidance, frames=steps)
+    frames = [*steps_shown]
     places = np.linspace(0, len(frames) - 1, FRAMES + 1).round().astype(int)
-    # A step gives z at the timestep of the next step; the last one gives the image.
+    # A step gives z at the next step's timestep; the last step gives the image.
     times = [frames[i + 1].t if i + 1 < len(frames) else 0 for i in places]
     rows += [np.concatenate([frames[i].noisy for i in places], axis=1)]
     rows += [np.concatenate([frames[i].guided for i in places], axis=1)]
   Image.fromarray(np.concatenate(rows)).save(records.HERE / "denoising.png", optimize=True)
   of = {"prompts": PROMPTS, "t": times, "image_size": model.image_size, "guidance": how.generation_guidance}
-  what = "denoising.png: DDIM steps of a generation, by prompt z_t decoded and the prediction of z_0"
+  description = "denoising.png: DDIM steps of a generation, by prompt z_t decoded and the prediction of z_0"
   values = {"steps": how.generation_steps}
-  return {"denoising": {"what": what, "values": values, "of": {**of, "settings": "demo"}}}
+  return {"denoising": {"what": description, "values": values, "of": {**of, "settings": "demo"}}}
 
 
 PARTS: Mapping[str, Callable[[pathlib.Path], dict[str, Any]]] = {

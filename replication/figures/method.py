@@ -22,7 +22,7 @@ class Strip:
     title: name of the use.
     image: what enters the image stream.
     caption: what cross-attention reads.
-    query: what enters the text stream; None where there is none, and the UNet is Stable Diffusion's.
+    query: what enters the text stream; None for Stable Diffusion's UNet, which has none.
     out: what comes out.
     loop: what is fed back, in words; empty for nothing.
   """
@@ -57,7 +57,7 @@ STRIPS = (
 
 def draw(axes: Any, strip: Strip, top: float) -> None:
   """Draw a strip, with its upper edge at `top`."""
-  # Heights of the image stream and of the text stream.
+  # Heights of the image stream and the text stream.
   discriminates, middle, below = strip.query is not None, top + 118, top + 212
 
   def text(x: float, y: float, words: str, colour: str = SOFT, **how: Any) -> None:

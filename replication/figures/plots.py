@@ -34,13 +34,13 @@ def emoji_generation_first() -> Figure:
       3600: "generation_3600_first_discrimination_1800",
     },
   }
-  asked = paired.TABLES["generation first"]
+  table = paired.TABLES["generation first"]
   figure, grid = plt.subplots(1, 2, figsize=(WIDTH, 5.4), sharey=True)
   for axes, split in zip(grid, ("val_vendor", "test_vendor"), strict=True):
     axes.set(title=split.replace("_", " "), ylim=(20, 70), xticks=(0, 1800, 3600, 5400))
     axes.grid(axis="y")
     for (steps, starts), colour in zip(runs.items(), (TEXT, SOFT), strict=True):
-      seeds = {x: [*paired.figures_of(asked, start)[f"{split}/acc1"].values()] for x, start in starts.items()}
+      seeds = {x: [*paired.figures_of(table, start)[f"{split}/acc1"].values()] for x, start in starts.items()}
       axes.plot([*seeds], [np.mean(values) for values in seeds.values()], color=colour, lw=2, label=f"{steps:,}")
       points = [(x, value) for x, values in seeds.items() for value in values]
       axes.plot(*zip(*points, strict=True), "o", color=colour)
@@ -76,15 +76,15 @@ def long_tail() -> Figure:
   )
 
 
-# ---- estimates of compilers
+# ---- estimates from compiled programs
 
 SIGNS = {"at least": "≥ ", "at most": "≤ ", "about": "≈ "}
-INVERSE = {"at least": "≤ ", "at most": "≥ ", "about": "≈ "}  # sign of a time, by the sign of the rate
+INVERSE = {"at least": "≤ ", "at most": "≥ ", "about": "≈ "}  # sign of a time, by the bound of the rate
 NOTE = "Empty bars: upper bounds.\nCompilers' estimates; nothing was run on these chips."
 
 
 class Estimate(NamedTuple):
-  """The estimate of preflight for a layout: memory in GiB, step in ms, and images a second on all chips."""
+  """The estimate of preflight for a layout: memory in GiB, step time in ms, and images a second on all chips."""
 
   chip: str
   chips: int
@@ -107,9 +107,9 @@ def estimates() -> list[Estimate]:
       chips = math.prod(int(part) for part in layout.split("x"))
       fsdp = dict(part.split("=") for part in of.get("mesh", "fsdp=4").split(","))[
         "fsdp"
-      ]  # preflight.md's command has 4
+      ]  # preflight.md's command uses 4 chips
       rate, memory, available = values["images/s"], values["memory a chip, GiB"], values["of GiB"]
-      # A time that is not recorded follows from the rate.
+      # A time that was not recorded follows from the rate.
       times = [values[name] for name in ("optimal_seconds, ms", "cycles, ms") if name in values]
       step = times[0] if times else 1000 * of["batch"] / rate
       bound = next((bound for bound in SIGNS if of.get("bound", "").startswith(bound)), "about")
@@ -121,14 +121,14 @@ def estimates() -> list[Estimate]:
 def bars(axes: Any, y: Any, widths: Any, rows: list[Estimate]) -> None:
   """Draw bars with their rates: full for an estimate or a lower bound, empty for an upper bound."""
   full = ["none" if row.bound == "at most" else TEXT for row in rows]
-  drawn = axes.barh(y, widths, 0.42, color=full, edgecolor=TEXT, lw=1.5)
-  axes.bar_label(drawn, [f"{SIGNS[row.bound]}{row.rate:,.0f}" for row in rows], padding=6, color=SOFT)
+  patches = axes.barh(y, widths, 0.42, color=full, edgecolor=TEXT, lw=1.5)
+  axes.bar_label(patches, [f"{SIGNS[row.bound]}{row.rate:,.0f}" for row in rows], padding=6, color=SOFT)
   axes.set(xticks=(), yticks=(), ylim=(max(y) + 0.5, min(y) - 1))
   axes.spines[:].set_visible(False)
 
 
 def chips() -> Figure:
-  """Plot memory a chip, images a second and chip, and the step's time, for the first layout of each number of chips."""
+  """Plot memory, images a second per chip, and step time, for the first layout of each number of chips."""
   chosen: dict[tuple[str, int], Estimate] = {}
   for row in estimates():
     chosen.setdefault((row.chip, row.chips), row)
@@ -153,7 +153,7 @@ def chips() -> Figure:
 
 
 def mesh() -> Figure:
-  """Plot images a second and memory a chip, for chips with estimates of several layouts."""
+  """Plot images a second and memory per chip, for chips with estimates of several layouts."""
   layouts = estimates()
   names = [name for name, count in Counter(row.chip for row in layouts).items() if count > 1]
   groups = {name: [row for row in layouts if row.chip == name] for name in names}
@@ -174,7 +174,8 @@ def mesh() -> Figure:
 
 
 def scaling() -> Figure:
-  """Plot the time of the parts of a joint step over the number of chips, at a constant batch a chip; a panel a kind."""
+  """Plot the time of each part of a joint step over the number of chips at a constant batch per chip, a panel for each
+  kind."""
   kinds: dict[str, list[records.Record]] = {}
   for name, row in records.load("estimates").items():
     if name.startswith("weak scaling/"):
@@ -187,9 +188,9 @@ def scaling() -> Figure:
     parts = {"computing": took["computing"], "exchange": took["step"] - took["computing"] - took["hops"]}
     for (part, times), colour in zip({**parts, "latency": took["hops"]}.items(), (TEXT, IMAGE, SOFT), strict=True):
       shades = [f"{colour}{'73' if row.of['row'] == 'fitted' else 'e6'}" for row in rows]
-      drawn = axes.bar(range(len(rows)), times, 0.65, below, color=shades, label=part)
+      patches = axes.bar(range(len(rows)), times, 0.65, below, color=shades, label=part)
       below += times
-    axes.bar_label(drawn, [f"{row.values['efficiency, %']:.0f} %" for row in rows], padding=3)
+    axes.bar_label(patches, [f"{row.values['efficiency, %']:.0f} %" for row in rows], padding=3)
     axes.set(title=f"{name}, {first['batch'] // first['chips']} images a chip", ylabel="ms", xticks=range(len(rows)))
     axes.set_xticklabels([row.of["chips"] for row in rows])
     axes.margins(y=0.12)
@@ -207,7 +208,7 @@ def scaling() -> Figure:
 
 
 def demo_seeds() -> Figure:
-  """Plot the accuracy of each seed on two kinds of processor, a line for each figure, with the means."""
+  """Plot the accuracy of each seed on two kinds of CPU, a line for each metric, with the means."""
   rows = {
     "seen": "zero-shot, seen pairs",
     "unseen": "zero-shot, unseen pairs",
@@ -249,7 +250,7 @@ def demo_training() -> Figure:
 
 
 def demo_by_class() -> Figure:
-  """Plot zero-shot accuracy of each pair of colour and shape; a frame marks those that training never saw."""
+  """Plot zero-shot accuracy of each pair of colour and shape; a frame marks unseen pairs."""
   accuracy = records.record("demo_run", "accuracy by class").values
   figure, axes = plt.subplots(figsize=(WIDTH, 8.6))
   for (i, colour), (j, shape) in itertools.product(enumerate(COLOURS), enumerate(SHAPES)):
@@ -294,7 +295,7 @@ def denoising() -> Figure:
   """Plot generation over denoising steps: the decoded latent, and the network's prediction from it."""
   of = records.record("demo_run", "denoising").of
   prompts, steps, pixels = of["prompts"], of["t"], of["image_size"]
-  # Colours in steps of 8 of 256 take half the bytes and look the same.
+  # Steps of 8 in colours take half the bytes and look the same.
   picture = np.asarray(Image.open(records.HERE / "denoising.png").convert("RGB")) // 8 * 8 + 4
   figure, grid = plt.subplots(len(prompts), 1, figsize=(WIDTH, 8.8))
   for i, (axes, prompt) in enumerate(zip(grid, prompts, strict=True)):
@@ -317,13 +318,13 @@ def denoising() -> Figure:
 
 
 def replication_minutes(archive: Mapping[str, Any] | None = None) -> Figure:
-  """Plot the compared figures over minutes of training: a dot for each seed, a number for each arm."""
+  """Plot the compared metrics over minutes of training: a dot for each seed, a number for each arm."""
   timed = (
     "e1",
     "e2",
     "e4",
     "e8",
-  )  # experiments with arms of equal minutes; all arms of the others take the same time
+  )  # these experiments have arms of equal minutes; in all others, all arms take the same time
   arms = [
     arm for arm in replication.measured(archive or replication.stored()) if arm.minutes and arm.experiment in timed
   ]
@@ -332,7 +333,7 @@ def replication_minutes(archive: Mapping[str, Any] | None = None) -> Figure:
   heights = [4.0 + 0.3 * len(group) for _, group in groups]
   figure, grid = plt.subplots(len(groups), 1, figsize=(WIDTH, sum(heights)), height_ratios=heights, squeeze=False)
   for axes, (name, group) in zip(grid[:, 0], groups, strict=True):
-    # A split's name repeats what is measured: test_unseen_generated has generated images of unseen pairs.
+    # The metric already says part of the split's name: test_unseen_generated has generated images of unseen pairs.
     words = re.sub(r"\b(test|val)_(\w+?)(_generated)?\b(?=[, ])", r"\2", group[0].title.strip("↑↓ "))
     seeds = [(arm.minutes, value) for arm in group for value in arm.values]
     means = [(arm.minutes or 0.0, float(np.mean(arm.values))) for arm in group]

@@ -12,8 +12,8 @@ import matplotlib
 from matplotlib import pyplot as plt
 
 WIDTH = 8.0  # inches of 72 units; on a phone of 390 px a letter of 16 units is 11 px high
-# These tones have a contrast of about four to one on white and on black. The image stream's colour is also that of
-# generation, the text stream's that of classification.
+# These tones have a contrast of about four to one on white and on black. The image stream's colour also stands for
+# generation, and the text stream's for classification.
 INK, SOFT, OFF = "#757d87", "#7d8590", "#8b949e73"
 IMAGE, TEXT = "#c26a12", "#3a82d2"
 
@@ -24,7 +24,7 @@ matplotlib.rcParams.update(
   {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "diffdis",
-    "font.sans-serif": ["DejaVu Sans"],  # sets the widths, since no common font is wider
+    "font.sans-serif": ["DejaVu Sans"],  # the widest of the common fonts, for measuring text
     "mathtext.default": "regular",
     "font.size": 16,
     "axes.titlesize": 16,
@@ -52,7 +52,7 @@ matplotlib.rcParams.update(
 
 
 class Figure(NamedTuple):
-  """A figure, and a description of it in words."""
+  """A figure, and its description in words."""
 
   figure: Any
   title: str
@@ -65,8 +65,8 @@ class Figure(NamedTuple):
     svg = file.getvalue().replace("<svg ", f'<svg role="img" font-family="{", ".join(FONTS)}" ', 1)
     for useless in _USELESS:
       svg = re.sub(useless, "", svg, flags=re.DOTALL)
-    svg = re.sub(r"\d+\.\d{2,}", lambda found: f"{float(found[0]):.1f}" if found[0][0] != "0" else found[0][:4], svg)
-    for _ in range(3):  # groups of one element
+    svg = re.sub(r"\d+\.\d{2,}", lambda match: f"{float(match[0]):.1f}" if match[0][0] != "0" else match[0][:4], svg)
+    for _ in range(3):  # each pass opens groups that have one element
       svg = re.sub(r"<g>\s*(<(?:path|use)[^<]*/>|<text[^<]*</text>)\s*</g>", r"\1", svg)
     return re.sub(r"\s*\n\s*", "\n", svg).strip() + "\n"
 
@@ -87,13 +87,13 @@ _USELESS = (
 
 
 def ends(difference: Mapping[str, Any] | None) -> list[float]:
-  """Return the ends of a difference's interval, or its mean twice if there is one seed and so no interval."""
+  """Return the ends of a difference's interval, or its mean twice if one seed gives no interval."""
   if difference is None:
     return []
   return [difference["mean"] if difference[key] is None else difference[key] for key in ("low", "high")]
 
 
 def reach(value: float) -> float:
-  """Return the least number that is not below `value` among 1, 2, 3, 4, 5, 6, 8 times powers of ten; for 0 it is 1."""
+  """Return the least number of 1, 2, 3, 4, 5, 6, 8 times powers of ten that is not below `value`; for 0, return 1."""
   power = 10.0 ** math.floor(math.log10(value)) if value else 1.0
   return next(step * power for step in (1, 2, 3, 4, 5, 6, 8, 10) if step * power >= value)

@@ -1,7 +1,7 @@
 """Make tables of paired differences from the runs in emoji.json and shapes.json.
 
-`ablate table` makes the tables of runs in an --out folder. The runs here were trained by earlier configs, and today's
-code would give them other names. Statistics and layout are the same.
+`ablate table` makes the tables of runs in an --out folder. The runs here were trained by earlier configs, so their
+names differ from today's. Statistics and layout are the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Measured:
     topic: topic of the records.
     rows: label -> beginning of the names of its runs, before `-seed_N`.
     base: label of the row that the others are compared with.
-    columns: figures of the table.
+    columns: metrics of the table.
   """
 
   page: str
@@ -46,7 +46,7 @@ class Measured:
 
 
 def shapes(rows: dict[str, str], *, base: str) -> Measured:
-  """Return a table of rendered shapes: accuracy of generated images, zero-shot top-1 and the mean of both R@1."""
+  """Return a table of rendered shapes: accuracy of generated images, zero-shot top-1, and mean R@1."""
   percent = lambda task, dataset, metric: ablation_tables.Column(
     name=f"{dataset}/{metric}", title="", cells=((task, dataset, metric),), scale=100.0
   )
@@ -63,7 +63,7 @@ def shapes(rows: dict[str, str], *, base: str) -> Measured:
 
 
 def emoji(rows: dict[str, str], *, base: str, most: int = 5) -> Measured:
-  """Return a table of the emoji: zero-shot top-1, and the mean of both R@1; the first `most` columns."""
+  """Return a table of the emoji with the first `most` columns: zero-shot top-1 accuracies, and mean R@1."""
   top1 = lambda split, metric, title: ablation_tables.Column(
     name=f"{split}/{metric}", title=f"{title} ↑", cells=(("zero_shot", split, metric),), scale=100.0
   )
@@ -158,10 +158,10 @@ TABLES = {
 
 
 def figures_of(measured: Measured, start: str) -> dict[str, dict[int, float]]:
-  """Return column -> seed -> figure for the runs of a row.
+  """Return column -> seed -> value for the runs of a row.
 
   Raises:
-    UserError: there is none.
+    UserError: the row has no run.
   """
   figures: dict[str, dict[int, float]] = {column.name: {} for column in measured.columns}
   runs = {name: run for name, run in records.results(measured.topic).items() if name.rpartition("-seed_")[0] == start}
@@ -180,14 +180,17 @@ def table(name: str) -> dict:
   """Return the table in the form of tables.json."""
   measured = TABLES[name]
   rows = tuple(Row(label=label, changes={}) for label in measured.rows)
-  asked = ablation_tables.Table(name=name, title=name, rows=rows, base=[*measured.rows].index(measured.base))
+  layout = ablation_tables.Table(name=name, title=name, rows=rows, base=[*measured.rows].index(measured.base))
   figures = [figures_of(measured, start) for start in measured.rows.values()]
   seeds = [sorted({seed for values in row.values() for seed in values}) for row in figures]
-  runs = [[f"{start}-seed_{seed}" for seed in each] for start, each in zip(measured.rows.values(), seeds, strict=True)]
-  return summary.table_of(asked, figures, runs)
+  runs = [
+    [f"{start}-seed_{seed}" for seed in row_seeds]
+    for start, row_seeds in zip(measured.rows.values(), seeds, strict=True)
+  ]
+  return summary.table_of(layout, figures, runs)
 
 
 def whole(name: str) -> str:
-  """Return one of TABLES with all of its columns, in the form of the log."""
+  """Return one of TABLES with all of its columns, in the log's format."""
   titles = {column.name: column.title for column in TABLES[name].columns}
   return summary.render_table(table(name), columns=titles, paper={})

@@ -23,15 +23,15 @@ TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieva
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-  """A figure that was measured, or read in the paper.
+  """A number that was measured, or read in the paper.
 
   Attributes:
     what: the measured quantity.
     unit: unit of the values; "" for a plain number.
     values: values by seed, if they are known; else the value of the only run.
-    mean, sd, n: statistics for which the values of the seeds were not kept; otherwise they follow from values.
+    mean, sd, n: statistics, stored only if the values of the seeds were not; otherwise they follow from values.
     se, p: standard error and p of a mean of paired differences, under the same rule.
-    page: page that shows it, from the repository's root, or the paper.
+    page: path of the page that shows it, from the repository's root, or the paper.
     of: command, processor, commit, ..., as far as they are known. In the file a name in `settings` can stand for these.
   """
 
@@ -51,7 +51,7 @@ class Record:
     """Return the value of the only run.
 
     Raises:
-      UserError: there are several.
+      UserError: there are several values.
     """
     if len(self.values) != 1:
       raise UserError(f"{self.what!r} has {len(self.values)} values; ask for one by its seed")
@@ -63,8 +63,8 @@ def read(topic: str) -> dict[str, Any]:
   """Read the file of a topic. Raises UserError if there is none."""
   path = HERE / f"{topic}.json"
   if not path.exists():
-    known = ", ".join(sorted(path.stem for path in HERE.glob("*.json")))
-    raise UserError(f"replication/measured has no topic {topic!r}; it has {known}")
+    topics = ", ".join(sorted(path.stem for path in HERE.glob("*.json")))
+    raise UserError(f"replication/measured has no topic {topic!r}; it has {topics}")
   return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -86,10 +86,10 @@ def _settings(of: str | Mapping[str, Any], settings: Mapping[str, Any]) -> dict[
 
 def record(topic: str, name: str) -> Record:
   """Return a record of a topic by its name. Raises UserError if there is none."""
-  known = load(topic)
-  if name not in known:
-    raise UserError(f"replication/measured/{topic}.json has no record {name!r}; it has {', '.join(known)}")
-  return known[name]
+  records_of_topic = load(topic)
+  if name not in records_of_topic:
+    raise UserError(f"replication/measured/{topic}.json has no record {name!r}; it has {', '.join(records_of_topic)}")
+  return records_of_topic[name]
 
 
 def value(topic: str, name: str, seed: str = "") -> float:
@@ -134,7 +134,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def interval(mean: float, half: float, *, sign: str = "", unit: str = "") -> str:
   """Return `12.3 ± 0.4`, a mean and half of its 95 % interval."""
-  # Round first, so that no -0.0 is left.
+  # Round first, so that -0.0 cannot remain.
   rounded = round(mean, 1)
   text = f"{rounded or 0.0:{sign if rounded else ''}.1f}".replace("-", "−")
   return f"{text} ± {half:.1f}{unit}"

@@ -1,10 +1,10 @@
-"""Keep the figures of an experiment of replication/protocol.md, and make the tables of replication/index.md.
+"""Store the results of an experiment of replication/protocol.md, and make the tables of replication/index.md.
 
   python -m replication.measured.replication --tables=runs/e1/tables.json
 
-writes the figures of every arm by seed into replication.json beside this file. It also keeps their origin: the
-provenance of all, and for each run its config hash, seed, steps, minutes and the runs that it started from. Then
-`python -m replication.measured.tables` writes the page's tables, and `make figures` draws its figures.
+writes the metrics of every arm by seed into replication.json beside this file. It also stores where they come from: the
+provenance, and each run's config hash, seed, steps, minutes and starts. Then `python -m replication.measured.tables`
+writes the page's tables, and `make figures` draws its figures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PAGE = "replication/index.md"
 ABOUT = "Experiments of replication/protocol.md: figures of each arm by seed. Written by replication.py."
 
 NOT_RUN = "not run yet"
-COARSE = "testbed cannot decide"  # undecided, with an MDE of more than twice the bound
+COARSE = "testbed cannot decide"  # undecided, with a minimum detectable effect of more than twice the bound
 QUESTIONS = {
   "e1": "do the two tasks help each other?",
   "e2": "why does generation first help?",
@@ -54,9 +54,9 @@ class Look(NamedTuple):
 
 
 class Claim(NamedTuple):
-  """The paper's claim: the differences of its looks should be `expected`.
+  """A claim of the paper: the differences of its looks should be `expected`.
 
-  `words` name the figure where the paper's own figures disagree.
+  `words` name the metric if the paper's own metrics disagree.
   """
 
   words: str
@@ -117,7 +117,7 @@ PAPER = (
 
 
 def records_of(summary: Mapping[str, Any]) -> dict[str, Any]:
-  """Return the part of a tables.json that is kept.
+  """Return the part of a tables.json that is stored.
 
   Returns:
     records: `EXPERIMENT/ARM/COLUMN` -> a `records.Record`'s fields.
@@ -150,19 +150,21 @@ def records_of(summary: Mapping[str, Any]) -> dict[str, Any]:
   return {"settings": {experiment: settings}, "records": figures, "runs": runs, "claims": claims}
 
 
-def merged(there: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-  """Return the file's content with the records of an experiment added, or in the place of its older ones."""
+def merged(archive: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the file's content with an experiment's records added, or replaced if it had older ones."""
   (experiment,) = new["settings"]
-  kept = {name: fields for name, fields in there.get("records", {}).items() if not name.startswith(f"{experiment}/")}
-  whole = {part: {**there.get(part, {}), **new[part]} for part in ("settings", "runs", "claims")}
-  # A run that two experiments share keeps the minutes of the first: repeated elsewhere, it took other minutes.
-  firsts = (run for fields in kept.values() for run in fields.get("of", {}).get("runs", ()))
-  whole["runs"] |= {run: there["runs"][run] for first in firsts for run in _chain(there, first)}
-  return {"about": ABOUT, **whole, "records": {**kept, **new["records"]}}
+  remaining = {
+    name: fields for name, fields in archive.get("records", {}).items() if not name.startswith(f"{experiment}/")
+  }
+  updated = {part: {**archive.get(part, {}), **new[part]} for part in ("settings", "runs", "claims")}
+  # A run that two experiments share keeps the minutes of the first: run again elsewhere, it took another time.
+  firsts = (run for fields in remaining.values() for run in fields.get("of", {}).get("runs", ()))
+  updated["runs"] |= {run: archive["runs"][run] for first in firsts for run in _chain(archive, first)}
+  return {"about": ABOUT, **updated, "records": {**remaining, **new["records"]}}
 
 
 def stored() -> dict[str, Any]:
-  """Return the file's content; without a file it has no experiment."""
+  """Return the file's content, or one without experiments if there is no file."""
   empty: dict[str, Any] = {"settings": {}, "records": {}, "runs": {}, "claims": {}}
   return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else empty
 
@@ -183,8 +185,8 @@ def claims(archive: Mapping[str, Any]) -> str:
 
 
 def _by_experiment(heads: Sequence[str], rows: Mapping[str, Sequence[Sequence[str]]]) -> str:
-  """Return the tables of each experiment below its question. Each figure has a table of its own; its title, the third
-  column of the rows, stands above the table."""
+  """Return the tables of each experiment below its question. Each metric has a table of its own; its title, the third
+  column of the rows, is above the table."""
   parts = []
   for name, lines in rows.items():
     parts.append(f"**{name.upper()}: {QUESTIONS[name]}**" + ("" if lines else f" {NOT_RUN.capitalize()}."))
@@ -209,14 +211,14 @@ def paper(archive: Mapping[str, Any]) -> str:
 
 
 def looked(claim: Claim, archive: Mapping[str, Any]) -> list[str]:
-  """Return judgement, experiment and difference of each of a claim's looks.
+  """Return the judgement, experiment and difference of each look of a claim.
 
-  Holm's correction is over the looks as well: a question that was asked twice has two chances.
+  Holm's correction counts the looks as well, since a question that is asked twice has two chances.
   """
   verdicts = [_verdict_of(look, archive) for look in claim.looks]
-  known = [verdict for verdict in verdicts if verdict]
-  p_values = significance.holm([verdict["difference"]["p_holm"] for verdict in known], named=len(verdicts))
-  p_bounds = significance.holm([verdict["p_equivalent_holm"] for verdict in known], named=len(verdicts))
+  decided = [verdict for verdict in verdicts if verdict]
+  p_values = significance.holm([verdict["difference"]["p_holm"] for verdict in decided], named=len(verdicts))
+  p_bounds = significance.holm([verdict["p_equivalent_holm"] for verdict in decided], named=len(verdicts))
   corrected = iter(zip(p_values, p_bounds, strict=True))
   texts = []
   for look, verdict in zip(claim.looks, verdicts, strict=True):
@@ -234,8 +236,8 @@ def looked(claim: Claim, archive: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict_of(look: Look, archive: Mapping[str, Any]) -> Mapping[str, Any] | None:
-  there = archive["claims"].get(look.experiment, ())
-  compared = [claim for claim in there if (claim["row"], claim["base"]) == (look.row, look.base)]
+  claims_of_experiment = archive["claims"].get(look.experiment, ())
+  compared = [claim for claim in claims_of_experiment if (claim["row"], claim["base"]) == (look.row, look.base)]
   return compared[0]["verdict"] if compared else None
 
 
@@ -243,13 +245,13 @@ def judged(words: str, expected: str) -> str:
   """Judge the paper's claim by a verdict in words."""
   if words == "undecided":
     return "open"
-  # A bound is no refutation: the paper's own effect may be smaller.
+  # A bound is not a refutation: the paper's own effect may be smaller.
   kind = "supported" if expected in words else "bounded" if words.startswith("no effect") else "refuted"
   return f"{kind}: {words}"
 
 
 def arms(archive: Mapping[str, Any]) -> str:
-  """Return mean and interval of every arm in the figures that are compared, and its minutes, by experiment."""
+  """Return a table of each experiment: mean and interval of every compared metric of an arm, and the arm's minutes."""
   rows: dict[str, list[Sequence[str]]] = {}
   for arm in measured(archive):
     mean = significance.paired(arm.values)  # the interval of one sample is computed in the same way
@@ -274,13 +276,13 @@ def cost(archive: Mapping[str, Any]) -> str:
 
 
 class Arm(NamedTuple):
-  """A figure of an arm.
+  """The compared metric of an arm.
 
   Attributes:
-    experiment, name, column, title: the experiment, the arm, and the key and title of the figure. values: values of the
-    seeds. minutes: minutes of training, including the run that it started from, without the shared autoencoder: the
-    median over
-      seeds, or None if a run has none.
+    experiment, name, column, title: the experiment, the arm, and the key and title of the metric.
+    values: values of the seeds.
+    minutes: median over seeds of the minutes of training, including the run that it started from, but not the shared
+      autoencoder; None if a run has none.
   """
 
   experiment: str
@@ -292,16 +294,16 @@ class Arm(NamedTuple):
 
 
 def measured(archive: Mapping[str, Any]) -> Iterator[Arm]:
-  """Yield the arms that have a figure which their experiment compares."""
+  """Yield the metrics that an experiment compares, for each of its arms."""
   for name in QUESTIONS:
     columns = dict.fromkeys(claim["column"] for claim in archive["claims"].get(name, ()))
     for key, record in archive["records"].items():
       experiment, label, column = key.split("/", 2)
       if experiment == name and column in columns:
         minutes = [_minutes(archive, run) for run in record["of"]["runs"]]
-        known = [value for value in minutes if value is not None]
+        recorded = [value for value in minutes if value is not None]
         # The median, since a run that waited for its core would dominate a mean.
-        median = statistics.median(known) if minutes and len(known) == len(minutes) else None
+        median = statistics.median(recorded) if minutes and len(recorded) == len(minutes) else None
         values = tuple(record["values"].values())
         yield Arm(name, label, column, title(archive, name, label, column), values, median)
 
@@ -344,8 +346,8 @@ def _minutes(archive: Mapping[str, Any], run: str) -> float | None:
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  there = stored()
-  files.write_json(FILE, merged(there, records_of(files.read_json(pathlib.Path(FLAGS.tables)))))
+  content = stored()
+  files.write_json(FILE, merged(content, records_of(files.read_json(pathlib.Path(FLAGS.tables)))))
 
 
 if __name__ == "__main__":

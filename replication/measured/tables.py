@@ -2,7 +2,7 @@
 
   python -m replication.measured.tables
 
-writes them into the pages. A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, a number in the text
+writes them into the pages. A table is between `<!-- NAME -->` and `<!-- end of NAME -->`, a number in the text is
 between `<!--=TOPIC/RECORD-->` and `<!--=-->`. tests/replication/test_measured.py fails if a page and the records
 differ.
 """
@@ -26,7 +26,7 @@ SCALING, EMOJI = "replication/scaling.md", "replication/emoji.md"
 REPLICATION = replication.PAGE
 NORMAL = statistics.NormalDist().inv_cdf(1 - significance.ALPHA / 2)  # half of a 95 % interval, in standard errors
 
-# These texts hold digits that are no measured numbers. All other numbers must come from a record.
+# These texts have digits that are not measured numbers. All other numbers must come from a record.
 NAMES = re.compile(
   r"""<!--.*?-->|\]\([^)]*\)|`[^`]*`|\btop-[15]\b|\bR@1\b|\b95\x20%(?=\s(interval|CI))|\bCC3M\b|\bViT-[BL]/\d\d\b
   |\b[Tt]ables?\s\d(,\s\d)*((\sto|\sand)\s\d)*|\bStable\sDiffusion\sv1\b|\bTPU\sv4\b|\bê_0\b|\bFlickr30k\b""",
@@ -38,10 +38,10 @@ _INLINE = re.compile(r"<!--=(.*?)-->(.*?)<!--=-->", re.S)
 
 
 def number(key: str) -> str:
-  """Return the value that a record has: `TOPIC/RECORD`, or `TOPIC/RECORD#SEED` where there are several.
+  """Return a record's value, by `TOPIC/RECORD`, or by `TOPIC/RECORD#SEED` if there are several.
 
   Raises:
-    UserError: there is none.
+    UserError: no such record or value.
   """
   topic, _, name = key.partition("/")
   name, _, seed = name.partition("#")
@@ -49,20 +49,20 @@ def number(key: str) -> str:
 
 
 def say(text: str) -> str:
-  """Return the text with the numbers that `{TOPIC/RECORD}` stand for. Raises UserError: it has a number of its own."""
+  """Replace each `{TOPIC/RECORD}` of a text by its number. Raises UserError if the text has a number of its own."""
   if loose := loose_numbers(_KEY.sub("", text)):
     raise UserError(f"{text!r} has the numbers {', '.join(loose)}, which should be records in replication/measured")
   return _KEY.sub(lambda key: number(key[1]), text)
 
 
 def loose_numbers(text: str) -> list[str]:
-  """Return the numbers of a text that are no part of a name."""
+  """Return the numbers of a text that are not part of a name."""
   return _NUMBER.findall(NAMES.sub(" ", text))
 
 
 def of_seeds(*names: str, unit: str = " %") -> tuple[str, str]:
-  """Return mean and 95 % interval over seeds, and their number. A seed counts as the mean over these records of the
-  demo: its runs on several machines are not independent."""
+  """Return mean and 95 % interval over seeds, and the number of seeds. A seed counts as the mean over these records of
+  the demo, since its runs on several machines are not independent."""
   runs = [records.record("demo", name).values for name in names]
   values = [statistics.fmean(values) for values in zip(*(run.values() for run in runs), strict=True)]
   if len({tuple(run) for run in runs}) > 1:
@@ -143,7 +143,7 @@ def _verdict(experiment: str, row: str, base: str) -> tuple[significance.Differe
 
 
 def demo() -> str:
-  """Return the accuracies of the demo, which classifies and generates."""
+  """Return the demo's accuracies of classification and generation."""
   rows = [
     (say("top-1, seen pairs"), *of_seeds(*_both("seen"))),
     (say("top-1, unseen pairs"), *of_seeds(*_both("unseen"))),
@@ -163,11 +163,11 @@ def neighbours() -> str:
   """Compare the best run on emoji with a baseline without training. There is one run, so the interval is binomial."""
   run = records.results("emoji")["generation_5400_first_discrimination-seed_0"]["zero_shot"]
   best = {split: 100 * run[split]["metrics"]["acc1"] for split in ("val_vendor", "test_vendor")}
-  known = {name: records.record("emoji", f"others/{name}").values for name in ("neighbours", "neighbours_cut")}
+  baselines = {name: records.record("emoji", f"others/{name}").values for name in ("neighbours", "neighbours_cut")}
   rows = [
     ("DiffDis, the best run", *(_binomial(best[split], split) for split in best)),
-    ("nearest neighbours", *(_binomial(known["neighbours"][split], split) for split in best)),
-    ("the same, icons cut to their content", "", _binomial(known["neighbours_cut"]["test_vendor"], "test_vendor")),
+    ("nearest neighbours", *(_binomial(baselines["neighbours"][split], split) for split in best)),
+    ("the same, icons cut to their content", "", _binomial(baselines["neighbours_cut"]["test_vendor"], "test_vendor")),
   ]
   return records.table(("top-1, one run", "`val_vendor`", "`test_vendor`, by which settings were chosen"), rows)
 
@@ -205,24 +205,24 @@ COSTS = {
 
 
 def costs() -> str:
-  """Return ratios of times."""
+  """Return the table of time ratios."""
   rows = [(say(label), f"{number(f'peers/{key}')} ×") for key, label in COSTS.items()]
   return records.table(("one CPU run each", "time"), rows)
 
 
 def weak_scaling() -> str:
-  """Return the table of weak scaling: a joint step with a constant batch a chip."""
+  """Return the table of weak scaling: a joint step with a constant batch per chip."""
   rows = []
-  for name, each in records.load("estimates").items():
+  for name, estimate in records.load("estimates").items():
     if name.startswith("weak scaling/"):
-      values, of = each.values, each.of
+      values, of = estimate.values, estimate.of
       rate, share = f"{values['images/s']:,.0f}", f"{values['efficiency, %']:.0f} %"
       rows.append((of["topology"], f"{of['batch']:,}", f"{values['step, ms']:.0f}", rate, share, of["row"]))
   return records.table(("machine", "batch", "step, ms", "images/s", "efficiency", "row"), rows)
 
 
 def paper() -> str:
-  """Return the paper's own figures of Table 1 and of its ablations."""
+  """Return the paper's own results of Table 1 and its ablations."""
   archive = records.load("paper")
   rows: list[tuple[str, ...]] = [
     (record.what, "", f"{record.value}", "") for name, record in archive.items() if re.match(r"table 1/.*ViT", name)
@@ -234,7 +234,7 @@ def paper() -> str:
 
 
 def paper_costs() -> str:
-  """Return the paper's own figures of Tables 6 and 8."""
+  """Return the paper's own results of Tables 6 and 8."""
   archive = records.load("paper")
   rows = [
     (archive[f"table 6/{kind}"].what, *(f"{archive[f'table 6/{kind}'].values.get(name, '')}" for name in names))
@@ -269,10 +269,10 @@ PAGES = [*dict.fromkeys(page for page, _ in PLACES.values()), WEIGHTS]  # it has
 
 
 def written(page: str, text: str) -> str:
-  """Return the text of a page with its tables and numbers replaced.
+  """Return a page's text with its tables and numbers updated.
 
   Raises:
-    UserError: it has no place for a table, or names a record that is not there.
+    UserError: the page has no place for a table, or names a record that does not exist.
   """
   for name, (where, make) in PLACES.items():
     if where == page:
@@ -286,7 +286,7 @@ def written(page: str, text: str) -> str:
 
 
 def unrecorded(text: str) -> list[str]:
-  """Return the numbers of a page that come from no record and belong to no name."""
+  """Return the numbers of a page that neither come from a record nor belong to a name."""
   outside = _INLINE.sub(" ", text)
   for name in PLACES:
     outside = re.sub(f"<!-- {re.escape(name)} -->.*?<!-- end of {re.escape(name)} -->", " ", outside, flags=re.S)
