@@ -34,13 +34,13 @@ from diffdis_jax.run import restore
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
-UPLOAD_MB = 10.0  # of the largest file
-SECONDS = 120.0  # after which a request is ended
-FOLDER = "GRADIO_TEMP_DIR"  # the variable that tells Gradio where uploads lie, which it reads when it is imported
+UPLOAD_MB = 10.0  # largest file that may be uploaded
+SECONDS = 120.0  # a request is ended after this time
+FOLDER = "GRADIO_TEMP_DIR"  # Gradio reads the folder of uploads from this variable when it is imported
 
 
 def define_flags() -> None:
-  """Define the command line. It is defined on call, so that two verbs can be imported side by side."""
+  """Define the command's flags. This is a function, so that two commands can be imported side by side."""
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
   flags.DEFINE_string(
     "data", None, "folder written by prepare_data to search; by default that of the first evaluation of images"
@@ -71,20 +71,20 @@ def serve(listener: socket.socket) -> None:
   """Load the run and serve its page."""
   from diffdis_jax.app import answers, page, server
 
-  # In this order: a run that no tab can serve, and a mistyped --data, end before weights are read.
+  # In this order, a run that no tab can serve or a mistyped --data ends the command before weights are read.
   run = run_config.load(FLAGS.workdir)
   step_sampler.tabs(run.objectives)
   source = open_data(run.evals, FLAGS.data, FLAGS.split, image_size=run.image_size)
-  # Once: the page names the checkpoint that it serves, also where the run saves a newer one meanwhile.
+  # Choose the checkpoint once: the page names it, and the run may save a newer one meanwhile.
   step, ema = restore.choose(FLAGS.workdir, FLAGS.step, ema=FLAGS.ema)
-  # One device: a request has one image, which several could not share as rows.
+  # Use one device: a request has one image, which cannot be split over devices.
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   model, params = inference.load(FLAGS.workdir, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
   sampler = step_sampler.StepSampler(model, params, seconds=SECONDS)
   if FLAGS.data and "search" not in sampler.tabs:
     raise UserError(f"--data={FLAGS.data} has no effect on this run, which cannot search; leave it out")
   index = answers.Index(sampler, source, FLAGS.num_images) if source and "search" in sampler.tabs else None
-  # Its last folder alone: the page may be shown to others, whom this machine's folders do not concern.
+  # Show only the folder's name: other people may see the page, and this machine's paths are not their business.
   about = f"{pathlib.PurePath(FLAGS.workdir).name}, checkpoint {step}{', averaged weights' if ema else ''}"
   blocks = page.build(sampler, index, run, about)
   embedding = threading.Thread(target=index.fill, name="search") if index else None
@@ -93,7 +93,7 @@ def serve(listener: socket.socket) -> None:
       embedding.start()
     server.serve(blocks, UPLOAD_MB, listener=listener, host=FLAGS.host, allowed_hosts=FLAGS.allowed_hosts)
   finally:
-    # First, since it stops the thread: else `join` would wait until every image is embedded.
+    # First, since this stops the thread: otherwise `join` would wait until every image is embedded.
     sampler.closed.set()
     if embedding:
       embedding.join()
@@ -102,7 +102,7 @@ def serve(listener: socket.socket) -> None:
 def open_data(
   evals: Mapping[str, Any], data: str | None, split: str | None, *, image_size: int
 ) -> sources.Source | None:
-  """Open what is searched: the folder, or else the first data set whose images the run's config measures; None without
+  """Open the images to search: the given folder, or the first data set of the config's evaluations, or None without
   either.
 
   Raises UserError: no such folder or split.
@@ -111,23 +111,23 @@ def open_data(
     raise UserError("--data and --split go together: a folder written by prepare_data, and one of its splits")
   if data:
     return sources.open_source(name="pairs", path=data, split=split, image_size=image_size)
-  # Images that are measured before those that generated ones are compared with, as training's often are.
+  # Prefer images that an evaluation classifies to images that it compares with generated ones, as training's often are.
   ordered = sorted(evals.values(), key=lambda section: tasks.get(section["task"]).generates)
   section = next((section["data"] for section in ordered if "data" in section), None)
   try:
     return None if section is None else sources.open_source(**section)
   except (UserError, OSError) as error:
-    # Nobody has asked for this set, which may lie where this machine cannot look: the other tabs do without it.
+    # The user did not ask for this data set, which may be on another machine: the other tabs work without it.
     logging.warning("no images to search: %s; give --data and --split", error)
     return None
 
 
 def listen(host: str, port: int) -> socket.socket:
-  """Take the port; 0 for any that is free. Raises UserError: nobody can listen there, such as beside another page."""
-  name = host.strip("[]")  # with or without, as addresses have them
+  """Listen at a port; 0 takes any free one. Raises UserError: the port is in use, or cannot be used."""
+  name = host.strip("[]")  # addresses may have brackets
   listener = socket.socket(socket.AF_INET6 if ":" in name else socket.AF_INET)
   try:
-    # As servers ask for it: a port whose last connections are not forgotten yet is free.
+    # Usual for servers: a port whose last connections have just closed counts as free.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((name, port))
   except OSError as error:
@@ -138,10 +138,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def uploads() -> Iterator[None]:
-  """Give Gradio a new folder for uploads, in $GRADIO_TEMP_DIR or the system's for temporary files, and remove it."""
-  if given := os.environ.get(FOLDER):
-    os.makedirs(given, exist_ok=True)
-  with files.temporary_folder("diffdis-page", given) as folder:
+  """Give Gradio a new folder for uploads, in $GRADIO_TEMP_DIR or the system's temporary folder, and remove it at the
+  end."""
+  if previous := os.environ.get(FOLDER):
+    os.makedirs(previous, exist_ok=True)
+  with files.temporary_folder("diffdis-page", previous) as folder:
     os.environ[FOLDER] = os.fspath(folder)
     yield
 

@@ -1,6 +1,6 @@
-"""Answers the tabs' requests, as tuples of values for Gradio's components: first a line of text.
+"""Answer the tabs' requests by tuples of values for Gradio's components, the first of which is a line of text.
 
-What a request sends is checked here: uploads, texts, numbers, and the time that it takes.
+The contents of a request are checked here: uploads, texts, numbers, and the time that it takes.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from diffdis_jax.evals import base, prompts
 MOST_STEPS = 200
 MOST_GUIDANCE = 30
 MOST_SEED = 2**31 - 1
-DECODING = 5  # seconds of computing that an image may take
-MOST_CHARACTERS = 500  # of a prompt, a class name or a template
-MOST_NAMES = 200  # class names of a request
-MOST_MEGAPIXELS = 25  # of an uploaded image; decoded, a pixel takes up to 4 bytes
-FRAMES = 20  # shown of one image; decoding a latent costs about as much as a step
-FOUND = 12  # images of a search
-SEARCH_SEED = 0  # of the noise of images that are searched
+DECODING = 5  # seconds of CPU time for decoding an image
+MOST_CHARACTERS = 500  # limit for a prompt, a class name or a template
+MOST_NAMES = 200  # limit for the class names of a request
+MOST_MEGAPIXELS = 25  # limit for an uploaded image; decoded, a pixel takes up to 4 bytes
+FRAMES = 20  # steps that are shown of one image; decoding a latent costs about as much as a step
+FOUND = 12  # images in the result of a search
+SEARCH_SEED = 0  # seed of the noise for embedding the searched images
 
 T = TypeVar("T")
 Path = str | os.PathLike[str] | None
 Captioned = tuple[np.ndarray, str]
 
-# It runs in a process of its own, which the kernel ends after so many seconds of computing: no thread can be ended.
+# Decode in a process of its own, which the kernel ends after this many seconds of CPU time: a thread cannot be ended.
 _DECODER = """
 import math, resource, sys
 from diffdis_jax.data import records, transforms
@@ -57,16 +57,16 @@ sys.stdout.buffer.write(image.convert("RGB").tobytes())
 def generate(
   sampler: StepSampler, prompt: str | None, seed: Any, steps: Any, guidance_scale: Any
 ) -> Iterator[tuple[str, list[Captioned]]]:
-  """Yield a line, and the image with both predictions, after each step that is shown.
+  """Yield a line of text and the image with both predictions, after each step that is shown.
 
-  Raises UserError: a field out of its range, or no time.
+  Raises UserError: a field out of its range, or the time is over.
   """
   prompt = read_text(prompt, "prompt")
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
   whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_STEPS)
   check_number("guidance", guidance_scale, ge=0, le=MOST_GUIDANCE)
-  left = sampler.tokenizer.cut(prompt)
-  too_long = "" if left is None else f" The prompt is too long for this model, which reads: {left}"
+  remaining = sampler.tokenizer.cut(prompt)
+  too_long = "" if remaining is None else f" The prompt is too long for this model, which reads: {remaining}"
   scale = float(guidance_scale)
   frames = sampler.generate(prompt, seed=whole_seed, steps=whole_steps, guidance_scale=scale, frames=FRAMES)
   for frame in within(sampler.seconds, frames):
@@ -83,7 +83,8 @@ def generate(
 def classify(
   sampler: StepSampler, path: Path | np.ndarray, names: str | None, template: str | None, seed: Any
 ) -> Iterator[tuple[str, dict[str, float]]]:
-  """Yield the likeliest name and each name's share, the softmax over τ ⟨ê_0, e⟩. `path` is of an upload, or a square.
+  """Yield the likeliest name and each name's share, the softmax over τ ⟨ê_0, e⟩. `path` is an upload, or the image
+  itself.
 
   Raises UserError: no usable image, or a field out of its range.
   """
@@ -98,7 +99,7 @@ def classify(
 
 
 class Index:
-  """`num_images` of a source, or all, with their queries, which `fill` embeds while requests are answered.
+  """The first `num_images` of a data source, or all, with their queries, which `fill` embeds while the page runs.
 
   Raises UserError: the source has no record.
   """
@@ -111,7 +112,7 @@ class Index:
     self._error = ""
 
   def fill(self) -> None:
-    """Embed all, batch by batch, until the page ends. Searches report what cannot be read."""
+    """Embed all images, batch by batch, until the page ends. Searches report images that cannot be read."""
     size = self._sampler.model.batch_size
     try:
       for start in range(0, len(self._images), size):
@@ -124,8 +125,8 @@ class Index:
         logging.warning("the search ends after %d images: %s", sum(map(len, self._parts)), error)
 
   def nearest(self, query: Float[np.ndarray, " d"], count: int) -> dict[int, float]:
-    """Return the places of the images with the highest inner products, best first, and these, of those that are
-    embedded by now. Raises UserError: none is."""
+    """Return {index: inner product} of the embedded images with the highest inner products, best first. Raises
+    UserError: no image is embedded yet."""
     if not self._parts:
       raise UserError(self._error or "no image is embedded yet; try again in a moment")
     scores = np.concatenate([*self._parts]) @ query
@@ -135,7 +136,7 @@ class Index:
     """Read an image's central square, and its caption, class or key. Raises UserError: it cannot be read."""
     try:
       fields, image = base.fields(self._source, self._indices[place]), self._images[np.array([place])][0]
-    except OSError as error:  # of storage that was there when the page began
+    except OSError as error:  # the storage was there when the page began
       raise UserError(f"an image cannot be read: {error}; try again later") from error
     names = (value for name in ("caption", "class", "key") if isinstance(value := fields.get(name), str))
     return image, next(names, "")
@@ -149,43 +150,45 @@ class Index:
 
 
 def search_text(sampler: StepSampler, index: Index, text: str | None) -> Iterator[tuple[str, list[Captioned]]]:
-  """Yield a line and the images that fit the text best. Raises UserError: no text, or nothing embedded yet."""
+  """Yield a line of text and the images that fit a search text best. Raises UserError: no text, or nothing embedded
+  yet."""
   yield _nearest(index, sampler.text_queries([read_text(text, "text")])[0])
 
 
 def search_image(sampler: StepSampler, index: Index, path: Path) -> Iterator[tuple[str, list[Captioned]]]:
-  """Yield a line and the images nearest to an upload. Raises UserError: no usable image, or nothing embedded yet."""
+  """Yield a line of text and the images nearest to an upload. Raises UserError: no usable image, or nothing embedded
+  yet."""
   square = read_square(path, sampler.network.image_size)
   yield _nearest(index, sampler.embed_images(square[None], seed=SEARCH_SEED)[0])
 
 
 def _nearest(index: Index, query: Float[np.ndarray, " d"]) -> tuple[str, list[Captioned]]:
-  shown = [(*index.read(place), score) for place, score in index.nearest(query, FOUND).items()]
-  return index.state(), [(image, f"{name} ({score:.3f})") for image, name, score in shown]
+  captioned = [(*index.read(place), score) for place, score in index.nearest(query, FOUND).items()]
+  return index.state(), [(image, f"{name} ({score:.3f})") for image, name, score in captioned]
 
 
 def read_square(path: str | os.PathLike[str] | None, side: int) -> UInt8[np.ndarray, "s s 3"]:
-  """Return an uploaded image's upright central square, as evaluations cut it.
+  """Return the central square of an uploaded image, upright, as evaluations crop it.
 
-  Raises UserError: no file, too many pixels, one that shows no image, or that takes too long to decode.
+  Raises UserError: no file, too many pixels, not an image, or too slow to decode.
   """
   if path is None:
     raise UserError("there is no image yet; upload one, or pick one where some are shown")
   try:
     data = pathlib.Path(path).read_bytes()
-  except FileNotFoundError as error:  # deleted while its request waited
+  except FileNotFoundError as error:  # it was deleted while its request waited
     raise UserError("the upload has been deleted; upload it again") from error
   if not data:
     raise UserError("the file is empty; upload an image, such as a PNG or a JPEG")
-  most = f"at most {MOST_MEGAPIXELS} million"
-  # Pixels are counted before decoding: a file of some kB can decode to gigabytes (a decompression bomb).
+  limit = f"at most {MOST_MEGAPIXELS} million"
+  # Count pixels before decoding: a file of a few kB can decode to gigabytes (a decompression bomb).
   try:
     header = records.read_header(data)
   except records.Unusable as error:
     formats = f"{', '.join(image_files.FORMATS[:-1])} or {image_files.FORMATS[-1]}"
-    raise UserError(f"the file shows no image that can be read: {error}; {most} pixels of {formats} can be") from error
+    raise UserError(f"the file shows no image that can be read: {error}; {limit} pixels of {formats} can be") from error
   if header.width * header.height > MOST_MEGAPIXELS * 1e6:
-    raise UserError(f"the image has {header.width:,} x {header.height:,} pixels; {most} can be")
+    raise UserError(f"the image has {header.width:,} x {header.height:,} pixels; {limit} can be")
   command = [sys.executable, "-c", _DECODER, str(side), str(DECODING)]
   done = subprocess.run(command, input=data, capture_output=True)
   if done.returncode == 1:
@@ -197,7 +200,7 @@ def read_square(path: str | os.PathLike[str] | None, side: int) -> UInt8[np.ndar
 
 
 def read_text(text: str | None, what: str) -> str:
-  """Return the text without surrounding white space; `what` names it. Raises UserError: none, or too long."""
+  """Return a text without surrounding white space; `what` names it in messages. Raises UserError: none, or too long."""
   text = (text or "").strip()
   if not text:
     raise UserError(f"there is no {what} yet; type one")
@@ -207,13 +210,14 @@ def read_text(text: str | None, what: str) -> str:
 
 
 def read_names(text: str | None) -> tuple[str, ...]:
-  """Split class names, between commas or on lines. Raises UserError: too few, too many, one twice, or one too long."""
+  """Split class names at commas or line ends. Raises UserError: too few or too many names, a repeated name, or a long
+  one."""
   names = tuple(name.strip() for name in re.split(r"[,\n]", text or "") if name.strip())
   if not 2 <= len(names) <= MOST_NAMES:
     raise UserError(f"there are {len(names)} class names; type 2 to {MOST_NAMES}, with commas between them")
   for name in names:
     read_text(name, "class name")
-  # Names that differ in case alone have one text query, and would halve each other's share.
+  # Names that differ only in case have the same text query, and would halve each other's share.
   if repeated := prompts.repeated_names([prompts.comparable(name) for name in names]):
     raise UserError(f"class names occur more than once: {prompts.listed(repeated)}; type each once")
   return names
@@ -225,7 +229,7 @@ def read_template(text: str | None) -> str:
 
 
 def read_whole(name: str, value: Any, *, at_least: int, at_most: int) -> int:
-  """Return the number of a slider or a field. Raises UserError: no whole number, or out of its range."""
+  """Return the whole number of a slider or a field. Raises UserError: not a whole number, or out of its range."""
   check_number(name, value, ge=at_least, le=at_most)
   if value != int(value):  # Gradio sends 3.0 for 3
     raise UserError(f"{name} is {value}; it must be a whole number")
@@ -233,10 +237,10 @@ def read_whole(name: str, value: Any, *, at_least: int, at_most: int) -> int:
 
 
 def within(seconds: float, items: Iterable[T]) -> Iterator[T]:
-  """Yield the items for as long as there is time. Raises UserError once that is over."""
+  """Yield items until the time is over. Raises UserError then."""
   end = time.monotonic() + seconds
   for item in items:
     yield item
-    # Between items: a step that is under way cannot be stopped, and its result is shown.
+    # Check between items: a running step cannot be stopped, and its result is shown.
     if time.monotonic() > end:
       raise UserError(f"this took longer than {seconds:g} s and was stopped; take fewer steps")

@@ -1,4 +1,4 @@
-"""The page: the tabs that a run can serve, laid out in Gradio. What they answer is in answers.py."""
+"""Lay out the page: the tabs that a run can serve, in Gradio. answers.py has what they answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it when it is imported
 
 import gradio as gr
 from gradio import themes
@@ -20,18 +20,18 @@ from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts
 
-TITLES = {"draw": "Generate"}  # of tabs whose title is not their name in the page's API
-KEPT, SWEPT = 540, 60  # seconds for which uploads and images of answers stay on disk, and between two looks for them
-SMALL = 128  # pixels: images of smaller sides are enlarged without smoothing
-WAITING = 64  # requests; further ones are refused
+TITLES = {"draw": "Generate"}  # of tabs whose title differs from their name in the page's API
+KEPT, SWEPT = 540, 60  # seconds that uploads and answers' images stay on disk, and between two clean-ups
+SMALL = 128  # pixels: smaller images are enlarged without smoothing
+WAITING = 64  # waiting requests; further ones are refused
 Answer = Callable[..., Iterator[Any]]
 HOW: dict[str, Any] = dict(
-  # The answers check what is sent, and say what would be right.
+  # The answers check their input, and say what would be right.
   preprocess=False,
   show_progress="minimal",
-  # A second click, while the first is answered, would ask again.
+  # A second click before the answer would send the request again.
   trigger_mode="once",
-  # Without a common name the limit of requests at a time would be each button's, and not that of all together.
+  # With a common name, the limit on concurrent requests is for all buttons together, not for each.
   concurrency_id="model",
 )
 CSS = """
@@ -43,7 +43,7 @@ CSS = """
 
 
 class Page(gr.Blocks):
-  """Blocks that fetch nothing: Gradio would download what a request names as a file, of any size, into the machine."""
+  """Blocks that fetch nothing: Gradio would download any address that a request names as a file, whatever its size."""
 
   async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **how: Any) -> Any:
     client_utils.traverse(inputs, _refuse_address, client_utils.is_file_obj_with_meta)
@@ -57,7 +57,7 @@ def _refuse_address(file: dict[str, Any]) -> dict[str, Any]:
 
 
 def theme() -> themes.Base:
-  """Return Gradio's theme without fonts from elsewhere: the page asks this machine alone."""
+  """Return Gradio's theme without fonts from the web, so that the page contacts this machine alone."""
   return themes.Soft(primary_hue="indigo", neutral_hue="slate", font=["system-ui"], font_mono=["ui-monospace"])
 
 
@@ -69,7 +69,7 @@ def build(sampler: StepSampler, index: answers.Index | None, run: Run, about: st
   page = Page(title=f"DiffDis: {about}", analytics_enabled=False, delete_cache=(SWEPT, KEPT))
   tabs = _Tabs(sampler, index, run)
   with page:
-    # Escaped: a folder's name may hold what Markdown takes for HTML.
+    # Escape it: a folder's name may contain what Markdown reads as HTML.
     gr.Markdown(f"# DiffDis\n{html.escape(about)}")
     with gr.Tabs() as all_tabs:
       tabs.all = all_tabs
@@ -77,12 +77,12 @@ def build(sampler: StepSampler, index: answers.Index | None, run: Run, about: st
         if name != "search" or index is not None:
           with gr.Tab(TITLES.get(name, name.capitalize()), id=name, render_children=True):
             getattr(tabs, name)()
-  # One at a time: the model is on one device.
+  # One request at a time: the model is on one device.
   return page.queue(max_size=WAITING, default_concurrency_limit=1)
 
 
 class _Tabs:
-  """The tabs, each a method of its name. Those of generation come first: their example goes to Classify."""
+  """The tabs; each method builds the tab of its name. Generation is first, since its example is also Classify's."""
 
   def __init__(self, sampler: StepSampler, index: answers.Index | None, run: Run):
     self._sampler, self._index, self._run = sampler, index, run
@@ -96,8 +96,8 @@ class _Tabs:
     prompt = gr.Textbox(text, label="Prompt", max_length=MOST_CHARACTERS)
     with gr.Row():
       steps = gr.Slider(1, answers.MOST_STEPS, min(how.generation_steps, answers.MOST_STEPS), step=1, label="Steps")
-      most = answers.MOST_GUIDANCE
-      scale = gr.Slider(0, most, min(how.generation_guidance, most), step=0.5, label="Guidance")
+      max_steps = answers.MOST_GUIDANCE
+      scale = gr.Slider(0, max_steps, min(how.generation_guidance, max_steps), step=0.5, label="Guidance")
       seed = self._seed()
     button = gr.Button("Generate", variant="primary", elem_id="draw-button")
     line, images = last(answers.generate(self._sampler, text, 0, steps.value, scale.value))
@@ -125,8 +125,8 @@ class _Tabs:
     self._ask(button, answers.classify, inputs, outputs, self._sampler, name="classify")
     if self._send is not None:
       take = lambda images: iter([(images[0]["image"]["path"] if images else None, gr.Tabs(selected="classify"))])
-      sent = self._ask(self._send, take, [self._drawn], [image, self.all], name="take")
-      sent.success(_shown(answers.classify, self._sampler), inputs, outputs, **HOW, api_visibility="private")
+      example = self._ask(self._send, take, [self._drawn], [image, self.all], name="take")
+      example.success(_shown(answers.classify, self._sampler), inputs, outputs, **HOW, api_visibility="private")
 
   def search(self) -> None:
     with gr.Row():
@@ -144,7 +144,7 @@ class _Tabs:
   def _ask(
     self, button: gr.Button, answer: Answer, inputs: list[Any], outputs: list[Any], *given: Any, name: str
   ) -> Any:
-    """Let the button, and the return key in a field of one line, ask `answer(*given, *inputs)`."""
+    """Let the button, and the return key in a one-line field, call `answer(*given, *inputs)`."""
     fields = [field.submit for field in inputs if isinstance(field, gr.Textbox) and field.lines == 1]
     return gr.on([button.click, *fields], _shown(answer, *given), inputs, outputs, api_name=name, **HOW)
 
@@ -161,17 +161,17 @@ class _Tabs:
       return gr.Image(value, sources=["upload", "clipboard"], type="filepath", format="png", label="Image", **style)
 
   def _names(self) -> gr.Textbox:
-    """Add the field of class names, which begins with those of the run's evaluation where it lists them."""
+    """Add the field of class names, which begins with those of the run's evaluation if it lists them."""
     listed, text = self._zero_shot.get("classnames"), "cat, dog, horse"
-    # A string is the path of a file, which may lie on another machine.
+    # A string would be the path of a file, which may be on another machine.
     if isinstance(listed, list | tuple) and len(listed) <= MOST_NAMES and not any("," in name for name in listed):
       text = ", ".join(listed)
-    info, most = "with commas between them", MOST_CHARACTERS * MOST_NAMES
-    return gr.Textbox(text, label="Class names", lines=3, max_lines=3, max_length=most, info=info)
+    info, limit = "with commas between them", MOST_CHARACTERS * MOST_NAMES
+    return gr.Textbox(text, label="Class names", lines=3, max_lines=3, max_length=limit, info=info)
 
   def _template(self) -> gr.Textbox:
     templates = self._zero_shot.get("templates", ())
-    # The plain prompt, where the first of many is another one.
+    # Use the plain prompt if the first of many templates is another one.
     single = self._zero_shot.get("single_template") or (not isinstance(templates, str) and templates and templates[0])
     text = single or prompts.TEMPLATES[0]
     return gr.Textbox(text, label="Template", info="{} is the name", max_length=MOST_CHARACTERS)
@@ -181,7 +181,7 @@ class _Tabs:
 
 
 def last(answer: Iterator[tuple[str, Any]]) -> tuple[str, Any]:
-  """Return the last line and values of an answer; a UserError's text is the line, as of a model that diverged."""
+  """Return the last line and values of an answer; for a UserError, such as a diverged model's, its text is the line."""
   line, values = "", None
   try:
     for shown in answer:
@@ -192,14 +192,14 @@ def last(answer: Iterator[tuple[str, Any]]) -> tuple[str, Any]:
 
 
 def _shown(answer: Answer, *given: Any) -> Answer:
-  """Wrap an answer, so that the page shows its UserError as a message."""
+  """Wrap an answer, so that the page shows its UserErrors as messages."""
 
   def call(*inputs: Any) -> Iterator[Any]:
     try:
-      # An upload comes as Gradio describes files.
+      # Gradio describes an uploaded file by a dict.
       yield from answer(*given, *(value["path"] if isinstance(value, dict) else value for value in inputs))
     except UserError as error:
-      # Gradio shows a message as HTML, and it may repeat what was typed. Bad input needs no traceback in the log.
+      # Gradio shows a message as HTML, and it may repeat what the user typed. Bad input needs no traceback in the log.
       raise gr.Error(html.escape(str(error)), title="This cannot be done", print_exception=False) from error
 
   return call

@@ -1,4 +1,4 @@
-"""Serves the page until it is asked to end: whom it answers, and how much it lets be sent."""
+"""Serve the page until it is asked to end; decide which clients get an answer, and how much they may send."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from diffdis_jax.app import page
 
 AROUND = 100_000  # bytes of a form around the file in it
-HEAD_SECONDS = 10.0  # within which the head of a request must come
-BODY_SECONDS = 120.0  # within which its body must come
-CONNECTIONS = 256  # open at a time; further ones get status 503
+HEAD_SECONDS = 10.0  # time limit for the head of a request
+BODY_SECONDS = 120.0  # time limit for the body of a request
+CONNECTIONS = 256  # limit on open connections; further ones get status 503
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _PORT = re.compile(r":\d+$")
 
 
 class KnownHost(TrustedHostMiddleware):
-  """Starlette's middleware, which takes any address where the page listens at all: no site can rebind one."""
+  """Starlette's middleware, which also accepts any numeric address when the page listens at all addresses."""
 
   def __init__(self, app: ASGIApp, *, host: str, names: Sequence[str]):
     self._everywhere = host in ("", "0.0.0.0", "::")
@@ -50,11 +50,11 @@ class KnownHost(TrustedHostMiddleware):
 
 
 class OwnOrigin:
-  """ASGI middleware that refuses requests from another site, and long ones.
+  """ASGI middleware that refuses requests from other sites, and requests that are too long.
 
   Args:
-    names: by which a server in front of the page is asked for; it hands on the browser's Origin.
-    limit: bytes of a body.
+    names: host names of a server in front of the page, which passes on the browser's Origin.
+    limit: largest number of bytes of a body.
   """
 
   def __init__(self, app: ASGIApp, *, names: Sequence[str], limit: int):
@@ -74,7 +74,7 @@ class OwnOrigin:
 
 
 class Impatient(H11Protocol):
-  """Uvicorn's protocol, which closes a connection whose request comes too slowly or is longer than `limit`."""
+  """Uvicorn's protocol, but it closes a connection whose request is too slow or longer than `limit`."""
 
   _timer: asyncio.TimerHandle | None = None
   _read = 0
@@ -94,7 +94,7 @@ class Impatient(H11Protocol):
     self._read = self._read + len(data) if state is h11.SEND_BODY else 0
     if self._read > self._limit:
       self.transport.close()
-    elif state not in (h11.IDLE, h11.SEND_BODY):  # all of it has come
+    elif state not in (h11.IDLE, h11.SEND_BODY):  # the whole request has arrived
       self._close_after(None)
     elif self._timer is None or state is not before:  # the beginning of another request, or of a body
       self._close_after(HEAD_SECONDS if state is h11.IDLE else BODY_SECONDS)
@@ -110,21 +110,21 @@ class Impatient(H11Protocol):
 
 
 async def _unknown(request: fastapi.Request, error: Exception) -> JSONResponse:
-  """Answer for a function or a session that the page does not have, and for a client that has left meanwhile."""
+  """Answer a request for a function or session that the page does not have, or of a client that has left."""
   del request
   return JSONResponse({"detail": f"the page has no {error}"}, 404)
 
 
 def application(blocks: gr.Blocks, upload: int, *, host: str, allowed_hosts: Sequence[str] = ()) -> fastapi.FastAPI:
-  """Return the page behind both middlewares, as an ASGI application. `upload` is the largest file in bytes."""
-  # The first one is asked first: a foreign request is refused before its body is read.
+  """Return the page behind both middlewares, as an ASGI application. `upload` is the largest file size in bytes."""
+  # The first one is called first: a foreign request is refused before its body is read.
   middleware = [
     Middleware(KnownHost, host=host, names=allowed_hosts),
     Middleware(OwnOrigin, names=allowed_hosts, limit=upload + AROUND),
   ]
   handlers: Any = {KeyError: _unknown, ClientDisconnect: _unknown}
   app = fastapi.FastAPI(middleware=middleware, openapi_url=None, exception_handlers=handlers)
-  # Gradio would keep 10,000 sessions, and each takes memory.
+  # By default Gradio would keep 10,000 sessions, and each takes memory.
   blocks.state_session_capacity = 2 * page.WAITING
   return gr.mount_gradio_app(
     app,
@@ -132,9 +132,9 @@ def application(blocks: gr.Blocks, upload: int, *, host: str, allowed_hosts: Seq
     path="/",
     max_file_size=upload,
     footer_links=[],
-    # Else Gradio keeps a record of what was asked in the browser, which outlives the page.
+    # By default Gradio stores requests in the browser, where they outlive the page.
     run_history=False,
-    # Rendering on the server would start a second one, of Node.
+    # Rendering on the server would start a second server, of Node.
     ssr_mode=False,
     theme=page.theme(),
     css=page.CSS,
@@ -163,7 +163,7 @@ def serve(
 
 
 def bracketed(name: str) -> str:
-  """Write an address of IPv6 as a request's Host has it."""
+  """Write an IPv6 address with brackets, as in a request's Host header."""
   return f"[{name.strip('[]')}]" if ":" in name else name
 
 

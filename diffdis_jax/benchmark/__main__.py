@@ -54,11 +54,11 @@ def main(argv: Sequence[str]) -> None:
     raise UserError("table6 takes --config=table6, the other benchmark the config of one model")
   cli.compilation_cache()
   cli.use_all_cores()
-  # This and all below before anything is timed: a mistyped path should not cost the minutes.
+  # Check these flags before anything is timed: a mistyped path should not cost minutes.
   files.check_out(FLAGS.out)
   if is_table and FLAGS.out.endswith(".md"):
     raise UserError(f"--out={FLAGS.out} should end in .json; the table is written beside it, as .md")
-  # Before the measurement, during which the checkout may change.
+  # Record this before the measurement, during which the checkout may change.
   record = provenance.provenance(origin(FLAGS.config))
   if is_table:
     models = table6_models(FLAGS.config, sharding.make_mesh(**FLAGS.config.mesh))
@@ -71,14 +71,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def origin(config: ConfigDict) -> dict[str, Any]:
-  """Describe what is timed, for the record; several models by their names."""
+  """Describe what is timed for the record: a config, or several models by their names."""
   if "models" in config:
     return {name: provenance.of_config(model.to_dict()) for name, model in config.models.items()}
   return provenance.of_config(config.copy_and_resolve_references().to_dict())
 
 
 def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
-  """Return the models that configs/table6.py names. Nothing is allocated."""
+  """Return the models that configs/table6.py names, without allocating anything."""
   models = {}
   for name, fields in config.models.items():
     run = Run.of(fields)
@@ -101,11 +101,12 @@ def trainers(run: Run) -> dict[str, Trainer]:
 
 
 def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any]:
-  """Measure the seconds of each step (median and all rounds), floating-point operations by `flops.count`, and ratios.
+  """Measure the seconds of each step (median and all rounds), its floating-point operations (`flops.count`), and
+  ratios.
 
   Args:
-    trainers: the steps by their names, on one mesh, of one batch.
-    rounds: timed steps of each.
+    trainers: the steps by their names, on the same mesh and with the same batch.
+    rounds: number of timed steps of each.
   """
   first = next(iter(trainers.values()))
   mesh, run, batch = first.mesh, first.run, table6.random_batch(first)

@@ -1,8 +1,8 @@
-"""The paper's Table 6: what training, generation and discrimination cost, of CLIP, Stable Diffusion and DiffDis.
+"""Measure the paper's Table 6: the cost of training, generation and discrimination for CLIP, Stable Diffusion and
+DiffDis.
 
-They take turns, round by round, in one process, so that a machine whose speed drifts does so for all of them alike.
-Images are random and lie in memory. The paper's seconds are of machines and numbers of images that it does not state,
-so that ratios are what can be compared.
+The models take turns, round by round, in one process, so that a drift of the machine's speed affects all alike. Images
+are random and in memory. The paper does not state its machines and numbers of images, so only ratios can be compared.
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ from diffdis_jax.structs import TrainingBatch
 from diffdis_jax.training.step import Trainer, abstract_batch
 
 NAMES = {"clip": "CLIP", "stable_diffusion": "Stable Diffusion", "diffdis": "DiffDis"}
-# Figures from the appendix: hours of training, seconds of generation and of discrimination, zero-shot ImageNet, FID.
+# The appendix's numbers: hours of training, seconds of generation and discrimination, zero-shot ImageNet, FID.
 PAPER: dict[str, dict[str, float]] = {
   "clip": dict(training=31, discrimination=148, zero_shot=21.1),
   "stable_diffusion": dict(training=32, generation=3530, fid=10.8),
   "diffdis": dict(training=54, generation=3550, discrimination=252, zero_shot=25.92, fid=9.80),
 }
-# What each figure is over.
+# The model that each column's ratios are relative to.
 BASES = {"training": "stable_diffusion", "generation": "stable_diffusion", "discrimination": "clip"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-  """One of the three models: its training step, the inference of the same network, and how many images a whole training
-  takes."""
+  """One of the three models: its training step, the inference of the same network, and the images of a whole training."""
 
   step: Trainer
   inference: Inference
@@ -48,21 +47,21 @@ class Model:
 
 
 def time_table6(models: Mapping[str, Model], *, rounds: int, generated: int, classified: int) -> dict[str, Any]:
-  """Time everything, and return seconds (medians and all rounds), operations, and what follows of them for the paper's
-  numbers.
+  """Time everything; return seconds (medians and all rounds), operations, and estimates for the paper's numbers of
+  images.
 
   Args:
-    models: by the keys of NAMES.
-    rounds: timed ones; one more warms up.
-    generated, classified: images of the table's columns.
+    models: the models by the keys of NAMES.
+    rounds: number of timed rounds; one more warms up.
+    generated, classified: numbers of images in the table's columns.
   """
   ways = {name: ways_of(model) for name, model in models.items()}
   seconds: dict[str, dict[str, list[float]]] = {name: {way: [] for way in own} for name, own in ways.items()}
   for index in range(rounds + 1):
     for name, own in ways.items():
-      for way, once in own.items():
+      for way, run_once in own.items():
         begin = time.perf_counter()
-        once()
+        run_once()
         if index:
           seconds[name][way].append((time.perf_counter() - begin) / models[name].step.run.batch_size)
     logging.info("round %d of %d", index, rounds)
@@ -92,7 +91,7 @@ def time_table6(models: Mapping[str, Model], *, rounds: int, generated: int, cla
 
 
 def ways_of(model: Model) -> dict[str, Callable[[], None]]:
-  """Return, by its name, each thing that is timed: a function that does it once for a batch."""
+  """Return, by name, the functions that are timed; each does its work once for a batch."""
   trainer, inference, run = model.step, model.inference, model.step.run
   batch, states = random_batch(trainer), [trainer.with_params(trainer.init_params(jax.random.key(0)))]
   tokens = Tokenizer(run.data.max_length)([f"a photo of {i} houses" for i in range(run.batch_size)])
@@ -114,25 +113,23 @@ def ways_of(model: Model) -> dict[str, Callable[[], None]]:
 
 
 def random_batch(trainer: Trainer) -> TrainingBatch:
-  """Return a random batch of a run: of images, with a view of its own for discrimination where that has one, or of
-  latents."""
+  """Return a random batch as a run has it: images, with a second view if discrimination has its own, or latents."""
   rng = np.random.default_rng(0)
   makers = {
     "uint8": lambda shape: rng.integers(0, 256, shape, np.uint8),
-    "int32": lambda shape: rng.integers(0, 49406, shape, np.int32),  # tokens of words
+    "int32": lambda shape: rng.integers(0, 49406, shape, np.int32),  # word tokens
     "bfloat16": lambda shape: rng.standard_normal(shape, np.float32).astype(jnp.bfloat16),
   }
   shapes = abstract_batch(trainer.run, trainer.network, trainer.mesh)
   rows = {name: leaf and makers[leaf.dtype.name](leaf.shape) for name, leaf in vars(shapes).items()}
-  # On the devices before the clock starts: the loader's part is measured elsewhere.
+  # Put it on the devices before the clock starts: the loader is measured elsewhere.
   return type(shapes)(**sharding.to_global(rows, trainer.mesh))
 
 
 def _operations(model: Model) -> dict[str, float]:
-  """Count the operations of matrix products and convolutions, 1e9 an image; nothing that is computed twice counts
-  twice."""
+  """Count operations of matrix products and convolutions, in 1e9 an image, without those that are computed twice."""
   traced = dict(training=flops.trace_train(model.step))
-  # By tracing: what the compiler counts includes what rematerialisation computes again.
+  # Count by tracing: the compiler's count includes what rematerialisation computes again.
   task = model.step.run.task
   for way, is_done in (("generation", task.generates), ("discrimination", task.aligned)):
     if is_done:
@@ -141,18 +138,18 @@ def _operations(model: Model) -> dict[str, float]:
 
 
 def _extrapolated(seconds: Mapping[str, float], trained: int, generated: int, classified: int) -> dict[str, float]:
-  """Return the table's columns from seconds an image: hours of training, seconds of the others."""
+  """Return the table's columns from seconds per image: hours of training, seconds of the others."""
   counts = dict(training=trained / 3600, generation=generated, discrimination=classified)
   return {way: count * seconds[way] for way, count in counts.items() if way in seconds}
 
 
 def ratios(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-  """Divide DiffDis's figures by what each column is compared with."""
+  """Return the ratios of DiffDis's values to the model that each column is compared with."""
   return {f"{way}_over_{over}": values["diffdis"][way] / values[over][way] for way, over in BASES.items()}
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-  """Return the paper's table with ours beside it. Accuracy and FID are no part of what is timed here."""
+  """Return the paper's table beside ours. Accuracy and FID are not measured here."""
   rows = [
     "| | training | operations of a step, an image | generation | discrimination | zero-shot ImageNet | FID |",
     "|---|---|---|---|---|---|---|",
@@ -179,8 +176,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _times(name: str, values: Mapping[str, Mapping[str, float]]) -> list[str]:
-  """Return a model's cells of the three columns of times, each with its ratio to the column's base; "" for what it
-  lacks."""
+  """Return a model's cells for the three columns of times, each with its ratio to the column's base; "" if it has none."""
   cells = []
   for way, unit in (("training", "h"), ("generation", "s"), ("discrimination", "s")):
     value = values[name].get(way)

@@ -26,36 +26,36 @@ from etils import epath
 
 from diffdis_jax.errors import Gone, UserError
 
-# Where TensorFlow is installed, etils would read buckets by it, as it decides at the first path.
+# If TensorFlow is installed, etils would read buckets with it; it decides at the first path.
 os.environ.setdefault("EPATH_USE_TF", "false")
 SCHEME = "gs://"
-_ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # with one slash too, which nobody means for a folder of that name
-# Orbax cuts an address off at the first two; to gcsfs the others are patterns, which would match another run's files.
+_ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # also with one slash, since nobody means a folder of that name
+# Orbax cuts an address at the first two characters; for gcsfs the others are patterns, which could match other files.
 _SPECIAL = re.compile(r"[#?*[]")
-_AT_ONCE = 8  # files that are uploaded, of each of which gcsfs holds 50 MB
-EVERY = 30.0  # seconds between two copies of files that are appended to
+_AT_ONCE = 8  # files uploaded at a time; gcsfs holds 50 MB of each
+EVERY = 30.0  # seconds between two copies of files that grow
 LAST_PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before each try of the last copy
 
 
 def is_url(path: epath.PathLike) -> bool:
-  """Say whether this is an address rather than a path on this machine."""
+  """Return whether this is an address rather than a path on this machine."""
   return "://" in os.fspath(path)
 
 
 def path(where: epath.PathLike) -> epath.Path:
-  """Return a local path, or one in a bucket. Raise UserError as `check`."""
+  """Return a local path, or one in a bucket. Raise UserError as `check` does."""
   if is_url(where):
     check(os.fspath(where))
   return epath.Path(where)
 
 
 def absolute(where: epath.PathLike) -> epath.Path:
-  """Return the path from the root; an address stands for itself."""
+  """Return the absolute path; an address stays as it is."""
   return path(where) if is_url(where) else epath.Path(where).absolute()
 
 
 def local(where: epath.PathLike, flag: str) -> pathlib.Path:
-  """Return a path on this machine. Raise UserError: it is an address, which `flag` was given."""
+  """Return a path on this machine. Raise UserError if `flag` was given an address."""
   if is_url(where):
     how = "write it to this machine, and copy it there" if flag == "--out" else "copy it to this machine first"
     raise UserError(f"{flag}={os.fspath(where)} must be a local path; {how}")
@@ -63,8 +63,8 @@ def local(where: epath.PathLike, flag: str) -> pathlib.Path:
 
 
 def check(where: str) -> None:
-  """Raise UserError for an address other than gs://BUCKET/..., one with a special character or of a missing package, or
-  a ~ that the shell has left. A local path passes."""
+  """Raise UserError for an address other than gs://BUCKET/..., one with a special character or a missing package, or a
+  ~ that the shell did not expand. A local path passes."""
   if where.startswith(("~/", "~")) and (meant := os.path.expanduser(where)) != where:
     raise UserError(f"the shell leaves the ~ of {where} as it is behind a =; give {meant}")
   if not (scheme := _ADDRESS.match(where)):
@@ -84,11 +84,12 @@ def _configure() -> None:
   """Set up gcsfs before a bucket is opened."""
   from fsspec import config
 
-  # Without credentials gcsfs would ask at each access which kind the bucket is. This is right for all but Rapid ones.
+  # Without credentials gcsfs would ask at each access which kind the bucket is. This is right for all but Rapid
+  # buckets.
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-  # What it logs with a traceback it raises too, for whoever asked.
+  # It also raises whatever it logs with a traceback.
   python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL)
-  # A kept listing hides what other processes write, and cuts an object off at the length that it had before.
+  # A cached listing would hide what other processes write, and would cut a file off at its earlier length.
   config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 
@@ -100,14 +101,14 @@ def _system(**options: bool) -> Any:
 
 
 def files_below(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
-  """List a folder of a bucket: name within it -> gcsfs's facts, among them `size` (bytes) and `etag`."""
+  """List a folder of a bucket as {name within it: gcsfs's metadata}, such as `size` (bytes) and `etag`."""
   url = os.fspath(path(folder)).rstrip("/")
   below = _system().find(url, detail=True)
   return {name.removeprefix(f"{url.removeprefix(SCHEME)}/"): facts for name, facts in below.items()}
 
 
 def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = ()) -> None:
-  """Copy a local folder into a bucket; files named as in `last` after all others, as marks that those are there."""
+  """Copy a local folder into a bucket; the files named in `last` follow after all others, to mark the copy as complete."""
   paths = sorted(file for file in folder.rglob("*") if file.is_file())
   for is_mark in (False, True):
     if group := [file.relative_to(folder).as_posix() for file in paths if (file.name in last) == is_mark]:
@@ -134,7 +135,7 @@ def _checked() -> Any:
 
 
 def checked() -> Any:
-  """Return a file system of buckets whose listings are kept, and whose `get` raises Gone for a damaged copy."""
+  """Return a file system for buckets that caches listings and whose `get` raises Gone for a damaged copy."""
   _configure()
   return _checked()(use_listings_cache=True, skip_instance_cache=True)
 
@@ -142,7 +143,7 @@ def checked() -> Any:
 def create(where: epath.Path, content: bytes) -> bool:
   """Write an object unless there is one already, and return whether it was written."""
   try:
-    _system().pipe_file(os.fspath(where), content, mode="create")  # only at generation 0
+    _system().pipe_file(os.fspath(where), content, mode="create")  # only if there is no object
   except FileExistsError:
     return False
   return True
@@ -163,14 +164,14 @@ def remove(where: epath.Path, *, generation: int) -> None:
 
 
 class Mirror:
-  """A local folder, in which files are appended to, and its copy in a bucket.
+  """A local folder whose files grow, and its copy in a bucket.
 
-  A copy is made every EVERY seconds, and whenever it is asked for. A bucket that is away for a while ends no run: what
-  fails is tried again at the next copy.
+  A copy is made every EVERY seconds, and on request. A bucket that is unreachable for a while does not end the run: the
+  next copy tries again.
 
   Args:
     to: the folder in the bucket.
-    of: files there to append to.
+    of: names of files that may already be there and will be appended to.
   """
 
   def __init__(self, to: epath.Path, *, of: Sequence[str] = ()):
@@ -183,12 +184,12 @@ class Mirror:
     self._last = time.monotonic()
 
   def copy_if_due(self) -> None:
-    """Copy, if the last time was long enough ago."""
+    """Copy if the last copy is old enough."""
     if time.monotonic() - self._last >= EVERY:
       self.copy()
 
   def copy(self) -> bool:
-    """Copy the files that have grown, and say whether all of them are there now."""
+    """Copy the files that have grown, and return whether all copies succeeded."""
     self._last, all_there = time.monotonic(), True
     for file in sorted(self.folder.iterdir()):
       size = file.stat().st_size
@@ -196,13 +197,13 @@ class Mirror:
         try:
           _system().put_file(os.fspath(file), os.fspath(self._to / file.name))
           self._copied[file.name] = size
-        except Exception as error:  # of gcsfs or of the network below it
+        except Exception as error:  # of gcsfs or the network
           logging.warning("cannot write %s, which is tried again: %s", self._to / file.name, error)
           all_there = False
     return all_there
 
   def close(self) -> None:
-    """Copy what is left, while a bucket that is away may come back."""
+    """Copy the rest, and wait for an unreachable bucket to come back."""
     if not any(time.sleep(pause) or self.copy() for pause in LAST_PAUSES):
       logging.error("the last lines of %s could not be written", self._to)
     self._temporary.cleanup()
@@ -210,7 +211,7 @@ class Mirror:
 
 @contextlib.contextmanager
 def appended(file: epath.Path) -> Iterator[IO[bytes]]:
-  """Open a file to append bytes to. One in a bucket is rewritten at the end, after what was in it."""
+  """Open a file to append bytes. A file in a bucket is rewritten at the end, with its earlier content first."""
   if not is_url(file):
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab") as opened:

@@ -1,11 +1,11 @@
-"""The parts that every command line shares: flags, one-line errors, logging, compilation cache.
+"""Define what all commands share: flags, one-line errors, logging, compilation cache.
 
-A command ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr; a
-full disk, or storage that cannot be reached, with one line and code 1, on which launchers try again; a bug with its
-traceback and code 1; a preemption with code 75; Ctrl-C with one line and code 130; and SIGTERM or SIGHUP, where there
-is nothing to save, with one line and code 143.
+A command ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr. A
+full disk or unreachable storage exits with one line and code 1, after which launchers retry; a bug with its traceback
+and code 1; a preemption with code 75; Ctrl-C with one line and code 130; SIGTERM or SIGHUP, if there is nothing to
+save, with one line and code 143.
 
-jax is imported where it is used: it takes two seconds, which commands that compute nothing have no need of.
+jax is imported where it is used: it takes two seconds, which commands that compute nothing can save.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ from diffdis_jax.errors import FULL_DISK, Diverged, Preempted, UserError, full_d
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")  # absl's words
-CACHE_BYTES = 4 * 2**30  # of compiled programs; a full-size step is a few hundred MB
-# Flags that an unset variable of a shell leaves empty, which would be this folder.
+CACHE_BYTES = 4 * 2**30  # limit of the compiled programs; a full-size step is a few hundred MB
+# Flags of folders: an unset shell variable leaves them empty, which would mean the current folder.
 _FOLDERS = {"workdir", "out"}
-# With what Orbax warns at each save between two evaluations, where the best checkpoints are kept.
+# Orbax warns like this at each save between two evaluations, if the best checkpoints are kept.
 _UNMEASURED = "Requested `tracked_metric`"
 
 
 def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   """Parse the flags and call `main(argv)`; never return. `positional` arguments may follow the program's name.
 
-  With several processes, or while a thread compiles, an error ends this process at once: waiting for the others, or for
-  the compiler, in Python's clean-up would take minutes.
+  With several processes, or while a thread compiles, an error ends this process at once: Python's clean-up would wait
+  minutes for the others or for the compiler.
   """
-  # Garbage is looked for among all that jax has traced, which stays: by default that is a fifth of a start's time.
+  # The default garbage collection searches all that jax has traced, which takes a fifth of the time of a start.
   gc.set_threshold(100_000, 50, 50)
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA, which has it from TensorFlow
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA has this variable from TensorFlow
   if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors="replace")  # of a terminal that knows ASCII alone
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that only knows ASCII
   sys.excepthook = _excepthook
   signals.end_on_signals()
   logging.get_absl_handler().addFilter(_is_ours)
   if sys.stderr.isatty():
     logging.get_absl_handler().setFormatter(_Plain())
-  logging.set_verbosity(logging.INFO)  # already for what a config file logs, before the flags are parsed
+  logging.set_verbosity(logging.INFO)  # before the flags are parsed, since a config file may already log
   flags.DEFINE_boolean("quiet", False, "write warnings and errors only, no progress")
   if {"--help", "-h"} & {*sys.argv[1:]}:
     _help()
@@ -82,33 +82,33 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
 
 
 def write(content: str) -> None:
-  """Write to stdout. A reader that has gone, such as head or a pager that was closed, ends no command."""
+  """Write to stdout. A closed reader, such as head or a pager, does not end the command."""
   try:
     sys.stdout.write(content)
     sys.stdout.flush()
   except BrokenPipeError:
-    # Or else Python, which flushes again at its end, says that it cannot.
+    # Otherwise Python, which flushes at exit, would report an error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help() -> NoReturn:
-  """Write the command's docstring and all flags of its own, those too that the package defines in other files."""
+  """Write the command's docstring and all of its flags, also those defined in other files of the package."""
   for module, defined in flags.FLAGS.flags_by_module_dict().items():
     for flag in defined:
       if module.startswith("diffdis_jax.") or flag.name == "config":
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   described = flags.FLAGS.main_module_help().partition(":\n")[2]  # without the file's name
   write(f"{sys.modules['__main__'].__doc__}\nFlags:\n{described}\n")
-  sys.exit(0)  # where absl exits with 1
+  sys.exit(0)  # absl would exit with 1
 
 
 def _check_values() -> None:
-  """Raise UserError: a folder's flag is empty, a number is nan, or an address in any flag or field cannot be read."""
-  for name in {*flags.FLAGS} - {"prompt", "eval"}:  # which may hold any text
+  """Raise UserError for an empty folder flag, a number that is nan, or an unreadable address in any flag or field."""
+  for name in {*flags.FLAGS} - {"prompt", "eval"}:  # these may hold any text
     value = flags.FLAGS[name].value
     if name in _FOLDERS and value == "" and flags.FLAGS[name].present:
       raise UserError(f"--{name}= is empty; give a path")
-    if isinstance(value, float) and math.isnan(value):  # which is within any bounds for absl
+    if isinstance(value, float) and math.isnan(value):  # absl accepts nan within any bounds
       raise UserError(f"--{name}={value} is no number; give one")
     for field in guesses.fields_of(value.to_dict()).values() if isinstance(value, ConfigDict) else [value]:
       for text in field if isinstance(field, list) else [field]:
@@ -117,16 +117,16 @@ def _check_values() -> None:
 
 
 def _stop_for(error: Exception) -> NoReturn:
-  """Stop with one line for what a user can mend: input, a disk, a network or a right. Raise a bug again."""
+  """Stop with one line for what a user can fix: input, disk, network or permissions. Raise a bug again."""
   path, number = getattr(error, "filename", None), getattr(error, "errno", None)
   reason = getattr(error, "strerror", None) or error
   where, again = f" ({path})" if path else "", "and run the same command again"
   if isinstance(error, (UserError, Diverged)):
     _stop(error, code=error.code)
-  if full := number if number in FULL_DISK else full_disk(error):  # the latter of TensorStore's errors
+  if full := number if number in FULL_DISK else full_disk(error):  # the second is for TensorStore's errors
     _stop(f"{os.strerror(full)}{where}; make room, {again}", code=1)
-  if may_pass(error) or (isinstance(error, OSError) and number is None):  # without a number: a bucket's server
-    login = "log in by gcloud auth application-default login"  # gcloud auth login is for gcloud alone
+  if may_pass(error) or (isinstance(error, OSError) and number is None):  # errors of a bucket's server have no number
+    login = "log in by gcloud auth application-default login"  # gcloud auth login alone is not enough
     how = login if "Anonymous caller" in str(error) else "check the network and your permissions"
     _stop(f"{reason}{where}; {how}, {again}", code=1)
   if isinstance(error, OSError) and (path or isinstance(error, PermissionError)):
@@ -135,9 +135,9 @@ def _stop_for(error: Exception) -> NoReturn:
 
 
 def config_flag(alias: str = "config") -> flags.FlagHolder[ConfigDict]:
-  """Define the flag --config=NAME[:args] or FILE.py[:args], with --config.a.b=value for single fields.
+  """Define the flag --config=NAME[:args] or --config=FILE.py[:args], with --config.a.b=value for single fields.
 
-  `alias` is another name of the flag, by which the file is asked for; its fields stay --config.a.b.
+  `alias` is another name of the flag for the file; single fields stay --config.a.b.
   """
   holder = config_flags.DEFINE_config_file(
     "config", None, "configuration: NAME[:args] of one that comes with the package, or FILE.py[:args]"
@@ -152,7 +152,8 @@ def config_flag(alias: str = "config") -> flags.FlagHolder[ConfigDict]:
 
 
 def process_flags() -> None:
-  """Define the flags that every command with a network has, for where the environment does not set them."""
+  """Define the flags for several processes, which every command with a network has, if the environment does not set
+  them."""
   flags.DEFINE_string("coordinator_address", None, "host:port of process 0")
   flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
   flags.DEFINE_integer("process_id", None, "this process's number, from 0", lower_bound=0)
@@ -166,13 +167,13 @@ def process_flags() -> None:
 
 
 def config_given() -> tuple[str, dict[str, Any]]:
-  """Return FILE.py[:args] of the flag --config, and the values that --config.a.b=value gave to single fields."""
+  """Return FILE.py[:args] of the flag --config, and the values that --config.a.b=value set."""
   flag = flags.FLAGS["config"]
   return config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
 
 
 def config_names() -> dict[str, pathlib.Path]:
-  """Return the file of each config that comes with the package, by its name, such as `shapes`."""
+  """Return {name: file} of the configs that come with the package, such as `shapes`."""
   files_there = sorted(pathlib.Path(_PACKAGE, "configs").glob("*.py"))  # a link to the repository's folder
   return {path.stem: path for path in files_there if path.stem not in ("__init__", "common")}
 
@@ -182,10 +183,10 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
 
   Args:
     path: name of a config that comes with the package, such as `shapes`, or any Python file with a `get_config`.
-    flag: that named it, for the message.
+    flag: the flag that named it, for messages.
 
   Raises:
-    UserError: every mistake in the path, the file or its arguments.
+    UserError: any mistake in the path, the file or its arguments.
   """
   given, colon, argument = path.partition(":")
   file = str(config_names().get(given, given))
@@ -197,15 +198,17 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
   try:
     spec: Any = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a dataclass in the file looks up its annotations
+    sys.modules[spec.name] = module  # a dataclass in the file looks up its annotations there
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
-      sys.path.append(os.getcwd())  # as `python -m` does and `diffdis` does not; last, so that it is in nobody's way
+      sys.path.append(
+        os.getcwd()
+      )  # as `python -m` does, but `diffdis` does not; last, so that it hides no other module
     spec.loader.exec_module(module)
     fields = module.get_config(*([argument] if colon else []))
     if fields is None:
       raise ValueError("get_config returned None; it should end with `return config`")
     return ConfigDict(fields)
-  except ValueError as error:  # which get_config raises of its arguments, in a sentence of its own
+  except ValueError as error:  # get_config raises it with a sentence about its arguments
     raise UserError(f"--{flag}={path}: {error}") from error
   except Exception as error:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
@@ -214,7 +217,7 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
 
 
 def compilation_cache() -> None:
-  """Keep compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory."""
+  """Store compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or in the user's cache directory."""
   import jax
 
   if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -224,9 +227,9 @@ def compilation_cache() -> None:
 
 
 def use_all_cores() -> None:
-  """Take as many CPU devices as cores, rounded down to a power of two, at most 8: one device leaves cores idle.
+  """Use as many CPU devices as cores, rounded down to a power of two, at most 8: one device leaves cores idle.
 
-  It has no effect on accelerators, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many.
+  It has no effect on accelerators, or if XLA_FLAGS or JAX_NUM_CPU_DEVICES set the number.
   """
   chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if not chosen and "JAX_NUM_CPU_DEVICES" not in os.environ:
@@ -237,7 +240,7 @@ def use_all_cores() -> None:
 
 
 class _ConfigFile(flags.ArgumentParser):
-  """Load a config file; every mistake in the path, the file or the overrides is a UserError."""
+  """Loads a config file; every mistake in the path, the file or the overrides is a UserError."""
 
   def __init__(self, flag: str):
     self._flag = flag
@@ -247,11 +250,11 @@ class _ConfigFile(flags.ArgumentParser):
     for override in filter(None, map(_OVERRIDE.match, sys.argv[1:])):
       guesses.check_key(config.to_dict(), key := override[1], list(flags.FLAGS))
       *sections, name = key.partition("[")[0].split(".")
-      # A value is read by the type of what is there.
+      # A value is read by the type of the field's present value.
       if functools.reduce(lambda section, name: section[name], sections, config).get_type(name) is type(None):
         file = path.partition(":")[0]
         raise UserError(f"--config.{key} cannot be set: the config has None there; set it in {file}")
-    return config.lock()  # so that no code adds a field by misspelling one
+    return config.lock()  # so that no code adds a field by a misspelt name
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -261,7 +264,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     guess = guesses.guess_flag(error.flagname, list(flags.FLAGS), guesses.fields_of(config.to_dict()) if config else ())
     _stop(f"unknown flag --{error.flagname}; {guess}")
-  # Flags of our own raise UserError, absl's its own, and ConfigDict the others, of single fields.
+  # Our own flags raise UserError, absl's raise absl's error, and ConfigDict raises the others, about single fields.
   except (UserError, flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
     missing = _MISSING.findall(str(error))
     described = " and ".join(f"--{name} ({flags.FLAGS[name].help})" for name in missing)
@@ -269,10 +272,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _stop(error: Exception | str, *, code: int = 2) -> NoReturn:
-  """Exit with one line, in which nothing is left that a terminal would take for orders."""
+  """Exit with one line, without characters that a terminal would take for commands."""
   line = " ".join(str(error).split())
-  shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-  sys.stderr.write(f"error: {''.join(shown)}\n")
+  printable = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+  sys.stderr.write(f"error: {''.join(printable)}\n")
   _exit(code)
 
 
@@ -285,17 +288,19 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
 
 
 def _exit(code: int) -> NoReturn:
-  """Exit; at once where Python's clean-up would wait for other processes, or for a compiler."""
-  distributed: Any = sys.modules.get("jax.distributed")  # where jax was not imported, nobody waits
-  compiles = any(thread.name.startswith("compiler") for thread in threading.enumerate())  # of parallel/programs.py
+  """Exit; at once if Python's clean-up would wait for other processes or for a compiler."""
+  distributed: Any = sys.modules.get("jax.distributed")  # without jax, nothing waits
+  compiles = any(
+    thread.name.startswith("compiler") for thread in threading.enumerate()
+  )  # threads of parallel/programs.py
   if compiles or (distributed and distributed.is_initialized()):
-    sys.stdout.flush()  # which os._exit does not do
+    sys.stdout.flush()  # os._exit does not flush
     signals.exit_at_once(code)
   sys.exit(code)
 
 
 class _Plain(python_logging.Formatter):
-  """Format a line for a person at a terminal: the time and the text. A file gets the process and the place too."""
+  """Formats a line for a person at a terminal, by time and text. In a file, a line also has the process and the place."""
 
   def format(self, record: python_logging.LogRecord) -> str:
     warns = "" if record.levelno < python_logging.WARNING else f"{record.levelname.lower()}: "
@@ -303,10 +308,10 @@ class _Plain(python_logging.Formatter):
 
 
 def _is_ours(record: python_logging.LogRecord) -> bool:
-  """Let our own progress through, and only warnings of libraries; with --verbosity=1 everything."""
+  """Pass our own progress and warnings of libraries; with --verbosity=1 pass everything."""
   if logging.get_verbosity() > 0 or record.pathname.startswith(_PACKAGE):
     return True
   error = record.exc_info[1] if record.exc_info else None
-  # Ctrl-C and a full disk are one line of ours: what a library logs of them, with a traceback, it raises too.
+  # Ctrl-C and a full disk are one line of ours; libraries that log them with a traceback also raise them.
   is_known = isinstance(error, KeyboardInterrupt) or full_disk(error) is not None
   return record.levelno >= python_logging.WARNING and not is_known and not str(record.msg).startswith(_UNMEASURED)

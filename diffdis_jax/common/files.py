@@ -21,14 +21,14 @@ from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
 
 
 def user_cache(name: str) -> str:
-  """Name a folder of the user's cache directory."""
+  """Return the path of a folder in the user's cache directory."""
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   return os.path.join(home, "diffdis_jax", name)
 
 
 def empty_folder(out: str | os.PathLike[str]) -> epath.Path:
-  """Return the folder of this name, absent or empty. Raise UserError: it is neither, or is where a disk is mounted,
-  which nothing can replace."""
+  """Return the folder of this name, absent or empty. Raise UserError if it is neither, or is a mount point, which
+  cannot be replaced."""
   folder = buckets.path(out)
   if folder.exists() and not folder.is_dir():
     raise UserError(f"--out={folder} is a file; it should be a folder, absent or empty")
@@ -41,19 +41,19 @@ def empty_folder(out: str | os.PathLike[str]) -> epath.Path:
 
 @contextlib.contextmanager
 def whole_folder(out: epath.PathLike, *, last: Collection[str] = ()) -> Iterator[pathlib.Path]:
-  """Yield a local folder to write into. At the end it takes the name `out`, or is copied there, to a bucket.
+  """Yield a local folder to write into. At the end it is renamed to `out`, or copied there if `out` is in a bucket.
 
   Args:
-    out: absent or empty. It stays so if something goes wrong.
-    last: names of files by which the folder is known to be whole. A bucket gets them after all others, since what was
-      copied stays there when the process is killed.
+    out: a folder that is absent or empty, and stays so if something goes wrong.
+    last: names of files that mark the folder as complete. A bucket gets them after all others, since a killed process
+      leaves what it has copied.
 
   Raises:
     UserError: `out` is not empty, or cannot be written.
   """
   folder = empty_folder(out)
   if buckets.is_url(folder):
-    check_out(os.fspath(folder / "file"))  # before hours of work, which a bucket that there is not would lose
+    check_out(os.fspath(folder / "file"))  # check before hours of work, which a bucket that does not exist would lose
     with temporary_folder("diffdis-out") as temporary:
       yield temporary
       buckets.upload(temporary, folder, last=last)
@@ -62,44 +62,44 @@ def whole_folder(out: epath.PathLike, *, last: Collection[str] = ()) -> Iterator
   with contextlib.ExitStack() as stack:
     with writing(f"--out={out}"):
       target.parent.mkdir(parents=True, exist_ok=True)
-      # Beside its place: a rename cannot go from one disk to another.
+      # Beside its final place, since a rename cannot move files between disks.
       temporary = stack.enter_context(temporary_folder(f".{target.name}", target.parent))
-      temporary.chmod(0o755)  # 700, as it is made, would stay and lock other users out
+      temporary.chmod(0o755)  # the default 700 would remain, and lock other users out
     yield temporary
     with writing(f"--out={out}"):
-      os.replace(temporary, target)  # which an empty folder gives way to
+      os.replace(temporary, target)  # it replaces an empty folder
 
 
 @contextlib.contextmanager
 def temporary_folder(begin: str, within: str | os.PathLike[str] | None = None) -> Iterator[pathlib.Path]:
-  """Yield a new folder, which is removed at the end, or, after a kill, when the next one is asked for.
+  """Yield a new temporary folder. It is removed at the end, or after a kill when the next one is made.
 
   Args:
     begin: the beginning of its name.
-    within: where it lies; None for the system's folder for temporary files.
+    within: its parent; None for the system's folder for temporary files.
   """
   place = pathlib.Path(within or tempfile.gettempdir())
   how: Any = dict(prefix=f"{begin}.", suffix=".tmp", dir=place, ignore_cleanup_errors=True)
   with contextlib.ExitStack() as stack:
 
-    def hold(folder: str | os.PathLike[str]) -> None:  # by a lock, as long as this process lives
+    def hold(folder: str | os.PathLike[str]) -> None:  # by a lock, for as long as this process lives
       stack.callback(os.close, descriptor := os.open(folder, os.O_RDONLY | os.O_NOFOLLOW))
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    for left in place.glob(f"{begin}.????????.tmp"):
+    for remaining in place.glob(f"{begin}.????????.tmp"):
       with contextlib.suppress(OSError):  # another process holds it
-        hold(left)
-        shutil.rmtree(left)
+        hold(remaining)
+        shutil.rmtree(remaining)
     temporary = stack.enter_context(tempfile.TemporaryDirectory(**how))
-    with contextlib.suppress(OSError):  # of a file system without locks
+    with contextlib.suppress(OSError):  # the file system has no locks
       hold(temporary)
     yield pathlib.Path(temporary)
 
 
 def lock(file: IO[Any], *, wait: bool) -> None:
-  """Keep an open file to this process until it is closed; where its file system has no locks, warn instead.
+  """Lock an open file until it is closed. Warn if its file system has no locks.
 
-  Raises BlockingIOError: another process has it, and this one is not to `wait`.
+  Raises BlockingIOError: another process has the lock, and `wait` is false.
   """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -110,11 +110,11 @@ def lock(file: IO[Any], *, wait: bool) -> None:
 
 
 def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
-  """Write a file, under another name first; an object of a bucket appears whole by itself."""
+  """Write a file under a temporary name first; an object in a bucket is always written whole."""
   if buckets.is_url(path):
     path.write_bytes(content)
     return
-  # A name of its own, so that two that write the same file do not mix their bytes.
+  # A unique name, so that two processes that write the same file do not mix their bytes.
   temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   try:
     temporary.write_bytes(content)
@@ -126,27 +126,27 @@ def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-  """Raise UserError for an OSError within, unless it may pass or a disk is full. `what` is written to, such as
+  """Raise UserError for an OSError in the block, unless it may pass or a disk is full. `what` names the target, such as
   --out=FILE."""
   try:
     yield
   except OSError as error:
-    if may_pass(error) or error.errno in FULL_DISK:  # on which launchers start the command again
+    if may_pass(error) or error.errno in FULL_DISK:  # launchers retry after these
       raise
     raise UserError(f"cannot write {what}: {error.strerror or error}") from error
 
 
 def check_out(out: str, flag: str = "out") -> None:
-  """Raise UserError, before work whose result would be lost: `out` is a folder, or no file of this name can be written.
+  """Raise UserError, before any work, if `out` is a folder or no file of this name can be written.
 
-  `flag` is the one that named it.
+  `flag` is the flag that named it, for messages.
   """
   path = buckets.path(out)
   if path.is_dir():
     raise UserError(f"--{flag}={out} is a folder; it should name the file to write")
-  if not buckets.is_url(out) and not path.parent.is_dir():  # an object store has no empty folders
+  if not buckets.is_url(out) and not path.parent.is_dir():  # object stores have no empty folders
     raise UserError(f"--{flag}={out} lies in no folder that exists; create it first")
-  # Tried, since permissions say nothing of a disk that is full or read-only.
+  # Try it, since permissions do not show a full or read-only disk.
   with writing(f"--{flag}={out}"):
     probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     probe.write_bytes(b"")
@@ -154,22 +154,22 @@ def check_out(out: str, flag: str = "out") -> None:
 
 
 def write_out(out: str, text: str) -> None:
-  """Write the file of --out. Raise UserError: it cannot be written."""
+  """Write the file of --out. Raise UserError if it cannot be written."""
   with writing(f"--out={out}"):
     write_whole(buckets.path(out), text.encode())
 
 
 def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
-  """Return the value in a JSON file, local or in a bucket. `name` is the file's in messages; by default its path.
+  """Return the value in a JSON file, local or in a bucket. `name` is its name in messages, by default its path.
 
   Raises:
-    UserError: there is none, it cannot be read, or it is not JSON.
+    UserError: there is no such file, it cannot be read, or it is not JSON.
     OSError: its storage cannot be reached.
   """
   name = name or os.fspath(path)
   try:
     content = buckets.path(path).read_bytes()
-  except (OSError, ValueError) as error:  # the latter of a name that no file can have
+  except (OSError, ValueError) as error:  # ValueError is for a name that no file can have
     if may_pass(error):
       raise
     raise UserError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
@@ -177,7 +177,7 @@ def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """Return the JSON object in a file; an empty one of a file that is absent, damaged or out of reach."""
+  """Return the JSON object in a file, or {} if the file is absent, damaged or unreachable."""
   try:
     content = read_json(path)
   except Exception as error:
@@ -193,10 +193,10 @@ def as_json(content: Any) -> str:
 
 
 def lines(path: epath.Path) -> list[str]:
-  """Return the lines of a text file; none of an absent one. Bytes that a power cut left are replaced."""
+  """Return the lines of a text file, or none if it is absent. Bytes that a power cut damaged are replaced."""
   return path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-  """Write a JSON file for people to read. Raise OSError where it cannot be written."""
+  """Write a JSON file for people to read. Raise OSError if it cannot be written."""
   write_whole(buckets.path(path), as_json(content).encode())

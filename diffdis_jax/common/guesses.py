@@ -1,4 +1,4 @@
-"""Guesses of what an unknown name was meant for: misspellings, and names that other projects use."""
+"""Guess what an unknown name was meant for: misspellings, and names that other projects use."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from diffdis_jax.errors import UserError
 
-MOST_LISTED = 12  # names that a message lists one by one; of more, those of a section
-# Common names, and the fields and flags (with --) that they stand for here. The first that exists is named.
+MOST_LISTED = 12  # a message lists up to this many names one by one, and otherwise those of a section
+# Common names, and the fields and flags (with --) that they mean here. The first that exists is suggested.
 _COMMON = """
 lr learning_rate = optim.rates.new
 epochs num_train_epochs = num_steps --epochs
@@ -39,7 +39,7 @@ _TARGETS = {
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """Ask for the nearest of the known names, or list them all."""
+  """Suggest the nearest of the known names, or list them all."""
   known = sorted(known)
   near = difflib.get_close_matches(name, known, n=1)
   return _ask(near) if near else f"known: {', '.join(known) or 'none'}"
@@ -53,10 +53,10 @@ def check_key(config: Mapping[str, Any], key: str, flags: Collection[str] = ()) 
 
 
 def guess_field(key: str, known: Collection[str], flags: Collection[str] = ()) -> str:
-  """Say which of the known fields, or of the command's flags, a config key may mean; or list the fields near it."""
+  """Suggest which of the known fields, or of the command's flags, a config key may mean, or list the fields near it."""
   section, _, leaf = key.rpartition(".")
   leaves = {path.split(".")[-1]: path for path in known}
-  near = [section] if section in known else _same(leaf, known, flags)  # a field has no fields of its own
+  near = [section] if section in known else _same(leaf, known, flags)  # a field has no subfields
   for name, candidates in (
     (key, {path: path for path in [*known, *_sections(known)]}),
     (leaf, leaves),
@@ -70,14 +70,14 @@ def guess_field(key: str, known: Collection[str], flags: Collection[str] = ()) -
 
 
 def guess_flag(name: str, flags: Collection[str], fields: Collection[str]) -> str:
-  """Say which flag an unknown one may mean; `fields` are those that --config.a.b=value sets."""
+  """Suggest which flag an unknown one may mean; `fields` are those that --config.a.b=value sets."""
   near = _same(name, fields, flags, flags_first=True)
   near = near or [f"--{flag}" for flag in difflib.get_close_matches(name, flags, n=1)]
   return _ask(path if path.startswith("--") else f"--config.{path}" for path in near) if near else "see --help"
 
 
 def fields_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Return a config's fields by their dotted paths. A section without fields stands for itself."""
+  """Return a config's fields by their dotted paths. A section without fields is an entry itself."""
   fields: dict[str, Any] = {}
   for key, value in config.items():
     is_section = isinstance(value, Mapping) and value
@@ -90,8 +90,8 @@ def _sections(known: Iterable[str]) -> set[str]:
 
 
 def _same(leaf: str, fields: Collection[str], flags: Collection[str], *, flags_first: bool = False) -> list[str]:
-  """Return what a common name of other projects stands for here, or else the fields of this very name, three at most,
-  with the fewest sections above them."""
+  """Return what a common name of other projects means here, or else up to three fields of this very name with the
+  fewest sections above them."""
   targets = _TARGETS.get(leaf.lower().replace("-", "_"), [])
   if "optim.rates.new" in targets:  # each config has its own groups
     targets = [path for path in fields if path.startswith("optim.rates.")]

@@ -1,4 +1,4 @@
-"""A run in one file: its config, one set of its weights, and where both come from, as safetensors. Without jax.
+"""Read a run in one safetensors file: its config, one set of its weights, and their provenance. No jax.
 
 Such a file, FILE.safetensors or the name of one that comes with the package, in `diffdis_jax/shipped`, is given where a
 workdir is read; interop/packed.py writes it. One vector may stand for those of all tokens that training never reached.
@@ -23,25 +23,25 @@ from diffdis_jax.errors import UserError, parse_json
 
 SUFFIX = ".safetensors"
 IMPORT_FIRST = "; weights of PyTorch take diffdis import_weights first"
-# In a folder of diffusers, of open_clip and of transformers, whose config has the name of a run's.
+# Files in folders of diffusers, open_clip and transformers; transformers' config has the name of a run's config.
 _OF_PYTORCH = ("model_index.json", "open_clip_config.json", "model.safetensors", "pytorch_model.bin")
-KEPT = "kept_tokens"  # i32[n], the tokens whose vectors are there; the last row of each table is of all others
+KEPT = "kept_tokens"  # i32[n], the tokens that have their own vectors; the last row of each table is for all others
 TABLES = ("tokens.embedding", "query_tokens.embedding")  # how the names of the tables of token vectors end
 Arrays = dict[str, Shaped[np.ndarray, "..."]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-  """A file's description of its weights.
+  """The description of the weights in a file.
 
   Attributes:
-    config: the run's, as its config.json has it.
-    step: of the checkpoint.
-    ema: whether they are averaged.
+    config: the run's config, as in its config.json.
+    step: step of the checkpoint.
+    ema: True if the weights are averaged.
     provenance: of the run (run/provenance.py).
-    licences: of what it was trained on, as text; empty where the data have none.
-    initialised: the weights of an import that are random, which a run that starts from here draws by its own seed.
-    results: what evaluate measured of these weights: {file: {task: {data set: record}}}.
+    licences: licences of the training data, as text; empty if there are none.
+    initialised: weights of an import that are random; a run that starts from here samples them by its own seed.
+    results: what evaluate measured for these weights: {file: {task: {data set: record}}}.
   """
 
   config: dict[str, Any]
@@ -59,7 +59,7 @@ def models() -> dict[str, pathlib.Path]:
 
 
 def at(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
-  """Return the file that a path or a name stands for; None for a workdir. A folder of that name is a workdir."""
+  """Return the file that a path or a name stands for, or None for a workdir. A folder with this name is a workdir."""
   given = os.fspath(workdir)
   if given.endswith(SUFFIX) and os.path.isfile(given):
     return pathlib.Path(given)
@@ -67,8 +67,8 @@ def at(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
 
 
 def meant(given: str | os.PathLike[str]) -> str:
-  """Say what a path that is no workdir may mean: weights of PyTorch, a run below the folder, or a trained model of
-  almost this name. Return an empty text where nothing is near."""
+  """Suggest what a path that is no workdir may mean: PyTorch weights, a run below the folder, or a trained model with a
+  similar name. Return an empty text if nothing fits."""
   path = pathlib.Path(given)
   if path.is_file() or any((path / name).is_file() for name in _OF_PYTORCH):
     return IMPORT_FIRST
@@ -79,12 +79,12 @@ def meant(given: str | os.PathLike[str]) -> str:
 
 
 def read_record(path: pathlib.Path) -> Record:
-  """Read what a file says, and none of its arrays. Raise UserError: it is damaged, or holds no run."""
+  """Read a file's record, without its arrays. Raise UserError: it is damaged, or has no run."""
   return _read(path)[0]
 
 
 def check(path: pathlib.Path, step: int | None, *, ema: bool) -> Record:
-  """Read what a file says. Raise UserError: it lacks this step or the raw weights (not `ema`), or is damaged."""
+  """Read a file's record. Raise UserError: it lacks this step or (unless `ema`) the raw weights, or is damaged."""
   record = read_record(path)
   if step not in (None, record.step):
     raise UserError(f"no checkpoint {step} in {path}, which holds that of step {record.step} alone")
@@ -94,20 +94,20 @@ def check(path: pathlib.Path, step: int | None, *, ema: bool) -> Record:
 
 
 def read_params(path: pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
-  """Read the weights, f32, with every token's vector. Raise UserError: the file is damaged, or holds no run."""
+  """Read the weights in f32, with every token's vector. Raise UserError: the file is damaged, or has no run."""
   record, arrays = _read(path, arrays=True)
-  kept = arrays.pop(KEPT, None)
+  kept_tokens = arrays.pop(KEPT, None)
   params = {name: array.astype(np.float32) for name, array in arrays.items()}
-  if kept is not None:
+  if kept_tokens is not None:
     size = record.config["model"]["text_encoder"]["vocab_size"]
     for name in (name for name in arrays if name.endswith(TABLES)):
       table, params[name] = params[name], np.repeat(params[name][-1:], size, axis=0)
-      params[name][kept] = table[:-1]
+      params[name][kept_tokens] = table[:-1]
   return params
 
 
 def _read(path: pathlib.Path, *, arrays: bool = False) -> tuple[Record, Arrays]:
-  """Read the record and, if asked, all arrays, whose digest is compared."""
+  """Read the record and, if asked, all arrays, and compare their digest."""
   try:
     with safe_open(path, "numpy") as file:
       text, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in (file.keys() if arrays else ())}
@@ -121,7 +121,7 @@ def _read(path: pathlib.Path, *, arrays: bool = False) -> tuple[Record, Arrays]:
 
 
 def digest(run: str, arrays: Arrays) -> str:
-  """Return the SHA-256 of the record and of every array, whatever their order in the file."""
+  """Return the SHA-256 of the record and of all arrays, independent of their order in the file."""
   digest = hashlib.sha256(run.encode())
   for name, array in sorted(arrays.items()):
     digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())

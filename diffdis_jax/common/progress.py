@@ -1,6 +1,6 @@
-"""Progress of long work, and the time that is left: a bar on a terminal, a line now and then in a log.
+"""Show the progress of long work and the remaining time: a bar on a terminal, or a line now and then in a log.
 
-With --quiet neither. No jax, since the processes that prepare data import this file too.
+With --quiet, show neither. No jax, since the processes that prepare data import this file too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
 EVERY = 10.0  # seconds between two lines of a log
-DELAY = 2.0  # seconds after which a bar shows: what takes less has none
+DELAY = 2.0  # seconds before a bar appears, so that short work has none
 
 
 class _Log(io.StringIO):
-  """Turn what a bar writes into lines of the log."""
+  """Turns a bar's output into lines of the log."""
 
   def write(self, text: str) -> int:
     if line := text.strip("\r\n "):
@@ -27,14 +27,14 @@ class _Log(io.StringIO):
 
 
 class Progress(tqdm):
-  """A bar that ends when all is done; where there is no terminal, a line now and then, with the time that is left.
+  """A progress bar, or, without a terminal, a line in the log now and then with the remaining time.
 
   Args:
-    what: is done, such as `embedded`.
-    total: how many there are.
-    unit: what they are, such as `images`.
-    done: how many are there already.
-    every: seconds between two lines of a log; None for no line, where the caller logs lines of its own.
+    what: past participle of the work, such as `embedded`.
+    total: number of items.
+    unit: name of the items, such as `images`.
+    done: number of items already done.
+    every: seconds between two lines of a log; None if the caller logs its own lines.
   """
 
   monitor_interval = 0  # no thread of tqdm's
@@ -51,9 +51,9 @@ class Progress(tqdm):
     super().__init__(dynamic_ncols=True, disable=is_quiet or not (shows or every is not None), **options)
 
   def add(self, count: int = 1) -> None:
-    """Count so many that have just been made."""
+    """Count newly finished items."""
     ends = bool(self.total) and self.n + count >= self.total
-    if ends:  # the last update is shown, however soon it follows another
+    if ends:  # show the last update, however soon it follows another
       self.miniters = self.mininterval = 0
     self.update(count)
     if ends:

@@ -1,6 +1,6 @@
-"""Signals that end a command: Ctrl-C, SIGTERM, which announces a preemption, and SIGHUP, of a terminal that is closed.
+"""Handle signals that end a command: Ctrl-C, SIGTERM (a preemption), and SIGHUP (a closed terminal).
 
-Python calls a handler in the main thread, as soon as that is not within a call of a library. No jax.
+Python calls a handler in the main thread, once that is not inside a library call. No jax.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from diffdis_jax.errors import INTERRUPTED, TERMINATED
 
 
 class Terminated(KeyboardInterrupt):
-  """SIGTERM or SIGHUP to a command that has nothing to save. It is cleaned up after as after Ctrl-C."""
+  """SIGTERM or SIGHUP for a command that has nothing to save. The clean-up is the same as after Ctrl-C."""
 
 
 def handle(handler: Callable[[int], None]) -> dict[int, Any]:
-  """Call `handler` with the number of each ending signal from here on, and return what handled them before.
+  """Install `handler` for all ending signals, and return the earlier handlers.
 
-  A signal that is ignored stays so, as SIGHUP after `nohup`. Only the main thread may call this.
+  An ignored signal, such as SIGHUP after `nohup`, stays ignored. Only the main thread may call this.
   """
   terminals = [output for output in (1, 2) if os.isatty(output)]
 
@@ -41,7 +41,7 @@ def handle(handler: Callable[[int], None]) -> dict[int, Any]:
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int], None]) -> Iterator[None]:
-  """Call `handler` with the number of each ending signal within, if this is the main thread."""
+  """Call `handler` with the number of each ending signal during the block, if this is the main thread."""
   before = handle(handler) if threading.current_thread() is threading.main_thread() else {}
   try:
     yield
@@ -69,14 +69,14 @@ def end_interrupted(kind: type[BaseException] = KeyboardInterrupt) -> NoReturn:
 
 
 def say(line: str) -> None:
-  """Write a line to stderr from within a handler, which may have interrupted another write."""
-  with contextlib.suppress(OSError):  # of a terminal that is closed
+  """Write a line to stderr from a signal handler, which may have interrupted another write."""
+  with contextlib.suppress(OSError):  # the terminal may be closed
     os.write(2, f"{line}\n".encode())
 
 
 def exit_at_once(code: int) -> NoReturn:
-  """End as SIGKILL does, which every file of a run survives, but with this code and without the workers."""
-  kill_workers()  # os._exit ends no children
+  """End as abruptly as by SIGKILL, which all files of a run survive, but with this code and without leaving workers."""
+  kill_workers()  # os._exit does not end children
   logging.flush()
   os._exit(code)
 
@@ -89,8 +89,8 @@ def kill_workers() -> None:
 
 @contextlib.contextmanager
 def starting_workers() -> Iterator[None]:
-  """Start processes within that do not hear of Ctrl-C from their first moment on; `begin_worker` goes on so."""
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a process that is started inherits
+  """Start processes in the block that ignore Ctrl-C from their first moment on; `begin_worker` continues this."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process inherits this mask
   try:
     yield
   finally:
@@ -98,9 +98,9 @@ def starting_workers() -> Iterator[None]:
 
 
 def begin_worker(*_: int) -> None:
-  """Leave it to the parent when this worker ends, except that it ends when the parent is killed.
+  """Let the parent decide when this worker ends, and end it if the parent is killed.
 
-  Ctrl-C in a terminal, and its closing, reach every process.
+  Ctrl-C in a terminal, and closing it, would otherwise end every process.
   """
   for number in (signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Storage that wavers: what cannot be read now is tried again, with growing pauses, before it ends a run."""
+"""Retry reads from storage that may fail for a while, with growing pauses, before a run ends."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from absl import logging
 
 from diffdis_jax.errors import may_pass
 
-PATIENCE = 300.0  # seconds, of pauses
-PAUSE, LONGEST = 1.0, 10.0  # seconds, the first pause, and the longest: each is twice the one before
+PATIENCE = 300.0  # seconds of pauses in all
+PAUSE, LONGEST = 1.0, 10.0  # seconds: the first pause and the longest; each pause is twice the previous one
 _Read = TypeVar("_Read")
 
 
 class Away(OSError):
-  """Storage that did not come back. Commands exit with code 1, on which launchers start them again."""
+  """Storage that did not come back. Commands exit with code 1, and launchers start them again."""
 
 
 def patiently(read: Callable[[], _Read], what: str) -> _Read:
-  """Call `read` until it raises nothing that may pass, and return what it returns. `what` is read, for the log. Raise
+  """Call `read` until it raises no error that may pass, and return its result. `what` names the data in the log. Raise
   Away after PATIENCE seconds."""
   waited, pause = 0.0, PAUSE
   while True:

@@ -1,4 +1,4 @@
-"""A run's config: every field with its default and its range, and the record that the code works with. No jax.
+"""Define a run's config: each field with its default and range, and the record that the code works with. No jax.
 
 A config file fills in a ConfigDict, and a workdir's config.json holds it.
 """
@@ -22,19 +22,19 @@ from diffdis_jax.errors import UserError, parse_json
 
 __all__ = ["Run", "as_text", "base", "load", "read_fields", "read_json_object", "with_evals"]
 
-DIGEST = "digest"  # the field of config.json that holds the digest of the others
-SECTIONS = {"objectives", "model", "data", "optim"}  # of every run's config
-EXAMPLE = '{"name": "coco", "task": "retrieval", "data": {"path": "DIR", "split": "test"}}'  # of --eval
+DIGEST = "digest"  # the field of config.json with the digest of the others
+SECTIONS = {"objectives", "model", "data", "optim"}  # sections of every run's config
+EXAMPLE = '{"name": "coco", "task": "retrieval", "data": {"path": "DIR", "split": "test"}}'  # an example of --eval
 
 
 def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
-  """Return every field that a run has, with its default: both objectives, a frozen autoencoder, and everything else
-  trained at one rate from random parameters."""
+  """Return all fields of a run with their defaults: both objectives, a frozen autoencoder, and all other parameters
+  random and trained at one learning rate."""
   return ConfigDict({**default_fields(), "image_size": image_size, "model": model})
 
 
 def load(path: epath.PathLike) -> Run:
-  """Return the record of the run in a workdir. Raises UserError: as `read_fields` and `Run.of`."""
+  """Return the record of the run in a workdir. Raises UserError as `read_fields` and `Run.of` do."""
   fields = read_fields(path)
   try:
     return Run.of(fields)
@@ -46,12 +46,12 @@ def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
   """Return the config of the run in this folder or file, unchecked. Sequences come back as tuples.
 
   Raises:
-    UserError: no such folder, or no config.json of a run in it; or a file that is damaged.
+    UserError: no such folder, no config.json of a run in it, or a damaged file.
   """
   if (file := one_file.at(workdir)) is not None:
     return normalise(one_file.read_record(file).config)
   path = buckets.path(workdir)
-  if not (path / "config.json").exists():  # which raises for a bucket that is away, where `is_dir` says no
+  if not (path / "config.json").exists():  # raises if the bucket is unreachable, while `is_dir` would return False
     what = "config.json in" if path.is_dir() else "folder"
     raise UserError(f"no {what} {workdir}; give the folder of a training run{one_file.meant(workdir)}")
   config = read_json_object(path)
@@ -64,7 +64,7 @@ def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 def read_json_object(path: epath.Path) -> dict[str, Any]:
-  """Read config.json in this folder. Raise UserError: it holds no JSON object, or another one than was written."""
+  """Read config.json in this folder. Raise UserError: it has no JSON object, or was changed."""
   file = path / "config.json"
   config = normalise(read_json(file))
   if not isinstance(config, dict):
@@ -83,7 +83,7 @@ def as_text(config: Mapping[str, Any]) -> str:
 
 
 def digest_of(fields: Mapping[str, Any]) -> str:
-  """Return sixteen hexadecimal digits for the fields of a config, whatever their order in the file."""
+  """Return sixteen hexadecimal digits for the fields of a config, independent of their order in the file."""
   kept = {name: value for name, value in fields.items() if name != DIGEST}
   return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -92,18 +92,18 @@ def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
   """Return the config with more evaluations in `evals` and `train_evals`, locked.
 
   Args:
-    config: a run's.
-    texts: each a JSON object: `name` of the data set, `task`, and what the evaluation takes. Where it has `data`, their
-      `name` is `pairs` and their `image_size` the run's, unless it says otherwise.
+    config: the config of a run.
+    texts: JSON objects, each with the `name` of the data set, the `task`, and its settings. In `data`, `name` is
+      `pairs` and `image_size` is the run's by default.
 
   Raises:
-    UserError: no such object, or a name that is missing, taken, or no word.
+    UserError: not such an object, or a name that is missing, taken, or not a word.
   """
-  config = config.copy_and_resolve_references().unlock()  # --config locks it, against misspelt fields
+  config = config.copy_and_resolve_references().unlock()  # --config locks it against misspelt fields
   for text in texts:
     settings = parse_json(text, f"--eval={text}")
     name = settings.pop("name", None) if isinstance(settings, dict) else None
-    # The name stands before the slash in its metrics' names.
+    # The name becomes the part before the slash in metric names.
     is_new = isinstance(name, str) and re.fullmatch(r"[\w-]+", name) and name not in config.evals
     if not is_new or not isinstance(settings.get("task"), str):
       raise UserError(
@@ -111,7 +111,7 @@ def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
         f" the config has, such as '{EXAMPLE}'"
       )
     if isinstance(settings.get("data"), dict):
-      # Here, since what looks through flags and fields for addresses does not look into JSON.
+      # Check here, since the check of addresses in flags and fields does not look into JSON.
       buckets.check(str(settings["data"].get("path", "")))
       settings["data"] = {"name": "pairs", "image_size": config.image_size} | settings["data"]
     config.evals[name] = settings

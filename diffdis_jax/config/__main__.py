@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
 def read(given: str) -> Run:
   """Return the record of a config, or of a run. Raise UserError: there is none, or it is wrong."""
   name = given.partition(":")[0]
-  # A name first, as everywhere: where a run is called `shapes` too, it is written ./shapes.
+  # A name comes first, as everywhere: a run that is also called `shapes` is written ./shapes.
   is_config = name in cli.config_names() or name.endswith(".py")
   if not is_config and (buckets.is_url(given) or one_file.at(given) or buckets.path(given).is_dir()):
     return load(given)
@@ -41,7 +41,7 @@ def read(given: str) -> Run:
 
 
 def show(run: Run, *, prefix: str = "") -> Iterator[str]:
-  """Yield path, value and range of each field, and its meaning in the line below."""
+  """Yield path, value and range of each field, and its meaning on the next line."""
   lines = list(section.describe(run))
   chosen = [line for line in lines if f"{line.path}.".startswith(f"{prefix}.") or not prefix]
   if not chosen:

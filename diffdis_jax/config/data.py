@@ -1,4 +1,4 @@
-"""A config's `data` section."""
+"""Define a config's `data` section."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from diffdis_jax.config.section import Section, check_number, choice, field, number
 from diffdis_jax.errors import UserError
 
-MOST_READERS = 1024  # threads, or processes: more than any host has cores
-MOST_AHEAD = 10_000  # batches
+MOST_READERS = 1024  # threads or processes: more than any host has cores
+MOST_AHEAD = 10_000  # in batches
 CROPS = ("centre", "random", "random_resized")
 RANDAUGMENTS = {"torchvision": 30, "timm": 10}  # and the largest magnitude of each
 VIEWS = ("shared", "own")
@@ -20,10 +20,10 @@ _VARYING += ("randaugment_operations", "erase")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation(Section):
-  """The variation of training images. The defaults change nothing but the size. None of it is stated by the paper."""
+  """The variation of training images. The defaults only resize. None of it is stated by the paper."""
 
   # The largest square, from the middle or from a random place; or a box of random area and ratio, stretched to a
-  # square. A generative model trained on the latter generates stretched images.
+  # square. A generative model trained on stretched images generates stretched images.
   crop: str = choice("centre", CROPS, help="part of the image that is seen; random_resized stretches a random box")
   # torchvision's default is (0.08, 1), open_clip's (0.9, 1).
   crop_scale: Sequence[float] = number(
@@ -47,7 +47,7 @@ class Augmentation(Section):
   randaugment_kind: str = choice("torchvision", RANDAUGMENTS, help="library whose operations RandAugment takes")
   randaugment_deviation: float = number(0.0, ge=0, help="standard deviation of the strength, of timm's alone")
   erase: float = number(0.0, ge=0, le=1, help="share of images in which a random box becomes noise (timm)")
-  # Where what is cropped from it still has as many pixels as the view.
+  # If the part that is cropped from it still has as many pixels as the view.
   reduced_decoding: bool = field(
     True, help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size, which is faster and changes pixels slightly"
   )
@@ -63,13 +63,13 @@ class Augmentation(Section):
 
   @property
   def varies(self) -> bool:
-    """Two views of an image may differ."""
+    """Return whether two views of an image may differ."""
     return self.crop != "centre" or any(getattr(self, name) for name in _VARYING)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loading(Section):
-  """The reading ahead of batches; a config's `data.loader`."""
+  """The reading ahead of batches, a config's `data.loader`."""
 
   num_threads: int = number(4, ge=0, le=MOST_READERS, help="threads that read ahead; 0 reads in the calling thread")
   num_workers: int = number(0, ge=0, le=MOST_READERS, help="processes that prepare batches; 0 for none")
@@ -78,7 +78,7 @@ class Loading(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassSampling(Section):
-  """The sampling of a long-tailed set's images; a config's `data.sampling`."""
+  """The sampling of a long-tailed set's images, a config's `data.sampling`."""
 
   # 0.5 is VL-LTR's square-root sampling.
   sampling_exponent: float = number(0.5, ge=0, le=1, help="x: a class of n images has the share n^x of the samples")
@@ -87,13 +87,13 @@ class ClassSampling(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(Section):
-  """The training data of a run; a config's `data` section.
+  """The training data of a run, a config's `data` section.
 
   Raises:
-    UserError: a value is out of its range, there is an image_size, or data of one source beside a mixture.
+    UserError: a value out of its range, a field image_size, or fields of a single source beside a mixture.
   """
 
-  # Rendered shapes, which need no file. Each kind of source has fields of its own (data/sources.py).
+  # By default rendered shapes, which need no file. Each kind of source has its own fields (data/sources.py).
   source: Mapping[str, Any] = field(
     dict(name="shapes", path="", split="train", caption_fields=()), rest=True, help="a field of the data source"
   )
@@ -113,27 +113,27 @@ class Data(Section):
     super().__post_init__()
     sections = {"": self.source, **{f"mixture.{name}.": section for name, section in self.mixture.items()}}
     for prefix, section in sections.items():
-      if "image_size" in section:  # as an evaluation's data have it
+      if "image_size" in section:  # an evaluation's data have this field
         raise UserError(f"{prefix}image_size is {section['image_size']!r}; leave it out: it is the run's image_size")
     for name in ("path", "caption_fields") if self.mixture else ():
-      if given := self.source.get(name):
+      if own_fields := self.source.get(name):
         raise UserError(
-          f"{name} is {given!r}, which data.mixture takes the place of: give {name} to one of its sources, and"
+          f"{name} is {own_fields!r}, which data.mixture takes the place of: give {name} to one of its sources, and"
           f" leave data.{name} empty"
         )
 
   @property
   def sources(self) -> dict[str, Mapping[str, Any]]:
-    """Name -> what `data.sources.open_source` takes, and `weight` where there are several."""
-    # By name, so that the order in which a file lists them does not decide which record comes when.
+    """Return name -> the fields for `data.sources.open_source`, and `weight` if there are several sources."""
+    # Sort by name, so that the order of records does not depend on the order in the file.
     return dict(sorted(self.mixture.items())) or {"data": self.source}
 
   @property
   def own_augment(self) -> Augmentation | None:
-    """The augmentation of discrimination's own view; None where both objectives share one view."""
+    """Return the augmentation of discrimination's own view, or None if both objectives share one view."""
     return self.discrimination_augment if self.discrimination_view == "own" else None
 
   @property
   def paths(self) -> list[str]:
-    """The places of the sources that are on a disk or in a bucket."""
+    """Return the paths of the sources that are on a disk or in a bucket."""
     return [str(section["path"]) for section in self.sources.values() if section.get("path")]

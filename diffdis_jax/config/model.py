@@ -1,4 +1,4 @@
-"""A config's `model` section. Defaults are those of Stable Diffusion v1 and of CLIP ViT-L/14."""
+"""Define a config's `model` section, with defaults of Stable Diffusion v1 and CLIP ViT-L/14."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 from diffdis_jax.config.section import Section, check_number, choice, field, number
 from diffdis_jax.errors import UserError
 
-# Names of what models/layers.py and models/attention.py have.
-DTYPES = ("float32", "bfloat16")  # no float16, whose range asks for a scaled loss
+# Names of what models/layers.py and models/attention.py offer.
+DTYPES = ("float32", "bfloat16")  # no float16, whose range needs a scaled loss
 ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "attention")
 AUTO = "auto"
 ATTENTION_KERNELS = (AUTO, "pallas", "cudnn", "xla_per_head", "xla")
 MATMUL_PRECISIONS = (AUTO, "default", "high", "highest")
-# CLIP's image towers, and of how many patches a side a position of their last map is; an extension may add others.
+# CLIP's image towers, and the patches a side for a position of their last map; an extension may add others.
 TOWERS = {"transformer": 1}
 TEXT_STREAMS = ["paper"]  # kinds of DiffDis' text stream; an extension may add others
-TEMPERATURE, MAX_TEMPERATURE = 1 / 0.07, 100.0  # CLIP's τ at the start, and its limit
+TEMPERATURE, MAX_TEMPERATURE = 1 / 0.07, 100.0  # CLIP's initial τ, and its limit
 HEADS = "attention heads of a layer"
 MLP = "hidden width of a layer's MLP"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetSize(Section):
-  """`model.unet`."""
+  """The section `model.unet`."""
 
   widths: Sequence[int] = number(
     (320, 640, 1280, 1280),
     ge=1,
-    multiple_of=("num_heads", "groups"),  # heads part the channels of an attention, groups those of a GroupNorm
+    multiple_of=("num_heads", "groups"),  # num_heads divides the channels of attention, groups those of GroupNorm
     help="channels of each level; each level but the last halves the resolution",
   )
   # At its lowest resolution, Stable Diffusion v1 attends in the middle block alone.
@@ -52,13 +52,13 @@ class UNetSize(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlignmentSize(Section):
-  """`model.alignment`, the alignment transformer."""
+  """The section `model.alignment`, the alignment transformer."""
 
   # 6 blocks: appendix, with Table 4. Width 768 in heads of 64: main paper.
   width: int = number(768, ge=1, multiple_of=("num_heads",), help="width of a token")
   depth: int = number(6, ge=1, help="layers")
   num_heads: int = number(12, ge=1, help=HEADS)
-  # Each part has a matrix of its own. They say where things are, which attention without positions reads badly.
+  # Each part has its own matrix. The parts tell where things are, which attention without positions reads badly.
   spatial_pool: int = number(
     0, ge=0, help="parts along each side of the middle feature map, added to the text token's output; 0, the paper's"
   )
@@ -66,10 +66,12 @@ class AlignmentSize(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextEncoderSize(Section):
-  """`model.text_encoder`."""
+  """The section `model.text_encoder`."""
 
   vocab_size: int = number(49408, ge=1, help="tokens of the tokenizer")
-  max_length: int = number(77, ge=2, help="tokens of the longest text")  # start and end, of an empty caption
+  max_length: int = number(
+    77, ge=2, help="tokens of the longest text"
+  )  # the empty caption has a start and an end token
   width: int = number(768, ge=1, multiple_of=("num_heads",), help="width of a token")
   depth: int = number(12, ge=1, help="layers")
   num_heads: int = number(12, ge=1, help=HEADS)
@@ -84,14 +86,14 @@ class TextEncoderSize(Section):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    # JAX does not fail at a place beyond a table: it takes the last row, or NaN.
+    # JAX does not fail at an index beyond a table: it takes the last row, or NaN.
     for name in ("bos_id", "eos_id"):
       check_number(name, getattr(self, name), le=self.vocab_size - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderSize(Section):
-  """`model.autoencoder`."""
+  """The section `model.autoencoder`."""
 
   widths: Sequence[int] = number(
     (128, 256, 512, 512),
@@ -104,20 +106,20 @@ class AutoencoderSize(Section):
   latent_channels: int = number(4, ge=1, help="channels of a latent")
   groups: int = number(32, ge=1, help="groups of every GroupNorm")
   attention: bool = field(True, help="the middle has a self-attention")
-  # Stable Diffusion v1's own factor. An autoencoder that is trained here measures its own (training/losses.py).
+  # Stable Diffusion v1's own factor. An autoencoder trained here measures its own (training/losses.py).
   shift: float = number(0.0, help="z = (latent − shift) · scale, for all channels")
   scale: float = number(0.18215, gt=0, help="z = (latent − shift) · scale, for all channels")
 
   @property
   def factor(self) -> int:
-    """Pixels a side for one latent position."""
+    """Return the pixels a side for one latent position."""
     # Every level but the last halves the side.
     return self.patch * 2 ** (len(self.widths) - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadSize(Section):
-  """`model.head`, of a long-tailed run's second stage alone."""
+  """The section `model.head`, only for the second stage of a long-tailed run."""
 
   classes: int = number(ge=2, help="number of classes")
   anchors: int = number(ge=1, help="sentences of each class")
@@ -125,7 +127,7 @@ class HeadSize(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextStreamKind(Section):
-  """`model.text_stream`, of a run with an extension's text stream alone."""
+  """The section `model.text_stream`, only for a run with an extension's text stream."""
 
   kind: str = choice("paper", TEXT_STREAMS, help="kind of text stream")
 
@@ -134,15 +136,15 @@ class TextStreamKind(Section):
 class Computing(Section):
   """The fields that both networks have."""
 
-  # From 1: CLIP's training keeps ln τ at 0 or above (optim.limit_logit_scale). It is learned, or stays where
-  # `optim.groups` freezes logit_scale, its logarithm. Not stated by the paper.
+  # At least 1, since CLIP's training keeps ln τ at 0 or above (optim.limit_logit_scale). It is learned, unless
+  # `optim.groups` freezes its logarithm logit_scale. Not stated by the paper.
   temperature: float = number(
     TEMPERATURE, ge=1, le=MAX_TEMPERATURE, help="τ of the contrastive loss at the start, 1 to 100"
   )
   dtype: str = choice("bfloat16", DTYPES, help="dtype of matrix products and convolutions")
   remat: str = choice("none", REMAT_POLICIES, help="what the backward pass keeps of each block or layer")
   # JAX's own default is the chip's fastest way, bf16 on TPUs and TF32 on GPUs; on CPUs all are the same. `auto` is
-  # highest where dtype is float32, so that it means that, and default where it is bfloat16.
+  # `highest` for dtype float32 and `default` for bfloat16.
   matmul_precision: str = choice(AUTO, MATMUL_PRECISIONS, help="how matrix products multiply f32")
   attention_kernel: str = choice(
     AUTO, ATTENTION_KERNELS, help="kernel of attention, wherever it can run; auto is the fastest on the device"
@@ -152,7 +154,7 @@ class Computing(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model(Computing):
-  """A config's `model` section."""
+  """The `model` section of a config."""
 
   fusion: bool = field(True, help="the fusion blocks are there (appendix, Table 4)")
   share_attention: bool = field(True, help="text and image tokens share a fusion block's attention (Table 5)")
@@ -166,13 +168,13 @@ class Model(Computing):
 
   @property
   def query_width(self) -> int:
-    """The width of the text query e."""
+    """Return the width of the text query e."""
     return self.text_encoder.projection or self.text_encoder.width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionEncoderSize(Section):
-  """`model.vision_encoder`, for CLIP."""
+  """The section `model.vision_encoder`, for CLIP."""
 
   image_size: int = number(
     224, ge=1, multiple_of=("patch",), help="side of the square images that the learned positions are of, pixels"
@@ -184,7 +186,7 @@ class VisionEncoderSize(Section):
   mlp_width: int = number(4096, ge=1, help=MLP)
   activation: str = choice("quick_gelu", ACTIVATIONS, help="activation of the MLP")
   projection: int = number(768, ge=1, help="width of the image's embedding")
-  # As AlignmentSize.spatial_pool.
+  # The same as AlignmentSize.spatial_pool.
   spatial_pool: int = number(
     0, ge=0, help="parts along each side of the map of tokens whose means are added to the embedding; 0 in CLIP"
   )
@@ -204,7 +206,7 @@ class ClipModel(Computing):
     UserError: a value is out of its range, or the towers do not end in one width.
   """
 
-  # A projection, unlike the text encoder of Stable Diffusion, since the towers must end in one width.
+  # Unlike Stable Diffusion's text encoder it has a projection, since the two towers must end in the same width.
   text_encoder: TextEncoderSize = field(TextEncoderSize(projection=768))
   vision_encoder: VisionEncoderSize = field(VisionEncoderSize())
 
@@ -219,7 +221,7 @@ class ClipModel(Computing):
 
   @property
   def query_width(self) -> int:
-    """The width of the text query e and of an image's embedding."""
+    """Return the width of the text query e and of an image's embedding."""
     return self.text_encoder.projection
 
 

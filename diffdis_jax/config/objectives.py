@@ -1,4 +1,4 @@
-"""The objectives of a run: one table of what each asks of network, data, loss and evaluation."""
+"""Define the objectives of a run: one table of what each requires of network, data, loss and evaluation."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ from diffdis_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-  """A row of the table."""
+  """The properties of an objective, a row of the table."""
 
-  network: str = "diffdis"  # what is built: `diffdis`, its `autoencoder` alone, `clip`, or `either` of the whole two
-  alone: bool = False  # no other objective may stand beside it
-  generates: bool = False  # the network makes images from captions, and has a UNet with an up path
+  network: str = (
+    "diffdis"  # the network that is built: `diffdis`, its `autoencoder` alone, `clip`, or `either` of diffdis and clip
+  )
+  alone: bool = False  # it cannot be combined with another objective
+  generates: bool = False  # the network makes images from captions, and its UNet has an up path
   aligned: bool = False  # the network compares images with texts
   needs_images: bool = False  # it cannot be trained on stored latents
   contrasts: bool = False  # its loss compares the rows of a batch with each other
-  grad_cache: bool = False  # a batch in several microbatches may be one whole (training/gradcache.py)
+  grad_cache: bool = (
+    False  # a batch in several microbatches may have the result of a single one (training/gradcache.py)
+  )
   labelled: bool = False  # its batches have labels, and the config has `long_tail` and `data.sampling`
   sentences: bool = False  # each image of such a batch has a sentence of its class
-  head: bool = False  # the model has a head, whose branches are all that is trained
-  teacher: bool = False  # the state holds the parameters of the start, too
-  starts_from: str = ""  # what `init_from` has to name; empty where it may be left out
-  follows: str = ""  # the objective that the run in `init_from` was trained for, to its end
+  head: bool = False  # the model has a head, and only the head's branches are trained
+  teacher: bool = False  # the state also holds the parameters of the start
+  starts_from: str = ""  # what `init_from` must name; empty if it is optional
+  follows: str = ""  # the objective that the run in `init_from` must have finished training
 
 
 _LONG_TAIL: dict[str, Any] = dict(network="either", alone=True, aligned=True, needs_images=True, labelled=True)
 TABLE = {
-  # The two of the paper, the only ones that may stand side by side.
+  # The paper's two objectives, the only ones that may be combined.
   "generation": Objective(generates=True, grad_cache=True),
   "discrimination": Objective(aligned=True, contrasts=True, grad_cache=True),
-  # The autoencoder of a run from scratch; the paper takes Stable Diffusion's.
+  # The autoencoder for a run from scratch; the paper uses Stable Diffusion's.
   "reconstruction": Objective(network="autoencoder", alone=True, needs_images=True),
   # CLIP, the baseline of the paper's Table 1. Its image encoder reads pixels.
   "contrastive": Objective(
@@ -50,7 +54,7 @@ TABLE = {
   ),
   "long_tail_head": Objective(**_LONG_TAIL, head=True, starts_from="stage 1's workdir", follows="class_contrastive"),
 }
-JOINT = Objective(generates=True, aligned=True, contrasts=True, grad_cache=True)  # both of the paper's
+JOINT = Objective(generates=True, aligned=True, contrasts=True, grad_cache=True)  # both objectives of the paper
 # Some measurements and tools need a run with one of these.
 GENERATIVE = tuple(name for name, row in TABLE.items() if row.generates)
 ALIGNED = tuple(name for name, row in TABLE.items() if row.aligned)
@@ -61,7 +65,7 @@ WITH_HEAD = tuple(name for name, row in TABLE.items() if row.head)
 
 
 def task_of(objectives: Sequence[str]) -> Objective:
-  """Return what a run's objectives ask for together. Raise UserError: they are unknown or do not go together."""
+  """Return what a run's objectives require together. Raise UserError: they are unknown or cannot be combined."""
   if not objectives:
     raise UserError(f"objectives is empty; choose among {', '.join(TABLE)}")
   for name in objectives:

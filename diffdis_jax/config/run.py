@@ -1,4 +1,4 @@
-"""One record of a run: every section of its config, read and checked once, at the top of each command."""
+"""Define the record of a run: every section of its config, read and checked once, at the start of each command."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from diffdis_jax.config.sections import (
 )
 from diffdis_jax.errors import UserError
 
-MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
-MOST_ROWS = 2**22  # of a global batch, far above any that was trained with
-MOST_PIXELS = 8192  # a side of an image, of which one row of a batch then has 0.2 GB
+MOST_STEPS = 2**31 - 1  # a step's number is an int32
+MOST_ROWS = 2**22  # rows of a global batch, far above any known training
+MOST_PIXELS = 8192  # pixels a side of an image; one row of a batch then takes 0.2 GB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Section):
-  """A run's config, field for field. Defaults are the paper's values, or this project's where the paper is silent.
+  """The config of a run, field by field. Defaults are the paper's values, or this project's if the paper states none.
 
   Raises:
-    UserError: a number is out of its range, or fields do not go together.
+    UserError: a number is out of its range, or fields contradict each other.
   """
 
   seed: int = number(0, ge=0, le=2**32 - 1, help="seed of all random choices")  # TrainState.seed is a u32
@@ -63,7 +63,7 @@ class Run(Section):
   mesh: MeshShape = field(MeshShape())
   data: Data = field(Data())
   checkpoint: CheckpointPolicy = field(CheckpointPolicy())
-  # The last step has each of them, too.
+  # All of these also happen at the last step.
   log_every: int = number(50, ge=1, le=MOST_STEPS, help="steps between two lines of metrics")
   save_every: int = number(1000, ge=1, le=MOST_STEPS, help="steps between two checkpoints")
   eval_every: int = number(1000, ge=1, le=MOST_STEPS, help="steps between two evaluations while training")
@@ -90,10 +90,10 @@ class Run(Section):
 
   @classmethod
   def of(cls, config: ConfigDict | Mapping[str, Any]) -> Run:
-    """Read a config.
+    """Return the record of a config.
 
     Raises:
-      UserError: a field is unknown or missing, of another type, or out of its range; or fields do not go together.
+      UserError: a field is unknown, missing, of another type, or out of its range; or fields contradict each other.
     """
     fields = config.copy_and_resolve_references().to_dict() if isinstance(config, ConfigDict) else config
     run = section.read_section(cls, fields, "", whole=True, known=known_fields)
@@ -107,32 +107,32 @@ class Run(Section):
     return run
 
   def to_dict(self) -> dict[str, Any]:
-    """Return what `of` reads, as config.json has it: without the sections that this run does not have."""
+    """Return what `of` reads, as in config.json: without the sections that this run does not have."""
     return copy.deepcopy(section.to_dict(self))
 
   def replace(self, changes: Mapping[str, Any]) -> Run:
-    """Return this with other values of some fields, by their dotted paths. Raises UserError: as `of`."""
-    # By way of the fields, so that the changes are checked with all the rest.
+    """Return a record with other values of some fields, by their dotted paths. Raises UserError as `of` does."""
+    # Go through the fields, so that the changes are checked together with all others.
     fields = self.to_dict()
     for path, value in changes.items():
       *sections, name = path.split(".")
-      # Also one that this run does not have: `of` says whether there may be one.
+      # Also a section that this run does not have: `of` checks whether it may have one.
       functools.reduce(lambda inner, name: inner.setdefault(name, {}), sections, fields)[name] = value
     return Run.of(fields)
 
   def trained_for(self, *names: str) -> Run:
-    """Return this with these objectives, without what changes another one alone. Raises UserError: as `of`."""
+    """Return a record with these objectives, without switches of other objectives. Raises UserError as `of` does."""
     off = {} if "generation" in names else {"loss.snr_gamma": 0.0}
     return self.replace({"objectives": names, **off})
 
   @property
   def task(self) -> Objective:
-    """Return what the objectives ask for together."""
+    """Return what the objectives require together."""
     return task_of(self.objectives)
 
 
 def _check_task(run: Run) -> None:
-  """Check that the objectives go together, and with the other sections."""
+  """Check that the objectives fit each other and the other sections."""
   task, names, is_clip = run.task, ", ".join(run.objectives), isinstance(run.model, ClipModel)
   if task.network == "clip" and not is_clip:
     raise UserError(
@@ -160,7 +160,7 @@ def _check_task(run: Run) -> None:
       f"data.sampling.sentences is {run.data.sampling.sentences}; class_contrastive needs sentences, and long_tail_head"
       " has its anchors instead"
     )
-  # Of a loss that is not there, the switch would be on and change nothing.
+  # Without its loss, the switch would be on and change nothing.
   if run.loss.snr_gamma and "generation" not in run.objectives:
     raise UserError(
       f"loss.snr_gamma is {run.loss.snr_gamma}; it changes generation alone, which objectives lacks: leave it at 0"
@@ -203,7 +203,7 @@ def known_fields() -> list[str]:
 
 
 def default_fields() -> dict[str, Any]:
-  """Return every field of a run's config with its default, but `model` and `image_size`, which have none."""
-  # Any values do for those two, which are taken out again.
+  """Return all fields of a run's config with their defaults, but `model` and `image_size`, which have none."""
+  # Any values will do for these two, which are removed again.
   fields = Run(image_size=512, model=Model()).to_dict()
   return {name: value for name, value in fields.items() if name not in ("image_size", "model")}

@@ -1,4 +1,4 @@
-"""Sections of a config: dataclasses whose fields carry their default, their range and their meaning."""
+"""Define sections of a config: dataclasses whose fields carry their default, their range and their meaning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
   "lt": ("below", operator.lt),
 }
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", dict: "a section of fields"}
-_WITHOUT_DEFAULT = {"int": 0, "bool": False}  # a value of each type that a field without a default may have
+_WITHOUT_DEFAULT = {"int": 0, "bool": False}  # an example value of each type that a field without a default may have
 
 
 def field(default: Any = MISSING, *, help: str = "", **metadata: Any) -> Any:
@@ -30,36 +30,36 @@ def field(default: Any = MISSING, *, help: str = "", **metadata: Any) -> Any:
   Args:
     default: its value in a new config.
     help: its meaning, which `config show` prints.
-    **metadata: `range` in words, and `check(name, value)`, which raises UserError; `kind` of a section that may be
-      absent, or a function from its values to the kind; `rest=True`: the section's unknown fields lie in here.
+    **metadata: `range` in words; `check(name, value)`, which raises UserError; `kind`, the class of an optional section
+      or a function from its values to the class; `rest=True` for a field that takes the section's unknown fields.
   """
-  kept = dict(help=help, **metadata)
+  field_metadata = dict(help=help, **metadata)
   if isinstance(default, dict):
-    return dataclasses.field(default_factory=lambda: dict(default), metadata=kept)
-  return dataclasses.field(default=default, metadata=kept)
+    return dataclasses.field(default_factory=lambda: dict(default), metadata=field_metadata)
+  return dataclasses.field(default=default, metadata=field_metadata)
 
 
 def number(default: Any = MISSING, *, help: str = "", multiple_of: Sequence[str] = (), **limits: float) -> Any:
-  """Define a field that holds a number, or a sequence or mapping of numbers, each within the limits ge, gt, le, lt, and
-  a multiple of the section's fields `multiple_of`."""
+  """Define a field of a number, or of a sequence or mapping of numbers, each within the limits ge, gt, le, lt, and a
+  multiple of the section's fields `multiple_of`."""
   check = functools.partial(check_number, **limits)
   return field(default, help=help, range=_in_words(limits), check=check, multiple_of=multiple_of)
 
 
 def choice(default: Any, choices: Collection[Any], *, help: str = "") -> Any:
-  """Define a field that holds one of the choices, or a sequence of them."""
+  """Define a field whose value is one of the choices, or a sequence of them."""
   listed = ", ".join(map(str, choices))
   return field(default, help=help, range=listed, check=functools.partial(check_choice, choices=choices))
 
 
 def regex(default: Any, *, help: str = "") -> Any:
-  """Define a field that holds a regular expression, or a sequence of pairs that begin with one."""
+  """Define a field whose value is a regular expression, or a sequence of pairs that begin with one."""
   return field(default, help=help, check=_check_regex)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-  """A section of a config. A new one checks the range of each field, and raises UserError with the field's name."""
+  """A section of a config. Creating one checks the range of each field, and raises UserError with the field's name."""
 
   def __post_init__(self) -> None:
     for own in dataclasses.fields(self):
@@ -76,7 +76,7 @@ class Section:
 
 
 def _elements(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-  """Yield name and value of each element of a sequence or mapping; a single value stands for itself."""
+  """Yield name and value of each element of a sequence or mapping, or of a single value itself."""
   if isinstance(value, Mapping):
     yield from ((f"{name}.{key}", child) for key, child in value.items())
   elif isinstance(value, (tuple, list)):
@@ -92,7 +92,7 @@ def _in_words(limits: Mapping[str, float]) -> str:
 def check_number(name: str, value: Any, **limits: float) -> None:
   """Raise UserError unless the value is a finite number within the limits ge, gt, le and lt."""
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if is_number and isinstance(value, int) and abs(value) >= 2**63:  # no array holds it
+  if is_number and isinstance(value, int) and abs(value) >= 2**63:  # it fits in no array
     limits = {"le": 2**63 - 1, **limits}
   elif is_number and math.isfinite(value) and all(_LIMITS[key][1](value, limits[key]) for key in limits):
     return
@@ -114,9 +114,9 @@ def _check_regex(name: str, value: Any) -> None:
 
 
 def check_type(name: str, value: Any, like: Any) -> None:
-  """Raise UserError unless the value has the type of `like`, a field's default; a sequence's elements count too.
+  """Raise UserError unless the value has the type of `like`, a field's default; elements of a sequence are checked too.
 
-  A whole number may stand for a number, and a list for a tuple. The elements of an empty sequence are texts.
+  A whole number is accepted as a number, and a list as a tuple. The elements of an empty sequence must be texts.
   """
   such_as = f", such as {like!r}" if like else ""
   if isinstance(like, (tuple, list)):
@@ -142,10 +142,10 @@ def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = Fals
 
   Args:
     kind: a dataclass.
-    values: field -> value.
-    path: dotted, of the section, such as `data.augment`; empty for the run's config.
-    whole: a missing field is an error, and does not get its default.
-    known: returns the paths of all fields of the config, to guess the meaning of an unknown one.
+    values: values by field.
+    path: dotted path of the section, such as `data.augment`; empty for the run's config.
+    whole: True if a missing field is an error instead of getting its default.
+    known: function that returns the paths of all fields of the config, to guess what an unknown one means.
 
   Raises:
     UserError: a field is unknown or missing, has another type than its default, or is out of its range.
@@ -175,14 +175,14 @@ def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = Fals
       fields_read[name] = _value(at, value, default, parts=(default or {}) if name == rest and whole else {})
   try:
     return kind(**fields_read)
-  except (TypeError, UserError) as error:  # the first of a missing field
+  except (TypeError, UserError) as error:  # TypeError is for a missing field
     raise UserError(f"{prefix}{error}") from error
 
 
 def _value(at: str, value: Any, default: Any, *, parts: Mapping[str, Any]) -> Any:
-  """Return a field's value, of its default's type. `parts` are defaults of what a mapping has to hold."""
+  """Return a field's value, of its default's type. `parts` are the defaults of what a mapping must contain."""
   check_type(at, value, default)
-  for key, child in value.items() if default == {} else ():  # named by the config itself, as evaluations are
+  for key, child in value.items() if default == {} else ():  # the config itself chooses these names, as for evaluations
     check_type(f"{at}.{key}", child, {})
   for key, child in parts.items():
     if key not in value:
@@ -192,7 +192,7 @@ def _value(at: str, value: Any, default: Any, *, parts: Mapping[str, Any]) -> An
 
 
 def normalise(value: Any) -> Any:
-  """Turn lists, which are what JSON makes of tuples, into tuples, so that equal configs compare equal."""
+  """Turn lists, as JSON writes tuples, into tuples, so that equal configs compare equal."""
   if isinstance(value, dict):
     return {key: normalise(child) for key, child in value.items()}
   return tuple(map(normalise, value)) if isinstance(value, (list, tuple)) else value
@@ -241,6 +241,6 @@ def describe(section: Section, prefix: str = "") -> Iterator[Line]:
     if isinstance(value, Section):
       yield from describe(value, f"{prefix}{own.name}.")
     elif value is not None:
-      # The entries of `rest` stand in the section itself, as a config file writes them.
+      # The entries of a `rest` field belong to the section itself, as in a config file.
       for name, child in guesses.fields_of(value if own.metadata.get("rest") else {own.name: value}).items():
         yield Line(f"{prefix}{name}", child, own.metadata.get("range", ""), own.metadata.get("help", ""))
