@@ -96,7 +96,7 @@ class StepSampler:
     return _finite(self.call(self.model.embed_texts, self.tokenizer(texts)))
 
   def embed_images(self, images: UInt8[np.ndarray, "n H W 3"], *, seed: int) -> Float[np.ndarray, "n d"]:
-    """Return the L2-normalised query of each image of a batch, by the run's own protocol. Raises UserError: not finite."""
+    """Return the L2-normalised query of each image, by the run's protocol. Raises UserError: not finite."""
     return _finite(self.call(lambda params: self.model.embed_images(params, images, seed=seed)))
 
   def generate(self, prompt: str, *, seed: int, steps: int, guidance_scale: float, frames: int) -> Iterator[Frame]:

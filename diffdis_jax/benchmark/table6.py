@@ -39,7 +39,7 @@ BASES = {"training": "stable_diffusion", "generation": "stable_diffusion", "disc
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-  """One of the three models: its training step, the inference of the same network, and the images of a whole training."""
+  """One of the three models: its training step, the inference of the same network, and the images of its training."""
 
   step: Trainer
   inference: Inference
@@ -176,7 +176,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _times(name: str, values: Mapping[str, Mapping[str, float]]) -> list[str]:
-  """Return a model's cells for the three columns of times, each with its ratio to the column's base; "" if it has none."""
+  """Return a model's cells for the three columns of times, each with its ratio to the column's base; "" for none."""
   cells = []
   for way, unit in (("training", "h"), ("generation", "s"), ("discrimination", "s")):
     value = values[name].get(way)

@@ -108,7 +108,7 @@ def files_below(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
 
 
 def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = ()) -> None:
-  """Copy a local folder into a bucket; the files named in `last` follow after all others, to mark the copy as complete."""
+  """Copy a local folder into a bucket; files named in `last` follow after the others, to mark the copy as complete."""
   paths = sorted(file for file in folder.rglob("*") if file.is_file())
   for is_mark in (False, True):
     if group := [file.relative_to(folder).as_posix() for file in paths if (file.name in last) == is_mark]:

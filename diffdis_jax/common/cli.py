@@ -300,7 +300,7 @@ def _exit(code: int) -> NoReturn:
 
 
 class _Plain(python_logging.Formatter):
-  """Formats a line for a person at a terminal, by time and text. In a file, a line also has the process and the place."""
+  """Formats a line for a terminal: time and text. In a file a line also has the process and the place."""
 
   def format(self, record: python_logging.LogRecord) -> str:
     warns = "" if record.levelno < python_logging.WARNING else f"{record.levelname.lower()}: "
