@@ -29,7 +29,7 @@ TORCH_FILES = {"interop/tensor_files.py", *SHIPPED}
 # A room has at most so many lines. To let it grow, raise its number in the same change, and say why there.
 MOST_LINES = {
   "ablate": 1275,
-  "app": 900,
+  "app": 925,
   "benchmark": 350,
   "common": 1275,
   "config": 1275,
