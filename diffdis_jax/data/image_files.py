@@ -13,13 +13,17 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 # torchvision's ImageFolder's, and GIF. JPEG includes MPO, a JPEG with a second picture that some cameras write.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm"})  # of their files
+ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "heic", "heif"})
 MAX_PIXELS = 2**26  # 67 million, 8192 x 8192: the largest photographs of ImageNet have 61
 MAX_SIDE = 2**16 - 1  # pixels, the most that a JPEG can have
 MAX_SCANS = 100  # of a JPEG, each of which costs as much as a whole picture; encoders write about ten
 _SCAN = b"\xff\xda"
 # A marker, whatever stands before it: 00 and FF are no markers, and 01 and D0 to D8 have no length behind them.
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")
+
+
+class NoHeic(ValueError):
+  """A HEIC image where the extra heic is not installed."""
 
 
 class TooManyScans(ValueError):
@@ -32,9 +36,10 @@ def open_image(data: bytes) -> Image.Image:
   Raises:
     Image.DecompressionBombError: more pixels than MAX_PIXELS, or a side longer than MAX_SIDE.
     TooManyScans: a JPEG of more than MAX_SCANS.
-    Exception: no image in one of FORMATS; Pillow's readers raise whatever a broken file leads them into.
+    NoHeic: a HEIC image that nothing installed reads.
+    Exception: no image in one of FORMATS, AVIF or HEIC; Pillow's readers raise whatever a broken file leads them into.
   """
-  image = Image.open(io.BytesIO(data), formats=FORMATS)
+  image = Image.open(io.BytesIO(data), formats=_phone_formats(data) if is_of_a_phone(data) else FORMATS)
   sizes = [image.size]
   if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose tiles are decoded whole, even where it is smaller
     sizes.append((image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 0)))
@@ -44,6 +49,22 @@ def open_image(data: bytes) -> Image.Image:
   if isinstance(image, JpegImageFile) and _has_too_many_scans(data):
     raise TooManyScans(f"more than {MAX_SCANS} scans")
   return image
+
+
+def is_of_a_phone(data: bytes) -> bool:
+  """Say whether these bytes begin an AVIF or HEIC image, or a film of the same container."""
+  return data[4:8] == b"ftyp"
+
+
+def _phone_formats(data: bytes) -> tuple[str, ...]:
+  if data[8:12] in (b"avif", b"avis"):
+    return ("AVIF",)
+  try:
+    import pillow_heif
+  except ImportError as error:
+    raise NoHeic("pip install 'diffdis_jax[heic]'") from error
+  pillow_heif.register_heif_opener()
+  return ("HEIF",)
 
 
 def _has_too_many_scans(data: bytes) -> bool:

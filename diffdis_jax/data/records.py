@@ -42,6 +42,7 @@ NOT_PLAIN = "file that is not a plain one"  # a link or a sparse file in a tar, 
 TOO_LARGE = "file of too many bytes"
 OUTSIDE = "file outside of the folder"  # by its name, such as ../x, or a link
 TOO_MANY_SCANS = f"JPEG of more than {image_files.MAX_SCANS} scans"
+NO_HEIC = "HEIC image, which needs pip install 'diffdis_jax[heic]'"
 NOT_FINITE = "numbers that are not finite"  # of latents; an image's are whole numbers
 MOST_BYTES = 2**28  # of an image's file: four for each of the most pixels that are decoded
 MOST_TEXT_BYTES = 2**22  # of a caption's, or of the json beside it
@@ -62,6 +63,7 @@ REASONS = (
   NOT_FINITE,
   OUTSIDE,
   TOO_MANY_SCANS,
+  NO_HEIC,
 )
 
 
@@ -164,6 +166,8 @@ def _unusable() -> Iterator[None]:
     raise Unusable("image of too many pixels") from error
   except image_files.TooManyScans as error:
     raise Unusable(TOO_MANY_SCANS) from error
+  except image_files.NoHeic as error:
+    raise Unusable(NO_HEIC) from error
   except Exception as error:  # PIL's readers raise whatever a broken file leads them into
     raise Unusable("corrupt image") from error
 

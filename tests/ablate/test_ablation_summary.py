@@ -177,8 +177,12 @@ def test_only_what_survives_is_bold(tmp_path):
     f"| − base | {equal} | {equal} | +0.00 [-6.57, +6.57], p 1.000, Holm 1.000, *undecided*, MDE 8.6 |"
     f" **-20.10 [-20.35, -19.85], p < 0.001, Holm < 0.001** | {equal} |"
   ) in text
-  assert "\n1 of 2 differences bold; chance alone makes any bold in at most 5 % of such tables." in text
-  assert content["tables"]["4"]["count"] == {"differences": 2, "significant": 1}
+  assert (
+    "\n1 of 2 differences bold; chance alone makes any bold in at most 5 % of such tables. Before Holm's correction 1"
+    " have p < 0.05; chance gives 0.1.\n"
+  ) in text
+  count = {"differences": 2, "significant": 1, "uncorrected": 1, "uncorrected_by_chance": 0.1}
+  assert content["tables"]["4"]["count"] == count
 
 
 def test_protocols_are_not_mixed(tmp_path):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import io
 import struct
+import sys
 import time
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import EpsImagePlugin, Image
 
 from diffdis_jax.data import image_files, records
+from diffdis_jax.data.prepare import pairs
 from tests import studio_pictures
 from tests.raw_pairs import encode
 
@@ -33,7 +37,23 @@ def test_formats_of_the_field_are_read(kind):
   np.testing.assert_allclose(np.asarray(records.read_image(encode(RED, kind, **options)))[8, 8], (255, 0, 0), atol=3)
 
 
-@pytest.mark.parametrize("kind", ["EPS", "ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "IM", "AVIF"])
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
+def test_a_phones_pictures_become_jpegs(kind, monkeypatch):
+  pillow_heif.register_heif_opener()  # which also writes them
+  data = encode(RED, kind)
+  np.testing.assert_allclose(np.asarray(records.read_image(data))[8, 8], (255, 0, 0), atol=3)
+  record, changed = pairs.to_record(pairs.RawPair("0", image=data, caption=b"red"))
+  assert Image.open(io.BytesIO(record["image"])).format == "JPEG" and changed == ["AVIF or HEIC stored as JPEG"]
+  np.testing.assert_allclose(np.asarray(records.read_image(record["image"])), np.asarray(RED), atol=3)
+  with pytest.raises(records.Unusable, match="corrupt image"):
+    records.read_image(data[:-20])
+  monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
+  if kind == "HEIF":
+    with pytest.raises(records.Unusable, match=r"needs pip install 'diffdis_jax\[heic\]'"):
+      records.read_image(data)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "ICNS", "TGA", "PCX", "SGI", "DDS", "IM"])
 def test_other_formats_are_refused_unread(kind, monkeypatch):
   data = encode(RED, kind)
   monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("Ghostscript was asked"))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from diffdis_jax.data import image_files
 from diffdis_jax.data.records import Unusable, read_caption, read_decoded, read_metadata
 from diffdis_jax.data.transforms import Decoded
 
@@ -84,7 +85,7 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> Record:
   Args:
     pair: as read.
     short_side: images whose short side is longer are stored as JPEG of this short side; JPEGs of twice that or more are
-      decoded at 1/2, 1/4 or 1/8 of their size for it. None keeps every image's bytes.
+      decoded at 1/2, 1/4 or 1/8 of their size for it. None keeps the bytes of all but AVIF and HEIC, which become JPEG.
 
   Raises:
     Unusable: with the first reason found.
@@ -101,9 +102,13 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> Record:
   # Decoded even where its bytes are kept: what cannot be read in training is left out here, and counted.
   # For errors alone an eighth of the pixels will do: the file is read to its end for any number of them.
   image, data = read_decoded(pair.image, at_least=short_side or 1), pair.image
-  if short_side is not None and min(image.width, image.height) > short_side:
+  side = min(image.width, image.height)
+  if short_side is not None and side > short_side:
     data = shrink(image, short_side)
     changed.append("image stored smaller")
+  elif image_files.is_of_a_phone(data):  # so that training needs no extra
+    data = shrink(image, side)
+    changed.append("AVIF or HEIC stored as JPEG")
   try:
     metadata = (pair.metadata or b"{}").decode()
   except UnicodeDecodeError as error:
