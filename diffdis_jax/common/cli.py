@@ -139,9 +139,8 @@ def config_flag(alias: str = "config") -> flags.FlagHolder[ConfigDict]:
 
   `alias` is another name of the flag for the file; single fields stay --config.a.b.
   """
-  holder = config_flags.DEFINE_config_file(
-    "config", None, "configuration: NAME[:args] of one that comes with the package, or FILE.py[:args]"
-  )
+  meaning = "configuration: NAME[:args] of one that comes with the package, or FILE.py[:args]"
+  holder = config_flags.DEFINE_config_file("config", None, meaning)
   flags.FLAGS["config"].parser = _ConfigFile(alias)
   if alias != "config":
     flags.DEFINE_alias(alias, "config")
@@ -152,18 +151,13 @@ def config_flag(alias: str = "config") -> flags.FlagHolder[ConfigDict]:
 
 
 def process_flags() -> None:
-  """Define the flags for several processes, which every command with a network has, if the environment does not set
-  them."""
+  """Define the flags for several processes, which every command with a network has."""
   flags.DEFINE_string("coordinator_address", None, "host:port of process 0")
   flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
   flags.DEFINE_integer("process_id", None, "this process's number, from 0", lower_bound=0)
   flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
-  flags.DEFINE_integer(
-    "heartbeat_timeout",
-    None,
-    "seconds after which a silent process is taken for dead, and the others end; by default 10, over a bucket 100",
-    lower_bound=1,
-  )
+  silent = "seconds after which a silent process is dead, and the others end; by default 10, over a bucket 100"
+  flags.DEFINE_integer("heartbeat_timeout", None, silent, lower_bound=1)
 
 
 def config_given() -> tuple[str, dict[str, Any]]:
@@ -200,9 +194,7 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # a dataclass in the file looks up its annotations there
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
-      sys.path.append(
-        os.getcwd()
-      )  # as `python -m` does, but `diffdis` does not; last, so that it hides no other module
+      sys.path.append(os.getcwd())  # as `python -m` does; last, so that it hides no other module
     spec.loader.exec_module(module)
     fields = module.get_config(*([argument] if colon else []))
     if fields is None:
@@ -290,9 +282,7 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
 def _exit(code: int) -> NoReturn:
   """Exit; at once if Python's clean-up would wait for other processes or for a compiler."""
   distributed: Any = sys.modules.get("jax.distributed")  # without jax, nothing waits
-  compiles = any(
-    thread.name.startswith("compiler") for thread in threading.enumerate()
-  )  # threads of parallel/programs.py
+  compiles = any(thread.name.startswith("compiler") for thread in threading.enumerate())  # see parallel/programs.py
   if compiles or (distributed and distributed.is_initialized()):
     sys.stdout.flush()  # os._exit does not flush
     signals.exit_at_once(code)

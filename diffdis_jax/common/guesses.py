@@ -55,12 +55,9 @@ def check_key(config: Mapping[str, Any], key: str, flags: Collection[str] = ()) 
 def guess_field(key: str, known: Collection[str], flags: Collection[str] = ()) -> str:
   """Suggest which of the known fields, or of the command's flags, a config key may mean, or list the fields near it."""
   section, _, leaf = key.rpartition(".")
-  leaves = {path.split(".")[-1]: path for path in known}
   near = [section] if section in known else _same(leaf, known, flags)  # a field has no subfields
-  for name, candidates in (
-    (key, {path: path for path in [*known, *_sections(known)]}),
-    (leaf, leaves),
-  ):
+  paths, leaves = {path: path for path in [*known, *_sections(known)]}, {path.split(".")[-1]: path for path in known}
+  for name, candidates in ((key, paths), (leaf, leaves)):
     near = near or [candidates[x] for x in difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)]
   if near:
     return _ask(near)
