@@ -94,11 +94,24 @@ def unfinished(run: pathlib.Path) -> set[str]:
   return {path.name for path in (run / "checkpoints").glob("*.orbax-checkpoint-tmp*")}
 
 
-def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, joint_run, autoencoder_run, environment):
-  whole = pathlib.Path(joint_run)
+RUNS = {
+  "one device": (1, []),
+  "data 2, fsdp 2": (4, ["--config.mesh.data=2", "--config.mesh.fsdp=2"]),
+  "accumulation": (1, ["--config.optim.accumulate=2"]),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(name, tmp_path, autoencoder_run, environment):
+  num_devices, flags = RUNS[name]
+  environment = {**environment, "JAX_NUM_CPU_DEVICES": str(num_devices)}
+  train = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), *flags]
+  whole = tmp_path / "whole"
+  done = command_runs.run([*train, f"--workdir={whole}"], environment)
+  assert done.returncode == 0, done.stderr
   for attempt in range(3):  # where this process gets no core for as long as a save takes, its kill comes too late
     killed = tmp_path / f"killed_{attempt}"
-    command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), f"--workdir={killed}"]
+    command = [*train, f"--workdir={killed}"]
     if killed_twice(killed, command, environment):
       break
   else:
