@@ -17,7 +17,7 @@ from jaxtyping import Int
 from diffdis_jax.common import buckets
 from diffdis_jax.data import corpus, records
 from diffdis_jax.data.corpus import Corpus, Tokenizer, Tokens
-from diffdis_jax.data.layouts.labelled import Labelled, Lazy, Origin
+from diffdis_jax.data.layouts.labelled import Labelled, Origin
 from diffdis_jax.errors import Gone, UserError
 
 
@@ -60,8 +60,8 @@ class LongTailed(NamedTuple):
       )
     names = corpus.read_names(folder / "labels.txt", wordnet=self.wordnet)
     self._check_classes(folder, names)
-    images = Lazy(listed.files, _read_listed)
-    return Labelled(images, listed.labels, names, Origin("long_tailed", str(folder), split))
+    origin = Origin("long_tailed", str(folder), split)
+    return Labelled(listed.files, listed.labels, names, read=_read_listed, origin=origin)
 
   def open_corpus(self, path: str | os.PathLike[str], seed: int) -> Corpus:
     """Read the sentences of all classes."""

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.config.section import field, number
 from diffdis_jax.data import records, sources, transforms
-from diffdis_jax.data.layouts.labelled import Captioned, Labelled
+from diffdis_jax.data.layouts.labelled import Published
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 
@@ -162,7 +162,7 @@ def fields(source: Any, index: SupportsIndex) -> dict[str, Any]:
 
 def origin(source: Any) -> dict[str, Any]:
   """Return the layout and the split of a published set, for the protocol; of other sources nothing."""
-  if not isinstance(source, Captioned | Labelled):
+  if not isinstance(source, Published):
     return {}
   return {"data": {"layout": source.origin.layout, "split": source.origin.split}}
 
@@ -174,7 +174,7 @@ def open_split(data: Mapping[str, Any], split: str) -> sources.Source:
   """
   source = sources.open_source(**{**data, "split": split})
   # It is opened as one split whatever is asked for, and what is measured would be trained on.
-  if isinstance(source, Captioned | Labelled) and source.origin.split != split:
+  if isinstance(source, Published) and source.origin.split != split:
     raise UserError(
       f"{data['name']} in {source.origin.path} is the split {source.origin.split} alone, and has no split {split};"
       " prepare both with diffdis prepare_data"
@@ -188,9 +188,9 @@ def _usable(source: Any, index: SupportsIndex) -> Iterator[None]:
     yield
   except records.Unusable as error:
     # Of a set whose files are read in place a number would not say which.
-    items: Any = getattr(getattr(source, "images", None), "items", None)
-    is_file = isinstance(items, Sequence) and isinstance(items[int(index)], pathlib.Path)
-    what = items[int(index)] if is_file else f"record {index} of the data set"
+    files: Any = getattr(source, "images", None)
+    is_file = isinstance(files, Sequence) and isinstance(files[int(index)], pathlib.Path)
+    what = files[int(index)] if is_file else f"record {index} of the data set"
     raise UserError(f"{what} cannot be used: {error}; download or prepare it again") from error
 
 

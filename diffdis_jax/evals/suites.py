@@ -18,7 +18,7 @@ from absl import logging
 from diffdis_jax.common import buckets
 from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.data.layouts import class_lists, find
-from diffdis_jax.data.layouts.labelled import Captioned, Labelled
+from diffdis_jax.data.layouts.labelled import Published
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import tasks
@@ -125,7 +125,7 @@ def check(name: str, evaluation: Evaluation, *, incomplete: bool) -> None:
   Raises UserError: another number of images than the published one, or another split.
   """
   source = getattr(evaluation, "source", None)
-  if not isinstance(source, Labelled | Captioned) or incomplete:
+  if not isinstance(source, Published) or incomplete:
     return
   remedy = "or give --incomplete to measure what is there"
   there, published = f"{name} in {source.origin.path}", SETS[name]

@@ -159,7 +159,7 @@ def test_a_published_set_has_no_second_split(monkeypatch, task, settings):
   """A published set is opened as one split, whatever is asked for: it would train on what is measured."""
   origin = labelled.Origin("wds", "/data/cifar10", "test")
   images = [b"an image"] * 40  # of which none is decoded before the splits are looked at
-  published = labelled.Labelled(images, np.arange(40) % 4, CLASSES, origin)
+  published = labelled.Labelled(images, np.arange(40) % 4, CLASSES, origin=origin)
   monkeypatch.setattr(sources, "open_source", lambda **data: published)
   data = {"name": "cifar10", "path": "/data", "split": "test", "image_size": 32}
   with pytest.raises(UserError, match="/data/cifar10 is the split test alone, and has no split train; prepare both"):

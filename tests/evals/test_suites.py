@@ -26,7 +26,8 @@ def test_another_number_of_images_or_another_split_is_refused(monkeypatch):
 
   def check(split, count=2, *, incomplete=False):
     image = encode(Image.fromarray(np.zeros((SIZE, SIZE, 3), np.uint8)))
-    source = labelled.Captioned([image] * count, [("a cat",)] * count, labelled.Origin("prepared", "/data/coco", split))
+    origin = labelled.Origin("prepared", "/data/coco", split)
+    source = labelled.Captioned([image] * count, [("a cat",)] * count, origin=origin)
     monkeypatch.setattr(sources, "open_source", lambda **data: source)
     evaluation = suites._section("mscoco_captions", "/data", SIZE).create()
     suites.check("mscoco_captions", evaluation, incomplete=incomplete)

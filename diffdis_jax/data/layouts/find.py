@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import operator
 import pathlib
-from typing import Any
 
 import numpy as np
 
 from diffdis_jax.data import records
 from diffdis_jax.data.layouts import class_lists, wds_folder
 from diffdis_jax.data.layouts.class_lists import ClassList
-from diffdis_jax.data.layouts.labelled import Captioned, Labelled, Lazy, Origin
+from diffdis_jax.data.layouts.labelled import Captioned, Labelled, Origin, Published
 from diffdis_jax.errors import UserError
 
 LABELLED = (
@@ -49,7 +48,7 @@ def is_there(root: pathlib.Path, set_name: str) -> bool:
   return _find(root, set_name) is not None
 
 
-def open_set(root: pathlib.Path, set_name: str) -> Labelled | Captioned:
+def open_set(root: pathlib.Path, set_name: str) -> Published:
   """Open the set under the root, with labels as places in the set's class list.
 
   Raises:
@@ -64,39 +63,33 @@ def open_set(root: pathlib.Path, set_name: str) -> Labelled | Captioned:
     )
   known = None if set_name in CAPTIONED else class_lists.load()[set_name]
   if (folder / wds_folder.MARK).is_file():
-    return wds_folder.read_captions(folder) if known is None else wds_folder.read(folder, known)
+    return wds_folder.read(folder, known)
   return _read_prepared(folder, known)
 
 
-def _read_prepared(path: pathlib.Path, known: ClassList | None) -> Labelled | Captioned:
+def _read_prepared(path: pathlib.Path, known: ClassList | None) -> Published:
   """Read what prepare_data wrote: images with all of their captions, or for a list of classes with their labels, which
-  are those of the field `class`. Raises UserError: no such records, or other classes."""
+  are those of the field `class`. Raises UserError: no such records, a damaged one, or other classes."""
   splits = records.read_info(path).splits
   # What prepare_data calls `train` alone has no splits.
   split = "train" if [*splits] == ["train"] else next((name for name in PREFERRED if name in splits), None)
   if split is None:
     raise UserError(f"{path} has the splits {', '.join(sorted(splits))}, none of {', '.join(PREFERRED)}")
   pairs = records.open_pairs(path, split=split, num_images=None)
-  fields, images = _without_images(pairs, path), Lazy(pairs, operator.itemgetter("image"))
+  fields, read = [], operator.itemgetter("image")
+  for index in range(len(pairs)):
+    try:
+      record = pairs[index]
+    except records.Unusable as error:  # a figure is of all records or of none
+      raise UserError(f"{path}: record {index} cannot be used: {error}; copy it again, or prepare it again") from error
+    fields.append({name: value for name, value in record.items() if name != "image"})
   if known is None:
     captions = [tuple(records.captions_of(record)) or (record["caption"],) for record in fields]
-    return Captioned(images, captions, Origin("prepared", str(path), split))
+    return Captioned(pairs, captions, read=read, origin=Origin("prepared", str(path), split))
   names = [record.get("class") for record in fields]
   if not all(isinstance(name, str) for name in names):
     raise UserError(f"{path} has records without `class`; write it by prepare_data torchvision {known.set_name}")
   classes, labels = np.unique(np.array(names, np.str_), return_inverse=True)
   places = class_lists.match(classes.tolist(), known, where=str(path))
   origin = Origin("prepared", str(path), "all" if split == "train" else split)
-  return Labelled(images, places[labels], known.classnames, origin)
-
-
-def _without_images(pairs: Any, path: pathlib.Path) -> list[dict[str, Any]]:
-  """Read all records, without their images. Raises UserError: one is damaged; a figure is of all or of none."""
-  fields = []
-  for index in range(len(pairs)):
-    try:
-      record = pairs[index]
-    except records.Unusable as error:
-      raise UserError(f"{path}: record {index} cannot be used: {error}; copy it again, or prepare it again") from error
-    fields.append({name: value for name, value in record.items() if name != "image"})
-  return fields
+  return Labelled(pairs, places[labels], known.classnames, read=read, origin=origin)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -15,48 +15,34 @@ from jaxtyping import Int
 from diffdis_jax.common import storage
 
 
-@dataclasses.dataclass(frozen=True)
-class Lazy:
-  """Encoded images that are read one by one, from whatever stands for each of them."""
-
-  items: Any
-  read: Callable[[Any], bytes]
-
-  def __len__(self) -> int:
-    return len(self.items)
-
-  def __getitem__(self, index: int) -> bytes:
-    item = self.items[index]
-    return storage.patiently(lambda: self.read(item), "an image of the data")
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-  """The place where a set was found.
-
-  Attributes:
-    layout: `wds`, `prepared` or `long_tailed`.
-    path: of the folder.
-    split: that is read; `all` where the set has none.
-    templates: prompt templates that came with the data.
-  """
+class Origin(NamedTuple):
+  """The place where a set was found: its layout, `wds`, `prepared` or `long_tailed`; its folder; and the split that is
+  read, `all` where the set has none."""
 
   layout: str
   path: str
   split: str
-  templates: tuple[str, ...] = ()
 
 
-class _Set:
-  """A source of images, whose other fields a subclass knows without reading them."""
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """A source of images, whose other fields a subclass knows without reading them.
+
+  Attributes:
+    images: encoded, or whatever stands for each of them.
+    read: returns the bytes of one of `images`.
+  """
 
   images: Any
+  origin: Origin = dataclasses.field(kw_only=True)
+  read: Callable[[Any], bytes] = dataclasses.field(default=bytes, kw_only=True)
 
   def __len__(self) -> int:
     return len(self.images)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    return {**self.fields(index), "image": self.images[index]}
+    fields = self.fields(index)
+    return {**fields, "image": storage.patiently(lambda: self.read(self.images[index]), "an image of the data")}
 
   def fields(self, index: int) -> dict[str, Any]:
     """Return the record without its image: labels are asked for of a whole set, whose images take minutes to read."""
@@ -67,13 +53,11 @@ class _Set:
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled(_Set):
+class Labelled(Published):
   """A source of images with the number of their class, in the order of a set's class list, and its name."""
 
-  images: Sequence[bytes] | Lazy
   labels: Int[np.ndarray, " n"]
   classnames: Sequence[str]
-  origin: Origin
 
   def fields(self, index: int) -> dict[str, Any]:
     label = int(self.labels[index])
@@ -82,12 +66,10 @@ class Labelled(_Set):
 
 
 @dataclasses.dataclass(frozen=True)
-class Captioned(_Set):
+class Captioned(Published):
   """A source of images with one caption or more."""
 
-  images: Sequence[bytes] | Lazy
   captions: Sequence[tuple[str, ...]]
-  origin: Origin
 
   def fields(self, index: int) -> dict[str, Any]:
     # The first one is the caption, by the convention of retrieval; training samples from all of them.

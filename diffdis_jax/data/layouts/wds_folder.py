@@ -1,6 +1,6 @@
 """CLIP_benchmark's folders of webdataset tars, as published under clip-benchmark/wds_NAME.
 
-classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt
+classnames.txt, dataset_type.txt
 test/nshards.txt, test/0.tar, test/1.tar, ...: s0000000.webp (or .png, .jpg), s0000000.cls (or .txt), ...
 """
 
@@ -9,58 +9,53 @@ from __future__ import annotations
 import operator
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from diffdis_jax.data import tars
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.data.layouts.class_lists import ClassList
-from diffdis_jax.data.layouts.labelled import Captioned, Labelled, Lazy, Origin
+from diffdis_jax.data.layouts.labelled import Captioned, Labelled, Origin, Published
 from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, Unusable
 from diffdis_jax.errors import UserError
 
 SPLIT = "test"
 MARK = f"{SPLIT}/nshards.txt"  # the file by which such a folder is known
 _NUMBER = re.compile(r"\d{1,18}")  # of some thousands of digits Python makes no number
-Sample = dict[str, tars.Member]  # of one key: ending -> its file, images as `image`
+_FIELDS = {**dict.fromkeys(tars.IMAGE_ENDINGS, "image"), "cls": "cls", "txt": "txt"}
 
 
-def read(path: pathlib.Path, known: ClassList) -> Labelled:
-  """Read images and labels of the split `test`, in the order of the tars.
+def read(path: pathlib.Path, known: ClassList | None) -> Published:
+  """Read the images of the split `test`, in the order of the tars, with the labels of a class list, or without one with
+  their captions, one a line.
 
   Raises:
-    UserError: it is no classification set, has no class names or other ones, lacks a tar, or holds a label that is no
-      number or that no class has.
+    UserError: it is a set of another kind, has no class names or other ones, lacks a tar, or holds a label that is no
+      number or that no class has, or an image without a caption.
   """
-  if (kind := _kind(path)) != "classification":
-    raise UserError(f"{path} is of type {kind} (dataset_type.txt), not of images with one label each")
-  classes = _lines(path / "classnames.txt")
-  if not classes:
+  kind, what = ("retrieval", "captions") if known is None else ("classification", "one label each")
+  # A folder of classification may lack the file.
+  if (there := (_lines(path / "dataset_type.txt") or ["classification"])[0].lower()) != kind:
+    raise UserError(f"{path} is of type {there} (dataset_type.txt), not of images with {what}")
+  classes = [] if known is None else _lines(path / "classnames.txt")
+  if known and not classes:
     raise UserError(f"no {path / 'classnames.txt'}; labels go by name, and their numbers alone do not say which")
   # Labels now, images when they are asked for: a set's labels are small files beside each image.
-  samples = list(_samples(path, "cls"))
+  samples = list(_samples(path, "txt" if known is None else "cls"))
+  images = [sample["image"] for sample in samples]
+  # Not by a lambda, which no pickle takes.
+  how: Any = dict(read=operator.methodcaller("read", MOST_BYTES), origin=Origin("wds", str(path), SPLIT))
+  if known is None:
+    lines = (_text(_bytes(sample["txt"]), path).splitlines() for sample in samples)
+    captions = [tuple(filter(None, map(str.strip, texts))) for texts in lines]
+    if empty := [number for number, texts in enumerate(captions) if not texts]:
+      raise UserError(f"{path}: image {empty[0]} has no caption")
+    return Captioned(images, captions, **how)
   labels = np.array([_label(sample["cls"], len(classes)) for sample in samples], np.int64)
   places = class_lists.match(classes, known, where=str(path))
-  origin = Origin("wds", str(path), SPLIT, tuple(_lines(path / "zeroshot_classification_templates.txt")))
-  return Labelled(_images(samples), places[labels], known.classnames, origin)
-
-
-def read_captions(path: pathlib.Path) -> Captioned:
-  """Read images and their captions, one a line. Raises UserError: it is no retrieval set, or lacks a tar."""
-  if (kind := _kind(path)) != "retrieval":
-    raise UserError(f"{path} is of type {kind} (dataset_type.txt), not of images with captions")
-  samples = list(_samples(path, "txt"))
-  lines = (_text(_bytes(sample["txt"]), path).splitlines() for sample in samples)
-  captions = [tuple(filter(None, map(str.strip, texts))) for texts in lines]
-  if empty := [number for number, texts in enumerate(captions) if not texts]:
-    raise UserError(f"{path}: image {empty[0]} has no caption")
-  return Captioned(_images(samples), captions, Origin("wds", str(path), SPLIT))
-
-
-def _kind(path: pathlib.Path) -> str:
-  # A folder of classification may lack the file.
-  return (_lines(path / "dataset_type.txt") or ["classification"])[0].lower()
+  return Labelled(images, places[labels], known.classnames, **how)
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -75,9 +70,9 @@ def _text(content: bytes, path: pathlib.Path) -> str:
     raise UserError(f"{path} holds text that is not UTF-8 ({error}); download it again") from error
 
 
-def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
-  """Yield the samples of all tars. Raises UserError: one is missing or damaged, has a file twice, or a sample lacks its
-  image or the field."""
+def _samples(path: pathlib.Path, field: str) -> Iterator[dict[str, tars.Member]]:
+  """Yield the files of each key of all tars. Raises UserError: a tar is missing or damaged, has a file twice, or a
+  sample lacks its image or the field."""
   shards = path / MARK
   count = _text(shards.read_bytes(), shards).strip()
   if not _NUMBER.fullmatch(count) or not int(count):
@@ -87,7 +82,7 @@ def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
     tar = path / SPLIT / f"{shard}.tar"
     if not tar.is_file():
       raise UserError(f"no {tar}, one of {count} by nshards.txt; download it")
-    index = tars.index(tar, _field_of)
+    index = tars.index(tar, _FIELDS.get)
     # Cut off, it would be a smaller set, whose figures look like any other's.
     if not index.whole:
       raise UserError(f"{tar} is damaged or cut off; download it again")
@@ -95,10 +90,6 @@ def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
       if lacking := {"image", field} - {*sample}:
         raise UserError(f"{tar}: {key} has no {min(lacking)}; download it again")
       yield sample
-
-
-def _field_of(ending: str) -> str:
-  return "image" if ending in tars.IMAGE_ENDINGS else ending
 
 
 def _label(member: tars.Member, classes: int) -> int:
@@ -113,8 +104,3 @@ def _bytes(member: tars.Member) -> bytes:
     return member.read(MOST_TEXT_BYTES)
   except Unusable as error:
     raise UserError(f"{member.path} holds a text that cannot be read: {error}; download it again") from error
-
-
-def _images(samples: Sequence[Sample]) -> Lazy:
-  # Not by a lambda, which no pickle takes.
-  return Lazy([sample["image"] for sample in samples], operator.methodcaller("read", MOST_BYTES))
