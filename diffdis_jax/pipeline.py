@@ -163,7 +163,7 @@ def _listed(what: str, values: Any) -> list[Any]:
 
 def _rgb(image: Any) -> Image.Image:
   if isinstance(image, (str, os.PathLike)):
-    return transforms.decode(pathlib.Path(image).read_bytes())
+    return transforms.decode(pathlib.Path(image).read_bytes()).image
   if isinstance(image, Image.Image):
     return transforms.upright_rgb(image)
   array = np.asarray(image)

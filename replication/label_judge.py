@@ -79,7 +79,7 @@ class LabelJudge:
     if self._trained is None:
       # The images are read once; every epoch uses new views of them.
       images = [
-        records.read_image(base.read(source, i)["image"]) for source in self.sources for i in range(len(source))
+        records.read_image(base.read(source, i)["image"]).image for source in self.sources for i in range(len(source))
       ]
       of_training, labels = [images[i] for i in self._trained_on], self.labels[self._trained_on]
       how = dict(num_classes=len(self.classnames), epochs=self._epochs, seed=self._seed)

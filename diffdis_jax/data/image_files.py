@@ -22,21 +22,21 @@ _SCAN = b"\xff\xda"
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")
 
 
-class NoHeic(ValueError):
-  """A HEIC image where the extra heic is not installed."""
+TOO_MANY_PIXELS = "image of too many pixels"
+TOO_MANY_SCANS = f"JPEG of more than {MAX_SCANS} scans"
+NO_HEIC = "HEIC image, which needs pip install 'diffdis_jax[heic]'"
 
 
-class TooManyScans(ValueError):
-  """A JPEG of more scans than MAX_SCANS."""
+class Unusable(ValueError):
+  """A pair or record that cannot be used. Its message is the reason by which it is counted."""
 
 
 def open_image(data: bytes) -> Image.Image:
   """Open the image of encoded bytes, of which only the header is read so far.
 
   Raises:
-    Image.DecompressionBombError: more pixels than MAX_PIXELS, or a side longer than MAX_SIDE.
-    TooManyScans: a JPEG of more than MAX_SCANS.
-    NoHeic: a HEIC image that nothing installed reads.
+    Unusable: more pixels than MAX_PIXELS, a side longer than MAX_SIDE, a JPEG of more than MAX_SCANS, or a HEIC image
+      that nothing installed reads.
     Exception: no image in one of FORMATS, AVIF or HEIC; Pillow's readers raise whatever a broken file leads them into.
   """
   image = Image.open(io.BytesIO(data), formats=_phone_formats(data) if is_of_a_phone(data) else FORMATS)
@@ -45,9 +45,9 @@ def open_image(data: bytes) -> Image.Image:
     sizes.append((image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 0)))
   for width, height in sizes:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-      raise Image.DecompressionBombError(f"{width} x {height} pixels")
+      raise Unusable(TOO_MANY_PIXELS)
   if isinstance(image, JpegImageFile) and _has_too_many_scans(data):
-    raise TooManyScans(f"more than {MAX_SCANS} scans")
+    raise Unusable(TOO_MANY_SCANS)
   return image
 
 
@@ -62,7 +62,7 @@ def _phone_formats(data: bytes) -> tuple[str, ...]:
   try:
     import pillow_heif
   except ImportError as error:
-    raise NoHeic("pip install 'diffdis_jax[heic]'") from error
+    raise Unusable(NO_HEIC) from error
   pillow_heif.register_heif_opener()
   return ("HEIF",)
 

@@ -258,7 +258,7 @@ class _ImageExample(_Example):
     record, own = self.source[place], self.discrimination_augmentation
     # Decoded once, with pixels enough for both views.
     views = [self.augmentation] if own is None else [self.augmentation, own]
-    image = records.read_decoded(record["image"], at_least=needed_side(self.image_size, *views))
+    image = records.read_image(record["image"], at_least=needed_side(self.image_size, *views))
     example = {"image": augment(image, rng, size=self.image_size, how=self.augmentation)}
     if own is not None:
       example["discrimination_image"] = augment(image, rng, size=self.image_size, how=own)
@@ -297,7 +297,7 @@ class _LabelledExample(_Example):
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     record = self.source[place]
     label = record["label"]
-    image = records.read_decoded(record["image"], at_least=needed_side(self.image_size, self.augmentation))
+    image = records.read_image(record["image"], at_least=needed_side(self.image_size, self.augmentation))
     seen = augment(image, rng, size=self.image_size, how=self.augmentation)
     example = {"image": seen, "label": np.int32(label), ROWS: name_of(record, place)}
     return example if self.tokens is None else {**example, "tokens": self.tokens.draw(label, rng)}

@@ -24,7 +24,8 @@ from PIL import Image
 
 from diffdis_jax.common import buckets, storage
 from diffdis_jax.data import copies, image_files, shards
-from diffdis_jax.data.transforms import Decoded, decode_reduced
+from diffdis_jax.data.image_files import Unusable
+from diffdis_jax.data.transforms import Decoded, decode
 from diffdis_jax.errors import Gone, UserError, may_pass, parse_json
 from diffdis_jax.run import digests
 
@@ -34,15 +35,9 @@ DESCRIPTION = (INFO, "features.json", "metadata.json")  # what TFDS reads beside
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
-class Unusable(ValueError):
-  """A pair or record that cannot be used. Its message is the reason by which it is counted."""
-
-
 NOT_PLAIN = "file that is not a plain one"  # a link or a sparse file in a tar, a pipe, a device
 TOO_LARGE = "file of too many bytes"
 OUTSIDE = "file outside of the folder"  # by its name, such as ../x, or a link
-TOO_MANY_SCANS = f"JPEG of more than {image_files.MAX_SCANS} scans"
-NO_HEIC = "HEIC image, which needs pip install 'diffdis_jax[heic]'"
 NOT_FINITE = "numbers that are not finite"  # of latents; an image's are whole numbers
 MOST_BYTES = 2**28  # of an image's file: four for each of the most pixels that are decoded
 MOST_TEXT_BYTES = 2**22  # of a caption's, or of the json beside it
@@ -55,15 +50,15 @@ REASONS = (
   "corrupt json",
   "json that is no object",
   "corrupt image",
-  "image of too many pixels",
+  image_files.TOO_MANY_PIXELS,
   "image of one pixel's width",
   "unreadable record",
   NOT_PLAIN,
   TOO_LARGE,
   NOT_FINITE,
   OUTSIDE,
-  TOO_MANY_SCANS,
-  NO_HEIC,
+  image_files.TOO_MANY_SCANS,
+  image_files.NO_HEIC,
 )
 
 
@@ -115,35 +110,22 @@ def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
   return not any(pathlib.Path(os.path.realpath(path)).is_relative_to(allowed) for allowed in inside)
 
 
-class Header(NamedTuple):
-  """The size that stands in an encoded image's header, in pixels."""
-
-  width: int
-  height: int
-
-
-def read_header(data: bytes) -> Header:
-  """Read the header alone. Raises Unusable: the bytes begin no image, or one of too many pixels."""
-  with _unusable(), image_files.open_image(data) as image:
-    return Header(*image.size)
+def read_header(data: bytes) -> Image.Image:
+  """Open an image, of which the header alone is read. Raises Unusable: the bytes begin no image, or one of too many
+  pixels."""
+  with _unusable():
+    return image_files.open_image(data)
 
 
-def read_image(image: bytes | UInt8[np.ndarray, "h w 3"] | None) -> Image.Image:
-  """Decode bytes, or take an array, as an upright RGB image, to its end; of an animation the first frame. Raises as
-  `read_decoded`."""
-  return read_decoded(image, at_least=None).image
-
-
-def read_decoded(image: bytes | UInt8[np.ndarray, "h w 3"] | None | Any, *, at_least: int | None) -> Decoded:
-  """Decode an image like `read_image`, but a JPEG at a fraction of its size, by `decode_reduced`. An array stays as it
-  is.
+def read_image(image: bytes | UInt8[np.ndarray, "h w 3"] | None | Any, *, at_least: int | None = None) -> Decoded:
+  """Decode an image to its end as `transforms.decode` does; of an animation the first frame. An array stays as it is.
 
   Raises:
     Unusable: no bytes, or none that show an image.
     UserError: what is neither bytes nor such an array, which is the source's mistake and no damage.
   """
   if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-    return decode_reduced(image, at_least=at_least)
+    return decode(image)
   if image is not None and not isinstance(image, bytes):
     raise UserError(
       f"a record's image is of type {type(image).__name__}; a source gives the bytes of an image's file, or a numpy"
@@ -152,7 +134,7 @@ def read_decoded(image: bytes | UInt8[np.ndarray, "h w 3"] | None | Any, *, at_l
   if not image:
     raise Unusable("missing image")
   with _unusable():
-    decoded = decode_reduced(image, at_least=at_least)
+    decoded = decode(image, at_least=at_least)
   if min(decoded.width, decoded.height) < MIN_SIDE:
     raise Unusable("image of one pixel's width")
   return decoded
@@ -162,12 +144,10 @@ def read_decoded(image: bytes | UInt8[np.ndarray, "h w 3"] | None | Any, *, at_l
 def _unusable() -> Iterator[None]:
   try:
     yield
+  except Unusable:
+    raise
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-    raise Unusable("image of too many pixels") from error
-  except image_files.TooManyScans as error:
-    raise Unusable(TOO_MANY_SCANS) from error
-  except image_files.NoHeic as error:
-    raise Unusable(NO_HEIC) from error
+    raise Unusable(image_files.TOO_MANY_PIXELS) from error
   except Exception as error:  # PIL's readers raise whatever a broken file leads them into
     raise Unusable("corrupt image") from error
 

@@ -54,29 +54,20 @@ class Decoded(NamedTuple):
     return self.width / self.factor, self.height / self.factor
 
 
-def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
+def decode(image: bytes | UInt8[np.ndarray, "h w 3"], *, at_least: int | None = None) -> Decoded:
   """Decode bytes, or take an RGB array, as an RGB image, upright by EXIF, transparency composited on white.
 
   Palettes, grey, 16 bit grey, grey of floats (to 1, or else as of 16 bits) and CMYK are converted.
 
-  Raises:
-    Image.DecompressionBombError: more pixels than `image_files.open_image` takes.
-    Exception: the bytes are no image that Pillow can read to its end, or of floats that are not finite.
-  """
-  return decode_reduced(image, at_least=None).image
-
-
-def decode_reduced(image: bytes | UInt8[np.ndarray, "h w 3"], *, at_least: int | None) -> Decoded:
-  """Decode like `decode`, but a JPEG at the smallest of 1/8, 1/4, 1/2 and 1 of its size whose short side has `at_least`
-  pixels.
-
   Args:
     image: arrays and other formats keep all of their pixels, and a JPEG that EXIF turns is reduced only where both
       sides divide.
-    at_least: 1 or more; None for all pixels.
+    at_least: pixels of the short side. A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1 of its size that has
+      them; None for all pixels.
 
   Raises:
-    Exception: as `decode`, for the same files.
+    image_files.Unusable: for a reason that `image_files.open_image` gives.
+    Exception: the bytes are no image that Pillow can read to its end, or of floats that are not finite.
   """
   if isinstance(image, np.ndarray):
     return Decoded.of(Image.fromarray(image))
@@ -138,7 +129,7 @@ def _to_rgb(upright: Image.Image) -> Image.Image:
 
 
 def needed_side(size: int, *views: Augmentation) -> int | None:
-  """Return the `at_least` of `decode_reduced` for which whatever part of the image these views show, `size` pixels
+  """Return the `at_least` of `decode` for which whatever part of the image these views show, `size` pixels
   square, has as many pixels a side; None where one of them is to have all pixels."""
   if not all(how.reduced_decoding for how in views):
     return None

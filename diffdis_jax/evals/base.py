@@ -205,7 +205,7 @@ def to_square(
   # Resized first and cut then, as torchvision and timm do it.
   side = int(image_size / crop_pct)
   start = (side - image_size) // 2
-  decoded = records.read_decoded(image, at_least=None)
+  decoded = records.read_image(image)
   return np.asarray(transforms.resize(decoded, side))[start : start + image_size, start : start + image_size]
 
 
@@ -238,7 +238,7 @@ class Images:
     with _usable(self.source, index):
       image = self.source[index]["image"]
       if self.square:
-        return self.square(records.read_image(image), self.image_size)
+        return self.square(records.read_image(image).image, self.image_size)
       return to_square(image, self.image_size, self.crop_pct)
 
 

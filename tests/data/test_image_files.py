@@ -34,17 +34,19 @@ def tiff_with_tiles(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("kind", [*image_files.FORMATS, "MPO"])
 def test_formats_of_the_field_are_read(kind):
   options = {"save_all": True, "append_images": [RED]} if kind == "MPO" else {}
-  np.testing.assert_allclose(np.asarray(records.read_image(encode(RED, kind, **options)))[8, 8], (255, 0, 0), atol=3)
+  np.testing.assert_allclose(
+    np.asarray(records.read_image(encode(RED, kind, **options)).image)[8, 8], (255, 0, 0), atol=3
+  )
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
 def test_a_phones_pictures_become_jpegs(kind, monkeypatch):
   pillow_heif.register_heif_opener()  # which also writes them
   data = encode(RED, kind)
-  np.testing.assert_allclose(np.asarray(records.read_image(data))[8, 8], (255, 0, 0), atol=3)
+  np.testing.assert_allclose(np.asarray(records.read_image(data).image)[8, 8], (255, 0, 0), atol=3)
   record, changed = pairs.to_record(pairs.RawPair("0", image=data, caption=b"red"))
   assert Image.open(io.BytesIO(record["image"])).format == "JPEG" and changed == ["AVIF or HEIC stored as JPEG"]
-  np.testing.assert_allclose(np.asarray(records.read_image(record["image"])), np.asarray(RED), atol=3)
+  np.testing.assert_allclose(np.asarray(records.read_image(record["image"]).image), np.asarray(RED), atol=3)
   with pytest.raises(records.Unusable, match="corrupt image"):
     records.read_image(data[:-20])
   monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
@@ -84,11 +86,11 @@ def test_a_jpeg_of_many_scans_is_refused_at_once():
   noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
   data = encode(Image.fromarray(noise), "JPEG", progressive=True)
   last = data[data.rindex(b"\xff\xda") : -2]
-  for read in (records.read_image, records.read_header, functools.partial(records.read_decoded, at_least=8)):
+  for read in (records.read_image, records.read_header, functools.partial(records.read_image, at_least=8)):
     start = time.monotonic()
     with pytest.raises(records.Unusable, match="JPEG of more than 100 scans"):
       read(data[:-2] + 3000 * last + data[-2:])
     assert time.monotonic() - start < 0.1
   np.testing.assert_array_equal(
-    np.asarray(records.read_image(data + 3000 * last)), np.asarray(records.read_image(data))
+    np.asarray(records.read_image(data + 3000 * last).image), np.asarray(records.read_image(data).image)
   )

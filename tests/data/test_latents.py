@@ -38,7 +38,7 @@ def data(tmp_path, monkeypatch):
   """Prepare twelve pairs, of which the first record is spoiled afterwards."""
   write_pairs(tmp_path / "raw", N, size=(12, 12))
   write.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
-  read = records.read_decoded
+  read = records.read_image
   first = picture(0, size=(12, 12))
 
   def spoiled(image, **how):
@@ -46,7 +46,7 @@ def data(tmp_path, monkeypatch):
       raise records.Unusable("corrupt image")
     return read(image, **how)
 
-  monkeypatch.setattr(records, "read_decoded", spoiled)
+  monkeypatch.setattr(records, "read_image", spoiled)
   monkeypatch.setattr(latents, "CHUNK", 6)
   return tmp_path / "data"
 
@@ -58,7 +58,7 @@ def prepare(data, out, **changes):
 
 def test_latents_read_back(data, tmp_path, monkeypatch):
   """Images are decoded while the network encodes those before them."""
-  decoded, read = threading.Semaphore(0), records.read_decoded
+  decoded, read = threading.Semaphore(0), records.read_image
   ahead = iter([4, 2, 2, 2, 2, 0])  # images of the next chunk too, of two each
 
   def counted(image, **how):
@@ -69,7 +69,7 @@ def test_latents_read_back(data, tmp_path, monkeypatch):
     assert all(decoded.acquire(timeout=10) for _ in range(next(ahead)))
     return encode(images)
 
-  monkeypatch.setattr(records, "read_decoded", counted)
+  monkeypatch.setattr(records, "read_image", counted)
   reports = prepare(data, tmp_path / "out", encode=waiting)
   assert (reports["train"].pairs, reports["train"].skipped) == (VIEWS * (N - 1), {"corrupt image": 1})
   source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)

@@ -44,7 +44,7 @@ def test_captions_are_mended():
 @pytest.mark.parametrize(("size", "expected"), [((40, 30), (21, 16)), ((30, 40), (16, 21)), ((17, 500), (16, 471))])
 def test_large_images_are_stored_smaller(size, expected):
   record, changed = pairs.to_record(RawPair("k", picture(0, size=size), b"x"), short_side=16)
-  stored = records.read_image(record["image"])
+  stored = records.read_image(record["image"]).image
   assert stored.size == expected and changed == ["image stored smaller"]
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffdis_jax.config.data import CROPS
 from diffdis_jax.data import records, transforms
-from diffdis_jax.data.transforms import Augmentation, augment, decode, decode_reduced, needed_side
+from diffdis_jax.data.transforms import Augmentation, augment, decode, needed_side
 from diffdis_jax.evals import base
 from tests.raw_pairs import encode
 
@@ -44,7 +44,7 @@ def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def views(data: bytes, size: int, how: Augmentation, seed: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
   """Return the view by reduced decoding, the view by full decoding, and the factor."""
-  reduced = decode_reduced(data, at_least=needed_side(size, how))
+  reduced = decode(data, at_least=needed_side(size, how))
   return (
     augment(reduced, np.random.default_rng(seed), size=size, how=how),
     augment(decode(data), np.random.default_rng(seed), size=size, how=how),
@@ -75,8 +75,8 @@ def test_boxes_of_random_size_lie_in_the_same_place(width, height):
 @pytest.mark.parametrize(("width", "height"), [(640, 512), (645, 515)])
 def test_turned_images_stay_turned(orientation, width, height):
   data = jpeg(width, height, exif=turned(orientation))
-  reduced = decode_reduced(data, at_least=128)
-  assert (reduced.width, reduced.height) == decode(data).size
+  reduced = decode(data, at_least=128)
+  assert (reduced.width, reduced.height) == decode(data).image.size
   assert psnr(*views(data, 128, Augmentation())[:2]) >= 42  # the target is small: more of it is edges
 
 
@@ -92,9 +92,9 @@ def test_grey_and_four_colours(mode, progressive):
 def test_other_formats_and_arrays_are_untouched(kind):
   data = encode(scene(96, 80), kind)
   for image in (data, np.asarray(scene(96, 80))):
-    decoded = decode_reduced(image, at_least=1)
+    decoded = decode(image, at_least=1)
     assert decoded.factor == 1
-    np.testing.assert_array_equal(np.asarray(decoded.image), np.asarray(decode(image)))
+    np.testing.assert_array_equal(np.asarray(decoded.image), np.asarray(decode(image).image))
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -103,7 +103,7 @@ def test_a_file_that_is_cut_off_raises(progressive, left):
   data = jpeg(512, 512, progressive=progressive)
   for at_least in (None, 256, 1):
     with pytest.raises(records.Unusable, match="corrupt image"):
-      records.read_decoded(data[: int(left * len(data))], at_least=at_least)
+      records.read_image(data[: int(left * len(data))], at_least=at_least)
 
 
 def test_never_fewer_pixels_than_are_wanted():
@@ -115,7 +115,7 @@ def test_never_fewer_pixels_than_are_wanted():
     crop = CROPS[rng.integers(3)]
     ratio = tuple(sorted(np.exp(rng.uniform(-0.7, 0.7, 2)).tolist()))
     how = Augmentation(crop=crop, crop_scale=(low, 1.0), crop_ratio=ratio, zoom=float(rng.choice([0, 0.3])))
-    decoded = decode_reduced(jpeg(width, height), at_least=needed_side(size, how))
+    decoded = decode(jpeg(width, height), at_least=needed_side(size, how))
     assert decoded.image.size == (-(-width // decoded.factor), -(-height // decoded.factor))
     if decoded.factor == 1:
       continue

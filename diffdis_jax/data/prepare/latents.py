@@ -149,7 +149,7 @@ class LatentStage(write.Stage):
     try:
       record = source.stored(place)
       needed = needed_side(self.image_size, self.augmentation)
-      image = records.read_decoded(record.pop("image"), at_least=needed)
+      image = records.read_image(record.pop("image"), at_least=needed)
       record["caption"] = records.read_caption(record["caption"])
     except records.Unusable as error:
       return error

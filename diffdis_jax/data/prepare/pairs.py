@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from diffdis_jax.data import image_files
-from diffdis_jax.data.records import Unusable, read_caption, read_decoded, read_metadata
+from diffdis_jax.data.records import Unusable, read_caption, read_image, read_metadata
 from diffdis_jax.data.transforms import Decoded
 
 MAX_CAPTION = 2000  # characters kept; CLIP reads 77 tokens
@@ -101,7 +101,7 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> Record:
   read_metadata(pair.metadata)
   # Decoded even where its bytes are kept: what cannot be read in training is left out here, and counted.
   # For errors alone an eighth of the pixels will do: the file is read to its end for any number of them.
-  image, data = read_decoded(pair.image, at_least=short_side or 1), pair.image
+  image, data = read_image(pair.image, at_least=short_side or 1), pair.image
   side = min(image.width, image.height)
   if short_side is not None and side > short_side:
     data = shrink(image, short_side)

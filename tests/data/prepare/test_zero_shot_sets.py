@@ -60,7 +60,7 @@ def test_same_pixels_labels_and_order(tmp_path, unchecked, monkeypatch, name):
   for i, j in enumerate(order):
     (image, target), record = theirs[j], source[i]
     np.testing.assert_array_equal(
-      np.asarray(transforms.decode(record["image"])), np.asarray(image.convert("RGB")), err_msg=str(i)
+      np.asarray(transforms.decode(record["image"]).image), np.asarray(image.convert("RGB")), err_msg=str(i)
     )
     assert record["class"] == record["caption"] == known.classnames[record["label"]]
     named = classes[target] if isinstance(classes[target], str) else classes[target][0]
