@@ -1,4 +1,4 @@
-"""A config's data section becomes batches, latents included."""
+"""Test the batches of images, latents and mixtures that a config's data section opens."""
 
 import re
 
@@ -94,9 +94,9 @@ def test_latents_are_the_posteriors_of_the_images(data, cache, params):
   with pytest.raises(UserError, match="were made by another autoencoder; set init_from to the workdir"):
     check_encoders(config, other)
   kernel = params["autoencoder.conv_in.kernel"]
-  colours = kernel.reshape(*kernel.shape[:2], 3, -1, kernel.shape[3])  # each with its pixels of a patch
+  colours = kernel.reshape(*kernel.shape[:2], 3, -1, kernel.shape[3])  # input channels are (colour, pixel of a patch)
   bgr = {**params, "autoencoder.conv_in.kernel": colours[:, :, ::-1].reshape(kernel.shape)}
-  with pytest.raises(UserError, match="were made by another autoencoder"):  # its mean magnitudes are the same
+  with pytest.raises(UserError, match="were made by another autoencoder"):  # the kernel's mean magnitude is the same
     check_encoders(config, bgr)
   decoder = {path: value + (0.1 if "decoder" in path else 0.0) for path, value in params.items()}
   check_encoders(config, decoder)
@@ -111,7 +111,7 @@ def test_a_step_is_compiled_for_the_batches_that_are_stored(cache):
   assert shapes(compiled_for) == shapes(batch)
 
 
-def test_latents_that_do_not_fit(cache):
+def test_latents_that_do_not_fit_the_config_are_refused(cache):
   settings = {"data.name": "latents", "data.path": str(cache)}
   for change, message in (
     ({"image_size": 32}, "of 16 px images and of shape .4, 4, 8.; the config's are of 32 px and .8, 8, 8."),
@@ -122,7 +122,7 @@ def test_latents_that_do_not_fit(cache):
       steps.open_batches(config_of(**settings, **change))
 
 
-def test_mixtures(data, cache):
+def test_a_mixture_gives_batches_and_describes_its_sources(data, cache):
   prepared = {"path": str(data / "pairs"), "weight": 3.0}
   config = config_of()
   config.data.mixture = {"prepared": prepared, "drawn": {"name": "shapes", "weight": 1.0}}
@@ -146,7 +146,7 @@ def test_latents_of_other_views_than_the_config_asks_for_are_named(cache):
 
 
 @pytest.mark.parametrize("field", [{"data.path": "CC3M"}, {"data.caption_fields": ("key",)}])
-def test_a_mixture_is_not_beside_other_data(data, field):
+def test_a_mixture_beside_other_data_is_refused(data, field):
   config = config_of(**field)
   config.data.mixture = {"own": {"path": str(data / "pairs")}}
   with pytest.raises(UserError, match=f"^{min(field)} is .* which data.mixture takes the place of: give"):
@@ -154,8 +154,8 @@ def test_a_mixture_is_not_beside_other_data(data, field):
 
 
 @pytest.mark.parametrize("mixture", [{}, {"own": {"path": "P", "image_size": 8}}])
-def test_images_have_the_runs_size(mixture):
-  """An evaluation's data are given a size, and a run's are not."""
+def test_a_runs_data_section_must_not_set_the_image_size(mixture):
+  """Only the data section of an evaluation sets image_size; a run's images have the run's size."""
   config = config_of()
   config.data.mixture = mixture
   if not mixture:
@@ -173,25 +173,25 @@ def test_images_have_the_runs_size(mixture):
     ({"split": "dev"}, "shapes has no split 'dev'"),
   ],
 )
-def test_what_is_wrong_with_a_source_of_a_mixture_names_it(section, message):
+def test_an_error_in_a_source_of_a_mixture_names_the_source(section, message):
   config = config_of()
   config.data.mixture = {"own": {"name": "shapes", **section}}
   with pytest.raises(UserError, match=re.escape(f"data.mixture.own: {message}")):
     open_loader(Run.of(config))
 
 
-def test_digests_are_of_the_encoders_bits(params):
+def test_a_digest_depends_on_the_bits_of_the_encoder_alone(params):
   model = Run.of(config_of()).model
   digest = encoders.autoencoder_digest(params, model)
-  bits = params | {path: params[path] + 1 for path in ("autoencoder.scale", "autoencoder.post_quant.bias")}
-  assert encoders.autoencoder_digest(bits, model) == digest
+  other_decoder = params | {path: params[path] + 1 for path in ("autoencoder.scale", "autoencoder.post_quant.bias")}
+  assert encoders.autoencoder_digest(other_decoder, model) == digest
   path = "autoencoder.quant.kernel"
   assert encoders.autoencoder_digest({**params, path: jnp.nextafter(params[path], jnp.inf)}, model) != digest
 
 
-def test_digests_are_the_same_for_split_parameters(params):
+def test_digests_are_the_same_for_sharded_parameters(params):
   model, mesh = Run.of(config_of()).model, sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  spread = jax.device_put(params, sharding.shardings(params, mesh, params))
-  kernel = spread["autoencoder.conv_in.kernel"]
+  sharded = jax.device_put(params, sharding.shardings(params, mesh, params))
+  kernel = sharded["autoencoder.conv_in.kernel"]
   assert len({str(shard.index) for shard in kernel.addressable_shards}) > 1
-  assert encoders.autoencoder_digest(spread, model) == encoders.autoencoder_digest(params, model)
+  assert encoders.autoencoder_digest(sharded, model) == encoders.autoencoder_digest(params, model)

@@ -1,4 +1,4 @@
-"""Sentences of classes equal hand-written answers."""
+"""Test how the texts of classes are split into sentences, against hand-written answers."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ Much more.
     ("", ()),
   ],
 )
-def test_sentences(text, sentences):
+def test_a_text_is_split_into_sentences(text, sentences):
   assert corpus.split(text) == sentences
 
 
@@ -52,11 +52,11 @@ def test_a_page_has_its_summary_and_all_but_four_sections():
   assert text == "An airfield is a place. Planes land there.\nIt began in 1910.\nAirport\nA detail."
 
 
-def test_of_two_sections_of_one_title_the_later_stands_in_the_first_ones_place():
+def test_a_later_section_replaces_an_earlier_one_of_the_same_title():
   assert corpus.page_text("s\n== A ==\none\n== B ==\ntwo\n== A ==\nthree") == "s\nthree\ntwo"
 
 
-def test_eighty_prompts_then_the_text_without_a_break():
+def test_the_sentences_of_a_class_are_eighty_prompts_and_its_text():
   sentences = corpus.sentences_of("airfield", "An airfield is flat. It is long.")
   assert len(sentences) == 82 and sentences[0] == "a bad photo of a airfield ."
   assert sentences[80:] == ("An airfield is flat.", "It is long.")
@@ -72,7 +72,7 @@ def write(root, names, pages):
   return root
 
 
-def test_a_folder(tmp_path):
+def test_a_corpus_folder_is_read(tmp_path):
   pages = {0: b"A yard.", 1: "Ein Café.".encode(), 2: "看 A place.".encode("gbk")}
   write(tmp_path, [(2, "zoo"), (0, "art_school/indoor"), (1, "bar")], pages)
   sentences = corpus.read_corpus(tmp_path, wordnet=False)
@@ -92,7 +92,7 @@ def test_a_folder(tmp_path):
     ([("x", "a")], {}, "invalid literal for int.*; it should name the classes, one a line, with their numbers last"),
   ],
 )
-def test_damaged_folders(tmp_path, names, pages, message):
+def test_a_damaged_corpus_folder_is_refused(tmp_path, names, pages, message):
   write(tmp_path, names, pages)
   with pytest.raises(UserError, match=message) as error:
     corpus.read_corpus(tmp_path, wordnet=False)

@@ -1,4 +1,4 @@
-"""Batches of a long-tailed set have their shares of the classes, and do not depend on hosts or resuming."""
+"""Test that long-tailed batches have the right shares of classes, for any number of hosts and after a resume."""
 
 import collections
 
@@ -18,7 +18,7 @@ STARTS = np.array([0, 3, 4, 9, 11, 12])
 
 
 class Source:
-  """A source whose images' values tell the label. Labels are in no order; images of `unusable` cannot be read."""
+  """A source in shuffled order. An image's pixels hold its label; images with an index in `unusable` cannot be read."""
 
   def __init__(self, unusable=()):
     self.labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(COUNTS)), COUNTS))
@@ -48,7 +48,7 @@ def take(iterator, n):
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_classes_have_their_shares(power):
-  """A chi-square test against n^power decides; 0.5 is square-root sampling."""
+  """A chi-square test compares the labels with shares of n^power; a power of 0.5 is square-root sampling."""
   labels = np.concatenate([batch["label"] for batch in take(make(sampling_exponent=power, batch_size=500), 8)])
   shares = np.array(COUNTS, float) ** power
   expected = len(labels) * shares / shares.sum()
@@ -58,7 +58,7 @@ def test_classes_have_their_shares(power):
   assert stats.chisquare(drawn, other / other.sum() * len(labels)).pvalue < 1e-6
 
 
-def test_images_of_a_class_are_drawn_alike():
+def test_images_of_a_class_are_drawn_with_equal_probability():
   class Indexed(Source):
     def __getitem__(self, index):
       image = np.full((4, 4, 3), [index // 256, index % 256, 0], np.uint8)
@@ -66,10 +66,10 @@ def test_images_of_a_class_are_drawn_alike():
 
   batches = take(make(Indexed(), batch_size=500), 8)
   images = np.concatenate([batch["image"][:, 0, 0].astype(int) for batch in batches])
-  places, labels = images[:, 0] * 256 + images[:, 1], np.concatenate([batch["label"] for batch in batches])
-  of_second = collections.Counter(places[labels == 1].tolist())
-  assert len(of_second) > 95
-  assert stats.chisquare([of_second[i] for i in np.flatnonzero(Indexed().labels == 1)]).pvalue > 0.01
+  indices, labels = images[:, 0] * 256 + images[:, 1], np.concatenate([batch["label"] for batch in batches])
+  draws_of_class_1 = collections.Counter(indices[labels == 1].tolist())
+  assert len(draws_of_class_1) > 95
+  assert stats.chisquare([draws_of_class_1[i] for i in np.flatnonzero(Indexed().labels == 1)]).pvalue > 0.01
 
 
 def test_image_label_and_sentence_belong_together():
@@ -90,7 +90,7 @@ def test_any_number_of_hosts_has_the_same_batches():
 
 
 @pytest.mark.parametrize("threads", [0, 3])
-def test_it_goes_on_where_it_stopped(tmp_path, threads):
+def test_a_restored_iterator_continues_with_the_next_batch(tmp_path, threads):
   iterator = make(num_threads=threads)
   take(iterator, 3)
   with ocp.CheckpointManager(tmp_path) as manager:
@@ -104,7 +104,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, threads):
       np.testing.assert_array_equal(value, other[name])
 
 
-def test_in_the_place_of_an_unusable_image_comes_the_next():
+def test_an_unusable_image_is_replaced_by_one_of_its_class():
   source = Source(unusable=range(0, 500, 2))
   batches = take(make(source), 5)
   assert sum(batch[SUBSTITUTED].sum() for batch in batches) > 0

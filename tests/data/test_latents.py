@@ -18,7 +18,7 @@ N, VIEWS = 12, 3
 
 
 def encode(images: np.ndarray) -> np.ndarray:
-  """Return sixteen numbers of the pixels: corners as the mean, less ten as the log-variance."""
+  """Stand in for the autoencoder: return corner pixels as the mean, and -mean - 10 as the log-variance."""
   corners = images[:, ::7, ::7, :2].astype(np.float32)
   return np.concatenate([corners, -corners - 10], -1).astype(ml_dtypes.bfloat16)
 
@@ -35,18 +35,18 @@ STAGE = dict(
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-  """Prepare twelve pairs, of which the first record is spoiled afterwards."""
+  """Prepare twelve pairs, and make the image of the first unreadable."""
   write_pairs(tmp_path / "raw", N, size=(12, 12))
   write.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
   read = records.read_image
   first = picture(0, size=(12, 12))
 
-  def spoiled(image, **how):
+  def read_all_but_the_first(image, **how):
     if image == first:
       raise records.Unusable("corrupt image")
     return read(image, **how)
 
-  monkeypatch.setattr(records, "read_image", spoiled)
+  monkeypatch.setattr(records, "read_image", read_all_but_the_first)
   monkeypatch.setattr(latents, "CHUNK", 6)
   return tmp_path / "data"
 
@@ -56,10 +56,10 @@ def prepare(data, out, **changes):
   return write.prepare(latents.find_parts(data), out, data_set=latents.data_set(data), make_stage=make)
 
 
-def test_latents_read_back(data, tmp_path, monkeypatch):
-  """Images are decoded while the network encodes those before them."""
+def test_latents_are_written_and_read_back(data, tmp_path, monkeypatch):
+  """The next images are decoded while the network encodes the earlier ones."""
   decoded, read = threading.Semaphore(0), records.read_image
-  ahead = iter([4, 2, 2, 2, 2, 0])  # images of the next chunk too, of two each
+  ahead = iter([4, 2, 2, 2, 2, 0])  # images decoded since the last call; a chunk has two images
 
   def counted(image, **how):
     decoded.release()
@@ -88,7 +88,7 @@ def test_latents_read_back(data, tmp_path, monkeypatch):
   assert len(seen) == VIEWS * (N - 1)
 
 
-def test_the_images_licences_are_those_of_their_latents(data, tmp_path):
+def test_latents_keep_the_licences_of_their_images(data, tmp_path):
   (data / "LICENSES.md").write_text("CC-BY-4.0, by Zoë\n", encoding="utf-8")
   prepare(data, tmp_path / "out")
   assert (tmp_path / "out" / "LICENSES.md").read_text(encoding="utf-8") == "CC-BY-4.0, by Zoë\n"
@@ -112,7 +112,7 @@ def test_batches_draw_a_view_each_time(data, tmp_path):
   assert len(drawn) > 2 * (N - 1)
 
 
-def test_wrong_data(data, tmp_path):
+def test_latents_in_the_place_of_images_are_refused_and_the_other_way_round(data, tmp_path):
   with pytest.raises(UserError, match="holds no latents; write them with"):
     sources.open_source(name="latents", path=data, image_size=8)
   prepare(data, tmp_path / "out")
@@ -122,25 +122,25 @@ def test_wrong_data(data, tmp_path):
     sources.open_source(name="pairs", path=tmp_path / "out", image_size=8)
 
 
-def not_finite(images: np.ndarray) -> np.ndarray:
+def encode_with_a_nan(images: np.ndarray) -> np.ndarray:
   moments = encode(images)
   moments[1, 0, 0, 3] = np.nan
   return moments
 
 
 def test_views_that_are_not_finite_are_not_prepared(data, tmp_path):
-  report = prepare(data, tmp_path / "out", encode=not_finite)["train"]
-  # Of each chunk of two images the first, with all of its views; the first image of all was spoiled before.
+  report = prepare(data, tmp_path / "out", encode=encode_with_a_nan)["train"]
+  # In each chunk of two images the first has a NaN and loses all its views. The very first image is unreadable.
   assert report.skipped == {"corrupt image": 1, "numbers that are not finite": 6}
   assert len(sources.open_source(name="latents", path=tmp_path / "out", image_size=8)) == N - 7 == report.pairs // VIEWS
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stored_numbers_that_are_not_finite_are_substituted_and_named(data, tmp_path, monkeypatch, caplog, workers):
-  """Another program may have written them."""
+  """Another program may have written such numbers."""
   with monkeypatch.context() as patched:
     patched.setattr(latents, "is_finite", lambda *_: True)
-    prepare(data, tmp_path / "out", encode=not_finite)
+    prepare(data, tmp_path / "out", encode=encode_with_a_nan)
   source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
   flags.FLAGS.mark_as_parsed()
   how = Loading(num_threads=0, num_workers=workers)

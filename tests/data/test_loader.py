@@ -32,7 +32,7 @@ STRONG = Augmentation(crop="random_resized", shift=0.1, hue=0.1)
 
 
 class Numbered:
-  """A source of 40 records; the caption and the image's value tell the index."""
+  """A source of 40 records. The caption and the pixels of a record hold its index."""
 
   def __len__(self):
     return 40
@@ -75,7 +75,7 @@ def test_every_epoch_has_each_record_once_in_a_new_order():
   assert len({tuple(epoch) for epoch in order.tolist()}) == 3
 
 
-def test_records_that_belong_together_stay_so_in_every_epoch():
+def test_records_that_belong_together_stay_together_in_every_epoch():
   class Fours(Numbered):
     together = 4
 
@@ -111,7 +111,7 @@ def test_global_batches_do_not_depend_on_the_number_of_hosts(hosts):
 
 
 class Slow(Numbered):
-  """A source that answers once so many reads are in flight."""
+  """A source whose reads return only once `wanted` reads have run at the same time."""
 
   def __init__(self, wanted, patience=20.0):
     self.wanted, self.patience = wanted, patience
@@ -129,7 +129,7 @@ class Slow(Numbered):
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])
-def test_as_many_records_are_read_at_a_time_as_there_are_threads(threads):
+def test_all_threads_read_at_the_same_time(threads):
   source = Slow(threads)
   iterator = make(source, image_size=8, num_threads=threads, prefetch=1, augmentation=STRONG)
   batches = take(iterator, 3)
@@ -161,7 +161,7 @@ def test_saved_position_resumes_to_the_same_numbers(tmp_path, steps, before, aft
 
 
 class Spoiled(Numbered):
-  """A source of which three records cannot be used, two of them side by side."""
+  """A source with three unusable records, two of them adjacent."""
 
   def __getitem__(self, index):
     if index in (7, 8, 20):
@@ -169,14 +169,14 @@ class Spoiled(Numbered):
     return super().__getitem__(index)
 
 
-def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not():
+def test_the_next_usable_record_replaces_an_unusable_one():
   batches = take(make(Spoiled(), image_size=8), 10)
   whole = take(make(Numbered(), image_size=8), 10)
   for batch, reference in zip(batches, whole, strict=True):
-    there, before = batch["image"][:, 0, 0, 0], reference["image"][:, 0, 0, 0]
+    indices, originals = batch["image"][:, 0, 0, 0], reference["image"][:, 0, 0, 0]
     replaced = {7: 9, 8: 9, 20: 21}
-    assert there.tolist() == [replaced.get(index, index) for index in before.tolist()]
-    np.testing.assert_array_equal(batch["tokens"], TOKENIZER([str(value) for value in there]))
+    assert indices.tolist() == [replaced.get(index, index) for index in originals.tolist()]
+    np.testing.assert_array_equal(batch["tokens"], TOKENIZER([str(value) for value in indices]))
   substitutions = Substitutions()
   for batch in batches:
     assert substitutions.take(batch).keys() == {"image", "tokens"}
@@ -225,12 +225,12 @@ def test_a_record_file_that_is_gone_for_a_while_changes_no_bit(prepared, monkeyp
   iterator = make(source, **settings)
   assert_same(take(iterator, 8), expected)
   timer.join()
-  if "num_workers" not in settings:  # which write their own log
+  if "num_workers" not in settings:  # workers write their own log
     assert f"cannot read the data: {file} is not there; trying again in 0.2 s" in caplog.text
   iterator.close()
 
 
-def test_a_damaged_record_file_costs_its_records_alone(prepared):
+def test_a_damaged_record_file_loses_only_its_own_records(prepared):
   file = prepared / "pairs-train.array_record-00001-of-00002"
   spoiled = bytearray(file.read_bytes())
   place = spoiled.index(b"IHDR")
@@ -245,10 +245,10 @@ def test_a_damaged_record_file_costs_its_records_alone(prepared):
 
 @pytest.mark.slow
 def test_saved_position_resumes_with_workers(tmp_path, prepared):
-  """An epoch's border lies within batch 3."""
+  """An epoch ends within batch 3."""
   source = sources.open_source(name="pairs", path=prepared, image_size=8)
   expected = take(make(source, augmentation=STRONG), 6)
-  flags.FLAGS.unparse_flags()  # as in a notebook, or in any program that has none
+  flags.FLAGS.unparse_flags()  # as in a notebook, where absl's flags are not parsed
   iterator = make(source, augmentation=STRONG, num_workers=2)
   assert_same(expected[:3], take(iterator, 3))
   save(tmp_path / "saved", iterator)
@@ -275,7 +275,7 @@ def test_a_mixture_takes_shares_by_weight_and_each_record_once_an_epoch():
 
 
 def test_a_mixtures_sources_have_orders_of_their_own():
-  """With one order, the same places of two sources of one size would come together."""
+  """With one shared order, equal indices of two sources of equal length would always come together."""
   equal = sources.Mixture((Numbered(), Shifted()), (1.0, 1.0))
   order = np.concatenate([b["image"][:, 0, 0, 0] for b in take(make(equal, image_size=8, batch_size=16), 5)])
   first, second = order[order < 100], order[order >= 100] - 100
@@ -307,7 +307,7 @@ def test_one_caption_of_several_is_drawn_each_time():
   assert drawn.keys() == {"one", "two", "three"} and min(drawn.values()) > 20
 
 
-def test_a_view_of_its_own_for_discrimination():
+def test_discrimination_can_have_its_own_view():
   own = Augmentation(crop="random_resized", crop_scale=(0.1, 0.3))
   shared, two = next(make()), next(make(discrimination_augmentation=own))
   np.testing.assert_array_equal(shared["image"], two["image"])
@@ -332,12 +332,12 @@ time.sleep(600)
 
 @pytest.mark.slow
 def test_workers_end_with_a_run_that_is_killed():
-  """Workers that stay wait for ever with a full queue, and the next start has its own beside them."""
+  """A worker that outlives its run waits for ever with a full queue, and the next start adds its own workers."""
   env = {**os.environ, "PYTHONPATH": str(ROOT)}
   with subprocess.Popen([sys.executable, "-c", KILLED], env=env, stdout=subprocess.PIPE, text=True) as process:
     assert process.stdout.readline() == "read\n"
-    of_threads = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")  # by the thread that started them
-    children = [child for of_thread in of_threads for child in of_thread.read_text().split()]
+    lists = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")  # the processes that each thread started
+    children = [child for file in lists for child in file.read_text().split()]
     process.kill()
   deadline = time.monotonic() + 30
   while (alive := [child for child in children if is_alive(child)]) and time.monotonic() < deadline:

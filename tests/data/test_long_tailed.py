@@ -1,4 +1,4 @@
-"""A fabricated copy of Places-LT has three classes."""
+"""Test the reading of long-tailed data sets, on a small imitation of Places-LT with three classes."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_published_counts():
 
 
 @pytest.mark.parametrize("split", LISTS)
-def test_a_split(places, split):
+def test_a_split_has_its_labels_classes_and_images(places, split):
   source = sources.open_source(name="places_lt", path=places, split=split, image_size=32)
   assert isinstance(source, long_tail.LabelledSource)
   assert source.labels.tolist() == LISTS[split]
@@ -47,7 +47,7 @@ def test_a_split(places, split):
   assert source.classnames[2] == "zoo park" and record["image"].startswith(b"\x89PNG")
 
 
-def test_counts_and_corpus(places):
+def test_class_counts_and_texts_are_read(places):
   section = dict(name="places_lt", path=places)
   assert long_tail.train_counts(**section).tolist() == [3, 2, 1]
   corpus = long_tail.open_corpus(**section)
@@ -73,14 +73,14 @@ def test_missing_images_are_counted(places):
     ("labels.txt", "attic 0\n", "names 1 classes, and places_lt has 3"),
   ],
 )
-def test_damaged_lists(places, file, content, message):
+def test_a_damaged_list_is_refused(places, file, content, message):
   (places / file).write_text(content)
   with pytest.raises(UserError, match=message) as error:
     sources.open_source(name="places_lt", path=places, image_size=32)
   assert "\n" not in str(error.value)
 
 
-def test_no_list_and_no_split(places):
+def test_a_missing_list_and_an_unknown_split_are_refused(places):
   (places / "Places_LT_test.txt").unlink()
   with pytest.raises(UserError, match="download the published list"):
     sources.open_source(name="places_lt", path=places, split="test", image_size=32)
@@ -89,7 +89,7 @@ def test_no_list_and_no_split(places):
 
 
 def test_an_evaluation_names_the_file_that_cannot_be_used(places):
-  """Nobody has checked such a set before."""
+  """No preparation has checked the images of such a set before."""
   source = sources.open_source(name="places_lt", path=places, split="test", image_size=4)
   (file := places / "test" / "c2" / "test3.png").write_bytes(b"no image")
   with pytest.raises(UserError, match=f"^{file} cannot be used: corrupt image; download or prepare it again$"):

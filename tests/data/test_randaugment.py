@@ -1,4 +1,4 @@
-"""Both RandAugments equal torchvision and timm themselves, pixel by pixel."""
+"""Test that both kinds of RandAugment equal torchvision's and timm's, pixel by pixel."""
 
 import random
 
@@ -33,7 +33,7 @@ def test_each_operation_equals_torchvisions_at_each_magnitude(name):
   for magnitude in range(randaugment.MAGNITUDES):
     theirs = float(magnitudes[magnitude]) if magnitudes.ndim else 0.0
     if name.startswith("Translate"):
-      theirs = float(int(theirs))  # as torchvision applies it
+      theirs = float(int(theirs))  # torchvision translates by whole pixels
     ours = randaugment.torchvision_amount(name, magnitude, image)
     assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
     for sign in (1, -1) if signed else (1,):
@@ -86,7 +86,7 @@ def test_each_operation_is_done_half_of_the_time(monkeypatch):
   assert min(level for name, level in called if name == "Invert") > 0
 
 
-def test_a_box_is_erased_by_noise_like_an_image():
+def test_erasing_fills_a_box_with_noise_of_the_statistics_of_images():
   pixels, rng = np.full((64, 64, 3), 255, np.uint8), np.random.default_rng(0)
   shares, values, ratios, places = [], [], [], []
   for _ in range(400):
@@ -113,7 +113,7 @@ def test_a_box_is_erased_by_noise_like_an_image():
   assert (pixels == 255).all()
 
 
-def test_both_are_part_of_the_augmentation():
+def test_an_augmentation_may_have_randaugment_and_erasing():
   how = Augmentation(
     randaugment_operations=2, randaugment_kind="timm", randaugment_deviation=0.5, erase=1.0, crop="random_resized"
   )

@@ -34,9 +34,9 @@ def test_every_fault_has_its_reason(name):
 def test_captions_are_mended():
   changed: list[str] = []
   assert pairs.mend("a\x00b\x1b[31m", changed) == "a b [31m" and changed == [pairs.CONTROLS]
-  cut = pairs.mend("word " * 2000, what := [])
-  assert len(cut) <= pairs.MAX_CAPTION and cut == ("word " * 400).strip() and what == [pairs.LONG]
-  assert pairs.mend("tab\tand\nline, ünï", what := []) == "tab\tand\nline, ünï" and not what
+  cut = pairs.mend("word " * 2000, changes := [])
+  assert len(cut) <= pairs.MAX_CAPTION and cut == ("word " * 400).strip() and changes == [pairs.LONG]
+  assert pairs.mend("tab\tand\nline, ünï", changes := []) == "tab\tand\nline, ünï" and not changes
   with pytest.raises(records.Unusable, match="missing caption"):
     pairs.mend("\x00\x01", [])
 
@@ -48,7 +48,7 @@ def test_large_images_are_stored_smaller(size, expected):
   assert stored.size == expected and changed == ["image stored smaller"]
 
 
-def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_the_caption():
+def test_a_byte_order_mark_is_no_part_of_the_caption():
   assert records.read_caption(b"\xef\xbb\xbfa red star\r\n") == "a red star"
   with pytest.raises(records.Unusable, match="missing caption"):
     records.read_caption(b"\xef\xbb\xbf\r\n")
@@ -59,20 +59,20 @@ FILES = 60
 
 @pytest.fixture
 def in_many_files(tmp_path, monkeypatch):
-  """Prepare a data set of FILES files, more than this process may have open. The latents of CC3M are 2,838 files."""
+  """Prepare a data set of more files than this process may have open. CC3M's latents are 2,838 files."""
   (tmp_path / "0.png").write_bytes(picture(0))
   items = [parts.file_pair("0.png", f"caption {i}") for i in range(FILES)]
   monkeypatch.setattr(parts, "ITEMS", 1)
   prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "data")
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  # Some more are open for a moment each, such as a description of the data.
+  # A few other files, such as the data set's description, are open for a moment.
   resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + FILES // 2, hard))
   yield tmp_path / "data"
   resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_records_in_more_files_than_a_shell_lets_be_open_are_all_read(in_many_files):
-  """Records of the other files would count as damaged, and others be trained on in their place."""
+def test_records_in_more_files_than_may_be_open_are_all_read(in_many_files):
+  """Otherwise the records in unopened files would count as damaged, and others would replace them."""
   source = records.open_pairs(in_many_files, split="train", num_images=None)
   assert [source[i]["caption"] for i in range(FILES)] == [f"caption {i}" for i in range(FILES)]
 
@@ -81,7 +81,7 @@ SMALL = ("dataset_info.json", "features.json", "metadata.json", digests.NAME)
 
 
 def flip(data: bytes, rng: random.Random) -> bytes:
-  """Change a bit, or a byte, somewhere."""
+  """Change one random bit or byte."""
   place = rng.randrange(len(data))
   change = 1 << rng.randrange(8) if rng.random() < 0.5 else rng.randrange(1, 256)
   return data[:place] + bytes([data[place] ^ change]) + data[place + 1 :]
@@ -89,12 +89,12 @@ def flip(data: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("seed", [pytest.param(0, id="few"), pytest.param(1, marks=pytest.mark.full, id="many")])
 def test_a_flip_in_a_small_file_is_refused_in_one_line(tmp_path, seed):
-  """Unnoticed, it would mean another split, another number of records, or views that are not there."""
+  """An unnoticed flip would change the split or the number of records, or name views that do not exist."""
   for split, count in (("train", 5), ("val", 3)):
     write_pairs(tmp_path / "raw", count, tar=f"{split}-0.tar")
   folder, rng = tmp_path / "data", random.Random(seed)
   prepare_data.publish(functools.partial(write, tmp_path / "raw"), str(folder))
-  # Its digests stay true, and every file that is read beside the records has one.
+  # The published folder has digests of all the files that are read beside the records.
   whole = {name: (folder / name).read_bytes() for name in SMALL}
   opened = read_splits(folder)
   for _ in range(500 if seed else 40):
@@ -112,6 +112,6 @@ def write(raw: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def read_splits(folder: pathlib.Path) -> list[object]:
-  """Return all that a run is told of a folder."""
+  """Return all that a run reads from a folder."""
   info = records.read_info(folder)
   return [dict(info.metadata), sorted(info.features), {split: load(folder, split) for split in info.splits}]

@@ -1,4 +1,4 @@
-"""JPEGs decoded at a fraction of their size give the same views and errors, and never fewer pixels than are wanted."""
+"""Test that JPEGs decoded at a fraction of their size give the same views and errors, and never too few pixels."""
 
 import math
 
@@ -16,7 +16,7 @@ ORIENTATION = 0x0112
 
 
 def scene(width: int, height: int, mode: str = "RGB") -> Image.Image:
-  """Draw soft colours, like light and shade, with the edges of things before them."""
+  """Draw a background of smooth colours, with sharp-edged objects in front."""
   rng = np.random.default_rng(0)
   small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
   pixels = 0.8 * np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32) + 20
@@ -30,7 +30,7 @@ def jpeg(width: int, height: int, mode: str = "RGB", **options) -> bytes:
   return encode(scene(width, height, mode), "JPEG", quality=92, **options)
 
 
-def turned(orientation: int) -> Image.Exif:
+def exif_of(orientation: int) -> Image.Exif:
   exif = Image.Exif()
   exif[ORIENTATION] = orientation
   return exif
@@ -57,7 +57,7 @@ def views(data: bytes, size: int, how: Augmentation, seed: int = 0) -> tuple[np.
   [(512, 512, 2), (640, 512, 2), (1025, 769, 2), (1023, 1537, 2), (1031, 1400, 4), (2100, 2049, 8), (511, 900, 1)],
 )
 @pytest.mark.parametrize("crop", ["centre", "random"])
-def test_views_are_those_of_full_decoding(width, height, factor, crop):
+def test_views_equal_those_of_full_decoding(width, height, factor, crop):
   ours, theirs, reduced_by = views(jpeg(width, height), 256, Augmentation(crop=crop, flip=True))
   assert reduced_by == factor and ours.shape == (256, 256, 3)
   assert psnr(ours, theirs) >= 45
@@ -74,22 +74,22 @@ def test_boxes_of_random_size_lie_in_the_same_place(width, height):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("width", "height"), [(640, 512), (645, 515)])
 def test_turned_images_stay_turned(orientation, width, height):
-  data = jpeg(width, height, exif=turned(orientation))
+  data = jpeg(width, height, exif=exif_of(orientation))
   reduced = decode(data, at_least=128)
   assert (reduced.width, reduced.height) == decode(data).image.size
-  assert psnr(*views(data, 128, Augmentation())[:2]) >= 42  # the target is small: more of it is edges
+  assert psnr(*views(data, 128, Augmentation())[:2]) >= 42  # a small view has more edges per pixel
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_grey_and_four_colours(mode, progressive):
+def test_grey_and_cmyk_views_equal_those_of_full_decoding(mode, progressive):
   data = jpeg(640, 515, mode, progressive=progressive)
   ours, theirs, factor = views(data, 256, Augmentation())
   assert factor == 2 and psnr(ours, theirs) >= 45
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-def test_other_formats_and_arrays_are_untouched(kind):
+def test_other_formats_and_arrays_are_decoded_in_full(kind):
   data = encode(scene(96, 80), kind)
   for image in (data, np.asarray(scene(96, 80))):
     decoded = decode(image, at_least=1)
@@ -107,7 +107,7 @@ def test_a_file_that_is_cut_off_raises(progressive, left):
 
 
 def test_never_fewer_pixels_than_are_wanted():
-  """Boxes and squares are sampled, for any size of file and any crop."""
+  """Sample the image's size, the augmentation and the crop's box at random."""
   rng = np.random.default_rng(0)
   for _ in range(150):
     width, height = (int(side) for side in np.exp(rng.uniform(np.log(8), np.log(900), 2)))
@@ -136,7 +136,7 @@ def test_evaluations_decode_in_full():
   np.testing.assert_array_equal(base.to_square(data, 224, 0.875), full[16:240, 16:240])
 
 
-def test_it_can_be_turned_off():
+def test_reduced_decoding_can_be_turned_off():
   off = Augmentation(reduced_decoding=False)
   assert needed_side(256, off) is None and needed_side(256, Augmentation(), off) is None
   assert needed_side(256, Augmentation(), Augmentation(zoom=0.5)) == 384

@@ -22,7 +22,7 @@ LENGTHS = [5, 7, 6, 4, 9, 5, 8, 6, 3, 7, 5, 5]  # 70 records
 
 @pytest.fixture
 def large(monkeypatch):
-  """Take any set for large, with windows of 80 records and 4 lanes."""
+  """Treat every data set as large, with windows of 80 records and 4 lanes."""
   monkeypatch.setattr(shards, "AS_A_WHOLE", 0)
   monkeypatch.setattr(shards, "WINDOW", 80)
   monkeypatch.setattr(shards, "LANES", 4)
@@ -48,11 +48,11 @@ def test_each_record_comes_once_in_an_epoch_and_orders_differ(large, batch_size)
   places = [order[i] for i in range(5 * 70)]
   counts = collections.Counter(places)
   assert set(counts) == set(range(70))
-  # Lanes are by at most one shard and a batch ahead of each other.
+  # One lane is at most a shard and a batch ahead of another.
   assert max(counts.values()) - min(counts.values()) <= 2
   assert places[:70] != [shards.Order(LENGTHS, batch_size, 4)[i] for i in range(70)]
-  later = pickle.loads(pickle.dumps(order))
-  assert [later[i] for i in range(200, 250)] == places[200:250]
+  restored = pickle.loads(pickle.dumps(order))
+  assert [restored[i] for i in range(200, 250)] == places[200:250]
 
 
 def test_one_lane_takes_each_record_of_an_epoch_before_the_next(large):
@@ -100,7 +100,7 @@ def test_global_batches_are_the_same_for_any_number_of_hosts_and_after_a_resume(
 def test_few_shards_are_open(large, prepared, tmp_path, monkeypatch):
   monkeypatch.setattr(shards, "LANES", 1)
   monkeypatch.setattr(shards, "WINDOW", 5)
-  folder = shutil.copytree(prepared, tmp_path / "own")  # which no other test reads
+  folder = shutil.copytree(prepared, tmp_path / "own")  # no other test reads this copy
   iterator = make(sources.open_source(name="pairs", path=folder, image_size=8), batch_size=4, image_size=8)
   most = 0
   for _ in range(30):
@@ -112,7 +112,7 @@ def test_few_shards_are_open(large, prepared, tmp_path, monkeypatch):
 
 def test_a_buckets_shards_are_fetched_and_dropped_one_by_one(large, prepared, tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  monkeypatch.setattr(buckets, "checked", lambda: fsspec.filesystem("file"))  # a folder in the place of a bucket
+  monkeypatch.setattr(buckets, "checked", lambda: fsspec.filesystem("file"))  # a folder stands in for a bucket
   monkeypatch.setattr(shards, "LANES", 1)
   monkeypatch.setattr(shards, "WINDOW", 5)
   source = sources.open_source(name="pairs", path=prepared, image_size=8)

@@ -10,7 +10,7 @@ from diffdis_jax.errors import UserError
 from tests.raw_pairs import picture
 
 
-def test_shapes():
+def test_the_source_of_shapes_has_its_size_and_caption_fields():
   source = sources.open_source(name="shapes", split="unseen", image_size=24, num_images=5, seed=3)
   assert len(source) == 5 and source[4]["image"].shape == (24, 24, 3) and not source[4]["seen"]
   assert len(sources.open_source(name="shapes", image_size=24)) == 65536
@@ -47,7 +47,7 @@ def test_bad_arguments(arguments, message):
     sources.open_source(**arguments, image_size=32)
 
 
-def test_a_kind_of_ones_own_may_have_further_fields(monkeypatch):
+def test_a_users_own_kind_of_source_may_have_further_fields(monkeypatch):
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Mine(sources.Section):
     shade: int = 0
@@ -79,7 +79,7 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
   ],
 )
 def test_an_empty_one_of_several_captions_leaves_the_others(captions, usable):
-  """Otherwise all of them would be left out in silence, or white space be a caption."""
+  """Otherwise all the captions would be dropped silently, or white space would be a caption."""
   assert records.captions_of({"caption": "alt", "captions": captions}) == usable
 
 

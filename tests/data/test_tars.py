@@ -1,4 +1,4 @@
-"""Tars of pairs are read in any order, and as far as they are whole."""
+"""Test that tars of pairs are read in any order of members, and up to the first damage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIRS = [RawPair("a", b"A" * 700, b"one", b"{}"), RawPair("b", b"B" * 700, b"two
 
 
 def read(path: pathlib.Path) -> list[RawPair]:
-  """Read the pairs of a whole tar, without the tar's name before their keys."""
+  """Read the pairs of an undamaged tar, and remove the tar's name from their keys."""
   part = TarPart(path, "train")
   pairs = [dataclasses.replace(pair, key=pair.key.removeprefix(f"{path.stem}/")) for pair in part]
   assert not part.truncated
@@ -67,7 +67,7 @@ def test_links_devices_and_long_texts_are_refused(tmp_path, monkeypatch, kind):
     (300, []),  # in the first header
     (512 + 100, []),  # in a's image
     (512 + 1024, []),  # after a's image
-    (2560 + 100, PAIRS[:1]),  # in the header of a.json: a has image and caption, and may have had a json
+    (2560 + 100, PAIRS[:1]),  # in the header of a.json: a has an image and a caption
     (3584 + 512 + 100, PAIRS[:1]),  # in b's image
     (3584 + 1536 + 513, PAIRS[:1]),  # in b's caption
     (3584 + 1536 + 1024, PAIRS),  # only the end mark is missing
@@ -82,7 +82,7 @@ def test_a_tar_that_is_cut_off(tmp_path, length, expected):
 
 
 def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
-  """Return a member's header, with this field for its size."""
+  """Return the header of a tar member whose size field holds these bytes."""
   block = bytearray(tarfile.TarInfo(name).tobuf())
   block[124:136], block[156:157], block[148:156] = size, kind, b" " * 8
   block[148:156] = b"%06o\0 " % sum(block)
@@ -92,13 +92,13 @@ def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
 @pytest.mark.parametrize(
   "damaged",
   [
-    header("b.jpg", b"77777777777\0"),  # more than is there
+    header("b.jpg", b"77777777777\0"),  # more bytes than the file has
     header("b.jpg", b"\xff" * 11 + b"\xff"),  # a size of -1
-    header("b.jpg", b"\xff" * 10 + b"\xfc\x00"),  # of -1024, which leads back to the first header
-    header("b.jpg", b"77777777777\0", b"x"),  # further fields of 8 GB
+    header("b.jpg", b"\xff" * 10 + b"\xfc\x00"),  # a size of -1024, which leads back to the first header
+    header("b.jpg", b"77777777777\0", b"x"),  # an extended header of 8 GB
     header("b.jpg", b"\x80" + bytes(3) + b"\x7f" * 8, b"L"),  # a name of 2**62 bytes
     header("b.jpg", b"\x80" + bytes(3) + b"\x7f" * 8, b"S"),
-    header("b.jpg", b"00000000000\0", b"L") * 3000,  # names of names of names
+    header("b.jpg", b"00000000000\0", b"L") * 3000,  # 3000 nested long names
     b"?" * 512,
   ],
 )
@@ -121,7 +121,7 @@ def test_a_damaged_end_ends_the_index_there(tmp_path, damaged):
     ("train.tar", None),
   ],
 )
-def test_split_of_a_tar(tmp_path, name, split):
+def test_the_name_of_a_tar_gives_its_split(tmp_path, name, split):
   write_tar(tmp_path / name, FILES)
   if split:
     assert [part.split for part in parts.tars(tmp_path)] == [split]

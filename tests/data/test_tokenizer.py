@@ -1,4 +1,4 @@
-"""The tokenizer equals open_clip's, id by id, and what transformers reads back."""
+"""Test that the tokenizer's ids equal open_clip's, and transformers' after it reads a saved folder."""
 
 import subprocess
 import sys
@@ -70,7 +70,7 @@ MARKERS = (
 
 
 def test_a_caption_that_spells_start_or_end_is_text(tokenizer):
-  """open_clip spells its own markers otherwise, so that to it these are text too."""
+  """open_clip spells its own markers differently, so it reads these as text too."""
   oracle = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer(clean="lower")
   expected = oracle(list(MARKERS), context_length=77).numpy()
   ids = tokenizer(MARKERS)
@@ -83,8 +83,8 @@ def test_a_caption_that_spells_start_or_end_is_text(tokenizer):
 
 
 @pytest.mark.parametrize("length", [3, 8, 77])
-def test_what_is_left_of_a_caption_that_is_too_long(length):
-  """The last word that is read is the last that changes the ids."""
+def test_cut_returns_the_words_that_fit(length):
+  """Words after the cut do not change the ids."""
   tokenizer, words = Tokenizer(length), ["red"] * (length - 2)
   assert tokenizer.cut(" ".join(words)) is None and tokenizer.cut("") is None
   assert tokenizer.cut(" ".join([*words, "star"])) == " ".join(words)
@@ -96,8 +96,8 @@ def test_clean_and_decode(tokenizer):
   assert tokenizer.decode(tokenizer(["A small  RED star"])[0]) == "a small red star"
 
 
-def test_one_text_is_no_list_of_texts(tokenizer):
-  """Its letters would be as many captions, and a class of one letter be the nearest."""
+def test_one_text_in_the_place_of_a_list_is_refused(tokenizer):
+  """Otherwise each letter would be a caption, and a single letter could be the nearest class."""
   with pytest.raises(UserError, match=r"captions are the one text 'a red star'; give a list of texts"):
     tokenizer("a red star")
 
@@ -122,5 +122,5 @@ def test_workers_import_no_framework():
     "tokenizer.Tokenizer(8)(['a']); sources.open_source(name='shapes', image_size=8)[0]\n"
     "sys.exit(str({'jax', 'flax', 'torch', 'tensorflow'} & sys.modules.keys() or ''))"
   )
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-  assert done.stderr.strip() == "", done.stderr
+  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert result.stderr.strip() == "", result.stderr

@@ -53,7 +53,7 @@ def test_decode_grey():
   for pixels in (grey, grey.astype(np.uint16) * 257):
     result = np.asarray(decode(encode(Image.fromarray(pixels))).image)
     np.testing.assert_array_equal(result, np.repeat(grey[..., None], 3, -1))
-  for floats in (grey / np.float32(255), grey * np.float32(257)):  # to 1, or of 16 bits
+  for floats in (grey / np.float32(255), grey * np.float32(257)):  # values up to 1, or up to 65535
     result = np.asarray(decode(encode(Image.fromarray(floats), "TIFF")).image)
     np.testing.assert_array_equal(result, np.repeat(grey[..., None], 3, -1))
   transparent = Image.merge("LA", (Image.new("L", (1, 1), 10), Image.new("L", (1, 1), 0)))
@@ -64,7 +64,7 @@ def test_decode_cmyk_and_exif():
   red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
   np.testing.assert_allclose(np.asarray(decode(encode(red, "JPEG")).image)[8, 8], (255, 0, 0), atol=3)
   exif = Image.Exif()
-  exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+  exif[0x0112] = 6  # show the image rotated by 90 degrees clockwise
   pixels = noise(16, 24)
   turned = np.asarray(decode(encode(Image.fromarray(pixels), exif=exif)).image)
   np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
@@ -73,10 +73,10 @@ def test_decode_cmyk_and_exif():
 @pytest.mark.filterwarnings("ignore:Metadata Warning", "ignore:Corrupt EXIF", "ignore:Truncated")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("turns", [0, 1])
-def test_damage_of_exif_costs_no_image(kind, turns):
-  """Cameras and editors write EXIF wrongly; the pixels are whole, and so is the entry of how they lie."""
+def test_an_image_with_damaged_exif_is_decoded(kind, turns):
+  """Some cameras and editors write wrong EXIF, although the pixels and the entry of the orientation are right."""
   entry = struct.pack("<HHL2H", 0x0112, 3, 1, 6, 0)
-  odd = struct.pack("<HHLf", 0x0131, 11, 1, 1.5)  # a text by its number, and a number by its type
+  odd = struct.pack("<HHLf", 0x0131, 11, 1, 1.5)  # this tag should hold a text, and holds a float
   exif = b"II*\0" + struct.pack("<LH", 8, 2) + entry + odd + bytes(4) if turns else b"garbage"
   image = Image.fromarray(noise(16, 24))
   data = encode(image, kind, exif=b"Exif\0\0" + exif, **({"dpi": (72, 72)} if kind == "JPEG" else {}))
@@ -95,7 +95,7 @@ def test_decode_refuses_broken_bytes(broken):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_decode_refuses_floats_that_are_not_finite(value):
-  """Maps have them where they lack data; all other pixels would become black."""
+  """Maps have such values where data are missing; scaling by them would make all other pixels black."""
   pixels = np.full((8, 8), 0.5, np.float32)
   pixels[3, 3] = value
   with pytest.raises(ValueError, match="not finite"):
@@ -117,7 +117,7 @@ def test_decode_refuses_floats_that_are_not_finite(value):
     {"hue": 0.3},
   ],
 )
-def test_each_field_varies_the_image_and_only_by_its_generator(field):
+def test_each_field_varies_the_image_by_the_generator_alone(field):
   image, how = Image.fromarray(noise(40, 30)), Augmentation(**field)
   views = [augment(image, np.random.default_rng(seed), size=16, how=how) for seed in [*range(8), 0]]
   assert all(view.shape == (16, 16, 3) and view.dtype == np.uint8 for view in views)
@@ -134,8 +134,8 @@ def test_flip_mirrors_half_of_the_images():
   assert flipped + sum(np.array_equal(view, pixels) for view in views) == 200
 
 
-def test_the_random_square_is_stable_diffusions():
-  """Its training resizes the short side, then cuts; where the cut falls on a whole pixel, the pixels are the same."""
+def test_the_random_square_equals_stable_diffusions():
+  """Stable Diffusion resizes the short side and then crops; a crop at a whole pixel has the same pixels here."""
   functional = pytest.importorskip("torchvision.transforms.functional")
   image = Image.fromarray(noise(48, 96))
   whole = functional.resize(image, 16, functional.InterpolationMode.BICUBIC)
@@ -155,7 +155,7 @@ def test_the_random_square_is_stable_diffusions():
     (7, 5, (0.1, 1.0), (0.5, 2.0)),
   ],
 )
-def test_boxes_are_distributed_as_torchvisions(width, height, scale, ratio, seed):
+def test_boxes_have_the_distribution_of_torchvisions(width, height, scale, ratio, seed):
   torch = pytest.importorskip("torch")
   transforms, stats = pytest.importorskip("torchvision.transforms"), pytest.importorskip("scipy.stats")
   image, rng, n = Image.new("RGB", (width, height)), np.random.default_rng(seed), 3000
@@ -177,7 +177,7 @@ def test_boxes_are_distributed_as_torchvisions(width, height, scale, ratio, seed
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (37, 53), (16, 16)])
-def test_the_resized_crops_pixels_are_torchvisions(width, height):
+def test_the_pixels_of_a_resized_crop_equal_torchvisions(width, height):
   functional = pytest.importorskip("torchvision.transforms.functional")
   image, how = Image.fromarray(noise(height, width)), dict(scale=(0.2, 1.0), ratio=(0.5, 2.0))
   for seed in range(20):
@@ -190,7 +190,7 @@ def test_the_resized_crops_pixels_are_torchvisions(width, height):
 
 
 class Ends(np.random.Generator):
-  """A generator that samples the ends of its ranges, the upper one where `upper` says so."""
+  """A generator that returns an end of each range: the upper end where `upper` is true, or else the lower."""
 
   def __init__(self, *upper: bool):
     super().__init__(np.random.PCG64(0))
@@ -202,7 +202,7 @@ class Ends(np.random.Generator):
 
 
 @pytest.mark.parametrize("upper", [*itertools.product((False, True), repeat=4)])
-def test_the_ends_of_turn_zoom_and_shift_are_torchvisions(upper):
+def test_the_largest_rotation_zoom_and_shift_equal_torchvisions(upper):
   functional = pytest.importorskip("torchvision.transforms.functional")
   image = Image.fromarray(noise(30, 40))
   ours = random_affine(image, Ends(*upper), shift=0.1, zoom=0.5, rotation=20.0)
@@ -214,8 +214,8 @@ def test_the_ends_of_turn_zoom_and_shift_are_torchvisions(upper):
 
 
 @pytest.mark.parametrize("upper", [False, True])
-def test_the_ends_of_brightness_contrast_saturation_and_hue_are_torchvisions(upper):
-  """Each follows the one before; at 0.2 of the circle both libraries round a hue alike."""
+def test_the_largest_changes_of_colour_equal_torchvisions(upper):
+  """The changes are applied one after another; for a hue of 0.2 both libraries round alike."""
   functional = pytest.importorskip("torchvision.transforms.functional")
   image, sign = Image.fromarray(noise()), 1 if upper else -1
   how = Augmentation(brightness=0.4, contrast=0.3, saturation=0.6)
