@@ -23,7 +23,7 @@ def word_vector(word: str, width: int = 64) -> np.ndarray:
 
 
 class Source:
-  """Gives records whose image is painted in one grey value, the number of its label."""
+  """A data set whose images are of one grey value each, which is the number of the image's label."""
 
   def __init__(self, labels, captions=None, **fields):
     self.records = [
@@ -44,7 +44,7 @@ class Source:
 
 
 class Inference:
-  """Embeds a text as the sum of its words' vectors, and an image as the name that its grey value stands for."""
+  """Embed a text as the sum of its words' vectors, and an image as the name that its grey value stands for."""
 
   image_size = SIZE
   max_length = LENGTH
@@ -78,7 +78,7 @@ class Inference:
 
 
 class Cheat(Inference):
-  """Never looks at a pixel: it knows the labels by their order, as a model would that was shown the true caption."""
+  """Ignore the pixels and know the labels by their order, like a model that was given the true captions."""
 
   def __init__(self, names, labels):
     super().__init__(names)
@@ -90,7 +90,7 @@ class Cheat(Inference):
 
 @pytest.fixture
 def use(monkeypatch):
-  """Replace the data sets that `sources.open_source` finds, by split: use(train=Source, test=Source)."""
+  """Return a function that makes `sources.open_source` return these data: use(train=Source, test=Source)."""
 
   def patch(**by_split):
     monkeypatch.setattr(sources, "open_source", lambda *, split: by_split[split])

@@ -7,7 +7,7 @@ from diffdis_jax.evals import tasks as evals
 
 
 def slow_ranks(queries, keys, query_groups, key_groups):
-  """Count keys of other groups that score at least as much as the best key of the own group."""
+  """Count the keys of other groups that score at least as high as the best key of the query's group."""
   counts = []
   for query, group in zip(queries.astype(np.float64), query_groups, strict=True):
     scores = keys.astype(np.float64) @ query
@@ -16,7 +16,7 @@ def slow_ranks(queries, keys, query_groups, key_groups):
   return counts
 
 
-def test_ranks_by_definition_and_in_blocks(monkeypatch):
+def test_ranks_equal_their_definition_for_any_size_of_block(monkeypatch):
   rng = np.random.default_rng(0)
   queries, keys = rng.normal(size=(37, 5)).astype(np.float32), rng.normal(size=(23, 5)).astype(np.float32)
   query_groups, key_groups = rng.integers(0, 6, 37), np.arange(23) % 6
@@ -28,12 +28,12 @@ def test_ranks_by_definition_and_in_blocks(monkeypatch):
 
 @pytest.mark.parametrize("value", [1.0, np.nan])
 def test_a_collapsed_model_ranks_last(value):
-  same = np.full((4, 3), value, np.float32)
-  ranks = base.ranks(same, same, query_groups=np.arange(4), key_groups=np.arange(4))
+  equal_rows = np.full((4, 3), value, np.float32)
+  ranks = base.ranks(equal_rows, equal_rows, query_groups=np.arange(4), key_groups=np.arange(4))
   np.testing.assert_array_equal(ranks, 3)
 
 
-def test_subset_is_in_order_repeatable_and_does_not_beat_with_classes_in_turn():
+def test_a_subset_is_ordered_repeatable_and_takes_all_classes():
   np.testing.assert_array_equal(base.subset(6, None), np.arange(6))
   np.testing.assert_array_equal(base.subset(3, 10), np.arange(3))
   chosen = base.subset(896, 112)
@@ -46,7 +46,7 @@ def test_subset_is_in_order_repeatable_and_does_not_beat_with_classes_in_turn():
     base.subset(5, 0)
 
 
-def test_unknown_evaluation_and_unknown_setting():
+def test_unknown_evaluations_and_settings_are_refused():
   with pytest.raises(UserError, match=r"unknown task 'zeroshot'; did you mean zero_shot\?"):
     evals.create("zeroshot")
   with pytest.raises(UserError, match=r"zero_shot has no setting 'label_fields'; did you mean label_field\?"):
@@ -71,7 +71,7 @@ def test_unknown_evaluation_and_unknown_setting():
     ("retrieval", {"seed": -1}, "seed is -1; it must be at least 0 and at most 4294967295"),
   ],
 )
-def test_a_setting_of_another_type_is_one_line(task, settings, message):
+def test_a_setting_of_a_wrong_type_is_refused(task, settings, message):
   data = {} if task == "generation_accuracy" else {"data": {"name": "shapes", "image_size": 8}}
   with pytest.raises(UserError, match=message):
     evals.create(task, **data | settings)

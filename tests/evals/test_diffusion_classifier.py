@@ -1,4 +1,4 @@
-"""Compare the Diffusion Classifier with Bayes' rule, by an exact denoiser, and its errors with those of diffusers."""
+"""Compare the Diffusion Classifier with Bayes' rule, for an exact denoiser, and its errors with diffusers'."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mean_of(word: jax.Array) -> jax.Array:
 
 
 class Gaussian:
-  """Predicts noise as well as possible, for latents of a class that are N(mean, SPREAD² I)."""
+  """The optimal denoiser for classes whose latents have the distribution N(mean, SPREAD² I)."""
 
   def encode_image(self, images):
     return images.astype(jnp.float32) / 127.5 - 1
@@ -63,7 +63,7 @@ class GaussianNetwork(Network):
 
 
 def model(batch_size: int = 64) -> inference.Inference:
-  """Make an inference of it, without a head."""
+  """Return an Inference with the optimal denoiser and without a discrimination head."""
   config = tiny.get_config()
   config.objectives = ("generation",)
   run = Run.of(config)
@@ -74,7 +74,7 @@ def model(batch_size: int = 64) -> inference.Inference:
 
 
 def latents() -> np.ndarray:
-  """Return latents of the classes in turn."""
+  """Draw COUNT latents; their classes take turns."""
   words = Tokenizer(6)(NAMES)[:, 1]
   rng = np.random.default_rng(0)
   return np.stack([np.asarray(mean_of(words[i % len(NAMES)])) + SPREAD * rng.normal(size=SHAPE) for i in range(COUNT)])
@@ -82,7 +82,7 @@ def latents() -> np.ndarray:
 
 @pytest.fixture
 def data(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-  """Write them as images, and give what the images say of them."""
+  """Store the latents as images, and return the latents after rounding to bytes."""
   images = np.round((latents().clip(-1, 1) + 1) * 127.5).astype(np.uint8)
   records = [{"image": image, "label": NAMES[i % len(NAMES)]} for i, image in enumerate(images)]
   monkeypatch.setattr(sources, "open_source", lambda **section: records)
@@ -96,7 +96,7 @@ def make(stages: Sequence[str], **settings: object) -> diffusion_classifier.Diff
 
 @jax.jit
 def noise_of(t: jax.Array, places: jax.Array) -> jax.Array:
-  """Return the noise of each place, which depends on seed, timestep and place alone."""
+  """Return the noise of each image, which depends only on the seed, the timestep and the image's place."""
   key = jax.random.fold_in(jax.random.key(SEED), t)
   return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key, place), SHAPE))(places)
 
@@ -114,20 +114,19 @@ def expected_errors(z: np.ndarray, t: np.ndarray) -> np.ndarray:
   return errors
 
 
-def test_with_the_exact_denoiser_it_is_bayes_rule(data):
-  """Where spreads are equal, the likeliest class is that of the nearest mean, and in expectation it has the least
-  error."""
+def test_with_the_optimal_denoiser_the_classifier_is_bayes_rule(data):
+  """With equal variances, the most likely class has the nearest mean and, in expectation, the smallest error."""
   means = np.stack([mean_of(word) for word in Tokenizer(6)(NAMES)[:, 1]]).astype(np.float64)
   labels = np.arange(COUNT) % len(NAMES)
   nearest = ((data[:, None] - means) ** 2).sum((2, 3, 4)).argmin(1)
   errors = expected_errors(data, np.arange(10, 1000, 20))
   by_error = errors.mean(2).argmin(1)
-  assert (by_error == nearest).mean() >= 0.9 and 0.5 < (nearest == labels).mean() < 1  # it is not an easy question
+  assert (by_error == nearest).mean() >= 0.9 and 0.5 < (nearest == labels).mean() < 1  # the classes overlap
   metrics = make(("50:1",)).run(model(), {})
   assert metrics["acc1"] == (by_error == labels).mean() and metrics["evaluations_per_image"] == 7 * 50
   assert not [name for name in metrics if name.startswith("head")]
 
-  # In stages: the best three after ten, and of these the best one after fifty.
+  # Two stages: keep the best three classes after ten timesteps, and the best of these after fifty.
   first = errors[:, :, 2::5].mean(2)
   kept = np.where(first.argsort(1).argsort(1) < 3, errors.mean(2), np.inf)
   metrics = make(("10:3", "50:1")).run(model(), {})
@@ -135,7 +134,7 @@ def test_with_the_exact_denoiser_it_is_bayes_rule(data):
   assert metrics["evaluations_per_image"] == 7 * 10 + 3 * 40
 
 
-def test_errors_by_the_closed_form_however_they_are_parted(data):
+def test_errors_equal_the_closed_form_for_any_batches_and_order(data):
   z, t = data[:6].astype(np.float32), np.array([7, 430, 999])
   pairs = dict(images=np.repeat(np.arange(6), 7), classes=np.tile(np.arange(7), 6))
   for batch_size, order in ((64, np.arange(42)), (5, np.random.default_rng(1).permutation(42))):
@@ -146,43 +145,43 @@ def test_errors_by_the_closed_form_however_they_are_parted(data):
     np.testing.assert_allclose(by_pair[order.argsort()].reshape(6, 7, 3), expected_errors(z, t), rtol=1e-4, atol=1e-6)
 
 
-def test_ties_and_nans_are_wrong_and_classes_that_were_kept_come_first():
+def test_ties_and_nans_are_wrong_and_kept_classes_rank_first():
   error = np.array([[1.0, 2.0, 3.0], [1.0, 1.0, 3.0], [np.nan, 1.0, 2.0], [0.5, 2.0, 3.0]])
   stage = np.array([[1, 1, 1], [1, 1, 0], [1, 1, 1], [0, 1, 1]])
-  # Of two stages, both with these errors.
+  # Both stages have these errors.
   outcome = diffusion_classifier.Outcome(np.stack([error, error]), stage)
   np.testing.assert_array_equal(diffusion_classifier.ranks(outcome, np.array([0, 0, 0, 0])), [0, 1, 2, 2])
   np.testing.assert_array_equal(diffusion_classifier.ranks(outcome, np.array([2, 2, 2, 1])), [2, 2, 2, 0])
 
 
 @pytest.mark.parametrize("counts", [(10, 50), (50, 500), (25, 250), (50, 100, 500), (1000,)])
-def test_timesteps_of_the_stages_are_the_originals(counts):
-  """Li et al. take a grid of the last count, of which each stage takes every n-th."""
+def test_the_timesteps_of_the_stages_equal_those_of_li_et_al(counts):
+  """Li et al. space as many timesteps as the last stage has evenly; each stage takes every n-th of them."""
   spacing = 1000 // counts[-1]
   grid = [*range(spacing // 2, 1000, spacing)]
-  had: set[int] = set()
+  used: set[int] = set()
   stages = [diffusion_classifier.Stage(count, 1) for count in counts]
   for count, added in zip(counts, diffusion_classifier.new_timesteps(stages), strict=True):
     step = len(grid) // count
-    fresh = [t for t in grid[step // 2 :: step] if t not in had]
-    assert added.tolist() == fresh
-    had |= {*fresh}
+    unused = [t for t in grid[step // 2 :: step] if t not in used]
+    assert added.tolist() == unused
+    used |= {*unused}
 
 
 @pytest.mark.parametrize(
   "stages", [(), ("10",), ("10:5",), ("50:5", "10:1"), ("20:5", "50:1"), ("5:5", "10:5", "x:1"), (10, 5)]
 )
-def test_stages_that_are_none(stages):
+def test_invalid_stages_are_refused(stages):
   with pytest.raises(UserError, match="should be EVALUATIONS:KEPT of each stage, such as 10:5,50:1"):
     inspect.unwrap(diffusion_classifier.read_stages)(stages)
 
 
 @pytest.mark.slow
-def test_errors_are_those_of_diffusers(sd, imported):
-  """The formula of Li et al.'s eval_error is computed on UNet2DConditionModel, with the same weights, timesteps and
+def test_errors_equal_diffusers(sd, imported):
+  """Compute eval_error of Li et al. with diffusers' UNet2DConditionModel, and the same weights, timesteps and
   noise."""
   ours, params = inference.load(imported, batch_size=4)
-  assert not ours.aligned  # of an import it is as it was initialised
+  assert not ours.aligned  # the head of an import is untrained
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (3, 4, 4, 3), np.uint8).repeat(8, axis=1).repeat(8, axis=2)
   tokens, t = Tokenizer(ours.max_length)(pipelines.PROMPTS), np.array([1, 333, 980])
@@ -208,12 +207,12 @@ def test_errors_are_those_of_diffusers(sd, imported):
 
 
 @pytest.mark.slow
-def test_it_measures_the_sets_of_zero_shot(run):
-  asked = evals.of_config(
+def test_the_classifier_is_measured_on_the_sets_of_zero_shot(run):
+  evaluations = evals.of_config(
     {"few": {"task": "zero_shot", "data": dict(name="shapes", split="test", image_size=32, num_images=6)}},
     tasks=["diffusion_classifier"],
   )
-  results = evaluate.evaluate(run, evals.override(asked, {"stages": ["1:2", "2:1"]}), batch_size=8)
+  results = evaluate.evaluate(run, evals.override(evaluations, {"stages": ["1:2", "2:1"]}), batch_size=8)
   record = results["diffusion_classifier"]["few"]
   classes = record["protocol"]["num_classes"]
   assert record["metrics"]["evaluations_per_image"] == classes * 1 + 2 * 1

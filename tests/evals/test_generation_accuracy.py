@@ -1,4 +1,4 @@
-"""Test the judge of rendered shapes."""
+"""Test the classifier that judges generated shapes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from diffdis_jax.evals import tasks as evals
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_well() -> Iterator[None]:
-  """Optimise programs, since the judge's training takes longer than its compiling."""
-  quick = jax.config.read("jax_disable_most_optimizations")
+  """Turn the compiler's optimisation on: the judge's training takes longer than its compilation."""
+  disabled = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", False)
   yield
-  jax.config.update("jax_disable_most_optimizations", quick)
+  jax.config.update("jax_disable_most_optimizations", disabled)
 
 
 class Renderer:
-  """Renders what the prompt says, or what `instead` makes of it."""
+  """A generator that renders the colour and the shape of the prompt, or those that `instead` returns."""
 
   image_size = 32
   max_length = 16
@@ -51,34 +51,34 @@ class Renderer:
 
 
 @pytest.fixture(scope="module")
-def of_shapes():
+def evaluation():
   return evals.create("generation_accuracy", per_class=2)
 
 
 @pytest.mark.slow
-def test_renders_of_what_was_asked_for_are_accurate(of_shapes):
-  metrics = of_shapes.run(Renderer(), {})
+def test_correct_renders_are_judged_accurate(evaluation):
+  metrics = evaluation.run(Renderer(), {})
   assert metrics["judge_acc1"] >= 0.99
   assert metrics["acc1"] >= 0.97 and metrics["acc1_unseen"] >= 0.9
   expected = {"steps": 30, "guidance": 2.0, "num_images": 128, "num_classes": 64, "templates": ["a {}"]}
-  assert expected.items() <= of_shapes.protocol(Renderer()).items()
+  assert expected.items() <= evaluation.protocol(Renderer()).items()
 
 
 @pytest.mark.slow
-def test_wrong_shapes_wrong_colours_and_unseen_pairs_show(of_shapes):
+def test_wrong_shapes_colours_and_unseen_pairs_lower_the_accuracy(evaluation):
   colours = list(shapes.COLOURS)
-  wrong_shape = of_shapes.run(Renderer(lambda c, s: (c, "star" if s == "circle" else "circle")), {})
+  wrong_shape = evaluation.run(Renderer(lambda c, s: (c, "star" if s == "circle" else "circle")), {})
   assert wrong_shape["acc1"] <= 0.03 and wrong_shape["acc1_colour"] >= 0.98
-  wrong_colour = of_shapes.run(Renderer(lambda c, s: (colours[colours.index(c) - 1], s)), {})
+  wrong_colour = evaluation.run(Renderer(lambda c, s: (colours[colours.index(c) - 1], s)), {})
   assert wrong_colour["acc1"] <= 0.03 and wrong_colour["acc1_shape"] >= 0.97
-  wrong_unseen = of_shapes.run(
+  wrong_unseen = evaluation.run(
     Renderer(lambda c, s: (c, "star" if s != "star" else "ring") if (c, s) in shapes.UNSEEN else (c, s)), {}
   )
   assert wrong_unseen["acc1_seen"] >= 0.97 and wrong_unseen["acc1_unseen"] <= 0.1
 
 
 @pytest.mark.slow
-def test_a_bad_classifier_is_no_judge(monkeypatch):
+def test_a_bad_classifier_is_refused_as_a_judge(monkeypatch):
   few = functools.partial(generation_accuracy.train_on_shapes, num_images=256)
   monkeypatch.setattr(generation_accuracy, "train_on_shapes", few)
   with pytest.raises(UserError, match="of real renders, below 98%"):

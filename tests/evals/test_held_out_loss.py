@@ -1,4 +1,4 @@
-"""Compare the held-out loss with Algorithm 1's equations in float64, from the network's two passes."""
+"""Compare the held-out loss with the equations of Algorithm 1, computed in float64 from the network's outputs."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from tests.models.networks import random_params
 
 pytest_plugins = ("tests.untrained",)
 
-COUNT, GROUP = 10, 4  # the last group is filled up with two pairs of the one before
+COUNT, GROUP = 10, 4  # the last group is filled up with two pairs of the group before it
 DATA = dict(name="shapes", split="test", image_size=16, seed=1, num_images=COUNT)
 SECTION = dict(task="held_out_loss", data=DATA, contrastive_batch=GROUP, seed=3)
 
 
 def make(*objectives: str, devices: int = 1, batch_size: int = 4, **changes: Any) -> Inference:
   config = tiny.get_config()
-  config.model.unet.attention = (False,)  # in the middle alone: the compiler's time is what these tests cost
+  config.model.unet.attention = (False,)  # attention in the middle block alone: it compiles faster
   config.objectives = objectives or config.objectives
   config.update_from_flattened_dict(changes)
   return steps.make_inference(config, mesh=steps.make_mesh(data=devices), batch_size=batch_size)
 
 
 def pairs(field: str = "caption") -> tuple[np.ndarray, np.ndarray]:
-  """Return the pairs in the order in which they are measured: by a digest of the content, keyed by the seed."""
+  """Return the pairs in the order of the measurement: sorted by a digest of the content that the seed keys."""
   source = sources.open_source(**DATA)
 
   def digest(record: dict[str, Any]) -> bytes:
@@ -50,25 +50,25 @@ def pairs(field: str = "caption") -> tuple[np.ndarray, np.ndarray]:
   return np.stack([record["image"] for record in records]), Tokenizer(8)([record[field] for record in records])
 
 
-def noise(which: int, number: int, shape: tuple[int, ...]) -> np.ndarray:
-  """Return the noise, which depends on the seed, which of the two it is, the timestep's number and the place alone."""
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), which), number)
+def noise(pass_: int, number: int, shape: tuple[int, ...]) -> np.ndarray:
+  """Return the noise of pass 0 or 1. It depends only on the seed, the pass, the timestep's number and the place."""
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), pass_), number)
   return np.stack([jax.random.normal(jax.random.fold_in(key, place), shape) for place in range(COUNT)]).astype(float)
 
 
 def info_nce(query: np.ndarray, e: np.ndarray, scale: float, tokens: np.ndarray) -> float:
-  """Count a pair once, among the GROUP pairs of its group; those of equal `tokens` are not compared."""
+  """Compare each pair with the others of its group of GROUP pairs, except those of equal `tokens`."""
   query = query / np.linalg.norm(query, axis=1, keepdims=True)
   e = e / np.linalg.norm(e, axis=1, keepdims=True)
   total = 0.0
   for start in range(0, COUNT, GROUP):
     group = range(min(start, COUNT - GROUP), min(start, COUNT - GROUP) + GROUP)
     for i in range(start, min(start + GROUP, COUNT)):
-      rivals = [j for j in group if j == i or (tokens[i] != tokens[j]).any()]
-      forth = [scale * query[i] @ e[j] for j in rivals]
-      back = [scale * query[j] @ e[i] for j in rivals]
+      candidates = [j for j in group if j == i or (tokens[i] != tokens[j]).any()]
+      image_to_text = [scale * query[i] @ e[j] for j in candidates]
+      text_to_image = [scale * query[j] @ e[i] for j in candidates]
       own = scale * query[i] @ e[i]
-      total += (np.log(np.exp(forth).sum()) + np.log(np.exp(back).sum())) / 2 - own
+      total += (np.log(np.exp(image_to_text).sum()) + np.log(np.exp(text_to_image).sum())) / 2 - own
   return total / COUNT
 
 
@@ -114,7 +114,7 @@ def expected(inference: Inference, params: dict[str, Any]) -> dict[str, np.ndarr
   "objectives, target",
   [(("generation", "discrimination"), "data"), (("generation",), "data"), (("discrimination",), "noise")],
 )
-def test_the_losses_are_the_equations_at_eight_timesteps(objectives, target):
+def test_the_losses_equal_the_equations_at_eight_timesteps(objectives, target):
   inference = make(*objectives, **{"text_diffusion.schedule": "cosine", "text_diffusion.target": target})
   params = random_params(inference.shapes, seed=0)
   metrics = evals.create(**SECTION).run(inference, params)
@@ -130,8 +130,8 @@ def test_the_losses_are_the_equations_at_eight_timesteps(objectives, target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [tiny.get_config(), tiny_clip.get_config()], ids=["diffdis", "clip"])
-def test_the_order_of_the_records_does_not_count(config, monkeypatch):
-  """Folders of classes are stored class by class: batches in that order would compare equal captions alone."""
+def test_the_order_of_the_records_does_not_matter(config, monkeypatch):
+  """Folders of classes are stored class by class; batches in that order would compare only equal captions."""
   images, _ = pairs()
   stored = [dict(image=image, caption="a star" if i < COUNT // 2 else "a ring") for i, image in enumerate(images)]
   mixed = [stored[i] for i in np.random.default_rng(0).permutation(COUNT)]
@@ -156,9 +156,8 @@ def test_a_clip_has_its_own_loss():
   assert metrics == {"loss_contrastive": pytest.approx(info_nce(query.astype(float), e.astype(float), scale, tokens))}
 
 
-def test_equal_captions_are_what_they_are_in_training(tmp_path, monkeypatch):
-  """By open_clip's recipe they are negatives of each other. Otherwise the figure would be another loss than the one
-  that is trained."""
+def test_equal_captions_count_as_in_training(tmp_path, monkeypatch):
+  """By open_clip's recipe, equal captions are negatives of each other, in training and so in the measured loss."""
   config = tiny_clip.get_config("recipe=openclip")
   trainer = steps.build_trainer(config, steps.make_mesh())
   (tmp_path / "config.json").write_text(json.dumps(trainer.run.to_dict()))
@@ -170,7 +169,8 @@ def test_equal_captions_are_what_they_are_in_training(tmp_path, monkeypatch):
   images, tokens = pairs("colour")
   query, e = loaded.embed_images(params, images, seed=0), loaded.embed_texts(params, tokens)
   scale = float(np.exp(np.float64(params["logit_scale"])))
-  of = lambda different: info_nce(query.astype(float), e.astype(float), scale, different)
-  assert of(np.arange(COUNT)[:, None]) > of(tokens) + 0.1
-  assert evaluation.run(loaded, params) == {"loss_contrastive": pytest.approx(of(np.arange(COUNT)[:, None]), rel=1e-5)}
+  loss_with = lambda tokens: info_nce(query.astype(float), e.astype(float), scale, tokens)
+  assert loss_with(np.arange(COUNT)[:, None]) > loss_with(tokens) + 0.1
+  all_negatives = pytest.approx(loss_with(np.arange(COUNT)[:, None]), rel=1e-5)
+  assert evaluation.run(loaded, params) == {"loss_contrastive": all_negatives}
   assert while_training.duplicate_captions == evaluation.protocol(loaded)["duplicate_captions"] == "negatives"

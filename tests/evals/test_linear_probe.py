@@ -1,4 +1,4 @@
-"""Compare logistic regression with scikit-learn's, and the middle map with that of diffusers' UNet."""
+"""Compare logistic regression with scikit-learn's, and the features of the UNet's middle block with diffusers'."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLASSES = ("a", "b", "c", "d")
 
 
 def examples(seed: int, n: int, width: int = 6) -> Examples:
-  """Return examples of classes that overlap and differ in size."""
+  """Draw examples of overlapping classes of different sizes."""
   rng = np.random.default_rng(seed)
   labels = rng.choice(4, n, p=(0.4, 0.3, 0.2, 0.1))
   means = np.random.default_rng(9).normal(size=(4, width))
@@ -35,7 +35,7 @@ def examples(seed: int, n: int, width: int = 6) -> Examples:
 
 
 def theirs(train: Examples, l2: float) -> LogisticRegression:
-  """Fit scikit-learn's, which sums the losses and halves no C: C = 1 / (n l2)."""
+  """Fit scikit-learn's model. It sums the losses of the examples, so that C = 1 / (n l2)."""
   model = LogisticRegression(C=1 / (len(train.labels) * l2), tol=1e-8, max_iter=5000)
   return model.fit(train.x.astype(np.float64), train.labels)
 
@@ -46,16 +46,16 @@ def objective(weight: np.ndarray, bias: np.ndarray, these: Examples, l2: float) 
   return float((np.log(np.exp(logits).sum(axis=1)) - own).mean() + l2 / 2 * (weight.astype(np.float64) ** 2).sum())
 
 
-# Where l2 is small the minimum is flat, and in f32 its place is known less well than its value.
+# For a small l2 the minimum is flat, and float32 gives its position less exactly than its value.
 @pytest.mark.parametrize(("l2", "tolerance"), [(1.0, 2e-3), (1e-2, 2e-3), (1e-4, 1e-2)])
-def test_it_is_scikit_learns_minimum(l2, tolerance):
+def test_the_fit_is_the_minimum_that_scikit_learn_finds(l2, tolerance):
   train, test = examples(0, 120), examples(1, 80)
   ours, expected = linear_probe.fit(train, num_classes=4, l2=l2), theirs(train, l2)
-  least = objective(expected.coef_.T, expected.intercept_, train, l2)
-  assert objective(ours.weight, ours.bias, train, l2) == pytest.approx(least, rel=1e-5)
+  smallest = objective(expected.coef_.T, expected.intercept_, train, l2)
+  assert objective(ours.weight, ours.bias, train, l2) == pytest.approx(smallest, rel=1e-5)
   largest = np.abs(expected.coef_).max()
   np.testing.assert_allclose(ours.weight, expected.coef_.T, atol=tolerance * largest)
-  centred = ours.bias - ours.bias.mean()  # of the bias, what is the same for all classes is free
+  centred = ours.bias - ours.bias.mean()  # a constant that is added to every bias changes nothing
   np.testing.assert_allclose(centred, expected.intercept_ - expected.intercept_.mean(), atol=tolerance * largest)
   assert ours.accuracy(test) == pytest.approx(expected.score(test.x, test.labels))
   warm = linear_probe.fit(train, num_classes=4, l2=l2, start=linear_probe.fit(train, num_classes=4, l2=10 * l2))
@@ -63,11 +63,11 @@ def test_it_is_scikit_learns_minimum(l2, tolerance):
 
 
 def test_a_tie_is_wrong():
-  nothing = linear_probe.Linear(np.zeros((6, 4), np.float32), np.zeros(4, np.float32))
-  assert nothing.accuracy(examples(0, 50)) == 0.0
+  zeros = linear_probe.Linear(np.zeros((6, 4), np.float32), np.zeros(4, np.float32))
+  assert zeros.accuracy(examples(0, 50)) == 0.0
 
 
-def test_shots_are_of_each_class_and_more_have_those_of_fewer():
+def test_shots_are_per_class_and_more_shots_include_the_fewer():
   labels = np.array([0] * 9 + [1] * 3 + [2])
   few, more = (base.first_of_each(labels, count, seed=3) for count in (2, 4))
   np.testing.assert_array_equal(np.bincount(labels[few]), [2, 2, 1])
@@ -76,7 +76,7 @@ def test_shots_are_of_each_class_and_more_have_those_of_fewer():
 
 
 class Embedding:
-  """Stands in for a CLIP whose embedding of an image is written in its pixels."""
+  """Stand in for a CLIP: the embedding of an image is its pixels."""
 
   image_size, aligned, protocol = 4, True, {}
   network = types.SimpleNamespace(is_clip=True)
@@ -86,7 +86,7 @@ class Embedding:
 
 
 def as_records(these: Examples) -> list[dict]:
-  """Return images of 16 px, the first two of which hold the six numbers."""
+  """Return images of 16 pixels, the first two of which hold the six numbers of an example."""
   pixels = np.zeros((len(these.x), 16, 3), np.uint8)
   pixels[:, :2] = (these.x * 12 + 128).clip(0, 255).reshape(-1, 2, 3)
   return [{"image": x.reshape(4, 4, 3), "label": CLASSES[k]} for x, k in zip(pixels, these.labels, strict=True)]
@@ -95,20 +95,20 @@ def as_records(these: Examples) -> list[dict]:
 @pytest.fixture
 def splits(monkeypatch):
   by_split = {name: as_records(examples(i, n)) for i, (name, n) in enumerate(dict(train=150, test=80).items())}
-  by_split["test"].append({**by_split["test"][0], "label": "of another kind"})  # which training has not
+  by_split["test"].append({**by_split["test"][0], "label": "of another kind"})  # training has no such class
   monkeypatch.setattr(sources, "open_source", lambda *, split: by_split[split])
   return by_split
 
 
-def test_the_whole_of_it_with_scikit_learn(splits):
-  """For 8 shots and for all, the strongest of the best l2 on val is taken, and its accuracy on test."""
+def test_the_evaluation_equals_one_with_scikit_learn(splits):
+  """Of the values of l2 that are best on val, the largest is taken, and its accuracy on test is reported."""
   evaluation = evals.create("linear_probe", data={"split": "test"}, shots=("8", "all"), seed=2)
   metrics = evaluation.run(Embedding(), {})
   data = {}
   for name, part in evaluation.examples.items():
-    known = [splits["test" if name == "test" else "train"][i] for i in part.x]
-    x = np.stack([record["image"].ravel() for record in known]).astype(np.float32) / 255
-    data[name] = Examples(x, np.array([CLASSES.index(record["label"]) for record in known]))
+    chosen_records = [splits["test" if name == "test" else "train"][i] for i in part.x]
+    x = np.stack([record["image"].ravel() for record in chosen_records]).astype(np.float32) / 255
+    data[name] = Examples(x, np.array([CLASSES.index(record["label"]) for record in chosen_records]))
   assert len(data["test"].labels) == 80
   for suffix, rows in (("8_shots", base.first_of_each(data["train"].labels, 8, seed=2)), ("all", slice(None))):
     train = Examples(data["train"].x[rows], data["train"].labels[rows])
@@ -124,15 +124,15 @@ def test_the_whole_of_it_with_scikit_learn(splits):
   assert expected.items() <= evaluation.protocol(Embedding()).items()
 
 
-def test_no_class_is_held_out_whole(splits):
-  """With few images of each, chance would leave the test without those that have one or two."""
-  few = [{**splits["train"][0], "label": label} for label in [*"a" * 30, *"b" * 2, "c", "d", "e", "f"]]
-  splits["train"][:] = few
+def test_no_class_is_held_out_entirely(splits):
+  """A random split could put all the images of a class that has one or two into val."""
+  records = [{**splits["train"][0], "label": label} for label in [*"a" * 30, *"b" * 2, "c", "d", "e", "f"]]
+  splits["train"][:] = records
   for seed in range(6):
     evaluation = evals.create("linear_probe", data={"split": "test"}, seed=seed)
     rows = {name: evaluation.examples[name].x.tolist() for name in ("train", "val")}
-    assert sorted(rows["train"] + rows["val"]) == list(range(len(few))) and len(rows["val"]) > 1
-    assert {few[i]["label"] for i in rows["train"]} == {*"abcdef"}
+    assert sorted(rows["train"] + rows["val"]) == list(range(len(records))) and len(rows["val"]) > 1
+    assert {records[i]["label"] for i in rows["train"]} == {*"abcdef"}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_no_class_is_held_out_whole(splits):
     (dict(label_field="kind"), "no field 'kind'"),
   ],
 )
-def test_what_is_refused(splits, settings, message):
+def test_wrong_settings_are_refused(splits, settings, message):
   with pytest.raises(UserError, match=message):
     evals.create("linear_probe", **{"data": {"split": "test"}, **settings})
 
@@ -155,10 +155,10 @@ def test_what_is_refused(splits, settings, message):
     ("zero_shot", {"classnames": CLASSES, "seen_split": "train"}),
   ],
 )
-def test_a_published_set_has_no_second_split(monkeypatch, task, settings):
-  """A published set is opened as one split, whatever is asked for: it would train on what is measured."""
+def test_a_published_set_of_one_split_is_refused(monkeypatch, task, settings):
+  """A published set is opened as its one split, whatever split is named: the probe would train on the test images."""
   origin = labelled.Origin("wds", "/data/cifar10", "test")
-  images = [b"an image"] * 40  # of which none is decoded before the splits are looked at
+  images = [b"an image"] * 40  # the splits are checked before any image is decoded
   published = labelled.Labelled(images, np.arange(40) % 4, CLASSES, origin=origin)
   monkeypatch.setattr(sources, "open_source", lambda **data: published)
   data = {"name": "cifar10", "path": "/data", "split": "test", "image_size": 32}
@@ -167,8 +167,8 @@ def test_a_published_set_has_no_second_split(monkeypatch, task, settings):
 
 
 @pytest.mark.slow
-def test_the_middle_map_is_diffusers(sd, imported, monkeypatch):
-  """An import has no trained head: its features are the UNet's alone, at timestep 0."""
+def test_the_features_of_the_middle_block_equal_diffusers(sd, imported, monkeypatch):
+  """An imported model has no trained head, so its features come from the UNet alone, at timestep 0."""
   ours, params = inference.load(imported, batch_size=4)
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Table 8's figures of a model whose vectors are known, against counting by hand."""
+"""Compare the figures of Table 8, for a model with known embeddings, with counts by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLASSES = 64
 
 
 class Inference:
-  """Embeds a sentence by its words, and an image by its class's name and noise; of the head, logits at random."""
+  """Embed a sentence by its words, and an image by its class's name plus noise; the head's logits are random."""
 
   image_size, max_length, protocol = SIZE, LENGTH, {"steps": 1}
 
@@ -69,7 +69,7 @@ def _unit(x):
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
-  """Of tokens."""
+  """Keep the cache of tokens in a folder of the tests."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(shared_folder(tmp_path_factory) / "cache"))
 
 
@@ -84,26 +84,26 @@ def test_image_text_and_knn_accuracy_by_hand(measured):
   evaluation, inference, metrics = measured
   images = base.embed_images(inference, {}, evaluation.source, np.arange(len(evaluation.labels)), seed=0)
   texts = inference.embed_texts({}, inference.tokenizer(evaluation.corpus.flat))
-  scores, of_text = images @ texts.T, evaluation.corpus.labels
+  scores, text_labels = images @ texts.T, evaluation.corpus.labels
   order = np.argsort(-scores, axis=1, kind="stable")[:, :5]
-  image_right = of_text[order[:, 0]] == evaluation.labels
-  votes = [collections.Counter(of_text[row].tolist()).most_common(1)[0][0] for row in order]
+  image_right = text_labels[order[:, 0]] == evaluation.labels
+  votes = [collections.Counter(text_labels[row].tolist()).most_common(1)[0][0] for row in order]
   knn_right = np.array(votes) == evaluation.labels
   assert metrics["image_acc"] == pytest.approx(image_right.mean(), abs=2e-3)
   assert metrics["knn_acc"] == pytest.approx(knn_right.mean(), abs=2e-3)
-  text_right = evaluation.labels[scores.argmax(axis=0)] == of_text
+  text_right = evaluation.labels[scores.argmax(axis=0)] == text_labels
   assert metrics["text_acc"] == pytest.approx(text_right.mean(), abs=2e-3)
   assert 0.2 < metrics["text_acc"] < 0.95 and 0.2 < metrics["image_acc"] < 0.99
 
 
-def test_groups_go_by_training_images(measured):
+def test_groups_depend_on_the_number_of_training_images(measured):
   evaluation, inference, metrics = measured
   counts = shapes_lt.counts(0)[evaluation.labels]
   softmax = lambda x: np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
   visual, language = inference.logits.astype(np.float64).swapaxes(0, 1)
   right = (0.2 * softmax(visual) + 0.8 * softmax(language)).argmax(axis=1) == evaluation.labels
   summed = (visual + language).argmax(axis=1) == evaluation.labels
-  of_group = dict(
+  in_group = dict(
     many=counts > 99,
     median=(counts > 20) & (counts <= 99),
     low=counts <= 20,
@@ -111,15 +111,15 @@ def test_groups_go_by_training_images(measured):
   )
   assert metrics["acc"] == pytest.approx(right.mean())
   for group in GROUPS:
-    assert metrics[f"acc_{group}"] == pytest.approx(right[of_group[group]].mean())
-    assert metrics[f"acc_summed_{group}"] == pytest.approx(summed[of_group[group]].mean())
-  whole = sum(metrics[f"acc_{group}"] * of_group[group].sum() for group in ("many", "median", "low"))
+    assert metrics[f"acc_{group}"] == pytest.approx(right[in_group[group]].mean())
+    assert metrics[f"acc_summed_{group}"] == pytest.approx(summed[in_group[group]].mean())
+  whole = sum(metrics[f"acc_{group}"] * in_group[group].sum() for group in ("many", "median", "low"))
   assert whole / len(counts) == pytest.approx(metrics["acc"])
   assert metrics["acc"] != metrics["acc_summed"] and metrics["acc_visual"] < metrics["acc_summed"]
 
 
-def test_anchors_leave_distractors_out(tmp_path):
-  """By the linear loss fewer of them are kept than the 40 of 140 that chance keeps."""
+def test_few_anchors_are_distractors(tmp_path):
+  """40 of 140 sentences are distractors; the linear loss selects less than half as many as chance would."""
   config = tiny_lt.get_config("stage=2")
   config.image_size = SIZE
   config.model.head.update(classes=CLASSES, anchors=64)
@@ -130,11 +130,11 @@ def test_anchors_leave_distractors_out(tmp_path):
   assert chosen[anchors.ANCHORS].shape == (CLASSES, 64, 48)
   shares = []
   classes = json.loads((tmp_path / "anchors.json").read_text())
-  for (colour, shape), of_class in zip(shapes_lt.PAIRS, classes, strict=True):
-    own = of_class["sentences"]
-    assert (np.diff([one["loss"] for one in own]) >= 0).all()
+  for (colour, shape), class_anchors in zip(shapes_lt.PAIRS, classes, strict=True):
+    own = class_anchors["sentences"]
+    assert (np.diff([anchor["loss"] for anchor in own]) >= 0).all()
     corners = shapes_lt._CORNERS[shape]
     about = {template.format(colour=colour, shape=shape, corners=corners) for template in shapes_lt.ABOUT}
-    sentences = [one["sentence"] for one in own]
-    shares.append(1 - np.mean([f"{colour} {shape}" in one or one in about for one in sentences]))
+    sentences = [sentence["sentence"] for sentence in own]
+    shares.append(1 - np.mean([f"{colour} {shape}" in sentence or sentence in about for sentence in sentences]))
   assert np.mean(shares) < 0.5 * 40 / 140

@@ -1,4 +1,4 @@
-"""Compare neighbours, votes and the linear loss with numpy over all pairs, ties included."""
+"""Compare nearest neighbours, votes and the linear loss with NumPy over all pairs, ties included."""
 
 import collections
 
@@ -12,7 +12,7 @@ IMAGES, SENTENCES, CLASSES = 30, 50, 6
 
 
 def make(seed=0):
-  """Return vectors of small whole numbers, so that many scores are equal and all are exact."""
+  """Return vectors of small whole numbers, so that scores are exact and many are equal."""
   rng = np.random.default_rng(seed)
   images, texts = (rng.integers(-1, 2, (n, 3)).astype(np.float32) for n in (IMAGES, SENTENCES))
   image_labels = np.concatenate([np.arange(CLASSES), rng.integers(CLASSES, size=IMAGES - CLASSES)])
@@ -21,7 +21,7 @@ def make(seed=0):
 
 @pytest.mark.parametrize("scores", [1, 400, 2**26])
 @pytest.mark.parametrize("count", [1, 5])
-def test_the_nearest_are_those_of_a_stable_sort(scores, count, monkeypatch):
+def test_the_nearest_neighbours_are_those_of_a_stable_sort(scores, count, monkeypatch):
   monkeypatch.setattr(nearest, "SCORES", scores)
   images, texts, *_ = make()
   scores = images @ texts.T
@@ -30,20 +30,20 @@ def test_the_nearest_are_those_of_a_stable_sort(scores, count, monkeypatch):
   np.testing.assert_array_equal(nearest.nearest(images, texts, count=count), expected)
 
 
-def test_fewer_keys_than_asked_for_and_nan():
+def test_all_keys_are_returned_if_few_and_nan_is_never_nearest():
   assert nearest.nearest(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32), count=5).tolist() == [[0, 1], [1, 0]]
   keys = np.array([[np.nan, 0], [1, 0], [0, 1]], np.float32)
   assert nearest.nearest(np.eye(2, dtype=np.float32), keys, count=1)[:, 0].tolist() == [1, 2]
 
 
-def test_a_vote_is_counters():
+def test_a_vote_equals_that_of_counter():
   rows = np.random.default_rng(0).integers(4, size=(500, 5))
   expected = [collections.Counter(row).most_common(1)[0][0] for row in rows.tolist()]
   np.testing.assert_array_equal(nearest.vote(rows), expected)
   assert nearest.vote(np.array([[3, 1, 1, 3, 2]])).tolist() == [3]
 
 
-def test_the_linear_loss_by_its_definition():
+def test_the_linear_loss_equals_its_definition():
   images, texts, image_labels, text_labels = make()
   scale = 0.7
   expected = []
@@ -56,6 +56,6 @@ def test_the_linear_loss_by_its_definition():
   np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
-def test_anchors_are_the_smallest_losses_in_order():
+def test_anchors_have_the_smallest_losses_in_ascending_order():
   losses, starts = np.array([3.0, 1.0, 2.0, 1.0, 9.0, 8.0], np.float32), np.array([0, 4, 6])
   assert anchors.choose(losses, starts, count=3).tolist() == [[1, 3, 2], [5, 4, -1]]

@@ -13,7 +13,7 @@ def write(path, value):
   return str(path)
 
 
-def test_fill_reads_both_ways_of_marking_the_place():
+def test_fill_replaces_both_kinds_of_placeholder():
   assert prompts.fill("a {} and a {c}.", "cat") == "a cat and a cat."
   assert prompts.fill("a photo of {}.", r"a {c} \1") == r"a photo of a {c} \1."
 
@@ -39,18 +39,18 @@ def test_files_and_sequences_give_the_same(tmp_path):
 @pytest.mark.parametrize(
   "value", ["not json", {"0": ["n01440764", "tench"]}, {}, {"0": ""}, [], ["cat", 3], ["cat", ""]]
 )
-def test_bad_files(tmp_path, value):
+def test_invalid_class_names_are_refused(tmp_path, value):
   message = "names.json" if isinstance(value, str) else "class names are .*give a list of texts, or an object"
   with pytest.raises(UserError, match=message):
     prompts.resolve_classnames(write(tmp_path / "names.json", value))
 
 
-def test_names_compare_without_underscores_and_case():
+def test_underscores_and_case_of_names_do_not_matter():
   assert prompts.comparable("Polar_bear ") == prompts.comparable("polar  Bear") == "polar bear"
   assert prompts.comparable("polar-bear") != prompts.comparable("polar bear")
 
 
 @pytest.mark.parametrize("template", ["a photo", 3])
-def test_template_without_a_place(template):
+def test_a_template_without_a_placeholder_is_refused(template):
   with pytest.raises(UserError, match=f"{template!r} has no place"):
     inspect.unwrap(prompts.resolve_templates)(["a {}", template])

@@ -1,4 +1,4 @@
-"""Test whether e_t is read, with networks of which it is known, and compare with zero_shot's figure of the same run."""
+"""Test the measurement of how much a network reads e_t, on two known networks, and against zero_shot's accuracy."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from tests import steps
 from tests.untrained import run as run
 
 
-def few(run: str) -> dict[str, Any]:
+def data_of(run: str) -> dict[str, Any]:
   section = run_config.load(run).evals["few"]["data"]
   return {name: value for name, value in section.items() if name != "num_images"}
 
 
 @pytest.fixture
 def measure(run):
-  def with_network(task=query_use.QueryUse):
+  def measure_run(task=query_use.QueryUse):
     model, params = inference.load(run, batch_size=32)
-    return task(data=few(run), num_images=32).run(model, params)
+    return task(data=data_of(run), num_images=32).run(model, params)
 
-  return with_network
+  return measure_run
 
 
-def test_a_network_that_gives_back_what_it_reads(measure, monkeypatch):
+def test_a_network_that_returns_its_input_follows_the_input(measure, monkeypatch):
   monkeypatch.setattr(DiffDis, "discrimination", lambda self, *, e_t, t_e, z, t_z, c_null: e_t)
   metrics = measure()
   for t in query_use.AT:
@@ -44,12 +44,12 @@ def test_a_network_that_gives_back_what_it_reads(measure, monkeypatch):
 
 
 def test_the_loss_is_the_cross_entropy_of_training_s_e_t(measure, run, monkeypatch):
-  """The network gives back e_t = γ √ᾱ e + √(1 − ᾱ) ε as if it were the data, at unit length."""
+  """The network returns its input e_t = γ √ᾱ e + √(1 − ᾱ) ε as its prediction of e."""
   monkeypatch.setattr(DiffDis, "discrimination", lambda self, *, e_t, t_e, z, t_z, c_null: e_t)
   metrics, settings = measure(), run_config.load(run)
   assert settings.text_diffusion.target == "data"
   model, params = inference.load(run, batch_size=32)
-  task = query_use.QueryUse(data=few(run), num_images=32)
+  task = query_use.QueryUse(data=data_of(run), num_images=32)
   texts = [prompts.fill(task.single, name) for name in task.names]
   e = model.embed_texts(params, Tokenizer(model.max_length)(texts))
   keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), place) for place in range(32)]
@@ -62,12 +62,12 @@ def test_the_loss_is_the_cross_entropy_of_training_s_e_t(measure, run, monkeypat
     assert metrics[f"loss_noised_t{t}"] == pytest.approx(expected.mean(), rel=1e-4)
 
 
-def test_a_network_that_reads_the_image_alone(measure, monkeypatch):
-  def encoder(self, *, e_t, t_e, z, t_z, c_null):
+def test_a_network_that_reads_only_the_image_ignores_the_input(measure, monkeypatch):
+  def from_image(self, *, e_t, t_e, z, t_z, c_null):
     flat = z.reshape(len(z), -1).astype(jnp.float32)
     return jnp.resize(flat, (len(z), e_t.shape[1])) + 0.1
 
-  monkeypatch.setattr(DiffDis, "discrimination", encoder)
+  monkeypatch.setattr(DiffDis, "discrimination", from_image)
   metrics = measure()
   assert metrics["acc1_by_input"] == 0 and metrics["cosine_of_two_draws"] == pytest.approx(1, abs=1e-5)
   assert len({round(value, 6) for name, value in metrics.items() if name.startswith("acc1_") and "by" not in name}) == 1
@@ -75,6 +75,6 @@ def test_a_network_that_reads_the_image_alone(measure, monkeypatch):
 
 
 @pytest.mark.slow
-def test_noise_at_the_last_timestep_is_zero_shots_figure(measure):
+def test_noise_at_the_last_timestep_has_the_accuracy_of_zero_shot(measure):
   metrics, expected = measure(), measure(ZeroShot)["acc1_single_template"]
   assert metrics["acc1_noise_t999"] == metrics["acc1_steps_1"] == expected

@@ -16,7 +16,7 @@ NAMES = [
 SEVERAL = [[f"a {name}", f"one {name}.", f"the {name}, again"][: 1 + i % 3] for i, name in enumerate(NAMES)]
 
 
-def test_recall_as_clip_benchmark_computes_it(use, fakes):
+def test_recall_equals_clip_benchmarks(use, fakes):
   use(test=fakes.Source(NAMES, SEVERAL))
   inference = fakes.Inference(NAMES, noise=0.25)
   metrics = evals.create("retrieval", data=DATA, seed=4).run(inference, {})
@@ -28,17 +28,17 @@ def test_recall_as_clip_benchmark_computes_it(use, fakes):
     def encode_text(self, tokens):
       return torch.from_numpy(inference.embed_texts({}, tokens.numpy()))
 
-  shown = torch.from_numpy(np.stack([record["image"] for record in fakes.Source(NAMES).records]))
+  images = torch.from_numpy(np.stack([record["image"] for record in fakes.Source(NAMES).records]))
   tokenize = lambda texts: torch.from_numpy(Tokenizer(16)(texts))
   expected = zeroshot_retrieval.evaluate(
-    Model(), [(shown, SEVERAL)], tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10]
+    Model(), [(images, SEVERAL)], tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10]
   )
   assert metrics == pytest.approx(expected)
   assert metrics["image_retrieval_recall@1"] < 1
 
 
-def test_no_recall_among_more_than_there_are(use, fakes):
-  """It would be 1 of any model; CLIP_benchmark fails there."""
+def test_no_recall_at_k_for_k_above_the_number_of_candidates(use, fakes):
+  """Such a recall would be 1 for any model; CLIP_benchmark fails there."""
   use(test=fakes.Source(NAMES[:4], [[f"a {name}", f"the {name}"] for name in NAMES[:4]]))
   inference = fakes.Inference(NAMES[:4])
   inference.embed_images = lambda params, images, *, seed: np.full((len(images), 64), np.nan, np.float32)
@@ -50,7 +50,7 @@ def test_no_recall_among_more_than_there_are(use, fakes):
   }
 
 
-def test_equal_captions_are_one_target_on_request(use, fakes):
+def test_equal_captions_count_as_one_target_if_asked_for(use, fakes):
   labels = ["cat", "dog", "cat", "fox"]
   use(test=fakes.Source(labels))
   inference = fakes.Inference(labels)
@@ -76,7 +76,7 @@ def test_every_caption_of_an_image_counts_unless_a_field_is_named(use, fakes):
 
 
 @pytest.mark.parametrize("caption", ["", [], 3, ["a", 3]])
-def test_missing_captions(use, fakes, caption):
+def test_missing_captions_are_refused(use, fakes, caption):
   use(test=fakes.Source(["cat"], [caption]))
   with pytest.raises(UserError, match="it should be a caption"):
     evals.create("retrieval", data=DATA)

@@ -5,14 +5,14 @@ from PIL import Image
 from diffdis_jax.evals import samples
 
 
-def checkers(n, size=8):
+def noise_images(n, size=8):
   images = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
   return images, [f"image number {i}" for i in range(n)]
 
 
 @pytest.mark.parametrize("size", [8, 32, 64, 200])
 def test_every_pixel_of_every_image_is_in_the_grid(tmp_path, size):
-  images, captions = checkers(5, size)
+  images, captions = noise_images(5, size)
   samples.save_grid(images, captions, tmp_path / "grid.png", columns=3)
   with Image.open(tmp_path / "grid.png") as opened:
     grid = np.asarray(opened)
@@ -29,7 +29,7 @@ def test_every_pixel_of_every_image_is_in_the_grid(tmp_path, size):
 
 
 def test_counts_must_agree(tmp_path):
-  images, captions = checkers(3)
+  images, captions = noise_images(3)
   with pytest.raises(ValueError, match="3 images and 2 captions"):
     samples.save_grid(images, captions[:2], tmp_path / "grid.png")
   with pytest.raises(ValueError, match="0 images"):

@@ -1,4 +1,4 @@
-"""Test what the paper's suites look for, their means, and their tables beside the paper's figures."""
+"""Test which data sets the paper's suites look for, their means, and their tables beside the paper's figures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_another_number_of_images_or_another_split_is_refused(monkeypatch):
   check("val", incomplete=True)
 
 
-def test_what_is_looked_for(tmp_path, caplog):
+def test_a_suite_measures_the_sets_that_are_in_the_folder(tmp_path, caplog):
   make = lambda suite, objectives=("discrimination", "generation"), root=tmp_path: [
     section.dataset for section in suites.sections(suite, str(root), objectives=objectives, image_size=SIZE)
   ]
@@ -63,7 +63,7 @@ def test_what_is_looked_for(tmp_path, caplog):
 
 
 def fabricated(count, *, images=None, seed=0, **protocol):
-  """Make up results of the first sets of the twelve and of retrieval."""
+  """Make up results for the first `count` sets of the twelve, and of retrieval."""
   rng = np.random.default_rng(seed)
   records = {"zero_shot": {}, "retrieval": {}}
   for task, wanted in (("zero_shot", suites.ZERO_SHOT12), ("retrieval", suites.RETRIEVAL)):
@@ -118,7 +118,7 @@ def test_means():
     (fabricated(12, data={"layout": "prepared", "split": "val"}), ["mean_over_12", "mean_of_2"]),
   ],
 )
-def test_a_mean_over_less_has_another_name(measured, names):
+def test_a_mean_over_fewer_sets_or_images_has_another_name(measured, names):
   assert [mean["dataset"] for mean in means_of(measured)] == names
   assert [*suites.means(measured)["zero_shot"]] == names[:1]
 
@@ -127,7 +127,7 @@ def rows_of(text):
   return {cells[1]: cells[2:-1] for line in text.splitlines() if (cells := [*map(str.strip, line.split("|"))])[1:]}
 
 
-def test_table():
+def test_a_table_has_the_papers_figures_beside_ours():
   measured = with_means(fabricated(12))
   text = tables.table({"mine": measured})
   rows = rows_of(text)
@@ -136,16 +136,16 @@ def test_table():
   assert rows["zero_shot, ImageNet, acc1"] == [f"{100 * imagenet['acc1']:.2f}", "25.92", "21.1", "16.7"]
   assert rows["zero_shot, Pets, mean_per_class_recall_single_template"][1:] == ["–"] * 3
   assert rows["retrieval, mean, mean_recall@1"][1:] == ["33.60", "–", "–"] and "†" not in text
-  few = rows_of(tables.table({"mine": with_means(fabricated(3))}))
-  assert few["zero_shot, mean, mean"][0].startswith("mean of 3: ")
+  of_three_sets = rows_of(tables.table({"mine": with_means(fabricated(3))}))
+  assert of_three_sets["zero_shot, mean, mean"][0].startswith("mean of 3: ")
   for other in (fabricated(12, images=40), fabricated(12, shuffle_labels=True)):
     assert "| mean of 12: " in tables.table({"mine": with_means(other)})
   val2017 = fabricated(12, data={"layout": "prepared", "split": "val"})
   assert "| mean of 2: " in tables.table({"mine": with_means(val2017)})
 
 
-def test_side_by_side(tmp_path):
-  """Different protocols are marked and named; what belongs to the model is none."""
+def test_a_table_of_two_models_marks_different_protocols(tmp_path):
+  """Settings that belong to the model, such as its weights, are no difference of protocol."""
   how = {"steps": 1, "guidance": 1.0}
   a, b = fabricated(12, weights="x", **how), fabricated(12, seed=1, weights="y", checkpoint=7, **how)
   paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
@@ -178,12 +178,12 @@ def test_side_by_side(tmp_path):
   assert not (tmp_path / "G.md").exists()
 
 
-def test_a_file_of_results_is_gone_on_from(tmp_path):
+def test_an_existing_file_of_results_is_continued(tmp_path):
   path = str(tmp_path / "F.json")
   measured = with_means(fabricated(2, steps=1, weights="x", kid_subset_size=9))
   results.write(path, measured)
   kept = results.ResultFile(path)
-  assert [*kept.results["zero_shot"]] == ["cifar10", "cifar100"]  # without the mean over fewer
+  assert [*kept.results["zero_shot"]] == ["cifar10", "cifar100"]  # without the mean over two sets
   protocol = {"num_images": 10_000, "steps": 1, "weights": "x", "kid_subset_size": 0}
   assert kept.has("zero_shot", "cifar10", protocol) and not kept.has("zero_shot", "dtd", protocol)
   for change, message in (
@@ -193,14 +193,14 @@ def test_a_file_of_results_is_gone_on_from(tmp_path):
   ):
     with pytest.raises(UserError, match=message):
       kept.has("zero_shot", "cifar10", protocol | change)
-  # Means would mix what is there and a new set of another model.
+  # A mean would mix the stored sets with a new set of another model.
   with pytest.raises(UserError, match='has cifar10 by another protocol, weights "x" where this measurement has "y"'):
     kept.has("zero_shot", "dtd", protocol | {"weights": "y"})
   assert not kept.has("zero_shot", "dtd", protocol | {"steps": 4})
 
 
 def test_a_figure_that_is_not_finite_is_null_in_the_file(tmp_path):
-  """JSON has no NaN: other readers than Python's refuse a file with one."""
+  """JSON has no NaN, and most readers refuse a file with one."""
   path, record = tmp_path / "F.json", fabricated(1)["zero_shot"]["cifar10"]
   figures = {"acc1": 0.5, "loss": math.nan, "kid": math.inf}
   results.write(str(path), {"zero_shot": {"cifar10": record | {"metrics": figures}}})

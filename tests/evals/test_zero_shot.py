@@ -23,7 +23,7 @@ def make(use, fakes, labels=LABELS, **settings):
 
 
 def reference(inference, templates):
-  """Compute logits in float64, class by class, as CLIP_benchmark's zero_shot_classifier says."""
+  """Compute the logits in float64, class by class, as CLIP_benchmark's zero_shot_classifier does."""
   classes = []
   for name in NAMES:
     texts = [template.replace("{c}", "{}").format(name) for template in templates]
@@ -36,18 +36,18 @@ def reference(inference, templates):
 
 def measure(logits):
   target = np.array([NAMES.index(label) for label in LABELS])
-  first = np.argsort(-logits, axis=1)
-  right = first[:, 0] == target
+  order = np.argsort(-logits, axis=1)
+  right = order[:, 0] == target
   recalls = [right[target == k].mean() for k in range(len(NAMES)) if (target == k).any()]
   return {
     "acc1": right.mean(),
-    "acc5": (first[:, :5] == target[:, None]).any(1).mean(),
+    "acc5": (order[:, :5] == target[:, None]).any(1).mean(),
     "mean_per_class_recall": np.mean(recalls),
     "lowest_class_recall": min(recalls),
   }
 
 
-def test_accuracy_by_definition(use, fakes):
+def test_accuracy_equals_its_definition(use, fakes):
   inference = fakes.Inference(LABELS, noise=0.7)
   metrics = make(use, fakes, seed=5).run(inference, {})
   ensemble, single = measure(reference(inference, TEMPLATES)), measure(reference(inference, TEMPLATES[:1]))
@@ -57,8 +57,8 @@ def test_accuracy_by_definition(use, fakes):
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-def test_accuracy_as_clip_benchmark_computes_it(use, fakes):
-  """CLIP_benchmark's logits are counted here, since its own count does not run with a recent NumPy."""
+def test_accuracy_equals_that_of_clip_benchmarks_logits(use, fakes):
+  """The accuracy of CLIP_benchmark's logits is computed here: its own function fails with a recent NumPy."""
   inference = fakes.Inference(LABELS, noise=0.7)
   metrics = make(use, fakes, seed=5).run(inference, {})
 
@@ -69,20 +69,20 @@ def test_accuracy_as_clip_benchmark_computes_it(use, fakes):
     def encode_text(self, tokens):
       return torch.from_numpy(inference.embed_texts({}, tokens.numpy()))
 
-  shown = torch.from_numpy(np.stack([record["image"] for record in fakes.Source(LABELS).records]))
+  images = torch.from_numpy(np.stack([record["image"] for record in fakes.Source(LABELS).records]))
   target = torch.tensor([NAMES.index(label) for label in LABELS])
   tokenize = lambda texts: torch.from_numpy(Tokenizer(16)(texts))
   for suffix, templates in (("", TEMPLATES), ("_single_template", TEMPLATES[:1])):
     theirs = [template.replace("{}", "{c}") for template in templates]
     classifier = zeroshot_classification.zero_shot_classifier(Model(), tokenize, NAMES, theirs, "cpu", amp=False)
-    logits, _ = zeroshot_classification.run_classification(Model(), classifier, [(shown, target)], "cpu", amp=False)
+    logits, _ = zeroshot_classification.run_classification(Model(), classifier, [(images, target)], "cpu", amp=False)
     expected = {f"acc{k}": (logits.topk(k).indices == target[:, None]).any(dim=1).float().mean().item() for k in (1, 5)}
     expected["mean_per_class_recall"] = balanced_accuracy_score(target, logits.argmax(dim=1))
     assert {name: metrics[name + suffix] for name in expected} == pytest.approx(expected)
 
 
 def leaks(evaluation, inference):
-  """Tell whether accuracy with shuffled images is above what chance gives in all but one of a thousand runs."""
+  """Return whether the accuracy with shuffled labels is so high that chance reaches it once in a thousand runs."""
   shares = np.unique(LABELS, return_counts=True)[1] / len(LABELS)
   chance = float((shares**2).sum())
   bound = chance + 3.1 * (chance * (1 - chance) / len(LABELS)) ** 0.5
@@ -91,14 +91,14 @@ def leaks(evaluation, inference):
   return metrics["acc1"] > bound
 
 
-def test_leak_test_passes_an_honest_model_and_catches_a_cheat(use, fakes):
+def test_the_leak_test_passes_an_honest_model_and_finds_a_cheat(use, fakes):
   honest = fakes.Inference(LABELS)
   assert make(use, fakes).run(honest, {})["acc1"] == 1
   assert not leaks(make(use, fakes, shuffle_labels=True), honest)
   assert leaks(make(use, fakes, shuffle_labels=True), fakes.Cheat(LABELS, LABELS))
 
 
-def test_seen_and_unseen_apart(use, fakes):
+def test_seen_and_unseen_classes_have_their_own_accuracy(use, fakes):
   inference = fakes.Inference(LABELS, noise=0.7)
   seen = NAMES[:4]
   use(test=fakes.Source(LABELS), train=fakes.Source([*seen, *seen]))
@@ -118,7 +118,7 @@ ANIMALS = ("Black_crow", "brown dog", "red_fox")
 
 @pytest.fixture
 def folder(use, fakes):
-  """Make records as prepare_data makes them of class folders: a number, and the folder's name."""
+  """Make records as prepare_data does for class folders: each has a number and the folder's name."""
 
   def make(number, classes, names=None):
     use(
@@ -155,14 +155,14 @@ def test_numbers_are_checked_against_the_names_of_the_data(folder, fakes):
     create("")
 
 
-def test_a_list_names_the_folders_of_wordnet_in_their_order(folder, fakes):
-  """configs/diffdis_cc3m.py and the page of evaluation ask for ImageNet's names like this."""
+def test_a_list_names_wordnets_folders_in_order(folder, fakes):
+  """configs/diffdis_cc3m.py and the page on evaluation name ImageNet's classes like this."""
   codes = ("n01440764", "n01443537", "n01484850")
   folder([0, 1, 2, 1], [*codes, codes[1]], ["tench", "goldfish", "shark", "goldfish"])
   evaluation = create(("tench", "goldfish", "shark"))
   np.testing.assert_array_equal(evaluation.labels, [0, 1, 2, 1])
   assert evaluation.run(fakes.Inference(["tench", "goldfish", "shark"]), {})["acc1"] == 1
-  # Of some of the folders a list does not say which, nor of folders that are numbered in another order.
+  # A list of another length, or folders that are numbered in another order, leave the names ambiguous.
   for number, names in (([0, 1, 2, 1], ("tench", "goldfish", "shark", "crane")), ([0, 2, 1, 2], ("tench", "x", "y"))):
     folder(number, [*codes, codes[1]], ["tench", "goldfish", "shark", "goldfish"])
     with pytest.raises(UserError, match="^class 0 is 'n01440764' in the data, but 'tench' in the class list; .*object"):
@@ -178,8 +178,8 @@ def test_an_object_names_the_classes_of_the_data(folder, use, fakes, tmp_path):
     evaluation = create(str(file), label_field=field)
     assert [evaluation.names[i] for i in evaluation.labels] == ["crane", "dog", "fox", "dog"]
     assert evaluation.run(fakes.Inference(["crane", "dog", "fox"]), {})["acc1"] == 1
-  same = {name: name for name in ("n02", "n03", "n01")}
-  assert [create(same).names[i] for i in create(same).labels] == ["n01", "n02", "n03", "n02"]
+  by_folder = {name: name for name in ("n02", "n03", "n01")}
+  assert [create(by_folder).names[i] for i in create(by_folder).labels] == ["n01", "n02", "n03", "n02"]
   with pytest.raises(UserError, match="1 labels of the data are not in the class list: 'n02'"):
     create({"n01": "crane", "n03": "fox"})
   use(test=fakes.Source(["crane"], number=[0]))
@@ -187,7 +187,7 @@ def test_an_object_names_the_classes_of_the_data(folder, use, fakes, tmp_path):
     create(str(file))
 
 
-def test_a_damaged_record_is_one_clear_line(use, fakes):
+def test_a_damaged_record_is_named_in_one_line(use, fakes):
   source = fakes.Source(["cat", "dog"])
   source.records[1]["image"] = b"no image"
   use(test=source)
@@ -196,7 +196,7 @@ def test_a_damaged_record_is_one_clear_line(use, fakes):
       evals.create(task, data=DATA).run(fakes.Inference(["cat", "dog"]), {})
 
 
-def test_bad_class_lists(use, fakes):
+def test_wrong_class_lists_are_refused(use, fakes):
   use(test=fakes.Source(LABELS))
   with pytest.raises(UserError, match="duplicates: 'red fox'"):
     evals.create("zero_shot", data=DATA, classnames=(*NAMES, "red fox"))
