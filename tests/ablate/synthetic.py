@@ -1,4 +1,4 @@
-"""Make plans of the tiny config, and files of results with known figures."""
+"""Make plans for the tiny config, and files of results with known figures."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ METRICS = {
 
 
 def base(name: str = "tiny") -> ConfigDict:
-  """Return a base of this kind: the tiny shapes, the emoji, or the paper's run with its evaluations."""
+  """Return the config of this name: the tiny shapes, the emoji, or the paper's run with its evaluations."""
   arg = "imagenet=I,coco=C,flickr=F,fid=C,inception=W"
   return {"tiny": tiny.get_config, "emoji": emoji.get_config, "paper": lambda: diffdis_cc3m.get_config(arg)}[name]()
 
 
 def make_plan(config: ConfigDict | None = None, *, names: Sequence[str] = PAPER, seeds=(0, 1, 2), grid="") -> Plan:
-  """Return the plan of these tables, or of a grid, on the tiny config and its autoencoder."""
+  """Plan these tables, or a grid, for the tiny config and its autoencoder."""
   config = config or base()
   fields = config.to_dict()
-  asked = [tables.grid(grid, fields)] if grid else tables.choose(names, schedule=config.text_diffusion.schedule)
-  return planning.make(fields, tiny.get_config("autoencoder").to_dict(), asked, seeds)
+  asked_tables = [tables.grid(grid, fields)] if grid else tables.choose(names, schedule=config.text_diffusion.schedule)
+  return planning.make(fields, tiny.get_config("autoencoder").to_dict(), asked_tables, seeds)
 
 
 def write(
   folder: Folder, run: Run, figures: Mapping[str, float], *, without: Sequence[str] = (), **protocol: Any
 ) -> None:
-  """Write the results of a run: every metric of a data set is its one of `figures`, or 0.5, and the data sets `without`
-  are not measured yet."""
+  """Write the results of a run. All metrics of a data set equal its value in `figures`, or 0.5. The data sets of
+  `without` are left out."""
   results: dict[str, dict[str, Any]] = {}
   for name, section in run.evals.items():
     if name not in without:

@@ -1,4 +1,4 @@
-"""Test which runs make up the paper's tables and a grid, and what their names depend on."""
+"""Test which runs the paper's tables and a grid need, and what the names of runs depend on."""
 
 from __future__ import annotations
 
@@ -17,54 +17,56 @@ from tests.ablate.synthetic import base, make_plan
 
 
 @pytest.mark.parametrize("name", ["tiny", "emoji", "paper"])
-def test_the_papers_tables_are_nine_runs_a_seed(name):
-  """Table 2's data row, Table 3's of the base's schedule and Table 7's t_z = 1000 are one run; so are the base rows of
-  Tables 4 and 5."""
+def test_the_papers_tables_need_nine_runs_for_each_seed(name):
+  """One run serves Table 2's row "data", Table 3's row of the base's schedule and Table 7's row t_z = 1000; another
+  serves the base rows of Tables 4 and 5."""
   config = base(name)
-  asked = tables.choose(["2", "3", "4", "5", "7"], schedule=config.text_diffusion.schedule)
-  plan = planning.make(config.to_dict(), None, asked, (0, 1, 2))
+  asked_tables = tables.choose(["2", "3", "4", "5", "7"], schedule=config.text_diffusion.schedule)
+  plan = planning.make(config.to_dict(), None, asked_tables, (0, 1, 2))
   assert len(plan.runs) == 27 and len({run.name for run in plan.runs}) == 27
   number = {"cosine": 0, "scaled_linear": 1}[config.text_diffusion.schedule]
   assert plan.rows["2", 1] == plan.rows["3", number] == plan.rows["7", 2]
   assert plan.rows["4", 1] == plan.rows["5", 2]
   assert [run.config["seed"] for run in plan.rows["4", 0]] == [0, 1, 2]
   assert [run.config["seed"] for run in plan.runs] == [0] * 9 + [1] * 9 + [2] * 9
-  assert {table.name: table.base for table in asked} == {"2": 1, "3": number, "4": 1, "5": 2, "7": 2}
+  assert {table.name: table.base for table in asked_tables} == {"2": 1, "3": number, "4": 1, "5": 2, "7": 2}
 
 
-def test_rows_change_what_the_paper_says():
+def test_rows_change_the_fields_that_the_paper_changes():
   plan = make_plan(seeds=(5,))
   changed = {}
-  there = workdir.flatten(plan.base)
+  base_fields = workdir.flatten(plan.base)
   for (table, row), (run,) in plan.rows.items():
-    here = workdir.flatten(run.config)
-    changed[table, row] = {field: here[field] for field in here if field != "seed" and here[field] != there[field]}
-  one = {"text_diffusion.gamma": 1.0}
+    run_fields = workdir.flatten(run.config)
+    changed[table, row] = {
+      field: run_fields[field] for field in run_fields if field != "seed" and run_fields[field] != base_fields[field]
+    }
+  gamma = {"text_diffusion.gamma": 1.0}
   assert changed == {
-    ("2", 0): one | {"text_diffusion.target": "noise"},
-    ("2", 1): one,
-    ("3", 0): one | {"text_diffusion.schedule": "cosine"},
-    ("3", 1): one,
+    ("2", 0): gamma | {"text_diffusion.target": "noise"},
+    ("2", 1): gamma,
+    ("3", 0): gamma | {"text_diffusion.schedule": "cosine"},
+    ("3", 1): gamma,
     ("4", 0): {"model.fusion": False},
     ("4", 1): {},
     ("5", 0): {"model.modality_ffn": False},
     ("5", 1): {"model.share_attention": False},
     ("5", 2): {},
-    ("7", 0): one | {"condition_timestep": 0},
-    ("7", 1): one | {"condition_timestep": 999},
-    ("7", 2): one,
+    ("7", 0): gamma | {"condition_timestep": 0},
+    ("7", 1): gamma | {"condition_timestep": 999},
+    ("7", 2): gamma,
   }
 
 
-def test_rows_of_the_fusion_block_have_one_whatever_the_base_has():
-  """Without it all of Table 5 would be one network."""
+def test_rows_about_the_fusion_block_turn_it_on():
+  """Without the fusion block, all rows of Table 5 would be the same network."""
   config = base()
   config.model.fusion = False
   plan = make_plan(config, names=["5"], seeds=(0,))
   assert [plan.rows["5", row][0].config["model"]["fusion"] for row in range(3)] == [True] * 3
 
 
-def test_one_autoencoder_comes_first_and_serves_every_run():
+def test_one_autoencoder_comes_first_and_all_runs_start_from_it():
   plan = make_plan()
   first, *others = plan.runs
   assert len(others) == 27 and first.name.startswith("autoencoder-") and not first.evals
@@ -72,7 +74,7 @@ def test_one_autoencoder_comes_first_and_serves_every_run():
   assert first.config["objectives"] == ("reconstruction",)
 
 
-def test_an_autoencoder_of_its_own_for_what_it_depends_on():
+def test_runs_with_another_image_size_have_another_autoencoder():
   plan = make_plan(grid="image_size=16,32", seeds=(0, 1))
   small, large = plan.runs[:2]
   assert [run.config["image_size"] for run in (small, large)] == [16, 32]
@@ -80,7 +82,7 @@ def test_an_autoencoder_of_its_own_for_what_it_depends_on():
   assert len(make_plan(grid="loss.ita_weight=0.1,0.2", seeds=(0, 1)).runs) == 5
 
 
-def test_an_autoencoder_takes_over_what_is_its_own_of_the_base(tmp_path):
+def test_an_autoencoder_takes_the_fields_of_the_base_that_it_has(tmp_path):
   path, config = "tests/tiny.py", base()
   given = {"image_size": 32, "num_steps": 3, "data.path": "somewhere", "loss.ita_weight": 0.5}
   autoencoder = planning.find_autoencoder(path, given, config.to_dict())
@@ -94,16 +96,16 @@ def test_an_autoencoder_takes_over_what_is_its_own_of_the_base(tmp_path):
   assert planning.find_autoencoder("configs/diffdis_cc3m.py", {}, base("paper").to_dict()) is None
 
 
-def test_a_run_is_known_by_what_its_training_depends_on(tmp_path, monkeypatch):
+def test_the_name_of_a_run_depends_on_its_training_alone(tmp_path, monkeypatch):
   name = lambda config, **fields: make_plan(config, names=["4"], seeds=(0,), **fields).rows["4", 1][0].name
   config = base()
   first = name(config)
-  # Frozen: a run that is there must be found again by later versions.
+  # Frozen: later versions must find the runs of earlier ones.
   assert planning.digest({"a.b": 0.1, "c": (1, 2), "d": "x"}) == planning.digest({"d": "x", "c": [1, 2], "a.b": 0.1})
-  assert planning.digest({"a.b": 0.1, "c": (1, 2), "d": "x"}) == "ec4025ea"  # of sha256sum
+  assert planning.digest({"a.b": 0.1, "c": (1, 2), "d": "x"}) == "ec4025ea"  # computed by sha256sum
   config.mesh.data, config.log_every, config.data.loader.num_threads = 1, 1, 3
   config.evals.test.data.num_images = 8
-  config.seed = 17  # the rows have their own
+  config.seed = 17  # each row sets its own
   assert name(config) == first
   monkeypatch.chdir(tmp_path)
   assert name(config) == first
@@ -111,7 +113,7 @@ def test_a_run_is_known_by_what_its_training_depends_on(tmp_path, monkeypatch):
   assert name(config) != first
 
 
-def test_a_row_is_measured_for_what_it_is_trained_for():
+def test_a_row_has_the_evaluations_of_its_objectives():
   plan = make_plan(grid="objectives=('generation',),('discrimination',),('generation','discrimination')", seeds=(0,))
   generation, discrimination, joint = (plan.rows["grid", place][0] for place in range(3))
   assert {*generation.evals} == {"generated", "held_out"}
@@ -120,7 +122,7 @@ def test_a_row_is_measured_for_what_it_is_trained_for():
   assert plan.tables[0].base == 2 and plan.tables[0].rows[2].label == "objectives = generation + discrimination"
 
 
-def test_grids():
+def test_a_grid_has_a_row_for_each_combination():
   table = tables.grid("loss.ita_weight=0.003,0.01; text_diffusion.schedule=cosine,scaled_linear", base().to_dict())
   fields = ("loss.ita_weight", "text_diffusion.schedule")
   assert [tuple(row.changes[field] for field in fields) for row in table.rows] == [
@@ -129,7 +131,7 @@ def test_grids():
     (0.01, "cosine"),
     (0.01, "scaled_linear"),
   ]
-  assert table.base == 3  # as the base is
+  assert table.base == 3  # this row equals the base
   assert tables.grid("model.fusion=false,true", base().to_dict()).rows[0].changes == {"model.fusion": False}
   assert tables.grid("text_diffusion.gamma=1", base().to_dict()).rows[0].changes == {"text_diffusion.gamma": 1.0}
 
@@ -149,13 +151,13 @@ def test_grids():
     ("loss.ita_weight=0.1;loss.ita_weight=0.2", "loss.ita_weight twice"),
   ],
 )
-def test_wrong_grids(grid, message):
+def test_a_wrong_grid_is_refused(grid, message):
   with pytest.raises(UserError, match=message) as error:
     tables.grid(grid, base().to_dict())
   assert "\n" not in str(error.value)
 
 
-def test_wrong_tables_seeds_and_bases():
+def test_wrong_tables_seeds_and_bases_are_refused():
   choose = lambda *names: tables.choose(names, schedule="cosine")
   for name in ("6", "2"):
     with pytest.raises(UserError, match=f"--tables has '{name}'; it takes each of 2,3,4,5,7 once"):
@@ -179,7 +181,7 @@ def test_wrong_tables_seeds_and_bases():
     make_plan(config, grid="objectives=('reconstruction',)")
 
 
-def test_a_folder_is_of_one_base(tmp_path):
+def test_a_folder_holds_ablations_of_one_base(tmp_path):
   plan, folder = make_plan(), Folder(tmp_path / "out")
   folder.check(plan)
   assert not (tmp_path / "out").exists()
@@ -199,7 +201,7 @@ def test_a_folder_is_of_one_base(tmp_path):
     Folder(pathlib.Path(__file__).parent).check(plan)
 
 
-def test_init_from_is_the_autoencoders_workdir_from_wherever_one_starts(tmp_path, monkeypatch):
+def test_init_from_is_the_autoencoders_absolute_workdir(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   run = make_plan().runs[1]
   relative, absolute = Folder("out"), Folder(os.path.abspath("out"))

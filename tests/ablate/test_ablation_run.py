@@ -1,4 +1,4 @@
-"""Test in which order runs are done, what happens to one that fails or is stopped, and what is waited for."""
+"""Test the order of the runs, and what happens if a run fails, is stopped, or belongs to another process."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.interrupting import Terminal, is_alive, not_ignored
 
 @pytest.fixture
 def plan():
-  """Plan an autoencoder, and two rows of one seed."""
+  """Plan an autoencoder and two rows, with one seed."""
   return make_plan(names=["4"], seeds=(0,))
 
 
-class Done:
-  """Records what is done in the place of training, and gives the state of every run."""
+class Recorder:
+  """Stand in for training and measuring: record the calls, and return the state of each run."""
 
   def __init__(self, folder: Folder, monkeypatch: pytest.MonkeyPatch):
     self.folder, self.trained, self.measured = folder, [], []
@@ -55,21 +55,21 @@ class Done:
 
 
 @pytest.fixture
-def done(tmp_path, monkeypatch):
+def recorder(tmp_path, monkeypatch):
   monkeypatch.setattr(lock, "ENDING", 0.0)
-  return Done(Folder(tmp_path), monkeypatch)
+  return Recorder(Folder(tmp_path), monkeypatch)
 
 
-def test_the_autoencoder_is_trained_first_and_once(plan, done):
+def test_the_autoencoder_is_trained_first_and_once(plan, recorder):
   first, off, on = plan.runs
   for run in (on, off, on):
-    running.run(run, done.folder, train=done.train, measure=done.measure)
-  assert done.trained == [done.folder.workdir(run) for run in (first, on, off)]
-  assert done.measured == [on.name, off.name]
+    running.run(run, recorder.folder, train=recorder.train, measure=recorder.measure)
+  assert recorder.trained == [recorder.folder.workdir(run) for run in (first, on, off)]
+  assert recorder.measured == [on.name, off.name]
 
 
-def test_a_chain_is_trained_from_its_beginning(done):
-  """The autoencoder comes first, then generation, then both; only what is a row is measured."""
+def test_a_chain_of_runs_is_trained_from_its_first(recorder):
+  """The autoencoder is trained first, then generation, then both; only the last is a row and is measured."""
   fields = synthetic.base().to_dict()
   start = tables.Row(label="generation", changes={"objectives": ("generation",)}, measured=False)
   table = tables.Table(name="t", title="t", rows=(tables.Row(label="then both", changes={}, start=start),), base=None)
@@ -77,46 +77,48 @@ def test_a_chain_is_trained_from_its_beginning(done):
   plan = planning.make(fields, autoencoder, [table], (7,), own_starts=True)
   assert [run.name.partition("-seed_7")[0] for run in plan.runs] == ["autoencoder", "generation", "then_both"]
   assert {run.config["seed"] for run in plan.runs} == {7}
-  running.run(plan.runs[2], done.folder, train=done.train, measure=done.measure)
-  assert done.trained == [done.folder.workdir(run) for run in plan.runs] and done.measured == [plan.runs[2].name]
+  running.run(plan.runs[2], recorder.folder, train=recorder.train, measure=recorder.measure)
+  assert recorder.trained == [recorder.folder.workdir(run) for run in plan.runs] and recorder.measured == [
+    plan.runs[2].name
+  ]
 
 
-def test_what_another_process_has_is_waited_for(plan, done, monkeypatch):
-  """Another process trains it here until it ends; what it has done is not done again."""
+def test_a_run_of_another_process_is_waited_for(plan, recorder, monkeypatch):
+  """Another process trains the run, which is not trained again after that process has ended."""
   monkeypatch.setattr(running, "PATIENCE", 0.01)
   first, *_ = plan.runs
-  path, waits = done.folder.workdir(first), []
+  path, waits = recorder.folder.workdir(first), []
 
   def train(config, path):
     waits.append(path)
     if len(waits) == 3:
-      done.trained.append(path)  # by the other process
+      recorder.trained.append(path)  # by the other process
     raise lock.InUse("in use by process 1 on another; wait for it")
 
-  running.run(first, done.folder, train=train, measure=done.measure)
-  assert waits == [path] * 3 and not done.measured
+  running.run(first, recorder.folder, train=train, measure=recorder.measure)
+  assert waits == [path] * 3 and not recorder.measured
 
 
 def script(lines: dict[int, str]):
   return lambda number: [sys.executable, "-IS", "-c", lines.get(number, "pass")]
 
 
-def test_one_that_fails_is_told_and_the_others_go_on(plan, tmp_path, caplog):
+def test_a_run_that_fails_is_reported_and_the_others_go_on(plan, tmp_path, caplog):
   folder = Folder(tmp_path)
-  fails = "import sys; sys.stderr.write('step 1\\nerror: no such data\\nbye\\n'); sys.exit(2)"
-  code = running.run_all(plan, folder, script({1: fails, 2: f"open({str(tmp_path / 'other')!r}, 'w')"}))
+  failing = "import sys; sys.stderr.write('step 1\\nerror: no such data\\nbye\\n'); sys.exit(2)"
+  code = running.run_all(plan, folder, script({1: failing, 2: f"open({str(tmp_path / 'other')!r}, 'w')"}))
   assert code == 2 and (tmp_path / "other").exists()
   assert folder.log(plan.runs[1]).read_text() == "step 1\nerror: no such data\nbye\n"
   assert (
     f"run 1, {plan.runs[1].name}: failed with code 2: no such data; log in {folder.log(plan.runs[1])}" in caplog.text
   )
   assert "1 of 3 runs failed" in caplog.text
-  assert running.run_all(plan, folder, script({1: fails, 2: "raise SystemExit(1)"})) == 1
+  assert running.run_all(plan, folder, script({1: failing, 2: "raise SystemExit(1)"})) == 1
   assert folder.log(plan.runs[1]).read_text().count("no such data") == 2
 
 
-def test_a_start_that_no_row_needs_any_more_is_not_trained_again(plan, tmp_path):
-  """This holds where all its rows have results, whether or not its workdir is there."""
+def test_an_autoencoder_that_no_row_needs_is_not_trained(plan, tmp_path):
+  """No row needs it once all its rows have results, even if its workdir is missing."""
   folder, begun = Folder(tmp_path), tmp_path / "begun"
   synthetic.write(folder, plan.runs[1], {})
   lines = {number: f"open({str(begun)!r}, 'a').write('{number} ')" for number in range(3)}
@@ -127,13 +129,13 @@ def test_a_start_that_no_row_needs_any_more_is_not_trained_again(plan, tmp_path)
   assert running.lines(plan, folder)[-1] == "3 runs, 3 finished"
 
 
-def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
+def test_sigterm_is_passed_to_the_run_which_saves(plan, tmp_path):
   begun, saved = tmp_path / "begun", tmp_path / "saved"
   waits = (
     "import pathlib, signal, sys, time\n"
     f"def save(*_):\n  pathlib.Path({str(saved)!r}).touch(); sys.exit(75)\n"
     f"signal.signal(signal.SIGTERM, save); pathlib.Path({str(begun)!r}).touch()\n"
-    "while True:\n  time.sleep(0.01)"  # in steps: Python hears of a signal between them
+    "while True:\n  time.sleep(0.01)"  # in short steps: Python handles a signal between them
   )
 
   def stop():
@@ -151,7 +153,7 @@ def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
   assert not Folder(tmp_path / "out").log(plan.runs[1]).exists()
 
 
-def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path, caplog):
+def test_ctrl_c_ends_the_run_and_no_other_starts(plan, tmp_path, caplog):
   begun, next_one = tmp_path / "begun", tmp_path / "next"
   waits = f"import time; open({str(begun)!r}, 'w')\nwhile True:\n  time.sleep(0.01)"
   lines = {1: waits, 2: f"open({str(next_one)!r}, 'w')"}
@@ -170,7 +172,7 @@ def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path, caplog):
   assert "run 1 of 0 to 2: " in caplog.text and "run 2 of 0 to 2: " not in caplog.text
 
 
-# A run's process, which a terminal's Ctrl-C and the SIGTERM of its parent both reach. It saves once.
+# The program of a run that saves once, although both the terminal's Ctrl-C and its parent's SIGTERM reach it.
 SAVING = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
@@ -222,14 +224,14 @@ def test_ctrl_c_in_a_terminal_lets_the_run_save(tmp_path):
 
 
 @pytest.mark.parametrize("code, cause", [(75, Preempted), (130, Interrupted)])
-def test_a_run_that_was_stopped_ends_all(plan, tmp_path, code, cause):
+def test_a_run_that_was_stopped_ends_the_others(plan, tmp_path, code, cause):
   with pytest.raises(Preempted) as error:
     running.run_all(plan, Folder(tmp_path), script({0: f"raise SystemExit({code})", 1: "assert False"}))
   assert error.type is cause
 
 
-def test_seconds_of_a_step(tmp_path):
-  """Lines of 2 and 4 steps a second, as many steps each, are 0.375 s. Evaluations and a line cut off say nothing."""
+def test_the_seconds_of_a_step_are_read_from_the_log(tmp_path):
+  """4 steps at 2 per second and 4 at 4 per second take 0.375 s each. Other lines are skipped, and one cut off too."""
   assert seconds_per_step(str(tmp_path)) is None
   lines = [{"step": 4, "steps_per_sec": 2.0}, {"step": 4, "test/acc1": 1.0}, {"step": 8, "steps_per_sec": 4.0}]
   lines.append({"step": 9, "steps_per_sec": None})

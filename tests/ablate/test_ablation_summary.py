@@ -1,4 +1,4 @@
-"""Compare the cells of tables, made of results with known means, with numbers worked out by hand."""
+"""Compare the cells of tables of made-up results with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.ablate.synthetic import base, make_plan, write
 
 
 def difference_of(values, base):
-  """Return the cell of the first of two rows of one column, the second of which is the base."""
+  """Return the cell of a row with these values, in a table whose second row is the base."""
   cells, against = summary.cells_of([{"top-1": values}, {"top-1": base}], base=1)
   assert against["top-1"]["difference"] is None
   return cells["top-1"]
 
 
-def test_a_cell_by_hand():
+def test_a_cell_equals_one_computed_by_hand():
   """Values 90, 92, 97 have mean 93 and variance (9 + 1 + 16) / 2 = 13. Their differences to 88, 91, 91 are 2, 1, 6,
   with mean 3, variance (1 + 4 + 9) / 2 = 7 and standard error sqrt(7 / 3) = 1.5275; 4.3027 times that, t(0.975, 2), is
   6.572."""
@@ -39,11 +39,11 @@ def test_a_cell_by_hand():
 @pytest.mark.parametrize(
   "values, other, difference",
   [
-    # Two standard errors away five times over, which of one degree of freedom is 1 in 8.
+    # Five standard errors from zero; with one degree of freedom, p is 1 in 8.
     ({0: 5.0, 1: 7.0}, {0: 2.0, 1: 5.0}, {"mean": 2.5, "se": 0.5, "n": 2, "is_significant": False}),
-    # Seeds that only one of the rows has are left out of the pairs.
+    # Only seeds of both rows make pairs.
     ({0: 5.0, 1: 7.0}, {1: 5.0, 2: 100.0}, {"mean": 2.0, "se": None, "n": 1, "p": None, "is_significant": False}),
-    # Equal in every seed, or a constant gain: there is no spread to judge by.
+    # The difference is the same for every seed, so no variance can be estimated.
     ({0: 5.0, 1: 6.0}, {0: 5.0, 1: 6.0}, {"mean": 0.0, "se": 0.0, "n": 2, "p": None, "is_significant": False}),
     ({0: 5.0, 1: 6.0}, {0: 4.0, 1: 5.0}, {"mean": 1.0, "se": 0.0, "n": 2, "p": None, "is_significant": False}),
     (
@@ -53,7 +53,7 @@ def test_a_cell_by_hand():
     ),
   ],
 )
-def test_pairs(values, other, difference):
+def test_differences_are_paired_by_seed(values, other, difference):
   assert difference.items() <= difference_of(values, other)["difference"].items()
 
 
@@ -62,8 +62,8 @@ def test_rows_without_a_common_seed_have_no_difference(values, other):
   assert difference_of(values, other)["difference"] is None
 
 
-def test_holm_is_over_all_cells_of_a_table():
-  """Three rows and two columns have four differences to the base row, whose p is scipy's."""
+def test_holms_correction_is_over_all_cells_of_a_table():
+  """Three rows and two columns have four differences to the base row; their p-values equal scipy's."""
   rng = np.random.default_rng(0)
   figures = [{name: dict(enumerate(rng.normal(size=4).tolist())) for name in ("a", "b")} for _ in range(3)]
   cells = summary.cells_of(figures, base=1)
@@ -71,8 +71,8 @@ def test_holm_is_over_all_cells_of_a_table():
   pairs = [([*figures[place][name].values()], [*figures[1][name].values()]) for place in (0, 2) for name in ("a", "b")]
   p = [stats.ttest_rel(ours, base).pvalue for ours, base in pairs]
   np.testing.assert_allclose([difference["p"] for difference in differences], p)
-  least = int(np.argmin(p))
-  np.testing.assert_allclose(differences[least]["p_holm"], min(1.0, 4 * p[least]))
+  smallest = int(np.argmin(p))
+  np.testing.assert_allclose(differences[smallest]["p_holm"], min(1.0, 4 * p[smallest]))
 
 
 def summarised(plan, folder):
@@ -81,8 +81,8 @@ def summarised(plan, folder):
 
 @pytest.fixture
 def measured(tmp_path):
-  """Write the results of Table 4 with its three seeds; of the row without fusion the last is missing, and the second
-  not finished."""
+  """Write the results of Table 4 with three seeds. The row without fusion has no third run and an unfinished second
+  one."""
   plan, folder = make_plan(names=["4"]), Folder(tmp_path)
   for seed, run in enumerate(plan.rows["4", 1]):
     write(folder, run, {"test": 0.9 + seed / 100, "generated": 1.0})
@@ -92,7 +92,7 @@ def measured(tmp_path):
   return plan, folder
 
 
-def test_a_table_of_known_results(measured):
+def test_a_table_has_the_means_of_known_results(measured):
   content = summarised(*measured)
   assert content["columns"] == {
     "generated/acc1_seen": "generated images, seen pairs ↑",
@@ -116,7 +116,7 @@ def test_a_table_of_known_results(measured):
   assert json.loads(json.dumps(content)) == json.loads(json.dumps(summarised(*measured)))
 
 
-def test_markdown_of_known_results(measured):
+def test_the_markdown_has_the_cells_of_known_results(measured):
   text = summary.markdown(summarised(*measured))
   lines = text.splitlines()
   at = next(i for i, line in enumerate(lines) if line.startswith("## Table 4: Dual-stream deep fusion"))
@@ -134,7 +134,7 @@ def test_markdown_of_known_results(measured):
 
 
 def table_7(folder_path, *, fid_images):
-  """Summarise a run of the paper's config whose rows have an FID of 10, 11 and 12, and other figures that are equal."""
+  """Summarise Table 7 of the paper's config. Its rows have an FID of 10, 11 and 12, and equal other figures."""
   config = base("paper")
   config.evals.fid.num_images = fid_images
   plan, folder = make_plan(config, names=["7"], seeds=(0,)), Folder(folder_path)
@@ -145,7 +145,7 @@ def table_7(folder_path, *, fid_images):
 
 
 def test_the_papers_figures_stand_under_ours(tmp_path):
-  """FID stands as it is, top-1 in per cent, and R@1 as the mean of the four."""
+  """FID is unchanged, top-1 is in per cent, and R@1 is the mean of four."""
   content = table_7(tmp_path, fid_images=30_000)
   assert [*content["columns"]] == ["fid", "imagenet/acc1", "recall@1"]
   means = [cell["mean"] for cell in content["tables"]["7"]["rows"][1]["cells"].values()]
@@ -154,8 +154,8 @@ def test_the_papers_figures_stand_under_ours(tmp_path):
   assert "| *paper* | 12.02 | 21.73 | 27.56 |" in lines and "|  | FID ↓ | ImageNet top-1 ↑ | mean R@1 ↑ |" in lines
 
 
-def test_fid_of_few_images_is_not_what_the_paper_reports(tmp_path):
-  """configs/diffdis_cc3m.py measures it so while a run trains: it is too high by as much as models differ."""
+def test_fid_of_few_images_has_a_column_apart_from_the_papers(tmp_path):
+  """FID of 1000 images, as configs/diffdis_cc3m.py measures it during training, is biased upwards."""
   content = table_7(tmp_path, fid_images=1000)
   assert [*content["columns"]] == ["fid/fid", "imagenet/acc1", "recall@1"]
   lines = summary.markdown(content).splitlines()
@@ -163,9 +163,9 @@ def test_fid_of_few_images_is_not_what_the_paper_reports(tmp_path):
   assert "| *paper* |  | 21.73 | 27.56 | 12.02 |" in lines
 
 
-def test_only_what_survives_is_bold(tmp_path):
-  """Differences of test are -2, 3 and -1; of unseen -20, -20.2 and -20.1, with t 348 and p 8e-6, which Holm doubles.
-  The three other columns are 50 in all runs and count for nothing."""
+def test_only_differences_that_stay_significant_after_holms_correction_are_bold(tmp_path):
+  """The differences on test are -2, 3 and -1. Those on unseen are -20, -20.2 and -20.1: t is 348 and p 8e-6, which
+  Holm's correction doubles. The other three columns are 50 in all runs and are not counted."""
   plan, folder = make_plan(names=["4"]), Folder(tmp_path)
   for seed in range(3):
     write(folder, plan.rows["4", 0][seed], {"test": (0.80, 0.86, 0.80)[seed], "unseen": (0.1, 0.2, 0.3)[seed]})
@@ -197,21 +197,23 @@ def test_protocols_are_not_mixed(tmp_path):
 
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf])
-def test_a_figure_that_is_not_finite_is_left_out_and_told(measured, caplog, figure):
-  """The seed drops out of the pairs, as one without a run does; all else stays."""
+def test_a_figure_that_is_not_finite_is_left_out_and_logged(measured, caplog, figure):
+  """Its seed is left out of the pairs, like a seed without a run; the other figures stay."""
   plan, folder = measured
   write(folder, plan.rows["4", 0][1], {"test": figure})
   write(folder, plan.rows["4", 0][2], {"test": 0.8})
   content = summarised(plan, folder)
-  assert content["runs"][plan.rows["4", 0][1].name]["evaluations"]["test"]["metrics"]["acc1"] is None  # as JSON has it
+  assert (
+    content["runs"][plan.rows["4", 0][1].name]["evaluations"]["test"]["metrics"]["acc1"] is None
+  )  # NaN is null in JSON
   off, on = content["tables"]["4"]["rows"]
   assert [*off["cells"]["test/acc1"]["values"]] == ["0", "2"] and off["cells"]["unseen/acc1"]["n"] == 3
   assert off["cells"]["test/acc1"]["difference"]["n"] == 2 and on["cells"]["test/acc1"]["n"] == 3
   assert f"{plan.rows['4', 0][1].name}: test/acc1 is {figure}, and is left out" in caplog.text
 
 
-def test_status(tmp_path, monkeypatch):
-  """9 steps of 2 s are left of one run, 36 s of steps of another at the speed of the first, and 8 of an autoencoder."""
+def test_the_status_has_the_hours_that_are_left(tmp_path, monkeypatch):
+  """One run has 9 steps of 2 s left, another 18 steps at the same speed, and an autoencoder 8 steps."""
   plan, folder = make_plan(names=["4"], seeds=(0,)), Folder(tmp_path)
   first, second, third = plan.runs
   states = {
