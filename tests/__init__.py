@@ -1,4 +1,4 @@
-"""The tests. `check` checks annotations at run time; as in PEP 484, it accepts an int where a float is annotated."""
+"""The tests. `check` checks annotations at run time, and accepts an int for a float, as PEP 484 does."""
 
 from beartype import BeartypeConf, beartype
 

@@ -34,7 +34,7 @@ def cifar100(root: pathlib.Path) -> None:
 
 
 def _cifar(folder: pathlib.Path, batch: str, labels: str, meta: str, field: str, set_name: str) -> None:
-  """Pickle with Python 2's protocol, as the authors did."""
+  """Pickle the set with Python 2's protocol, as its authors did."""
   folder.mkdir(parents=True)
   rng = np.random.default_rng(0)
   data = {"data": rng.integers(0, 256, (12, 3072), np.uint8), labels: [i % 10 for i in rng.permutation(12).tolist()]}
@@ -105,9 +105,9 @@ def pets(root: pathlib.Path) -> None:
   folder = root / "oxford-iiit-pet"
   rows = [("yorkshire_terrier_2", 37), ("Abyssinian_201", 1), ("american_bulldog_100", 2), ("Bengal_7", 6)]
   cats = ("Abyssinian", "Bengal")  # only cats' names begin with a capital
-  spelt = [name if name in cats else name.lower() for name in names("pets")]
-  every = [(f"{name.replace(' ', '_')}_1", i) for i, name in enumerate(spelt, 1)]
-  rows = [*rows, *every]
+  spelled = [name if name in cats else name.lower() for name in names("pets")]
+  one_of_each = [(f"{name.replace(' ', '_')}_1", i) for i, name in enumerate(spelled, 1)]
+  rows = [*rows, *one_of_each]
   (folder / "annotations").mkdir(parents=True)
   (folder / "annotations/test.txt").write_text("".join(f"{image} {label} 1 1\n" for image, label in rows))
   for i, (image, _) in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Start Chromium for tests of pages. It requires apt-get install chromium chromium-driver."""
+"""Start Chromium for the tests of pages. This requires apt-get install chromium chromium-driver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLAGS += ("--disable-background-networking", "--disable-component-update", "--di
 
 @pytest.fixture(params=[390, 1280])
 def driver(request, tmp_path) -> Iterator[Any]:
-  """Start Chromium at the width of a phone and at the width of a laptop, which `driver.width` gives."""
+  """Start Chromium, once with the width of a phone and once with that of a laptop, which is `driver.width`."""
   from selenium import webdriver
 
   options = webdriver.ChromeOptions()

@@ -1,4 +1,4 @@
-"""Run a server on this machine that speaks Google Cloud Storage's protocol and has one bucket, gs://bucket."""
+"""Run a local server that speaks the protocol of Google Cloud Storage and has one bucket, gs://bucket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of the tiny config by command lines as a user types them, shared by several test files."""
+"""Run the tiny config by command lines, as a user types them. Several test files share these runs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MEASURED, GENERATED = ("--tasks=zero_shot",), ("--prompt=a red star", "--prompt=
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-  """Return the commands' environment variables: they compile for one device, quickly rather than well."""
-  quick = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-  return {**os.environ, **quick, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+  """Return the environment variables of the commands: one device, and quick compilation without optimisation."""
+  fast_compilation = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  return {**os.environ, **fast_compilation, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
 
 
 def start(

@@ -1,4 +1,4 @@
-"""Map diffusers' names to those of CompVis' single-file checkpoints, by the inverse of diffusers' converter."""
+"""Map diffusers' names to the names of CompVis' single-file checkpoints: the inverse of diffusers' converter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def unet_name(name: str, *, depth: int, has_attention: Mapping[int, bool]) -> str:
-  """Return a UNet parameter's name. An upsampling's number depends on whether the levels have attention."""
+  """Return a UNet parameter's name in CompVis' file. The numbers of upsamplers depend on which levels attend."""
   if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name):
     direction, level, kind, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     first = level * (depth + 1) + (direction == "down")
@@ -62,7 +62,7 @@ def vae_name(name: str, *, levels: int) -> str:
 def single_file(
   states: Mapping[str, Mapping[str, torch.Tensor]], *, depth: int, levels: int
 ) -> dict[str, torch.Tensor]:
-  """Return one state dict made of three. Its autoencoder has attention as 1x1 convolutions.
+  """Join three state dicts into one, in which the autoencoder's attention layers are 1x1 convolutions.
 
   Args:
     states: state dicts of unet, vae and text_encoder, the last with its prefix `text_model.`.

@@ -12,7 +12,7 @@ import pathlib
 import signal
 from collections.abc import Iterator
 
-# Compiling takes most of the tests' time, and these flags more than halve it. jax reads them when it makes its first
+# Compilation takes most of the tests' time, and these flags more than halve it. jax reads them when it makes its first
 # array, also in the commands that the tests start. A compiler that does not know a flag ends at once with a message.
 # The second flag puts an AdamW step's moments, average and parameter into one kernel instead of four. The third is only
 # for jaxlib 0.10: later versions have no other emitter.
@@ -103,7 +103,7 @@ def verbosity_stays() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-  """Return one worker a core if memory allows: jax keeps what it compiled and traced in memory."""
+  """Return one worker for each core if memory allows: jax keeps compiled and traced programs in memory."""
   memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   return max(1, min(len(os.sched_getaffinity(0)), memory // PROCESS_BYTES))
 

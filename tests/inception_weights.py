@@ -1,4 +1,4 @@
-"""Make random weights of FID's Inception in torch-fidelity's own network; the published ones are a download."""
+"""Make random weights for FID's Inception by torch-fidelity's network, so that no test downloads the published ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAYERS = ["64", "192", "768", "2048"]
 
 
 class _Unloaded(FeatureExtractorInceptionV3):
-  """The network as its constructor makes it, before a file is loaded."""
+  """torch-fidelity's network before it loads its weights from a file."""
 
   def __init__(self) -> None:
     empty = io.BytesIO()
@@ -27,7 +27,7 @@ class _Unloaded(FeatureExtractorInceptionV3):
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
-  """Fill it so that norms are far from the identity, and no ReLU is dead."""
+  """Fill a network so that its norms are far from the identity and no ReLU is dead."""
   generator = torch.Generator().manual_seed(seed)
   normal = lambda x: torch.randn(x.shape, generator=generator)
   uniform = lambda x: 0.5 + torch.rand(x.shape, generator=generator)
@@ -61,7 +61,7 @@ def inception_state() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory: pytest.TempPathFactory, inception_state: dict[str, torch.Tensor]) -> pathlib.Path:
-  """Write it as torch-fidelity's file."""
+  """Write the weights to a file as torch-fidelity does."""
   path = tmp_path_factory.getbasetemp() / "inception.pth"
   torch.save(inception_state, path)
   return path

@@ -1,4 +1,4 @@
-"""Send Ctrl-C as a terminal does: to every process of a group that does not ignore it."""
+"""Send Ctrl-C as a terminal does: to all processes of a group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.command_runs import ROOT
 
 @contextlib.contextmanager
 def not_ignored() -> Iterator[None]:
-  """Stop ignoring SIGINT, which a shell without job control makes its background commands and their children do."""
+  """Handle SIGINT also where a shell without job control started this process in the background, ignoring it."""
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     yield

@@ -3,7 +3,7 @@
   python tests/mutate.py [--count=40] [--seed=0] [--only=losses]
 
 It works in a copy of the checkout. Each change is one operation of the syntax tree: a comparison becomes its opposite,
-+ and − or · and / change places, a term or a sign is dropped, a number becomes another one. The modules take turns, so
++ and − are swapped, · and / are swapped, a term or a sign is dropped, or a number changes. The modules take turns, so
 that each has its share of the changes; the same seed makes the same changes. The output has a line for each change,
 then those that no test found, then `found N of M`. Forty take about 20 minutes on one core.
 """
@@ -60,7 +60,7 @@ OPPOSITE = {
 
 
 def changes(node: ast.AST) -> Iterator[ast.expr]:
-  """Yield the changes of a node."""
+  """Yield the expressions that may replace a node."""
   if isinstance(node, ast.Compare) and type(node.ops[0]) in OPPOSITE:
     yield ast.Compare(node.left, [OPPOSITE[type(node.ops[0])](), *node.ops[1:]], node.comparators)
   elif isinstance(node, ast.BinOp) and type(node.op) in OPPOSITE:
@@ -93,7 +93,7 @@ def sites(tree: ast.Module) -> list[ast.AST]:
 
 
 class Replace(ast.NodeTransformer):
-  """Replaces the node `old` by `new`."""
+  """Replace the node `old` by `new`."""
 
   def __init__(self, old: ast.AST, new: ast.expr):
     self.old, self.new = old, new
@@ -124,7 +124,7 @@ def chosen_changes(*, only: str, count: int, seed: int) -> list[tuple[str, int, 
 
 
 def tests_pass(checkout: pathlib.Path, path: str, *, seconds: float) -> bool:
-  """Run the module's tests. They fail if they take longer than so many seconds."""
+  """Return whether a module's tests pass within `seconds`."""
   files = [f"tests/{name}" for name in TESTS[path].split()]
   command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
   environment = {**os.environ, "PYTHONPATH": str(checkout)}

@@ -59,5 +59,5 @@ def _in_block(block: str, variables: dict[str, str]) -> Iterator[str]:
       variables[variable[1]] = variable[2]
     line = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
     launcher = None if variable else _COMMAND.match(line)
-    if launcher and not re.search(r"diffdis(_jax.| )NAME", line):  # it occurs in the picture of the folders
+    if launcher and not re.search(r"diffdis(_jax.| )NAME", line):  # this line belongs to the diagram of the folders
       yield line[launcher.end() :]

@@ -1,4 +1,4 @@
-"""Parse command lines by the commands' own flags and stop there, in an environment without the tests' packages.
+"""Parse command lines by the flags of the commands and stop, in an environment without the tests' packages.
 
   python tests/parse_commands.py [--run] <LINES.json
 

@@ -1,4 +1,4 @@
-"""Make Stable Diffusion in PyTorch with random weights, tiny or at full size, as users have it on disk."""
+"""Make a Stable Diffusion in PyTorch with random weights, tiny or at full size, in the form that users have on disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.models import from_torch
 from tests.once import made_once
 
 LENGTH = 12
-# 8 heads and 32 groups, which a single-file checkpoint implies; 32 px images have 16 px latents.
+# A single-file checkpoint implies 8 heads and 32 groups. The latents of 32 px images are 16 px wide.
 UNET = dict(
   block_out_channels=(32, 64),
   down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -1,4 +1,4 @@
-"""Make raw pairs for the tests of data: pictures, webdataset tars, and every kind of fault in them."""
+"""Make raw pairs for the tests of data: pictures, webdataset tars, and pairs with every kind of fault."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def columns(**values: Any) -> bytes:
 
 
 def write_pairs(folder: pathlib.Path, count: int, *, first: int = 0, tar: str = "0.tar", **how: Any) -> None:
-  """Write a tar of pictures, whose captions are their numbers, into a folder, which may be new."""
+  """Write a tar of pictures into a folder. A picture's caption is its number."""
   folder.mkdir(parents=True, exist_ok=True)
   numbers = range(first, first + count)
-  of_pair = lambda i: {f"{i:03d}.png": picture(i, **how), f"{i:03d}.txt": b"%d" % i}
-  files = {name: data for i in numbers for name, data in of_pair(i).items()}
+  files_of = lambda i: {f"{i:03d}.png": picture(i, **how), f"{i:03d}.txt": b"%d" % i}
+  files = {name: data for i in numbers for name, data in files_of(i).items()}
   write_tar(folder / tar, files)
 
 

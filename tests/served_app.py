@@ -1,4 +1,4 @@
-"""Serve the page in a process of its own, for tests that click on it or send it many requests."""
+"""Serve the app's page in another process, for tests that click on it or send it many requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a module while one process compiles one program slowly, as if the others had loaded it from a cache:
+"""Run a module in several processes, one of which compiles a program slowly, as if the others had it in a cache:
 python -m tests.slow_compiling diffdis_jax.train --config=... --workdir=..."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Time(ctypes.Structure):
 
 
 def _wait(seconds: int) -> None:
-  """Wait as a compiler does, on a lock: other threads run, but no signal handler of Python does."""
+  """Wait on a lock, as a compiler does: other threads run, but Python's signal handlers do not."""
   lock, end = ctypes.create_string_buffer(64), _Time(int(time.time()) + seconds, 0)
   library = ctypes.CDLL(None)
   for _ in range(2):

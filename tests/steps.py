@@ -1,4 +1,4 @@
-"""Run training steps of the tiny config with random parameters, which compile in seconds."""
+"""Run training steps of the tiny config, which compile in seconds, with random parameters."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ALPHA_BAR = {name: np.cumprod(1 - betas) for name, betas in _BETAS.items()}
 
 
 def make_config(*objectives: str, **changes: Any) -> ConfigDict:
-  """Make the tiny config with 99 words and attention in the middle alone, so that it compiles quickly.
+  """Make the tiny config with a vocabulary of 99 tokens and attention in the middle block alone: it compiles quickly.
 
   `changes` maps fields, by dotted path, to values.
   """
@@ -80,7 +80,7 @@ def make_inference(config: ConfigDict, *, mesh: Mesh | None = None, batch_size: 
 
 
 def config_of(workdir: epath.PathLike) -> ConfigDict:
-  """Read the config of the run in this folder, unlocked."""
+  """Read the config of a run. It is not locked, so that a test may change it."""
   return ConfigDict(read_fields(workdir))
 
 
@@ -99,7 +99,7 @@ def open_batches(config: ConfigDict, rows: Sequence[int] | None = None) -> grain
 
 
 class Trainer:
-  """A compiled step with a state of random parameters; `batch` has the fields that the step takes."""
+  """A compiled training step with random parameters; `batch` shows which fields and shapes the step takes."""
 
   def __init__(self, config: ConfigDict, mesh: Mesh | None = None, batch: Any = None):
     self.config, self.mesh = config, make_mesh() if mesh is None else mesh
@@ -135,7 +135,7 @@ def moments(opt_state: Any, name: str) -> dict[str, jax.Array]:
 
 
 def loss_function(network: Network, run: Run) -> Any:
-  """Return a run's loss as a function of (trainable, fixed, batch, keys, teacher), not gathered over devices."""
+  """Return a run's loss as a function of (trainable, fixed, batch, keys, teacher), without gathering over devices."""
 
   def loss(
     trainable: Params, fixed: Params, batch: Any, keys: dict[str, jax.Array], teacher: Params | None = None
@@ -151,7 +151,7 @@ def make_keys(microbatch: int = 0) -> dict[str, jax.Array]:
 
 
 class Loss:
-  """A config's loss as a function of (trained parameters, batch, keys), the other parameters fixed; not compiled."""
+  """A config's loss as a function of (trained parameters, batch, keys). The other parameters are fixed."""
 
   def __init__(self, config: ConfigDict, *, trained: str = ""):
     self.network = network_of(config)
@@ -161,7 +161,7 @@ class Loss:
     self._loss = loss_function(self.network, Run.of(config))
 
   def __call__(self, trained: Params, batch: Batch, keys: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-    # The compiled step also gets them as arrays.
+    # The compiled step also takes JAX arrays.
     trained, fixed, batch = jax.tree.map(jnp.asarray, (trained, self._fixed, batch))
     loss, (metrics, _) = self._loss(trained, fixed, batch, keys)
     return loss, metrics

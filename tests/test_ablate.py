@@ -1,4 +1,4 @@
-"""Call ablate as a user types it: it trains runs of the tiny config, which are killed, and writes their tables."""
+"""Test the command ablate: it trains runs of the tiny config, which are killed, and writes their tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRID = "--grid=loss.ita_weight=0.01,0.3"
 
 
 def start(environment: dict[str, str], *flags: str) -> subprocess.Popen:
-  """Start it in a process group of its own, so that a kill hits the run's process too."""
+  """Start ablate in its own process group, so that a kill also reaches the process of a run."""
   command = [sys.executable, "-m", "diffdis_jax.ablate", *flags]
   return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
 
@@ -38,20 +38,20 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def steps_of(out: pathlib.Path) -> int:
-  """Count the lines of all runs."""
+  """Count the logged steps of all runs."""
   return sum(len(path.read_text().splitlines()) for path in out.glob("runs/*/metrics.jsonl"))
 
 
 def tables_of(environment: dict[str, str], out: pathlib.Path, *flags: str) -> bytes:
-  """Write the tables, and return tables.json without the minutes that each run took."""
+  """Write the tables, and return tables.json without the minutes of each run."""
   done = call("ablate", environment, "table", BASE, *flags, f"--out={out}")
   assert done.returncode == 0, done.stderr
   assert (out / "tables.md").read_text() == done.stdout
   return re.sub(rb'"minutes": [^,\n]*', b'"minutes": 0', (out / "tables.json").read_bytes())
 
 
-def test_killed_once_it_ends_in_the_same_table(tmp_path, environment, joint_run, autoencoder_run):
-  """The joint run of other tests is the same training, undisturbed, so that it is only measured here."""
+def test_a_killed_ablation_ends_in_the_same_table(tmp_path, environment, joint_run, autoencoder_run):
+  """The joint run of the other tests is the same training without a kill, so it is only measured here."""
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   flags = [BASE, "--grid=loss.ita_weight=0.01", "--seeds=0", *joint_flags(autoencoder_run)[1:]]
   process, chosen = start(environment, "run", *flags, f"--out={killed}"), random.randint(1, STEPS - 1)
@@ -79,14 +79,14 @@ def test_killed_once_it_ends_in_the_same_table(tmp_path, environment, joint_run,
   assert table["provenance"]["versions"] == [code["versions"]]
   assert arm["provenance"]["steps"] == STEPS and arm["provenance"]["commits"] == [code["commit"]]
   assert [origin["objectives"] for origin in arm["provenance"]["init_from"]] == [["reconstruction"]]
-  assert str(tmp_path.parent) not in first.decode()  # where also the autoencoder lies
+  assert str(tmp_path.parent) not in first.decode()  # the autoencoder's folder is in it, too
   for file in killed.glob("results/*.json"):
     assert str(tmp_path.parent) not in file.read_text()
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("how, code", [("SIGTERM", 75), ("Ctrl-C", 130)])
-def test_it_saves_when_it_is_stopped(tmp_path, environment, autoencoder_run, how, code):
+def test_an_ablation_that_is_stopped_saves(tmp_path, environment, autoencoder_run, how, code):
   out = tmp_path / "out"
   flags = [BASE, GRID, "--seeds=0", "--config.log_every=1", "--config.save_every=1000", "--config.num_steps=400"]
   flags.append(f"--config.init_from={autoencoder_run}")
@@ -111,7 +111,7 @@ def test_it_saves_when_it_is_stopped(tmp_path, environment, autoencoder_run, how
     ),
   ],
 )
-def test_flags_that_do_not_go_together_are_one_line(tmp_path, environment, flags, message):
+def test_flags_that_contradict_each_other_are_refused_in_one_line(tmp_path, environment, flags, message):
   done = call("ablate", environment, "run", BASE, *flags, f"--out={tmp_path / 'out'}")
   assert (done.returncode, done.stdout) == (2, "")
   assert re.fullmatch(f"error: {message}\n", done.stderr)
@@ -131,7 +131,7 @@ def test_flags_that_do_not_go_together_are_one_line(tmp_path, environment, flags
     ("evals.test.task=retrieval", "run .*: evals.test: evaluation retrieval has no setting 'classnames'; known: .*"),
   ],
 )
-def test_wrong_input_is_one_line(tmp_path, environment, grid, message):
+def test_wrong_input_is_refused_in_one_line(tmp_path, environment, grid, message):
   done = call("ablate", environment, "run", BASE, f"--grid={grid}", f"--out={tmp_path / 'out'}")
   assert (done.returncode, done.stdout) == (2, "")
   assert re.fullmatch(f"error: {message}\n", done.stderr)

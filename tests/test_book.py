@@ -1,4 +1,4 @@
-"""Test that README and the book are short, and that links, the navigation and the reference lead to something."""
+"""Test that README and the book are short, and that their links, navigation and reference are not dead."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_every_page_is_in_the_navigation_once():
         yield from pages_of(value) if isinstance(value, list) else [value]
 
   listed = sorted(page for page in pages_of(NAV) if page.endswith(".md"))
-  there = [str(path.relative_to(ROOT / "docs")) for path in pages.DOCS]
-  beside = [str(path.relative_to(ROOT)) for path in (ROOT / "replication").rglob("*.md")]
-  assert listed == sorted([*there, *beside, "tour.md"])  # docs/tour_page.py makes the last from the notebook
+  written = [str(path.relative_to(ROOT / "docs")) for path in pages.DOCS]
+  of_replication = [str(path.relative_to(ROOT)) for path in (ROOT / "replication").rglob("*.md")]
+  assert listed == sorted([*written, *of_replication, "tour.md"])  # docs/tour_page.py makes tour.md from the notebook
 
 
 @pytest.mark.parametrize("path", [README, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
-def test_links_lead_to_files(path):
-  """mkdocs checks the links within docs/."""
+def test_links_lead_to_existing_files(path):
+  """Check the links that mkdocs does not check, which are those outside docs/."""
   targets = [target for _, target in _LINK.findall(_BLOCK.sub("", path.read_text(encoding="utf-8")))]
   targets += re.findall(r'(?:src|srcset)="([^"]+)"', path.read_text(encoding="utf-8"))
   paths = [target.partition("#")[0] for target in targets if not re.match(r"https?:|#|mailto:", target)]

@@ -1,4 +1,4 @@
-"""A run whose folder is in a bucket ends in the same bits as one on a disk."""
+"""Test that a run whose folder is in a bucket ends in the same bits as one on a disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.run.test_checkpoint import make_iterator, make_state
 from tests.test_resume import kill_when, metrics, restore_training
 
 pytest_plugins = ("tests.command_runs", "tests.bucket_server")
-# Of sessions that gcsfs's own thread holds to the end.
+# gcsfs's thread keeps its sessions open until the end, which causes these warnings.
 pytestmark = [
   pytest.mark.slow,
   pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -45,8 +45,8 @@ def on_a_bucket(environment, bucket_environment):
 
 def assert_same_end(run, whole):
   assert metrics(run) == metrics(whole)
-  (expected, next_batch), (restored, next_found) = restore_training(whole), restore_training(run)
-  np.testing.assert_array_equal(next_found, next_batch)
+  (expected, next_batch), (restored, next_of_run) = restore_training(whole), restore_training(run)
+  np.testing.assert_array_equal(next_of_run, next_batch)
   for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(restored), strict=True):
     assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
 
@@ -57,7 +57,7 @@ def succeed(verb, environment, *flags):
   return done
 
 
-def test_a_run_is_killed_resumes_and_is_used(
+def test_a_run_in_a_bucket_is_killed_resumed_and_used(
   tmp_path, url, on_a_bucket, joint_run, autoencoder_run, joint_results, joint_images
 ):
   command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), f"--workdir={url}"]
@@ -88,7 +88,7 @@ def test_a_run_is_killed_resumes_and_is_used(
 
 def run_as_two(command, environment):
   """Run a command as the two processes that launch/local.sh would start."""
-  from tests import bucket_server  # here, or else pytest warns that it is imported before it is made a plugin
+  from tests import bucket_server  # here: pytest warns if a plugin is imported before it is registered
 
   where = {"DIFFDIS_COORDINATOR_ADDRESS": f"127.0.0.1:{bucket_server.free_port()}", "DIFFDIS_NUM_PROCESSES": "2"}
   environments = [environment | where | {"DIFFDIS_LAUNCHED": "1", "DIFFDIS_PROCESS_ID": str(i)} for i in range(2)]
@@ -108,7 +108,7 @@ def test_two_processes_one_of_which_is_killed(tmp_path, url, on_a_bucket, enviro
   launch = ["launch/local.sh", "-n", "2", "-d", "1", "--max-restarts", "2", "--"]
   run_as_two([*train, f"--workdir={tmp_path / 'whole'}"], environment)
 
-  with (tmp_path / "log").open("w") as log:  # the launcher has a descriptor of its own
+  with (tmp_path / "log").open("w") as log:  # the launcher has its own descriptor
     launcher = subprocess.Popen(
       [*launch, *train, f"--workdir={url}"], cwd=ROOT, env=on_a_bucket, stdout=log, stderr=log
     )
@@ -130,17 +130,17 @@ def test_two_processes_one_of_which_is_killed(tmp_path, url, on_a_bucket, enviro
 
 
 @pytest.mark.parametrize("seconds", [4, pytest.param(20, marks=pytest.mark.full)])
-def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
+def test_a_bucket_that_is_unreachable_for_a_while_changes_no_bit(
   tmp_path, environment, monkeypatch, joint_run, autoencoder_run, seconds
 ):
-  """It is away while the run saves, and where the next one starts."""
-  from tests import bucket_server  # here, or else pytest warns that it is imported before it is made a plugin
+  """The bucket is unreachable while a run saves, and while the next one starts."""
+  from tests import bucket_server  # here: pytest warns if a plugin is imported before it is registered
 
   (tmp_path / "bucket").mkdir()
   port = bucket_server.free_port()
-  there = bucket_server.environment_of(f"http://127.0.0.1:{port}")
+  server = bucket_server.environment_of(f"http://127.0.0.1:{port}")
   command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), "--workdir=gs://bucket/run"]
-  start = lambda: command_runs.start(command, environment | there)
+  start = lambda: command_runs.start(command, environment | server)
   with bucket_server.serving(tmp_path, port):
     running = start()
     while not any(tmp_path.rglob("commit_success.txt")):
@@ -150,14 +150,14 @@ def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
   with bucket_server.serving(tmp_path, port):
     stderr = running.communicate(timeout=300)[1]
     assert running.returncode == 0, stderr
-    for name, value in there.items():
+    for name, value in server.items():
       monkeypatch.setenv(name, value)
-    buckets.path("gs://bucket")  # first, since it says how gcsfs is imported
+    buckets.path("gs://bucket")  # first: it decides how gcsfs is imported
     from gcsfs import GCSFileSystem
 
     GCSFileSystem.clear_instance_cache()
     assert_same_end(buckets.path("gs://bucket/run"), pathlib.Path(joint_run))
-  running = start()  # of a finished run, which looks for its checkpoints
+  running = start()  # the run is finished, and looks for its checkpoints
   time.sleep(4)
   with bucket_server.serving(tmp_path, port):
     stderr = running.communicate(timeout=300)[1]
@@ -186,7 +186,7 @@ def test_an_export_from_and_to_a_bucket(tmp_path, bucket, url, on_a_bucket, expo
   files = {path.relative_to(tmp_path / "out"): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
   assert set(buckets.files_below(f"{url}-out")) == {str(name) for name in files}
   for name, path in files.items():
-    if name.name != "README.md":  # which names the run
+    if name.name != "README.md":  # README.md names the run, and so differs
       assert (buckets.path(f"{url}-out") / name).read_bytes() == path.read_bytes(), name
 
 
@@ -204,8 +204,8 @@ def test_data_are_prepared_to_a_bucket_and_read_back(tmp_path, url, on_a_bucket,
   assert (again.returncode, again.stderr) == (2, f"error: --out={url} holds a data set; name a new folder\n")
 
   open_pairs = lambda path: sources.open_source(name="pairs", path=path, split="train", image_size=8)
-  there, here = open_pairs(url), open_pairs(str(tmp_path / "out"))
-  assert [there[i] for i in range(len(there))] == [here[i] for i in range(len(here))] and len(there) == 24
+  in_bucket, local = open_pairs(url), open_pairs(str(tmp_path / "out"))
+  assert [in_bucket[i] for i in range(len(in_bucket))] == [local[i] for i in range(len(local))] and len(in_bucket) == 24
 
   data = [f"--config.data.{name}={value}" for name, value in {"name": "pairs", "path": url}.items()]
   few = ["--config=tests/tiny.py:autoencoder", "--config.num_steps=2", "--config.batch_size=8", *data]
@@ -213,7 +213,7 @@ def test_data_are_prepared_to_a_bucket_and_read_back(tmp_path, url, on_a_bucket,
   assert [line["step"] for line in metrics(tmp_path / "run")] == [2]
 
 
-def test_a_preparation_that_was_not_copied_whole_is_copied(tmp_path, url, monkeypatch):
+def test_a_copy_to_a_bucket_that_was_cut_short_is_completed(tmp_path, url, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   written = []
 
@@ -223,12 +223,12 @@ def test_a_preparation_that_was_not_copied_whole_is_copied(tmp_path, url, monkey
     for name in ("a", "dataset_info.json", "card.json"):
       (folder / name).write_text(name)
 
-  def killed(folder, to, *, last):
+  def killed_upload(folder, to, *, last):
     (buckets.path(to) / "a").write_text("a")
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patched:
-    patched.setattr(buckets, "upload", killed)
+    patched.setattr(buckets, "upload", killed_upload)
     with pytest.raises(KeyboardInterrupt):
       prepare_data.publish(write, url)
   prepare_data.publish(write, url)
@@ -238,7 +238,7 @@ def test_a_preparation_that_was_not_copied_whole_is_copied(tmp_path, url, monkey
     prepare_data.publish(write, url)
 
 
-def test_a_bucket_that_there_is_not_is_refused_before_anything_is_prepared(tmp_path, bucket, monkeypatch):
+def test_a_missing_bucket_is_refused_before_data_are_prepared(tmp_path, bucket, monkeypatch):
   """Data prepared for a mistyped bucket would be prepared again for the right one."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   with pytest.raises(UserError, match="cannot write --out=gs://missing/data"):
@@ -246,7 +246,7 @@ def test_a_bucket_that_there_is_not_is_refused_before_anything_is_prepared(tmp_p
   assert not list(tmp_path.iterdir())
 
 
-def test_a_copy_is_made_once_and_again_where_the_data_have_changed(tmp_path, url, monkeypatch):
+def test_a_copy_is_made_once_and_again_if_the_data_have_changed(tmp_path, url, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   contents = {
     "dataset_info.json": "info",
@@ -257,7 +257,7 @@ def test_a_copy_is_made_once_and_again_where_the_data_have_changed(tmp_path, url
     (buckets.path(url) / name).write_text(text)
   times = {}
 
-  def copied(split=None):
+  def copy(split=None):
     copies._copied.cache_clear()
     folder = pathlib.Path(copies.folder_of(url, split=split))
     copies_by_name = {path.name: path for path in folder.iterdir() if path.name in contents}
@@ -267,18 +267,18 @@ def test_a_copy_is_made_once_and_again_where_the_data_have_changed(tmp_path, url
     return {name: path.read_text() for name, path in copies_by_name.items()}
 
   downloaded: list[str] = []
-  assert copied() == {"dataset_info.json": "info"}
+  assert copy() == {"dataset_info.json": "info"}
   assert copies.folder_of(url.replace("//bucket", "//bucket/")) == copies.folder_of(f"{url}/")
-  assert copied("train") == {name: text for name, text in contents.items() if "test" not in name}
+  assert copy("train") == {name: text for name, text in contents.items() if "test" not in name}
   assert downloaded == ["a-train.array_record-00000-of-00001"]
-  copied("train")
+  copy("train")
   assert not downloaded
   (buckets.path(url) / "a-train.array_record-00000-of-00001").write_text("other")
-  assert copied("train")["a-train.array_record-00000-of-00001"] == "other"
+  assert copy("train")["a-train.array_record-00000-of-00001"] == "other"
   assert downloaded == ["a-train.array_record-00000-of-00001"]
 
 
-def test_a_copy_that_arrives_damaged_is_none(tmp_path, url, monkeypatch):
+def test_a_copy_that_arrives_damaged_is_not_kept(tmp_path, url, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   (buckets.path(url) / "dataset_info.json").write_text("info")
   checksum = buckets.google_crc32c.Checksum
@@ -289,7 +289,7 @@ def test_a_copy_that_arrives_damaged_is_none(tmp_path, url, monkeypatch):
   assert (pathlib.Path(copies.folder_of(url)) / "dataset_info.json").read_text() == "info"
 
 
-def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_any(url, monkeypatch, tmp_path):
+def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_objects(url, monkeypatch, tmp_path):
   with checkpoint.Checkpointer(url) as checkpointer:
     for step in (1, 2):
       checkpointer.save(step, make_state(), make_iterator())
@@ -304,7 +304,7 @@ def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_any(url, monk
       restore.restore_params(url)
     (folder / name).write_bytes(whole)
     restore.restore_params(url)
-  # Copied to a disk, its files are read: there no server keeps their digests.
+  # On a disk the files are read: no server knows their digests.
   local = tmp_path / "2"
   for name in buckets.files_below(folder):
     (local / name).parent.mkdir(parents=True, exist_ok=True)

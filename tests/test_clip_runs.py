@@ -1,4 +1,4 @@
-"""CLIP trains by the commands, is measured, leaves for PyTorch, comes back, and trains on."""
+"""Test that a CLIP is trained and evaluated by the commands, exported to PyTorch, imported again and trained on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, run: str) -> pathlib.Path
 
 @pytest.fixture(scope="module")
 def embedded(run: str) -> dict[str, np.ndarray]:
-  """Images and tokens with the embeddings that the run gives them."""
+  """Return images and tokens, and their embeddings by the run."""
   model, params = inference.load(run, batch_size=8)
   images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
   tokens = Tokenizer(model.max_length)(PROMPTS)
@@ -67,7 +67,7 @@ def metrics_of(run: str) -> list[dict[str, Any]]:
   return [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_measures_itself_and_keeps_its_best(run):
+def test_a_run_evaluates_and_keeps_its_best_checkpoint(run):
   lines = metrics_of(run)
   losses = [line for line in lines if "loss" in line]
   accuracy = {line["step"]: line["test/acc1"] for line in lines if "test/acc1" in line}
@@ -78,7 +78,7 @@ def test_a_run_measures_itself_and_keeps_its_best(run):
   assert best is not None and best.value == pytest.approx(max(accuracy.values()))
 
 
-def test_evaluation_gives_what_the_run_measured(run):
+def test_evaluate_gives_the_figures_that_the_run_logged(run):
   section, *_ = sections.of_config(config_of(run).evals.to_dict(), tasks=None)
   retrieval = sections.Section("shapes", "retrieval", {"data": SHAPES, "duplicate_captions": True})
   results = evaluate.evaluate(run, [section, retrieval])
@@ -89,7 +89,7 @@ def test_evaluation_gives_what_the_run_measured(run):
   assert 0 < results["retrieval"]["shapes"]["metrics"]["image_retrieval_recall@10"] <= 1
 
 
-def test_what_a_clip_does_not_do_is_refused(run, tmp_path):
+def test_sampling_from_a_clip_is_refused(run, tmp_path):
   for use, message in (
     (lambda: inference.load(run, num_noise_samples=2), "this run is a CLIP model, which samples nothing; num_noise_"),
     (lambda: generate.generate(run, ["a red star"], str(tmp_path / "out")), "this run is a CLIP model, which has no"),
@@ -99,7 +99,7 @@ def test_what_a_clip_does_not_do_is_refused(run, tmp_path):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_transformers_embeds_what_the_run_embeds(exported, embedded):
+def test_transformers_embeddings_equal_the_runs(exported, embedded):
   model = CLIPModel.from_pretrained(exported).eval()
   tokens = CLIPTokenizer.from_pretrained(exported)(PROMPTS, padding="max_length", truncation=True)["input_ids"]
   np.testing.assert_array_equal(tokens, embedded["tokens"])
@@ -109,7 +109,7 @@ def test_transformers_embeds_what_the_run_embeds(exported, embedded):
   assert relative_error(embedded["text"], theirs.text_embeds) < 1e-5
 
 
-def test_open_clip_embeds_what_the_run_embeds(exported, embedded):
+def test_open_clips_embeddings_equal_the_runs(exported, embedded):
   model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{exported}")
   model.eval()
   with torch.no_grad():
@@ -120,7 +120,7 @@ def test_open_clip_embeds_what_the_run_embeds(exported, embedded):
 
 
 @pytest.mark.parametrize("file", ["", "open_clip_model.safetensors"])
-def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path, file):
+def test_an_export_is_imported_bit_for_bit_and_trained_on(run, exported, tmp_path, file):
   imported = str(tmp_path / "imported")
   import_weights.import_weights(str(exported / file), imported)
   before, after = restore.restore_params(run), restore.restore_params(imported)
@@ -135,8 +135,8 @@ def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_run_with_larger_images_and_shorter_texts_than_its_towers_take_is_exported(tmp_path):
-  """The positions of images are interpolated, and those behind the captions were never trained."""
+def test_a_run_with_larger_images_and_shorter_texts_than_its_towers_is_exported(tmp_path):
+  """The position embeddings of images are interpolated; those of text beyond the captions were never trained."""
   config = tiny_clip.get_config()
   config.image_size, config.model.text_encoder.max_length = 32, 12
   path, out, back = (str(tmp_path / name) for name in ("run", "out", "back"))
@@ -146,7 +146,7 @@ def test_a_run_with_larger_images_and_shorter_texts_than_its_towers_take_is_expo
   model, params = inference.load(path, batch_size=8)
   images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
   expected = model.embed_images(params, images, seed=0)
-  texts = model.embed_texts(params, Tokenizer(model.max_length)(PROMPTS))  # one of them is cut
+  texts = model.embed_texts(params, Tokenizer(model.max_length)(PROMPTS))  # one prompt is too long and cut
 
   export_weights.export_weights(path, out)
   pixels = nchw(np.asarray(normalise(jnp.asarray(images))))
@@ -174,7 +174,7 @@ def test_a_run_with_larger_images_and_shorter_texts_than_its_towers_take_is_expo
     ({"model.text_encoder.eos_id": 5}, "eos_id is 5; .* only with 49407"),
   ],
 )
-def test_a_clip_that_neither_library_can_hold(run, tmp_path, changes, message):
+def test_a_clip_that_neither_library_can_represent_is_refused(run, tmp_path, changes, message):
   config = config_of(run)
   config.update_from_flattened_dict(changes)
   workdir.open_for_training(str(tmp_path / "run"), config.to_dict())

@@ -53,7 +53,7 @@ def test_evaluations_are_added_and_nothing_else_is_changed():
     ([SECTION, SECTION], "which no evaluation of the config has"),
   ],
 )
-def test_mistakes_are_one_line(texts, message):
+def test_a_wrong_eval_flag_is_refused_in_one_line(texts, message):
   with pytest.raises(UserError, match=message) as error:
     with_evals(make_config(), texts)
   assert "\n" not in str(error.value)
@@ -74,7 +74,7 @@ def test_mistakes_are_one_line(texts, message):
     ("sede", 1, r"unknown config key sede; did you mean seed\?"),
   ],
 )
-def test_a_field_of_another_type_or_name_is_one_line(tmp_path, field, value, message):
+def test_a_field_of_a_wrong_type_or_name_is_refused_in_one_line(tmp_path, field, value, message):
   fields = tiny_fields()
   section_of(fields, field)[field.split(".")[-1]] = value
   (tmp_path / "config.json").write_text(json.dumps(fields))
@@ -92,8 +92,8 @@ def test_a_field_of_another_type_or_name_is_one_line(tmp_path, field, value, mes
     ("data.mixture", {"own": {"path": pathlib.Path("birds")}}),
   ],
 )
-def test_what_json_cannot_hold_is_refused_and_not_at_the_first_write(field, value):
-  """Somebody's own config file may put anything there."""
+def test_values_that_json_cannot_hold_are_refused_at_once(field, value):
+  """A user's config file may hold any object."""
   fields = tiny.get_config().to_dict()
   section_of(fields, field)[field.split(".")[-1]] = value
   with pytest.raises(UserError, match=rf"^{field}[.\w]* has .*, which config.json cannot hold; give texts, numbers"):
@@ -111,7 +111,7 @@ def section_of(fields: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def test_no_field_of_config_json_may_be_missing():
-  given = re.compile(r"evals\.|optim\.rates\.|data\.seed$")  # the config itself gives these names
+  given = re.compile(r"evals\.|optim\.rates\.|data\.seed$")  # the config chooses these names
   for field in [*workdir.flatten(tiny_fields()), "inference", "evals", "optim.rates", "evals.test.task"]:
     if field == "evals.test.task" or not given.match(field):
       fields = tiny_fields()
@@ -120,13 +120,13 @@ def test_no_field_of_config_json_may_be_missing():
         Run.of(fields)
 
 
-def test_configs_come_back_equal(tmp_path):
+def test_a_config_read_back_is_equal(tmp_path):
   for config in (tiny.get_config(), tiny.get_config("autoencoder"), tiny_clip.get_config(), tiny_lt.get_config()):
     (tmp_path / "config.json").write_text(config.to_json())
     assert load(tmp_path).to_dict() == config.to_dict() == Run.of(config).to_dict()
 
 
-def test_no_flipped_bit_of_config_json_is_read_in_silence(tmp_path):
+def test_every_flipped_bit_of_config_json_is_refused(tmp_path):
   fields, file, random_ = tiny_fields(), tmp_path / "config.json", random.Random(0)
   workdir.open_for_training(tmp_path, fields)
   assert load(tmp_path).seed == fields["seed"]
@@ -140,7 +140,7 @@ def test_no_flipped_bit_of_config_json_is_read_in_silence(tmp_path):
     assert "\n" not in str(error.value) and "config.json" in str(error.value)
 
 
-def test_an_edited_config_json_is_read_without_its_digest(tmp_path):
+def test_an_edited_config_json_is_read_once_its_digest_is_removed(tmp_path):
   fields, file = tiny_fields(), tmp_path / "config.json"
   workdir.open_for_training(tmp_path, fields)
   edited = json.loads(file.read_text()) | {"seed": 123}

@@ -1,6 +1,6 @@
-"""Shipped configs resolve to the parameters, optimizer groups and partitions of their golden listings.
+"""Test that shipped configs have the parameters, optimizer groups and partitions of their golden listings.
 
-After a deliberate change, write the listings again, and read their difference:
+After a deliberate change, write the listings again, and review the difference:
 
   python -m tests.test_configs
 """
@@ -64,7 +64,7 @@ def get_config(name: str, arg: str = "") -> ConfigDict:
 
 @functools.cache
 def listing(name: str, arg: str) -> list[str]:
-  """A line for each parameter: path dtype[shape] group (axes), on a mesh of two devices a side."""
+  """Return a line for each parameter, path dtype[shape] group (axes), on a mesh with two devices on each axis."""
   step = build_trainer(get_config(name, arg), sharding.make_mesh(data=2, fsdp=2, tensor=2))
   axes = lambda path: ",".join(axis or "-" for axis in step.param_shardings[path].spec)
   return [
@@ -100,14 +100,14 @@ def test_parameters_equal_the_golden_listing(name, arg):
     ("latents=somewhere", {"data.path": "somewhere", "data.name": "latents"}),
   ],
 )
-def test_an_ablation_changes_its_own_field_alone(arg, changes):
+def test_an_argument_changes_its_own_fields_alone(arg, changes):
   default, ablation = flat(get_config("diffdis_cc3m")), flat(get_config("diffdis_cc3m", arg))
   assert default.keys() == ablation.keys()
   assert {key: value for key, value in ablation.items() if value != default[key]} == changes
   schedules.noise_schedule(ablation["text_diffusion.schedule"])
 
 
-def test_the_papers_run_measures_the_sets_that_are_named():
+def test_the_papers_run_evaluates_the_sets_that_arguments_name():
   config = get_config("diffdis_cc3m", "imagenet=I,imagenet_names=names.json,coco=C,flickr=F")
   assert config.train_evals == ("coco", "flickr", "imagenet") == tuple(config.evals)
   for name, path, split in (("imagenet", "I", "val"), ("coco", "C", "test"), ("flickr", "F", "test")):
@@ -122,7 +122,7 @@ def test_the_papers_run_measures_the_sets_that_are_named():
   assert (fid.inception, fid.num_images, fid.data.split, fid.reference) == ("W", 1000, "val", "")
   with pytest.raises(UserError, match="no file W"):
     evals.create(**fid.to_dict())
-  # The prompts of the suite, or else a run's curve and `evaluate --suite` would differ.
+  # The prompts equal the suite's, so that a run's curve agrees with `evaluate --suite`.
   assert imagenet.templates == class_lists.load()["imagenet1k"].templates and len(imagenet.templates) == 80
   assert imagenet.single_template == suites.SINGLE_TEMPLATE
   held_out = get_config("diffdis_cc3m", "held_out=H").evals.held_out
@@ -146,14 +146,14 @@ def test_the_papers_run_measures_the_sets_that_are_named():
     ("places_lt", "stage=3", "argument stage=3 should be"),
   ],
 )
-def test_bad_arguments(name, arg, message):
+def test_wrong_arguments_are_refused(name, arg, message):
   with pytest.raises(ValueError, match=message):
     get_config(name, arg)
 
 
 @pytest.mark.parametrize("model, parameters", [("vit_b32", 151_277_313), ("vit_l14", 427_616_513)])
 @pytest.mark.parametrize("recipe", ["paper", "openclip"])
-def test_the_clip_baselines_are_four_rows_of_one_table(model, parameters, recipe):
+def test_the_four_clip_baselines_share_their_schedule(model, parameters, recipe):
   config = get_config("clip_cc3m", f"model={model},recipe={recipe},path=somewhere")
   step = build_trainer(config, sharding.make_mesh(data=8, fsdp=1, tensor=1))
   assert sum(math.prod(leaf.shape) for leaf in step.shapes.values()) == parameters
@@ -181,7 +181,7 @@ def test_long_tailed_runs_have_the_rates_of_vl_ltr(arg):
   assert get_config("places_lt", "set=imagenet").optim.rates.backbone == 3.5e-5
   imagenet = get_config("places_lt", "stage=2,set=imagenet")
   assert imagenet.optim.rates.visual == 1e-3 and imagenet.model.head.classes == 1000
-  # Decay is for all but one-dimensional parameters: for the scale of the logits, which is a number, too.
+  # All parameters decay, also the scalar logit_scale, except one-dimensional ones.
   for config in (first, second):
     step = build_trainer(config, sharding.make_mesh(data=8, fsdp=1, tensor=1))
     for path in step.trainable:
@@ -192,7 +192,7 @@ def test_a_long_tailed_run_takes_the_network_of_its_start(tmp_path):
   clip = get_config("shapes", "objectives=contrastive")
   (tmp_path / "config.json").write_text(json.dumps(clip.to_dict()))
   config = get_config("places_lt", f"init={tmp_path}")
-  # The start computes in f32 without rematerialisation, by which batches of 1024 would not fit.
+  # The start computes in float32 without rematerialisation; batches of 1024 would not fit so.
   assert config.model.to_dict() == clip.model.to_dict() | {"dtype": "bfloat16", "remat": "full"}
   assert config.init_from == str(tmp_path)
   assert (config.image_size, config.evals.test.data.image_size, config.data.max_length) == (32, 32, 16)
@@ -204,8 +204,8 @@ def test_a_long_tailed_run_takes_the_network_of_its_start(tmp_path):
     get_config("places_lt", f"init={tmp_path}")
 
 
-def test_a_long_tailed_run_of_clip_has_a_start_that_is_one(tmp_path):
-  """Otherwise DiffDis would be trained, and its figures be taken for CLIP's."""
+def test_a_long_tailed_run_of_clip_starts_from_a_clip(tmp_path):
+  """Otherwise DiffDis would be trained, and its results would be reported as CLIP's."""
   for objectives, is_clip in (("", False), ("objectives=contrastive", True)):
     (tmp_path / "config.json").write_text(json.dumps(get_config("shapes", objectives).to_dict()))
     if is_clip:

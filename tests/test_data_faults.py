@@ -1,4 +1,4 @@
-"""Files that change while they are read: a preparation stops, and training counts what it cannot read."""
+"""Test files that change while they are read: preparation stops, and training counts the unreadable records."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from tests.raw_pairs import load, write_pairs
 pytestmark = pytest.mark.slow
 
 
-def shorter(path: pathlib.Path) -> None:
+def shorten(path: pathlib.Path) -> None:
   os.truncate(path, path.stat().st_size // 3)
 
 
-def other(path: pathlib.Path) -> None:
+def reverse(path: pathlib.Path) -> None:
   path.write_bytes(bytes(reversed(path.read_bytes())))
 
 
-def replaced(path: pathlib.Path) -> None:
+def replace(path: pathlib.Path) -> None:
   path.with_name("new").write_bytes(path.read_bytes())
   path.with_name("new").replace(path)
 
 
-CHANGES = [shorter, other, replaced]
+CHANGES = [shorten, reverse, replace]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_tar_that_changes_while_it_is_read(tmp_path, monkeypatch, change):
-  """It is not stored. When it is whole again, the same command resumes."""
+def test_a_tar_that_changes_while_it_is_read_stops_the_preparation(tmp_path, monkeypatch, change):
+  """Nothing of the tar is stored. Once it is whole again, the same command resumes."""
   write_pairs(tmp_path / "raw", 200)
   whole = (tmp_path / "raw" / "0.tar").read_bytes()
   to_record = pairs.to_record
   with monkeypatch.context() as patch:
-    left = [50]
+    reads_left = [50]
 
     def changing(*args, **how):
-      left[0] -= 1
-      if not left[0]:
+      reads_left[0] -= 1
+      if not reads_left[0]:
         change(tmp_path / "raw" / "0.tar")
       return to_record(*args, **how)
 
@@ -56,8 +56,8 @@ def test_a_tar_that_changes_while_it_is_read(tmp_path, monkeypatch, change):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_shards_that_change_in_training(tmp_path, change):
-  """Records that cannot be read are counted as such."""
+def test_records_of_shards_that_change_in_training_are_counted(tmp_path, change):
+  """A record that is read is correct; the others count as unreadable."""
   write_pairs(tmp_path / "raw", 99, size=(40, 40))
   prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
   images = [record["image"] for record in load(tmp_path / "out", "train")]
@@ -73,4 +73,4 @@ def test_shards_that_change_in_training(tmp_path, change):
       reason = str(error)
     counts[reason] = counts.get(reason, 0) + 1
   assert counts.keys() <= {"", "unreadable record"}
-  assert counts.get("unreadable record", 0) >= (0 if change is replaced else 50)
+  assert counts.get("unreadable record", 0) >= (0 if change is replace else 50)

@@ -1,4 +1,4 @@
-"""Run the demo with the tiny config in the place of its own."""
+"""Run the demo with the tiny config in the place of its config."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def get_config(arg=""):
     from diffdis_jax.evals import generation_accuracy
 
     train = generation_accuracy.train_on_shapes
-    generation_accuracy.train_on_shapes = functools.partial(train, num_images=64)  # as it is one step
+    generation_accuracy.train_on_shapes = functools.partial(train, num_images=64)  # it trains for one step
     config.evals.generated.update(per_class=1, required_accuracy=0.0, classifier_steps=1)
     config.train_evals = ("test",)
   return config
@@ -38,7 +38,7 @@ runpy.run_module("diffdis_jax.demo", run_name="__main__", alter_sys=True)
 """
 
 
-def test_the_demo_compiles_ahead_and_goes_on_where_it_was_stopped(environment, tmp_path):
+def test_the_demo_compiles_ahead_and_resumes(environment, tmp_path):
   out = tmp_path / "100 %"
 
   def demo() -> str:
@@ -50,7 +50,7 @@ def test_the_demo_compiles_ahead_and_goes_on_where_it_was_stopped(environment, t
 
   log = demo()
   assert log.index("compiling DiffDis while its autoencoder trains") < log.index("objectives reconstruction")
-  # Both runs' programs, each once: what was compiled ahead is what the second run takes.
+  # Both runs compile each program once: the second run uses the programs that were compiled ahead.
   for program in ("the training step", "the initialisation", "the state"):
     assert log.count(f"compiled {program}") + log.count(f"loaded {program}") == 2
   assert "mesh {'data': 1," in log and "mesh {'data': 2," in log
@@ -74,7 +74,7 @@ def test_the_demo_compiles_ahead_and_goes_on_where_it_was_stopped(environment, t
   assert last_lines[1].startswith(f"to generate more: diffdis generate --workdir='{out}/diffdis' --prompt=")
   assert last_lines[2] == f"to see all of it: diffdis report --workdir='{out}/diffdis' --out=report.html"
 
-  # What the report of the run finds there.
+  # The report of the run reads these files.
   report = read.read(str(out / "diffdis"), "diffdis")
   ((step, picture),) = report.grids["grid"]
   assert step == 8 and picture.read_bytes() == (out / "grid.png").read_bytes()
@@ -83,7 +83,7 @@ def test_the_demo_compiles_ahead_and_goes_on_where_it_was_stopped(environment, t
     "generation_accuracy",
   }
 
-  # What is trained is only evaluated again, to the same figures, and how long the whole took is not known.
+  # A second call evaluates the trained run again. The results are the same, without the seconds of the whole.
   log = demo()
   assert "compiling the training step" not in log and "compiled the initialisation" not in log
   assert json.loads((out / "results.json").read_text()) == {

@@ -19,7 +19,7 @@ DATA = {"name": "shapes", "split": "test", "image_size": 32, "num_images": 112}
 
 
 class Inference:
-  """Gives random embeddings."""
+  """Return random embeddings."""
 
   max_length, protocol = 16, {"steps": 1, "num_noise_samples": 2, "guidance": 1.0}
 
@@ -34,7 +34,7 @@ class Inference:
 
 
 @pytest.mark.parametrize("ema, kept", [(True, True), (False, True), (True, False)])
-def test_records(monkeypatch, ema, kept):
+def test_the_records_of_results_have_clip_benchmarks_fields(monkeypatch, ema, kept):
   asked = []
   monkeypatch.setattr(evaluate.restore, "choose", lambda run, step, ema: (7, ema and kept))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: asked.append(how) or (Inference(), {}))
@@ -54,16 +54,16 @@ def test_records(monkeypatch, ema, kept):
   assert json.loads(json.dumps(results_)) == results_
 
 
-def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
+def test_an_interruption_loses_no_measured_set(tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate.restore, "choose", lambda run, step, ema: (7, ema))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
   run = ZeroShot.run
-  done = []
+  measured = []
 
   def interrupted(self, inference, params):
-    if done:
+    if measured:
       raise KeyboardInterrupt
-    done.append(self)
+    measured.append(self)
     return run(self, inference, params)
 
   monkeypatch.setattr(ZeroShot, "run", interrupted)
@@ -73,7 +73,7 @@ def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
   assert list(results.read(f"{tmp_path}/F.json")["zero_shot"]) == ["first"]
 
 
-def test_sections():
+def test_the_evaluations_of_a_config_and_of_a_folder_are_chosen_by_task():
   config = {"a": {"task": "zero_shot"}, "b": {"task": "generation_accuracy"}, "c": {"task": "zero_shot"}}
   select = lambda names: [section.dataset for section in tasks.of_config(config, tasks=names)]
   assert select(None) == ["a", "b", "c"] and select(["zero_shot"]) == ["a", "c"]
@@ -90,7 +90,7 @@ def test_sections():
     tasks.of_folder("x/emoji", None, tasks=["zero_shot"], image_size=32)
 
 
-def test_override():
+def test_flags_override_the_settings_of_evaluations():
   asked = [Section("a", "zero_shot", {"seed": 0, "classnames": ("x",)}), Section("b", "generation_accuracy", {})]
   assert tasks.override(asked, {"seed": 3, "templates": "F.json"}) == [
     Section("a", "zero_shot", {"seed": 3, "classnames": ("x",), "templates": "F.json"}),
@@ -102,7 +102,7 @@ def test_override():
     tasks.override([Section("a", "zeroshot", {})], {})
 
 
-def test_one_reference_is_of_one_set():
+def test_a_reference_for_several_sets_is_refused():
   sets = [Section("a", "fid", {}), Section("b", "fid", {}), Section("a", "zero_shot", {})]
   assert tasks.override(sets[1:], {"reference": "F.npz"})[0].settings == {"reference": "F.npz"}
   with pytest.raises(UserError, match="--reference=F.npz is of one data set, and fid is measured on several"):
@@ -114,7 +114,7 @@ def command(run, environment):
   return functools.partial(call, "evaluate", environment, f"--workdir={run}")
 
 
-def test_command_line(command, tmp_path):
+def test_the_command_writes_results_and_refuses_wrong_names(command, tmp_path):
   names = tmp_path / "names.json"
   names.write_text('["red star", "blue ring", "red star"]')
   bad = command(f"--out={tmp_path / 'out.json'}", f"--classnames={names}")
@@ -154,14 +154,14 @@ def test_command_line(command, tmp_path):
     (["--tasks=retreival"], "unknown task 'retreival'; did you mean retrieval?"),
   ],
 )
-def test_bad_input(command, tmp_path, flags, message):
+def test_wrong_input_is_refused_in_one_line(command, tmp_path, flags, message):
   bad = command(f"--out={tmp_path / 'out.json'}", *flags)
   assert bad.returncode == 2 and not list(tmp_path.iterdir())
   assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and message in bad.stderr
 
 
-def test_what_is_of_text_queries_has_no_effect_without_a_head():
-  """`generate` has a --guidance too, which is that of images."""
+def test_flags_of_text_queries_are_refused_without_a_head():
+  """The flag --guidance is for text queries here; in `generate` it is for images."""
   fid, objectives = [Section("coco", "fid", {})], ("generation", "discrimination")
   evaluate.check_sampling(fid, objectives, {"query_steps": 3, "generation_steps": 3})
   evaluate.check_sampling(fid, ("generation",), {"generation_guidance": 2.0})
@@ -176,7 +176,7 @@ def test_what_is_of_text_queries_has_no_effect_without_a_head():
 
 
 @pytest.mark.parametrize("out", ["file/out.json", "file/new/out.json"])
-def test_an_out_that_cannot_be_is_refused_before_anything_is_measured(tmp_path, out):
+def test_an_out_that_cannot_be_written_is_refused_before_measuring(tmp_path, out):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match=f"--out={tmp_path}/file/out.json lies in no folder that exists"):
     results.check_out(str(tmp_path / out))

@@ -1,4 +1,4 @@
-"""Measure FID through a real network and a real Inception, with random weights; and refuse wrong input."""
+"""Measure FID with a whole network and a whole Inception, both with random weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def assert_close(ours: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.slow
-def test_its_features_are_torch_fidelitys(run, inception_file, monkeypatch):
+def test_the_features_and_figures_equal_torch_fidelitys(run, inception_file, monkeypatch):
   # The distance itself takes seconds at this width, and has its own tests.
   monkeypatch.setattr(distances, "frechet", lambda a, b: float(np.square(a.mean - b.mean).sum()))
   config = config_of(run)

@@ -1,4 +1,4 @@
-"""Measure a suite by the command line, resume a killed one, and refuse wrong input."""
+"""Test that evaluate measures a suite, resumes a killed measurement, and refuses wrong input."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_paper_suite(run, environment, tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-  """Replace the checkpoint, and cut no texts into tokens."""
+  """Replace the model by random embeddings, and the tokenizer by `list`."""
   monkeypatch.setattr(evaluate.restore, "choose", lambda run, step, ema: (7, ema))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(8), {}))
   monkeypatch.setattr(evaluate.result_files, "fingerprint", lambda params: "weights")
@@ -82,7 +82,7 @@ def measure(monkeypatch, root, out, suite="zero_shot12"):
   return json.loads(out.read_text())
 
 
-def test_a_second_call_measures_what_is_missing(monkeypatch, quick, tmp_path):
+def test_a_second_call_measures_the_missing_sets(monkeypatch, quick, tmp_path):
   for name in ("cifar10", "dtd", "pets"):
     benchmark_sets.labelled_wds(tmp_path, name)
   out, measured, run = tmp_path / "F.json", [], ZeroShot.run
@@ -116,8 +116,8 @@ def test_a_second_call_measures_what_is_missing(monkeypatch, quick, tmp_path):
   assert out.read_bytes() == before and len(measured) == 3
 
 
-def test_a_task_that_the_run_was_not_trained_for(monkeypatch):
-  """It is refused before hours of FID, after which it would fail."""
+def test_a_task_that_the_run_was_not_trained_for_is_refused(monkeypatch):
+  """The task is refused at once, and not after the hours that FID takes."""
   use_flags(monkeypatch, data="x", split="val", tasks=["fid", "zero_shot"])
   message = "x/val, whose task zero_shot measures discrimination or .*; the run's objectives are generation: leave it"
   with pytest.raises(UserError, match=message):
@@ -142,7 +142,7 @@ def test_a_task_that_the_run_was_not_trained_for(monkeypatch):
     ({"data_root": "."}, "belong to --suite"),
   ],
 )
-def test_wrong_flags(monkeypatch, tmp_path, flags, message):
+def test_wrong_flags_are_refused(monkeypatch, tmp_path, flags, message):
   monkeypatch.chdir(tmp_path)
   use_flags(monkeypatch, **{"out": "F.json", **flags})
   with pytest.raises(UserError, match=message) as error:

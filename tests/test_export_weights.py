@@ -1,4 +1,4 @@
-"""Test export_weights: what diffusers generates from the folder, and what is refused."""
+"""Test export_weights: the images that diffusers generates from the export, its files, and refusals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LINES = ({"step": 4, "test/acc1": 0.25}, METRICS, {"step": 8, "test/acc1": 0.9})
 
 
 def make_run(folder: pathlib.Path, imported: str, **changes: object) -> str:
-  """Make a run of the imported network with other random parameters and averages, and uneven latent statistics."""
+  """Make a run of the imported network with other random parameters and averages, and unequal latent statistics."""
   config = config_of(imported)
   config.update_from_flattened_dict(changes)
   workdir.open_for_training(str(folder), config.to_dict())
@@ -77,7 +77,7 @@ def run(tmp_path_factory, imported) -> str:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, run) -> pathlib.Path:
-  """Return the folder that the command writes, in a process that imports no torch."""
+  """Export by the command in a process that must not import torch, and return the folder."""
   out = tmp_path_factory.mktemp("export") / "out"
   code = (
     "import sys; from absl import flags; from diffdis_jax import export_weights as verb\n"
@@ -96,7 +96,7 @@ def noise() -> np.ndarray:
   return np.random.default_rng(0).standard_normal((2, 16, 16, 4)).astype(np.float32)
 
 
-def test_diffusers_draws_what_the_run_draws(run, exported, noise):
+def test_diffusers_generates_the_images_of_the_run(run, exported, noise):
   model, params = inference.load(run, batch_size=8, generation_steps=STEPS)
   images = model.generate(params, Tokenizer(model.max_length)(pipelines.PROMPTS), noise)
   drawn = pipelines.draw(StableDiffusionPipeline.from_pretrained(exported), noise, steps=STEPS)
@@ -108,15 +108,15 @@ def test_an_import_is_exported_bit_for_bit(sd, imported, tmp_path):
   export_weights.export_weights(imported, str(tmp_path / "out"))
   for part in ("unet", "vae", "text_encoder"):
     (before,), (after,) = ((folder / part).glob("*.safetensors") for folder in (sd, tmp_path / "out"))
-    # transformers 5 leaves the prefix out that published checkpoints have.
-    there = {name.removeprefix("text_model."): value for name, value in load_file(after).items()}
+    # Published checkpoints have a prefix that transformers 5 leaves out.
+    exported = {name.removeprefix("text_model."): value for name, value in load_file(after).items()}
     expected = load_file(before)
-    assert there.keys() == expected.keys()
+    assert exported.keys() == expected.keys()
     for name, value in expected.items():
-      np.testing.assert_array_equal(there[name], value, err_msg=name)
+      np.testing.assert_array_equal(exported[name], value, err_msg=name)
 
 
-def test_an_export_is_imported_back_with_what_diffdis_adds(run, exported):
+def test_an_export_is_imported_back_with_the_parts_of_diffdis(run, exported):
   source = from_torch.open_source(exported)
   config, expected = import_weights.make_config(source), config_of(run)
   for field in ("image_size", "text_diffusion", "image_diffusion", "condition_timestep", "objectives", "inference"):
@@ -128,11 +128,11 @@ def test_an_export_is_imported_back_with_what_diffdis_adds(run, exported):
   params = restore.restore_params(run)
   assert loaded.keys() == params.keys() - set(mapping.STATISTICS) and not matched.ignored
   for path, value in loaded.items():
-    if "quant." not in path:  # these have taken in the latents' shift and scale
+    if "quant." not in path:  # the export multiplies the latents' shift and scale into these
       np.testing.assert_array_equal(value, params[path], err_msg=path)
 
 
-def test_the_folder_is_whole(run, exported):
+def test_the_export_has_all_files(run, exported):
   files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
   tokenizer = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
   configs = ("model_index.json", "scheduler/scheduler_config.json", "pipeline.py", "diffdis/torch_diffdis.py")
@@ -147,17 +147,17 @@ def test_the_folder_is_whole(run, exported):
 
 
 @pytest.mark.slow
-def test_the_pages_code_generates_and_classifies(exported, environment, tmp_path):
+def test_the_code_of_the_page_on_weights_generates_and_classifies(exported, environment, tmp_path):
   (tmp_path / "DIR").symlink_to(exported)
   block = pages.python_block("docs/weights.md", "from_pretrained")
-  there = {**environment, "PYTHONPATH": str(ROOT)}
+  variables = {**environment, "PYTHONPATH": str(ROOT)}
   command = [sys.executable, "-c", block]
-  done = subprocess.run(command, cwd=tmp_path, env=there, capture_output=True, text=True, timeout=600)
+  done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0, done.stderr
   assert done.stdout in ("['red star']\n", "['blue ring']\n")
 
 
-def test_the_model_card(exported):
+def test_the_model_card_describes_the_run(exported):
   card = (exported / "README.md").read_text()
   for text in (
     "checkpoint of step 5, averaged weights, float32",
@@ -174,13 +174,13 @@ def test_the_model_card(exported):
     "\nlicense: unknown\n",
   ):
     assert text in card
-  assert "acc1 0.9" not in card  # of a step that came after
+  assert "acc1 0.9" not in card  # this is of a later step
   assert (exported / "samples.png").read_bytes() == b"of step 4"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ema, dtype", [(True, "float32"), (False, "bfloat16"), (True, "float16")])
-def test_averaged_or_raw_weights_in_any_dtype(run, tmp_path, ema, dtype):
+def test_averaged_and_raw_weights_are_exported_in_any_dtype(run, tmp_path, ema, dtype):
   export_weights.export_weights(run, str(tmp_path / "out"), ema=ema, dtype=dtype)
   params = restore.restore_params(run, ema=ema)
   for component in ("unet", "text_encoder", "diffdis"):
@@ -200,7 +200,7 @@ def refused(run: str, out: pathlib.Path, message: str, **settings: object) -> No
   assert sorted(out.parent.iterdir()) == before
 
 
-def test_an_autoencoder_alone_is_diffusers_own(imported, tmp_path, caplog):
+def test_an_autoencoder_alone_is_exported_for_diffusers(imported, tmp_path, caplog):
   caplog.set_level("INFO")
   run = make_run(tmp_path / "run", imported, objectives=("reconstruction",))
   export_weights.export_weights(run, str(tmp_path / "out"))
@@ -232,7 +232,7 @@ def test_licences_in_a_bucket_are_left_out_on_a_machine_without_gcsfs(tmp_path, 
   assert "the licences of its data cannot be read, add them yourself: gs://away/data needs the package" in caplog.text
 
 
-def test_bad_arguments(run, environment, tmp_path):
+def test_wrong_arguments_are_refused(run, environment, tmp_path):
   refused(str(tmp_path / "nowhere"), tmp_path / "out", "no folder .*nowhere")
   refused(run, tmp_path / "out", "no checkpoint 7 in", step=7)
   kept = tmp_path / "kept"
@@ -247,7 +247,7 @@ def test_bad_arguments(run, environment, tmp_path):
 
 
 @pytest.mark.slow
-def test_values_that_do_not_fit_leave_nothing(imported, tmp_path):
+def test_values_that_do_not_fit_the_dtype_leave_no_file(imported, tmp_path):
   run = make_run(tmp_path / "run", imported)
   params = dict(restore.restore_params(run, ema=False))
   params["unet.conv_in.bias"] = np.full(params["unet.conv_in.bias"].shape, 1e6, np.float32)

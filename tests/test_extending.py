@@ -1,4 +1,4 @@
-"""The code of docs/extending.md, as it stands there: a data set, an evaluation and a config."""
+"""Run the code of docs/extending.md: a data set, an evaluation and a config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGE = "docs/extending.md"
 
 @pytest.fixture(scope="module")
 def module(tmp_path_factory):
-  """A block of the page as a module of its own."""
+  """Return a function that imports a block of the page as a module."""
   folder = tmp_path_factory.mktemp("page")
 
   def make(name: str, containing: str) -> types.ModuleType:
@@ -42,7 +42,7 @@ def module(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(module, tmp_path_factory) -> tuple[pathlib.Path, dict]:
-  """Prepare two birds and a broken image once, since TFDS knows a set by its name, and return the report."""
+  """Prepare two birds and a broken image, and return the report. TFDS allows a set of one name only once."""
   folder = tmp_path_factory.mktemp("birds")
   source = folder / "BIRDS"
   (source / "images").mkdir(parents=True)
@@ -57,7 +57,7 @@ def prepared(module, tmp_path_factory) -> tuple[pathlib.Path, dict]:
   return out, prepare(birds.find_parts(source), out, data_set=birds.BIRDS)
 
 
-def test_a_data_set(prepared):
+def test_the_data_set_of_the_page_is_prepared(prepared):
   out, reports = prepared
   assert reports["train"].pairs == 2 and len(reports["train"].skipped) == 1
   records = load(out, "train")
@@ -67,7 +67,7 @@ def test_a_data_set(prepared):
 
 
 @pytest.mark.parametrize("order, rank", [((0, 1), 0.0), ((1, 0), 1.0)])
-def test_an_evaluation(module, prepared, order, rank, monkeypatch):
+def test_the_evaluation_of_the_page_runs(module, prepared, order, rank, monkeypatch):
   median_rank = module("median_rank", "class MedianRank").MedianRank
   monkeypatch.setitem(tasks.TASKS, "median_rank", tasks.Task(median_rank, ()))
   assert tasks.settings_of("median_rank").keys() == {"num_images", "seed"}
@@ -83,7 +83,7 @@ def test_an_evaluation(module, prepared, order, rank, monkeypatch):
   assert evaluation.run(inference, {}) == {"median_rank": rank}
 
 
-def test_a_config(module):
+def test_the_config_of_the_page_is_read(module):
   get_config = module("birds_config", "def get_config").get_config
   autoencoder = Run.of(get_config("autoencoder,path=data/birds"))
   assert tuple(autoencoder.objectives) == ("reconstruction",)

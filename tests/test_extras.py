@@ -1,4 +1,4 @@
-"""Test that messages and pages name extras that exist."""
+"""Test that the extras that messages and pages name exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXTRAS = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["opti
 NAMED_LATER = {"writers.py": {*writers.TRACKERS}, "__main__.py": {"tpu", "cuda"}}
 
 
-def test_every_extra_that_is_named_exists():
+def test_every_extra_that_a_page_names_exists():
   listed = subprocess.run(
     ["git", "grep", "-hoIE", r"['\"]\.\[[a-z,_]+\]['\"]"], cwd=ROOT, capture_output=True, text=True
   )
@@ -26,8 +26,8 @@ def test_every_extra_that_is_named_exists():
   assert named >= {"app", "torch", "tpu", "cuda", "tour", "wandb"} and named <= EXTRAS
 
 
-def test_every_extra_that_a_message_is_given_exists():
-  """It is the last argument of errors.not_installed, and the only one of errors.install."""
+def test_every_extra_that_a_message_names_exists():
+  """An extra is the last argument of errors.not_installed, and the only one of errors.install."""
   named = set()
   for path in (ROOT / "diffdis_jax").rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
@@ -41,7 +41,7 @@ def test_every_extra_that_a_message_is_given_exists():
   assert named >= {"app", "tpu", "cuda", "wandb"}
 
 
-def test_the_message_names_the_package_and_what_to_type():
+def test_the_message_names_the_package_and_the_command_to_type():
   error = errors.not_installed("the page", "gradio", "app", otherwise="do without")
   end = "pip install -e '.[app]' in the repository's folder, or do without"
   assert str(error) == f"the page needs gradio, which is not installed; {end}"

@@ -18,7 +18,7 @@ pytest_plugins = ("tests.untrained", "tests.command_runs")
 
 
 class Inference:
-  """Paints each image in the mean of its noise, and remembers what it was asked."""
+  """Fill each image with the mean of its noise, and record the prompts and the settings."""
 
   max_length, batch_size = 16, 16
   generation_protocol = {"steps": 2, "guidance": 2.0}
@@ -35,7 +35,7 @@ class Inference:
 
 @pytest.fixture
 def model(monkeypatch):
-  """Load an Inference for every workdir, at step 7, with averaged weights."""
+  """Replace the model of every workdir by this Inference, at step 7, with averaged weights."""
   model = Inference()
 
   def load(path, **settings):
@@ -52,7 +52,7 @@ def pixels(path):
     return np.asarray(image)
 
 
-def test_images_grid_and_manifest(model, tmp_path):
+def test_images_a_grid_and_a_manifest_are_written(model, tmp_path):
   prompts = ["a red star", "ein blauer Würfel"]
   out = tmp_path / "new" / "out"
   generate.generate("run", prompts, str(out), num_images=2, seed=5, batch_size=3, generation_steps=2)
@@ -72,7 +72,7 @@ def test_images_grid_and_manifest(model, tmp_path):
   assert (grid[8:136, 8:136] == 5).all() and (grid[8:136, 144:272] == 15).all() and grid.shape[1] == 280
 
 
-def test_many_images_come_in_chunks_and_the_grid_has_the_first(model, tmp_path, monkeypatch):
+def test_many_images_are_made_in_chunks_and_the_grid_shows_the_first(model, tmp_path, monkeypatch):
   monkeypatch.setattr(generate, "CHUNK", 3)
   monkeypatch.setattr(generate, "GRID", 4)
   generate.generate("run", ["a red star"], str(tmp_path / "out"), num_images=20, seed=1)
@@ -82,7 +82,7 @@ def test_many_images_come_in_chunks_and_the_grid_has_the_first(model, tmp_path, 
   assert grid.shape[1] == 4 * 136 + 8 and grid.shape[0] < 2 * 136
 
 
-def test_noise_from_a_file(model, tmp_path):
+def test_the_initial_noise_may_come_from_a_file(model, tmp_path):
   np.save(tmp_path / "noise.npy", np.stack([np.full((8, 8, 4), value) for value in (40, 30)]))
   (tmp_path / "out").mkdir()
   generate.generate("run", ["a star", "a ring"], str(tmp_path / "out"), noise=str(tmp_path / "noise.npy"))
@@ -93,7 +93,7 @@ def test_noise_from_a_file(model, tmp_path):
 
 
 @pytest.mark.parametrize("shape, shown", [((1, 8, 8, 3), "(1, 8, 8, 3)"), ((8, 8, 4), "(8, 8, 4)")])
-def test_noise_of_another_shape_names_both(model, tmp_path, shape, shown):
+def test_noise_of_another_shape_is_refused_with_both_shapes(model, tmp_path, shape, shown):
   np.save(tmp_path / "noise.npy", np.zeros(shape))
   with pytest.raises(UserError) as error:
     generate.generate("run", ["a star"], str(tmp_path / "out"), noise=str(tmp_path / "noise.npy"))
@@ -101,7 +101,7 @@ def test_noise_of_another_shape_names_both(model, tmp_path, shape, shown):
   assert not (tmp_path / "out").exists()
 
 
-def test_unreadable_noise(tmp_path):
+def test_unreadable_noise_is_refused(tmp_path):
   for content in (b"", b"not numpy", b"\x93NUMPY\x01\x00"):
     (tmp_path / "noise.npy").write_bytes(content)
     with pytest.raises(UserError, match="cannot read --noise="):
@@ -111,7 +111,7 @@ def test_unreadable_noise(tmp_path):
     generate.read_noise(str(tmp_path / "noise.npy"))
 
 
-def test_prompts(tmp_path):
+def test_prompts_come_from_flags_or_a_file(tmp_path):
   file = tmp_path / "prompts.txt"
   file.write_text("a red star\n\n  a blue ring \n", encoding="utf-8")
   assert generate.read_prompts([], str(file)) == ["a red star", "a blue ring"]
@@ -131,7 +131,7 @@ def test_prompts(tmp_path):
       generate.read_prompts(prompts, name and str(tmp_path / name))
 
 
-def test_a_folder_in_use_is_left_alone(model, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused(model, tmp_path):
   (tmp_path / "kept.txt").write_text("kept")
   with pytest.raises(UserError, match="is not empty"):
     generate.generate("run", ["a star"], str(tmp_path))
@@ -150,13 +150,13 @@ def test_nothing_is_left_when_writing_fails(model, tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_seed_beside_the_noise_that_it_would_make_is_refused(environment, tmp_path):
+def test_a_seed_beside_given_noise_is_refused(environment, tmp_path):
   flags = ["--workdir=run", f"--out={tmp_path / 'out'}", "--prompt=a red star", "--noise=noise.npy", "--seed=0"]
   bad = call("generate", environment, *flags)
   assert (bad.returncode, bad.stderr) == (2, "error: --noise and --seed are both given; give one of them\n")
 
 
-def test_command_line(run, environment, tmp_path):
+def test_the_command_generates_and_refuses_wrong_flags(run, environment, tmp_path):
   to = [f"--workdir={run}", f"--out={tmp_path / 'out'}"]
   bad = call("generate", environment, *to)
   assert bad.returncode == 2 and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Test weights from and to the Hugging Face hub, with a stand-in for what huggingface_hub asks it."""
+"""Test weights from and to the Hugging Face hub, with a stand-in for the hub."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def files_of(folder: pathlib.Path) -> Files:
 
 
 class Hub:
-  """Stands for HfApi and `snapshot_download`. A repository is its commits' files, by their hash."""
+  """Stand in for HfApi and `snapshot_download`. A repository maps the hash of each commit to its files."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder, self.repositories, self.downloaded, self.private = (
@@ -106,13 +106,13 @@ def hub(tmp_path, monkeypatch) -> Hub:
 
 
 def refused(message: str, act: Callable[[], object]) -> None:
-  """Check that it is refused in one line."""
+  """Check that `act` is refused in one line."""
   with pytest.raises(UserError, match=message) as error:
     act()
   assert "\n" not in str(error.value)
 
 
-def test_an_import_from_the_hub_is_that_of_the_folder(hub, sd, imported, tmp_path):
+def test_an_import_from_the_hub_equals_one_from_a_folder(hub, sd, imported, tmp_path):
   others = {"unet/diffusion_pytorch_model.bin": b"pickle", "safety_checker/model.safetensors": b"large"}
   commit = hub.add("org/sd", files_of(sd) | others)
   hub.add("org/sd", {"README.md": b"nothing else any more"})
@@ -135,12 +135,12 @@ def test_an_import_from_the_hub_is_that_of_the_folder(hub, sd, imported, tmp_pat
     (["config.json", "model.safetensors.index.json", *SHARDS], ["model.safetensors.index.json", *SHARDS]),
   ],
 )
-def test_one_files_weights_are_read(names, weights):
+def test_the_weights_are_downloaded_in_one_format(names, weights):
   config = [name for name in names if name.endswith("config.json")]
   assert hub_files.choose(names, "org/name") == (config, weights)
 
 
-def test_full_precision_is_read_rather_than_a_variant_and_the_parts_that_diffdis_adds():
+def test_full_precision_and_the_parts_of_diffdis_are_downloaded():
   fp16 = [name.replace(".safe", ".fp16.safe") for name in WEIGHTS if name.startswith("unet")]
   own = {"diffdis/config.json", "diffdis/diffusion_pytorch_model.safetensors"}
   names = ["model_index.json", *own, "diffdis/torch_diffdis.py", "tokenizer/vocab.json", *WEIGHTS, *fp16]
@@ -168,7 +168,7 @@ def test_wrong_sources_are_refused_before_weights_are_downloaded(hub, sd):
   assert not [name for name in hub.downloaded if "safetensors" in name]
 
 
-def test_offline_and_without_a_network(monkeypatch):
+def test_an_unreachable_hub_is_reported_in_one_line(monkeypatch):
   fetch = lambda: hub_files.fetch("hf:org/sd")
   monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
   refused("http://127.0.0.1:9/org/sd cannot be had: ", fetch)
@@ -176,7 +176,7 @@ def test_offline_and_without_a_network(monkeypatch):
   refused("HF_HUB_OFFLINE is set", fetch)
 
 
-def test_a_push_is_the_export_and_comes_back(hub, imported, tmp_path):
+def test_a_push_uploads_the_export_which_is_imported_back(hub, imported, tmp_path):
   address = export_weights.push_weights(imported, "me/new", str(tmp_path / "out"))
   written = files_of(tmp_path / "out")
   assert hub.private == [True] and address.startswith("Write step 0")
@@ -191,7 +191,7 @@ def test_a_push_is_the_export_and_comes_back(hub, imported, tmp_path):
     np.testing.assert_array_equal(value, before[path], err_msg=path)
 
 
-def test_a_second_push_leaves_nothing_of_the_first(hub, tmp_path):
+def test_a_second_push_deletes_the_weights_of_the_first(hub, tmp_path):
   for name in ("first", "second"):
     (tmp_path / name).mkdir()
     (tmp_path / name / f"{name}.safetensors").write_bytes(name.encode())
@@ -200,7 +200,7 @@ def test_a_second_push_leaves_nothing_of_the_first(hub, tmp_path):
   assert hub.private[0] is False and hub.files("me/model").keys() == {".gitattributes", "LICENSE", "second.safetensors"}
 
 
-def test_who_may_push(hub, imported, tmp_path, monkeypatch):
+def test_a_push_needs_a_token_with_write_access(hub, imported, tmp_path, monkeypatch):
   push = lambda repo: lambda: export_weights.push_weights(imported, repo, str(tmp_path / "out"))
   refused("--push=model should be ORG/NAME", push("model"))
   monkeypatch.setenv("HF_TOKEN", "read")

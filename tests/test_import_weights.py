@@ -1,4 +1,4 @@
-"""Test import_weights: the images that its run generates, what is counted, and what is refused."""
+"""Test import_weights: the images that the imported run generates, the parameters it lists, and refusals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytest_plugins = ("tests.command_runs", "tests.pipelines")
 
 STEPS = 3
 CLIP_SIZES = dict(image_size=32, patch_size=8)
-QUERY_INIT = 0.5  # of runs that start from an import, which has 1
+QUERY_INIT = 0.5  # of the runs that start from an import, whose own value is 1
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def generate(run: str, noise: np.ndarray) -> np.ndarray:
 
 
 def load(source: pathlib.Path) -> tuple[ConfigDict, Params, list[str]]:
-  """Return the config, the parameters that the source has, and the names that are ignored."""
+  """Return a source's config, its parameters, and the names that are ignored."""
   opened = from_torch.open_source(source)
   config = import_weights.make_config(opened)
   matched = from_torch.match(opened, network_of(config).shapes)
@@ -63,7 +63,7 @@ def load(source: pathlib.Path) -> tuple[ConfigDict, Params, list[str]]:
 
 
 def assert_same_params(loaded: Params, run: str, rtol: float = 0.0) -> None:
-  """Check that these are all of Stable Diffusion's parameters in the run's checkpoint."""
+  """Check that these equal the parameters that the run imported, and are all of them."""
   expected = restore.restore_params(run)
   origin = json.loads((pathlib.Path(run) / "import.json").read_text())
   assert loaded.keys() == origin["loaded"].keys()
@@ -77,14 +77,14 @@ def copied(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def test_an_imported_workdir_draws_what_stable_diffusion_draws(sd, imported, noise):
+def test_an_imported_run_generates_the_images_of_stable_diffusion(sd, imported, noise):
   expected = pipelines.draw(StableDiffusionPipeline.from_pretrained(sd), noise, steps=STEPS)
   images = generate(imported, noise)
   assert pipelines.psnr(images, expected) >= 60
   assert expected.std() > 10 and pipelines.psnr(expected[:1], expected[1:]) < 30
 
 
-def test_a_workdir_says_where_everything_came_from(sd, imported):
+def test_import_json_names_the_origin_of_every_parameter(sd, imported):
   config, origin = config_of(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
   params = restore.restore_params(imported)
   assert params.keys() == origin["loaded"].keys() | set(origin["initialised"])
@@ -114,7 +114,7 @@ def started(run: str, scratch: pathlib.Path, *, seed: int = 0) -> Params:
 
 
 @pytest.mark.slow
-def test_new_parameters_are_drawn_by_the_runs_own_seed_and_config(imported, tmp_path):
+def test_new_parameters_depend_on_the_seed_and_config_of_the_run(imported, tmp_path):
   saved, origin = restore.restore_params(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
   first, second = (started(imported, tmp_path / str(seed), seed=seed) for seed in (0, 1))
   new = {path for path in origin["initialised"] if path.endswith("kernel") and not path.endswith("fc_out.kernel")}
@@ -127,21 +127,21 @@ def test_new_parameters_are_drawn_by_the_runs_own_seed_and_config(imported, tmp_
 
 
 @pytest.mark.parametrize("content", ["{", '{"loaded": 3}'])
-def test_an_import_json_that_says_nothing(imported, tmp_path, content):
+def test_a_damaged_import_json_is_refused(imported, tmp_path, content):
   copy = copied(pathlib.Path(imported), tmp_path / "copy")
   (copy / "import.json").write_text(content)
   with pytest.raises(UserError, match="import.json (is not JSON|.* import_weights)"):
     started(str(copy), tmp_path / "scratch")
 
 
-def test_an_import_in_one_file_says_what_is_random_in_it(imported, tmp_path):
+def test_an_import_in_one_file_names_its_random_parameters(imported, tmp_path):
   file = str(tmp_path / "imported.safetensors")
   write_one_file(imported, file)
   assert restore.initialised(file) == restore.initialised(imported) != set()
 
 
 @pytest.mark.parametrize("case", ["bin", "fp16 variant", "shards", "names of older libraries"])
-def test_other_forms_of_a_folder(sd, imported, tmp_path, case):
+def test_a_folder_may_have_other_formats(sd, imported, tmp_path, case):
   folder, tolerance = copied(sd, tmp_path / "sd"), 0.0
   unet, vae, text = (next((folder / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder"))
   values = {path: load_file(path) for path in (unet, vae, text)}
@@ -188,7 +188,7 @@ def compvis_file(sd: pathlib.Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_single_files(sd, imported, tmp_path, suffix):
+def test_a_single_file_is_imported(sd, imported, tmp_path, suffix):
   state = compvis_file(sd)
   path = tmp_path / f"v1.{suffix}"
   if suffix == "ckpt":
@@ -199,7 +199,7 @@ def test_single_files(sd, imported, tmp_path, suffix):
   config, loaded, ignored = load(path)
   assert_same_params(loaded, imported)
   assert config.model.to_dict() == config_of(imported).model.to_dict()
-  assert config.image_size == 512  # Stable Diffusion's own: the file does not say
+  assert config.image_size == 512  # Stable Diffusion's size: the file has none
   assert len(ignored) == (len(ema) + 1 if suffix == "ckpt" else 0)
 
 
@@ -215,7 +215,7 @@ def check_clip(run: pathlib.Path, embed_images: Any, embed_texts: Any) -> None:
   assert networks.relative_error(model.embed_texts(params, tokens), text) < 1e-5
 
 
-def test_clip_of_transformers(tmp_path):
+def test_a_clip_of_transformers_is_imported(tmp_path):
   vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **CLIP_SIZES)
   theirs = randomise(CLIPModel(CLIPConfig(text_config=pipelines.TEXT, vision_config=vision, projection_dim=16)), 0)
   theirs.save_pretrained(tmp_path / "clip")
@@ -232,7 +232,7 @@ def test_clip_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["folder", "file", "file of several processes"])
-def test_clip_of_open_clip(tmp_path, form):
+def test_a_clip_of_open_clip_is_imported(tmp_path, form):
   vision = CLIPVisionCfg(layers=2, width=64, patch_size=8, image_size=32)
   text = CLIPTextCfg(layers=2, width=64, heads=1, context_length=pipelines.LENGTH)
   theirs = randomise(OpenClip(16, vision, text, quick_gelu=form == "folder"), 0)
@@ -258,8 +258,8 @@ OWN = "open_clip's own vision transformer and text transformer are supported, su
   [(SQUASHED, True), ({"preprocess_cfg": {"interpolation": "bilinear"}}, True)]
   + [({"preprocess_cfg": {"resize_mode": "shortest", "interpolation": "bicubic"}}, False)],
 )
-def test_an_open_clip_that_sees_images_otherwise_is_warned_of(tmp_path, caplog, config, warned):
-  """The published accuracy of DFN's ViT-H-14 is of squashed images."""
+def test_another_preprocessing_of_open_clip_gives_a_warning(tmp_path, caplog, config, warned):
+  """The published accuracy of DFN's ViT-H-14, for example, was measured on squashed images."""
   from_torch.open_source(write_open_clip(tmp_path, {"model_cfg": {}} | config))
   assert ("squashes images, or resizes them" in caplog.text) == ("published ones" in caplog.text) == warned
 
@@ -269,7 +269,7 @@ def test_an_open_clip_that_sees_images_otherwise_is_warned_of(tmp_path, caplog, 
   [({"size": {"height": 32, "width": 32}}, True), ({"size": {"shortest_edge": 32}, "resample": 2}, True)]
   + [({"size": {"shortest_edge": 32}, "resample": 3}, False), ({"size": 32}, False)],
 )
-def test_a_clip_of_transformers_that_sees_images_otherwise_is_warned_of(tmp_path, caplog, config, warned):
+def test_another_preprocessing_of_transformers_gives_a_warning(tmp_path, caplog, config, warned):
   write_open_clip(tmp_path)
   (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
   (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
@@ -291,11 +291,11 @@ def test_a_clip_of_transformers_that_sees_images_otherwise_is_warned_of(tmp_path
     ({"preprocess_cfg": [1]}, r"preprocess_cfg is \[1\]; it should be an object"),
   ],
 )
-def test_towers_of_open_clip_that_are_not_supported(tmp_path, config, message):
+def test_unsupported_towers_of_open_clip_are_refused(tmp_path, config, message):
   refused(write_open_clip(tmp_path / "clip", {"model_cfg": {}} | config), tmp_path / "run", message)
 
 
-def test_tensors_of_other_towers(tmp_path):
+def test_tensors_of_other_towers_are_refused(tmp_path):
   arrays = {"visual.proj": np.zeros((4, 4), np.float32), "visual.trunk.stem.weight": np.zeros(4, np.float32)}
   save_file(arrays, tmp_path / "a.safetensors")
   refused(tmp_path / "a.safetensors", tmp_path / "run", f"is no whole checkpoint of such a network: .*; {OWN}")
@@ -311,7 +311,7 @@ def refused(source: pathlib.Path, out: pathlib.Path, message: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer"])
-def test_a_missing_component_folder(sd, tmp_path, part):
+def test_a_missing_component_folder_is_named(sd, tmp_path, part):
   shutil.rmtree(copied(sd, tmp_path / "sd") / part)
   refused(tmp_path / "sd", tmp_path / "run", f"has no folder {part}; .* has unet, vae, text_encoder, tokenizer")
 
@@ -334,21 +334,21 @@ def test_a_missing_component_folder(sd, tmp_path, part):
     ("tokenizer/tokenizer.json", {"model": {"vocab": {"a": 0}}}, "is not CLIP's vocabulary"),
   ],
 )
-def test_a_folder_that_does_not_fit(sd, tmp_path, file, changes, message):
+def test_a_folder_of_another_model_is_refused(sd, tmp_path, file, changes, message):
   path = copied(sd, tmp_path / "sd") / file
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))
   refused(tmp_path / "sd", tmp_path / "run", message)
 
 
 @pytest.mark.parametrize("content", [None, "{"])
-def test_a_broken_model_index(sd, tmp_path, content):
+def test_a_missing_or_broken_model_index_is_refused(sd, tmp_path, content):
   path = copied(sd, tmp_path / "sd") / "model_index.json"
   path.unlink() if content is None else path.write_text(content)
   refused(tmp_path / "sd", tmp_path / "run", "model_index.json")
 
 
-def test_a_pipeline_without_a_unet_is_called_by_its_name(tmp_path):
-  """It has a second text encoder, as Stable Diffusion XL has."""
+def test_a_pipeline_without_a_unet_is_refused_by_its_name(tmp_path):
+  """Like Stable Diffusion XL, this pipeline has a second text encoder."""
   parts = dict.fromkeys(("text_encoder", "text_encoder_2", "transformer", "vae"), ["a", "b"])
   (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
   needed = "a Stable Diffusion v1 has unet, vae, text_encoder, tokenizer"
@@ -367,18 +367,18 @@ def test_a_pipeline_without_a_unet_is_called_by_its_name(tmp_path):
     ([], "its tensors: none"),
   ],
 )
-def test_single_files_of_another_kind(tmp_path, names, message):
+def test_a_single_file_of_another_kind_is_refused(tmp_path, names, message):
   save_file({name: np.zeros(1, np.float32) for name in names}, tmp_path / "x.safetensors")
   refused(tmp_path / "x.safetensors", tmp_path / "run", message)
 
 
-def test_sources_that_are_not_there(tmp_path):
+def test_a_missing_source_is_refused(tmp_path):
   refused(tmp_path / "nowhere", tmp_path / "run", "no file or folder .*nowhere; .* on the Hugging Face hub hf:ORG/NAME")
   (tmp_path / "empty").mkdir()
   refused(tmp_path / "empty", tmp_path / "run", "has neither a model_index.json")
 
 
-def test_an_output_folder_that_is_not_empty(sd, tmp_path):
+def test_an_output_folder_that_is_not_empty_is_refused(sd, tmp_path):
   out = tmp_path / "run"
   out.mkdir()
   (out / "kept.txt").write_text("kept")
@@ -402,7 +402,7 @@ def test_nothing_is_left_when_the_disk_is_full(sd, tmp_path, monkeypatch):
     (DDIMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012), "linear"),
   ],
 )
-def test_the_noise_schedule_is_the_sources(sd, tmp_path, scheduler, schedule):
+def test_the_noise_schedule_comes_from_the_source(sd, tmp_path, scheduler, schedule):
   scheduler.save_pretrained(copied(sd, tmp_path / "sd") / "scheduler")
   source = from_torch.open_source(tmp_path / "sd")
   assert import_weights.make_config(source).image_diffusion.schedule == schedule
@@ -416,7 +416,7 @@ def test_captions_are_as_long_as_the_tokenizer_and_the_encoder_allow(sd, tmp_pat
 
 
 @pytest.mark.slow
-def test_command_line(sd, environment, tmp_path):
+def test_the_command_prints_how_many_parameters_were_loaded(sd, environment, tmp_path):
   done = call("import_weights", environment, f"--source={sd}", f"--out={tmp_path / 'run'}")
   assert done.returncode == 0, done.stderr
   assert "352 parameters loaded, 131 initialised, 0 ignored; import.json names each" in done.stderr

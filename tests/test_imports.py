@@ -1,4 +1,4 @@
-"""Test the package's import rule, downwards only, by parsing every file."""
+"""Test the package's import rule, that a room imports only rooms below it, by parsing every file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOOLS = ("app", "preflight", "report", "status", "benchmark", "ablate")
 ROOMS = (*CORE, *TOOLS, "__main__")
 COMMANDS = {*CORE[-8:], *TOOLS, "config"}
 # Torch is an extra. Only these files use it, and the one outside SHIPPED only to read a pickle.
-SHIPPED = {f"interop/torch_{name}.py" for name in ("diffdis", "parts", "pipeline")}  # with what export_weights writes
+SHIPPED = {f"interop/torch_{name}.py" for name in ("diffdis", "parts", "pipeline")}  # export_weights copies these
 TORCH_FILES = {"interop/tensor_files.py", *SHIPPED}
 # A room has at most so many lines. To let it grow, raise its number in the same change, and say why there.
 MOST_LINES = {
@@ -61,7 +61,7 @@ def room_of(name: str) -> str:
 
 
 def file_of(module: str) -> str:
-  """Return the file of a dotted name below the package: its longest beginning that is a file."""
+  """Return the file of a dotted name in the package: the longest prefix of the name that is a file."""
   parts = (module or "__init__").split(".")
   names = ("/".join(parts[:n]) for n in range(len(parts), 0, -1))
   return next((name for name in names if name in NAMES), "__init__")
@@ -101,7 +101,7 @@ def other_rooms(path: pathlib.Path) -> set[str]:
 
 
 def test_rooms_import_rooms_below_them():
-  """The rule is also for lazy imports."""
+  """The rule also holds for imports inside functions."""
   assert {room_of(name_of(path)) for path in FILES} <= {*ROOMS}, "a room has no place; give it one in ROOMS"
   is_below = lambda other, path: ROOMS.index(other) < ROOMS.index(room_of(name_of(path)))
   wrong = [(name_of(path), other) for path in FILES for other in other_rooms(path) if not is_below(other, path)]

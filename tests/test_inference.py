@@ -42,7 +42,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def query_noise(n: int, *, seed: int, draw: int = 0) -> np.ndarray:
-  """Return e_T of n images: a function of seed, draw and place alone."""
+  """Return e_T of n images, which depends only on the seed, the draw and the image's place."""
   key = jax.random.fold_in(jax.random.key(seed), draw)
   return np.stack([jax.random.normal(jax.random.fold_in(key, i), (WIDTH,)) for i in range(n)])
 
@@ -52,13 +52,13 @@ def inference() -> Inference:
   return make(generation_steps=3, generation_guidance=2.0)
 
 
-def test_the_query_starts_from_pure_noise_whatever_captions_there_are(monkeypatch):
-  def first_query(self, *, e_t, t_e, z, t_z, c_null):
+def test_the_query_starts_from_pure_noise(monkeypatch):
+  def returns_its_input(self, *, e_t, t_e, z, t_z, c_null):
     null = self.encode_text(jnp.asarray([[steps.BOS] + [steps.EOS] * 7])).c
-    as_promised = (t_e == 999) & (t_z == 1000) & (jnp.abs(c_null - null) < 1e-5).all(axis=(1, 2))
-    return jnp.where(as_promised[:, None], e_t, jnp.nan)
+    is_first_step = (t_e == 999) & (t_z == 1000) & (jnp.abs(c_null - null) < 1e-5).all(axis=(1, 2))
+    return jnp.where(is_first_step[:, None], e_t, jnp.nan)
 
-  monkeypatch.setattr(DiffDis, "discrimination", first_query)
+  monkeypatch.setattr(DiffDis, "discrimination", returns_its_input)
   inference = make(batch_size=64)
   images = np.tile(BATCH.image, (24, 1, 1, 1))
   queries = inference.embed_images(params_of(inference), images, seed=5)
@@ -69,7 +69,7 @@ def test_the_query_starts_from_pure_noise_whatever_captions_there_are(monkeypatc
   assert np.abs(covariance - np.eye(WIDTH)).max() < 0.3
 
 
-def test_image_queries_depend_on_seed_and_place_but_not_on_the_batch(inference):
+def test_image_queries_depend_on_seed_and_place_but_not_on_batches(inference):
   params, images = params_of(inference), BATCH.image[:10]
   embed = functools.partial(inference.embed_images, params)
   queries = embed(images, seed=3)
@@ -85,8 +85,8 @@ def test_image_queries_depend_on_seed_and_place_but_not_on_the_batch(inference):
   assert np.abs(other[:5] - queries[:5]).max(axis=1).min() > 1e-4, "each image has a query of its own"
 
 
-def test_the_thousandth_image_has_the_next_key_wherever_calls_end(inference, monkeypatch):
-  """Figures of sets of any size stay what they were when each 1,024 images were embedded by themselves."""
+def test_each_1024_images_have_their_own_key_for_any_batches(inference, monkeypatch):
+  """Results stay equal to earlier ones, for which each 1,024 images were embedded in a separate call."""
   monkeypatch.setattr("diffdis_jax.inference.ONE_SEED", 6)
   params, images = params_of(inference), BATCH.image[:10]
   queries = inference.embed_images(params, images, seed=3)
@@ -95,8 +95,8 @@ def test_the_thousandth_image_has_the_next_key_wherever_calls_end(inference, mon
 
 
 @pytest.mark.parametrize("target, normalize_query", [("noise", True), ("data", True), ("data", False)])
-def test_several_steps_noise_samples_and_guidance_are_ddim_by_hand(target, normalize_query):
-  """With target data, ê_0 is normalised after guidance and before it is fed back, unless that is switched off."""
+def test_queries_of_several_steps_samples_and_guidance_equal_ddim(target, normalize_query):
+  """With the target "data", ê_0 is normalised after guidance and before it is fed back, unless that is off."""
   s, gamma, schedule = 2.5, 0.4, "cosine"
   changes = {"text_diffusion.target": target, "text_diffusion.gamma": gamma, "text_diffusion.schedule": schedule}
   inference = make(
@@ -133,7 +133,7 @@ def test_several_steps_noise_samples_and_guidance_are_ddim_by_hand(target, norma
   np.testing.assert_allclose(queries, unit(np.mean(draws, axis=0)), atol=2e-4)
 
 
-def test_generation_is_ddim_with_guidance_by_hand(inference):
+def test_generation_equals_ddim_with_guidance(inference):
   s, n = 2.0, 3
   tokens, noise = BATCH.tokens[:n], inference.noise(n, seed=1)
   model = model_of(inference)
@@ -186,26 +186,26 @@ def test_text_queries_have_unit_length_on_any_mesh(inference):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
-def test_images_and_queries_are_those_of_one_device_on_any_mesh(inference, shape):
-  """Eight devices do not divide the eleven rows, and parameters lie as training leaves them."""
+def test_images_and_queries_on_any_mesh_equal_those_of_one_device(inference, shape):
+  """Eleven rows are no multiple of eight devices, and the parameters are sharded as in training."""
   on_eight = steps.make_inference(
     steps.make_config(), mesh=steps.make_mesh(*shape), batch_size=8, generation_steps=3, generation_guidance=2.0
   )
   params = params_of(inference)
-  spread = jax.tree.map(lambda x, abstract: jax.device_put(x, abstract.sharding), params, on_eight.abstract_params())
-  assert not spread["unet.time.fc1.kernel"].sharding.is_fully_replicated
+  sharded = jax.tree.map(lambda x, abstract: jax.device_put(x, abstract.sharding), params, on_eight.abstract_params())
+  assert not sharded["unet.time.fc1.kernel"].sharding.is_fully_replicated
   images, tokens, noise = BATCH.image[:11], BATCH.tokens[:11], inference.noise(11, seed=4)
   queries = inference.embed_images(params, images, seed=4)
-  np.testing.assert_allclose(on_eight.embed_images(spread, images, seed=4), queries, atol=1e-5)
+  np.testing.assert_allclose(on_eight.embed_images(sharded, images, seed=4), queries, atol=1e-5)
   assert np.abs(queries[0] - queries[1:]).max(axis=1).min() > 1e-3
   drawn = inference.generate(params, tokens, noise)
-  assert np.abs(on_eight.generate(spread, tokens, noise).astype(int) - drawn.astype(int)).max() <= 1
+  assert np.abs(on_eight.generate(sharded, tokens, noise).astype(int) - drawn.astype(int)).max() <= 1
   assert np.abs(drawn[0].astype(int) - drawn[1:].astype(int)).max(axis=(1, 2, 3)).min() > 1
 
 
 @pytest.mark.parametrize("name", ["generation", "discrimination"])
-def test_parameters_travel_once_and_not_at_each_step(name):
-  """The mesh splits them, as in the evaluations of a run."""
+def test_parameters_are_gathered_once_and_not_at_each_step(name):
+  """The mesh shards the parameters, as in the evaluations of a run."""
   mesh = steps.make_mesh(1, 8, 1)
   model = steps.make_inference(steps.make_config(), mesh=mesh, batch_size=8, steps=3, generation_steps=3)
   text = model.trace(name).lower().compile().as_text()
@@ -215,7 +215,7 @@ def test_parameters_travel_once_and_not_at_each_step(name):
   assert {collective.times for collective in hlo.collectives(text)} == {1}
 
 
-def test_what_a_run_was_not_trained_for_is_refused():
+def test_a_task_that_the_run_was_not_trained_for_is_refused():
   generating, discriminating = make("generation"), make("discrimination")
   with pytest.raises(UserError, match="not trained for discrimination; its objectives are generation"):
     generating.embed_images({}, BATCH.image, seed=0)
@@ -230,8 +230,8 @@ def test_what_a_run_was_not_trained_for_is_refused():
 @pytest.mark.parametrize(
   "images",
   [
-    BATCH.image.astype(np.float32) / 255,  # as other libraries have them; every image would be black
-    np.zeros((2, 32, 32, 3), np.uint8),  # which a network of convolutions would take
+    BATCH.image.astype(np.float32) / 255,  # other libraries have such images; here they would be black
+    np.zeros((2, 32, 32, 3), np.uint8),  # a convolutional network would accept it
     np.zeros((2, 16, 24, 3), np.uint8),
     list(BATCH.image),
     Image.fromarray(BATCH.image[0]),
@@ -244,7 +244,7 @@ def test_other_images_are_refused(images):
 
 @pytest.mark.parametrize("tokens", [np.zeros((2, 5), np.int32), np.zeros((2, 9), np.int32), ["a red star"]])
 def test_other_tokens_are_refused(tokens):
-  """Generation reads the padding: of fewer tokens it makes another image."""
+  """The padding affects generation: with fewer tokens the image would be another one."""
   with pytest.raises(UserError, match=r"tokens are .*; give \(n, 8\), as Tokenizer\(8\) makes them"):
     inspect.unwrap(Inference.embed_texts)(make("generation"), {}, tokens)
 
@@ -255,7 +255,7 @@ def test_noise_of_another_shape_is_refused(shape):
     inspect.unwrap(Inference.generate)(make("generation"), {}, BATCH.tokens[:2], jnp.zeros(shape))
 
 
-def test_load_takes_averaged_parameters_where_there_are_some(tmp_path):
+def test_load_takes_averaged_parameters_if_there_are_some(tmp_path):
   config = steps.make_config("reconstruction")
   workdir.open_for_training(str(tmp_path), config.to_dict())
   params = params_of(steps.make_inference(config))

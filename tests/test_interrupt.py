@@ -1,4 +1,4 @@
-"""A signal stops a real run before its first step or after it; a run without a save takes another config."""
+"""Test that a signal stops a run before or after its first step, and that a run without a checkpoint may change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def flags(run: pathlib.Path, **fields) -> list[str]:
   return [*config, *(f"--config.{name}={value}" for name, value in fields.items())]
 
 
-def test_ctrl_c_saves_and_one_that_has_saved_nothing_takes_another_config(tmp_path, environment):
+def test_ctrl_c_saves_and_a_run_without_a_checkpoint_takes_another_config(tmp_path, environment):
   run = tmp_path / "run"
   train = [sys.executable, "-m", "diffdis_jax.train"]
   with Terminal([*train, *flags(run)], environment, tmp_path / "stderr") as terminal:

@@ -1,6 +1,6 @@
-"""A run of two processes that is killed at random moments ends as if it had not been.
+"""Test that a run of two processes that is killed at random moments ends like one that is not killed.
 
-DIFFDIS_KILLS is the number of kills, DIFFDIS_KILLS_SEED gives other moments.
+DIFFDIS_KILLS is the number of kills, and DIFFDIS_KILLS_SEED the seed of the moments.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def command(run: pathlib.Path) -> list[str]:
 
 
 def children(parent: int) -> list[int]:
-  """Return the launcher's children that train."""
+  """Return the launcher's training processes."""
   pids = []
   for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
     try:
@@ -47,22 +47,22 @@ def children(parent: int) -> list[int]:
 
 
 def wait_for_a_moment(launcher: subprocess.Popen, run: pathlib.Path, chance: random.Random) -> None:
-  """Wait for some moment of the start, of the steps, of a save, or of an evaluation."""
+  """Wait for a random moment in the start, in the steps, in a save or in an evaluation."""
   kind = chance.choice(("start", "steps", "steps", "save", "evaluation"))
-  look = {
+  state = {
     "start": lambda: 0,
     "steps": lambda: steps_logged(run),
     "save": lambda: {path.name for path in (run / "checkpoints").glob("*.orbax-checkpoint-tmp*")},
     "evaluation": lambda: [step for step in steps_logged(run) if step % SAVE_EVERY == 0],
   }[kind]
-  before = look()
-  while kind != "start" and launcher.poll() is None and look() == before:
+  before = state()
+  while kind != "start" and launcher.poll() is None and state() == before:
     time.sleep(0.002)
   time.sleep(chance.uniform(0, {"start": 20.0, "steps": 3.0, "save": 0.05, "evaluation": 0.5}[kind]))
 
 
 def test_two_processes_killed_at_random_moments_end_in_the_same_bits(tmp_path, environment):
-  """launch/local.sh starts them again; a run that ends before all kills is followed by another one."""
+  """launch/local.sh restarts the processes. If a run ends before all kills are done, another run follows."""
   chance, whole = random.Random(SEED), tmp_path / "whole"
   subprocess.run(command(whole), cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
   lost = []
@@ -87,5 +87,5 @@ def test_two_processes_killed_at_random_moments_end_in_the_same_bits(tmp_path, e
     if len(lost) == KILLS:
       break
   assert len(lost) == KILLS
-  # A save runs in the background: until it is committed, the steps after it are lost with those before it.
+  # A save runs in the background: a kill before it is committed also loses the steps before it.
   assert max(lost) < 2 * SAVE_EVERY, lost

@@ -1,7 +1,7 @@
-"""Count the parameters of every config without the code that lists them.
+"""Count the parameters of every config independently of the code that lists them.
 
-Stable Diffusion's parts have as many as the modules of diffusers and transformers of the config's sizes, and DiffDis'
-parts as many as their formula. Weight decay applies to matrices alone.
+The parts of Stable Diffusion have as many as modules of diffusers and transformers of the same sizes; the parts that
+DiffDis adds have as many as a formula gives. Weight decay applies only to matrices.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from diffdis_jax.training import optim
 from tests.test_configs import CASES, get_config, listing
 
 LINE = re.compile(r"(\S+) float32\[([\d,]*)\] (\w+) \(\S*\)")
-# With the defaults these arguments train every path that any config trains.
+# The default and these arguments together train every parameter that any config trains.
 REPRESENTATIVE = ("", "autoencoder", "share_attention=False", "objectives=contrastive")
-# Published for Stable Diffusion v1 with CLIP ViT-L/14's text tower.
+# The published numbers of Stable Diffusion v1 with CLIP ViT-L/14's text tower.
 SD_V1 = {"unet": 859_520_964, "autoencoder": 83_653_863, "text_encoder": 123_060_480}
 
 
@@ -39,7 +39,7 @@ class Listed:
 
 @functools.cache
 def listed(name: str, arg: str) -> dict[str, Listed]:
-  """Return each parameter's line of the listing by its path."""
+  """Return the shape and the group of each parameter, by its path."""
   lines = {}
   for line in listing(name, arg):
     path, shape, group = LINE.fullmatch(line).groups()
@@ -53,7 +53,7 @@ def count(*modules: torch.nn.Module) -> int:
 
 
 def clip(model: ConfigDict) -> dict[str, int]:
-  """Count the parameters of both towers, each with its projection, by transformers' module."""
+  """Count the parameters of both towers with their projections, by transformers' CLIPModel."""
   text, vision = model.text_encoder.to_dict(), model.vision_encoder.to_dict()
   with torch.device("meta"):
     theirs = CLIPModel(CLIPConfig(**sections.write_clip(text, vision)))
@@ -65,13 +65,13 @@ def clip(model: ConfigDict) -> dict[str, int]:
 
 
 def stable_diffusion(model: ConfigDict) -> dict[str, int]:
-  """Count the parameters of each part and of the UNet's way up by the libraries' modules. Nothing is allocated."""
+  """Count the parameters of each part, and of the UNet's up blocks, by the libraries' modules on the meta device."""
   autoencoder, text = model.autoencoder.to_dict(), model.text_encoder.to_dict()
   unet = sections.write_unet(
     model.unet.to_dict(), latent_channels=autoencoder["latent_channels"], context_width=text["width"], sample_size=32
   )
   vae = sections.write_vae(autoencoder, scaling_factor=1.0, sample_size=32)
-  channels = 3 * autoencoder["patch"] ** 2  # the patches' pixels
+  channels = 3 * autoencoder["patch"] ** 2  # the pixels of a patch
   vae |= {"in_channels": channels, "out_channels": channels}
   with torch.device("meta"):
     theirs = UNet2DConditionModel.from_config(unet)
@@ -88,13 +88,13 @@ def linear(din: int, dout: int, *, bias: bool = True) -> int:
 
 
 def query_tokens(model: ConfigDict) -> int:
-  """Count a second vector for each token, if the query uses them."""
+  """Count the second embedding of each token, if the text query has one."""
   text = model.text_encoder
   return text.vocab_size * text.width if text.token_embedding_weight else 0
 
 
 def text_stream(model: ConfigDict) -> int:
-  """Count the embedder of t_e, and the text token's own part of each fused block (the paper's Figure 3)."""
+  """Count the embedder of t_e, and the text stream's parameters in each fused block (the paper's Figure 3)."""
   d, unet = model.text_encoder.width, model.unet
   total = linear(d, d) + linear(d, d)
   fused = [w for w, attends in zip(unet.widths, unet.attention) if attends for _ in range(unet.depth)]
@@ -108,7 +108,7 @@ def text_stream(model: ConfigDict) -> int:
 
 
 def alignment(model: ConfigDict) -> int:
-  """Count the input, transformer layers with an MLP of ratio 4, last norm, predictor, and the map's parts."""
+  """Count the input, transformer layers with an MLP of ratio 4, last norm, predictor, and pooling of the map."""
   d, w = model.text_encoder.width, model.alignment.width
   layer = 4 * linear(w, w) + linear(w, 4 * w) + linear(4 * w, w) + 2 * 2 * w
   c, parts = model.unet.widths[-1], model.alignment.spatial_pool
@@ -118,7 +118,7 @@ def alignment(model: ConfigDict) -> int:
 
 
 def head(model: ConfigDict) -> dict[str, int]:
-  """Count long-tailed recognition's second stage: V's two layers, two LayerNorms, two products, and the anchors."""
+  """Count the head of long-tailed recognition: V's two layers, two LayerNorms, two matrices, and the anchors."""
   if not model.get("head"):
     return {}
   d, k = model.text_encoder.projection or model.text_encoder.width, model.head.classes
@@ -144,7 +144,7 @@ def expected_parts(config: ConfigDict) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, arg", CASES)
-def test_listings_hold_as_many_parameters_as_others_count(name, arg):
+def test_listings_have_as_many_parameters_as_the_libraries_modules(name, arg):
   counts: dict[str, int] = {}
   for path, parameter in listed(name, arg).items():
     part = path.split(".")[0]
@@ -157,7 +157,7 @@ def test_the_papers_network_has_the_published_numbers_of_parameters():
 
 
 def decayed(name: str, arg: str) -> set[str]:
-  """Return the paths that a step of the config's optimizer shrinks although the gradient is zero."""
+  """Return the paths of the parameters that the config's optimizer shrinks in a step with zero gradients."""
   section = read_section(optim.Optim, get_config(name, arg).optim.to_dict(), "optim")
   section = dataclasses.replace(section, warmup_steps=0)
   trained = (path for path, parameter in listed(name, arg).items() if parameter.group != "frozen")
@@ -169,9 +169,9 @@ def decayed(name: str, arg: str) -> set[str]:
 
 
 def matrices(name: str, arg: str) -> set[str]:
-  """Return the trained products, convolutions and embeddings. Positions are a bias by place, not a matrix."""
+  """Return the trained matrices, convolutions and embeddings. Position embeddings count as biases."""
   axes = {path: len(line.shape) for path, line in listed(name, arg).items() if line.group != "frozen"}
-  if name.endswith("_lt"):  # VL-LTR spares vectors alone: positions and logit_scale, which has no axis, decay
+  if name.endswith("_lt"):  # in VL-LTR all but vectors decay, also positions and logit_scale
     return {path for path, count in axes.items() if count != 1}
   return {path for path, count in axes.items() if count > 1 and not path.endswith(".positions")}
 
@@ -184,5 +184,5 @@ def matrices(name: str, arg: str) -> set[str]:
     if name != "benchmark" and arg in REPRESENTATIVE
   ],
 )
-def test_weight_decay_is_of_matrices_alone(name, arg):
+def test_weight_decay_applies_only_to_matrices(name, arg):
   assert decayed(name, arg) == matrices(name, arg) != set()

@@ -1,4 +1,4 @@
-"""Both stages train by the commands on the long-tailed shapes, resume after a kill, are measured and are exported."""
+"""Test that both stages are trained on the long-tailed shapes, resume after a kill, are evaluated and exported."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def train(environment: dict[str, str], stage: int, init: str, path: Any) -> None
 
 @pytest.fixture(scope="session")
 def first(run_once: Callable[..., pathlib.Path], run: str) -> str:
-  """Return the workdir of a finished stage 1 of DiffDis."""
+  """Return the workdir of a finished run of stage 1 of DiffDis."""
   return str(run_once("long_tail1", "train", config_flag(1, run)))
 
 
 @pytest.fixture(scope="session")
 def second(run_once: Callable[..., pathlib.Path], first: str) -> str:
-  """Return the workdir of the stage 2 that follows."""
+  """Return the workdir of the run of stage 2 that follows."""
   return str(run_once("long_tail2", "train", config_flag(2, first)))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tokens_are_kept(environment: dict[str, str]) -> Iterator[None]:
-  """Take the tokens from where the commands keep them."""
+  """Share the cache of tokens with the commands."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
     yield
@@ -97,7 +97,7 @@ def test_the_second_stage_keeps_the_backbone_and_its_anchors(first, second):
 
 
 @pytest.mark.full
-def test_a_second_stage_is_measured_in_table_8s_columns(second, environment, tmp_path):
+def test_a_second_stage_is_evaluated_for_the_columns_of_table_8(second, environment, tmp_path):
   words = ("evaluate", f"--workdir={second}", "--tasks=long_tail", f"--out={tmp_path / 'F.json'}")
   done = command_runs.run([sys.executable, "-m", "replication", *words], environment)
   assert done.returncode == 0, done.stderr
@@ -110,13 +110,13 @@ def test_a_second_stage_is_measured_in_table_8s_columns(second, environment, tmp
 
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 2])
-def test_killed_while_it_starts_and_at_a_random_step_it_ends_in_the_same_bits(
+def test_a_run_killed_at_its_start_and_at_a_random_step_ends_in_the_same_bits(
   stage, run, first, second, environment, tmp_path
 ):
   init, whole = ((run, first), (first, second))[stage - 1]
   killed, chosen = tmp_path / "killed", random.randint(4, 7)
   command = [sys.executable, "-m", "diffdis_jax.train", config_flag(stage, init), f"--workdir={killed}"]
-  # Before the first step the network is compiled, or anchors are chosen.
+  # Kill the run before its first step, while the network is compiled or anchors are chosen.
   kill_when(command, environment, (killed / "config.json").exists)
   kill_when(command, environment, lambda: chosen in steps_logged(killed))
   assert (workdir.latest_step(str(killed)) or 0) < STEPS
@@ -125,7 +125,7 @@ def test_killed_while_it_starts_and_at_a_random_step_it_ends_in_the_same_bits(
 
 
 def untrained(path: pathlib.Path, config: ConfigDict, step: int) -> str:
-  """Write a run of this config that was never trained."""
+  """Write a run of this config with random parameters."""
   workdir.open_for_training(str(path), config.to_dict())
   params = random_params(build_trainer(config, steps.make_mesh()).shapes, seed=0)
   with checkpoint.Checkpointer(str(path)) as checkpointer:
@@ -133,7 +133,7 @@ def untrained(path: pathlib.Path, config: ConfigDict, step: int) -> str:
   return str(path)
 
 
-def staged(stage: int, config: ConfigDict) -> ConfigDict:
+def config_of_stage(stage: int, config: ConfigDict) -> ConfigDict:
   config.optim.epoch_steps = 2
   if stage == 1:
     places_lt.first_stage(config, rate=1e-3, text=True)
@@ -142,8 +142,8 @@ def staged(stage: int, config: ConfigDict) -> ConfigDict:
   return config
 
 
-def test_a_clips_head_leaves_beside_it(tmp_path):
-  run = untrained(tmp_path / "run", staged(2, tiny_clip.get_config()), 8)
+def test_the_head_of_a_clip_is_exported_to_its_own_file(tmp_path):
+  run = untrained(tmp_path / "run", config_of_stage(2, tiny_clip.get_config()), 8)
   export_weights.export_weights(run, str(tmp_path / "out"))
   head, params = load_file(tmp_path / "out" / "head.safetensors"), saved(run)
   np.testing.assert_array_equal(head["fc1.weight"], params["head.fc1.kernel"].T)
@@ -161,11 +161,11 @@ def test_a_clips_head_leaves_beside_it(tmp_path):
     (2, None, "init_from is empty; objective long_tail_head starts from stage 1's workdir"),
     (1, steps.make_config("generation"), "lacks an image or a text side: it has no alignment.*or contrastive"),
     (2, steps.make_config(), "was trained for generation, discrimination, and long_tail_head starts from class_contr"),
-    (2, staged(1, steps.make_config()), "is class_contrastive at step 4 of 8; train it to its end first"),
+    (2, config_of_stage(1, steps.make_config()), "is class_contrastive at step 4 of 8; train it to its end first"),
   ],
 )
-def test_bad_starts_are_refused(stage, kind, message, tmp_path):
+def test_wrong_starts_are_refused(stage, kind, message, tmp_path):
   path = "" if kind is None else untrained(tmp_path / "start", kind, 4)
   with pytest.raises(UserError, match=message) as error:
-    start.find_initial(path, build_trainer(staged(stage, steps.make_config()), steps.make_mesh()))
+    start.find_initial(path, build_trainer(config_of_stage(stage, steps.make_config()), steps.make_mesh()))
   assert "\n" not in str(error.value)

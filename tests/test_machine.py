@@ -1,4 +1,4 @@
-"""The limit of a container counts as its number of cores."""
+"""Test that the CPU limit of a container counts as its number of cores."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from diffdis_jax.common import machine
 
 
-@pytest.mark.parametrize("limit, whole", [("", 64), ("max 100000", 64), ("250000 100000", 2), ("50000 100000", 1)])
-def test_a_containers_limits_count(tmp_path, monkeypatch, limit, whole):
+@pytest.mark.parametrize("limit, num_cores", [("", 64), ("max 100000", 64), ("250000 100000", 2), ("50000 100000", 1)])
+def test_a_containers_limits_count(tmp_path, monkeypatch, limit, num_cores):
   monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {*range(64)})
   if limit:
     (tmp_path / "cpu.max").write_text(f"{limit}\n")
-  assert (machine.cores(tmp_path), machine.processors()) == (whole, 64)
+  assert (machine.cores(tmp_path), machine.processors()) == (num_cores, 64)

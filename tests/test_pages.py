@@ -1,6 +1,6 @@
-"""Test what README and docs/ tell the reader to type, in an environment as `make .venv/.installed` makes it.
+"""Test the commands of README and docs/ in an environment that `make .venv/.installed` has made.
 
-The flags of every command are parsed there. The commands in RUN are run, and those in RUN_SLOWLY with the mark `full`.
+The flags of every command are parsed. The commands of RUN are run, and those of RUN_SLOWLY with the mark `full`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ SOURCES = (
   "diffdis_jax",
   "replication",
 )
-UNREACHABLE = "error sending request|dns error|Failed to fetch|Could not connect"  # of uv, without a network
+UNREACHABLE = "error sending request|dns error|Failed to fetch|Could not connect"  # uv's errors without a network
 
-# Each entry is how a command begins, what the tests append to it, and the files that it writes.
+# Each entry maps the beginning of a command to what the tests append, and the files that the command writes.
 RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.report --workdir=RUN": ("", ("report.html",)),
   "python -m diffdis_jax.evaluate --compare=": ("", ("table.md",)),
@@ -59,7 +59,7 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.generate --workdir=runs/demo/diffdis": ("", ("more/00001.png", "more/grid.png")),
   "python -m diffdis_jax.export_weights --workdir=runs/demo/diffdis": ("", ("exported/unet/config.json",)),
 }
-# These are run in this order. What is appended makes them short.
+# These are run in this order. SHORT makes them short.
 SHORT = "--config.num_steps=2 --config.log_every=1"
 README_TRAINS = "python -m diffdis_jax.train --config=diffdis_cc3m:runlocal --workdir=RUN"
 RUN_SLOWLY: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -76,10 +76,10 @@ RUN_SLOWLY: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 # Every command of the pages, written as python -m and with its config's name.
 LINES = [*dict.fromkeys(pages.as_module(line.removeprefix(".venv/bin/")) for line in pages.commands())]
-# A word of a page -> what a reader would type in its place.
+# Placeholders of the pages -> what a reader would type in their place.
 MEANT = {
   "--config=NAME": "--config=shapes",
-  # The config `own` reads its data at once, to count them.
+  # The config `own` reads its data when it is loaded, in order to count them.
   "--config=own:path=DATA,from=SD,memory=24": "--config=shapes",
   "--config=own:path=data/own": "--config=shapes",
   "--config=own:path=DATA": "--config=shapes",
@@ -90,14 +90,14 @@ MEANT = {
 
 
 def test_a_run_of_diffdis_cc3m_on_a_page_says_what_it_starts_from():
-  """Such a run freezes what nothing else gives it, and is refused."""
+  """Without a start, such a run would freeze random parameters, and is refused."""
   lines = [line for line in LINES if ".train " in line and re.search(r"--config=diffdis_cc3m:(?!runlocal)", line)]
   assert len(lines) > 3 and [line for line in lines if "--config.init_from=" not in line] == []
 
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """Copy the sources and make `.venv` by the Makefile's rule. uv does pip's part in a third of the time."""
+  """Copy the sources and make `.venv` by the Makefile. uv in the place of pip takes a third of the time."""
 
   def make(folder: pathlib.Path) -> None:
     folder.mkdir()
@@ -116,7 +116,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def typed(plain: pathlib.Path, environment: dict[str, str]) -> dict[str, str]:
-  """Return the variables of a shell in which that copy's environment is active."""
+  """Return the variables of a shell in which the environment of the copy is active."""
   known = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
   return known | {"PATH": f"{plain}/.venv/bin:{known['PATH']}", "VIRTUAL_ENV": f"{plain}/.venv"}
 
@@ -131,13 +131,13 @@ def test_the_environment_has_the_package_with_its_version_and_none_of_the_extras
   version = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]["version"]
   script = "import importlib.util as u, diffdis_jax as d; print(d.__version__, d.__file__, *map(u.find_spec, {}))"
   extras = ["torch", "pytest", "gradio", "matplotlib"]
-  shown = run([f"{plain}/.venv/bin/python", "-c", script.format(extras)], tmp_path, typed).split()
-  assert shown == [version, str(plain / "diffdis_jax" / "__init__.py"), *["None"] * 4]
+  printed = run([f"{plain}/.venv/bin/python", "-c", script.format(extras)], tmp_path, typed).split()
+  assert printed == [version, str(plain / "diffdis_jax" / "__init__.py"), *["None"] * 4]
 
 
 @pytest.fixture(scope="module")
 def folder(plain: pathlib.Path, exportable_run: str) -> pathlib.Path:
-  """Put a small run where the pages have theirs into the copy, and two files of results."""
+  """Put a small run, under the names that the pages use, and two files of results into the copy."""
   for name in ("RUN", "runs/demo/diffdis"):
     shutil.copytree(exportable_run, plain / name)
   for name in ("diffdis", "clip"):
@@ -147,7 +147,7 @@ def folder(plain: pathlib.Path, exportable_run: str) -> pathlib.Path:
   return plain
 
 
-def test_every_command_shows_its_help_and_takes_what_the_pages_give_it(folder, typed):
+def test_every_command_shows_its_help_and_takes_the_flags_of_the_pages(folder, typed):
   lines = []
   for line in LINES:
     if line.startswith("python -m diffdis_jax."):
@@ -159,56 +159,56 @@ def test_every_command_shows_its_help_and_takes_what_the_pages_give_it(folder, t
   script = (pages.ROOT / "tests" / "parse_commands.py").read_text()
   python = f"{folder}/.venv/bin/python"
   outcomes = json.loads(run([python, "-c", script], folder, typed, input=json.dumps([*helps, *lines])))
-  for (name, _), (code, shown) in zip(helps, outcomes):
-    assert code == 0 and f"diffdis {name}" in shown and "--[no]quiet" in shown, shown
+  for (name, _), (code, printed) in zip(helps, outcomes):
+    assert code == 0 and f"diffdis {name}" in printed and "--[no]quiet" in printed, printed
   refused = [(words, text) for words, (code, text) in zip(lines, outcomes[len(helps) :], strict=True) if code]
   assert refused == []
   assert len(lines) > 40 and len(helps) >= 12
 
 
-def run_as_typed(beginning: str, behind: str, files: tuple[str, ...], folder: pathlib.Path, typed: dict[str, str]):
-  """Run the first command of the pages that begins so, and return its output."""
+def run_as_typed(beginning: str, appended: str, files: tuple[str, ...], folder: pathlib.Path, typed: dict[str, str]):
+  """Run the first command of the pages with this beginning, and return its output."""
   line = next(line for line in LINES if line.startswith(beginning))
   line = re.sub(r"\[[^\]]*\]", "", line.replace("steps=N", MEANT["steps=N"]))
-  shown = run(["bash", "-c", f"{line} {behind}"], folder, typed)
+  printed = run(["bash", "-c", f"{line} {appended}"], folder, typed)
   for name in files:
     assert (folder / name).stat().st_size, f"{line} wrote no {name}"
-  return shown
+  return printed
 
 
 @pytest.mark.parametrize("beginning", RUN)
 def test_a_command_runs(folder, typed, beginning):
-  behind, files = RUN[beginning]
-  shown = run_as_typed(beginning, behind, files, folder, typed)
-  assert "ablate plan" not in beginning or "28 runs, 0 finished" in shown
+  appended, files = RUN[beginning]
+  printed = run_as_typed(beginning, appended, files, folder, typed)
+  assert "ablate plan" not in beginning or "28 runs, 0 finished" in printed
   for name in files:
     if name.endswith(".png"):
       Image.open(folder / name).load()
 
 
 def test_every_block_of_python_is_run_by_a_test():
-  """The tests are below, in test_export_weights.py and in test_extending.py."""
+  """The tests that run them are below, in test_export_weights.py and in test_extending.py."""
   run_by_a_test = {"README.md": 1, "docs/quickstart.md": 1, "docs/api.md": 1}
   run_by_a_test |= {"docs/weights.md": 1, "docs/extending.md": 4}
   assert {page: number for page in pages.PAGES if (number := pages.number_of_python_blocks(page))} == run_by_a_test
 
 
 def test_the_blocks_of_python_run(folder, typed):
-  """Run those of README, the quickstart and the reference, with a run where `make demo` leaves it."""
+  """Run the blocks of README, the quickstart and the reference on a run in the folder of `make demo`."""
   readme = pages.python_block("README.md", "model.generate")
   quickstart = pages.python_block("docs/quickstart.md", "model.generate")
   reference = pages.python_block("docs/api.md", "diffdis_jax.load")
   script = f"{readme}\n{quickstart}\n{reference}"
-  shown = run([f"{folder}/.venv/bin/python", "-c", script], folder, typed)
-  assert re.fullmatch(r"(\['(red star|blue ring)', '(red star|blue ring)'\]\n){2}", shown)
+  printed = run([f"{folder}/.venv/bin/python", "-c", script], folder, typed)
+  assert re.fullmatch(r"(\['(red star|blue ring)', '(red star|blue ring)'\]\n){2}", printed)
 
 
 @pytest.mark.full
 def test_the_long_commands_run_one_after_the_other(folder, typed):
-  for beginning, (behind, files) in RUN_SLOWLY.items():
+  for beginning, (appended, files) in RUN_SLOWLY.items():
     if beginning == README_TRAINS:
       shutil.rmtree(folder / "RUN")
-    run_as_typed(beginning, behind, files, folder, typed)
+    run_as_typed(beginning, appended, files, folder, typed)
   run_as_typed(README_TRAINS, "", (), folder, typed)  # again: it resumes at its end
   starts = [event["step"] for event in provenance.read(str(folder / "RUN")) if event["event"] == "start"]
   assert starts == [0, 20]

@@ -1,4 +1,4 @@
-"""Compare `diffdis_jax.load` with `inference`, for whatever holds an image."""
+"""Compare `diffdis_jax.load` with `inference`, for every type that holds an image."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_classify_and_rank_equal_a_softmax_and_cosines(model, run, pictures):
 
 @pytest.mark.slow
 def test_the_templates_are_the_runs_own(tmp_path, run, model, pictures):
-  """The run of these tests has none of its own, so that CLIP's are taken."""
+  """The run of these tests has no templates, so that CLIP's are taken."""
   assert (
     model.classify(pictures, NAMES).scores.tolist()
     == model.classify(pictures, NAMES, prompts.TEMPLATES).scores.tolist()
@@ -75,17 +75,17 @@ def test_the_templates_are_the_runs_own(tmp_path, run, model, pictures):
   packing.write(packed, one_file.read_params(packed), dataclasses.replace(record, config=own), dtype=np.float32)
   other = diffdis_jax.load(packed)
   assert other.classify(pictures, NAMES).scores.tolist() == model.classify(pictures, NAMES, ["a {}"]).scores.tolist()
-  own["evals"]["few"]["templates"] = "templates.json"  # which may lie on another machine
+  own["evals"]["few"]["templates"] = "templates.json"  # the file may be on another machine
   packing.write(packed, one_file.read_params(packed), dataclasses.replace(record, config=own), dtype=np.float32)
   assert diffdis_jax.load(packed)._templates == prompts.TEMPLATES
 
 
-def test_an_image_is_the_same_in_whatever_it_comes(model, pictures, tmp_path):
+def test_an_image_may_be_a_file_an_array_or_a_list(model, pictures, tmp_path):
   image, file = pictures[1], tmp_path / "image.png"
   image.save(file)
   expected = model.embed_images(image)
-  for same in (file, str(file), np.asarray(image), np.asarray(image) / 255, np.asarray(image)[None], [image], (file,)):
-    np.testing.assert_array_equal(model.embed_images(same), expected)
+  for form in (file, str(file), np.asarray(image), np.asarray(image) / 255, np.asarray(image)[None], [image], (file,)):
+    np.testing.assert_array_equal(model.embed_images(form), expected)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_an_image_is_the_same_in_whatever_it_comes(model, pictures, tmp_path):
     (lambda model: diffdis_jax.load("emojis"), "emoji"),
   ],
 )
-def test_wrong_input_is_one_line(model, call, message):
+def test_wrong_input_is_refused_in_one_line(model, call, message):
   with pytest.raises(UserError, match=message) as error:
     call(model)
   assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Compare training, evaluation and generation by two processes with one process. Each compiles for minutes."""
+"""Compare training, evaluation and generation by two processes with those by one. Each test compiles for minutes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 20
 
 def flags(run: pathlib.Path, **changes) -> list[str]:
   fields = {"num_steps": STEPS, "save_every": 100, "log_every": 1, "model.unet.attention": "(False,)"}
-  # Adam makes a gradient of mere rounding as large as any other, which shows in the loss by step 5.
+  # With a small eps, Adam scales gradients of mere rounding up, which changes the loss by step 5.
   fields |= {"optim.eps": 1e-4, **changes}
   return ["--config=tests/tiny.py", f"--workdir={run}", *(f"--config.{name}={value}" for name, value in fields.items())]
 
@@ -37,7 +37,7 @@ def launch(processes: int, devices: int, verb: str, *flags: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, environment) -> tuple[pathlib.Path, pathlib.Path]:
-  """Train the joint loss on one process with one device, and on two with four each."""
+  """Train the joint loss by one process with one device, and by two processes with four devices each."""
   folder = tmp_path_factory.mktemp("pods")
   one, two = folder / "one", folder / "two"
   done = call("train", environment, *flags(one))
@@ -57,12 +57,12 @@ def test_two_processes_of_four_devices_equal_one_of_one(runs):
     )
   expected, params = (restore.restore_params(str(run), ema=False) for run in runs)
   for name, value in expected.items():
-    # A key's bias moves all scores of a query alike. Its gradient is mere rounding, which Adam makes as large as any.
+    # A key's bias adds the same to all scores of a query. Its gradient is mere rounding, which Adam scales up.
     if not name.endswith("attn.k.bias"):
       np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-def test_one_process_resumes_from_two_with_the_same_next_batch(runs):
+def test_one_process_resumes_a_run_of_two_with_the_same_next_batch(runs):
   (_, expected), (state, batch) = restore_training(runs[0]), restore_training(runs[1])
   assert int(state.step) == STEPS
   np.testing.assert_array_equal(batch, expected)
@@ -88,7 +88,7 @@ def test_two_processes_evaluate_and_generate_like_one(runs, environment, tmp_pat
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
-def test_one_process_compiles_for_longer_than_the_others_wait_in_a_collective(environment, tmp_path):
+def test_one_process_may_compile_for_longer_than_a_collective_waits(environment, tmp_path):
   command = launch(2, 2, "train", *flags(tmp_path / "run", num_steps=2))
   command.insert(command.index("-m") + 1, "tests.slow_compiling")
   slow = slow_compiling.variables("train_step", process=1, seconds=75)
@@ -97,7 +97,7 @@ def test_one_process_compiles_for_longer_than_the_others_wait_in_a_collective(en
   assert slow_compiling.MESSAGE in done.stderr and steps_logged(tmp_path / "run") == [1, 2]
 
 
-def test_sigterm_saves_and_the_run_resumes_without_losing_a_step(environment, tmp_path):
+def test_sigterm_saves_and_the_run_loses_no_step(environment, tmp_path):
   run = tmp_path / "run"
   command = launch(2, 1, "train", *flags(run, num_steps=1000))
   launcher = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""Float32 means float32: on TPUs and GPUs JAX multiplies f32 in bf16 or TF32 unless a program says otherwise."""
+"""Test that float32 programs multiply in float32: on TPUs and GPUs JAX's default is bf16 or TF32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 def products(jaxpr: core.Jaxpr) -> Iterator[Any]:
-  """Yield every matrix product and convolution, those of inner functions too."""
+  """Yield every matrix product and convolution, also of inner functions."""
   for equation in jaxpr.eqns:
     if equation.primitive.name in PRODUCTS:
       yield equation
@@ -55,7 +55,7 @@ PROGRAMS = ("train", "generation", "discrimination")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_every_product_of_a_float32_program_is_one(name):
+def test_every_product_of_a_float32_program_is_in_float32(name):
   counts = precisions(trace(name))
   assert counts.keys() == {(kind, Precision.HIGHEST) for kind in PRODUCTS}
   accumulated = {"optim.accumulate": 2, "model.remat": "full"}
@@ -65,8 +65,8 @@ def test_every_product_of_a_float32_program_is_one(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_bfloat16_program_asks_for_nothing_more(name):
-  """The contrastive loss's logits alone are f32 in any program: forwards, and backwards to both sides."""
+def test_products_of_a_bfloat16_program_have_the_default_precision(name):
+  """Only the contrastive logits are float32 in every program, in the forward and in the backward pass."""
   counts = precisions(trace(name, **{"model.dtype": "bfloat16"}))
   exact = {key: counts.pop(key) for key in list(counts) if key[1] == Precision.HIGHEST}
   assert exact.keys() == ({("dot_general", Precision.HIGHEST)} if name == "train" else set())
@@ -74,11 +74,11 @@ def test_a_bfloat16_program_asks_for_nothing_more(name):
   assert {precision for _, precision in counts} == {Precision.DEFAULT}
 
 
-def test_a_precision_can_be_asked_for():
-  asked = lambda **changes: network_of(steps.make_config(**{f"model.{k}": v for k, v in changes.items()}))
-  assert asked(dtype="float32").matmul_precision == "highest"
-  assert asked(dtype="bfloat16").matmul_precision == "default"
-  assert asked(dtype="float32", matmul_precision="default").matmul_precision == "default"
-  assert asked(dtype="bfloat16", matmul_precision="high").matmul_precision == "high"
+def test_a_config_may_set_the_precision():
+  network_with = lambda **changes: network_of(steps.make_config(**{f"model.{k}": v for k, v in changes.items()}))
+  assert network_with(dtype="float32").matmul_precision == "highest"
+  assert network_with(dtype="bfloat16").matmul_precision == "default"
+  assert network_with(dtype="float32", matmul_precision="default").matmul_precision == "default"
+  assert network_with(dtype="bfloat16", matmul_precision="high").matmul_precision == "high"
   counts = precisions(trace("discrimination", **{"model.matmul_precision": "high"}))
   assert {precision for _, precision in counts} == {Precision.HIGH}

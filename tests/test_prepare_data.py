@@ -1,4 +1,4 @@
-"""The command does what a user expects."""
+"""Test the command prepare_data."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def raw(tmp_path):
   return folder
 
 
-def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
+def test_a_folder_is_written_and_skipped_pairs_are_reported(raw, tmp_path):
   done = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
   assert done.returncode == 0, done.stderr
   assert "1 pairs (train 1); skipped: 1 with corrupt image" in done.stderr
@@ -71,7 +71,7 @@ def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
     (("pairs", "--source=raw", "--output=out"), "unknown flag --output; did you mean --out?"),
   ],
 )
-def test_bad_input_is_one_line_and_exit_2(raw, tmp_path, monkeypatch, arguments, message):
+def test_wrong_input_is_refused_in_one_line_with_exit_code_2(raw, tmp_path, monkeypatch, arguments, message):
   monkeypatch.chdir(tmp_path)
   done = run(*arguments)
   assert done.returncode == 2, done.stderr
@@ -89,7 +89,7 @@ def test_bad_input_is_one_line_and_exit_2(raw, tmp_path, monkeypatch, arguments,
     ({"data.augment.hue": 0.1}, {}, False),
   ],
 )
-def test_views_that_would_all_be_the_same_are_refused(tmp_path, monkeypatch, changes, flags, same):
+def test_views_that_would_all_be_equal_are_refused(tmp_path, monkeypatch, changes, flags, same):
   config = steps.make_config("generation")
   config.data.augment.update(crop="centre", flip=False)
   config.update_from_flattened_dict(changes)

@@ -1,4 +1,4 @@
-"""Test that every number of a config knows its range, and refuses another one in one line before a file is written."""
+"""Test that every number of a config outside its range is refused in one line, before a file is written."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def refused(tmp_path, field: str, value: Any, config: ConfigDict) -> None:
 
 
 @pytest.mark.parametrize("get_config, fields", [(tiny.get_config, FIELDS), (tiny_clip.get_config, CLIP_FIELDS)])
-def test_no_number_is_negative_or_not_finite(tmp_path, get_config, fields):
+def test_negative_numbers_and_numbers_that_are_not_finite_are_refused(tmp_path, get_config, fields):
   assert len(FIELDS) > 70 and OUTSIDE.keys() <= FIELDS.keys()
   for field, value in fields.items():
     refuses_wrong_numbers(tmp_path, field, value, get_config)
@@ -87,5 +87,5 @@ def refuses_wrong_numbers(tmp_path, field: str, value: Any, get_config: Callable
 
 
 @pytest.mark.parametrize("field, value", OUTSIDE.items())
-def test_a_bound_is_where_it_is_said_to_be(tmp_path, field, value):
+def test_a_number_outside_its_range_is_refused(tmp_path, field, value):
   refused(tmp_path, field, value, tiny.get_config())

@@ -1,4 +1,4 @@
-"""Test that requirements.txt and every extra resolve to wheels on every Python and machine that they claim."""
+"""Test that requirements.txt and every extra resolve to wheels for every Python and machine that is claimed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 LINUX = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28")
-NEWER_LINUX = ("x86_64-manylinux_2_31", "aarch64-manylinux_2_31")  # libtpu's wheels ask for this glibc
+NEWER_LINUX = ("x86_64-manylinux_2_31", "aarch64-manylinux_2_31")  # libtpu's wheels need this glibc
 MACHINES = [(python, machine) for python in PYTHONS for machine in LINUX]
 CI = ROOT / ".github" / "workflows" / "ci.yml"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -33,7 +33,7 @@ def resolve(machine: tuple[str, str], more: Sequence[str] = ()) -> dict[str, str
   """Return each package's version, or the error, for requirements.txt and `more`."""
   python, platform = machine
   command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
-  # promise, which tensorflow-datasets needs, has no wheel anywhere and is pure Python.
+  # tensorflow-datasets needs promise, which is pure Python and has no wheel.
   command += ["--only-binary=:all:", "--no-binary=promise", f"--python-version={python}"]
   command += [f"--python-platform={platform}", "requirements.txt", "-"]
   done = subprocess.run(command, cwd=ROOT, input="\n".join(more), capture_output=True, text=True, timeout=300)
@@ -64,14 +64,14 @@ def test_a_fresh_machine_resolves(resolved, machine):
   assert not [name for name in versions if name in ("tensorflow", "tensorflow-cpu", "torch")]
 
 
-def test_the_pythons_that_are_claimed_are_those_that_ci_tests():
+def test_ci_tests_every_python_that_is_claimed():
   claimed = re.findall(r"Programming Language :: Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
   (tested,) = re.findall(r"python: (\[.+\])", CI.read_text())
   assert tuple(claimed) == PYTHONS == tuple(json.loads(tested))
 
 
-def test_what_ci_and_the_image_take_from_elsewhere_is_pinned():
-  """A commit or a digest pins it, which nobody can move."""
+def test_the_actions_of_ci_and_the_base_image_are_pinned():
+  """They are pinned to a commit or a digest, which nobody can change later."""
   used = re.findall(r"uses: (\S+)", CI.read_text())
   assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in used)
   dockerfile = (ROOT / "Dockerfile").read_text()
@@ -82,8 +82,8 @@ def test_what_ci_and_the_image_take_from_elsewhere_is_pinned():
   assert re.findall(r"^USER (.+)$", dockerfile, re.M)[-1] not in ("root", "0")
 
 
-def test_the_lock_has_a_version_of_all_that_is_asked_for():
-  """`make lock` mends it."""
+def test_the_lock_has_a_version_of_every_requirement():
+  """`make lock` writes the lock again."""
   lock = (ROOT / "requirements.lock").read_text()
   assert "://" not in lock
   lines = [Requirement(line) for line in lock.splitlines() if not line.startswith("#")]
@@ -103,7 +103,7 @@ def test_the_lock_has_a_version_of_all_that_is_asked_for():
 
 @pytest.mark.full
 def test_every_extra_resolves():
-  """All of them resolve together, so that any choice of them does."""
+  """If all extras resolve together, any choice of them does."""
   asked = [line for lines in EXTRAS.values() for line in lines if not line.startswith("diffdis_jax[")]
   machines = [(python, machine) for python in PYTHONS for machine in NEWER_LINUX]
   for (_, machine), versions in resolve_all(machines, asked).items():
@@ -122,7 +122,7 @@ def run(command: Sequence[str | pathlib.Path], **environment: str) -> str:
 
 @pytest.mark.full
 def test_the_lowest_versions_prepare_train_resume_and_generate(tmp_path):
-  """A machine may have them already: pip keeps a version that a range allows."""
+  """A machine may have these versions already: pip keeps a version that a range allows."""
   python = tmp_path / "venv" / "bin" / "python"
   run([sys.executable, "-m", "uv", "venv", f"--python={sys.version_info[0]}.{sys.version_info[1]}", tmp_path / "venv"])
   install = ["-m", "uv", "pip", "install", "--resolution=lowest-direct", "--python", str(python)]

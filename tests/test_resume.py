@@ -1,4 +1,4 @@
-"""A run that is killed, twice, and resumes ends in the same bits as one left alone."""
+"""Test that a run that is killed twice and resumed ends in the same bits as one that is not killed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytest_plugins = ("tests.command_runs",)
 
 
 def kill_when(command: list[str], environment: dict[str, str], ready: Callable[[], bool]) -> None:
-  """Start the run, and kill it as soon as `ready()`."""
+  """Start the run, and kill it as soon as `ready()` is true."""
   process = command_runs.start(command, environment, output=subprocess.DEVNULL)
   try:
     deadline = time.monotonic() + 300
@@ -48,7 +48,7 @@ def steps_logged(run: pathlib.Path) -> list[int]:
 
 
 def metrics(run: pathlib.Path) -> list[dict[str, float]]:
-  """Read every line without its speeds."""
+  """Read every line of the metrics without its speeds."""
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   speeds = {"steps_per_sec", "images_per_sec", "data_wait"}
   return [{name: value for name, value in line.items() if name not in speeds} for line in lines]
@@ -75,7 +75,7 @@ def assert_same_end(run: pathlib.Path, whole: pathlib.Path) -> None:
 
 
 def killed_twice(killed: pathlib.Path, command: list[str], environment: dict[str, str]) -> bool:
-  """Kill the run after a random step, and its successor in a save; return true if that save was unfinished."""
+  """Kill a run after a random step, and once resumed during a save. Return true if that save was unfinished."""
   chosen = random.randint(SAVE_EVERY - 1, 2 * SAVE_EVERY - 1)
   kill_when(command, environment, lambda: chosen in steps_logged(killed))
   first = workdir.latest_step(str(killed)) or 0
@@ -109,7 +109,7 @@ def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(name, tmp_p
   whole = tmp_path / "whole"
   done = command_runs.run([*train, f"--workdir={whole}"], environment)
   assert done.returncode == 0, done.stderr
-  for attempt in range(3):  # where this process gets no core for as long as a save takes, its kill comes too late
+  for attempt in range(3):  # if this process gets no core during a save, its kill comes too late
     killed = tmp_path / f"killed_{attempt}"
     command = [*train, f"--workdir={killed}"]
     if killed_twice(killed, command, environment):

@@ -1,4 +1,4 @@
-"""Test the trained model that comes with the package: its file, its figures, its images and its answers."""
+"""Test the trained model that comes with the package: its file, its figures, its images and its classes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def file():
   return one_file.models()[NAME]
 
 
-def test_it_is_the_only_one_and_small(file):
+def test_the_package_has_one_small_model(file):
   assert {*one_file.models()} == {NAME} and file.stat().st_size <= MOST_BYTES
 
 
-def test_the_file_is_the_one_that_was_measured(file):
+def test_the_file_is_the_one_of_the_record(file):
   record, recorded = one_file.read_record(file), records.record("included", "unseen").of
   with safe_open(file, "numpy") as opened:
     assert opened.metadata()["sha256"] == recorded["sha256"]
@@ -37,7 +37,7 @@ def test_the_file_is_the_one_that_was_measured(file):
   assert not re.search(r'"/\w', json.dumps([record.config, record.provenance, record.results])), "a folder of a machine"
 
 
-def test_its_figures_stand_in_the_file():
+def test_the_file_holds_the_figures_of_the_record():
   metrics = {result.dataset: result.record["metrics"] for result in provenance.results(NAME)}
   value = lambda name: records.record("included", name).value
   assert round(100 * metrics["unseen"]["acc1"], 1) == value("unseen")
@@ -46,8 +46,8 @@ def test_its_figures_stand_in_the_file():
 
 
 @pytest.mark.slow
-def test_it_names_unseen_pairs_and_its_own_images():
-  """By chance it names a sixty-fourth. Processors round differently: a few of the images may change sides."""
+def test_the_model_classifies_unseen_pairs_and_its_own_images():
+  """Chance is 1/64. Processors round differently, so that the classes of a few images may differ."""
   model = diffdis_jax.load(NAME)
   source = shapes.Shapes(split="unseen", image_size=32, seed=1)
   rendered = [source[i] for i in range(64)]

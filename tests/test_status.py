@@ -1,4 +1,4 @@
-"""diffdis status, as a user types it."""
+"""Test the command diffdis status."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def status(*arguments: str):
   return done.returncode, done.stdout, done.stderr
 
 
-def test_a_run_in_words_and_as_json(tmp_path):
+def test_the_status_of_a_run_in_words_and_as_json(tmp_path):
   run = str(written_run.write(tmp_path / "run"))
   code, out, errors = status(run)
   assert (code, errors) == (0, "")
@@ -35,7 +35,7 @@ def test_a_run_in_words_and_as_json(tmp_path):
   assert record["starts"] >= 1 and record["steps_per_sec"] > 0 and record["age"] >= 0
 
 
-def test_a_run_in_one_file_stands_at_the_step_of_its_weights():
+def test_the_status_of_a_run_in_one_file_has_the_step_of_its_weights():
   assert status("shapes") == (
     0,
     "finished\nstep 3,000 of 3,000\nlast checkpoint: step 3,000\nno device-hours known; starts: 0\n",
@@ -44,7 +44,7 @@ def test_a_run_in_one_file_stands_at_the_step_of_its_weights():
 
 
 @pytest.mark.parametrize("arguments, message", [([], "write status RUN"), (["nowhere"], "nowhere")])
-def test_no_run_is_one_line(tmp_path, monkeypatch, arguments, message):
+def test_a_missing_run_is_refused_in_one_line(tmp_path, monkeypatch, arguments, message):
   monkeypatch.chdir(tmp_path)
   code, out, errors = status(*arguments)
   assert code == 2 and not out and errors.count("\n") == 1 and message in errors

@@ -1,4 +1,4 @@
-"""Test that the notebook is saved with its outputs, and that every cell runs, with small and with its own numbers."""
+"""Test that the notebook is saved with its outputs, and that every cell runs, with small and with its own sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 pytest_plugins = ("tests.command_runs",)
 
-PICTURES = 8  # in the outputs
+PICTURES = 8  # number of images in the outputs
 SMALL = """
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, STEPS, BATCH = 2, 8, 2, 8
 GENERATION_STEPS, GUIDANCE, TESTED = 2, 3.0, 8
@@ -38,7 +38,7 @@ def assigned(source: str) -> set[str]:
   return set(re.findall(r"\b[A-Z_]{3,}\b", re.sub("(?m) *#.*$", "", source)))
 
 
-def test_it_is_saved_with_the_outputs_of_one_run_from_top_to_bottom(notebook):
+def test_the_notebook_has_the_outputs_of_one_run_from_top_to_bottom(notebook):
   nbformat.validate(notebook)
   code = [cell for cell in notebook.cells if cell.cell_type == "code"]
   assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
@@ -52,7 +52,7 @@ def test_it_is_saved_with_the_outputs_of_one_run_from_top_to_bottom(notebook):
 
 @pytest.fixture
 def run_notebook(environment, tmp_path, monkeypatch):
-  """Return run(notebook), which runs one in an empty folder and returns its printed text."""
+  """Return a function that runs a notebook in an empty folder and returns its printed text."""
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -67,10 +67,10 @@ def run_notebook(environment, tmp_path, monkeypatch):
   return run
 
 
-# The kernel warns so; it speaks to this process alone.
+# The kernel causes these warnings; it connects to this process alone.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @pytest.mark.full
-def test_it_runs_from_top_to_bottom_and_learns(notebook, run_notebook):
+def test_the_notebook_runs_from_top_to_bottom_and_learns(notebook, run_notebook):
   printed = run_notebook(nbformat.from_dict(notebook))
   accuracy, chance = map(float, re.findall(r"not trained on: ([\d.]+)%\nchance: ([\d.]+)%", printed)[0])
   assert accuracy > 10 * chance
@@ -80,7 +80,7 @@ def test_it_runs_from_top_to_bottom_and_learns(notebook, run_notebook):
 def test_every_cell_runs_in_an_empty_folder(notebook, run_notebook, tmp_path):
   notebook = nbformat.from_dict(notebook)
   (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-  assert assigned(parameters.source) == assigned(SMALL)  # so that none is left at its full size
+  assert assigned(parameters.source) == assigned(SMALL)  # so that no parameter keeps its full size
   parameters.source = SMALL
   printed = run_notebook(notebook)
   assert "top-1 of 64 classes on 8 images that were not trained on" in printed

@@ -47,7 +47,7 @@ def refused(config: ConfigDict, path: pathlib.Path, message: str) -> None:
   assert (files_of(path) if path.exists() else None) == before
 
 
-def test_a_run_holds_what_the_readme_says(joint_run):
+def test_a_run_writes_metrics_config_history_checkpoints_and_samples(joint_run):
   run = pathlib.Path(joint_run)
   lines = lines_of(joint_run)
   assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -58,11 +58,11 @@ def test_a_run_holds_what_the_readme_says(joint_run):
   for line in lines:
     assert line.keys() == {"step"} | losses | quarters | others | speeds
     assert all(math.isfinite(line[name]) for name in losses | others)
-    if line["step"] == 1:  # it was compiled
+    if line["step"] == 1:  # the step was compiled in it, so that it has no speed
       assert {line[name] for name in speeds} == {None}
     else:
       assert 0 <= line["data_wait"] <= 1 and line["steps_per_sec"] > 0
-    # L_ITA is logged of rows with an image, and minimised over all: training/test_step.py has the exact relation.
+    # The logged L_ITA averages rows with an image, the loss all rows: training/test_step.py has the exact relation.
     assert line["loss"] > line["loss_generation"]
   assert np.mean([line["loss"] for line in lines[-4:]]) < np.mean([line["loss"] for line in lines[:4]])
   assert json.loads((run / "config.json").read_text())["num_steps"] == STEPS
@@ -76,7 +76,7 @@ def test_a_run_holds_what_the_readme_says(joint_run):
   assert not list(run.rglob("*tmp*"))
 
 
-def test_a_joint_run_starts_from_the_autoencoder_and_keeps_it(joint_run, autoencoder_run):
+def test_a_joint_run_takes_its_autoencoder_from_the_start_and_keeps_it(joint_run, autoencoder_run):
   expected = restore.restore_params(autoencoder_run)
   raw = restore.restore_params(autoencoder_run, ema=False)
   joint = restore.restore_params(joint_run, ema=False)
@@ -111,13 +111,13 @@ def test_the_run_is_evaluated_and_generates_through_the_command_line(joint_run, 
 
 
 @pytest.mark.slow
-def test_a_run_is_evaluated_as_evaluate_does_it_with_averaged_parameters(environment, tmp_path, monkeypatch):
+def test_a_run_evaluates_averaged_parameters_as_evaluate_does(environment, tmp_path, monkeypatch):
   run, last = str(tmp_path / "run"), 3
   data = {"name": "shapes", "split": "test", "num_images": 64}
   added = [{"name": name, "task": task, "data": data} for name, task in (("a", "zero_shot"), ("b", "retrieval"))]
   added[0]["label_field"] = "colour"
   fields = {"objectives": ("discrimination",), "num_steps": last, "eval_every": 1, "train_evals": ("test",)}
-  # The rates are so high that parameters and their averages are measured differently.
+  # The rates are so high that parameters and their averages give different figures.
   fields |= {"optim.warmup_steps": 0, "optim.rates.text": 0.05, "optim.rates.unet": 0.02, "optim.rates.new": 0.02}
   flags = [f"--config.{name}={value}" for name, value in fields.items()]
   flags += [f"--eval={json.dumps(section)}" for section in added]
@@ -134,7 +134,7 @@ def test_a_run_is_evaluated_as_evaluate_does_it_with_averaged_parameters(environ
     assert {name.split("/")[0] for name in values} == {"test", "a", "b"}
     assert {"test/acc1", "a/mean_per_class_recall", "a/acc5", "b/image_retrieval_recall@1"} <= values.keys()
 
-  # On one device, as the run, since rounding may decide between two images.
+  # Evaluate on one device, as the run did: rounding may decide between two images.
   mesh = steps.make_mesh()
   monkeypatch.setattr(sharding, "make_mesh", lambda **axes: mesh)
   sections = evals.of_config({name: config["evals"][name] for name in ("test", "a", "b")}, tasks=None)
@@ -147,7 +147,7 @@ def test_a_run_is_evaluated_as_evaluate_does_it_with_averaged_parameters(environ
   }
   assert named(averaged) == pytest.approx(recorded[last])
   differences = [value - recorded[last][name] for name, value in named(raw).items()]
-  assert np.abs(differences).max() > 1.5 / 64, "else it would not show which parameters were measured"
+  assert np.abs(differences).max() > 1.5 / 64, "the figures do not show which parameters were measured"
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ def test_a_workdir_of_another_config_names_every_field_and_both_values(joint_run
 
 
 @pytest.mark.slow
-def test_a_run_that_is_made_longer_ends_in_the_bits_of_one_that_was_as_long(tmp_path, caplog):
-  """The rates are constant, so that the length changes nothing before the end."""
+def test_a_run_that_is_made_longer_ends_in_the_same_bits(tmp_path, caplog):
+  """The learning rates are constant, so that they do not depend on the length of the run."""
   caplog.set_level(logging.INFO)
   config = tiny.get_config("autoencoder")
   config.update(num_steps=6, save_every=6, log_every=1)
@@ -214,7 +214,7 @@ def test_a_run_that_is_made_longer_ends_in_the_bits_of_one_that_was_as_long(tmp_
     ((16,), r"autoencoder\.\S+ has shape .*8.* there and .*16.* in this config; use the same model section"),
   ],
 )
-def test_init_from_that_does_not_fit(tmp_path, autoencoder_run, widths, message):
+def test_init_from_without_a_checkpoint_or_of_another_shape_is_refused(tmp_path, autoencoder_run, widths, message):
   config = tiny.get_config("autoencoder")
   config.init_from = autoencoder_run if widths == (16,) else str(tmp_path)
   config.model.autoencoder.widths = widths
@@ -234,8 +234,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 @pytest.mark.full
-def test_what_a_run_starts_from_is_trained_first_and_once(tmp_path, environment):
-  """One command trains the start and the run; calling it again resumes."""
+def test_the_start_of_a_run_is_trained_first_and_once(tmp_path, environment):
+  """One command trains the start and then the run; the same command resumes."""
   run, config = tmp_path / "run", "tests/tiny.py"
   flags = [f"--config={config}", f"--workdir={run}", f"--config.init_from=config:{config}:autoencoder"]
   done = call("train", environment, *flags, "--config.num_steps=4")

@@ -1,4 +1,4 @@
-"""diffdis verify, as a user types it."""
+"""Test the command diffdis verify."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def verify(workdir):
   return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
 
-def test_every_checkpoint_is_a_line(tmp_path):
+def test_every_checkpoint_is_reported_in_a_line(tmp_path):
   save(tmp_path, 1, 2, 3, 4, 5, state=large_state(), keep_last=9)
   code, lines, errors = verify(tmp_path)
-  count = len(checkpoint_files(tmp_path, 1)) - 3  # the digests and the two files that are written later do not count
+  count = len(checkpoint_files(tmp_path, 1)) - 3  # without the digests and the two files that are written later
   assert (code, errors) == (0, []) and len(lines) == 5
   assert lines[0].startswith(f"checkpoint 1: whole: {count} files, 0.")
 
@@ -49,7 +49,7 @@ def test_every_checkpoint_is_a_line(tmp_path):
   assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_prepared_data_are_a_line(tmp_path):
+def test_prepared_data_are_reported_in_a_line(tmp_path):
   raw = tmp_path / "raw"
   raw.mkdir()
   write_tar(raw / "0.tar", {f"{i}.{end}": x for i in range(8) for end, x in (("png", picture(i)), ("txt", b"x"))})
@@ -66,6 +66,6 @@ def test_prepared_data_are_a_line(tmp_path):
   assert errors[0].startswith(f"error: {out} is damaged: dataset_info.json holds other bytes than were saved; ")
 
 
-def test_a_run_in_one_file_is_read_whole():
+def test_a_run_in_one_file_is_reported_in_a_line():
   code, (line,), _ = verify("shapes")
   assert code == 0 and "whole: 1 file" in line

@@ -1,4 +1,4 @@
-"""Test that the wheel brings a command and configs, which work by name in any folder."""
+"""Test that the wheel contains the command and the configs, which work by name in any folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """Unpack the wheel of a copy of what git tracks."""
+  """Build the wheel from the files that git tracks, and unpack it."""
   copy, folder = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
   archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE)
   if archive.returncode:
@@ -32,7 +32,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return folder / "packages"
 
 
-def test_it_has_the_command_and_every_config(installed):
+def test_the_wheel_has_the_command_and_every_config(installed):
   (entry,) = installed.glob("*.dist-info/entry_points.txt")
   assert "diffdis = diffdis_jax.__main__:run" in entry.read_text().splitlines()
   names = {path.stem for path in (installed / "diffdis_jax/configs").glob("*.py")}
@@ -46,7 +46,7 @@ def test_it_has_the_command_and_every_config(installed):
 
 def test_a_config_is_trained_by_its_name_in_another_folder(installed, tmp_path):
   """The command stops at the first check that needs data, after it has read the config."""
-  script = tmp_path / "bin" / "diffdis"  # as pip writes it
+  script = tmp_path / "bin" / "diffdis"  # the script that pip writes
   script.parent.mkdir()
   script.write_text("import sys\nfrom diffdis_jax.__main__ import run\nsys.exit(run())\n")
   environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}

@@ -1,4 +1,4 @@
-"""configs/shapes.py is shrunk here until a step compiles and runs in seconds: the same code with smaller numbers.
+"""Shrink configs/shapes.py until a step compiles and runs in seconds: the same code with smaller numbers.
 
 It is also a config file for command lines: --config=tests/tiny.py[:autoencoder]
 """

@@ -1,4 +1,4 @@
-"""Shorten the evaluations of tests/tiny.py to a second, for the tests of ablate: --base=tests/tiny_ablation.py"""
+"""Leave only two short evaluations in tests/tiny.py, for the tests of ablate: --base=tests/tiny_ablation.py"""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""configs/clip_cc3m.py is shrunk here until a step compiles and runs in seconds: the same code with smaller numbers.
+"""Shrink configs/clip_cc3m.py until a step compiles and runs in seconds: the same code with smaller numbers.
 
 It is also a config file for command lines: --config=tests/tiny_clip.py[:recipe=openclip]
 """

@@ -1,5 +1,5 @@
-"""Shrink replication/configs/shapes_lt.py until a step compiles and runs in seconds. Without the run `init`, it has a
-small network.
+"""Shrink replication/configs/shapes_lt.py until a step compiles and runs in seconds. Without `init=`, the network is
+small, too.
 
 It is also a config file for command lines: --config=tests/tiny_lt.py:stage=1,init=WORKDIR
 """

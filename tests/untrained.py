@@ -1,4 +1,4 @@
-"""Make a run of the shapes config, much smaller and untrained, for tests of the commands."""
+"""Make a run of the shapes config with a much smaller, untrained network, for the tests of commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEP = 3
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
-  """Return the workdir of a run with a checkpoint of step 3, which all test files share."""
+  """Return the workdir, which all test files share, of a run with a checkpoint of step 3."""
   return str(made_once(tmp_path_factory, "untrained", _make_run))
 
 
