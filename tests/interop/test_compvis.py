@@ -1,4 +1,4 @@
-"""Compare names of single-file checkpoints with diffusers' own converter, at full size but without memory."""
+"""Compare the names of single-file checkpoints with diffusers' converter, at full size on the meta device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def single_file() -> dict[str, torch.Tensor]:
   return compvis_names.single_file(states, depth=2, levels=4)
 
 
-def test_names_that_published_checkpoints_have(single_file):
+def test_the_names_of_published_checkpoints_occur(single_file):
   """The published file contains these names, whose numbers are easy to get wrong."""
   for name in (
     "model.diffusion_model.input_blocks.3.0.op.weight",
@@ -38,7 +38,7 @@ def test_names_that_published_checkpoints_have(single_file):
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
-def test_names_are_those_of_diffusers_converter(single_file, component):
+def test_names_equal_those_of_diffusers_converter(single_file, component):
   tensors = {name: Tensor(tuple(tensor.shape), lambda: None) for name, tensor in single_file.items()}
   extras = {"model_ema.decay": Tensor((), lambda: None), "betas": Tensor((1000,), lambda: None)}
   components, renamed = compvis.split(tensors | extras)
@@ -56,7 +56,7 @@ def test_names_are_those_of_diffusers_converter(single_file, component):
   assert renamed == list(extras)
 
 
-def test_depth_and_levels_are_read_off_the_names():
+def test_the_depth_of_a_unet_is_read_from_its_names():
   blocks = lambda *names: [f"{name}.weight" for name in names]
   one_level = blocks("input_blocks.0.0", "input_blocks.1.0.in_layers.0", "input_blocks.2.0.in_layers.0")
   assert compvis.unet_depth(one_level) == 2
@@ -65,5 +65,5 @@ def test_depth_and_levels_are_read_off_the_names():
 
 
 @pytest.mark.parametrize("name", ["input_blocks.1.7.x", "output_blocks.x.0.y", "label_emb.weight", "anything"])
-def test_other_names_do_no_harm(name):
+def test_unknown_names_are_accepted(name):
   assert re.fullmatch(r"[\w.]+", compvis.unet_name(name, depth=2))

@@ -34,7 +34,7 @@ SHAPES = {
 
 
 def write(folder: pathlib.Path, config: Any = None, dtype: Any = np.float32, **shapes: Any) -> pathlib.Path:
-  """Write a folder of open_clip's layout, and return it."""
+  """Write a folder in open_clip's layout, and return it."""
   folder.mkdir(exist_ok=True)
   arrays = {name: np.zeros(shape, dtype) for name, shape in {**SHAPES, **shapes}.items()}
   save_file(arrays, folder / "open_clip_model.safetensors")
@@ -51,14 +51,14 @@ def write(folder: pathlib.Path, config: Any = None, dtype: Any = np.float32, **s
     ("token_embedding.weight", (49408,)),
   ],
 )
-def test_a_tensor_of_another_rank(tmp_path, name, shape):
+def test_a_tensor_of_another_rank_is_refused(tmp_path, name, shape):
   with pytest.raises(UserError, match="is no whole checkpoint of such a network"):
     from_torch.open_source(write(tmp_path, **{name: shape}))
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
-def test_quantized_weights_are_no_weights(tmp_path, dtype):
-  """Quantized weights mean nothing without their scales, which have names of their own."""
+def test_quantized_weights_are_refused(tmp_path, dtype):
+  """Quantized weights have no meaning without their scales, which are other tensors."""
   shapes = {"text_encoder.tokens.embedding": jax.ShapeDtypeStruct((49408, 64), np.float32)}
   match = lambda dtype: from_torch.match(from_torch.open_source(write(tmp_path, dtype=dtype)), shapes)
   with pytest.raises(UserError, match=r"clip parameter \S+ holds numbers of type [IU]8, as quantized weights do"):
@@ -66,8 +66,8 @@ def test_quantized_weights_are_no_weights(tmp_path, dtype):
   match(np.float16)
 
 
-def test_a_folder_of_what_several_processes_trained(tmp_path):
-  """PyTorch's data-parallel training puts `module.` before each name."""
+def test_a_prefix_of_data_parallel_training_is_removed(tmp_path):
+  """PyTorch's data-parallel training adds the prefix `module.` to each name."""
   write(tmp_path / "one")
   (tmp_path / "several").mkdir()
   arrays = {f"module.{name}": np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
@@ -87,7 +87,7 @@ def test_a_folder_of_what_several_processes_trained(tmp_path):
     (lambda: torch.zeros(3, dtype=torch.bfloat16), ""),
   ],
 )
-def test_tensors_of_pytorch_that_are_no_floats(tmp_path, tensor, kind):
+def test_tensors_of_pytorch_that_are_no_floats_are_described(tmp_path, tensor, kind):
   torch.save({"a": tensor(), 0: torch.zeros(1)}, tmp_path / "x.bin")
   tensors = tensor_files.open_file(tmp_path / "x.bin")
   assert [*tensors] == ["a"] and (re.match(kind, tensors["a"].kind) if kind else not tensors["a"].kind)
@@ -101,7 +101,7 @@ def test_tensors_of_pytorch_that_are_no_floats(tmp_path, tensor, kind):
     ("preprocessor_config.json", {"image_mean": ["a", "b", "c"]}, r"mean is \['a', 'b', 'c'\]; only OpenAI's"),
   ],
 )
-def test_a_config_of_transformers_with_other_values(tmp_path, file, content, message):
+def test_a_config_of_transformers_with_wrong_values_is_refused(tmp_path, file, content, message):
   write(tmp_path)
   for name in {"config.json", file}:
     (tmp_path / name).write_text(json.dumps({"model_type": "clip", **(content if name == file else {})}))
@@ -117,7 +117,7 @@ def test_a_config_of_transformers_with_other_values(tmp_path, file, content, mes
     {"model": {"vocab": {"a": 1}}, "added_tokens": [{"content": [1], "id": 2}]},
   ],
 )
-def test_a_tokenizer_of_another_form(tmp_path, content):
+def test_a_tokenizer_of_another_form_is_refused(tmp_path, content):
   (tmp_path / "tokenizer.json").write_text(json.dumps(content))
   with pytest.raises(UserError, match="tokenizer.json is not CLIP's vocabulary"):
     import_weights.check_tokenizer(tmp_path)
@@ -126,7 +126,7 @@ def test_a_tokenizer_of_another_form(tmp_path, content):
 @pytest.mark.parametrize(
   ("channels", "message"), [(9, "in_channels is 9; Stable Diffusion v1 and this package have 4"), (4, "")]
 )
-def test_a_single_file_that_inpaints(tmp_path, channels, message):
+def test_a_single_file_for_inpainting_is_refused(tmp_path, channels, message):
   block, text = (32, 32, 3, 3), "cond_stage_model.transformer.text_model"
   shapes = {
     "model.diffusion_model.input_blocks.0.0.weight": (32, channels, 3, 3),

@@ -2,7 +2,7 @@
 
   python -m pytest -m full tests/interop/test_full_size.py --log-cli-level=INFO
 
-It takes about 15 GB of memory and of disk, and logs every figure.
+The tests take about 15 GB of memory and of disk, and log all figures.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VAE = dict(
 TEXT = dict(num_hidden_layers=12, max_position_embeddings=77, **TEXT_L14)
 SECONDS, MEMORY, PSNR = 120, 2.5, 45
 
-# Run a command in a small process of its own: a child's peak memory starts at the memory of its parent.
+# Run a command from a small process: a child's peak memory includes its parent's memory when it was started.
 MEASURE = """
 import json, resource, subprocess, sys, time
 start = time.monotonic()
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__).info
 
 
 def measure(verb: str, *flags: str) -> dict[str, float]:
-  """Return the wall seconds and peak bytes of a command."""
+  """Run a command, and return its wall time in seconds and its peak memory in bytes."""
   command = [sys.executable, "-c", MEASURE, sys.executable, "-m", f"diffdis_jax.{verb}", *flags]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -93,17 +93,17 @@ def noise() -> np.ndarray:
   return np.random.default_rng(0).standard_normal((1, side, side, 4)).astype(np.float32)
 
 
-def test_import(folders):
+def test_the_cost_of_an_import(folders):
   cost = measure("import_weights", f"--source={folders['sd']}", f"--out={folders['run']}")
   check_cost("import", cost, size_of(folders["sd"]))
 
 
-def test_export(folders):
+def test_the_cost_of_an_export(folders):
   cost = measure("export_weights", f"--workdir={folders['run']}", f"--out={folders['out']}")
   check_cost("export", cost, size_of(folders["out"]))
 
 
-def test_the_import_and_the_export_draw_what_diffusers_draws(folders, noise):
+def test_the_import_and_the_export_generate_the_images_of_diffusers(folders, noise):
   np.save(folders["run"] / "noise.npy", noise)
   flags = (
     f"--prompt={pipelines.PROMPTS[0]}",
@@ -131,7 +131,7 @@ def check_parity(name: str, actual: Any, expected: torch.Tensor, limit: float) -
 
 
 def ours_of(module: torch.nn.Module, prefix: str, make: Any) -> tuple[networks.Network, dict[str, np.ndarray]]:
-  """Return our network with the same parameters; those that the module lacks are 0."""
+  """Return our network with the parameters of a PyTorch module, and zeros for those that the module lacks."""
   network = networks.Network.of(make)
   shapes = {f"{prefix}.{path}": leaf for path, leaf in network.shapes.items() if path not in ("shift", "scale")}
   params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in network.shapes.items()}
@@ -140,7 +140,7 @@ def ours_of(module: torch.nn.Module, prefix: str, make: Any) -> tuple[networks.N
 
 
 @pytest.mark.parametrize("side", [32, 64])
-def test_unet(side):
+def test_the_unet_equals_diffusers(side):
   theirs = from_torch.randomise(pipelines.UNet2DConditionModel(**UNET), 0)
   network, params = ours_of(theirs, "unet", lambda rngs: UNet(MODEL, up_path=True, dtype=np.float32, rngs=rngs))
   normal = lambda *shape: np.random.default_rng(len(shape)).standard_normal(shape, np.float32)
@@ -151,7 +151,7 @@ def test_unet(side):
   check_parity(f"UNet, {side} x {side} latents", ours, expected, 2e-4)
 
 
-def test_autoencoder():
+def test_the_autoencoder_equals_diffusers():
   theirs = from_torch.randomise(pipelines.AutoencoderKL(**VAE), 0)
   make = lambda rngs: Autoencoder(MODEL.autoencoder, dtype=np.float32, rngs=rngs)
   network, params = ours_of(theirs, "autoencoder", make)
@@ -167,7 +167,7 @@ def test_autoencoder():
   check_parity("autoencoder, decoded", image, decoded, 2e-4)
 
 
-def test_text_encoder():
+def test_the_text_encoder_equals_transformers():
   theirs = from_torch.randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), 0)
   make = lambda rngs: TextEncoder(MODEL.text_encoder, remat="none", dtype=np.float32, rngs=rngs)
   network, params = ours_of(theirs, "text_encoder", make)

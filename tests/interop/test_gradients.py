@@ -1,4 +1,4 @@
-"""Compare L_IG's gradient in every parameter of Stable Diffusion with PyTorch's autograd."""
+"""Compare the gradient of L_IG with respect to every parameter of Stable Diffusion with PyTorch's autograd."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def stable_diffusion(model: ConfigDict) -> dict[str, torch.nn.Module]:
 def expected_gradients(
   modules: dict[str, torch.nn.Module], images: np.ndarray, keys: dict[str, jax.Array], dropout: float
 ) -> dict[str, np.ndarray]:
-  """Return the gradients by our paths, for the step's own timesteps, noise and dropped conditions."""
+  """Return PyTorch's gradients by our paths, for the timesteps, noise and dropped conditions of the step's keys."""
   z = modules["vae"].encode(from_torch.nchw(np.asarray(to_signed(jnp.asarray(images))))).latent_dist.mode() * 0.5
   shape = (len(z), *z.shape[2:], 4)
   t = np.array(jax.random.randint(keys["t_z"], (len(z),), 0, 1000))
@@ -109,7 +109,7 @@ def test_gradients_equal_those_of_pytorch():
       assert np.linalg.norm(ours[path]) < 1e-6 * largest, path
     else:
       errors[path] = np.linalg.norm(ours[path] - expected) / np.linalg.norm(expected)
-  assert np.isfinite([*errors.values()]).all()  # otherwise `max` would pass over a NaN
+  assert np.isfinite([*errors.values()]).all()  # `max` could miss a NaN
   worst = max(errors, key=errors.get)
   assert errors[worst] < 1e-4, f"{worst}: {errors[worst]:.2e}"
   without = ("autoencoder.post_quant", "autoencoder.decoder", "autoencoder.up", "autoencoder.conv_out")

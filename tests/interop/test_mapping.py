@@ -1,4 +1,4 @@
-"""Test the table of names: it is one to one, complete on both sides, and exact in values."""
+"""Test that the table of names is one to one and complete on both sides, and that values are converted exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT_L14 = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
 
 @functools.cache
 def golden(name: str) -> dict[str, tuple[int, ...]]:
-  """Return our parameters' shapes from a config's golden listing; the listing of an ablation has the added ones."""
+  """Return the shapes of our parameters from a config's golden listing."""
   lines = [line.removeprefix("+ ").split() for line in (GOLDEN / f"{name}.txt").read_text().splitlines()]
   shapes = {path: re.search(r"\[(.*)\]", kind)[1] for path, kind, *_ in lines if path != "-"}
   return {
@@ -48,7 +48,7 @@ def shapes_of(module: torch.nn.Module, prefix: str = "") -> dict[str, tuple[int,
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("*.txt")))
-def test_every_parameter_of_every_config_has_one_name_and_back(name):
+def test_every_parameter_of_every_config_has_one_name(name):
   is_clip = any(path.startswith("vision_encoder.") for path in golden(name))
   components = mapping.CLIP if is_clip else mapping.DIFFDIS
   entries = [mapping.from_path(path, components) for path in golden(name)]
@@ -74,7 +74,7 @@ VIT_L14 = CLIPConfig(text_config=TEXT_L14, vision_config=VISION_L14, projection_
 
 
 @pytest.mark.parametrize("config", [CLIPConfig(), VIT_L14], ids=["ViT-B/32", "ViT-L/14"])
-def test_clip_models_are_covered_and_back(config):
+def test_every_parameter_of_clip_has_one_path(config):
   with torch.device("meta"):
     theirs = shapes_of(CLIPModel(config))
   entries = [mapping.from_name("clip", name) for name in theirs]
@@ -83,7 +83,7 @@ def test_clip_models_are_covered_and_back(config):
   assert [mapping.from_path(entry.path, mapping.CLIP) for entry in entries] == entries
 
 
-def test_no_row_shadows_another():
+def test_each_name_matches_only_one_row():
   for rows in mapping.TABLE.values():
     for side in ("ours", "theirs"):
       names = [row._asdict()[side].replace("#", "0") for row in rows]
@@ -93,7 +93,7 @@ def test_no_row_shadows_another():
 
 
 @pytest.mark.parametrize("path", [*mapping.STATISTICS, "unet.conv_in.weight", "unet.down.x.resnets.0.conv1.kernel"])
-def test_unknown_paths_and_names(path):
+def test_unknown_paths_are_errors_and_unknown_names_are_none(path):
   with pytest.raises(KeyError, match=re.escape(path)):
     mapping.from_path(path)
   assert mapping.from_name("text_encoder", "text_model.embeddings.position_ids") is None
@@ -106,7 +106,7 @@ def test_unknown_paths_and_names(path):
   [("unet.conv_in.kernel", (3, 3, 4, 8)), ("unet.time.fc1.kernel", (4, 6)), ("unet.time.fc1.bias", (6,))]
   + [("text_encoder.tokens.embedding", (5, 3)), ("logit_scale", ())],
 )
-def test_values_come_back_bit_for_bit(path, shape, dtype):
+def test_values_are_converted_to_torch_and_back_bit_for_bit(path, shape, dtype):
   entry = mapping.from_path(path)
   ours = np.random.default_rng(0).standard_normal(shape).astype(dtype)
   theirs = entry.to_theirs(ours)
@@ -114,7 +114,7 @@ def test_values_come_back_bit_for_bit(path, shape, dtype):
   assert entry.to_ours(theirs).tobytes() == ours.tobytes()
 
 
-def test_kernels_are_laid_out_as_torch_has_them():
+def test_kernels_have_the_layout_of_torch():
   rng = np.random.default_rng(0)
   x, linear = rng.standard_normal((2, 4)), rng.standard_normal((4, 6))
   theirs = mapping.from_path("unet.time.fc1.kernel").to_theirs(linear)

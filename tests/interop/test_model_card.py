@@ -1,4 +1,4 @@
-"""Run the model card's code as it is printed, in an environment without JAX and this package."""
+"""Run the code of the model card in an environment without JAX and this package."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.test_requirements import EXTRAS
 
 pytestmark = pytest.mark.slow
 
-# A PyTorch user has none of these.
+# Users of PyTorch do not need these packages, so that importing them fails here.
 ABSENT = "import sys\nfor name in ('jax', 'flax', 'jaxtyping', 'diffdis_jax'):\n  sys.modules[name] = None\n"
 
 
 def code_of(folder: pathlib.Path) -> str:
-  """Return all Python blocks of the card, joined."""
+  """Return all Python blocks of the model card, joined."""
   return "\n".join(re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S))
 
 
@@ -47,11 +47,11 @@ def folder(tmp_path_factory) -> pathlib.Path:
   return path / "out"
 
 
-def test_from_a_folder(folder, tmp_path):
+def test_the_code_for_a_folder_runs(folder, tmp_path):
   code = code_of(folder)
   lines = [line for line in code.splitlines() if line]
   assert len(lines) == 4  # one line for the import, two for generation, one for classification
-  # Results in an --out elsewhere do not appear. The prompts are captions of the run.
+  # The card has no results that were written to another folder.
   card = (folder / "README.md").read_text()
   assert "## Figures\n\nNone are recorded with the run.\n" in card
   assert (
@@ -65,7 +65,7 @@ def test_from_a_folder(folder, tmp_path):
   assert printed.count("\n") == 2 and printed.startswith("['")
 
 
-def test_a_mixture_whose_sources_leave_out_what_has_a_default():
+def test_the_card_describes_a_mixture_whose_sources_have_default_fields():
   mixture = {"a": {"path": "/home/somebody/cc3m"}, "b": {"name": "shapes", "split": "test", "weight": 0.5}}
   text = model_card._data({"name": "shapes", "path": "", "split": "train", "mixture": mixture})
   assert text == "pairs cc3m, split train, weight 1.0; shapes, split test, weight 0.5"
@@ -73,7 +73,7 @@ def test_a_mixture_whose_sources_leave_out_what_has_a_default():
 
 
 def test_a_file_of_results_adds_no_markup():
-  """The file may come from anybody, and contains what Markdown and HTML would interpret."""
+  """Anybody may have written the file; it may contain characters that Markdown and HTML interpret."""
   hostile = "x |\n\n# Y <script>alert(1)</script> [a](javascript:b) ![c](//d) `e` *f* _g_ ~~h~~ $i$ \\"
   record = {"protocol": {"templates": hostile[:50], hostile[:20]: 1}, "pretrained": "a_b"}
   protocol, metrics = model_card._protocol(record), model_card._shown({hostile: 0.5})
@@ -83,14 +83,14 @@ def test_a_file_of_results_adds_no_markup():
   assert model_card._plain("mean_per_class_recall 0.5") == "mean_per_class_recall 0.5"
 
 
-def test_the_code_of_a_run_that_only_classifies(tmp_path):
+def test_the_code_for_a_run_that_only_classifies_runs(tmp_path):
   export_of(tmp_path, objectives=("discrimination",))
   (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
   Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
   assert run_code(code_of(tmp_path / "out"), tmp_path).startswith("['")
 
 
-def test_the_code_of_an_autoencoder_alone(tmp_path):
+def test_the_code_for_an_autoencoder_alone_runs(tmp_path):
   export_of(tmp_path, objectives=("reconstruction",))
   (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
   Image.new("RGB", (48, 32)).save(tmp_path / "photo.png")
@@ -100,8 +100,8 @@ def test_the_code_of_an_autoencoder_alone(tmp_path):
   assert "import_weights" not in card and "Watermarks" not in card
 
 
-def test_from_the_hub(tmp_path):
-  """huggingface_hub takes a repository that was downloaded before from its cache."""
+def test_the_code_for_the_hub_runs(tmp_path):
+  """huggingface_hub takes a repository that was downloaded earlier from its cache."""
   commit = "a" * 40
   cached = tmp_path / "hf" / "hub" / "models--me--tiny"
   export_weights(export_of(tmp_path), str(cached / "snapshots" / commit), repo="me/tiny")
@@ -114,7 +114,7 @@ def test_from_the_hub(tmp_path):
   assert run_code(program + code.replace('"me/tiny"', "folder"), tmp_path).startswith("['")
 
 
-def test_the_code_of_a_clip(tmp_path):
+def test_the_code_for_a_clip_runs(tmp_path):
   export_config(tiny_clip.get_config(), tmp_path)
   (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
   shapes = 'print(model.logit_scale.shape, tuple(preprocess(__import__("PIL.Image").Image.new("RGB", (9, 8))).shape))'

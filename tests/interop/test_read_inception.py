@@ -1,4 +1,4 @@
-"""Test how FID's Inception is read: each tensor's place, the hash, and files of other models."""
+"""Test how FID's Inception is read: the path of each tensor, the hash, and files of other models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def weights(inception_file) -> inception.Weights:
   return inception.read(str(inception_file))
 
 
-def test_every_tensor_is_read_into_its_place(weights, inception_state):
+def test_every_tensor_is_read_to_its_path(weights, inception_state):
   assert weights.params.keys() == inception.shapes().keys()
   used = [name for name in inception_state if not name.endswith("num_batches_tracked")]
   assert sorted(map(inception.name_of, weights.params)) + sorted(inception.CLASSIFIER) == sorted(
@@ -46,14 +46,14 @@ def blank(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["fc.bias", "Mixed_5b.branch1x1.bn.weight"])
-def test_each_tensor_counts_in_the_hash(tmp_path, inception_state, name):
+def test_the_hash_depends_on_each_tensor(tmp_path, inception_state, name):
   state = blank(inception_state)
   torch.save(state, tmp_path / "x.pth")
   torch.save({"state_dict": {**state, name: state[name] + 1}}, tmp_path / "y.pth")
   assert inception.read(str(tmp_path / "x.pth")).sha256 != inception.read(str(tmp_path / "y.pth")).sha256
 
 
-def test_another_file_than_the_published_one_is_warned_of(tmp_path, inception_state, caplog):
+def test_a_file_that_is_not_the_published_one_gives_a_warning(tmp_path, inception_state, caplog):
   torch.save(blank(inception_state), tmp_path / "x.pth")
   with caplog.at_level(logging.INFO):
     inception.read(str(tmp_path / "x.pth"))
@@ -73,7 +73,7 @@ NAN, TURNED = torch.full((320,), torch.nan), torch.zeros(128, 128, 7, 1)
     ("Mixed_7b.branch1x1.bn.running_var", NAN, "Mixed_7b.branch1x1.bn.running_var .* not finite"),
   ],
 )
-def test_other_tensors(tmp_path, inception_state, name, value, message):
+def test_a_file_with_other_tensors_is_refused(tmp_path, inception_state, name, value, message):
   changed = {**blank(inception_state), name: value}
   torch.save({key: x for key, x in changed.items() if x is not None}, tmp_path / "x.pth")
   with pytest.raises(UserError, match=message) as error:

@@ -45,8 +45,8 @@ def test_libraries_know_every_field_that_is_written():
   assert (text.hidden_size, text.num_hidden_layers, text.eos_token_id) == (768, 12, 49407)
 
 
-def test_the_files_of_stable_diffusion_1_lack_some_fields():
-  """The autoencoder's published config of 2022 lacks them."""
+def test_the_published_config_of_stable_diffusion_1_is_read():
+  """The autoencoder's config of 2022 lacks fields that were added later."""
   config = dict(act_fn="silu", block_out_channels=[128, 256, 512, 512], layers_per_block=2, sample_size=512)
   config |= dict(in_channels=3, latent_channels=4, out_channels=3)
   config |= dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
@@ -80,11 +80,11 @@ def test_a_field_that_is_missing_has_the_librarys_default():
     (sections.read_scheduler, {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
     (sections.read_scheduler, {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
     (sections.read_scheduler, sections.BETAS | {"beta_schedule": "linear", "beta_end": 0.02}, "beta_end is 0.02"),
-    # diffusers' defaults, which no schedule here uses.
+    # The refused values are diffusers' defaults, which no schedule here uses.
     (sections.read_scheduler, {"beta_schedule": "scaled_linear"}, "beta_start is 0.0001; .* have 0.00085"),
     (sections.read_scheduler, {"beta_schedule": "linear", "beta_start": 0.00085}, "beta_end is 0.02; .* have 0.012"),
   ],
 )
-def test_what_is_not_supported(read, changes, message):
+def test_unsupported_fields_are_refused(read, changes, message):
   with pytest.raises(UserError, match=f"^x/config.json: {message}"):
     read(changes, "x/config.json")

@@ -35,7 +35,7 @@ def as_torch() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_safetensors(tmp_path, dtype):
+def test_a_safetensors_file_is_read(tmp_path, dtype):
   save_file({name: value.astype(dtype) for name, value in VALUES.items()}, tmp_path / "x.safetensors")
   tensors = tensor_files.open_file(tmp_path / "x.safetensors")
   assert tensors["a.weight"].read().dtype == dtype
@@ -44,7 +44,7 @@ def test_safetensors(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("zipped, nested", [(True, True), (False, False)])
-def test_pickles_of_tensors(tmp_path, dtype, zipped, nested):
+def test_a_pickle_of_tensors_is_read(tmp_path, dtype, zipped, nested):
   state = {name: tensor.to(dtype) for name, tensor in as_torch().items()}
   content = {"state_dict": state, "epoch": 3} if nested else {**state, "step": 7}
   torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
@@ -70,7 +70,7 @@ def test_a_pickle_is_never_executed(tmp_path, zipped):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1, 2], protocol=2)])
-def test_other_files(tmp_path, content):
+def test_a_file_without_tensors_is_refused(tmp_path, content):
   (tmp_path / "x.bin").write_bytes(content)
   with pytest.raises(UserError, match=r"x\.bin"):
     tensor_files.open_file(tmp_path / "x.bin")
@@ -92,7 +92,7 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name, size", [("x.safetensors", 0.1), ("x.safetensors", 0.9), ("x.ckpt", 0.9)])
-def test_files_cut_short(tmp_path, name, size):
+def test_a_file_that_is_cut_short_is_refused(tmp_path, name, size):
   path = tmp_path / name
   big = np.zeros((100, 100), np.float32)
   save_file({"a": big}, path) if name == "x.safetensors" else torch.save({"a": torch.from_numpy(big)}, path)
@@ -102,8 +102,8 @@ def test_files_cut_short(tmp_path, name, size):
     tensor_files.open_file(path)
 
 
-def test_a_full_disk_is_known_for_one(tmp_path, monkeypatch):
-  """The launcher recognises a full disk by its error number and retries."""
+def test_a_full_disk_raises_its_error_number(tmp_path, monkeypatch):
+  """The launcher recognises a full disk by its error number, and retries."""
   error = SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
   monkeypatch.setattr(tensor_files, "save_file", mock.Mock(side_effect=error))
   with pytest.raises(OSError, match="No space left") as raised:
@@ -111,7 +111,7 @@ def test_a_full_disk_is_known_for_one(tmp_path, monkeypatch):
   assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "x.safetensors"))
 
 
-def test_without_torch_a_pickle_asks_for_it(tmp_path):
+def test_reading_a_pickle_without_torch_names_torch(tmp_path):
   torch.save(as_torch(), tmp_path / "x.bin")
   code = (
     "import sys, pathlib; sys.modules['torch'] = None; from diffdis_jax.interop import tensor_files\n"
@@ -138,7 +138,7 @@ def write(folder: pathlib.Path, *names: str, content: dict[str, np.ndarray] = VA
     ("open_clip_model.safetensors", ("other.safetensors", "model.safetensors")),  # timm's copy of the vision tower
   ],
 )
-def test_the_best_file_of_a_folder(tmp_path, best, others):
+def test_the_best_file_of_a_folder_is_read(tmp_path, best, others):
   write(tmp_path, best)
   write(tmp_path, *others, content={"wrong": np.zeros(1, np.float32)})
   assert_values(tensor_files.open_folder(tmp_path))
@@ -151,7 +151,7 @@ def test_the_best_file_of_a_folder(tmp_path, best, others):
     ("pytorch_model.bin.index.json", "pytorch_model-0000{}-of-00002.bin"),
   ],
 )
-def test_shards(tmp_path, index, shards):
+def test_shards_are_read_by_their_index(tmp_path, index, shards):
   for i, (name, value) in enumerate(VALUES.items(), start=1):
     write(tmp_path, shards.format(i), content={name: value})
   files = {name: shards.format(i) for i, name in enumerate(VALUES, start=1)}
@@ -163,19 +163,19 @@ def test_shards(tmp_path, index, shards):
 
 
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
-def test_a_broken_index(tmp_path, content):
+def test_a_broken_index_is_refused(tmp_path, content):
   (tmp_path / "model.safetensors.index.json").write_text(content)
   with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
     tensor_files.open_folder(tmp_path)
 
 
-def test_a_folder_without_weights(tmp_path):
+def test_a_folder_without_weights_is_refused(tmp_path):
   with pytest.raises(UserError, match="no weights in .*diffusion_pytorch_model.safetensors"):
     tensor_files.open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F4"])
-def test_a_dtype_that_numpy_has_not_is_one_line(tmp_path, dtype):
+def test_a_dtype_that_numpy_lacks_is_refused_in_one_line(tmp_path, dtype):
   header = json.dumps({"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, 2 if dtype == "F4" else 4]}}).encode()
   file = tmp_path / "model.safetensors"
   file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2 if dtype == "F4" else 4))
@@ -184,7 +184,7 @@ def test_a_dtype_that_numpy_has_not_is_one_line(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("content", ['{"a":' * 20_000, "[1]"])
-def test_a_config_that_is_no_object_is_one_line(tmp_path, content):
+def test_a_config_that_is_no_object_is_refused_in_one_line(tmp_path, content):
   (tmp_path / "config.json").write_text(content)
   with pytest.raises(UserError, match="config.json (is not JSON|should be a JSON object)"):
     tensor_files.read_json(tmp_path / "config.json")

@@ -1,4 +1,4 @@
-"""Test how the latents' shift and scale go into a diffusers autoencoder, which has no fields for them."""
+"""Test how the latents' shift and scale are folded into diffusers' autoencoder, which has no fields for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def export(tmp_path, objectives=networks.BOTH, dtype="float32", shift=SHIFT, sca
 
 @pytest.fixture(scope="module")
 def autoencode():
-  """Return a function from parameters, images and z to the latent's mean and log-variance, and to the decoded z."""
+  """Return a function of (params, x, z) that encodes x to a mean and a log-variance, and decodes z."""
 
   def run(model, x, z):
     ours = model.autoencoder
@@ -53,7 +53,7 @@ def test_shift_and_scale_are_folded_into_the_convolutions(autoencode, tmp_path, 
     posterior = theirs.encode(from_torch.nchw(x)).latent_dist
     decoded = theirs.decode(from_torch.nchw(z) / theirs.config.scaling_factor).sample
   assert networks.relative_error(mean, theirs.config.scaling_factor * from_torch.nhwc(posterior.mean)) < 1e-5
-  # In units of z: the log-variance of scale · latent is larger by 2 log scale.
+  # Compare in units of z: the log-variance of scale · latent is larger by 2 log scale.
   exported = from_torch.nhwc(posterior.logvar) + 2 * np.log(theirs.config.scaling_factor)
   assert np.abs(exported - (log_variance + 2 * np.log(scale))).max() < 1e-4
   assert networks.relative_error(image, from_torch.nhwc(decoded)) < 1e-5
@@ -68,7 +68,7 @@ def test_equal_scales_without_a_shift_change_no_weight(tmp_path):
   assert AutoencoderKL.load_config(tmp_path / "vae")["scaling_factor"] == 0.18215
 
 
-def test_parameters_are_used_up_and_all_are_written(tmp_path):
+def test_all_parameters_are_written_and_removed_from_the_dictionary(tmp_path):
   network = networks.diffdis()
   params = networks.random_params(network.shapes, seed=0) | {"autoencoder.scale": np.ones(4, np.float32)}
   to_torch.write(tmp_path, params, own_of(networks.tiny_model(), "cosine"))

@@ -1,4 +1,4 @@
-"""Compare the PyTorch model, loaded from an exported folder, with ours, for each ablation and number of steps."""
+"""Compare the PyTorch model of an export with ours, for each ablation and several numbers of steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ T_E = np.array([0, 1, 500, 999], np.int32)
 
 
 def tiny_config(**changes: Any) -> ConfigDict:
-  """Return the config of a run that a diffusers pipeline can represent, with these fields changed."""
+  """Return the config of a run that diffusers' pipeline can represent, with `changes`."""
   config = steps.make_config()
   config.model = networks.tiny_model()
   config.model.unet.update(widths=(8, 16), attention=(True, False), depth=1)
@@ -54,7 +54,7 @@ def twin_config(config: ConfigDict) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Twin:
-  """The PyTorch model with the three networks that its methods need, loaded from the files of an export."""
+  """The PyTorch model of an export, with the three networks that its methods need."""
 
   diffdis: torch_diffdis.DiffDis
   unet: UNet2DConditionModel
@@ -88,7 +88,7 @@ class Twin:
 
 
 def make_twin(config: ConfigDict, params: Params, folder: pathlib.Path) -> Twin:
-  """Write an export and load it; `params` is used up."""
+  """Write an export and load it. The export empties `params`."""
   to_torch.write(folder, params, twin_config(config))
   return Twin.from_pretrained(folder)
 
@@ -166,7 +166,7 @@ def test_predicted_query_equals_ours(changes, tmp_path):
 
 
 @pytest.mark.slow
-def test_new_parameters_at_full_size_are_ours():
+def test_the_parameters_of_the_torch_model_equal_ours_at_full_size():
   config = diffdis_cc3m.get_config()
   with torch.device("meta"):
     twin = torch_diffdis.DiffDis(**twin_config(config))
@@ -229,7 +229,7 @@ def test_embeddings_equal_ours(num_steps, target, normalize_query, tmp_path):
 @pytest.mark.parametrize(
   "changes", [{"model.text_encoder.projection": 12}, {"model.text_encoder.token_embedding_weight": 0.7}]
 )
-def test_text_query_is_ours(changes, tmp_path):
+def test_text_query_equals_ours(changes, tmp_path):
   config = tiny_config(**changes)
   params, _ = tiny_network(**changes)
   tokens = steps.make_batch(config).tokens[:3]
@@ -245,7 +245,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
   return path
 
 
-def test_bfloat16_computes_between_float32_borders(folder):
+def test_a_bfloat16_model_returns_float32_queries_close_to_float32s(folder):
   twin = Twin.from_pretrained(folder)
   query_inputs = inputs(tiny_config(), size=(8, 8))
   z, noise = from_torch.nchw(query_inputs["z"]), torch.from_numpy(query_inputs["e_t"])
@@ -281,7 +281,7 @@ def test_timesteps_equal_ours():
       torch_diffdis.trailing(n)
 
 
-def test_nothing_imports_the_shipped_files_and_they_import_nothing_of_ours():
+def test_the_shipped_files_neither_import_the_package_nor_are_imported():
   for path in FILES:
     modules = set(imported_modules(ast.parse(path.read_text())))
     if f"interop/{path.name}" in SHIPPED:

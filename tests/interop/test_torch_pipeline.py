@@ -1,4 +1,4 @@
-"""Test the exported pipeline in diffusers: compare its images and classifications with the run's."""
+"""Compare the images and classifications of the exported pipeline in diffusers with the run's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load(folder: pathlib.Path, **how: Any) -> Any:
 
 
 def export_of(folder: pathlib.Path, **changes: Any) -> str:
-  """Export a tiny run with these changes, whose autoencoder has 4 x 4 pixel patches; see `export_config`."""
+  """Export a tiny run with these changes by `export_config`. Its autoencoder has patches of 4 x 4 pixels."""
   config = tiny.get_config()
   config.model.unet.update(widths=(8, 16), attention=(True, False))
   config.update_from_flattened_dict(changes)
@@ -74,7 +74,7 @@ def export_config(config: ConfigDict, folder: pathlib.Path) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_modules(tmp_path_factory) -> Iterator[None]:
-  """Give diffusers a folder of its own for copied code, which test processes would otherwise share."""
+  """Give diffusers another folder for copied code: test processes would share the default one."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
     yield
@@ -128,7 +128,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_patches_generate_what_the_run_generates(run, folder, pipe):
+def test_a_pipeline_with_patches_generates_the_images_of_the_run(run, folder, pipe):
   model, params = inference.load(run, mesh=steps.make_mesh(), batch_size=8, generation_steps=STEPS)
   noise = model.noise(2, seed=3)
   expected = model.generate(params, Tokenizer(model.max_length)(pipelines.PROMPTS), noise)
@@ -148,7 +148,7 @@ def test_patches_generate_what_the_run_generates(run, folder, pipe):
   [{}, pytest.param({"guidance": 2.0, "steps": 3, "num_noise_samples": 2}, marks=pytest.mark.slow)],
   ids=["paper", "more"],
 )
-def test_it_embeds_and_classifies_as_the_run_does(run, pipe, photos, changes, monkeypatch):
+def test_the_pipeline_embeds_and_classifies_as_the_run_does(run, pipe, photos, changes, monkeypatch):
   model, params = inference.load(run, mesh=steps.make_mesh(), batch_size=8, **changes)
   images = squares(photos, model.image_size)
   samples = model.sampling.num_noise_samples
@@ -253,7 +253,7 @@ def test_a_photograph_is_upright_as_in_the_run(orientation, odd):
 
 
 class Offloaded:
-  """Stands for accelerate's hook: calling a part loads its weights and unloads those of the previous part."""
+  """Stand in for accelerate's hook: a call of a part loads its weights and unloads those of the part before it."""
 
   def __init__(self, part: torch.nn.Module, before: Offloaded | None = None):
     self.part, self.before = part, before
@@ -272,10 +272,10 @@ class Offloaded:
       self.before.go()
 
 
-def test_parts_that_are_offloaded_come_in_the_order_of_enable_model_cpu_offload(folder, pipe, photos, monkeypatch):
-  """The pipeline calls layers of a part without its `forward`, and accelerate loads weights in `forward` alone."""
+def test_the_pipeline_works_with_parts_that_are_offloaded(folder, pipe, photos, monkeypatch):
+  """The pipeline calls layers of a part without the part's `forward`, in which alone accelerate loads weights."""
   noise, offloaded = torch.from_numpy(query_noise(2, seed=1)), load(folder)
-  # enable_sequential_cpu_offload keeps the weights of a part there until it is called.
+  # enable_sequential_cpu_offload keeps the weights of a part on the meta device until it is called.
   monkeypatch.setattr(type(offloaded.text_encoder), "device", torch.device("meta"))
   # A part of the sequence unloads the previous one; vae.encode is decorated only if accelerate is installed.
   sequence = [name for name in offloaded.model_cpu_offload_seq.split("->") if name not in ("image_encoder", "vae")]
@@ -288,8 +288,8 @@ def test_parts_that_are_offloaded_come_in_the_order_of_enable_model_cpu_offload(
   assert len(freed) == 2 * len(hooks)
 
 
-def test_the_variant_fp16_is_loaded_by_its_name_and_computes_in_full_precision_unless_asked(run, tmp_path):
-  """By itself transformers 5 would keep the dtype of the files."""
+def test_the_variant_fp16_computes_in_float32_unless_a_dtype_is_given(run, tmp_path):
+  """By default transformers 5 would keep the dtype of the files."""
   out = tmp_path / "out"
   export_weights(run, str(out), dtype="float16")
   assert 'trust_remote_code=True, variant="fp16")' in (out / "README.md").read_text()
@@ -298,10 +298,10 @@ def test_the_variant_fp16_is_loaded_by_its_name_and_computes_in_full_precision_u
   assert parts == dict.fromkeys(("vae", "text_encoder", "unet", "diffdis"), torch.float32)
   assert pipe("a red star", num_inference_steps=1).images[0].size == (16, 16)
   assert load(out, variant="fp16", dtype=torch.float16).text_encoder.dtype == torch.float16
-  import_weights.import_weights(str(out), str(tmp_path / "again"))  # import_weights reads it by that name too
+  import_weights.import_weights(str(out), str(tmp_path / "again"))  # import_weights also reads the variant
 
 
-def test_it_is_saved_and_loaded_again(folder, pipe, photos, tmp_path):
+def test_the_pipeline_is_saved_and_loaded_again(folder, pipe, photos, tmp_path):
   pipe.save_pretrained(tmp_path)
   code = {"pipeline.py", "diffdis/torch_diffdis.py", "vae/torch_parts.py"}
   assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.py")} == code
@@ -316,7 +316,7 @@ def test_it_is_saved_and_loaded_again(folder, pipe, photos, tmp_path):
   assert type(again).__name__ == "DiffDisPipeline" and again.vae_scale_factor == pipe.vae_scale_factor
 
 
-def test_without_patches_it_generates_the_same_bits_as_stable_diffusion(tmp_path):
+def test_without_patches_the_pipeline_equals_stable_diffusion_bit_for_bit(tmp_path):
   one_by_one = {"model.autoencoder.patch": 1, "model.autoencoder.widths": (8, 8)}
   run = export_of(tmp_path, **one_by_one)
   noise = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
@@ -335,7 +335,7 @@ def query_of(pipe: Any, images: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_generation_alone_classifies_nothing(tmp_path):
+def test_an_export_for_generation_alone_refuses_to_classify(tmp_path):
   export_of(tmp_path, objectives=("generation",))
   pipe = load(tmp_path / "out")
   assert not (tmp_path / "out" / "diffdis").exists()
@@ -344,7 +344,7 @@ def test_generation_alone_classifies_nothing(tmp_path):
     pipe.embed_texts(["a"])
 
 
-def test_discrimination_alone_classifies_and_generates_nothing(tmp_path):
+def test_an_export_for_discrimination_alone_refuses_to_generate(tmp_path):
   path = export_of(tmp_path, objectives=("discrimination",))
   pipe, (model, params) = load(tmp_path / "out"), inference.load(path, mesh=steps.make_mesh(), batch_size=8)
   assert not hasattr(pipe.unet, "up_blocks")
@@ -354,14 +354,14 @@ def test_discrimination_alone_classifies_and_generates_nothing(tmp_path):
     pipe("a red star")
   card = (tmp_path / "out" / "README.md").read_text()
   assert "it classifies, and generates no images" in card and "import_weights" in card
-  comes_back(tmp_path / "out", path, tmp_path / "again")
+  assert_imported_back(tmp_path / "out", path, tmp_path / "again")
 
 
-def test_patches_are_imported_back(run, folder, tmp_path):
-  comes_back(folder, run, tmp_path / "again")
+def test_an_export_with_patches_is_imported_back(run, folder, tmp_path):
+  assert_imported_back(folder, run, tmp_path / "again")
 
 
-def comes_back(folder: pathlib.Path, run: str, again: pathlib.Path) -> None:
+def assert_imported_back(folder: pathlib.Path, run: str, again: pathlib.Path) -> None:
   import_weights.import_weights(str(folder), str(again))
   imported, expected = restore.restore_params(str(again)), restore.restore_params(run)
   assert imported.keys() == expected.keys()
@@ -398,7 +398,7 @@ def test_an_autoencoder_alone_encodes_and_decodes(tmp_path):
         call(*given)
 
 
-def test_a_long_tailed_head_leaves_beside_it(tmp_path):
+def test_a_long_tailed_head_is_exported_to_its_own_file(tmp_path):
   config = tiny.get_config()
   config.optim.epoch_steps = 2
   places_lt.second_stage(config, classes=64, anchors=3, visual=1e-3, language=1e-3)
@@ -429,14 +429,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("given, message", WRONG.values(), ids=WRONG)
-def test_wrong_input_is_one_line(pipe, given, message):
+def test_wrong_input_is_refused_in_one_line(pipe, given, message):
   given = {"images": BLACK, "names": NAMES, **given}
   with pytest.raises(ValueError, match=message) as error:
     pipe.classify(**given)
   assert "\n" not in str(error.value)
 
 
-def test_a_pipeline_without_its_weights(folder, tmp_path):
+def test_a_pipeline_without_its_weights_is_refused(folder, tmp_path):
   weights = pathlib.Path("diffdis", "diffusion_pytorch_model.safetensors")
   missing, cut = (pathlib.Path(shutil.copytree(folder, tmp_path / name)) for name in ("missing", "cut"))
   (missing / weights).unlink()

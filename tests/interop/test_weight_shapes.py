@@ -1,4 +1,4 @@
-"""Compare sizes that are read from a checkpoint alone with open_clip's configs of published checkpoints."""
+"""Compare the sizes that are read from a checkpoint's tensors with open_clip's configs of published checkpoints."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def is_supported(config: dict[str, Any]) -> bool:
   return isinstance(config["vision_cfg"]["layers"], int)  # a ResNet has four numbers
 
 
-def unread(**shapes_by_name: tuple[int, ...]) -> Tensors:
+def as_tensors(**shapes_by_name: tuple[int, ...]) -> Tensors:
   return {name: Tensor(shape, lambda: np.empty(0)) for name, shape in shapes_by_name.items()}
 
 
 def towers(config: dict[str, Any]) -> dict[str, Any]:
-  """Return the `model` section for a config's checkpoint, from the tensors that sections.py reads."""
+  """Return the `model` section that sections.py reads from the tensors of a config's checkpoint."""
   image, text = config["vision_cfg"], config["text_cfg"]
   width, patch = image["width"], image["patch_size"]
   positions = (image["image_size"] // patch) ** 2 + 1
-  tensors = unread(
+  tensors = as_tensors(
     **{
       "vision_model.embeddings.patch_embedding.weight": (width, 3, patch, patch),
       "vision_model.embeddings.position_embedding.weight": (positions, width),
@@ -47,20 +47,20 @@ def towers(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if is_supported(config)])
-def test_a_published_towers_heads_and_sizes_are_known_without_its_config(name):
-  """No tensor's shape gives the number of heads, and ViT-H's heads are not 64 wide."""
+def test_heads_and_sizes_of_published_towers_are_known_without_a_config(name):
+  """The shapes of tensors do not give the number of heads, and ViT-H's heads are not 64 wide."""
   config = CONFIGS[name]
   sizes = towers(config)
   sizes["text_encoder"]["projection"] = config["embed_dim"]
   bare, configured = (openclip.read_config(given, sizes, "here") for given in ({}, config))
   for tower in ("vision_encoder", "text_encoder"):
-    same = ("num_heads", "width", "mlp_width", "projection")
-    assert {field: bare[tower][field] for field in same} == {field: configured[tower][field] for field in same}
+    fields = ("num_heads", "width", "mlp_width", "projection")
+    assert {field: bare[tower][field] for field in fields} == {field: configured[tower][field] for field in fields}
   width, of_64 = config["vision_cfg"]["width"], "head_width" not in config["vision_cfg"]
   assert configured["vision_encoder"]["num_heads"] == width // (64 if of_64 else config["vision_cfg"]["head_width"])
 
 
-def test_a_config_that_says_a_width_alone_has_heads_of_64():
+def test_a_config_without_a_head_width_has_heads_of_64():
   sizes = towers(CONFIGS["ViT-H-14"])
   sizes["text_encoder"]["projection"] = 1024
   configured = openclip.read_config({"vision_cfg": {"width": 1280}}, sizes, "here")

@@ -25,7 +25,7 @@ from tests import tiny
     ("~/runs/a", "the shell leaves the ~ of ~/runs/a as it is behind a =; give /home/me/runs/a"),
   ],
 )
-def test_a_bad_address_is_one_line(monkeypatch, where, message):
+def test_a_wrong_address_is_refused_in_one_line(monkeypatch, where, message):
   monkeypatch.setenv("HOME", "/home/me")
   with pytest.raises(UserError, match=re.escape(message)):
     buckets.check(where)

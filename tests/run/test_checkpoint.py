@@ -42,10 +42,10 @@ def place(state: TrainState, sharding_of) -> TrainState:
 
 
 def abstract(state: TrainState, sharding_of) -> TrainState:
-  def one(x):
+  def abstract_array(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x))
 
-  return jax.tree.map(one, state)
+  return jax.tree.map(abstract_array, state)
 
 
 def one_device(_) -> SingleDeviceSharding:
@@ -80,7 +80,7 @@ def save(workdir, *steps: int, state: TrainState | None = None, **options) -> No
 
 
 @pytest.mark.parametrize("before, after", [(8, 1), (8, 4), (1, 8)])
-def test_round_trip_keeps_every_bit_on_any_mesh(tmp_path, before, after):
+def test_a_checkpoint_is_restored_bit_for_bit_on_any_mesh(tmp_path, before, after):
   state, data = make_state(), make_iterator()
   next(data), next(data)
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
@@ -104,7 +104,9 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, sharding_of):
   step = jax.jit(lambda params: jax.tree.map(lambda x: x * 0, params), donate_argnums=0)
   params = {"a": jnp.arange(1 << 20, dtype=jnp.float32)}
   params = place(TrainState(params=params), sharding_of).params
-  jax.block_until_ready(step(jax.tree.map(jnp.copy, params)))  # compile it now, so that it is quick below
+  jax.block_until_ready(
+    step(jax.tree.map(jnp.copy, params))
+  )  # compile now, so that the step below runs before the save ends
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, TrainState(params=params))
     jax.block_until_ready(step(params))
@@ -112,7 +114,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, sharding_of):
   np.testing.assert_array_equal(restored["a"], np.arange(1 << 20))
 
 
-def test_parameters_alone_with_and_without_average(tmp_path):
+def test_parameters_are_restored_with_and_without_their_average(tmp_path):
   save(tmp_path, 1, 2)
   state = make_state(2)
   assert_same_bits(restore.restore_params(tmp_path), dict(sorted({**state.params, **state.ema}.items())))
@@ -123,7 +125,7 @@ def test_parameters_alone_with_and_without_average(tmp_path):
   assert {len(x.sharding.device_set) for x in on_four.values()} == {4}
 
 
-def test_without_a_commit_mark_it_is_refused_skipped_and_saved_again(tmp_path, caplog):
+def test_a_checkpoint_without_a_commit_mark_is_skipped_and_saved_again(tmp_path, caplog):
   save(tmp_path, 1, 7)
   (tmp_path / "checkpoints" / "7" / "commit_success.txt").unlink()
   with pytest.raises(UserError, match="no checkpoint 7 in .*: it was never committed.*committed there: 1$"):
@@ -139,7 +141,7 @@ def test_without_a_commit_mark_it_is_refused_skipped_and_saved_again(tmp_path, c
   assert_same_bits(restore.restore_params(tmp_path, step=7, ema=False), make_state(8).params)
 
 
-def test_no_checkpoint(tmp_path):
+def test_a_missing_checkpoint_is_refused(tmp_path):
   with pytest.raises(UserError, match="no checkpoint in .*checkpoints; train first"):
     restore.restore_params(tmp_path)
   assert workdir.latest_step(tmp_path) is None
@@ -149,9 +151,9 @@ def test_no_checkpoint(tmp_path):
     restore.restore_params(tmp_path, step=3)
 
 
-@pytest.mark.parametrize("late", [True, False])
-def test_a_save_that_fails_is_tried_again_at_the_next_one(tmp_path, monkeypatch, caplog, late):
-  """An error of a background save is raised when the run waits for it, and a launcher restarts the run."""
+@pytest.mark.parametrize("raised_by_wait", [True, False])
+def test_a_save_that_fails_is_repeated_at_the_next_save(tmp_path, monkeypatch, caplog, raised_by_wait):
+  """A background save raises its error when the run waits for it; a launcher then restarts the run."""
 
   def full(*_, **__):
     raise ValueError("RESOURCE_EXHAUSTED: Failed to write 177 bytes to file 14: No space left on device")
@@ -162,17 +164,17 @@ def test_a_save_that_fails_is_tried_again_at_the_next_one(tmp_path, monkeypatch,
     checkpointer.wait()
     with monkeypatch.context() as patch:
       patch.setattr(checkpointer._manager, "wait_until_finished", full)
-      if late:
+      if raised_by_wait:
         with pytest.raises(ValueError, match="No space left on device"):
           checkpointer.wait()
       else:
         assert checkpointer.save(2, state)
     assert checkpointer.save(3, state)
-  assert not late == ("No space left on device; trying again at step 2" in caplog.text)
+  assert not raised_by_wait == ("No space left on device; trying again at step 2" in caplog.text)
   assert [path.name for path in workdir.checkpoints(tmp_path).iterdir() if path.is_dir()] == ["3"]
 
 
-def test_a_checkpoint_on_storage_that_is_away_for_a_while_is_read(tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_is_read_after_the_storage_was_unreachable(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(storage, "PAUSE", 0.01)
   save(tmp_path, 1)
   original, errors = restore._read_tree, [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale")]
@@ -188,7 +190,7 @@ def test_a_checkpoint_on_storage_that_is_away_for_a_while_is_read(tmp_path, monk
   assert f"cannot read {tmp_path}/checkpoints/1: Stale; trying again in 0.01 s" in caplog.text
 
 
-def test_another_model_is_told_which_array_differs(tmp_path):
+def test_a_checkpoint_of_another_model_is_refused_with_the_array_that_differs(tmp_path):
   save(tmp_path, 1)
   expected_shapes = abstract(make_state(), one_device).params
   expected_shapes["text.bias"] = jax.ShapeDtypeStruct((6,), jnp.float32)
@@ -206,9 +208,9 @@ def test_another_model_is_told_which_array_differs(tmp_path):
     ("min", {1: 0.5, 2: np.nan, 3: 0.5, 4: 0.9, 5: np.nan}, [1, 3, 5]),
   ],
 )
-def test_the_best_stay_beside_the_last_and_every_tenth(tmp_path, best_is, values, kept):
+def test_the_best_the_last_and_every_tenth_checkpoint_are_kept(tmp_path, best_is, values, kept):
   policy = CheckpointPolicy(keep_last=1, keep_every=10, keep_best=2, best_metric="a", best_is=best_is)
-  for step, value in values.items():  # a new checkpointer knows what was saved before
+  for step, value in values.items():  # each new Checkpointer reads the metrics of earlier saves
     with checkpoint.Checkpointer(tmp_path, policy) as checkpointer:
       checkpointer.save(step, make_state(), metrics={} if value is None else {"a": value})
   assert workdir.committed_steps(workdir.checkpoints(tmp_path)) == kept

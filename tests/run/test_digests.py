@@ -19,7 +19,7 @@ FLIPS = 200
 
 
 def large_state() -> TrainState:
-  """Make a state with an array large enough for a file of its own; small arrays are in the index."""
+  """Make a state with an array that is so large that it has its own file. Small arrays are stored in the index."""
   state = make_state()
   large = jnp.asarray(np.random.default_rng(1).normal(size=(64, 64)), jnp.float32)
   return TrainState(params=state.params | {"unet.large": large}, ema=state.ema, opt_state=state.opt_state)
@@ -35,13 +35,13 @@ def flip(path, random_):
   path.write_bytes(bytes(content))
 
 
-def test_no_flipped_bit_is_restored_in_silence(tmp_path):
+def test_every_flipped_bit_of_a_checkpoint_is_refused(tmp_path):
   state, random_, refused = large_state(), random.Random(0), 0
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, state, make_iterator(), meta={"note": "x"}, metrics={"acc": 0.5})
     checkpointer.wait()
     files, following = checkpoint_files(tmp_path, 1), next(make_iterator())
-    read_by_nobody = {"commit_success.txt", "_CHECKPOINT_METADATA"}
+    never_read = {"commit_success.txt", "_CHECKPOINT_METADATA"}
     for i in range(FLIPS):
       path, data = files[i % len(files)], make_iterator()
       whole = path.read_bytes()
@@ -52,7 +52,7 @@ def test_no_flipped_bit_is_restored_in_silence(tmp_path):
         refused += 1
         assert "\n" not in str(error) and path.relative_to(tmp_path / "checkpoints" / "1").as_posix() in str(error)
       else:
-        assert path.parent.name == "1" and path.name in read_by_nobody, path
+        assert path.parent.name == "1" and path.name in never_read, path
         assert_same_bits(restored.state, state)
         assert restored.meta == {"step": 1, "note": "x"}
         np.testing.assert_array_equal(next(data), following)
@@ -61,7 +61,7 @@ def test_no_flipped_bit_is_restored_in_silence(tmp_path):
 
 
 @pytest.mark.parametrize("name, message", [("ema", "ema/.* is missing"), (digests.NAME, "digests.json is missing; ")])
-def test_lost_files_are_an_error(tmp_path, name, message):
+def test_a_checkpoint_with_lost_files_is_refused(tmp_path, name, message):
   save(tmp_path, 1)
   lost = tmp_path / "checkpoints" / "1" / name
   shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
@@ -73,7 +73,7 @@ def test_lost_files_are_an_error(tmp_path, name, message):
       read()
 
 
-def test_the_newest_whole_one_before_it_is_named(tmp_path):
+def test_a_damaged_checkpoint_names_the_newest_whole_one_before_it(tmp_path):
   save(tmp_path, 1, 2, 3, 4, keep_last=9)
   for step in (3, 4):
     flip(next(path for path in checkpoint_files(tmp_path, step) if path.parent.name == "d"), random.Random(step))

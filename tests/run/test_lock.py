@@ -44,7 +44,7 @@ def holder(tmp_path):
   process.stdout.close()
 
 
-def test_a_live_run_keeps_others_out_and_stays(tmp_path, holder):
+def test_a_live_run_keeps_others_out(tmp_path, holder):
   message = rf"--workdir=.* is in use by process {holder.pid} on .*; wait for it, stop it, or take another --workdir$"
   with pytest.raises(UserError, match=message), lock.Lock(str(tmp_path)):
     pass
@@ -52,7 +52,7 @@ def test_a_live_run_keeps_others_out_and_stays(tmp_path, holder):
   assert holder.poll() is None
 
 
-def test_a_killed_run_is_followed_at_once(tmp_path, holder, monkeypatch):
+def test_the_lock_of_a_killed_run_is_taken_over_at_once(tmp_path, holder, monkeypatch):
   monkeypatch.setattr(lock, "PATIENCE", 600.0)
   holder.send_signal(signal.SIGKILL)
   holder.wait()
@@ -62,7 +62,7 @@ def test_a_killed_run_is_followed_at_once(tmp_path, holder, monkeypatch):
   assert not (tmp_path / "lock.json").exists()
 
 
-def test_of_many_that_find_a_dead_holder_one_takes_over(tmp_path, holder):
+def test_only_one_of_many_takes_over_the_lock_of_a_dead_process(tmp_path, holder):
   holder.kill()
   holder.wait()
   begin, held, refused = threading.Barrier(8), [], []

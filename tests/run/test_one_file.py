@@ -1,4 +1,4 @@
-"""Test that a run in one file can replace its workdir wherever one is read, and that damage is detected."""
+"""Test that a run in one file is read wherever a workdir is, and that damage is detected."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory) -> str:
-  """Make a run at step 6 with averaged weights, whose captions had three words."""
+  """Make a run at step 6 with averaged weights. Its captions had three words."""
   folder = tmp_path_factory.mktemp("one_file")
   config.data.path = str(folder / "data")
   (folder / "data").mkdir()
@@ -60,15 +60,15 @@ def packed(run, tmp_path_factory) -> pathlib.Path:
   return file
 
 
-def test_the_file_stands_for_its_workdir(config, run, packed):
-  # Folders of this machine are left out.
+def test_the_file_is_read_like_its_workdir(config, run, packed):
+  # The paths of this machine's folders are left out.
   assert run_config.load(packed) == run_config.load(run).replace({"data.path": "data"})
   assert restore.choose(packed, None, ema=True) == restore.choose(run, None, ema=True) == (6, True)
   assert provenance.of_run(str(packed), step=6) == provenance.of_run(run, step=6)
   assert provenance.behind(str(packed)) == provenance.behind(run) != []
   record = one_file.read_record(packed)
   assert (record.step, record.ema, record.licences) == (6, True, "The images are CC-BY-4.0.\n")
-  assert str(packed.parents[1]) not in json.dumps(record.config)  # no folders of this machine
+  assert str(packed.parents[1]) not in json.dumps(record.config)  # no path of this machine
   before, after = restore.restore_params(run), restore.restore_params(packed)
   assert before.keys() == after.keys() == restore.saved_params(packed).keys()
   for name in before.keys() - {TOKENS, QUERY}:
@@ -102,7 +102,7 @@ def test_tokens_that_were_never_read_share_one_vector(run, packed):
     (2.0, READ, {"init_from": [{"imported": "sd"}]}),  # the other vectors are pretrained
   ],
 )
-def test_every_token_is_kept_where_none_is_known_to_be_untrained(tmp_path, weight, read, origin):
+def test_every_token_is_kept_if_none_is_known_to_be_untrained(tmp_path, weight, read, origin):
   config = make_config(**{"model.text_encoder.token_embedding_weight": weight})
   params = random_params(network_of(config).shapes, 0)
   if weight:
@@ -115,40 +115,45 @@ def test_every_token_is_kept_where_none_is_known_to_be_untrained(tmp_path, weigh
     np.testing.assert_array_equal(after[name], value, err_msg=name)
 
 
-def test_results_of_its_checkpoint_stand_in_the_file(run, tmp_path):
+def test_the_file_holds_the_results_of_its_checkpoint(run, tmp_path):
   record = dict(metrics={"acc1": 0.5}, dataset="few", model="m", pretrained="", task="zeroshot", language="en")
   records = {name: {**record, "protocol": {"checkpoint": step}} for name, step in (("few", 6), ("other", 5))}
-  there = pathlib.Path(run) / "evaluation.json"
-  there.write_text(json.dumps({"zero_shot": records}))
+  results_file = pathlib.Path(run) / "evaluation.json"
+  results_file.write_text(json.dumps({"zero_shot": records}))
   try:
     export_weights.write_one_file(run, str(tmp_path / "F.safetensors"))
   finally:
-    there.unlink()
-  (result,) = provenance.results(tmp_path / "F.safetensors")  # the other one is of another checkpoint
+    results_file.unlink()
+  (result,) = provenance.results(tmp_path / "F.safetensors")  # the results of another checkpoint are left out
   assert (result.file, result.task, result.dataset) == ("evaluation.json", "zero_shot", "few")
   assert result.record["metrics"] == {"acc1": 0.5}
 
 
-def test_its_licences_are_those_of_its_starts_too(run, packed, tmp_path, caplog):
-  """Each licence appears once. A start that is gone or damaged adds none."""
+def test_the_licences_of_a_runs_starts_are_included(run, packed, tmp_path, caplog):
+  """Each licence appears once. A start that is missing or damaged adds none."""
   own, data = "The pictures are CC0.\n", tmp_path / "data"
   data.mkdir()
   (data / "LICENSES.md").write_text(own)
 
-  def begun_from(start: str, name: str) -> str:
+  def licences_of_run_from(start: str, name: str) -> str:
     config = make_config(init_from=start, **{"data.path": str(data)})
     workdir.open_for_training(tmp_path / name, config.to_dict())
     return export_weights.licences_of(str(tmp_path / name))
 
   two = "The pictures are CC0.\n\nThe images are CC-BY-4.0.\n"
-  assert begun_from(run, "a") == begun_from(str(packed), "b") == begun_from(str(tmp_path / "a"), "c") == two
-  assert begun_from(str(tmp_path / "gone"), "d") == own
+  assert (
+    licences_of_run_from(run, "a")
+    == licences_of_run_from(str(packed), "b")
+    == licences_of_run_from(str(tmp_path / "a"), "c")
+    == two
+  )
+  assert licences_of_run_from(str(tmp_path / "gone"), "d") == own
   (tmp_path / "damaged.safetensors").write_bytes(packed.read_bytes()[:100])
-  assert begun_from(str(tmp_path / "damaged.safetensors"), "e") == own
+  assert licences_of_run_from(str(tmp_path / "damaged.safetensors"), "e") == own
   assert "the licences of its data cannot be read, add them yourself" in caplog.text
 
 
-def test_a_name_stands_for_a_file_where_no_folder_has_it(packed, tmp_path, monkeypatch):
+def test_a_name_means_a_shipped_file_unless_a_folder_has_it(packed, tmp_path, monkeypatch):
   monkeypatch.setattr(one_file, "models", lambda: {"few": packed})
   monkeypatch.chdir(tmp_path)
   assert restore.choose("few", None, ema=True) == (6, True)
@@ -160,10 +165,10 @@ def test_a_name_stands_for_a_file_where_no_folder_has_it(packed, tmp_path, monke
     run_config.load("few")
 
 
-def test_weights_of_pytorch_are_imported_first(tmp_path):
+def test_weights_of_pytorch_are_refused_until_they_are_imported(tmp_path):
   (tmp_path / "sd").mkdir()
   (tmp_path / "sd" / "model_index.json").write_text("{}")
-  (tmp_path / "clip").mkdir()  # a transformers checkpoint, in a folder whose name is a run's
+  (tmp_path / "clip").mkdir()  # a transformers checkpoint, which also has a config.json
   (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
   (tmp_path / "clip" / "model.safetensors").write_bytes(b"")
   save_file({"model.diffusion_model.x": np.ones(1, np.float32)}, tmp_path / "v1.safetensors")
@@ -173,7 +178,7 @@ def test_weights_of_pytorch_are_imported_first(tmp_path):
         read(str(tmp_path / name))
 
 
-def test_what_it_does_not_hold_is_refused(packed):
+def test_steps_and_arrays_that_the_file_lacks_are_refused(packed):
   shapes = dict(restore.saved_params(packed)) | {"x": jax.ShapeDtypeStruct((1,), np.float32)}
   for how, message in (
     (dict(step=7), "no checkpoint 7 in .*few.safetensors, which holds that of step 6 alone"),

@@ -37,7 +37,7 @@ def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
   return root
 
 
-def test_a_checkout_has_its_commit_and_tells_whether_it_is_clean(checkout):
+def test_a_checkout_has_a_commit_and_is_clean_or_not(checkout):
   commit = git(checkout, "rev-parse", "HEAD")
   assert provenance._checkout(checkout) == (commit, True)
   (checkout / "RUN").mkdir()
@@ -50,8 +50,8 @@ def test_a_checkout_has_its_commit_and_tells_whether_it_is_clean(checkout):
   assert provenance._checkout(checkout) == (commit, False)
 
 
-def test_what_is_no_checkout_has_no_commit_but_the_one_that_was_copied_there(checkout, tmp_path, monkeypatch):
-  inside = checkout / "venv" / "site-packages"  # where a wheel lies in somebody's own repository
+def test_a_folder_without_git_has_the_commit_of_its_commit_file(checkout, tmp_path, monkeypatch):
+  inside = checkout / "venv" / "site-packages"  # a wheel that is installed inside a user's repository
   (inside / "diffdis_jax").mkdir(parents=True)
   assert provenance._checkout(inside) == (None, None)
   monkeypatch.setenv("PATH", str(tmp_path))
@@ -71,7 +71,7 @@ def test_a_record_has_versions_device_and_processors():
 
 
 def write_run(path: epath.PathLike, *, steps: int, began_from: str = "", recorded: bool = True, **changes) -> str:
-  """Write a workdir with so many finished steps, with a history if `recorded`; an import has none."""
+  """Write a workdir with `steps` finished steps. It has a history if `recorded`; imports have none."""
   config = tiny.get_config()
   config.update(init_from=began_from, **changes)
   folder = workdir.open_for_training(str(path), config.to_dict())
@@ -85,12 +85,12 @@ def write_run(path: epath.PathLike, *, steps: int, began_from: str = "", recorde
   return str(path)
 
 
-def test_a_config_has_one_hash_wherever_its_run_and_data_lie(tmp_path):
+def test_the_hash_of_a_config_ignores_the_folders_of_run_and_data(tmp_path):
   config = tiny.get_config()
-  there = provenance.of_run(write_run(tmp_path / "run", steps=8), step=8)
-  assert provenance.of_config(config.to_dict()) == there | {"steps": 0, "commits": [], "clean": None}
-  assert there["seed"] == 0 and there["objectives"] == ["generation", "discrimination"]
-  hashes = {there["config_hash"]}
+  of_run = provenance.of_run(write_run(tmp_path / "run", steps=8), step=8)
+  assert provenance.of_config(config.to_dict()) == of_run | {"steps": 0, "commits": [], "clean": None}
+  assert of_run["seed"] == 0 and of_run["objectives"] == ["generation", "discrimination"]
+  hashes = {of_run["config_hash"]}
   for path, base in (("/data/emoji", 1), ("gs://bucket/emoji/", 1), ("emoji", 1), ("icons", 2)):
     config.data.path = path
     hashes.add(provenance.of_config(config.to_dict())["config_hash"])
@@ -101,7 +101,7 @@ def test_a_config_has_one_hash_wherever_its_run_and_data_lie(tmp_path):
   assert provenance.of_config(config.to_dict())["config_hash"] not in hashes
 
 
-def test_the_chain_is_known_without_the_folders(tmp_path):
+def test_the_chain_of_starts_is_known_without_their_folders(tmp_path):
   first = write_run(tmp_path / "a", steps=20, objectives=("reconstruction",))
   second = write_run(tmp_path / "b", steps=30, began_from=first, objectives=("generation",), seed=2)
   last = write_run(tmp_path / "c", steps=40, began_from=second)
@@ -114,7 +114,7 @@ def test_the_chain_is_known_without_the_folders(tmp_path):
   (tmp_path / "b" / "checkpoints" / "99").mkdir()
   (tmp_path / "b" / "checkpoints" / "99" / digests.COMMIT_MARK).write_text("")
   shutil.rmtree(tmp_path / "a")
-  assert provenance.of_run(last, step=40) == before  # whatever run b does afterwards
+  assert provenance.of_run(last, step=40) == before  # later steps of run b change nothing
   shutil.rmtree(tmp_path / "b")
   assert provenance.of_run(last, step=40) == before
   with provenance.recorded(last, step=40, is_writer=True, facts={"commit": "b" * 40, "clean": False}):
@@ -123,7 +123,7 @@ def test_the_chain_is_known_without_the_folders(tmp_path):
   assert after == before | {"steps": 50, "commits": ["a" * 40, "b" * 40], "clean": False}
 
 
-def test_an_import_says_of_what(tmp_path):
+def test_the_provenance_of_an_import_names_its_source(tmp_path):
   imported = write_run(tmp_path / "sd", steps=0, recorded=False)
   (tmp_path / "sd" / "import.json").write_text('{"source": "/data/models/v1-5.safetensors",\n "loaded": {}}')
   (link,) = provenance.behind(imported)
@@ -145,7 +145,7 @@ def test_an_import_says_of_what(tmp_path):
     ({"a": ("/x/y", 1, None)}, {"a": ["y", 1, None]}),
   ],
 )
-def test_no_path_of_a_machine_is_told(text, public_text):
+def test_the_paths_of_a_machine_are_removed(text, public_text):
   assert provenance.public(text) == public_text
 
 
@@ -155,7 +155,7 @@ def record(folder, *, step=0, error=None, facts=None):
       raise error
 
 
-def test_each_start_says_where_the_run_was_and_each_end_why(tmp_path):
+def test_each_start_records_the_step_and_each_end_its_cause(tmp_path):
   record(tmp_path, facts={"devices": 8})
   (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n{"step": 6, "loss": 2.0}\n{"step": 7, "lo')
   written = (tmp_path / "metrics.jsonl").stat().st_mtime
@@ -173,7 +173,7 @@ def test_each_start_says_where_the_run_was_and_each_end_why(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b'{"event": "start", "ti', b"\xff\xfe\x00\n"])
-def test_a_damaged_line_costs_no_other_one(tmp_path, damage):
+def test_a_damaged_line_of_the_history_loses_no_other(tmp_path, damage):
   record(tmp_path)
   with (tmp_path / provenance.HISTORY).open("ab") as file:
     file.write(damage)

@@ -1,4 +1,4 @@
-"""Test that a run that hangs ends, and that steps can be traced."""
+"""Test that a run that hangs is ended, and that steps can be profiled."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ with watch.Watchdog(0.5) as dog:
 """
 
 
-def test_a_process_that_hangs_logs_where_and_ends_with_a_code_that_is_started_again():
+def test_a_process_that_hangs_logs_its_place_and_ends_with_code_1():
   done = subprocess.run([sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=60)
   assert done.returncode == 1
-  assert done.stdout == "alive\n", "no sooner"
+  assert done.stdout == "alive\n", "the process ended too early"
   assert "in waits_for_a_dead_peer" in done.stderr
 
 
 @pytest.mark.parametrize("text", ["", "5", "a:b", "0:3", "3:0"])
-def test_a_span_is_two_numbers_within_the_run(text):
+def test_the_profiled_span_is_two_numbers_within_the_run(text):
   with pytest.raises(UserError, match=f"--profile={text} should be START:STEPS, such as 100:5"):
     watch.parse(text, num_steps=1000)
   assert watch.parse("98:3", num_steps=100) == range(98, 101)
@@ -54,12 +54,12 @@ def take_steps(profiler: watch.Profiler, steps: range) -> None:
     with jax.profiler.StepTraceAnnotation("train", step_num=step):
       x = f(x)
     profiler.after(step, x)
-  profiler.close()  # as at the end of a run
+  profiler.close()  # a run closes the profiler at its end
 
 
 # jaxlib 0.12 warns on Python 3.13; as an error, the warning would end the process.
 @pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning")
-def test_the_trace_holds_the_steps_of_the_span_and_nothing_else(tmp_path):
+def test_the_trace_holds_only_the_steps_of_the_span(tmp_path):
   take_steps(watch.Profiler(range(3, 5), tmp_path, start_step=0), range(1, 8))
   folder = tmp_path / "plugins" / "profile" / "step_00000003"
   assert sorted(path.name for path in folder.iterdir()) == ["host_000.trace.json.gz", "host_000.xplane.pb"]

@@ -20,7 +20,7 @@ def make_config(**changes) -> ConfigDict:
   return config
 
 
-def test_config_comes_back_equal(tmp_path):
+def test_a_config_is_read_back_equal(tmp_path):
   workdir.open_for_training(tmp_path / "run", make_config().to_dict())
   loaded = read_fields(tmp_path / "run")
   assert loaded == make_config().to_dict() and loaded["optim"]["betas"] == (0.9, 0.99)
@@ -33,7 +33,7 @@ def test_config_comes_back_equal(tmp_path):
 @pytest.mark.parametrize(
   "field, value", [("log_every", 1), ("data.loader.num_threads", 8), ("evals.zero_shot.steps", 9), ("mesh.data", 1)]
 )
-def test_fields_that_may_change_are_taken_over(tmp_path, field, value):
+def test_fields_that_may_change_are_updated(tmp_path, field, value):
   workdir.open_for_training(tmp_path, make_config().to_dict())
   workdir.open_for_training(tmp_path, make_config(**{field: value}).to_dict())
   assert read_fields(tmp_path) == make_config(**{field: value}).to_dict()
@@ -46,7 +46,7 @@ def commit(path, step: int = 1) -> None:
   (folder / "commit_success.txt").touch()
 
 
-def test_other_config_is_refused_with_every_differing_field(tmp_path):
+def test_another_config_is_refused_with_every_differing_field(tmp_path):
   workdir.open_for_training(tmp_path, make_config().to_dict())
   commit(tmp_path)
   before = (tmp_path / "config.json").read_bytes()
@@ -66,7 +66,7 @@ def test_other_config_is_refused_with_every_differing_field(tmp_path):
 def test_a_run_with_a_checkpoint_may_get_longer_and_not_shorter(tmp_path):
   workdir.open_for_training(tmp_path, make_config().to_dict())
   longer = make_config(num_steps=150).to_dict()
-  assert workdir.lengthened(tmp_path, longer) is None  # without a checkpoint, it is another run's config
+  assert workdir.lengthened(tmp_path, longer) is None  # a run without a checkpoint may change its config anyway
   commit(tmp_path)
   assert workdir.lengthened(tmp_path, make_config().to_dict()) is None
   assert workdir.lengthened(tmp_path, longer) == 100 and workdir.check_config(tmp_path, longer) == []
@@ -78,7 +78,7 @@ def test_a_run_with_a_checkpoint_may_get_longer_and_not_shorter(tmp_path):
     workdir.check_config(tmp_path, make_config(num_steps=200, batch_size=32).to_dict())
 
 
-def test_a_run_without_a_checkpoint_does_not_hold_its_config(tmp_path, caplog):
+def test_a_run_without_a_checkpoint_may_change_its_config(tmp_path, caplog):
   workdir.open_for_training(tmp_path, make_config().to_dict())
   (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
   (tmp_path / "checkpoints" / "2").mkdir()  # without the mark of a complete checkpoint

@@ -22,7 +22,7 @@ def read_lines(path):
   return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
-def test_resume_drops_the_steps_beyond_it_and_a_line_cut_off(tmp_path):
+def test_a_resumed_run_drops_later_steps_and_a_line_that_is_cut_off(tmp_path):
   writer = writers.open_writer(tmp_path, start_step=0, is_writer=True)
   writer.scalars(1, {"loss": jnp.bfloat16(0.5), "count": np.int32(3), "bad": float("nan"), "worse": jnp.inf})
   for step in (2, 3, 4):
@@ -37,13 +37,13 @@ def test_resume_drops_the_steps_beyond_it_and_a_line_cut_off(tmp_path):
   ]
 
 
-def test_an_evaluation_that_is_done_again_has_its_lines_once(tmp_path):
-  """The run was stopped in the middle of an evaluation, at the step from which it resumes."""
+def test_a_repeated_evaluation_is_logged_once(tmp_path):
+  """The run was stopped during an evaluation, and resumes from the step of the evaluation."""
   writers.open_writer(tmp_path, start_step=0, is_writer=True).scalars(2, {"loss": 1.0})
   for _ in range(2):
     writer = writers.open_writer(tmp_path, start_step=2, is_writer=True, evaluated=False)
     writer.scalars(2, {"test/acc1": 0.5})
-    writer.scalars(3, {"loss": 0.5})  # and is killed here
+    writer.scalars(3, {"loss": 0.5})  # the run is killed here
   expected = [{"step": 2, "loss": 1.0}, {"step": 2, "test/acc1": 0.5}, {"step": 3, "loss": 0.5}]
   assert read_lines(tmp_path / "metrics.jsonl") == expected
   writers.open_writer(tmp_path, start_step=2, is_writer=True)
@@ -72,7 +72,7 @@ def test_tensorboard_reads_scalars_and_images_of_two_starts(tmp_path):
 
 
 class Recorder:
-  """Stands for a tracker's module and its run, and records their calls."""
+  """Stand in for a tracker's module and its run, and record their calls."""
 
   def __init__(self, calls):
     self.calls, self.Image = calls, np.shape
@@ -103,7 +103,7 @@ def test_a_tracker_gets_the_same_numbers_and_pictures(tmp_path, monkeypatch):
   assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": calls[0]["id"]}
 
 
-def test_a_damaged_line_is_not_dropped_in_silence(tmp_path, caplog):
+def test_a_damaged_line_is_dropped_with_a_warning(tmp_path, caplog):
   metrics = tmp_path / "metrics.jsonl"
   metrics.write_text('{"step": 1, "loss": 1.0}\n{"stfp": 2, "loss": 1.0}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
   writers.open_writer(tmp_path, start_step=3, is_writer=True).close()
@@ -112,7 +112,7 @@ def test_a_damaged_line_is_not_dropped_in_silence(tmp_path, caplog):
 
 
 class SignedOut(types.SimpleNamespace):
-  """Stands for a wandb module into which nobody has signed in."""
+  """Stand in for wandb on a machine where nobody has signed in."""
 
   class Error(Exception):
     pass
@@ -122,7 +122,7 @@ class SignedOut(types.SimpleNamespace):
     raise self.Error("No API key configured. Use `wandb login` to log in.")
 
 
-def test_without_the_package_or_an_account_a_run_does_not_begin(monkeypatch):
+def test_a_run_does_not_start_without_the_trackers_package_or_account(monkeypatch):
   monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"--tracker=wandb needs the package wandb, .*; pip install -e '\.\[wandb\]'"):
     writers.check_tracker("wandb")

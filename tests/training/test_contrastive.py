@@ -1,4 +1,4 @@
-"""Compare CLIP's training with open_clip's in PyTorch, with tiny towers in f32: loss, gradients, five AdamW steps."""
+"""Compare CLIP's loss, gradients and five AdamW steps with open_clip's in PyTorch, for tiny towers in float32."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def their_loss(theirs: CLIP, batch: Batch) -> torch.Tensor:
 
 
 def their_optimizer(theirs: CLIP, config: ConfigDict) -> torch.optim.AdamW:
-  """Make the optimizer with parameters grouped by open_clip's rule."""
+  """Make PyTorch's AdamW with parameters grouped by open_clip's rule."""
   without = theirs.no_weight_decay()
   assert without == {"positional_embedding", "visual.positional_embedding", "visual.class_embedding"}
   decays = lambda name, parameter: parameter.ndim > 1 and name not in without
-  named = dict(theirs.named_parameters())
+  parameters = dict(theirs.named_parameters())
   groups = [
-    {"params": [x for name, x in named.items() if decays(name, x)], "weight_decay": config.optim.weight_decay},
-    {"params": [x for name, x in named.items() if not decays(name, x)], "weight_decay": 0.0},
+    {"params": [x for name, x in parameters.items() if decays(name, x)], "weight_decay": config.optim.weight_decay},
+    {"params": [x for name, x in parameters.items() if not decays(name, x)], "weight_decay": 0.0},
   ]
   return torch.optim.AdamW(groups, betas=(config.optim.b1, config.optim.b2), eps=config.optim.eps)
 
@@ -87,18 +87,18 @@ def test_loss_and_gradients_equal_open_clips(remat):
   total = steps.loss_function(network_of(config), Run.of(config))
   value_and_grad = jax.value_and_grad(lambda params, batch: total(params, {}, batch, {}), has_aux=True)
   lowered = jax.jit(value_and_grad).lower(params, jax.tree.map(jnp.asarray, batch))
-  assert ("optimization_barrier" in lowered.as_text()) == (remat == "full")  # a barrier is around what is recomputed
+  assert ("optimization_barrier" in lowered.as_text()) == (remat == "full")  # a barrier surrounds each recomputed part
   (value, (metrics, _)), gradients = lowered.compile()(params, batch)
   expected = their_loss(theirs, batch)
   expected.backward()
   assert relative_error(value, expected.item()) < 1e-5
-  # In open_clip q, k and v are one array: softmax leaves the bias of k only rounding as its gradient.
-  of_theirs = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
-  assert largest_error(open_clip_twin.to_theirs(gradients), of_theirs) < 1e-4
-  named = steps.means(metrics)
-  assert named["loss"] == named["loss_contrastive"] == pytest.approx(float(value))
-  assert named["temperature"] == pytest.approx(np.exp(2.0))
-  assert 0.0 <= named["alignment_accuracy"] <= 1.0
+  # Compare q, k and v as one array, as in open_clip: softmax cancels the gradient of k's bias up to rounding.
+  their_gradients = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
+  assert largest_error(open_clip_twin.to_theirs(gradients), their_gradients) < 1e-4
+  means = steps.means(metrics)
+  assert means["loss"] == means["loss_contrastive"] == pytest.approx(float(value))
+  assert means["temperature"] == pytest.approx(np.exp(2.0))
+  assert 0.0 <= means["alignment_accuracy"] <= 1.0
 
 
 @pytest.mark.parametrize("logit_scale", [2.0, MAX_LOGIT_SCALE, 1e-4])
@@ -120,7 +120,7 @@ def test_parameters_after_five_steps_equal_those_of_torch(trainer, logit_scale):
       theirs.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
     assert relative_error(steps.means(metrics[i])["loss"], loss.item()) < 1e-4
   params, expected = jax.device_get(state.params), open_clip_twin.to_ours(dict(theirs.named_parameters()))
-  # The gradient of k's biases is rounding alone, which Adam scales up like any gradient.
+  # The gradient of k's biases is mere rounding, which Adam scales up.
   learned = lambda params: {path: x for path, x in params.items() if not path.endswith(("k.bias", "logit_scale"))}
   assert largest_error(learned(params), learned(expected)) < 1e-4
   assert float(params["logit_scale"]) == pytest.approx(theirs.logit_scale.item(), rel=1e-4)
@@ -128,7 +128,7 @@ def test_parameters_after_five_steps_equal_those_of_torch(trainer, logit_scale):
   assert state.ema == {}  # the baseline keeps no average
 
 
-def test_equal_captions_are_negatives_or_left_out():
+def test_equal_captions_are_negatives_or_masked():
   """The last two captions of the batch are equal."""
   config = make_config()
   params = open_clip_twin.to_ours(dict(make_theirs(config).named_parameters()))
@@ -136,11 +136,11 @@ def test_equal_captions_are_negatives_or_left_out():
   model = network_of(config).with_params(params)
   pairs = jax.jit(lambda batch: encode.encode_pairs(model, batch))(batch)
   logits = np.exp(2.0) * np.asarray(pairs.image, np.float64) @ np.asarray(pairs.text, np.float64).T
-  for equal, unique_rows in (("negatives", logits), ("mask", logits.copy())):
+  for equal, compared in (("negatives", logits), ("mask", logits.copy())):
     if equal == "mask":
-      unique_rows[-1, -2] = unique_rows[-2, -1] = -np.inf
+      compared[-1, -2] = compared[-2, -1] = -np.inf
     own = np.diag(logits)
-    expected = np.mean([np.log(np.exp(unique_rows).sum(axis)) - own for axis in (0, 1)])
+    expected = np.mean([np.log(np.exp(compared).sum(axis)) - own for axis in (0, 1)])
     section = Loss(**{**config.loss, "duplicate_captions": equal})
     captions = objectives.captions_of(section, batch.tokens)
     loss, _ = objectives.contrastive_loss(pairs, jnp.float32(2.0), captions=captions)
@@ -148,8 +148,8 @@ def test_equal_captions_are_negatives_or_left_out():
   assert not np.isclose(np.exp(logits[-1, -2]), 0)
 
 
-def test_the_rate_is_open_clips_a_step_later_while_it_warms_up():
-  """Their learning rate begins at peak / warmup and ours at 0; the decay is the same."""
+def test_the_warmup_is_one_step_behind_open_clips():
+  """open_clip's learning rate begins at peak / warmup and ours at 0. The decay is the same."""
   peak, warmup, total = 1e-3, 4, 20
   optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
   section = Optim(rates=dict(new=peak), schedule_kind="cosine", warmup_steps=warmup)
@@ -175,7 +175,7 @@ def test_the_rate_is_open_clips_a_step_later_while_it_warms_up():
     ({"objectives": ("generation",)}, "model has a vision_encoder, which is CLIP's"),
   ],
 )
-def test_what_is_no_clip_is_refused(changes, message):
+def test_a_config_that_is_no_clip_is_refused(changes, message):
   with pytest.raises(UserError, match=message) as error:
     build_trainer(make_config(**changes), steps.make_mesh())
   assert "\n" not in str(error.value)

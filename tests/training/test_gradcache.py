@@ -26,7 +26,7 @@ ONE, DATA, FSDP, ALL = (1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)
 FROZEN_TEXT = {"optim.groups": (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))}
 OWN_VIEW = {"data.discrimination_view": "own"}
 BESIDE_THE_PAPER = {"loss.snr_gamma": 2.0}
-# Each case has its objectives (none for CLIP) and its changes of the config.
+# Each case has its objectives (none for CLIP) and the fields of the config that it changes.
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
   "clip": ((), {}),
   "joint": (("generation", "discrimination"), {}),
@@ -95,7 +95,7 @@ problem = functools.cache(Problem)
 
 
 def assert_same_gradient(gradient: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-  """Compare to 1e-5, except for the biases of k, whose gradient is only rounding, since softmax cancels them."""
+  """Compare with a tolerance of 1e-5, except for the biases of k, whose gradients softmax cancels up to rounding."""
   assert gradient.keys() == expected.keys()
   for path, value in expected.items():
     if not path.endswith("k.bias"):
@@ -133,8 +133,8 @@ def test_every_objective_number_and_mesh(case, n, shape):
   check(case, n, *shape)
 
 
-def trained(n: int, **changes: Any) -> tuple[dict[str, np.ndarray], dict[str, float], str]:
-  """Return CLIP's gradient as AdamW gets it, the metrics, and the program's text, for a step on eight devices."""
+def clip_step(n: int, **changes: Any) -> tuple[dict[str, np.ndarray], dict[str, float], str]:
+  """Take a step of CLIP on eight devices; return the gradient that AdamW gets, the metrics and the program's text."""
   # With b1 = 0, the first moment is the newest gradient.
   changes = {"optim.accumulate": n, "optim.b1": 0.0, "optim.clip_norm": 0.01, **changes}
   trainer = steps.Trainer(make_config("clip", **changes), steps.make_mesh(*FSDP))
@@ -145,12 +145,12 @@ def trained(n: int, **changes: Any) -> tuple[dict[str, np.ndarray], dict[str, fl
 
 @pytest.fixture(scope="module")
 def in_four() -> tuple[dict[str, np.ndarray], dict[str, float], str]:
-  return trained(4)
+  return clip_step(4)
 
 
-def test_clipping_sees_the_norm_of_the_whole_batch(in_four):
+def test_the_gradient_is_clipped_by_the_norm_of_the_whole_batch(in_four):
   """The gradient of logit_scale counts once; counted four times, it would change the norm."""
-  expected, metrics, _ = trained(1)
+  expected, metrics, _ = clip_step(1)
   gradient, own_metrics, _ = in_four
   assert_same_gradient(gradient, expected)
   for name, value in metrics.items():
@@ -160,9 +160,9 @@ def test_clipping_sees_the_norm_of_the_whole_batch(in_four):
   assert abs(gradient["logit_scale"]) > 0.01 * norm
 
 
-def test_a_contrastive_batch_a_microbatch_is_another_loss(in_four):
+def test_contrasting_each_microbatch_alone_is_another_loss(in_four):
   gradient, metrics, _ = in_four
-  others, other_metrics, _ = trained(4, **{"optim.contrastive_batch": "microbatch"})
+  others, other_metrics, _ = clip_step(4, **{"optim.contrastive_batch": "microbatch"})
   # A row then has 8 candidates instead of 32.
   assert other_metrics["loss_contrastive"] < metrics["loss_contrastive"] - 0.5
   difference = np.sqrt(sum(np.sum(np.square(others[path] - x)) for path, x in gradient.items()))
@@ -170,7 +170,7 @@ def test_a_contrastive_batch_a_microbatch_is_another_loss(in_four):
 
 
 def in_loops(text: str) -> set[str]:
-  """Return the names of all computations that run in a loop, at any depth."""
+  """Return the names of all computations that run inside a loop, at any depth."""
   called = {}
   for block in re.split(r"\n(?=%|ENTRY)", text):
     name = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", block)

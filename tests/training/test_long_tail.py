@@ -1,4 +1,4 @@
-"""Test VL-LTR's two stages: losses equal torch's, and a step keeps the teacher and trains the right parts."""
+"""Test VL-LTR's two stages: the losses equal PyTorch's, and a step keeps the teacher and trains the right parts."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ def test_distillation_equals_torchs_cross_entropy_with_the_teachers_softmax(scal
     )
 
   loss, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2, 3)))(IMAGE, TEXT, scale, THEIR_IMAGE)
-  image, text, of_scale = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (IMAGE, TEXT, scale))
-  student = of_scale.exp() * image @ text.T
+  image, text, torch_scale = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (IMAGE, TEXT, scale))
+  student = torch_scale.exp() * image @ text.T
   teacher = np.exp(np.float64(their_scale)) * torch.tensor(THEIR_IMAGE).double() @ torch.tensor(THEIR_TEXT).double().T
   expected = 0.5 * (
     F.cross_entropy(student, teacher.softmax(dim=1)) + F.cross_entropy(student.T, teacher.T.softmax(dim=1))
   )
   expected.backward()
   assert loss == pytest.approx(expected.item(), rel=1e-6)
-  for gradient, theirs in zip(gradients, (image.grad, text.grad, of_scale.grad), strict=False):
+  for gradient, theirs in zip(gradients, (image.grad, text.grad, torch_scale.grad), strict=False):
     assert relative_error(gradient, theirs) < 1e-5
   assert not np.asarray(gradients[3]).any()
 
@@ -119,7 +119,7 @@ BACKBONES = [pytest.param(clip, id=name, marks=pytest.mark.full) for name, clip 
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def first_stage(request):
-  """Return the trainer with its parameters before, and the state after two steps."""
+  """Return a trainer with its initial parameters, and the state after two steps."""
   config = make_config(1, clip=request.param)
   trainer = trainer_of(config)
   state, metrics = trainer.run(trainer.initial(), make_batch(config), make_batch(config))
@@ -127,7 +127,7 @@ def first_stage(request):
   return trainer, jax.device_get(state)
 
 
-def test_the_teacher_stays_as_it_was_at_the_start(first_stage):
+def test_the_teacher_keeps_the_initial_parameters(first_stage):
   trainer, state = first_stage
   assert state.teacher.keys() == set(trainer.step.trainable)
   for path, value in state.teacher.items():
@@ -147,7 +147,7 @@ class Loss:
     self._loss = steps.loss_function(self.network, Run.of(config))
 
   def metrics(self, teacher=None):
-    """Return the metrics by name; `teacher` replaces the values of some parameters."""
+    """Return the metrics by name. `teacher` gives the parameters in which the teacher differs."""
 
     def loss(params, batch, teacher):
       return self._loss(params, {}, batch, self.keys, teacher and {**params, **teacher})[1][0]
@@ -157,8 +157,8 @@ class Loss:
 
 
 @pytest.mark.parametrize("clip", [False, True], ids=["diffdis", "clip"])
-def test_the_first_stages_loss_by_hand(clip):
-  """Student and teacher embed the same images with the same noise, and the same sentences."""
+def test_the_loss_of_the_first_stage_equals_one_by_hand(clip):
+  """Student and teacher embed the same images, with the same noise, and the same sentences."""
   # The weight β is not one half, so that β and 1 − β differ.
   loss = Loss(make_config(1, clip=clip, **{"long_tail.distill_weight": 0.3}))
   network, batch, keys, b = loss.network, loss.batch, loss.keys, B
@@ -177,11 +177,11 @@ def test_the_first_stages_loss_by_hand(clip):
   with jax.default_matmul_precision("highest"):
     student = [torch.tensor(np.asarray(x)) for x in embed(loss.params)]
     teacher = [torch.tensor(np.asarray(x)) for x in embed({**loss.params, **theirs, "logit_scale": np.float32(1.5)})]
-  logits, of_teacher = (scale.exp() * image @ text.T for image, text, scale in (student, teacher))
+  logits, teacher_logits = (scale.exp() * image @ text.T for image, text, scale in (student, teacher))
   same = torch.tensor(LABELS[:, None] == LABELS[None]).float()
   target, ce = same / same.sum(1, keepdim=True), functools.partial(F.cross_entropy, label_smoothing=0.1)
   contrast = 0.5 * (ce(logits, target) + ce(logits.T, target))
-  soft = of_teacher.softmax(1), of_teacher.T.softmax(1)
+  soft = teacher_logits.softmax(1), teacher_logits.T.softmax(1)
   distilled = 0.5 * (F.cross_entropy(logits, soft[0]) + F.cross_entropy(logits.T, soft[1]))
   assert metrics["loss_class_contrastive"] == pytest.approx(contrast.item(), rel=1e-5)
   assert metrics["loss_distill"] == pytest.approx(distilled.item(), rel=1e-5)
@@ -191,7 +191,7 @@ def test_the_first_stages_loss_by_hand(clip):
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def second_stage(request):
-  """Return the trainer with its parameters before, the state after a step, and its metrics."""
+  """Return a trainer with its initial parameters, the state after a step, and the metrics of the step."""
   config = make_config(2, clip=request.param)
   trainer = trainer_of(config)
   state, (metrics,) = trainer.run(trainer.initial(), make_batch(config))
@@ -207,7 +207,7 @@ def test_the_second_stage_trains_its_head_alone(second_stage):
   assert moved == {path for path in trainer.params if path.startswith("head.")} - {"head.anchors"}
 
 
-def test_the_second_stages_loss_by_hand():
+def test_the_loss_of_the_second_stage_equals_one_by_hand():
   config = make_config(2)
   loss = Loss(config)
   network, batch, keys, metrics = loss.network, loss.batch, loss.keys, loss.metrics()
@@ -233,7 +233,7 @@ def test_the_second_stages_loss_by_hand():
     assert metrics[f"loss_{branch}"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_inference_gives_the_heads_logits_on_images_as_they_are():
+def test_inference_gives_the_heads_logits_of_unmixed_images():
   config = make_config(2)
   inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4)
   network, params = inference.network, random_params(inference.network.shapes, seed=0)
@@ -271,7 +271,7 @@ def test_inference_gives_the_heads_logits_on_images_as_they_are():
     (2, {"optim.epoch_steps": 0}, "optim.epoch_steps is 0"),
   ],
 )
-def test_fields_that_do_not_go_together(stage, changes, message):
+def test_fields_that_contradict_each_other_are_refused(stage, changes, message):
   config = make_config(stage, **changes)
   with pytest.raises(UserError, match=message) as error:
     build_trainer(config, steps.make_mesh())

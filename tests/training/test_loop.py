@@ -17,13 +17,13 @@ class FakeEvaluator(evaluator.Evaluator):
   """An evaluator that is due after every fourth step, records the steps, and may fail."""
 
   def __init__(self, failing: type[UserError] | None):
-    self.failing, self.asked = failing, []
+    self.failing, self.evaluated_steps = failing, []
 
   def is_due(self, step, *, last):
     return step % 4 == 0
 
   def after_step(self, step, state, writer, *, last):
-    self.asked.append(step)
+    self.evaluated_steps.append(step)
     writer.scalars(step, {"test/acc1": 0.5})
     if self.failing:
       raise self.failing("checkpoint.best_metric=test/acc_1 is none of test/acc1")
@@ -31,7 +31,7 @@ class FakeEvaluator(evaluator.Evaluator):
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monkeypatch):
+def test_an_evaluation_that_fails_loses_no_step_and_is_repeated(tmp_path, monkeypatch):
   config = tiny.get_config("autoencoder")
   config.update(num_steps=6, save_every=3, log_every=3)
   run = Run.of(config)
@@ -42,11 +42,11 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   for _ in range(2):  # the second time, the run is finished before its first step
     with pytest.raises(UserError, match="best_metric=test/acc_1 is none of test/acc1"):
       train()
-  assert workdir.latest_step(tmp_path) == 4 and failing.asked == [4, 4]
+  assert workdir.latest_step(tmp_path) == 4 and failing.evaluated_steps == [4, 4]
 
   monkeypatch.setattr(evaluator, "Evaluator", lambda *_: passing)
   train()
-  assert passing.asked == [4] and workdir.latest_step(tmp_path) == 6
+  assert passing.evaluated_steps == [4] and workdir.latest_step(tmp_path) == 6
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [(line["step"], "loss" in line) for line in lines] == [(3, True), (4, False), (6, True)]
 

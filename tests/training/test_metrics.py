@@ -1,4 +1,4 @@
-"""Test the measured speed of a run, and its progress line."""
+"""Test the measured speed of a run and its progress line."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def clock(monkeypatch):
   return clock
 
 
-def of_step(loss=1.5):
+def metrics_of_step(loss=1.5):
   one = jnp.ones(())
   return {"loss": Average(total=jnp.float32(loss), count=one), "skipped": Average(total=jnp.zeros(()), count=one)}
 
 
-def test_speed_counts_steps_and_waiting_and_leaves_out_pauses(clock, monkeypatch):
+def test_speed_counts_steps_and_waiting_without_pauses(clock, monkeypatch):
   run = Run.of(tiny.get_config()).replace({"batch_size": 32, "num_steps": 110})
   meters = metrics.Meters(run, start_step=10, meta={})
   monkeypatch.setattr(metrics.loader.Substitutions, "take", lambda self, batch: batch)
@@ -48,7 +48,7 @@ def test_speed_counts_steps_and_waiting_and_leaves_out_pauses(clock, monkeypatch
 
   data = batches()
   clock.now += 1000.0  # the first step compiles
-  meters.add(11, of_step())
+  meters.add(11, metrics_of_step())
   speeds = meters.report(11)
   assert all(math.isnan(speeds[name]) for name in ("steps_per_sec", "images_per_sec", "data_wait"))
   with meters.paused():
@@ -56,21 +56,23 @@ def test_speed_counts_steps_and_waiting_and_leaves_out_pauses(clock, monkeypatch
   for step in range(12, 22):
     meters.next_rows(data)
     clock.now += 0.3
-    meters.add(step, of_step(step))
+    meters.add(step, metrics_of_step(step))
   speeds = meters.report(21)
   assert speeds == pytest.approx(
     {"loss": 16.5, "steps_per_sec": 2.0, "images_per_sec": 64.0, "data_wait": 0.4, "substituted": 0}
   )
-  busy = types.SimpleNamespace(is_ready=lambda: False)  # nobody waits for data while the devices work
+  busy = types.SimpleNamespace(
+    is_ready=lambda: False
+  )  # while the devices are busy, a batch that arrives late delays nothing
   monkeypatch.setattr(meters, "_last", {"loss": busy})
   meters.next_rows(data)
   meters._last = None
-  meters.add(22, of_step())
+  meters.add(22, metrics_of_step())
   assert meters.report(22)["data_wait"] == 0.0
   assert next(meters.steps()) == 11
 
 
-def test_totals_keep_their_bits_through_json():
+def test_totals_survive_json_bit_for_bit():
   rng, run = np.random.default_rng(0), Run.of(tiny.get_config())
   pairs = rng.normal(size=(100, 2)).astype(np.float32)
   totals = {f"m{i}": Average(total=total, count=count) for i, (total, count) in enumerate(pairs)}

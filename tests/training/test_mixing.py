@@ -36,7 +36,7 @@ def timms(monkeypatch, share, is_cutmix, box, smoothing):
 @pytest.mark.parametrize(
   "share, is_cutmix, row, column", [(0.3, False, 0, 0), (0.84, False, 5, 5), (0.55, True, 1, 11), (0.2, True, 6, 6)]
 )
-def test_one_draw_gives_timms_pixels_and_targets(monkeypatch, share, is_cutmix, row, column, smoothing):
+def test_pixels_and_targets_equal_timms_for_the_same_draw(monkeypatch, share, is_cutmix, row, column, smoothing):
   mix = mixing.boxed(jnp.float32(share), jnp.asarray(is_cutmix), jnp.int32(row), jnp.int32(column), size=SIZE)
   side = int(SIZE * np.sqrt(1 - share)) // 2
   box = [int(np.clip(edge, 0, SIZE)) for edge in (row - side, row + side, column - side, column + side)]
@@ -61,7 +61,7 @@ def test_draws_have_their_distributions():
   assert rows.max() == columns.max() == SIZE - 2 and rows.min() == 0  # both halves are rounded down
 
 
-def test_both_kinds_have_their_own_beta_and_a_box_may_be_around_every_pixel(monkeypatch):
+def test_mixup_and_cutmix_have_their_beta_and_boxes_any_centre(monkeypatch):
   unboxed = lambda share, kind, row, column, *, size: mixing.Mix(share, kind, row, row, column, column)
   monkeypatch.setattr(mixing, "boxed", unboxed)
   choices = draws(4000, cutmix=3.0)
@@ -72,7 +72,7 @@ def test_both_kinds_have_their_own_beta_and_a_box_may_be_around_every_pixel(monk
   assert stats.chisquare(counts.ravel()).pvalue > 0.01
 
 
-def test_a_kind_without_weight_is_left_out():
+def test_mixup_or_cutmix_with_weight_0_is_never_drawn():
   assert not draws(50, cutmix=0.0).is_cutmix.any() and draws(50, mixup=0.0).is_cutmix.all()
   none = draws(50, mixup=0.0, cutmix=0.0)
   assert (none.share == 1).all() and not none.is_cutmix.any()

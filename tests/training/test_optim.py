@@ -44,7 +44,7 @@ def make(*, num_steps: int = NUM_STEPS, **changes) -> optax.GradientTransformati
 
 
 def run(optimizer: optax.GradientTransformationExtraArgs, steps: int = 4) -> list[dict[str, np.ndarray]]:
-  """Return the parameters after each step; each step has other gradients."""
+  """Return the parameters after each step. The gradients differ from step to step."""
   params, history = draw(0), []
   with jax.numpy_dtype_promotion("standard"):
     state = optimizer.init(params)
@@ -103,18 +103,18 @@ def test_the_first_group_that_matches_wins():
     (dict(schedule_kind="epoch_cosine", epoch_steps=4, warmup_steps=6), "whole epochs of 4 steps"),
   ],
 )
-def test_bad_fields_are_refused(changes, message):
+def test_wrong_fields_are_refused(changes, message):
   with pytest.raises(UserError, match=message):
     make(**changes)
 
 
-def test_each_group_takes_its_own_rate_and_decay_spares_biases_and_norms():
+def test_groups_have_their_own_rate_and_biases_and_norms_no_decay():
   assert_same(run(make()), adamw_by_hand(rates=RATES))
 
 
 @pytest.mark.parametrize("b1", [0.9, 0.99])
-def test_a_first_moment_of_bfloat16_decays_by_b1_itself(b1):
-  """If b1 itself were rounded to bf16, the mean would be too small by 1.5 % or 15 %."""
+def test_a_first_moment_in_bfloat16_decays_by_the_exact_b1(b1):
+  """If b1 were rounded to bfloat16, the moment would be too small by 1.5 % or 15 %."""
   gradients = np.random.default_rng(0).normal(1.0, 1.0, (300, 512)).astype(np.float32)
   section, params = optim.Optim(first_moment="bfloat16", b1=b1, clip_norm=0.0), {"head.kernel": jnp.zeros(512)}
   optimizer = optim.build_optimizer(params, section, num_steps=NUM_STEPS)
@@ -144,7 +144,7 @@ def test_the_gradient_is_clipped_by_the_norm_over_all_groups():
     ("cosine", lambda share: 0.1 + 0.9 * (1 + np.cos(np.pi * share)) / 2),
   ],
 )
-def test_schedules(kind, after):
+def test_a_schedule_has_its_formula_after_the_warmup(kind, after):
   final = 0.0 if kind == "constant" else 0.1
   section = optim.Optim(rates=dict(new=2.0), schedule_kind=kind, warmup_steps=10, final_fraction=final)
   schedule = optim.rate_schedule(section, "new", num_steps=50)
@@ -158,7 +158,7 @@ def test_schedules(kind, after):
 
 
 @pytest.mark.parametrize("step, rate", [(0, 0.1), (1, 2 / 11), (40, 41 / 50), (80, 0.9), (10**6, 0.9)])
-def test_average_is_optax_incremental_update_with_a_ramp(step, rate):
+def test_the_average_equals_optax_incremental_update_with_a_ramp(step, rate):
   new, old = draw(1), draw(2)
   average = optim.update_ema(new, old, decay=0.9, step=jnp.asarray(step, jnp.int32))
   expected = optax.incremental_update(new, old, 1 - rate)
@@ -167,8 +167,8 @@ def test_average_is_optax_incremental_update_with_a_ramp(step, rate):
 
 
 @pytest.mark.parametrize("warmup_epochs, peak", [(5, 1e-5), (0, 5e-5)])
-def test_the_rate_of_an_epoch_is_timms_told_of_it_one_late(warmup_epochs, peak):
-  """At the end of an epoch VL-LTR's main.py calls timm's `step(epoch)`, so the next epoch gets this one's rate."""
+def test_the_rate_of_an_epoch_is_timms_of_the_epoch_before(warmup_epochs, peak):
+  """VL-LTR's main.py calls timm's `step(epoch)` after an epoch, so that the next epoch has this epoch's rate."""
   epochs, epoch_steps = 50, 3
   parameter = torch.nn.Parameter(torch.zeros(()))
   scheduler = CosineLRScheduler(

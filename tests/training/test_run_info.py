@@ -28,8 +28,8 @@ def prepared(folder, first: int):
 
 
 @pytest.mark.parametrize("mixture", [False, True])
-def test_a_run_goes_on_where_its_data_have_been_moved(tmp_path, caplog, mixture):
-  """The digests of the records distinguish moved data from other data with as many records."""
+def test_a_run_resumes_after_its_data_have_been_moved(tmp_path, caplog, mixture):
+  """The digests of the records distinguish moved data from other data with equally many records."""
   (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
   first = prepared(tmp_path / "a", 0)
   copy, other = shutil.copytree(first, tmp_path / "copy"), prepared(tmp_path / "b", 1)
@@ -41,15 +41,17 @@ def test_a_run_goes_on_where_its_data_have_been_moved(tmp_path, caplog, mixture)
   with provenance.recorded(tmp_path / "run", step=0, is_writer=True, facts=known):
     pass
   field = "data.mixture.one.path" if mixture else "data.path"
-  for path, may in ((str(copy), True), (other, False)):
+  for path, is_same in ((str(copy), True), (other, False)):
     moved = run_info.moved(Run.of(config_of(path, mixture)), str(tmp_path / "run"))
-    assert moved == ({field} if may else set())
-    allowed = pytest.raises(UserError, match=f"another config: {field} is ") if not may else contextlib.nullcontext()
-    with allowed:
+    assert moved == ({field} if is_same else set())
+    context = (
+      pytest.raises(UserError, match=f"another config: {field} is ") if not is_same else contextlib.nullcontext()
+    )
+    with context:
       workdir.open_for_training(tmp_path / "run", config_of(path, mixture).to_dict(), moved=moved)
     caplog.clear()
     run_info.log_changes(Run.of(config_of(path, mixture)), str(tmp_path / "run"), before=None, step=1)
-    assert sum("the data have changed" in line for line in caplog.messages) == (not may)
+    assert sum("the data have changed" in line for line in caplog.messages) == (not is_same)
   assert str(copy) in (tmp_path / "run" / "config.json").read_text()
 
 

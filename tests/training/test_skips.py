@@ -10,7 +10,7 @@ import pytest
 from diffdis_jax.structs import LatentBatch
 from tests import steps
 
-# Only few parts are trained, since compiling is the cost of these tests.
+# Only a few parts are trained: most of the time of these tests is compilation.
 CHANGES = {
   "optim.groups": ((r"^unet\.(middle|norm_out|conv_out)|^alignment|^logit_scale", "new"), (".*", "frozen")),
   "optim.warmup_steps": 0,
@@ -18,7 +18,7 @@ CHANGES = {
 
 
 def make_batches(config):
-  """Make two good batches of latents, and one with a NaN in one row."""
+  """Make two good batches of latents, and a third with a NaN in one row."""
   batches, shape = [], steps.network_of(config).latent_shape
   for seed in range(2):
     rng, tokens = np.random.default_rng(seed), steps.make_batch(config, seed).tokens
@@ -30,7 +30,7 @@ def make_batches(config):
 
 
 def bits(state):
-  """Return the bits of all that a step may change, except its number."""
+  """Return the bits of all arrays that a step may change, except the number of steps."""
   trees = state.params, state.ema, state.opt_state
   return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree.leaves_with_path(trees)}
 
@@ -51,7 +51,7 @@ def test_a_step_that_is_not_finite_changes_nothing(case):
   first, second, not_finite = make_batches(config)
   trainer = steps.Trainer(config, steps.make_mesh(*mesh), first)
   state, metrics = trainer.run(trainer.initial(), first, second)
-  assert all(own["skipped"].total == 0 and own["loss"].count > 0 for own in metrics)
+  assert all(metrics_of_step["skipped"].total == 0 and metrics_of_step["loss"].count > 0 for metrics_of_step in metrics)
   before = bits(state)
   for i in range(2):
     state, (metrics,) = trainer.run(state, not_finite)
@@ -63,8 +63,8 @@ def test_a_step_that_is_not_finite_changes_nothing(case):
 
 
 @pytest.mark.slow
-def test_a_step_that_is_left_out_does_not_delay_the_schedule():
-  """A linear schedule of three steps then has rate 0, whichever steps were left out."""
+def test_a_skipped_step_does_not_delay_the_schedule():
+  """A linear schedule of three steps has rate 0 after them, even if some of the steps were skipped."""
   changes = {"optim.schedule_kind": "linear", "num_steps": 3}
   config = steps.make_config(**CHANGES, **changes)
   first, second, not_finite = make_batches(config)

@@ -28,7 +28,7 @@ def make_step(config: ConfigDict) -> Trainer:
 
 
 def tiny_config(**changes: object) -> ConfigDict:
-  """Make the tiny config, in which the token table alone may be random."""
+  """Make the tiny config, which allows only the token embeddings to be frozen at random values."""
   return steps.make_config(**{"optim.allow_uninitialized": TOKENS, **changes})
 
 
@@ -40,7 +40,7 @@ def save(params: Params, path: pathlib.Path) -> str:
 
 
 def frozen_at_random(trainer: Trainer, init_from: str = "") -> dict[str, int]:
-  """Return the parts for which the run is refused, with their numbers of parameters."""
+  """Return the parts that the refusal of the run names, with their numbers of parameters."""
   try:
     start.find_initial(init_from, trainer)
   except UserError as error:
@@ -62,7 +62,7 @@ def frozen_at_random(trainer: Trainer, init_from: str = "") -> dict[str, int]:
 )
 def test_a_shipped_config_needs_its_frozen_parts_from_another_run(name, arg, parts):
   step = make_step(importlib.import_module(f"configs.{name}").get_config(arg))
-  # All parameters of a part, with the autoencoder's statistics.
+  # All the parameters of a part are named, also the autoencoder's statistics.
   assert frozen_at_random(step) == {
     part: sum(path.startswith(f"{part}.") for path in step.shapes) for part in sorted(parts)
   }
@@ -83,8 +83,8 @@ def test_parameters_that_the_other_run_lacks_are_named(tmp_path):
   assert names == autoencoder.keys() | text.keys()
 
 
-def test_parts_that_would_compute_something_else(tmp_path):
-  """No parameter's shape shows the activation, heads or groups, so all parameters could be loaded."""
+def test_a_start_with_other_fields_of_the_model_is_refused(tmp_path):
+  """The shapes of parameters do not show the activation, heads or groups, so the parameters could be loaded."""
   config = tiny_config()
   step = make_step(config)
   path = save(random_params(step.shapes, seed=0), tmp_path / "run")

@@ -28,7 +28,7 @@ T = steps.NUM_TIMESTEPS
 
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
-  """Record the inputs and the output of both passes from now on, by the name of the pass."""
+  """Record the inputs and the output of both passes from now on, and return them by the name of the pass."""
   calls: dict[str, dict[str, Any]] = {}
 
   def recording(name: str, original: Callable) -> Callable:
@@ -56,15 +56,15 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
 def info_nce(
   query: np.ndarray, e: np.ndarray, scale: float, tokens: np.ndarray, dropped: np.ndarray
 ) -> tuple[float, np.ndarray]:
-  """Return the loss, and for each row with an image the mean of both directions, in float64 and with loops."""
+  """Compute the loss, and the mean of both directions for each row with an image, in float64 with loops."""
   query = query / np.linalg.norm(query, axis=1, keepdims=True)
   logits = min(np.exp(scale), 100.0) * query @ e.T
   b = len(e)
-  rival = lambda i, j: i == j or (tokens[i] != tokens[j]).any()
-  forth = [-logits[i, i] + np.log(sum(np.exp(logits[i, j]) for j in range(b) if rival(i, j))) for i in range(b)]
+  is_compared = lambda i, j: i == j or (tokens[i] != tokens[j]).any()
+  to_text = [-logits[i, i] + np.log(sum(np.exp(logits[i, j]) for j in range(b) if is_compared(i, j))) for i in range(b)]
   kept = [j for j in range(b) if not dropped[j]]
-  back = [-logits[j, j] + np.log(sum(np.exp(logits[i, j]) for i in kept if rival(i, j))) for j in kept]
-  return (np.mean(forth) + np.mean(back)) / 2, (np.array(forth)[kept] + np.array(back)) / 2
+  to_image = [-logits[j, j] + np.log(sum(np.exp(logits[i, j]) for i in kept if is_compared(i, j))) for j in kept]
+  return (np.mean(to_text) + np.mean(to_image)) / 2, (np.array(to_text)[kept] + np.array(to_image)) / 2
 
 
 VARIANTS = {
@@ -80,7 +80,7 @@ VARIANTS = {
     "condition_timestep": 0,
     "sample_posterior": False,
   },
-  # The paper has no weight by signal-to-noise ratio.
+  # The paper has no weighting by the signal-to-noise ratio.
   "beside the paper": {"loss.snr_gamma": 2.0, "loss.image_dropout": 0.5},
 }
 
@@ -136,19 +136,19 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
   if config.text_diffusion.target == "noise":
     query = (e_t - np.sqrt(1 - alpha_bar) * query) / (gamma * np.sqrt(alpha_bar))
   scale = loss.params["logit_scale"].astype(np.float64)
-  ita, of_pairs = info_nce(query, text.e, scale, batch.tokens, no_image)
-  np.testing.assert_allclose(means["loss_discrimination"], of_pairs.mean(), rtol=1e-5)
+  ita, by_pair = info_nce(query, text.e, scale, batch.tokens, no_image)
+  np.testing.assert_allclose(means["loss_discrimination"], by_pair.mean(), rtol=1e-5)
 
   expected = (weights * by_sample).mean() + config.loss.ita_weight * ita
   np.testing.assert_allclose(total, expected, rtol=1e-5)
   np.testing.assert_allclose(means["loss"], total, rtol=1e-6)
-  for name, t, values in (("generation", t_z, by_sample), ("discrimination", t_e[~no_image], of_pairs)):
+  for name, t, values in (("generation", t_z, by_sample), ("discrimination", t_e[~no_image], by_pair)):
     sums, counts = np.array([jax.tree.leaves(metrics[f"loss_{name}_q{i}"]) for i in (1, 2, 3, 4)]).T
     np.testing.assert_array_equal(counts, np.bincount(t // 250, minlength=4))
     np.testing.assert_allclose(sums, np.bincount(t // 250, values, minlength=4), rtol=1e-5, atol=1e-6)
 
 
-def test_discrimination_sees_a_caption_only_through_its_noised_query(monkeypatch):
+def test_discrimination_reads_a_caption_only_through_e_t(monkeypatch):
   config = steps.make_config("discrimination", **{"loss.image_dropout": 0.0})
   loss, batch, keys = steps.Loss(config), steps.make_batch(config), steps.make_keys()
   calls = spy(monkeypatch)
@@ -181,15 +181,15 @@ GOLDEN_KEYS = {
 }
 
 
-# The golden keys are for seed 3, step 5, microbatch 1; other keys would change resumed runs.
+# GOLDEN_KEYS are those of seed 3, step 5, microbatch 1. With other keys, resumed runs would change.
 def test_keys_depend_on_seed_step_and_microbatch_alone():
-  raw = lambda *place: {name: jax.random.key_data(key) for name, key in step.step_keys(*place).items()}
+  key_data = lambda *place: {name: jax.random.key_data(key) for name, key in step.step_keys(*place).items()}
   places = [(seed, n, micro) for seed in (0, 1, 2**31) for n in (0, 1, 2) for micro in (0, 1, 2)]
-  everything = [raw(seed, jnp.int32(n), jnp.int32(micro)) for seed, n, micro in places]
+  everything = [key_data(seed, jnp.int32(n), jnp.int32(micro)) for seed, n, micro in places]
   pairs = {tuple(np.asarray(key).tolist()) for keys in everything for key in keys.values()}
   assert len(pairs) == len(places) * len(step.KEYS)
   compiled = jax.jit(step.step_keys)(jnp.uint32(3), jnp.int32(5), jnp.int32(1))
-  for name, key in raw(3, jnp.int32(5), jnp.int32(1)).items():
+  for name, key in key_data(3, jnp.int32(5), jnp.int32(1)).items():
     assert tuple(np.asarray(key).tolist()) == GOLDEN_KEYS[name], name
     np.testing.assert_array_equal(jax.random.key_data(compiled[name]), key)
 
@@ -251,10 +251,10 @@ def test_latent_statistics_of_microbatches_are_the_mean_of_theirs():
   statistics = jax.jit(lambda state, batch: trainer.gradient(state, batch).statistics)(state, batch)
 
   loss = steps.loss_function(trainer.network, trainer.run)
-  of_part = jax.jit(lambda batch, keys: loss(params, {}, batch, keys)[1][1])
-  parts = [of_part(jax.tree.map(lambda x, i=i: x[i::2], batch), steps.make_keys(i)) for i in range(2)]
+  statistics_of = jax.jit(lambda batch, keys: loss(params, {}, batch, keys)[1][1])
+  parts = [statistics_of(jax.tree.map(lambda x, i=i: x[i::2], batch), steps.make_keys(i)) for i in range(2)]
   assert statistics.keys() == {"autoencoder.shift", "autoencoder.scale"}
-  # By hand: the shift, and the reciprocal of the scale, of the first part are running averages.
+  # By hand, for the first part: the shift and the reciprocal of the scale are running averages.
   model = trainer.network.with_params(params)
   sample = jax.jit(lambda image, key: sample_posterior(model.autoencoder.encode(to_signed(image)), key))
   z = np.asarray(sample(batch.image[::2], steps.make_keys(0)["posterior"]), np.float64)
@@ -299,10 +299,10 @@ def test_accumulation_applies_the_mean_gradient_of_the_microbatches():
 
 @pytest.mark.slow
 def test_bf16_compute_keeps_f32_parameters_and_is_close():
-  """In bf16 the gradient of every part points in the direction of f32's.
+  """In bfloat16 the gradient of every part points in nearly the same direction as in float32.
 
-  A gradient that is off by a share r has a cosine of 1 - r²/2. bf16 rounds to 2^-9, and some hundred roundings in a
-  row are off by a few per cent: 1 to 5 % were measured. Twice that is allowed.
+  A gradient with relative error r has a cosine of 1 - r²/2. bfloat16 rounds to 2^-9, and a few hundred roundings in a
+  row add up to some per cent: errors of 1 to 5 % were measured. Twice that is allowed.
   """
   batch = steps.make_batch(steps.make_config())
   in_f32, in_bf16 = (
@@ -343,7 +343,7 @@ def test_bf16_compute_keeps_f32_parameters_and_is_close():
     ({"optim.contrastive_batch": "half"}, "optim.contrastive_batch is 'half'; it must be one of whole, microbatch"),
   ],
 )
-def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
+def test_wrong_configs_are_refused_before_anything_is_allocated(changes, message):
   config = steps.make_config()
   config.update_from_flattened_dict({k: v for k, v in changes.items() if k != "optim.rates"})
   if "optim.rates" in changes:
@@ -355,7 +355,7 @@ def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
 
 @pytest.mark.parametrize("name", ["image", "discrimination_image"])
 def test_pixels_of_another_scale_are_refused(name):
-  """Pixels from 0 to 1, as another training loop may have, would make every image black."""
+  """With pixels from 0 to 1, which other training loops use, every image would be black."""
   batch = types.SimpleNamespace(**vars(steps.make_batch(steps.make_config())))
   setattr(batch, name, batch.image.astype(np.float32) / 255)
   trainer = build_trainer(steps.make_config(), steps.make_mesh())
@@ -363,14 +363,14 @@ def test_pixels_of_another_scale_are_refused(name):
     inspect.unwrap(step.Trainer.gradient)(trainer, trainer.abstract_state, batch)
 
 
-def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
+def test_discrimination_may_have_its_own_view_of_the_images(monkeypatch):
   config = steps.make_config(sample_posterior=False)
   loss, calls = steps.Loss(config), spy(monkeypatch)
 
   @jax.jit
   def images(batch: Batch) -> tuple[jax.Array, jax.Array]:
     loss(loss.trained, batch, steps.make_keys())
-    # The noise is the same each time, so z_t is equal if z is.
+    # The noise is the same in each call, so equal z give equal z_t.
     return calls["generation"]["z_t"], calls["discrimination"]["z"]
 
   batch, other = steps.make_batch(config), steps.make_batch(config, seed=1)
@@ -382,8 +382,8 @@ def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
 
 
 @pytest.mark.parametrize("sample", [True, False])
-def test_stored_posteriors_train_as_their_images_do(monkeypatch, sample):
-  """Posteriors are stored in bfloat16; except for its rounding, the network gets the same. Each step samples again."""
+def test_stored_posteriors_give_the_same_inputs_as_their_images(monkeypatch, sample):
+  """The network's inputs are equal up to the bfloat16 rounding of stored posteriors. Each step samples anew."""
   config = steps.make_config(sample_posterior=sample, **{"loss.image_dropout": 0.0})
   loss, calls = steps.Loss(config), spy(monkeypatch)
   batch = jax.tree.map(jnp.asarray, steps.make_batch(config))
@@ -398,13 +398,13 @@ def test_stored_posteriors_train_as_their_images_do(monkeypatch, sample):
   stored = LatentBatch(mean=mean, log_variance=log_variance, tokens=batch.tokens)
 
   @jax.jit
-  def given(batch: Batch | LatentBatch, step_number: jax.Array) -> dict[str, jax.Array]:
+  def inputs_of(batch: Batch | LatentBatch, step_number: jax.Array) -> dict[str, jax.Array]:
     loss(loss.trained, batch, step.step_keys(0, step_number, jnp.int32(0)))
     passes = {"generation": ("z_t", "t_z", "c"), "discrimination": ("z", "t_z", "e_t", "t_e", "c_null")}
     return {f"{name} {field}": calls[name][field] for name, fields in passes.items() for field in fields}
 
-  expected, from_stored = (given(inputs, jnp.int32(0)) for inputs in (batch, stored))
+  expected, from_stored = (inputs_of(inputs, jnp.int32(0)) for inputs in (batch, stored))
   for name, value in expected.items():
     np.testing.assert_allclose(from_stored[name], value, atol=0.03, err_msg=name)
-  again = given(stored, jnp.int32(1))
+  again = inputs_of(stored, jnp.int32(1))
   assert (np.asarray(again["discrimination z"]) != np.asarray(from_stored["discrimination z"])).any() == sample
