@@ -1,7 +1,7 @@
 """The paper's Algorithms 1, 2 and 3, in its symbols (docs/method.md): training, generation, discrimination.
 
-`training_losses` is Algorithm 1, `generate` Algorithm 2, `denoise_text_query` Algorithm 3. What is done for a chip's
-sake stands elsewhere and is tested to give the same: both passes as one batch (joint.py), a batch in microbatches
+`training_losses` is Algorithm 1, `generate` Algorithm 2, `denoise_text_query` Algorithm 3. Optimisations for hardware
+are in other files and tested to give the same results: both passes as one batch (joint.py), a batch in microbatches
 (training/gradcache.py), rows over devices (parallel/sharding.py), compiled calls of one shape (inference.py).
 """
 
@@ -28,12 +28,12 @@ from diffdis_jax.structs import AnyArray, AnyBatch, DiscriminationPass, Generati
 
 @struct.dataclass
 class TrainingLosses:
-  """The losses of Algorithm 1. None of a task that the network is not trained for.
+  """The losses of Algorithm 1, None for a task that the network is not trained for.
 
   Attributes:
     total: L.
-    generation: L_IG of each row, without weights.
-    alignment: L_ITA, and how well the rows are classified.
+    generation: L_IG of each row, unweighted.
+    alignment: L_ITA, and the accuracy of the rows.
   """
 
   total: Float[AnyArray, ""]
@@ -50,22 +50,22 @@ def training_losses(
   loss: Loss,
   captions: UInt32[Array, "b"] | None = None,
 ) -> TrainingLosses:
-  """Algorithm 1: L = L_IG + λ L_ITA on the same images and captions (x, y), or one of the two losses.
+  """Compute Algorithm 1: L = L_IG + λ L_ITA on the same images and captions (x, y), or one of the two losses.
 
   Args:
     batch: x, or the autoencoder's posteriors over them, and y.
     noise: the step's random choices: t_z, ε_z, t_e, ε_e, and which rows are masked for guidance.
     loss: the losses' weights, such as λ.
-    captions: as losses.contrastive takes them.
+    captions: a number for each caption, for losses.contrastive.
   """
   # z = V(x);  c, e = T(y)
   encoded = encode.encode_rows(model, batch, noise)
   c_null = encode.null_condition(model, batch.tokens.shape[1])
-  # Noise both, and ask the network for ε_z and for e.
+  # Add noise to both, and let the network predict ε_z and e.
   rows = denoise_rows(model, encoded, c_null, noise, network=network)
 
-  # L = L_IG + λ L_ITA. Only here do rows meet: L_ITA compares each ê_0 with the e of all rows on all devices, at
-  # whatever t_e was sampled.
+  # L = L_IG + λ L_ITA. Only here do rows interact: L_ITA compares each ê_0 with the e of all rows on all devices, for
+  # any sampled t_e.
   total, alignment = jnp.zeros(()), None
   if rows.loss_generation is not None:
     schedule = schedules.noise_schedule(network.image_process.schedule)
@@ -82,7 +82,7 @@ def training_losses(
 
 @struct.dataclass
 class DenoisedRows:
-  """L_IG and ê_0 of each row; None of a pass that was not asked for."""
+  """L_IG and ê_0 of each row, None for a pass that was not computed."""
 
   loss_generation: Float[AnyArray, "b"] | None
   query: Float[AnyArray, "b e"] | None
@@ -97,11 +97,11 @@ def denoise_rows(
   network: Network,
   passes: Sequence[str] = (),
 ) -> DenoisedRows:
-  """Algorithm 1 up to where rows meet: no row depends on another, so that GradCache may split them.
+  """Compute the part of Algorithm 1 in which no row depends on another, so that GradCache may split the rows.
 
   Args:
     c_null: c of the empty caption.
-    passes: `generation`, `discrimination` or both; else the network's objectives.
+    passes: `generation`, `discrimination` or both; by default the network's objectives.
   """
   z, c, e = encoded.latents.z, encoded.text.c, encoded.text.e
   z_clean = z if encoded.latents.z_discrimination is None else encoded.latents.z_discrimination
@@ -110,17 +110,17 @@ def denoise_rows(
 
   # Generation. z_t = √ᾱ(t_z) z + √(1 − ᾱ(t_z)) ε_z;  e is masked: its token is absent from this pass.
   z_t = schedules.add_noise(of_image, z, noise=noise.noise_z, t=noise.t_z)
-  # Some rows lose their caption, so that the unconditional ε_u of guidance is learned too.
+  # Some rows lose their caption, so that the network also learns the unconditional ε_u for guidance.
   c = jnp.where(noise.drop_condition[:, None, None], c_null, c)
   generation = GenerationPass(z_t=z_t, t_z=noise.t_z, c=c)
 
-  # Discrimination. e_t = γ √ᾱ(t_e) e + √(1 − ᾱ(t_e)) ε_e;  c is masked: else it would tell which caption is asked for.
-  # e_t is data, not a path for gradients: a text encoder in training learns from e as the target only.
+  # Discrimination. e_t = γ √ᾱ(t_e) e + √(1 − ᾱ(t_e)) ε_e;  c is masked: otherwise it would reveal the right caption.
+  # No gradient passes e_t: a text encoder in training learns from e only as the target.
   e_0 = jax.lax.stop_gradient(e)
   e_t = schedules.add_noise(of_text, e_0, noise=noise.noise_e, t=noise.t_e)
   # Some rows lose their image (not stated by the paper), again for guidance.
   z_shown = jnp.where(noise.drop_image[:, None, None, None], 0.0, z_clean)
-  # The image is clean, and its timestep says so: 1000 is one past those that generation samples (Table 7).
+  # The image is clean, which its timestep shows: 1000 is one beyond the timesteps of generation (Table 7).
   t_z = jnp.full((len(z),), network.condition_timestep, jnp.int32)
   discrimination = DiscriminationPass(e_t=e_t, t_e=noise.t_e, z=z_shown, t_z=t_z, c_null=c_null)
 
@@ -131,11 +131,11 @@ def denoise_rows(
     noise_z = model.generation(**vars(generation))
   elif "generation" not in passes:
     prediction = model.discrimination(**vars(discrimination))
-  else:  # both as one batch, which costs less and gives the same
+  else:  # both passes as one batch, which is faster and gives the same
     predictions = joint.both_passes(model, generation, discrimination, parts=sharding.batch_parts())
     noise_z, prediction = predictions.noise_z, predictions.prediction_e
 
-  # L_IG = ‖ε_z − ε̂_z‖² of each row, and ê_0 by the target of the text process (Table 2).
+  # L_IG = ‖ε_z − ε̂_z‖² of each row; ê_0 follows from the prediction by the text process's target (Table 2).
   loss = None if noise_z is None else losses.denoising(noise.noise_z, noise_z)
   if prediction is None:
     return DenoisedRows(loss_generation=loss, query=None)
@@ -152,8 +152,8 @@ def generate(
   steps: int,
   guidance_scale: float,
 ) -> UInt8[Array, "b H W 3"]:
-  """Algorithm 2: from noise to an image under a caption, by DDIM with η = 0 and guidance."""
-  # Stable Diffusion's own timesteps, so that exported weights give the same images there.
+  """Compute Algorithm 2: generate images of captions from noise, by DDIM with η = 0 and guidance."""
+  # Stable Diffusion's timesteps, so that exported weights give the same images in its pipeline.
   timesteps = samplers.ddim_coefficients(network.image_process, schedules.leading(steps))
   # x = V⁻¹(z_0)
   return model.decode_image(
@@ -170,7 +170,7 @@ def denoise_latents(
   network: Network,
   guidance_scale: float,
 ) -> Float[Array, "b h w c"]:
-  """Algorithm 2's loop over these timesteps, all or some: z at the timestep after the last."""
+  """Run Algorithm 2's loop over some or all of its timesteps, and return the next z."""
   # c = T(y), and the null condition of guidance
   c, c_null = model.encode_text(tokens).c, encode.null_condition(model, tokens.shape[1])
 
@@ -179,7 +179,7 @@ def denoise_latents(
       model, z_t, now, c=c, c_null=c_null, network=network, guidance_scale=guidance_scale
     ).z_prev, None
 
-  # One scan: the network is compiled once, whatever the number of steps.
+  # A scan, so that the network is compiled once for any number of steps.
   return jax.lax.scan(step, z_t, timesteps)[0]
 
 
@@ -188,9 +188,9 @@ class GenerationStep:
   """The results of a step of Algorithm 2.
 
   Attributes:
-    z_prev: z at the timestep before.
-    z_0: ẑ_0 as this step sees it, with guidance.
-    z_0_null: the same under the empty caption; None where guidance is off.
+    z_prev: z at the previous, less noisy timestep.
+    z_0: this step's estimate ẑ_0, with guidance.
+    z_0_null: the estimate for the empty caption, None without guidance.
   """
 
   z_prev: Float[AnyArray, "b h w c"]
@@ -208,7 +208,7 @@ def generation_step(
   network: Network,
   guidance_scale: float | Float[Array, ""],
 ) -> GenerationStep:
-  """One step of Algorithm 2's loop."""
+  """Compute one step of Algorithm 2's loop."""
   process = network.image_process
 
   def predict(z_t: Float[Array, "b h w c"], t_z: Int[Array, "b"], c: Float[Array, "b l d"]) -> Float[Array, "b h w c"]:
@@ -233,18 +233,18 @@ def denoise_text_query(
   guidance_scale: float,
   normalize_query: bool,
 ) -> Float[Array, "b d"]:
-  """Algorithm 3: from noise to the text query of an image, L2-normalised. Its score with a caption is ⟨ê_0, e⟩.
+  """Compute Algorithm 3: denoise the text query ê_0 of each image, L2-normalised. A caption's score is ⟨ê_0, e⟩.
 
-  No caption goes in, noised or not: e_t of the true caption would carry the answer.
+  No caption is an input, noised or not: e_t of the true caption would contain the answer.
 
   Args:
     z: V(x), clean.
-    e_T: N(0, I). Of k samples of it the mean is taken (not stated by the paper, which takes one).
-    steps: n. One step is one evaluation of the network, at t_e = T - 1, the paper's norm (Table 6).
-    guidance_scale, normalize_query: as `text_query_step` takes them.
+    e_T: k samples of N(0, I), over which ê_0 is averaged (not stated by the paper, which takes one).
+    steps: n. One step, the paper's choice (Table 6), is one evaluation of the network at t_e = T - 1.
+    guidance_scale, normalize_query: the arguments of `text_query_step`.
   """
   process, c_null = network.text_process, encode.null_condition(model, network.max_length)
-  # From t_e = T - 1, where e_t is pure noise, to the data; Stable Diffusion's spacing would start below it.
+  # From t_e = T - 1, where e_t is pure noise, to the data. Stable Diffusion's timesteps would start below T - 1.
   timesteps = samplers.ddim_coefficients(process, schedules.trailing(steps))
 
   def step(e_t: Float[Array, "b d"], now: DdimCoefficients) -> tuple[Float[Array, "b d"], None]:
@@ -261,11 +261,11 @@ def denoise_text_query(
     return query_step.x_prev, None
 
   def from_noise(e_T: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    # The process ends at γ e_0, whose length the loss never saw.
+    # The process ends at γ e_0. The loss does not depend on the length of ê_0.
     e_0, _ = jax.lax.scan(step, e_T, timesteps)
     return losses.unit_norm(e_0 / process.gamma)
 
-  # One sample after the other: all at once would take k times the memory.
+  # Sample after sample, since all at once would take k times the memory.
   return losses.unit_norm(jax.lax.map(from_noise, e_T).mean(axis=0))
 
 
@@ -280,17 +280,17 @@ def text_query_step(
   guidance_scale: float,
   normalize_query: bool,
 ) -> DdimStep:
-  """One step of Algorithm 3's loop, where x is e.
+  """Compute one step of Algorithm 3's loop, where x is e.
 
   Args:
     guidance_scale: s; the null condition is the image z = 0 (not stated by the paper).
-    normalize_query: of target `data`, give ê_0 length 1, as e has (not stated by the paper). With target `noise` ê_0
-      follows from e_t and the predicted noise, and stays what it is.
+    normalize_query: with target `data`, give ê_0 the length 1 of e (not stated by the paper). With target `noise`, ê_0
+      follows from e_t and the predicted noise, and is not changed.
   """
   process = network.text_process
 
   def predict(e_t: Float[Array, "b d"], t_e: Int[Array, "b"], z: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
-    # As in training: a clean image at its own timestep, and no caption.
+    # As in training, the image is clean, with its own timestep, and there is no caption.
     t_z = jnp.full(t_e.shape, network.condition_timestep, jnp.int32)
     c = jnp.broadcast_to(c_null, (len(e_t), *c_null.shape[1:]))
     return model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c)
@@ -299,7 +299,7 @@ def text_query_step(
   t_e = jnp.full(len(e_t), now.t)
   prediction = guidance.guide(predict, e_t, t_e, condition=z, null=jnp.zeros_like(z), scale=guidance_scale).guided
   if normalize_query and process.target == "data":
-    # After guidance, whose mix of two vectors has any length.
+    # Normalise after guidance, which changes the length.
     prediction = losses.unit_norm(prediction)
   # e_prev = γ √ᾱ_prev ê_0 + √(1 − ᾱ_prev) ε̂_e
   return samplers.ddim_step(process, now, e_t, prediction)

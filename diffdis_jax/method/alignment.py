@@ -1,4 +1,4 @@
-"""The alignment transformer: from the fused text query and the middle feature map to the predicted text query."""
+"""The alignment transformer, from the fused text query and the middle feature map to the predicted text query."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
 
 
 class AlignmentTransformer(nnx.Module):
-  """Transformer over [text token, middle feature map], and a linear predictor on the text token.
+  """A transformer over [text token, middle feature map], and a linear predictor on the text token.
 
   Args:
-    size: of the transformer. No position embedding, a final LayerNorm and a GELU MLP of ratio 4 are not stated by the
-      paper.
-    query_width: width of the text query, in and out.
+    size: the transformer's size. That it has no position embedding, but a final LayerNorm and GELU MLPs of ratio 4, is
+      not stated by the paper.
+    query_width: width of the text query, which is input and output.
     image_width: channels of the middle feature map.
   """
 
@@ -38,20 +38,20 @@ class AlignmentTransformer(nnx.Module):
 
   def __call__(self, h_e: Float[Array, "b d"], features: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
     """Return ê_0 or ε̂_e, f32."""
-    # A projection for each kind of token, since h_e and the map differ in width.
+    # Each kind of token has its own projection, since h_e and the map differ in width.
     image = self.image_in(rearrange(features, "b h w c -> b (h w) c"))
     h = jnp.concatenate([self.text_in(h_e)[:, None], image], axis=1)
     for layer in self.layers:
       h = layer(h)
-    # The text token alone is read out; it has the image by attention.
+    # Only the text token is read out. It has attended to the image.
     query = self.predictor(self.norm(h[:, :1]))[:, 0]
     if self.spatial_pool:
       query = query + self.from_map(features)
-    # The loss normalises ê_0 and DDIM divides by √(1 − ᾱ): both want f32, whatever the blocks compute in.
+    # The loss normalises ê_0 and DDIM divides by √(1 − ᾱ): both need f32, whatever the blocks' dtype.
     return query.astype(jnp.float32)
 
   def from_map(self, features: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
-    """Return the part of the query that comes from the map's layout."""
+    """Return the part of the query that depends on the map's layout."""
     image = self.map_norm(rearrange(features, "b h w c -> b (h w) c"))
     height, width = (side // self.spatial_pool for side in features.shape[1:3])
     sizes = dict(i=self.spatial_pool, j=self.spatial_pool, h=height, w=width)

@@ -1,4 +1,4 @@
-"""The two encoders of Algorithm 1's first lines, z = V(x) and c, e = T(y); of CLIP, its two towers."""
+"""The two encoders in the first lines of Algorithm 1, z = V(x) and c, e = T(y), or the two towers of CLIP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffdis_jax.structs import AnyArray, AnyBatch, Batch, LatentBatch, Pairs, P
 
 @struct.dataclass
 class Latents:
-  """The clean latents z, and the discrimination pass's own z where it has a view of its own."""
+  """The clean latents z, and those of the discrimination pass if it has its own view of the images."""
 
   z: Float[AnyArray, "b h w c"]
   z_discrimination: Float[AnyArray, "b h w c"] | None
@@ -33,20 +33,20 @@ def encode_images(model: DiffDis, batch: AnyBatch, noise: StepNoise) -> Latents:
   """Compute V(x).
 
   Args:
-    model: its autoencoder's shift and scale apply to stored posteriors too.
-    batch: of images, or of posteriors.
-    noise: where it has noise for a posterior, z is that sample of it, or else its mode.
+    model: the shift and scale of its autoencoder also apply to stored posteriors.
+    batch: a batch of images, or of posteriors.
+    noise: if it has noise for a posterior, z is the sample for that noise, or else the posterior's mode.
   """
 
   def to_z(posterior: Posterior, noise: Float[Array, "b h w c"] | None) -> Float[Array, "b h w c"]:
     return model.autoencoder.to_z(at_noise(posterior, noise))
 
   if isinstance(batch, LatentBatch):
-    # Stored before shift and scale and in bf16; sampled here, so that each epoch has other latents of an image.
+    # Posteriors are stored in bf16 before shift and scale. They are sampled here, so that each epoch has new latents.
     posterior = Posterior(batch.mean.astype(jnp.float32), batch.log_variance.astype(jnp.float32))
     return Latents(to_z(posterior, noise.posterior), None)
   z = to_z(model.autoencoder.encode(to_signed(batch.image)), noise.posterior)
-  # One encoding for both passes, a third of a step's cost, unless discrimination has a view of its own.
+  # Both passes share one encoding, a third of a step's cost, unless discrimination has its own view.
   if batch.discrimination_image is None:
     return Latents(z, None)
   own = model.autoencoder.encode(to_signed(batch.discrimination_image))
@@ -54,12 +54,12 @@ def encode_images(model: DiffDis, batch: AnyBatch, noise: StepNoise) -> Latents:
 
 
 def encode_captions(model: DiffDis, batch: AnyBatch) -> TextCondition:
-  """Compute T(y): c and e of the captions."""
+  """Compute c, e = T(y)."""
   return model.encode_text(batch.tokens)
 
 
 def encode_rows(model: DiffDis, batch: AnyBatch, noise: StepNoise) -> Encoded:
-  """Compute z = V(x); c, e = T(y). No row depends on another."""
+  """Compute z = V(x) and c, e = T(y). No row depends on another."""
   text = encode_captions(model, batch)
   return Encoded(latents=encode_images(model, batch, noise), text=text)
 
@@ -67,7 +67,7 @@ def encode_rows(model: DiffDis, batch: AnyBatch, noise: StepNoise) -> Encoded:
 def null_condition(model: DiffDis, length: int) -> Float[Array, "1 l d"]:
   """Return c of the empty caption, of `length` tokens.
 
-  One row, encoded once for the whole batch: no caption differs from another in it.
+  It has one row, which is encoded once for the whole batch.
   """
   return model.encode_text(model.text_encoder.null_tokens(length)).c
 

@@ -1,4 +1,4 @@
-"""The features of an image and of a sentence in long-tailed recognition (the paper's Table 8), of DiffDis or CLIP."""
+"""The features of images and sentences in long-tailed recognition (the paper's Table 8), by DiffDis or CLIP."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from diffdis_jax.structs import AnyArray
 
 @struct.dataclass
 class FeatureNoise:
-  """The random choices behind an image's feature: none for CLIP.
+  """The random choices for an image's feature. CLIP has none.
 
-  `noise_e` is e_T; `posterior` the key of the latents' posterior, None for its mode.
+  `noise_e` is e_T, and `posterior` the key for sampling the latents' posterior, or None for its mode.
   """
 
   noise_e: Float[AnyArray, "b e"] | None = None
@@ -32,8 +32,8 @@ def image_features(
   *,
   network: Network,
 ) -> Float[Array, "b e"]:
-  """Return the images' features, f32, of any length: what CLIP's image encoder gives; for DiffDis ê_0 by Algorithm 3
-  with one step. No text goes in.
+  """Return the images' features, f32, of any length: the output of CLIP's image encoder, or for DiffDis ê_0 by
+  Algorithm 3 with one step. No text is an input.
 
   Args:
     images: pixels of 0 to 255.
@@ -43,7 +43,7 @@ def image_features(
   assert noise.noise_e is not None
   z = model.encode_image(images, noise.posterior)
   c_null = encode.null_condition(model, network.max_length)
-  # ê_0 of the one step itself, since the head reads lengths, which the whole of Algorithm 3 normalises away.
+  # Take ê_0 of the single step, since the head uses its length, which Algorithm 3 would normalise.
   (last,) = samplers.ddim_coefficients(network.text_process, schedules.trailing(1)).each()
   step = algorithms.text_query_step(
     model, noise.noise_e, last, z=z, c_null=c_null, network=network, guidance_scale=1.0, normalize_query=False
@@ -52,7 +52,7 @@ def image_features(
 
 
 def text_features(model: DiffDis | Clip, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
-  """Return the sentences' features: for CLIP what the projection gives, of any length, as in VL-LTR; for DiffDis the
-  text query e, whose length is 1 (not stated by the paper)."""
+  """Return the sentences' features: the output of CLIP's projection, of any length, as in VL-LTR, or for DiffDis the
+  text query e of length 1 (not stated by the paper)."""
   text = model.encode_text(tokens)
   return model.text_encoder.query(text.c, tokens) if isinstance(model, Clip) else text.e

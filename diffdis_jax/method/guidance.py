@@ -1,4 +1,4 @@
-"""Classifier-free guidance around any denoise function that takes a condition (Ho and Salimans 2022)."""
+"""Classifier-free guidance for any denoising function with a condition (Ho and Salimans 2022)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Denoise = Callable[[Float[Array, "b ..."], Int[Array, "b"], Condition], Float[Ar
 
 @struct.dataclass
 class Guided:
-  """The predictions at one (x_t, t).
+  """The predictions for (x_t, t).
 
   Attributes:
     guided: ε_u + s (ε_c − ε_u).
-    unconditional: ε_u; None where s is 1.
+    unconditional: ε_u, or None if s is 1.
   """
 
   guided: Float[AnyArray, "b ..."]
@@ -38,21 +38,21 @@ def guide(
   null: Condition,
   scale: float | Float[Array, ""],
 ) -> Guided:
-  """Compute ε_u + s (ε_c − ε_u), both branches in one batch of 2b. s = 1 + w of the paper.
+  """Compute ε_u + s (ε_c − ε_u), with both branches in one batch of 2b rows. s is 1 + w of the paper.
 
   Args:
-    denoise: (x_t, t, condition) -> prediction. Its target may be the data too: guidance is the same affine mix.
-    condition: leaves [b, ...].
-    null: same structure; leaves [b, ...], or anything that broadcasts to them.
-    scale: s. At a Python 1 the unconditional branch is not computed; of an array both are, whatever its value.
+    denoise: (x_t, t, condition) -> prediction. If the target is the data, guidance is the same affine combination.
+    condition: a tree with leaves [b, ...].
+    null: a tree of the same structure, whose leaves broadcast to those of `condition`.
+    scale: s. For the Python number 1 the unconditional branch is not computed; for an array both are.
   """
   if not isinstance(scale, jax.Array) and scale == 1:
     return Guided(denoise(x_t, t, condition), None)
-  # A sample's two branches lie side by side, so that a batch sharded over devices is doubled without moving.
+  # The two branches of a sample are adjacent rows, so that no rows move between devices.
   conditions = jax.tree.map(
     lambda u, c: jnp.stack((jnp.broadcast_to(u, c.shape), c), axis=1).reshape(-1, *c.shape[1:]), null, condition
   )
   prediction = denoise(jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2, axis=0), conditions)
   unconditional, conditional = jnp.unstack(prediction.reshape(len(x_t), 2, *prediction.shape[1:]), axis=1)
-  # Not (1 − s) ε_u + s ε_c, which is the same on paper and rounds otherwise than Stable Diffusion's pipeline.
+  # Not (1 − s) ε_u + s ε_c, which is equal but rounds differently from Stable Diffusion's pipeline.
   return Guided(unconditional + scale * (conditional - unconditional), unconditional)

@@ -1,7 +1,7 @@
-"""Both passes as one batch of 2b rows, which costs less than one after the other.
+"""Both passes as one batch of 2b rows, which is faster than one pass after the other.
 
-Down path and middle have the same weights in both passes, so their convolutions and matrix products run on all rows at
-once. What is computed is what `DiffDis.generation` and `DiffDis.discrimination` compute; the tests hold it equal.
+The down path and the middle have the same weights in both passes, so that their convolutions and matrix products run on
+all rows at once. The results are those of `DiffDis.generation` and `DiffDis.discrimination`, which the tests check.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class BothPredictions:
 
 
 def pair(first: Array, second: Array, parts: int = 1) -> Array:
-  """Join two batches [b, ...] as one of 2b rows.
+  """Join two batches [b, ...] into one of 2b rows.
 
-  Rows that lie on devices in `parts` parts (parallel/sharding.batch_parts) stay where they are: of each part, first
-  one's rows, then the other's.
+  Rows that are on devices in `parts` parts (parallel/sharding.batch_parts) stay on their device: each part has first
+  the rows of the first batch, then those of the second.
   """
 
   def split(x: Array) -> Array:
@@ -41,7 +41,7 @@ def pair(first: Array, second: Array, parts: int = 1) -> Array:
 
 
 def unpair(x: Array, parts: int = 1) -> tuple[Array, Array]:
-  """Return the two batches that `pair` made one of."""
+  """Split a batch that `pair` has joined into the two batches."""
   first, second = jnp.split(x.reshape(parts, -1, *x.shape[1:]), 2, axis=1)
   return first.reshape(-1, *x.shape[1:]), second.reshape(-1, *x.shape[1:])
 
@@ -49,8 +49,8 @@ def unpair(x: Array, parts: int = 1) -> tuple[Array, Array]:
 def both_passes(
   model: DiffDis, generation: GenerationPass, discrimination: DiscriminationPass, *, parts: int = 1
 ) -> BothPredictions:
-  """Compute Φ_u and Φ_θ of one batch. `pair` explains `parts`."""
-  # Generation's rows come first throughout; what is unpaired below counts on it.
+  """Compute Φ_u and Φ_θ in one batch. `pair` explains `parts`."""
+  # Generation's rows come first everywhere; `unpair` below relies on it.
   x = pair(generation.z_t, discrimination.z, parts)
   t = pair(generation.t_z, discrimination.t_z, parts)
   c = pair(generation.c, discrimination.c_null, parts)
@@ -65,14 +65,14 @@ def both_passes(
     down = model.unet.down_and_middle(x, t, c, attention=fuse, carry=jnp.zeros_like(e_t))
     h_e = down.carry
   else:
-    # Without fusion (Table 4) the query meets the image in the alignment transformer alone.
+    # Without fusion (Table 4), query and image interact only in the alignment transformer.
     down = model.unet.down_and_middle(x, t, c, attention=image_only)
     h_e = e_t
 
   def first(x: Array) -> Array:
     return unpair(x, parts)[0]
 
-  # From here the passes differ: discrimination has no up path, so only generation's half of the skips is used.
+  # From here the passes differ: discrimination has no up path, so only generation's skips are used.
   skips = tuple(map(first, down.skips))
   up = dataclasses.replace(down, h=first(down.h), skips=skips, temb=first(down.temb), carry=None)
   prediction = model.alignment(h_e, unpair(down.h, parts)[1])
@@ -89,19 +89,19 @@ def fuse_second_half(
   e_t: Float[Array, "b e"],
   parts: int,
 ) -> tuple[Float[Array, "b2 h w c"], Float[Array, "b e"]]:
-  """Run `FusionBlock` on the second of the two batches in `x`, which has b2 = 2b rows; the image block alone on the
+  """Run `FusionBlock` on the second of the two batches in `x`, which has b2 = 2b rows, and only the image block on the
   first, which has no text token.
 
-  Only self-attention differs between the two, so that it alone works on the halves.
+  Only self-attention differs between them, so that only it runs on the halves separately.
   """
   block = image_block.block
   u = fusion.fc_in(h_e + e_t)[:, None]
-  # GroupNorm and proj_in work row by row, so that they run on both halves at once.
+  # GroupNorm and proj_in compute each row alone, so that they run on both halves at once.
   alone, image = unpair(image_block.to_tokens(x), parts)
   alone = alone + block.attn1(block.norm1(alone))
   u, image = fusion.self_attention(block, u, image)
-  # Together again for cross-attention and the feed-forward network, most of the block's cost. c has null rows for the
-  # second half, so that no caption leaks into it.
+  # Joined again for cross-attention and the feed-forward network, which are most of the block's cost. c has null rows
+  # for the second half, so that no caption leaks into it.
   image = block.after_self_attention(pair(alone, image, parts), c)
   u = fusion.feed_forward(block, u)
   return image_block.to_image(image, x), fusion.fc_out(u)[:, 0]

@@ -1,7 +1,7 @@
-"""VL-LTR's equations (Tian et al., ECCV 2022), by which the paper trains on long-tailed sets (its Table 8).
+"""VL-LTR's equations (Tian et al., ECCV 2022), with which the paper trains on long-tailed sets (its Table 8).
 
-Mixup and CutMix mix a batch with itself backwards, by one random choice a batch, as VL-LTR takes them from timm: rows
-of the global batch, whatever the number of devices, where VL-LTR's partners are of one process. All losses are in f32.
+Mixup and CutMix mix a batch with its reverse, with one random choice for the batch, like timm's, which VL-LTR uses.
+Here the batch is the global one, for any number of devices; in VL-LTR it is that of a process. Losses are in f32.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ def class_contrastive(
   labels: Int[Array, "b"],
   smoothing: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """Compute VL-LTR's class-wise contrastive loss: cross-entropy of s_ij = exp(logit_scale) ⟨image_i, text_j⟩, both
-  ways, with every pair of one class a positive (Tian et al., 2022; the code's label smoothing).
+  """Compute VL-LTR's class-wise contrastive loss: the cross-entropy of s_ij = exp(logit_scale) ⟨image_i, text_j⟩ in
+  both directions, with all pairs of a class as positives (Tian et al., 2022; label smoothing as in their code).
 
   Args:
     image, text: L2-normalised.
-    logit_scale: not limited, other than in `contrastive`.
-    labels: the class of each pair. Row i's target is 1 over all j of its class, divided by their number.
-    smoothing: share ε of the target that is spread evenly over all j.
+    logit_scale: not limited, unlike in `contrastive`.
+    labels: the class of each pair. Row i's target is uniform over all j of its class.
+    smoothing: the share ε of the target that is uniform over all j.
 
   Returns:
-    loss, the mean over both directions; accuracy, the share of images whose nearest text is of their class.
+    the loss, as the mean over both directions, and the share of images whose nearest text is of their class.
   """
   theirs = sharding.everywhere(labels)
 
   def direction(anchors: Float[Array, "b d"], candidates: Float[Array, "b d"]) -> tuple[Array, Array]:
     logits = _logits(anchors, candidates, logit_scale)
     same = (labels[:, None] == theirs).astype(jnp.float32)
-    # Never 0 / 0: a pair is of its own class. `same` is symmetric, so that one rule serves both directions.
+    # The sum is at least 1, since a pair is of its own class. `same` is symmetric, so it serves both directions.
     target = same / same.sum(axis=1, keepdims=True)
     hits = jnp.take_along_axis(same, jnp.argmax(logits, axis=1, keepdims=True), axis=1)[:, 0]
     log_p = jax.nn.log_softmax(logits, axis=1)
     per_row = -((1.0 - smoothing) * (target * log_p).sum(axis=1) + smoothing * log_p.mean(axis=1))
     return per_row.mean(), hits.mean()
 
-  # A zero-shot classifier goes from image to text, and so does the accuracy.
+  # The accuracy is that from image to text, like a zero-shot classifier's.
   (image_to_text, accuracy), (text_to_image, _) = direction(image, text), direction(text, image)
   return 0.5 * (image_to_text + text_to_image), accuracy
 
@@ -63,13 +63,13 @@ def distill(
 ) -> Float[Array, ""]:
   """Compute VL-LTR's distillation, −Σ_j softmax(teacher)_j log softmax(student)_j on the logits of `class_contrastive`.
 
-  The mean over rows and over both directions. All four are L2-normalised; no gradient goes to the teacher.
+  It is the mean over rows and both directions. All embeddings are L2-normalised. The teacher gets no gradient.
   """
 
   def direction(anchors: Array, candidates: Array, of_teacher: Array, their_candidates: Array) -> Array:
     student = jax.nn.log_softmax(_logits(anchors, candidates, logit_scale), axis=1)
     teacher = jax.nn.softmax(_logits(of_teacher, their_candidates, teacher_logit_scale), axis=1)
-    # Cross-entropy rather than KL: they differ by the teacher's entropy, which has no gradient.
+    # Cross-entropy instead of KL: they differ by the teacher's entropy, which has no gradient.
     return -(jax.lax.stop_gradient(teacher) * student).sum(axis=1).mean()
 
   image_to_text = direction(image, text, teacher_image, teacher_text)
@@ -79,8 +79,8 @@ def distill(
 def _logits(
   anchors: Float[Array, "b d"], candidates: Float[Array, "m d"], logit_scale: Float[Array, ""]
 ) -> Float[Array, "b m"]:
-  # Against the global batch, as VL-LTR gathers its own from all GPUs. Left to itself, a TPU would multiply f32 in bf16,
-  # and a GPU in TF32.
+  # The candidates are the global batch, as VL-LTR gathers its batch from all GPUs. By default, a TPU would multiply f32
+  # in bf16, and a GPU in TF32.
   everyone = sharding.everywhere(candidates)
   cosines = jnp.einsum("id,jd->ij", anchors, everyone, precision=jax.lax.Precision.HIGHEST)
   return jnp.exp(logit_scale.astype(jnp.float32)) * cosines
@@ -88,10 +88,10 @@ def _logits(
 
 @struct.dataclass
 class Mix:
-  """The random choice by which a batch is mixed.
+  """The random choices for mixing a batch.
 
-  `share` is λ, a row's own part; with CutMix that of the pixels outside of the box. The box holds rows top ... bottom-1
-  and columns left ... right-1.
+  `share` is λ, the weight of a row itself, or with CutMix the share of pixels outside of the box. The box has the rows
+  top ... bottom-1 and the columns left ... right-1.
   """
 
   share: Float[AnyArray, ""]
@@ -103,14 +103,14 @@ class Mix:
 
 
 def draw_mix(key: PRNGKeyArray, *, size: int, mixup: float, cutmix: float, cutmix_share: float) -> Mix:
-  """Sample λ ~ Beta(a, a), a of mixup or of CutMix; and a box of 1 − λ of the area around a uniform pixel, cut to it.
+  """Sample λ ~ Beta(a, a), and a box with the share 1 − λ of the area, clipped to the image, around a uniform pixel.
 
   Args:
     size: side of the images, pixels.
-    mixup, cutmix: a of each; 0 leaves it out, and with both 0 nothing is mixed.
-    cutmix_share: how often it is CutMix where both are there.
+    mixup, cutmix: their a. 0 leaves one out, and if both are 0, nothing is mixed.
+    cutmix_share: the probability of CutMix if both are used.
   """
-  # Each choice has its key, whichever of them are made.
+  # Each choice has its own key, also if others are not made.
   which, of_mixup, of_cutmix, row, column = jax.random.split(key, 5)
   if mixup and cutmix:
     is_cutmix = jax.random.bernoulli(which, cutmix_share)
@@ -118,7 +118,7 @@ def draw_mix(key: PRNGKeyArray, *, size: int, mixup: float, cutmix: float, cutmi
     is_cutmix = jnp.asarray(bool(cutmix))
 
   def beta(key: PRNGKeyArray, a: float) -> Float[Array, ""]:
-    return jax.random.beta(key, a, a) if a else jnp.ones(())  # Beta(0, 0) is none; with λ = 1 an image stays itself
+    return jax.random.beta(key, a, a) if a else jnp.ones(())  # Beta(0, 0) does not exist; λ = 1 changes no image
 
   share = jnp.where(is_cutmix, beta(of_cutmix, cutmix), beta(of_mixup, mixup))
   centre = jax.random.randint(row, (), 0, size), jax.random.randint(column, (), 0, size)
@@ -128,29 +128,29 @@ def draw_mix(key: PRNGKeyArray, *, size: int, mixup: float, cutmix: float, cutmi
 def boxed(
   share: Float[Array, ""], is_cutmix: Bool[Array, ""], row: Int[Array, ""], column: Int[Array, ""], *, size: int
 ) -> Mix:
-  """Return the mix of λ and a box around this pixel; λ of CutMix is then what the box, cut to the image, leaves."""
-  # As timm halves it: sides are even, and the box is a little smaller than 1 − λ asks for.
+  """Return a mix with λ and a box around this pixel. With CutMix, λ becomes the share that the clipped box leaves."""
+  # Halved as in timm: sides are even, so that the box may be a little smaller than the share 1 − λ.
   half = jnp.floor(size * jnp.sqrt(1.0 - share)).astype(jnp.int32) // 2
   edges = [jnp.clip(edge, 0, size) for edge in (row - half, row + half, column - half, column + half)]
   top, bottom, left, right = edges
   outside = 1.0 - ((bottom - top) * (right - left)).astype(jnp.float32) / (size * size)
-  # timm's correct_lam: targets are mixed as the pixels were.
+  # timm's correct_lam: the shares in the targets are those of the pixels.
   return Mix(jnp.where(is_cutmix, outside, share), is_cutmix, top, bottom, left, right)
 
 
 def mix_images(images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], mix: Mix) -> Float[Array, "b h w 3"]:
-  """Mix each image with that of the row as far from the other end of the batch; f32, of the same range."""
+  """Mix row i with row b - 1 - i, for each i; the result is f32 with the same range."""
   own = images.astype(jnp.float32)
   other = own[::-1]
   rows, columns = (jnp.arange(side) for side in own.shape[1:3])
   inside = ((rows >= mix.top) & (rows < mix.bottom))[:, None] & ((columns >= mix.left) & (columns < mix.right))
   cut = jnp.where(inside[None, :, :, None], other, own)
-  # Both are computed, and one taken: which, is known on the device alone.
+  # Compute both and select one: only the device knows the choice.
   return jnp.where(mix.is_cutmix, cut, mix.share * own + (1.0 - mix.share) * other)
 
 
 def mix_targets(labels: Int[Array, "b"], mix: Mix, *, classes: int, smoothing: float) -> Float[Array, "b k"]:
-  """Return λ of a row's own class and 1 − λ of its partner's, with `smoothing` of each spread over all classes."""
+  """Return λ for a row's class and 1 − λ for its partner's, with the share `smoothing` spread over all classes."""
   own = (1.0 - smoothing) * jax.nn.one_hot(labels, classes, dtype=jnp.float32) + smoothing / classes
   return mix.share * own + (1.0 - mix.share) * own[::-1]
 
@@ -162,8 +162,8 @@ def sentence_losses(
   image_labels: Int[Array, " n"],
   logit_scale: Float[Array, ""],
 ) -> Float[Array, " m"]:
-  """Compute AnSS's loss of each sentence: L(m) = −Σ_i y_i log softmax_i(exp(logit_scale) t_m · v_i), with y_i = 1 over
-  the number of images of m's class for these, else 0."""
+  """Compute AnSS's loss of each sentence m: L(m) = −Σ_i y_i log softmax_i(exp(logit_scale) t_m · v_i), where y is
+  uniform over the images of m's class."""
   scores = jnp.exp(logit_scale) * jnp.matmul(texts, images.T, precision=jax.lax.Precision.HIGHEST)
   own = (text_labels[:, None] == image_labels[None]).astype(jnp.float32)
   return jax.nn.logsumexp(scores, axis=1) - (own * scores).sum(axis=1) / own.sum(axis=1)

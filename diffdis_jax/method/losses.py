@@ -1,5 +1,5 @@
-"""The losses of the paper, L_IG and L_ITA, and of the autoencoder, all in f32: arrays to one number a sample, of which
-the step takes the mean. `contrastive` takes its own means, since its two directions have different anchors."""
+"""The losses of the paper, L_IG and L_ITA, and of the autoencoder, in f32. They give a number for each sample, of which
+the step takes the mean. `contrastive` takes the means itself, since its two directions have different anchors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from diffdis_jax.method.schedules import Schedule
 
 MAX_LOGIT_SCALE = float(np.log(MAX_TEMPERATURE))
 _MIN_SQUARE = 1e-24
-_LOGITS = 2**22  # of the contrastive loss that exist at a time, on a device
+_LOGITS = 2**22  # the most contrastive logits that exist at a time on a device
 _HASH_MULTIPLIER = 2654435761  # odd, near 2^32 over the golden ratio
 
 
 @struct.dataclass
 class Contrastive:
-  """The result of `contrastive`. A row that is no anchor of a direction has 0 there."""
+  """The result of `contrastive`. In a direction, a row that is no anchor has 0."""
 
   loss: Float[Array, ""]
   query_to_text: Float[Array, "b"]
@@ -35,7 +35,7 @@ class Contrastive:
 
 @struct.dataclass
 class Direction:
-  """One of `contrastive`'s two directions: each anchor's loss, and whether its own candidate is the nearest."""
+  """One direction of `contrastive`: each anchor's loss, and whether its own candidate is the nearest."""
 
   loss: Float[Array, "*b"]
   is_nearest: Bool[Array, "*b"]
@@ -51,7 +51,7 @@ class Reconstruction:
 
 
 class Quarters(NamedTuple):
-  """Sums and counts of samples by quarter of the timesteps; sums over hosts and steps add up."""
+  """Sums and counts of samples by quarter of the timesteps. They can be added up over hosts and steps."""
 
   sum: Float[Array, "4"]
   count: Float[Array, "4"]
@@ -69,8 +69,8 @@ def denoising(noise: Float[Array, "b ..."], prediction: Float[Array, "b ..."]) -
 def weighted_denoising(
   per_sample: Float[Array, "b"], t: Int[Array, "b"], schedule: Schedule, *, snr_gamma: float
 ) -> Float[Array, "b"]:
-  """Compute L_IG of each sample as it is minimised: unchanged where `snr_gamma` is 0; otherwise times its min-SNR
-  weight."""
+  """Return L_IG of each sample as training minimises it: times its min-SNR weight, or unchanged if `snr_gamma` is
+  0."""
   if not snr_gamma:
     return per_sample
   return per_sample * schedules.min_snr_weights(schedule, t, gamma=snr_gamma)
@@ -81,12 +81,12 @@ def unit_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
   x = x.astype(jnp.float32)
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   usable = square > _MIN_SQUARE
-  # Both a safe argument and a choice after it: the gradient of a branch not taken is computed too, and 0 · inf is NaN.
+  # Two `where`s: the gradient of the branch that is not selected is computed, too, and 0 · inf would be NaN.
   return x * jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, square, 1.0)), 0.0)
 
 
 def temperature(logit_scale: Float[Array, ""]) -> Float[Array, ""]:
-  """Compute τ = min(exp(logit_scale), 100). The limit passes gradients, so that τ can come down again."""
+  """Compute τ = min(exp(logit_scale), 100). At the limit gradients still pass, so that τ can decrease again."""
   logit_scale = logit_scale.astype(jnp.float32)
   excess = jnp.maximum(logit_scale - MAX_LOGIT_SCALE, 0.0)
   return jnp.exp(logit_scale - jax.lax.stop_gradient(excess))
@@ -96,8 +96,8 @@ class _Candidates(NamedTuple):
   """The candidates that every anchor is compared with.
 
   Attributes:
-    captions: a number for each caption, and whether its candidate is allowed. In one array: of a program that gathers
-      truth values by themselves the TPU compiler has no estimate.
+    captions: a number for each caption, and whether its candidate is allowed. They are one array, since the TPU
+      compiler cannot estimate programs that gather boolean arrays.
   """
 
   vectors: Float[Array, "b d"]
@@ -106,7 +106,7 @@ class _Candidates(NamedTuple):
 
 
 class _Anchors(NamedTuple):
-  """Rows of one device, or some of them, with their places in the batch."""
+  """Some or all rows of a device, with their places in the batch."""
 
   vectors: Float[Array, "n d"]
   captions: Integer[Array, "n"]
@@ -114,7 +114,7 @@ class _Anchors(NamedTuple):
 
 
 def _direction(candidates: _Candidates, own: _Anchors) -> Direction:
-  """Compute, for each anchor, −log softmax of its own candidate's logit, and whether no other's is larger.
+  """Compute for each anchor −log softmax of its own candidate's logit, and whether that logit is the largest.
 
   The softmax is over the anchor's own candidate and the allowed ones of other captions. No more than _LOGITS logits of
   a device exist at a time.
@@ -125,7 +125,7 @@ def _direction(candidates: _Candidates, own: _Anchors) -> Direction:
   def of_rows(rows: _Anchors) -> Direction:
     precision = jax.lax.Precision.HIGHEST
     logits = candidates.scale * jnp.einsum("id,jd->ij", rows.vectors, candidates.vectors, precision=precision)
-    # By place, not by caption: a row is its own positive even where another row has the same caption.
+    # By place, not by caption: a row is its own positive even if another row has the same caption.
     itself = rows.places[:, None] == jnp.arange(b)
     among = itself | ((allowed > 0) & (rows.captions[:, None] != their_captions))
     positive = jnp.where(itself, logits, 0.0).sum(axis=1)
@@ -138,7 +138,7 @@ def _direction(candidates: _Candidates, own: _Anchors) -> Direction:
   if parts == 1:
     return of_rows(own)
   split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), own)
-  # Checkpointed, or else the backward pass would keep the logits of all parts, which is what the parts are to avoid.
+  # Checkpointed: otherwise the backward pass would keep the logits of all parts, which the split should avoid.
   return jax.tree.map(lambda x: x.reshape(n), jax.lax.map(jax.checkpoint(of_rows), split))
 
 
@@ -161,20 +161,20 @@ def contrastive(
     query: ê_0, the denoised text queries, of any length.
     e: the captions' text queries, L2-normalised.
     logit_scale: τ = min(exp(logit_scale), 100).
-    captions: a number for each caption, such as `caption_ids`. Pairs whose captions agree are not negatives of each
-      other (not stated by the paper): they leave both softmaxes, off the diagonal. Without, all captions differ.
-    dropped: rows whose image was replaced by zeros for guidance. How they count is not stated by the paper. Here they
-      are anchors from ê to e, which trains the unconditional prediction; from e to ê, where no image stands behind
-      their ê, they are neither anchors nor candidates. Each direction's mean is over its own anchors.
-    on_rows: makes of f(whole, rows) one that runs on each device's own rows (sharding.each_own_rows).
+    captions: a number for each caption, such as `caption_ids`. Pairs with equal captions are not negatives of each
+      other (not stated by the paper): they are left out of both softmaxes. By default all captions differ.
+    dropped: rows whose image was replaced by zeros for guidance. Their role is not stated by the paper. Here they are
+      anchors from ê to e, which trains the unconditional prediction. From e to ê they are neither anchors nor
+      candidates, since their ê has no image. Each direction's mean is over its own anchors.
+    on_rows: turns f(whole, rows) into a function that runs on each device's own rows (sharding.each_own_rows).
 
   Returns:
-    loss, the mean of both directions; the directions' losses by sample; accuracy, the share of rows with an image whose
-    ê is nearest to its own e, among the same candidates.
+    the loss, as the mean of both directions; each direction's losses by sample; and the accuracy, the share of rows
+    with an image whose ê is nearest to their own e among the candidates.
   """
   b = len(query)
   kept = jnp.ones(b, bool) if dropped is None else ~dropped
-  # e has unit length already. ê has any length, which a data target never trains.
+  # e has unit length already. ê has any length, which this loss does not train.
   image, text = unit_norm(query), e.astype(jnp.float32)
   captions = jnp.arange(b) if captions is None else captions
   direction, scale, places = on_rows(_direction), temperature(logit_scale), jnp.arange(b)
@@ -189,7 +189,7 @@ def contrastive(
     loss=0.5 * (query_to_text.loss.mean() + _mean_over(text_to_query, kept)),
     query_to_text=query_to_text.loss,
     text_to_query=text_to_query,
-    # Only rows with an image count: the others say how much e_t gives away, not how well the image is read.
+    # Only rows with an image count: the others show how much e_t reveals, not how well the image is read.
     accuracy=_mean_over(query_to_text.is_nearest.astype(jnp.float32), kept),
   )
 
@@ -197,15 +197,15 @@ def contrastive(
 def caption_ids(tokens: Int[Array, "b l"]) -> UInt32[Array, "b"]:
   """Compute a 32-bit polynomial hash of each caption.
 
-  Captions that differ in one token never collide, others with probability near 2^-32 a pair.
+  Captions that differ in one token never collide; a pair of others collides with a probability near 2^-32.
   """
   powers = np.array([pow(_HASH_MULTIPLIER, i, 2**32) for i in range(tokens.shape[1])], np.uint32)
   return jnp.sum(tokens.astype(jnp.uint32) * powers, axis=1, dtype=jnp.uint32)
 
 
 def by_timestep_quarter(per_sample: Float[Array, "b"], t: Int[Array, "b"], rows: Bool[Array, "b"]) -> Quarters:
-  """Sum and count a per-sample loss by the quarter of 0 ... T-1 that its timestep lies in, over these rows."""
-  # Sums and counts rather than means: a quarter without a sample in one microbatch has none to give.
+  """Sum and count a per-sample loss over these rows, by the quarter of 0 ... T-1 in which the timestep lies."""
+  # Sums and counts instead of means: a quarter without samples in a microbatch has no mean.
   quarter = jax.nn.one_hot(t * 4 // NUM_TIMESTEPS, 4, dtype=jnp.float32) * rows[:, None].astype(jnp.float32)
   return Quarters(sum=jnp.sum(per_sample[:, None] * quarter, axis=0), count=quarter.sum(axis=0))
 
@@ -218,10 +218,10 @@ def reconstruction(
   log_variance: Float[Array, "b ..."],
   kl_weight: float,
 ) -> Reconstruction:
-  """Compute the autoencoder's objective: L1 over pixels + kl_weight · KL(N(mean, exp(log_variance)) ‖ N(0, I)).
+  """Compute the autoencoder's loss: L1 over pixels + kl_weight · KL(N(mean, exp(log_variance)) ‖ N(0, I)).
 
-  L1 is the mean over a sample's pixels and channels, and KL the mean over its latent elements (Stable Diffusion's sums
-  both), so that kl_weight does not depend on the sizes. Not stated by the paper, which trains no autoencoder.
+  L1 is the mean over a sample's pixels and channels, and KL the mean over its latent elements, so that kl_weight does
+  not depend on the sizes; Stable Diffusion sums both. Not stated by the paper, which trains no autoencoder.
   """
   x, x_hat, mean, log_variance = (a.astype(jnp.float32) for a in (x, x_hat, mean, log_variance))
   l1 = _sample_mean(jnp.abs(x_hat - x))

@@ -1,4 +1,4 @@
-"""Builds a config's network: the module with only the parts that its objectives need, and a record of what is fixed."""
+"""Build the network of a config: the module with the parts that its objectives need, and its constant settings."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.parallel import sharding
 
-# By `model.text_stream.kind`; an extension may add others.
+# Text streams by `model.text_stream.kind`; an extension may add others.
 TEXT_STREAMS: dict[str, type[TextStream]] = {"paper": TextStream}
-HEAD_PREFIX = "head."  # of its parameters' paths
+HEAD_PREFIX = "head."  # the prefix of the paths of the head's parameters
 
 
 def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> DiffDis:
-  """Build the module.
+  """Build the module of a DiffDis.
 
-  Generation alone has no text stream and no alignment transformer: it is the Stable Diffusion baseline. Reconstruction
-  is the autoencoder alone.
+  Generation alone, the Stable Diffusion baseline, has no text stream and no alignment transformer. Reconstruction needs
+  only the autoencoder.
   """
   task = task_of(objectives)
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], rngs=rngs)
   autoencoder = Autoencoder(model.autoencoder, **common)
-  # First of all, since nothing else is built for it: an autoencoder alone has no text and no UNet.
+  # An autoencoder alone has no text encoder and no UNet.
   if task.network == "autoencoder":
     return DiffDis(autoencoder=autoencoder, temperature=model.temperature)
   text = model.text_encoder
-  # Token embeddings are a part of e alone, which generation never reads.
+  # The second token embeddings only affect e, which generation does not use.
   if not task.aligned:
     text = dataclasses.replace(text, token_embedding_weight=0.0)
   text_encoder = TextEncoder(text, remat="none", **common)
   unet = UNet(model, up_path=task.generates, **common)
   text_stream = alignment = None
   if task.aligned:
-    # One fusion block for each attention block of the UNet's first half; none where fusion is off (Table 4).
+    # One fusion block for each attention block of the UNet's first half; none if fusion is off (Table 4).
     stream = TEXT_STREAMS[model.text_stream.kind if model.text_stream else "paper"]
     text_stream = stream(unet.fused_widths if model.fusion else (), model, **common)
     alignment = AlignmentTransformer(
@@ -75,7 +75,7 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
 
 
 def build_head(model: Model | ClipModel, rngs: nnx.Rngs) -> LanguageGuidedHead | None:
-  """Build the language-guided head, where the model has one."""
+  """Build the language-guided head if the model has one."""
   if model.head is None:
     return None
   return LanguageGuidedHead(width=model.query_width, **vars(model.head), rngs=rngs)
@@ -94,16 +94,16 @@ def build_clip(model: ClipModel, rngs: nnx.Rngs) -> Clip:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Network:
-  """Everything about a config's network that training and inference share and that never changes. Built once.
+  """The constant facts about a config's network, which training and inference share.
 
   Attributes:
-    model: sizes and switches.
-    objectives: what it is trained for (config/objectives.py).
+    model: the sizes and switches of the network.
+    objectives: the objectives of its training (config/objectives.py).
     image_size: side of the square images, pixels.
-    max_length: tokens of a caption.
-    image_process, text_process: the two diffusion processes. CLIP has no use for them.
+    max_length: the number of tokens of a caption.
+    image_process, text_process: the two diffusion processes, which CLIP does not use.
     condition_timestep: t_z of the clean image in discrimination (appendix, Table 7), 0 to 1000.
-    graphdef, abstract: of the module, as `params.merge` takes them.
+    graphdef, abstract: the module's graph definition and abstract state, for `params.merge`.
   """
 
   model: Model | ClipModel
@@ -118,12 +118,12 @@ class Network:
 
   @property
   def task(self) -> Objective:
-    """Return what the objectives ask for together."""
+    """Return the properties of the objectives together."""
     return task_of(self.objectives)
 
   @classmethod
   def of(cls, run: Run) -> Network:
-    """Return the network of a run, from shapes alone: nothing is allocated."""
+    """Return the network of a run. Only shapes are computed, and nothing is allocated."""
     graphdef, abstract = _abstract(run.model, run.objectives)
     return cls(
       model=run.model,
@@ -144,7 +144,7 @@ class Network:
 
   @property
   def is_clip(self) -> bool:
-    """Tell whether this is a CLIP rather than a DiffDis."""
+    """Return whether this is a CLIP and not a DiffDis."""
     return isinstance(self.model, ClipModel)
 
   @property
@@ -154,26 +154,26 @@ class Network:
 
   @property
   def matmul_precision(self) -> str:
-    """Return how every program of the network multiplies f32: default, high or highest."""
+    """Return the precision of products of f32 in every program of the network: default, high or highest."""
     if self.model.matmul_precision != AUTO:
       return self.model.matmul_precision
     return "highest" if self.model.dtype == "float32" else "default"
 
   @contextlib.contextmanager
   def tracing(self, mesh: Mesh) -> Iterator[None]:
-    """Trace what is within, or the function that it decorates, for the devices of `mesh`, with the network's precision
-    and form of attention."""
+    """Trace the block, or the decorated function, for the devices of `mesh`, with the network's precision and attention
+    kernel."""
     with attention.by(self.model.attention_kernel), sharding.tracing(mesh, matmul_precision=self.matmul_precision):
       yield
 
   def counted(self) -> Network:
-    """Return the same network with attention that is no kernel, so that the operations of what it traces can be
+    """Return the same network without attention kernels, so that the operations of its traced programs can be
     counted."""
     return dataclasses.replace(self, model=dataclasses.replace(self.model, attention_kernel="xla"))
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
-    """Return [h, w, c] of one image's latent. Raise UserError for CLIP, which has none."""
+    """Return the shape [h, w, c] of an image's latent. Raise UserError for CLIP, which has none."""
     if isinstance(self.model, ClipModel):
       raise UserError("this run is a CLIP model, which has no autoencoder and so no latents; take a run of DiffDis")
     side = self.image_size // self.model.autoencoder.factor
@@ -184,7 +184,7 @@ class Network:
     return merge(self.graphdef, self.abstract, params)
 
   def initialise(self, key: jax.Array) -> Params:
-    """Return fresh parameters; run under jit with out_shardings, so that they are born sharded."""
+    """Return initial parameters. Under jit with out_shardings, they are created sharded."""
     if not isinstance(self.model, ClipModel):
       return flatten(initial_state(_builder(self.model, self.objectives), key))
     of_head = {path for path in self.shapes if path.startswith(HEAD_PREFIX)}
@@ -196,23 +196,23 @@ class Network:
 
 
 def _builder(model: Model | ClipModel, objectives: tuple[str, ...]) -> Callable[[nnx.Rngs], DiffDis | Clip]:
-  """Return a function from rngs to the module with fresh parameters."""
+  """Return a function from rngs to the module with initial parameters."""
   if isinstance(model, ClipModel):
     return functools.partial(build_clip, model)
   return functools.partial(build_diffdis, model, objectives)
 
 
-@functools.lru_cache(maxsize=64)  # a command, and more so a test, asks for the same network several times
+@functools.lru_cache(maxsize=64)  # commands and tests build the same network several times
 def _abstract(model: Model | ClipModel, objectives: tuple[str, ...]) -> tuple[nnx.GraphDef, nnx.State]:
   return abstract_module(_builder(model, objectives))
 
 
 class _Rngs(nnx.Rngs):
-  """nnx.Rngs that makes its keys in blocks and counts them in Python; the keys are the same.
+  """nnx.Rngs that makes the same keys in blocks, and counts them in Python.
 
-  nnx's own counter asks a traced value for its sharding, and the error that answers walks the whole trace. Time then
+  nnx's counter asks a traced value for its sharding, which raises an error that walks the whole trace. The time then
   grows with the square of the number of parameters: half a minute instead of two seconds for Stable Diffusion v1. And
-  a key folded in for each parameter by itself nearly doubles the time that the program takes to compile.
+  a separate fold_in for each parameter nearly doubles the compilation time of the program.
   """
 
   _BLOCK = 1024
@@ -229,12 +229,12 @@ class _Rngs(nnx.Rngs):
   def _make_block(self, block: int) -> jax.Array:
     first = block * self._BLOCK
     keys = jax.vmap(jax.random.fold_in, (None, 0))(self.default.key[...], jnp.arange(first, first + self._BLOCK))
-    # Else the compiler would fold in every key again wherever it is used.
+    # Without the barrier, the compiler would compute every key again wherever it is used.
     return jax.lax.optimization_barrier(keys)
 
 
 def abstract_module(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
-  """Return graph definition and shapes, with nothing allocated."""
+  """Return a module's graph definition and shapes without allocating anything."""
   return nnx.split(nnx.eval_shape(lambda: build(_Rngs(jax.random.key(0)))))
 
 

@@ -1,4 +1,4 @@
-"""Noise schedules, the forward process and its inverse, and which timesteps a sampler visits.
+"""Noise schedules, the forward process and its inverse, and the timesteps of samplers.
 
 Both processes have one form, with the text query's feature scaling γ (appendix, Tables 2 and 3; γ = 1 for images):
 
@@ -20,12 +20,12 @@ from diffdis_jax.errors import UserError
 
 Process = ImageDiffusion | TextDiffusion
 BETA_START, BETA_END, BETA_MAX = 0.00085, 0.012, 0.999
-DATA = -1  # the timestep, one before the first, at which ᾱ = 1: the data itself
+DATA = -1  # the timestep of the data itself, at which ᾱ = 1; it is one before the first
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-  """A constant of the program (not a pytree: close over it), in float64 so that a sampler's coefficients are exact."""
+  """A noise schedule in float64, so that coefficients are exact. Programs close over it, since it is no pytree."""
 
   betas: Float[np.ndarray, "T"]
   alpha_bar: Float[np.ndarray, "T"]
@@ -33,9 +33,9 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Timesteps:
-  """The steps of a sampler, noisiest first: step i takes x at t[i] to x at t_prev[i], and t_prev[i] = t[i+1].
+  """The steps of a sampler, noisiest first: step i goes from t[i] to t_prev[i], which is t[i+1].
 
-  The last t_prev is where the process ends: `DATA`, or 0 for Stable Diffusion's final alpha, ᾱ(0).
+  The last t_prev is the end of the process: `DATA`, or 0 for Stable Diffusion's final alpha, ᾱ(0).
   """
 
   t: Int[np.ndarray, "s"]
@@ -52,7 +52,7 @@ def _linear(n: int) -> Float[np.ndarray, "T"]:
 
 def _cosine(n: int) -> Float[np.ndarray, "T"]:
   """Compute the cosine schedule (Nichol and Dhariwal 2021, eq. 17, s = 0.008)."""
-  # β from ratios of ᾱ, as in their code, and not ᾱ itself: the bound on β changes the last timesteps.
+  # As in their code, β is computed from ratios of ᾱ: the bound on β changes the last timesteps of ᾱ.
   alpha_bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], BETA_MAX)
 
@@ -62,9 +62,9 @@ BETAS = {"scaled_linear": _scaled_linear, "linear": _linear, "cosine": _cosine} 
 
 @functools.cache
 def noise_schedule(name: str) -> Schedule:
-  """Return the schedule of that name, one of SCHEDULES.
+  """Return the schedule with this name, one of SCHEDULES.
 
-  `scaled_linear` is what Stable Diffusion's code and the paper's appendix call "linear".
+  Stable Diffusion's code and the paper's appendix call `scaled_linear` "linear".
 
   Raises:
     UserError: no schedule has that name.
@@ -82,15 +82,15 @@ def leading(num_steps: int) -> Timesteps:
   """
   if not 1 <= num_steps < NUM_TIMESTEPS:
     raise UserError(f"{num_steps} sampling steps; leading spacing takes 1 to {NUM_TIMESTEPS - 1}")
-  # The offset and ᾱ(0) at the end are those of Stable Diffusion's published settings, which exports must match.
+  # The offset and the final ᾱ(0) are Stable Diffusion's published settings, which exports must match.
   t = np.arange(num_steps)[::-1] * (NUM_TIMESTEPS // num_steps) + 1
   return Timesteps(t=t.astype(np.int32), t_prev=np.append(t[1:], 0).astype(np.int32))
 
 
 def trailing(num_steps: int) -> Timesteps:
-  """Return steps from T-1, where the marginal is N(0, I), to the data. For n = 1: the single evaluation at T-1.
+  """Return steps from T-1, where x_t is N(0, I), to the data. For n = 1 it is a single evaluation at T-1.
 
-  The discrimination side's spacing (the spacing for n > 1 is not stated by the paper). Where the step count does not
+  Discrimination uses these steps (their spacing for n > 1 is not stated by the paper). If the number of steps does not
   divide T, t_prev is still the next t.
 
   Raises:
@@ -103,8 +103,8 @@ def trailing(num_steps: int) -> Timesteps:
 
 
 def _rates(process: Process, t: Int[Array, "b"], ndim: int) -> tuple[Array, Array]:
-  """Return √ᾱ(t) and √(1 − ᾱ(t)), f32, with as many trailing axes of size 1 as broadcast over rank `ndim`."""
-  # Roots in float64 and then rounded once: 1 − ᾱ in f32 would lose digits at small t, where ᾱ is near 1.
+  """Return √ᾱ(t) and √(1 − ᾱ(t)), f32, with trailing axes of size 1 up to the rank `ndim`."""
+  # Roots are taken in float64 and rounded once: 1 − ᾱ in f32 would lose digits at small t, where ᾱ is near 1.
   shape, alpha_bar = t.shape + (1,) * (ndim - t.ndim), noise_schedule(process.schedule).alpha_bar
   tables = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
   signal, noise = (jnp.asarray(table, jnp.float32)[t].reshape(shape) for table in tables)
@@ -112,9 +112,9 @@ def _rates(process: Process, t: Int[Array, "b"], ndim: int) -> tuple[Array, Arra
 
 
 def min_snr_weights(schedule: Schedule, t: Int[Array, "b"], *, gamma: float) -> Float[Array, "b"]:
-  """Compute min(SNR, γ) / SNR, f32, of a network that predicts the noise; SNR = ᾱ / (1 − ᾱ) (Hang et al., 2023, eq. 5).
+  """Compute min(SNR, γ) / SNR, f32, for predictions of noise, with SNR = ᾱ / (1 − ᾱ) (Hang et al., 2023, eq. 5).
 
-  `gamma`: of the weights, and not of the process; above 0.
+  `gamma` is the γ of these weights, above 0, and not that of the process.
   """
   snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
   return jnp.asarray(np.minimum(snr, gamma) / snr, jnp.float32)[t]
@@ -124,7 +124,7 @@ def add_noise(
   process: Process, x0: Float[Array, "b ..."], *, noise: Float[Array, "b ..."], t: Int[Array, "b"]
 ) -> Float[Array, "b ..."]:
   """Compute x_t = γ √ᾱ x_0 + √(1 − ᾱ) ε, in f32."""
-  # γ scales the data and not the noise: the signal gets weaker, and e_t tells less of its caption.
+  # γ scales the data and not the noise: with a smaller γ, e_t reveals less of its caption.
   a, s = _rates(process, t, x0.ndim)
   return process.gamma * a * x0 + s * noise
 
@@ -132,10 +132,10 @@ def add_noise(
 def to_data(
   process: Process, x_t: Float[Array, "b ..."], *, prediction: Float[Array, "b ..."], t: Int[Array, "b"]
 ) -> Float[Array, "b ..."]:
-  """Compute x_0 from what the network predicts, the data or the noise (appendix, Table 2): of noise ε it is, in f32,
-  (x_t − √(1 − ᾱ) ε) / (γ √ᾱ)."""
+  """Compute x_0 from the network's prediction, which is the data or the noise (appendix, Table 2). From noise ε it is,
+  in f32, (x_t − √(1 − ᾱ) ε) / (γ √ᾱ)."""
   if process.target == "data":
     return prediction
-  # γ belongs here: without it ê_0 of target `noise` would be γ e, and e_t's next mean γ² e.
+  # Divide by γ: otherwise ê_0 of target `noise` would be γ e, and the next e_t would have the mean γ² e.
   a, s = _rates(process, t, x_t.ndim)
   return (x_t - s * prediction) / (process.gamma * a)

@@ -1,7 +1,7 @@
-"""Every random choice of a training step, sampled for all of its rows at once; and the noise that Algorithm 3 takes.
+"""All random choices of a training step, sampled for all of its rows at once, and the noise of Algorithm 3.
 
-Where microbatches are one batch (training/gradcache.py), a step's are sampled before it is split, so that they do not
-depend on how many there are, and that a row which is computed twice has the same noise both times.
+If microbatches form one contrastive batch (training/gradcache.py), choices are sampled before the batch is split. So
+they do not depend on the number of microbatches, and a row that is computed twice has the same noise both times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Keys = Mapping[str, PRNGKeyArray]
 
 @struct.dataclass
 class StepNoise:
-  """The random choices of each row, by the name of their key. Noise is from N(0, I)."""
+  """The random choices for each row, by the name of their key. Noise is from N(0, I)."""
 
   t_z: Int[AnyArray, "b"]
   noise_z: Float[AnyArray, "b h w c"]
@@ -31,8 +31,8 @@ class StepNoise:
   t_e: Int[AnyArray, "b"]
   noise_e: Float[AnyArray, "b e"]
   drop_image: Bool[AnyArray, "b"]
-  posterior: Float[AnyArray, "b h w c"] | None = None  # where latents are samples of it, and not its mode
-  posterior_discrimination: Float[AnyArray, "b h w c"] | None = None  # where that pass has a view of its own, too
+  posterior: Float[AnyArray, "b h w c"] | None = None  # None if latents are the posterior's mode
+  posterior_discrimination: Float[AnyArray, "b h w c"] | None = None  # None unless that pass has its own view
 
 
 def sample_noise(keys: Keys, batch: AnyBatch, *, network: Network, loss: Loss, sample_posterior: bool) -> StepNoise:
@@ -40,10 +40,10 @@ def sample_noise(keys: Keys, batch: AnyBatch, *, network: Network, loss: Loss, s
 
   Args:
     keys: by the names of `StepNoise`.
-    batch: gives the number of rows, and whether discrimination has a view of its own.
+    batch: gives the number of rows, and whether discrimination has its own view.
     network: gives the shapes.
     loss: the shares of rows that are masked.
-    sample_posterior: as a config has it.
+    sample_posterior: the config's field of this name.
   """
   b, latents = len(batch.tokens), network.latent_shape
 
@@ -54,13 +54,13 @@ def sample_noise(keys: Keys, batch: AnyBatch, *, network: Network, loss: Loss, s
     return jax.random.randint(keys[name], (b,), 0, NUM_TIMESTEPS)
 
   own_view = isinstance(batch, Batch) and batch.discrimination_image is not None
-  # A key for each choice, so that none depends on which others there are. All are sampled whatever the objectives: what
-  # a network has no use for, the compiler leaves out.
+  # Each choice has its own key, so that none depends on the others. All are sampled for any objectives: the compiler
+  # removes those that a network does not use.
   return StepNoise(
     t_z=timesteps("t_z"),
     noise_z=normal("noise_z", *latents),
     drop_condition=jax.random.bernoulli(keys["drop_condition"], loss.condition_dropout, (b,)),
-    # The two timesteps are independent: the paper samples one for each task.
+    # The two timesteps are independent, since the paper samples one for each task.
     t_e=timesteps("t_e"),
     noise_e=normal("noise_e", network.model.query_width),
     drop_image=jax.random.bernoulli(keys["drop_image"], loss.image_dropout, (b,)),
@@ -72,9 +72,9 @@ def sample_noise(keys: Keys, batch: AnyBatch, *, network: Network, loss: Loss, s
 def query_noise(
   key: Key[Array, "*b"], *, num_noise_samples: int, places: Int[Array, "b"], width: int
 ) -> Float[Array, "{num_noise_samples} b {width}"]:
-  """Sample e_T ~ N(0, I) of the images at these places in their data set, by one key or by each image's own."""
+  """Sample e_T ~ N(0, I) for the images at these places in their data set, with one key or a key for each image."""
 
-  # Noise follows from key, sample and place alone, so that an image's score does not depend on the batch around it.
+  # The noise depends only on key, sample and place, so that an image's score does not depend on its batch.
   def noise(sample: Int[Array, ""], key: Key[Array, ""], place: Int[Array, ""]) -> Float[Array, "d"]:
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, sample), place), (width,))
 
@@ -87,8 +87,8 @@ def query_noise(
 def noise_at(
   key: PRNGKeyArray, t: Int[Array, ""], *, sample: Int[Array, ""], places: Int[Array, "b"], network: Network
 ) -> StepNoise:
-  """Return the choices for the images at these places in their data set when a loss is measured: t_z = t_e = t, noise
-  of key, sample and place alone, nothing dropped, and the posterior's mode."""
+  """Return the choices with which a loss is measured for the images at these places: t_z = t_e = t, noise that depends
+  only on key, sample and place, nothing dropped, and the posterior's mode."""
   rows = jnp.full(places.shape, t, jnp.int32)
   kept = jnp.zeros(places.shape, bool)
 

@@ -1,7 +1,7 @@
-"""Attention without parameters: its forms, which of them runs, and one more key merged in exactly.
+"""Attention without parameters: its kernels, the choice of a kernel, and the exact merge of one more key.
 
-What it computes is softmax(q k / √d) v. Everything here is how: which form is fast where (KERNELS), and what is kept
-for the backward pass.
+All kernels compute softmax(q k / √d) v. They differ in where they are fast (KERNELS), and in what they keep for the
+backward pass.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FORCED: contextvars.ContextVar[str] = contextvars.ContextVar("forced", default=
 
 @contextlib.contextmanager
 def standing_in_for(platform: str) -> Iterator[None]:
-  """Trace what is within for devices that stand in for others, of this platform."""
+  """Trace the block for `platform`, whose devices other devices stand in for."""
   token = _STOOD_FOR.set(platform)
   try:
     yield
@@ -40,13 +40,13 @@ def standing_in_for(platform: str) -> Iterator[None]:
 
 
 def platform() -> str:
-  """Return what the code being traced will run on: the surrounding mesh's devices (sharding.tracing), or what they
-  stand in for; without a mesh the default."""
+  """Return the platform for which code is traced: that of the surrounding mesh's devices (sharding.tracing), or the one
+  that they stand in for. Without a mesh it is the default."""
   return _STOOD_FOR.get() or _compiled_for()
 
 
 def _compiled_for() -> str:
-  """Return the platform whose compiler gets the code."""
+  """Return the platform whose compiler compiles the code."""
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
   name = jax.default_backend() if device is None else device.platform
@@ -55,7 +55,7 @@ def _compiled_for() -> str:
 
 @contextlib.contextmanager
 def by(kernel: str) -> Iterator[None]:
-  """Trace what is within with this one of KERNELS wherever it can run, or with the fastest (AUTO)."""
+  """Trace the block with this one of KERNELS wherever it can run, or with the fastest (AUTO)."""
   token = _FORCED.set(kernel)
   try:
     yield
@@ -64,7 +64,7 @@ def by(kernel: str) -> Iterator[None]:
 
 
 class Streams(NamedTuple):
-  """The results of attention over text token and image tokens together, split again by stream."""
+  """The results of joint attention over the text token and the image tokens, split by stream."""
 
   text: Float[Array, "b 1 h d"]
   image: Float[Array, "b n h d"]
@@ -85,12 +85,12 @@ def attend(
   *,
   mask: Bool[Array, "n m"] | None = None,
 ) -> Float[Array, "b n h d"]:
-  """Softmax attention, softmax in f32, scaled by 1/√d. `mask` is True where a query may look."""
+  """Compute attention scaled by 1/√d, with its softmax in f32. `mask` is True where a query may attend to a key."""
   return _choose(q, k, mask).run(q, k, v, mask, False).out
 
 
 def attend_with_lse(q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]) -> Attended:
-  """Attention, and the logarithm of each softmax's denominator, f32, which `merge_extra_key` takes."""
+  """Compute attention, and the logarithm of each softmax's denominator, f32, for `merge_extra_key`."""
   return _choose(q, k, None, with_lse=True).run(q, k, v, None, True)
 
 
@@ -100,18 +100,18 @@ def _attend_at_once(q: Array, k: Array, v: Array, mask: Array | None, with_lse: 
 
 
 def _attend_forward(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> attention_tpu.Forward:
-  """Compute attention, and keep weights, not scores, for the backward pass, in the compute dtype. A column of ones
-  beside v sums them in the same product, and only its result is divided by the sum: at 1024 tokens, passes over scores
-  and weights are what attention costs."""
+  """Compute attention, and keep the weights in the compute dtype, not the scores, for the backward pass. A column of
+  ones beside v makes the product also sum the weights, and only the result is divided by the sum: at 1024 tokens,
+  passes over scores and weights take most of attention's time."""
 
   def scores_of(q: Array) -> Array:
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=F32) * (1.0 / math.sqrt(q.shape[-1]))
-    # The least number rather than -inf, so that a row in which nothing is allowed is no NaN.
+    # The smallest number and not -inf, so that a row in which every key is masked is no NaN.
     return scores if mask is None else jnp.where(mask, scores, jnp.finfo(F32).min)
 
   scores = scores_of(q)
-  # Less the largest score, which divides out again, so that no exponential overflows.
-  # In the compute dtype before they are summed, so that what is divided by is the sum of what is multiplied.
+  # Subtract the largest score, which cancels in the quotient, so that no exponential overflows.
+  # Cast the weights before they are summed, so that the divisor is the sum of the very weights that multiply v.
   weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(v.dtype)
   with_ones = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
   sums = jnp.einsum("bhnm,bmhd->bnhd", weights, with_ones, preferred_element_type=F32)
@@ -119,7 +119,7 @@ def _attend_forward(q: Array, k: Array, v: Array, mask: Array | None, with_lse: 
   attended = (sums[..., :-1] / total[..., None]).astype(v.dtype)
   lse = None
   if with_lse:
-    # The largest scores once more: to hand out those above, the TPU compiler would store every score.
+    # Compute the largest scores again: to return those above, the TPU compiler would store every score.
     top = scores_of(jax.lax.optimization_barrier(q)).max(axis=-1)
     lse = rearrange(top, "b h n -> b n h") + jnp.log(total)
   return attention_tpu.Forward(Attended(attended, lse), (q, k, v, weights, total, attended))
@@ -131,7 +131,7 @@ def _attend_backward(with_lse: bool, kept: tuple[Array, ...], gradients: Attende
   gradient, of_lse = gradients
   gradient = gradient.astype(F32) / total[..., None]
   of_v = jnp.einsum("bhnm,bnhd->bmhd", weights, gradient.astype(v.dtype))
-  # d softmax: w (g·v - g·out), and w for lse; times the scores' scale, here where arrays are small.
+  # The derivative of softmax is w (g·v - g·out), and w for lse. Scale here, where the arrays are small.
   scale = 1.0 / math.sqrt(q.shape[-1])
   gradient = (gradient * scale).astype(v.dtype)
   mean = jnp.sum(gradient.astype(F32) * attended.astype(F32), axis=-1)
@@ -151,7 +151,7 @@ def _attend_by_head(q: Array, k: Array, v: Array, mask: Array | None, with_lse: 
   batch = q.shape[0]
   scale = 1.0 / math.sqrt(q.shape[-1])
 
-  # Scores of one head stay in a core's cache, and are computed again in the backward pass instead of being kept.
+  # The scores of one head stay in a core's cache, and the backward pass computes them again.
   @jax.checkpoint
   def one(qkv: tuple[Array, Array, Array]) -> Attended:
     q, k, v = qkv
@@ -171,8 +171,8 @@ def _attend_on_tpu(q: Array, k: Array, v: Array, mask: Array | None, with_lse: b
 
 
 def _attend_by_cudnn(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> Attended:
-  """Compute attention by cuDNN. Its gradient takes even numbers of tokens alone; an odd one gets one more, which the
-  true lengths leave out."""
+  """Compute attention by cuDNN. Its gradient needs even numbers of tokens: an odd number gets a token of padding, which
+  the given lengths exclude."""
   del mask, with_lse
   n, m = q.shape[1], k.shape[1]
   lengths: dict[str, Any] = {}
@@ -188,11 +188,11 @@ class Kernel(NamedTuple):
 
   Attributes:
     run: (q, k, v, mask, with_lse) -> Attended.
-    platform: where it is the choice.
-    alone: whether no other platform's compiler takes it.
-    has_lse: whether it gives lse, and a gradient for it.
-    is_possible: whether it takes these q and k, and this mask.
-    is_fast: whether it is faster there than `xla`, given numbers of queries and keys.
+    platform: the platform for which it may be chosen.
+    alone: whether no other platform can compile it.
+    has_lse: whether it returns lse, with a gradient.
+    is_possible: (q, k, mask) -> whether it can compute these.
+    is_fast: (number of queries, number of keys) -> whether it is faster on its platform than `xla`.
   """
 
   run: Callable[..., Any]
@@ -203,11 +203,10 @@ class Kernel(NamedTuple):
   is_fast: Callable[[int, int], bool] = lambda n, m: True
 
 
-# In the order in which they are tried.
+# The kernels in the order in which they are tried.
 KERNELS = {
-  # By the compiler's schedules for v5p, with gradients: half the time of 1024 x 1024 scores and a head of 40 channels,
-  # two thirds of 1024 x 77, three quarters of 256 x 77, as long for 256 x 256 with less memory, half as long again for
-  # 64 x 64.
+  # Its time relative to `xla`, with gradients, for heads of 40 channels by the compiler's schedules for v5p: 1/2 for
+  # 1024 x 1024 scores, 2/3 for 1024 x 77, 3/4 for 256 x 77, 1 for 256 x 256 with less memory, and 3/2 for 64 x 64.
   "pallas": Kernel(
     run=_attend_on_tpu,
     platform="tpu",
@@ -219,7 +218,7 @@ KERNELS = {
     ),
     is_fast=lambda n, m: n >= 128 and n * m >= 128 * 128,
   ),
-  # What cuDNN takes, before Hopper too. Of its log-sum-exp, JAX leaves out the gradient without a word.
+  # The sizes that cuDNN takes, also on GPUs before Hopper. JAX silently drops the gradient of its log-sum-exp.
   "cudnn": Kernel(
     run=_attend_by_cudnn,
     platform="gpu",
@@ -230,8 +229,8 @@ KERNELS = {
     ),
     is_fast=lambda n, m: n >= 128 and n * m >= 128 * 128,
   ),
-  # On CPU, batched small matrix products are slow and keep every score for the backward pass; one head of one sample
-  # at a time was 3 times faster with gradients at 257 tokens and 1.5 times at 1024, and no faster at 64.
+  # On CPUs, batched small matrix products are slow and keep every score for the backward pass. Computing one head of
+  # one sample at a time was, with gradients, 3 times as fast at 257 tokens, 1.5 times at 1024, and not faster at 64.
   "xla_per_head": Kernel(
     run=_attend_by_head,
     platform="cpu",
@@ -242,10 +241,10 @@ KERNELS = {
 
 
 def _choose(q: Array, k: Array, mask: Array | None, *, with_lse: bool = False) -> Kernel:
-  """Return the kernel that was asked for (`by`) where it can run, else the first that is fast on the platform that is
-  traced for.
+  """Return the kernel that `by` asks for if it can run, or else the first that is fast on the platform for which code
+  is traced.
 
-  Raises UserError: one is asked for that this platform's compiler does not know.
+  Raises UserError: this platform cannot compile the kernel that is asked for.
   """
   forced, compiled_for = _FORCED.get(), _compiled_for()
   if forced != AUTO and KERNELS[forced].alone and KERNELS[forced].platform != compiled_for:
@@ -273,9 +272,9 @@ def merge_extra_key(
   k: Float[Array, "b 1 h d"],
   v: Float[Array, "b 1 h d"],
 ) -> Float[Array, "b n h d"]:
-  """Compute what attention over one more key would have given, exactly: softmax of [scores, s] is a mean of the two
-  parts weighed by the sigmoid of s - lse. The other keys' number, a power of two on images, stays what it is."""
-  # Its share of the whole denominator: e^s / (e^lse + e^s) = sigmoid(s - lse), which cannot overflow.
+  """Return exactly the attention over one more key: softmax of [scores, s] is a mean of both parts with the weight
+  sigmoid(s - lse). So the number of the other keys, a power of two for images, is unchanged."""
+  # The key's share of the denominator is e^s / (e^lse + e^s) = sigmoid(s - lse), which cannot overflow.
   score = jnp.sum(q.astype(F32) * k.astype(F32), axis=-1) / math.sqrt(q.shape[-1])
   weight = jax.nn.sigmoid(score - lse)[..., None]
   return (attended.astype(F32) * (1.0 - weight) + v.astype(F32) * weight).astype(attended.dtype)
@@ -287,19 +286,19 @@ def attend_with_one_more(
   v: Float[Array, "b m h d"],
   more: Projected,
 ) -> Float[Array, "b n h d"]:
-  """Compute attention to the keys of `k` and to the one of `more`, exactly, by whatever the kernel can do."""
+  """Compute attention to the keys of `k` and to the one of `more`, by a merge if the kernel returns lse."""
   if _choose(q, k, None).has_lse:
     attended, lse = attend_with_lse(q, k, v)
-    assert lse is not None  # as asked for
+    assert lse is not None  # `with_lse` asks for it
     return merge_extra_key(attended, lse, q, more.k, more.v)
-  # No length is better than another to such a kernel, which computes scores in pieces.
+  # Such a kernel computes scores in pieces, so that no length is faster than another.
   return attend(q, jnp.concatenate([k, more.k], axis=1), jnp.concatenate([v, more.v], axis=1))
 
 
 def attend_together(text: Projected, image: Projected) -> Streams:
-  """Compute attention over the tokens [text, image], split again by stream.
+  """Compute attention over the tokens [text, image], split by stream.
 
-  Without the concatenation: each stream attends to the image tokens, and the text token's key is merged in exactly
-  (`merge_extra_key`). So the image tokens' number stays a power of two, which fills a TPU's tiles; n + 1 would not.
+  Nothing is concatenated: each stream attends to the image tokens, and the text token's key is merged in exactly
+  (`merge_extra_key`). So the number of keys stays a power of two, which fills a TPU's tiles; n + 1 keys would not.
   """
   return Streams(attend_with_one_more(text.q, image.k, image.v, text), attend_with_one_more(*image, text))

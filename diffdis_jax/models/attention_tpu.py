@@ -1,12 +1,12 @@
-"""Attention on TPUs in one kernel, written in Pallas: scores and weights never leave the chip.
+"""Attention on TPUs in one Pallas kernel: scores and weights never leave the chip.
 
-Arrays are [b, h, d, n]: channels lie in sublanes, tokens in lanes. Lanes come by 128 and sublanes by 8, so that a head
-of 40 channels stays 40, where channels in lanes would be padded to 128. Scores are [m, n], keys by queries: their
-maximum and sum over keys are one row, as everything else that belongs to a query.
+Arrays are [b, h, d, n]: channels lie in sublanes, tokens in lanes. Lanes are multiples of 128 and sublanes of 8, so
+that a head of 40 channels stays 40; channels in lanes would be padded to 128. Scores are [m, n], keys by queries: their
+maximum and sum over keys are rows, like all other values of a query.
 
-Tokens that do not fill their lanes are not padded in memory, which would move every array once more: the last block
-reaches beyond the array, and what it reads there, anything at all, is left out in the kernel. Of the keys it takes as
-many as fill sublanes, which is what they lie in among the scores.
+Tokens that do not fill the lanes are not padded in memory, which would copy every array: the last block reaches beyond
+the array, and the kernel masks the arbitrary values there. It takes as many keys as fill sublanes, since keys lie in
+the sublanes of the scores.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from diffdis_jax.structs import Attended
 
 F32 = jnp.float32
 LANES, SUBLANES = 128, 8
-LOG2_E = math.log2(math.e)  # the chip has exp2; so logarithms are to base 2 in here
-# Scores of one head at a time, and of all heads of one turn: 4 MiB in f32, of which a turn holds about four.
+LOG2_E = math.log2(math.e)  # the chip has exp2, so that logarithms are to base 2 in this file
+# The most scores of one head, and of all heads of one turn: 4 MiB in f32, of which a turn holds about four copies.
 MAX_SCORES = 2**20
-# The most channels times tokens of a head's keys. The backward kernel holds about eight copies of keys, values and
-# their gradients beside the scores, two of them f32.
+# The most channels times tokens of a head's keys. Besides the scores, the backward kernel holds about eight such
+# arrays (keys, values and their gradients), two of them in f32.
 MAX_KEYS = 2**19
 VMEM_BYTES = 48 * 2**20
-LEAST = -1e30  # the score of a key that is only padding; its exponential is 0, and it is no infinity
+LEAST = -1e30  # the score of a padded key: finite, and its exponential is 0
 
 
 class Blocks(NamedTuple):
-  """The work of one turn of a kernel: so many heads, queries of each, and all keys."""
+  """The work of one turn of a kernel: a number of heads, a number of queries of each, and all keys."""
 
   heads: int
   queries: int
 
 
 def is_possible(n: int, m: int, d: int) -> bool:
-  """Tell whether the kernel takes n queries, m keys and heads of d channels: where all keys fit on the chip."""
+  """Return whether the kernel can take n queries and m keys with heads of d channels: all keys must fit on the chip."""
   return n >= 1 and d % SUBLANES == 0 and _filled(m, LANES) * d <= MAX_KEYS and _filled(m, LANES) * LANES <= MAX_SCORES
 
 
@@ -56,7 +56,7 @@ def choose_blocks(n: int, m: int, h: int) -> Blocks:
   def largest(whole: int, unit: int, limit: int) -> int:
     return max(size for size in range(unit, max(min(limit, whole), unit) + 1, unit) if whole % size == 0)
 
-  # Queries first: heads take what these leave of MAX_SCORES.
+  # Choose the queries first; the number of heads uses the rest of MAX_SCORES.
   queries = largest(n, LANES, MAX_SCORES // m)
   return Blocks(largest(h, 1, MAX_SCORES // (m * queries)), queries)
 
@@ -66,7 +66,7 @@ def attend_with_lse(
 ) -> Attended:
   """Compute softmax(q k / √d) v, and the logarithm of each softmax's denominator, f32; both have gradients.
 
-  On the mesh that is traced for, every device works on its own rows and heads.
+  Every device of the mesh for which the code is traced computes its own rows and heads.
 
   Args:
     interpret: run on any platform, slowly, as the tests do.
@@ -84,7 +84,7 @@ class _Out(NamedTuple):
 
 
 class Forward(NamedTuple):
-  """A forward pass as JAX's custom_vjp takes it: its result, and what the backward pass gets to see."""
+  """A forward pass as JAX's custom_vjp needs it: the result, and the arrays that the backward pass gets."""
 
   result: Any
   kept: tuple[Array, ...]
@@ -97,7 +97,7 @@ def _attend(q: Array, k: Array, v: Array, interpret: bool) -> _Out:
 
 def _attend_forward(q: Array, k: Array, v: Array, interpret: bool) -> Forward:
   def own(q: Array, k: Array, v: Array) -> _Out:
-    # Inside, where shapes are those of one device: blocks must divide its heads, not the whole mesh's.
+    # Called here, where shapes are those of one device: blocks must divide its heads, not those of the whole mesh.
     call = _Call(q, k)
     results = call(
       _forward_kernel,
@@ -134,14 +134,14 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 class _Call:
-  """Grid and blocks of both kernels: batch, groups of heads, blocks of queries; keys are always whole."""
+  """The grid and the blocks of both kernels: batch, groups of heads, blocks of queries. Keys are never split."""
 
   def __init__(self, q: Array, k: Array):
     b, h, d, n = q.shape
     in_lanes, m = (_filled(tokens, LANES) for tokens in (n, k.shape[3]))
     heads, queries = choose_blocks(in_lanes, m, h)
     self.heads = heads
-    # Blocks of queries last, which is the innermost loop: keys stay on the chip while queries pass.
+    # Blocks of queries are the last axis, the innermost loop: the keys stay on the chip meanwhile.
     self.grid = (b, h // heads, in_lanes // queries)
     self.of_queries = pl.BlockSpec((1, heads, d, queries), lambda i, j, at: (i, j, 0, at))
     self.of_keys = pl.BlockSpec((1, heads, d, m), lambda i, j, at: (i, j, 0, 0))
@@ -160,7 +160,7 @@ class _Call:
     interpret: bool,
     scratch: Any = (),
   ) -> Any:
-    """Return the kernel, to be called with arrays; `outputs` are pairs of a block and an array of the result's
+    """Return the kernel as a function of arrays; `outputs` are pairs of a block and an array of the result's
     shape."""
     shapes = [jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs]
 
@@ -177,7 +177,7 @@ class _Call:
         out_specs=[block for block, _ in outputs],
         out_shape=shapes,
         scratch_shapes=scratch,
-        # Gradients of keys and values are summed over the blocks of queries, which so come one after another.
+        # Gradients of keys and values are summed over the blocks of queries, which are thus computed in sequence.
         compiler_params=pltpu.CompilerParams(
           dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
@@ -192,16 +192,16 @@ class _Call:
 def _forward_kernel(
   q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, lse_ref: Any, *, scale: float, num_queries: int, num_keys: int
 ):
-  """Write one block's result and lse. All refs are [1, heads, channels, tokens]. A query beyond the last one harms no
-  other."""
+  """Write one block's result and lse. All refs are [1, heads, channels, tokens]. Queries beyond the last one do not
+  affect the others."""
   del num_queries
   for head in range(q_ref.shape[1]):
     v = _keys(num_keys, v_ref, head)
     products = _products(q_ref[0, head], _keys(num_keys, k_ref, head), num_keys)
-    # Less the largest, which divides out again, so that no exponential overflows.
+    # Subtract the largest score, which cancels in the quotient, so that no exponential overflows.
     top = products.max(axis=0, keepdims=True)
     weights = jnp.exp2((products - top) * (scale * LOG2_E)).astype(v.dtype)
-    # Rows of ones below v sum the weights in the same product.
+    # Rows of ones below v make the product also sum the weights.
     with_ones = jnp.concatenate([v, jnp.ones((SUBLANES, v.shape[1]), v.dtype)], axis=0)
     sums = _dot(with_ones, weights, 1, 0)
     total = sums[v.shape[0] : v.shape[0] + 1]
@@ -227,8 +227,8 @@ def _backward_kernel(
   num_queries: int,
   num_keys: int,
 ):
-  """Write one block's gradients. Weights are computed again from scores and lse. d softmax: w (g·v - g·out), and w for
-  lse, here to base 2."""
+  """Write one block's gradients. The weights w are computed again from scores and lse. The derivative of softmax is
+  w (g·v - g·out), and w for lse, here to base 2."""
   block = pl.program_id(2)
   first = block * q_ref.shape[3]
 
@@ -238,7 +238,7 @@ def _backward_kernel(
     sum_v_ref[...] = jnp.zeros_like(sum_v_ref)
 
   for head in range(q_ref.shape[1]):
-    # With zeros in all that it brings, a query beyond the last one adds zeros to the keys' and values' gradients.
+    # Set the values of queries beyond the last one to 0, so that they add 0 to the gradients of keys and values.
     q, g, o, lse, g_lse = (
       _up_to(num_queries, ref[0, head], first) for ref in (q_ref, g_ref, o_ref, lse_ref, g_lse_ref)
     )
@@ -258,12 +258,12 @@ def _backward_kernel(
 
 
 def _keys(num_keys: int, ref: Any, head: int) -> Array:
-  """Return this head's keys, or values, as many as fill sublanes, [d, m]."""
+  """Return this head's keys or values, [d, m], as many as fill sublanes."""
   return _up_to(num_keys, ref[0, head, :, : _filled(num_keys, SUBLANES)])
 
 
 def _up_to(count: int, x: Array, first: Any = 0) -> Array:
-  """Return x [d, tokens], whose tokens are numbered from `first` on, with zeros from number `count` on."""
+  """Return x [d, tokens], whose first token has the number `first`, with zeros from token number `count` on."""
   if count % x.shape[1] == 0:  # all blocks are full
     return x
   numbers = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
@@ -271,10 +271,10 @@ def _up_to(count: int, x: Array, first: Any = 0) -> Array:
 
 
 def _products(q: Array, k: Array, num_keys: int) -> Array:
-  """Compute scores before their scale, f32 [m, n]; they get the scale in f32. Queries scaled in bf16 would be rounded
-  once more: a score of 60 would be off by 0.1. The scale passes nothing through memory, since scores never leave the
-  chip. It is one product a score beside the matrix units' work: by the compilers' schedules 3 % more cycles forwards at
-  1024 keys, less at fewer, and none backwards."""
+  """Compute the scores without their scale, f32 [m, n], which is applied in f32. Scaling queries in bf16 would round
+  once more: a score of 60 would be off by 0.1. Scaling scores moves nothing through memory, since they never leave the
+  chip. It takes one multiplication a score: by the compiler's schedules 3 % more cycles forwards at 1024 keys, less for
+  fewer keys, and none backwards."""
   products = _dot(k, q, 0, 0)
   if num_keys == k.shape[1]:
     return products
@@ -282,8 +282,8 @@ def _products(q: Array, k: Array, num_keys: int) -> Array:
 
 
 def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
-  """Compute the f32 product of two matrices over these axes. Kernels know no `high` precision, only what lies below and
-  above."""
+  """Compute the f32 product of two matrices over these axes. Kernels have no precision `high`, only `default` and
+  `highest`."""
   config: Any = jax.config
   precision = jax.lax.Precision.HIGHEST if config.jax_default_matmul_precision == "high" else None
   contracted = (((of_a,), (of_b,)), ((), ()))
@@ -296,5 +296,5 @@ def _row_of(q: Array) -> jax.ShapeDtypeStruct:
 
 
 def _filled(tokens: int, unit: int) -> int:
-  """Return the next number of tokens that fills lanes, or sublanes."""
+  """Round a number of tokens up to a multiple of `unit`."""
   return -(-tokens // unit) * unit

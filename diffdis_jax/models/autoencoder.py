@@ -1,4 +1,4 @@
-"""Stable Diffusion's KL autoencoder (AutoencoderKL), every width and depth by config."""
+"""Stable Diffusion's KL autoencoder (AutoencoderKL), with the widths and depths of a config."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from diffdis_jax.models.layers import Attention, GroupNorm, conv
 from diffdis_jax.models.unet_blocks import Downsample, ResnetBlock, Upsample
 from diffdis_jax.structs import Posterior
 
-EPS = 1e-6  # of the autoencoder's norms; the UNet's residual blocks have 1e-5
+EPS = 1e-6  # the epsilon of the autoencoder's norms; the UNet's residual blocks have 1e-5
 START_LOG_VARIANCE = -6.0
 
 
 class LatentStatistic(nnx.Variable):
-  """Shift and scale of latents to unit variance: measured while the autoencoder trains, never a trained parameter."""
+  """The shift and scale of latents to unit variance, which are measured during training and not trained."""
 
 
 class MiddleAttention(nnx.Module):
-  """One self-attention over all positions, single head, with residual."""
+  """Single-head self-attention over all positions, with a residual connection."""
 
   def __init__(self, width: int, *, groups: int, dtype: DTypeLike, rngs: nnx.Rngs):
     self.norm = GroupNorm(width, groups=groups, eps=EPS, rngs=rngs)
@@ -38,10 +38,10 @@ class MiddleAttention(nnx.Module):
 
 
 class Middle(nnx.Module):
-  """Residual block, attention (optional), residual block."""
+  """A residual block, optional attention, and another residual block."""
 
   def __init__(self, width: int, *, attention: bool, groups: int, dtype: DTypeLike, rngs: nnx.Rngs):
-    # Without a time embedding: an autoencoder sees clean images.
+    # There is no time embedding, since images have no noise.
     resnet: dict[str, Any] = dict(time_width=None, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
     self.resnet1 = ResnetBlock(width, width, **resnet)
     self.attention = MiddleAttention(width, groups=groups, dtype=dtype, rngs=rngs) if attention else None
@@ -55,7 +55,7 @@ class Middle(nnx.Module):
 
 
 class Level(nnx.Module):
-  """Residual blocks of one resolution, then a change of resolution or none."""
+  """Residual blocks of one resolution, and optionally a change of resolution after them."""
 
   def __init__(
     self, din: int, dout: int, depth: int, *, resample: nnx.Module | None, groups: int, dtype: DTypeLike, rngs: nnx.Rngs
@@ -75,7 +75,7 @@ class Level(nnx.Module):
 
 
 class Autoencoder(nnx.Module):
-  """KL autoencoder between images in [-1, 1] and latents."""
+  """A KL autoencoder between images in [-1, 1] and latents."""
 
   def __init__(self, size: AutoencoderSize, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.patch = size.patch
@@ -98,9 +98,9 @@ class Autoencoder(nnx.Module):
     self.encoder_middle = Middle(widths[-1], attention=size.attention, **common)
     self.encoder_norm = GroupNorm(widths[-1], groups=groups, eps=EPS, rngs=rngs)
     self.encoder_out = new_conv(widths[-1], 2 * latent_channels, 3)
-    # Keys are counted (method/network.py), so that parameters made in another order would start as others.
+    # Keys are counted (method/network.py): in another order, these parameters would have other initial values.
     self.quant = new_conv(2 * latent_channels, 2 * latent_channels, 1)
-    # Training starts with little noise on the latents: at unit variance it hides the image from the decoder at first.
+    # Training starts with little noise on the latents: noise of unit variance would hide the image from the decoder.
     self.quant.bias = nnx.Param(jnp.repeat(jnp.asarray([0.0, START_LOG_VARIANCE]), latent_channels))
 
     self.post_quant = new_conv(latent_channels, latent_channels, 1)
@@ -123,7 +123,7 @@ class Autoencoder(nnx.Module):
 
   def encode(self, x: Float[Array, "b H W 3"]) -> Posterior:
     """Return the posterior over latents, f32. Log-variances are clipped to [-30, 20] as in Stable Diffusion."""
-    # Channels before patches, so that each colour's pixels lie side by side, as the decoder unfolds them.
+    # Channels come before patches: each colour's pixels are adjacent, as the decoder unfolds them.
     h = self.conv_in(rearrange(x, "b (h p) (w q) c -> b h w (c p q)", p=self.patch, q=self.patch))
     for level in self.down:
       h = level(h)
@@ -133,7 +133,7 @@ class Autoencoder(nnx.Module):
 
   def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
     """Return the image of an unscaled latent, f32, not clipped."""
-    # Nothing is clipped to [-1, 1]: the reconstruction's loss needs its gradient beyond, too.
+    # Values are not clipped to [-1, 1]: the reconstruction loss needs the gradient outside of it, too.
     h = self.decoder_middle(self.decoder_in(self.post_quant(latent)))
     for level in self.up:
       h = level(h)
@@ -141,7 +141,7 @@ class Autoencoder(nnx.Module):
     return rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=self.patch, q=self.patch)
 
   def to_z(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    # To zero mean and unit variance, which the noise schedules take for granted.
+    # The noise schedules assume zero mean and unit variance.
     return (latent - self.shift[...]) * self.scale[...]
 
   def from_z(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -149,13 +149,13 @@ class Autoencoder(nnx.Module):
 
 
 def sample_posterior(posterior: Posterior, key: jax.Array | None) -> Float[Array, "b h w c"]:
-  """Return a sample from the posterior, or its mode where `key` is None."""
+  """Return a sample from the posterior, or its mode if `key` is None."""
   noise = None if key is None else jax.random.normal(key, posterior.mean.shape, jnp.float32)
   return at_noise(posterior, noise)
 
 
 def at_noise(posterior: Posterior, noise: Float[Array, "b h w c"] | None) -> Float[Array, "b h w c"]:
-  """Return the posterior's sample that belongs to `noise` from N(0, I); its mode where that is None."""
+  """Return the posterior's sample for `noise` from N(0, I), or its mode if that is None."""
   if noise is None:
     return posterior.mean
   return posterior.mean + jnp.exp(0.5 * posterior.log_variance) * noise

@@ -1,7 +1,7 @@
-"""CLIP, the baseline of the paper's Table 1: a vision transformer beside the text tower, and how it starts.
+"""CLIP, the baseline of the paper's Table 1: a vision tower, the text tower, and their initialisation.
 
-From scratch, the text tower has OpenAI's spreads, and the vision tower, for which OpenAI gave none, PyTorch's defaults,
-as open_clip has both (transformer.py, `init_parameters`).
+The text tower is initialised with OpenAI's deviations, and the vision tower, for which OpenAI gave none, with PyTorch's
+defaults, both as in open_clip (transformer.py, `init_parameters`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from diffdis_jax.models.remat import run_block
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.structs import TextCondition
 
-# Statistics of CLIP's own training images (OpenAI's release): RGB pixels in [0, 1].
+# The mean and deviation of the pixels, RGB in [0, 1], of CLIP's training images (OpenAI's release).
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Start(NamedTuple):
-  """The distribution that a parameter is sampled from: "normal" of this deviation, "uniform" within ± this bound,
-  "fan_in" within ± this over the root of the kernel's fan-in, or "constant"."""
+  """The distribution of an initial parameter: "normal" with this deviation, "uniform" within ± this bound, "fan_in"
+  within ± this bound over the root of the kernel's fan-in, or "constant"."""
 
   kind: str
   value: float
@@ -43,16 +43,16 @@ Rules = tuple[tuple[str, Start], ...]
 
 
 def normalise(image: UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
-  """Bring pixels of 0 to 255, u8 or f32, to zero mean and unit variance, by CLIP's statistics."""
-  # On the device and in f32: on the host a batch would be four times the bytes to move.
+  """Normalise pixels of 0 to 255, u8 or f32, by CLIP's mean and deviation."""
+  # Computed on the device: from the host, a batch in f32 would be four times as many bytes to move.
   scale, shift = (jnp.asarray(value, jnp.float32) for value in (PIXEL_STD, PIXEL_MEAN))
   return (image.astype(jnp.float32) / 255.0 - shift) / scale
 
 
 def resize_positions(positions: Float[Array, "n d"], *, rows: int, columns: int) -> Float[Array, "m d"]:
-  """Resize learned positions of a square grid of patches for another grid, as open_clip's resize_pos_embed does.
+  """Resize learned position embeddings of a square grid of patches, as open_clip's resize_pos_embed does.
 
-  Bicubic, antialiased where the grid becomes smaller. The first position, the class token's, stays.
+  The resizing is bicubic, and antialiased for a smaller grid. The first embedding, the class token's, is unchanged.
   """
   side, width = math.isqrt(len(positions) - 1), positions.shape[-1]
   if (rows, columns) == (side, side):
@@ -62,18 +62,18 @@ def resize_positions(positions: Float[Array, "n d"], *, rows: int, columns: int)
 
 
 def mean_parts(x: Float[Array, "b h w c"], parts: int) -> Float[Array, "b d"]:
-  """Compute means over parts x parts boxes of a map, one after another."""
+  """Compute the means over parts x parts boxes of a map, and concatenate them."""
   return reduce(x, "b (i h) (j w) c -> b (i j c)", "mean", i=parts, j=parts)
 
 
 class VisionEncoder(nnx.Module):
-  """CLIP's vision tower: image to one vector, the class token's, through a projection.
+  """CLIP's vision tower, from an image to the projection of the class token.
 
   Args:
     remat: a key of remat.REMAT_POLICIES, applied to each layer.
   """
 
-  RULES: Rules = ()  # how parameters start that other towers do not have
+  RULES: Rules = ()  # the initialisation of parameters that only this tower has
 
   def __init__(self, size: VisionEncoderSize, *, remat: str, dtype: DTypeLike, rngs: nnx.Rngs):
     self.side, self.spatial_pool, self.dtype, self.remat = size.patch, size.spatial_pool, dtype, remat
@@ -83,7 +83,7 @@ class VisionEncoder(nnx.Module):
     init = nnx.initializers.normal(width**-0.5)
     self.class_token = nnx.Param(init(rngs.params(), (width,), jnp.float32))
     self.positions = nnx.Param(init(rngs.params(), ((size.image_size // patch) ** 2 + 1, width), jnp.float32))
-    # transformers' "pre_layrnorm", before the layers too, which the text tower has not.
+    # A norm before the layers, transformers' "pre_layrnorm", which the text tower lacks.
     self.pre_norm = LayerNorm(width, rngs=rngs)
     self.layers = nnx.List(
       TransformerLayer(
@@ -97,8 +97,8 @@ class VisionEncoder(nnx.Module):
       self.map_out = dense(size.spatial_pool**2 * width, size.projection)
 
   def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
-    """Return embeddings of normalised images, f32, of any length. Images of another size than the positions' get
-    interpolated ones.
+    """Return embeddings of normalised images, f32, of any length. For images of another size, the position embeddings
+    are interpolated.
 
     Raises UserError: patches do not tile the images.
     """
@@ -106,12 +106,12 @@ class VisionEncoder(nnx.Module):
     patches = self.patch(x)
     tokens = rearrange(patches, "b h w d -> b (h w) d")
     positions = resize_positions(self.positions[...], rows=patches.shape[1], columns=patches.shape[2])
-    # The class token first, as resize_positions and the last line take it.
+    # The class token comes first; resize_positions and the last line rely on it.
     start = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (len(x), 1, tokens.shape[-1]))
     h = self.pre_norm(jnp.concatenate([start, tokens], axis=1) + positions.astype(self.dtype))
     for layer in self.layers:
       h = run_block(lambda layer, h: layer(h), layer, h, remat=self.remat)
-    # The class token alone goes on, so that the norm and the projection leave out all patches.
+    # Only the class token is used from here, so that the norm and the projection are not computed for patches.
     query = self.projection(self.norm(h[:, :1]))[:, 0].astype(jnp.float32)
     if not self.spatial_pool:
       return query
@@ -120,7 +120,7 @@ class VisionEncoder(nnx.Module):
 
 
 def check_tiles(x: Float[Array, "b H W 3"], stride: int) -> None:
-  """Raise UserError for images that boxes of this side do not tile."""
+  """Raise UserError if boxes of this side do not tile the images."""
   height, width = x.shape[1:3]
   if height % stride or width % stride:
     raise UserError(
@@ -129,18 +129,18 @@ def check_tiles(x: Float[Array, "b H W 3"], stride: int) -> None:
     )
 
 
-# By `model.vision_encoder.tower`; an extension adds others here and in config.model.TOWERS.
+# Vision towers by `model.vision_encoder.tower`; an extension adds others here and in config.model.TOWERS.
 TOWERS: dict[str, Any] = {"transformer": VisionEncoder}
 
 
 class Clip(nnx.Module):
-  """Two towers and CLIP's learnable scale.
+  """CLIP's two towers and its learnable scale.
 
   Args:
     text_encoder: with a projection, to the vision tower's width.
     vision_encoder: one of TOWERS.
-    head: of a long-tailed run's second stage.
-    temperature: τ at the start.
+    head: the head of a long-tailed run's second stage.
+    temperature: the initial τ.
   """
 
   def __init__(
@@ -174,13 +174,13 @@ COMMON: Rules = (
 
 
 def initialise(key: jax.Array, shapes: Params, model: ClipModel) -> Params:
-  """Return fresh parameters, f32, each sampled with a key of its own.
+  """Return initial parameters, f32, each sampled with its own key.
 
   Raises UserError: a parameter that no rule matches.
   """
   scale = (r"^logit_scale$", Start("constant", math.log(model.temperature)))
   rules = (scale, *COMMON, *_text(model.text_encoder), *_vision(model.vision_encoder))
-  # A key for each place in the listing, so that no parameter's value depends on another's shape.
+  # A key depends on the parameter's place in the listing, so that no value depends on another parameter's shape.
   return {
     path: _draw(jax.random.fold_in(key, i), leaf.shape, first_match(path, rules, "models/clip.py"))
     for i, (path, leaf) in enumerate(shapes.items())
@@ -197,12 +197,12 @@ def _draw(key: jax.Array, shape: tuple[int, ...], start: Start) -> Float[Array, 
 
 
 def _text(size: TextEncoderSize) -> Rules:
-  """Return the text tower's rules. Residual branches start the smaller the more of them there are. Only the biases of
-  the MLP are PyTorch's."""
+  """Return the text tower's rules. The more residual branches there are, the smaller they start. Only the MLP's biases
+  have PyTorch's defaults."""
   spread, residual = size.width**-0.5, (2 * size.depth) ** -0.5
   return (
     (r"^text_encoder\.tokens\.", Start("normal", 0.02)),
-    # Not CLIP's: second token vectors, which start at nothing.
+    # The second token embeddings, which are not CLIP's, start at 0.
     (r"^text_encoder\.query_tokens\.", Start("constant", 0.0)),
     (r"^text_encoder\.positions$", Start("normal", 0.01)),
     (r"^text_encoder\..*\.(q|k|v)\.kernel$", Start("normal", spread)),
@@ -215,16 +215,16 @@ def _text(size: TextEncoderSize) -> Rules:
 
 
 def _vision(size: VisionEncoderSize) -> Rules:
-  """Return the vision tower's rules, PyTorch's defaults. They are uniform: within ± fan_in^-1/2, and by Xavier's rule
-  over q, k and v as one matrix."""
+  """Return the vision tower's rules, PyTorch's defaults: uniform within ± fan_in^-1/2, or by Xavier's rule for q, k and
+  v as one matrix."""
   spread = size.width**-0.5
   return (
     *TOWERS[size.tower].RULES,
-    # Not CLIP's: a head over parts whose output has the class token's spread.
+    # The head over parts, which is not CLIP's, starts so that its output has the deviation of the class token's.
     (r"^vision_encoder\.map_out\.kernel$", Start("normal", spread / max(size.spatial_pool, 1))),
     (r"^vision_encoder\.(class_token|positions|projection\.kernel)$", Start("normal", spread)),
     (r"^vision_encoder\.patch\.kernel$", Start("uniform", (3 * size.patch**2) ** -0.5)),
-    # Xavier: sqrt(6 / (fan_in + fan_out)), of one matrix of width by three times width.
+    # Xavier's bound is sqrt(6 / (fan_in + fan_out)), for one matrix of width x 3 width.
     (r"^vision_encoder\..*\.(q|k|v)\.kernel$", Start("uniform", math.sqrt(6 / (4 * size.width)))),
     (r"^vision_encoder\..*\.(out|fc1)\.kernel$", Start("uniform", spread)),
     (r"^vision_encoder\..*\.fc1\.bias$", Start("uniform", spread)),

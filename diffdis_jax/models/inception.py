@@ -1,10 +1,10 @@
-"""The Inception network in whose features FID and KID are measured, for inference alone.
+"""The Inception network whose features FID and KID compare, for inference only.
 
-It is TensorFlow's graph of 2015-12-05, not the Inception v3 of torchvision or Keras: the average pools leave their
-padding out of the mean, the last block has a max pool in its place, and there are 1008 classes. Convolutions have no
-bias, and their norms an eps of 1e-3. Names are those of torch-fidelity's and pytorch-fid's weights, in lower case.
+It is TensorFlow's graph of 2015-12-05, not the Inception v3 of torchvision or Keras: average pools leave the padding
+out of the mean, the last block has a max pool instead of one, and there are 1008 classes. Convolutions have no bias,
+and their norms an eps of 1e-3. Names are those of torch-fidelity's and pytorch-fid's weights, in lower case.
 
-Everything is f32, products at the highest precision: with a TPU's default of bf16 the features are others.
+All is computed in f32 with the highest precision of products: with a TPU's default of bf16 the features would differ.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-SIDE = 299  # pixels of an image
-WIDTH = 2048  # of the features of FID
+SIDE = 299  # the side of an image in pixels
+WIDTH = 2048  # the number of features for FID
 EPS = 1e-3
-CLASSES = 1008  # of the classifier after the features, which FID does without
+CLASSES = 1008  # of the classifier after the features, which FID does not use
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-  """Pool by the maximum, 3 x 3 with stride 2, of whole windows."""
+  """Pool by the maximum, 3 x 3 with stride 2, without padding."""
   return nnx.max_pool(x, (3, 3), strides=(2, 2))
 
 
 def max_pool_same(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-  """Pool by the maximum, 3 x 3 with stride 1, over what of the window lies in the image."""
+  """Pool by the maximum, 3 x 3 with stride 1, over the part of each window that lies in the image."""
   return nnx.max_pool(x, (3, 3), strides=(1, 1), padding="SAME")
 
 
 def average_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-  """Pool by the mean, 3 x 3 with stride 1, over what of the window lies in the image: padding does not count."""
+  """Pool by the mean, 3 x 3 with stride 1, over the part of each window that lies in the image."""
   return nnx.avg_pool(x, (3, 3), strides=(1, 1), padding="SAME", count_include_pad=False)
 
 
 class ConvNorm(nnx.Module):
-  """Convolution, batch norm by stored statistics, ReLU. Where `same`, padded so that stride 1 keeps the size."""
+  """Convolution, batch norm by stored statistics, and ReLU. `same` pads so that stride 1 keeps the size."""
 
   def __init__(self, din: int, dout: int, size: tuple[int, int], *, stride: int = 1, same: bool = True, rngs: nnx.Rngs):
-    """`size`: height, then width."""
-    # Said outright: SAME of a stride of 2 would pad on one side.
+    """Make the layers. `size` is the kernel's height and width."""
+    # The padding is explicit: with stride 2, "SAME" would pad on one side only.
     padding = tuple((side // 2, side // 2) for side in size) if same else "VALID"
     self.conv = nnx.Conv(
       din, dout, size, strides=stride, padding=padding, use_bias=False, precision=jax.lax.Precision.HIGHEST, rngs=rngs
     )
-    # By stored statistics: a batch's own would make an image's features depend on its neighbours.
+    # Stored statistics: with those of the batch, an image's features would depend on the other images.
     self.bn: Any = nnx.BatchNorm(dout, use_running_average=True, epsilon=EPS, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -56,12 +56,12 @@ class ConvNorm(nnx.Module):
 
 
 def side_by_side(*branches: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
-  """Join maps along the channels."""
+  """Concatenate maps along the channels."""
   return jnp.concatenate(branches, axis=-1)
 
 
 class BlockA(nnx.Module):
-  """A block of maps of 35 x 35; `pool`: channels of the pooled branch."""
+  """A block on maps of 35 x 35; `pool` is the number of channels of the pooled branch."""
 
   def __init__(self, din: int, *, pool: int, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -83,7 +83,7 @@ class BlockA(nnx.Module):
 
 
 class BlockB(nnx.Module):
-  """The block that takes maps from 35 x 35 to 17 x 17."""
+  """The block that reduces maps from 35 x 35 to 17 x 17."""
 
   def __init__(self, din: int, *, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -101,7 +101,7 @@ class BlockB(nnx.Module):
 
 
 class BlockC(nnx.Module):
-  """A block of maps of 17 x 17; `width`: channels of the long kernels."""
+  """A block on maps of 17 x 17; `width` is the number of channels between its long kernels."""
 
   def __init__(self, din: int, *, width: int, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -127,7 +127,7 @@ class BlockC(nnx.Module):
 
 
 class BlockD(nnx.Module):
-  """The block that takes maps from 17 x 17 to 8 x 8."""
+  """The block that reduces maps from 17 x 17 to 8 x 8."""
 
   def __init__(self, din: int, *, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -147,7 +147,7 @@ class BlockD(nnx.Module):
 
 
 class BlockE(nnx.Module):
-  """A block of maps of 8 x 8; `last`: pools by the maximum."""
+  """A block on maps of 8 x 8; the last one pools by the maximum."""
 
   def __init__(self, din: int, *, last: bool, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -176,7 +176,7 @@ class BlockE(nnx.Module):
 
 
 class Inception(nnx.Module):
-  """The whole network, of 21,785,568 parameters, the norms' statistics not counted."""
+  """The whole network, with 21,785,568 parameters without the norms' statistics."""
 
   def __init__(self, *, rngs: nnx.Rngs):
     conv = functools.partial(ConvNorm, rngs=rngs)
@@ -198,11 +198,11 @@ class Inception(nnx.Module):
     self.mixed_7c = BlockE(2048, last=True, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b 299 299 3"]) -> Float[Array, "b 2048"]:
-    """Return the features of images in f32, (value - 128) / 128."""
+    """Return the features of images, f32. Pixels are given as (value - 128) / 128."""
     x = max_pool(self.conv2d_2b_3x3(self.conv2d_2a_3x3(self.conv2d_1a_3x3(x))))
     x = max_pool(self.conv2d_4a_3x3(self.conv2d_3b_1x1(x)))
     x = self.mixed_6a(self.mixed_5d(self.mixed_5c(self.mixed_5b(x))))
     x = self.mixed_6e(self.mixed_6d(self.mixed_6c(self.mixed_6b(x))))
     x = self.mixed_7c(self.mixed_7b(self.mixed_7a(x)))
-    # Means over positions, where the original has an average pool of the whole map.
+    # The mean over positions, like the original's average pool over the whole map.
     return x.mean(axis=(1, 2))

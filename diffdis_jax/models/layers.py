@@ -1,6 +1,6 @@
-"""The layers that all networks here share: numerics policy, normalisation, transformer parts, time embedding.
+"""The layers that all networks here share: normalisation, transformer parts and the time embedding.
 
-Parameters are f32. Matrix products and convolutions run in `dtype` (bf16 or f32); normalisations and softmax in f32.
+Parameters are f32. Matrix products and convolutions are computed in `dtype` (bf16 or f32), norms and softmax in f32.
 Images are NHWC.
 """
 
@@ -27,10 +27,10 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def by_rows(f: Callable[[Array], Array], x: Float[Array, "*rows d"]) -> Float[Array, "*rows e"]:
-  """Compute f(x), of which no row depends on another; on a CPU with all rows along one axis.
+  """Compute f(x) row by row; on a CPU, with all rows along one axis.
 
-  A kernel's gradient sums over rows. Over two axes XLA's CPU compiler copies one factor first and then takes a product
-  that is 3 to 4 times slower. On a TPU joining the axes would itself be a copy, where tokens do not fill its tiles.
+  A kernel's gradient sums over rows. If the rows have two axes, XLA's CPU compiler copies a factor and then uses a
+  product that is 3 to 4 times slower. On a TPU, joining the axes would be a copy if the tokens do not fill tiles.
   """
   if x.ndim <= 2 or platform() != "cpu":
     return f(x)
@@ -38,7 +38,7 @@ def by_rows(f: Callable[[Array], Array], x: Float[Array, "*rows d"]) -> Float[Ar
 
 
 class Linear(nnx.Linear):
-  """A linear layer, `by_rows`."""
+  """A linear layer that is computed `by_rows`."""
 
   def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows e"]:
     return by_rows(super().__call__, x)
@@ -47,7 +47,7 @@ class Linear(nnx.Linear):
 def linear(
   din: int, dout: int, *, dtype: DTypeLike, rngs: nnx.Rngs, use_bias: bool = True, init_scale: float = 1.0
 ) -> Linear:
-  """Return a linear layer whose kernel starts as `init_scale` times LeCun's normal."""
+  """Return a linear layer whose initial kernel is `init_scale` times LeCun's normal."""
 
   def kernel_init(*args: Any) -> Array:
     return init_scale * nnx.initializers.lecun_normal()(*args)
@@ -62,11 +62,11 @@ def convolve(
   padding: Sequence[tuple[int, int]],
   **settings: Any,
 ) -> Float[Array, "b h_out w_out d"]:
-  """Compute `jax.lax.conv_general_dilated`; on a CPU, of few positions or of patches that do not overlap, as one
-  product.
+  """Compute `jax.lax.conv_general_dilated`; on a CPU as one matrix product, if there are few positions or the patches
+  do not overlap.
 
-  XLA's CPU compiler turns the kernel over for the gradient of x, which of a large one takes longer than the product,
-  and an image smaller than the kernel it convolves by plain loops.
+  For the gradient of x, XLA's CPU compiler reverses the kernel, which takes longer than the product if the kernel is
+  large; and it convolves images smaller than the kernel by plain loops.
   """
   size, channels = kernel.shape[:2], kernel.shape[-1]
   sides = [(n + sum(pad) - k) // s + 1 for n, pad, k, s in zip(x.shape[1:3], padding, size, strides, strict=True)]
@@ -76,10 +76,10 @@ def convolve(
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
 
   def met(axis: int, offset: int) -> slice:
-    """Return the positions along an axis that an offset into the kernel meets."""
+    """Return the positions along an axis at which the kernel's entry at `offset` is applied."""
     return slice(offset, offset + (sides[axis] - 1) * strides[axis] + 1, strides[axis])
 
-  # In the order of the kernel's own axes, so that reshaping it copies nothing.
+  # In the order of the kernel's axes, so that reshaping the kernel copies nothing.
   patches = [padded[:, met(0, i), met(1, j)] for i in range(size[0]) for j in range(size[1])]
   product = jnp.concatenate(patches, axis=-1).reshape(rows, -1) @ kernel.reshape(-1, channels)
   return product.reshape(len(x), *sides, channels)
@@ -96,8 +96,8 @@ def conv(
   padding: str | tuple = "SAME",
   use_bias: bool = True,
 ) -> nnx.Conv:
-  """Return a convolution with PyTorch's symmetric padding: (size - 1) / 2 on either side, whatever the stride."""
-  # Flax's own "SAME" pads a stride of 2 on one side alone, and images would be shifted by a pixel against PyTorch's.
+  """Return a convolution with PyTorch's symmetric padding: (size - 1) / 2 on each side, for any stride."""
+  # With stride 2, Flax's "SAME" pads on one side only: images would be shifted by a pixel against PyTorch's.
   if padding == "SAME":
     padding = ((size // 2, size // 2),) * 2
   numerics: dict[str, Any] = dict(dtype=dtype, param_dtype=F32, conv_general_dilated=convolve)
@@ -105,8 +105,8 @@ def conv(
 
 
 def variance(x: Float[Array, "..."], mean: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
-  """Compute the variance over `axes`, f32: of f32 inputs in a second pass over them; of bf16 ones, whose own rounding
-  is larger than what is lost, from sums that one pass takes together with the mean's."""
+  """Compute the variance over `axes`, f32. For f32 inputs this is a second pass; for bf16 inputs, whose rounding is the
+  larger error, it uses the mean of squares, which one pass computes together with the mean."""
   x32 = x.astype(F32)
   if x.dtype == F32:
     return jnp.square(x32 - mean).mean(axes, keepdims=True)
@@ -114,14 +114,14 @@ def variance(x: Float[Array, "..."], mean: Float[Array, "..."], axes: tuple[int,
 
 
 class GroupNorm(nnx.Module):
-  """Group normalisation over image positions, computed in f32, returned in the input's dtype.
+  """Group normalisation over image positions, computed in f32 and returned in the input's dtype.
 
-  Sums are taken by channel and only then joined to groups: on a TPU a group's few channels, as an axis of their own,
-  would be padded to 128 lanes.
+  Sums are computed by channel and then added up by group: on a TPU a separate axis for a group's few channels would be
+  padded to 128 lanes.
   """
 
   def __init__(self, width: int, *, groups: int, eps: float, rngs: nnx.Rngs):
-    # Any, since to flax a scale, a bias may be absent.
+    # Any, since flax's types allow an absent scale or bias.
     self.norm: Any = nnx.GroupNorm(width, num_groups=groups, epsilon=eps, dtype=F32, param_dtype=F32, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -136,16 +136,16 @@ class GroupNorm(nnx.Module):
     if x.dtype == F32:
       var = over_group(jnp.square(x - mean).mean(axis=(1, 2), keepdims=True))
     else:
-      # Within each channel, and between them.
+      # The variance within each channel, plus the variance between channels.
       var = over_group(variance(x, of_channel, (1, 2)) + jnp.square(of_channel - mean))
-    # As one factor and one term a channel, so that gradients are two sums by channel, of which all others follow.
+    # One factor and one term for each channel, so that the gradients need only two sums by channel.
     scale = jax.lax.rsqrt(var + self.norm.epsilon) * self.norm.scale[...]
     shift = self.norm.bias[...] - mean * scale
     return (x.astype(F32) * scale + shift).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-  """Layer normalisation computed in f32, returned in the input's dtype."""
+  """Layer normalisation, computed in f32 and returned in the input's dtype."""
 
   def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
     self.norm: Any = nnx.LayerNorm(width, epsilon=eps, dtype=F32, param_dtype=F32, rngs=rngs)
@@ -186,13 +186,13 @@ class Attention(nnx.Module):
   def project(self, x: Float[Array, "b n d"], context: Float[Array, "b m c"] | None = None) -> Projected:
     """Return q, k and v, each [b, n, heads, d / heads]."""
     context = x if context is None else context
-    # Named for remat's `attention`, which computes all else again but not these three products.
+    # Named for remat's policy `attention`, which keeps these three products and computes all else again.
     q, k, v = (checkpoint_name(y, remat.ATTENTION_INPUTS) for y in (self.q(x), self.k(context), self.v(context)))
     heads = functools.partial(rearrange, pattern="b n (h d) -> b n h d", h=self.num_heads)
     return Projected(heads(q), heads(k), heads(v))
 
   def output(self, attended: Float[Array, "b n h d"]) -> Float[Array, "b n h*d"]:
-    """Send the heads, side by side, through the last projection."""
+    """Concatenate the heads, and apply the last projection."""
     return self.out(rearrange(attended, "b n h d -> b n (h d)"))
 
   def __call__(
@@ -214,7 +214,7 @@ class GEGLU(nnx.Module):
     self.out = linear(ratio * width, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    # Its columns' halves one by one: as one product, the gradients of both would have to be joined again.
+    # The halves of the columns are two products: after one product, the gradients of both would have to be joined.
     kernels, biases = (
       jnp.split(part[...].astype(self.dtype), 2, axis=-1) for part in (self.proj.kernel, self.proj.bias)
     )
@@ -225,16 +225,16 @@ class GEGLU(nnx.Module):
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """Compute CLIP's activation."""
+  """Compute CLIP's activation, x · sigmoid(1.702 x)."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
-# Exact, by erf: jax.nn.gelu's default is the tanh approximation, and PyTorch's is not.
+# The exact GELU, as in PyTorch: jax.nn.gelu's default is the tanh approximation.
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
 
 
 class MLP(nnx.Module):
-  """Two linear layers with an activation of `ACTIVATIONS` between."""
+  """Two linear layers, with an activation of `ACTIVATIONS` between them."""
 
   def __init__(self, width: int, hidden: int, *, activation: str, dtype: DTypeLike, rngs: nnx.Rngs):
     self.activation = ACTIVATIONS[activation]
@@ -262,7 +262,7 @@ class TransformerLayer(nnx.Module):
 def sinusoidal(t: Int[Array, "b"], width: int) -> Float[Array, "b d"]:
   """Compute the sinusoidal embedding of timesteps as in Stable Diffusion: [cos, sin], frequencies 10000^(-i / (width /
   2)), f32."""
-  # In f32 whatever the compute dtype: bf16 keeps 8 bits of an angle up to 1000. Cosines first, by diffusers'
+  # In f32 for any compute dtype: bf16 has only 8 bits for an angle up to 1000. Cosines come first, as with diffusers'
   # `flip_sin_to_cos`.
   half = width // 2
   frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=F32) / half)

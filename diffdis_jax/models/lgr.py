@@ -15,43 +15,43 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from diffdis_jax.models.layers import LayerNorm
 from diffdis_jax.structs import AnyArray
 
-VISUAL_DEVIATION = 0.02  # of the initial kernels of the visual branch
+VISUAL_DEVIATION = 0.02  # the deviation of the initial kernels of the visual branch
 _MIN_SQUARE = 1e-24
-EXACT = jax.lax.Precision.HIGHEST  # of products: left to themselves, TPUs multiply f32 in bf16 and GPUs in TF32
+EXACT = jax.lax.Precision.HIGHEST  # by default, TPUs multiply f32 in bf16 and GPUs in TF32
 
 
 @struct.dataclass
 class ClassLogits:
-  """The two branches' logits of each image."""
+  """The logits of each image by the two branches."""
 
   visual: Float[AnyArray, "b k"]
   language: Float[AnyArray, "b k"]
 
 
 class LanguageGuidedHead(nnx.Module):
-  """Two classifiers of one image feature f: an MLP, and attention over each class's own anchor sentences.
+  """Two classifiers of an image feature f: an MLP, and attention over the anchor sentences of each class.
 
-  All of it is computed in f32, products too, in a bf16 program as well. The head has some 6 d² + (4 + s) k d
+  The head is computed in f32, also its products and also in a bf16 program. It has about 6 d² + (4 + s) k d
   parameters.
 
   Args:
-    width: of f and of a sentence's embedding, d.
-    classes: how many, k.
-    anchors: sentences of each class, s. A class with fewer has rows of zeros at its end, which get no attention.
+    width: d, the width of f and of a sentence's embedding.
+    classes: k, the number of classes.
+    anchors: s, the number of sentences of a class. A class with fewer ends in rows of zeros, which get no attention.
   """
 
   def __init__(self, *, width: int, classes: int, anchors: int, rngs: nnx.Rngs):
-    # VL-LTR's is cut at ± 2, which is a hundred deviations away.
+    # VL-LTR truncates its normal at ± 2, a hundred deviations, which has no effect.
     init = nnx.initializers.normal(VISUAL_DEVIATION)
     dense = functools.partial(nnx.Linear, param_dtype=jnp.float32, precision=EXACT, rngs=rngs)
     self.fc1: Any = dense(width, 4 * width, kernel_init=init)
     self.fc2: Any = dense(4 * width, classes, kernel_init=init)
     self.query_norm = LayerNorm(width, rngs=rngs)
     self.key_norm = LayerNorm(width, rngs=rngs)
-    # Identities, as in VL-LTR: attention starts from how near image and sentence already are.
+    # Identities, as in VL-LTR: attention starts from the similarity of image and sentence.
     self.q: Any = dense(width, width, kernel_init=_identity, use_bias=False)
     self.k: Any = dense(width, width, kernel_init=_identity, use_bias=False)
-    # T_c, which selection fills (training/anchors.py).
+    # T_c, which the selection of anchors fills (training/anchors.py).
     self.anchors = nnx.Param(jnp.zeros((classes, anchors, width), jnp.float32))
 
   def __call__(self, f: Float[Array, "b d"], logit_scale: Float[Array, ""]) -> ClassLogits:
@@ -75,15 +75,15 @@ def _identity(key: PRNGKeyArray, shape: Sequence[int], dtype: DTypeLike = jnp.fl
 
 
 def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-  """Compute x / ‖x‖₂ over the last axis; finite for 0."""
+  """Compute x / ‖x‖₂ over the last axis, which is finite for x = 0."""
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), _MIN_SQUARE))
 
 
 def mixed_prediction(logits: Float[Array, "2 b k"], visual_share: float) -> Float[Array, "b k"]:
-  """Compute a · softmax(V) + (1 − a) · softmax(L): the class with the most of it is the answer (VL-LTR's a: 0.2).
+  """Compute a · softmax(V) + (1 − a) · softmax(L), whose largest class is the prediction (VL-LTR has a = 0.2).
 
   Args:
-    logits: of the visual branch, then of the language branch.
+    logits: those of the visual branch V, then those of the language branch L.
     visual_share: a.
   """
   visual, language = jax.nn.softmax(logits, axis=-1)

@@ -1,4 +1,4 @@
-"""Rematerialisation: what of a block is kept for the backward pass, and what is computed again there."""
+"""Rematerialisation: which results of a block are kept for the backward pass, and which are computed again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from flax import nnx
 
 from diffdis_jax.models.attention import platform
 
-# What the backward pass keeps of a block: everything; nothing but its input; matrix products; those without a batch;
-# its input and attention's q, k and v.
+# What is kept of a block for the backward pass: everything; only its input; matrix products; matrix products without a
+# batch axis; its input and attention's q, k and v.
 ATTENTION_INPUTS = "attention_inputs"
 REMAT_POLICIES = {
   "none": None,
@@ -28,7 +28,7 @@ _KEEPS_ALL: contextvars.ContextVar[bool] = contextvars.ContextVar("keeps_all", d
 
 @contextlib.contextmanager
 def keeping_all() -> Iterator[None]:
-  """Trace what is within with nothing computed twice, whatever a network's `remat` says."""
+  """Trace the block without rematerialisation, whatever a network's `remat` says."""
   token = _KEEPS_ALL.set(True)
   try:
     yield
@@ -37,13 +37,13 @@ def keeping_all() -> Iterator[None]:
 
 
 def run_block(f: Callable[..., Any], block: nnx.Module, *args: Any, remat: str) -> Any:
-  """Compute f(block, *args), of which the backward pass keeps what `remat`, a key of REMAT_POLICIES, says.
+  """Compute f(block, *args), keeping for the backward pass what the policy `remat` of REMAT_POLICIES says.
 
-  Not by nnx.remat, which writes parameters back, and so cannot stand inside a sampler's loop.
+  nnx.remat writes parameters back, and so cannot be used inside a sampler's loop.
   """
   if remat == "none" or _KEEPS_ALL.get():
     return f(block, *args)
-  # Split, since jax.checkpoint takes arrays alone: a module closed over would be kept whole for the backward pass.
+  # Split the module: jax.checkpoint takes only arrays, and would keep a closed-over module for the backward pass.
   graphdef, state = nnx.split(block)
   pure = jax.checkpoint(lambda state, *args: f(nnx.merge(graphdef, state), *args), policy=REMAT_POLICIES[remat])
   inputs = (state, *args)
@@ -52,11 +52,11 @@ def run_block(f: Callable[..., Any], block: nnx.Module, *args: Any, remat: str) 
 
 @jax.custom_vjp
 def _gradients_together(x: Any) -> Any:
-  """Return x, none of whose gradients is there before all are.
+  """Return x with gradients that become available only all at once.
 
-  Else XLA's compiler for GPUs puts off the products for the gradients of parameters until the backward pass is through
-  all blocks, and holds what they multiply, which was to be computed again to save memory. What TPUs' does was not
-  looked at.
+  Otherwise XLA's compiler for GPUs delays the products for the gradients of parameters until the backward pass has
+  passed all blocks, and keeps their factors, which rematerialisation should have freed. The compiler for TPUs was not
+  examined.
   """
   return x
 

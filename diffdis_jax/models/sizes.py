@@ -1,4 +1,4 @@
-"""Sizes of the network: `sd_v1` is the paper's, the others are the same code with smaller numbers."""
+"""The sizes of networks: `sd_v1` is the paper's, and the others are smaller sizes for the same code."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def small() -> ConfigDict:
 
 
 def medium() -> ConfigDict:
-  """Return a network for 32 px images with detail, still on a CPU: finer latents (16 x 16) and a third level."""
+  """Return a network for detailed 32 px images on a CPU, with finer latents (16 x 16) and a third level."""
   model = small()
   model.unet.update(widths=(32, 64, 128), attention=(False, True, True))
   model.alignment.update(width=128, depth=2)
@@ -68,6 +68,6 @@ def clip_medium() -> ConfigDict:
 
 
 def _section_of(model: Model | ClipModel) -> ConfigDict:
-  """Return a model's section without what few runs have: a long-tailed run's head, and an extension's text stream."""
+  """Return a model's section without the fields of few runs: a long-tailed run's head, an extension's text stream."""
   few = ("head", "text_stream")
   return ConfigDict({name: value for name, value in dataclasses.asdict(model).items() if name not in few})

@@ -1,4 +1,4 @@
-"""CLIP's text tower: causal pre-norm transformer over BPE tokens."""
+"""CLIP's text tower: a causal pre-norm transformer over BPE tokens."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from diffdis_jax.structs import TextCondition
 class TextEncoder(nnx.Module):
   """A text tower from tokens to the text condition c and the text query e.
 
-  c is the last hidden states after the final LayerNorm, Stable Diffusion v1's condition. e is c at the end-of-text
-  token, optionally through CLIP's text projection, L2-normalised; which vector it is, is not stated by the paper.
+  c is Stable Diffusion v1's condition: the last hidden states after the final LayerNorm. e is c at the end-of-text
+  token, optionally after CLIP's text projection, L2-normalised (the choice of this vector is not stated by the paper).
 
   Args:
     remat: a key of remat.REMAT_POLICIES, applied to each layer.
@@ -51,14 +51,14 @@ class TextEncoder(nnx.Module):
   def __call__(self, tokens: Int[Array, "b l"]) -> TextCondition:
     length = tokens.shape[1]
     h = self._rows(self.tokens, tokens) + self.positions[:length].astype(self.dtype)
-    # Causal for all of the length: what stands behind the first end of text cannot reach it.
+    # The mask is causal for the whole length, so that padding after the end of the text has no effect on c before it.
     causal = jnp.tril(jnp.ones((length, length), bool))
     for layer in self.layers:
       h = run_block(lambda layer, h: layer(h, mask=causal), layer, h, remat=self.remat)
     return self.with_query(self.norm(h), tokens)
 
   def _rows(self, table: nnx.Embed, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-    # Rows first, then their dtype: the table is large.
+    # Take the rows before the cast: the table is large.
     return jnp.take(table.embedding[...], tokens, axis=0).astype(self.dtype)
 
   def with_query(self, c: Float[Array, "b l d"], tokens: Int[Array, "b l"]) -> TextCondition:
@@ -68,11 +68,11 @@ class TextEncoder(nnx.Module):
 
   def query(self, c: Float[Array, "b l d"], tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
     """Return e before its normalisation, f32."""
-    # Padding is the end-of-text token too, so the first one counts.
+    # Padding is also the end-of-text token, so take the first one.
     end = jnp.argmax(tokens == self.eos_id, axis=1)
     query = jnp.take_along_axis(c, end[:, None, None], axis=1)[:, 0]
     if self.token_embedding_weight:
-      # Without the start and what comes after the text.
+      # Exclude the start token, and the tokens from the end of the text on.
       place = jnp.arange(tokens.shape[1])
       inside = ((place > 0) & (place < end[:, None])).astype(query.dtype)
       total = jnp.einsum("bl,bld->bd", inside, self._rows(self.query_tokens, tokens))

@@ -1,4 +1,4 @@
-"""Stable Diffusion v1's UNet (UNet2DConditionModel), every width, depth and head count by config."""
+"""Stable Diffusion v1's UNet (UNet2DConditionModel), with the widths, depths and head counts of a config."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from diffdis_jax.models.layers import GroupNorm, TimestepEmbedder, conv
 from diffdis_jax.models.remat import run_block
 from diffdis_jax.models.unet_blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample
 
-EPS = 1e-5  # of residual blocks and the last norm; an attention block's norm has 1e-6, as diffusers has them
+EPS = 1e-5  # the epsilon of residual blocks and the last norm; attention blocks have 1e-6, as in diffusers
 
 # (index of the attention block, block, image features, text condition, carry) -> (image features, carry).
 AttentionFn = Callable[[int, SpatialTransformer, Array, Array, Any], tuple[Array, Any]]
 
 
 class AttentionOutput(NamedTuple):
-  """The result of an attention block: image features, and what its caller carries to the next block."""
+  """The result of an attention block: image features, and the carry that the caller hands to the next block."""
 
   x: Float[Array, "b h w c"]
   carry: Any
 
 
 def image_only(index: int, block: SpatialTransformer, x: Array, c: Array, carry: Any) -> AttentionOutput:
-  """Run Stable Diffusion's own attention: there is no second stream."""
+  """Run an attention block of Stable Diffusion, without a second stream."""
   del index
   return AttentionOutput(block(x, c), carry)
 
@@ -41,7 +41,7 @@ def _call(block: Any, *args: Array) -> Array:
 
 
 class DownLevel(nnx.Module):
-  """Residual blocks, each followed by attention where the level has it, then halving of the resolution."""
+  """Residual blocks, each followed by attention if the level has it, and then halving of the resolution."""
 
   def __init__(self, din: int, dout: int, depth: int, *, attention: bool, downsample: bool, make: BlockMaker):
     widths = [din] + [dout] * depth
@@ -51,11 +51,11 @@ class DownLevel(nnx.Module):
 
 
 class UpLevel(nnx.Module):
-  """A level of the way up: like DownLevel, one block deeper, each residual block fed with a skip, then doubling of the
-  resolution."""
+  """A level of the up path: like DownLevel, but with one more block, a skip connection into each residual block, and
+  doubling of the resolution."""
 
   def __init__(self, din: int, dout: int, skips: Sequence[int], *, attention: bool, upsample: bool, make: BlockMaker):
-    # Each residual block eats one skip, beside what the block before it gives.
+    # Each residual block takes the output of the block before it and one skip.
     widths = [din] + [dout] * len(skips)
     self.resnets = nnx.List(make.resnet(a + skip, dout) for a, skip in zip(widths[:-1], skips, strict=True))
     self.attentions = nnx.List(make.attention(dout) for _ in skips if attention)
@@ -98,7 +98,7 @@ class BlockMaker:
 
 @struct.dataclass
 class DownOutput:
-  """Result of the down path and the middle block: what the up path needs, and the attention's carry."""
+  """The result of the down path and the middle block: the inputs of the up path, and the carry of attention."""
 
   h: Float[Array, "b h w c"]
   skips: tuple[Array, ...]
@@ -110,8 +110,8 @@ class UNet(nnx.Module):
   """Stable Diffusion's UNet, ε = UNet(z_t, t_z, c).
 
   Args:
-    model: the sizes of it, and of the parts that c and z come from; `remat` is applied to each block.
-    up_path: whether there is a second half; discrimination alone does without.
+    model: the sizes of the UNet, and of the parts that make c and z; `remat` is applied to each block.
+    up_path: whether there is a second half, which discrimination alone does not need.
   """
 
   def __init__(self, model: Model, *, up_path: bool, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -129,10 +129,10 @@ class UNet(nnx.Module):
     )
     self.middle = Middle(widths[-1], make=make)
 
-    # Discrimination alone reads the middle: the second half would be held, and never used.
+    # Discrimination alone reads the middle; the second half would take memory and never be used.
     if not up_path:
       return
-    # The widths of `down_and_middle`'s skips, in its order, taken from the end on the way up.
+    # The widths of the skips of `down_and_middle`, in its order. The up path takes them from the end.
     skips = [widths[0]]
     for i, width in enumerate(widths):
       skips += [width] * depth + ([width] if i < last else [])
@@ -163,16 +163,16 @@ class UNet(nnx.Module):
     attention: AttentionFn = image_only,
     carry: Any = None,
   ) -> DownOutput:
-    """Run the first half. `attention` runs each attention block and hands `carry` from one to the next."""
+    """Run the first half. `attention` runs each attention block and hands `carry` on to the next."""
     temb = self.time(t)
     h = self.conv_in(x)
-    # A skip for each residual block and each change of resolution, the first convolution's before all.
+    # There is a skip for the first convolution, for each residual block and for each change of resolution.
     skips, index = [h], 0
     for level in self.down:
       for i, block in enumerate(level.resnets):
         h = self._run(_call, block, h, temb)
         if level.attentions:
-          # `index` counts through all levels: a second stream has a block of its own for each of these.
+          # `index` counts the attention blocks of all levels: a second stream has a block for each.
           h, carry = self._run(functools.partial(attention, index), level.attentions[i], h, c, carry)
           index += 1
         skips.append(h)
@@ -185,18 +185,18 @@ class UNet(nnx.Module):
     return DownOutput(h=h, skips=tuple(skips), temb=temb, carry=carry)
 
   def up_path(self, down: DownOutput, c: Float[Array, "b l d"]) -> Float[Array, "b h w c"]:
-    """Run the second half. Returns f32."""
+    """Run the second half, and return f32."""
     h, skips = down.h, list(down.skips)
     for level in self.up:
       for i, block in enumerate(level.resnets):
-        # The last skip first, and the features before it, as Stable Diffusion's weights have the channels.
+        # Take the last skip first, and put its channels after the features, as Stable Diffusion's weights expect.
         h = jnp.concatenate([h, skips.pop()], axis=-1)
         h = self._run(_call, block, h, down.temb)
         if level.attentions:
           h = self._run(_call, level.attentions[i], h, c)
       if level.upsample is not None:
         h = level.upsample(h)
-    # f32 from here on: the loss and the sampler take differences of it.
+    # f32 from here on, since the loss and the sampler compute differences of the output.
     return self.conv_out(jax.nn.silu(self.norm_out(h))).astype(jnp.float32)
 
   def __call__(

@@ -13,9 +13,9 @@ from diffdis_jax.models.layers import GEGLU, Attention, GroupNorm, LayerNorm, co
 
 
 class ResnetBlock(nnx.Module):
-  """GroupNorm, SiLU, convolution, twice, with the time embedding added between; a 1x1 shortcut where widths differ.
+  """GroupNorm, SiLU and convolution, twice, with the time embedding added in between.
 
-  The autoencoder uses it too, without time (`time_width=None`).
+  If the widths differ, the shortcut is a 1x1 convolution. The autoencoder uses it without time (`time_width=None`).
   """
 
   def __init__(
@@ -40,14 +40,14 @@ class ResnetBlock(nnx.Module):
     h = self.conv1(jax.nn.silu(self.norm1(x)))
     if self.time is not None:
       assert temb is not None
-      # SiLU again, here: each block has a projection of its own of the one embedding.
+      # The SiLU is here, since each block has its own projection of the shared embedding.
       h = h + self.time(jax.nn.silu(temb))[:, None, None, :]
     h = self.conv2(jax.nn.silu(self.norm2(h)))
     return h + (x if self.shortcut is None else self.shortcut(x))
 
 
 class BasicTransformerBlock(nnx.Module):
-  """Self-attention, cross-attention to the text condition, GEGLU feed-forward, each pre-normed with a residual."""
+  """Self-attention, cross-attention to the text condition, and GEGLU, each with a norm before it and a residual."""
 
   def __init__(self, width: int, *, num_heads: int, context_width: int, dtype: DTypeLike, rngs: nnx.Rngs):
     self.norm1 = LayerNorm(width, rngs=rngs)
@@ -59,7 +59,7 @@ class BasicTransformerBlock(nnx.Module):
 
   def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b l e"]) -> Float[Array, "b n d"]:
     x = x + self.attn1(self.norm1(x))
-    # Apart, since fusion has its own self-attention, over one token more, and the same rest after it.
+    # A separate method, since fusion has its own self-attention over one more token, and the same rest.
     return self.after_self_attention(x, c)
 
   def after_self_attention(self, x: Float[Array, "b n d"], c: Float[Array, "b l e"]) -> Float[Array, "b n d"]:
@@ -68,11 +68,11 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class SpatialTransformer(nnx.Module):
-  """Stable Diffusion's attention block: image to tokens, one transformer block, back, residual."""
+  """Stable Diffusion's attention block: image to tokens, one transformer block, tokens to image, residual."""
 
   def __init__(self, width: int, *, num_heads: int, context_width: int, groups: int, dtype: DTypeLike, rngs: nnx.Rngs):
     self.norm = GroupNorm(width, groups=groups, eps=1e-6, rngs=rngs)
-    # 1x1 convolutions, as v1's weights are; diffusers has matrices for version 2.
+    # 1x1 convolutions, like v1's weights; version 2 has matrices.
     self.proj_in = conv(width, width, 1, dtype=dtype, rngs=rngs)
     self.block = BasicTransformerBlock(width, num_heads=num_heads, context_width=context_width, dtype=dtype, rngs=rngs)
     self.proj_out = conv(width, width, 1, dtype=dtype, rngs=rngs)
@@ -81,7 +81,7 @@ class SpatialTransformer(nnx.Module):
     return rearrange(self.proj_in(self.norm(x)), "b h w c -> b (h w) c")
 
   def to_image(self, tokens: Float[Array, "b n c"], x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Turn tokens back into an image, added to the block's input `x`."""
+    """Turn tokens back into an image, and add the block's input `x`."""
     return x + self.proj_out(rearrange(tokens, "b (h w) c -> b h w c", h=x.shape[1]))
 
   def __call__(self, x: Float[Array, "b h w c"], c: Float[Array, "b l e"]) -> Float[Array, "b h w c"]:
@@ -89,10 +89,10 @@ class SpatialTransformer(nnx.Module):
 
 
 class Downsample(nnx.Module):
-  """3x3 convolution of stride 2. The autoencoder pads on the right and bottom only, the UNet on all sides."""
+  """A 3x3 convolution of stride 2. The autoencoder pads only on the right and bottom, the UNet on all sides."""
 
   def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs, asymmetric: bool = False):
-    # The autoencoder's halves as PyTorch's F.pad(x, (0, 1, 0, 1)) before an unpadded convolution does.
+    # The autoencoder's padding equals PyTorch's F.pad(x, (0, 1, 0, 1)) before an unpadded convolution.
     padding = ((0, 1), (0, 1)) if asymmetric else "SAME"
     self.conv = conv(width, width, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
@@ -101,11 +101,11 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-  """Nearest-neighbour doubling and a 3x3 convolution."""
+  """Nearest-neighbour doubling of the resolution, and a 3x3 convolution."""
 
   def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.conv = conv(width, width, 3, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-    # PyTorch's `nearest` for a factor of 2, with nothing to round.
+    # For a factor of 2, this equals PyTorch's `nearest`.
     return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
