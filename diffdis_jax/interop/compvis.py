@@ -1,6 +1,6 @@
-"""Names of single-file Stable Diffusion v1 checkpoints, which are CompVis' own code's, as diffusers names them.
+"""Translate the names of single-file Stable Diffusion v1 checkpoints, written by CompVis' code, to diffusers' names.
 
-Blocks are numbered through there, and by level here.
+CompVis numbers the blocks from first to last, and diffusers by level.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PREFIXES = {
   "text_encoder": "cond_stage_model.transformer.",
 }
 
-# Parts of names, the same wherever they stand; every rule is applied.
+# Replacements in names. Every rule is applied, at any place of a name.
 _UNET_PARTS = (
   (r"^time_embed\.0\.", "time_embedding.linear_1."),
   (r"^time_embed\.2\.", "time_embedding.linear_2."),
@@ -49,7 +49,7 @@ _VAE_PARTS = (
 
 
 def split(tensors: Tensors) -> tuple[dict[str, Tensors], list[str]]:
-  """Split a single file's tensors by component, in diffusers' names, and list the others' names."""
+  """Split a single file's tensors by component, with diffusers' names, and list the names of the others."""
   components: dict[str, Tensors] = {
     component: {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     for component, prefix in PREFIXES.items()
@@ -63,19 +63,19 @@ def split(tensors: Tensors) -> tuple[dict[str, Tensors], list[str]]:
 
 
 def unet_depth(names: Collection[str]) -> int:
-  """Count the residual blocks of a level on the way down, from the UNet's names in the file."""
-  # The blocks of a level are its residual ones and its downsampling, which the last level lacks; the first convolution
-  # makes up for that, so that they divide evenly.
+  """Count the residual blocks of a level of the down path, from the UNet's names in the file."""
+  # A level has residual blocks and a downsampling block, which the last level lacks. The first convolution is one more
+  # block, so that the number of blocks is a multiple of the number of levels.
   blocks = {name.split(".")[1] for name in names if name.startswith("input_blocks.")}
   levels = 1 + len({name.split(".")[1] for name in names if re.match(r"input_blocks\.\d+\.0\.op\.", name)})
   return max(len(blocks) // levels - 1, 1)
 
 
 def unet_name(name: str, *, depth: int) -> str:
-  """Name the UNet's parameter as diffusers does.
+  """Return diffusers' name of a parameter of the UNet.
 
-  `input_blocks.0` is the first convolution; a level's last block on the way down is its downsampling, and an upsampling
-  comes after what else its block on the way up holds.
+  `input_blocks.0` is the first convolution. The last block of a level's down path is its downsampling. An upsampling is
+  the last part of its block of the up path.
   """
   for pattern, replacement in _UNET_PARTS:
     name = re.sub(pattern, replacement, name)
@@ -85,14 +85,14 @@ def unet_name(name: str, *, depth: int) -> str:
   way, block, slot, resampling, rest = match.groups()
   level, i = divmod(int(block) - (way == "input"), depth + 1)
   side = "down" if way == "input" else "up"
-  # Slot 1 is attention where the level has it, but the upsampling where not: they differ by `op` or `conv`.
+  # Part 1 of a block is attention, or the upsampling if the level has none; `op` or `conv` marks a resampling.
   if resampling:
     return f"{side}_blocks.{level}.{side}samplers.0.conv.{rest}"
   return f"{side}_blocks.{level}.{'resnets' if slot == '0' else 'attentions'}.{i}.{rest}"
 
 
 def vae_name(name: str, *, levels: int) -> str:
-  """Name the autoencoder's parameter as diffusers does, whose decoder counts levels from the latent, not the image."""
+  """Return diffusers' name of a parameter of the autoencoder. Its decoder counts levels from the latent on."""
   for pattern, replacement in _VAE_PARTS:
     name = re.sub(pattern, replacement, name)
   name = re.sub(r"^encoder\.down\.", "encoder.down_blocks.", name)

@@ -1,7 +1,7 @@
-"""Converts PyTorch users' checkpoints of Stable Diffusion v1 and CLIP, in every form in which they are shared.
+"""Convert PyTorch checkpoints of Stable Diffusion v1 and CLIP, in all forms in which users share them.
 
-`open_source` finds out what a path holds and what network it makes, `match` gives every tensor its place there, and
-`read` alone reads them, one by one, so that no more than one of them is in memory twice.
+`open_source` finds the tensors of a path and the sizes of their network, `match` assigns each tensor to a parameter,
+and `read` reads them one by one, so that at most one of them is in memory twice.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ WITH_WEIGHTS = ("unet", "vae", "text_encoder")
 PARTS = (*WITH_WEIGHTS, "tokenizer")
 # Stable Diffusion's images and its autoencoder's scale, where a checkpoint has no config.json.
 IMAGE_SIZE, SCALE = 512, 0.18215
-BICUBIC = 3  # Pillow's number for it, which transformers writes
+BICUBIC = 3  # Pillow's number for bicubic resizing, which transformers writes
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """The content of a path."""
+  """The content of a checkpoint."""
 
-  components: dict[str, Tensors]  # unread, by component and name, as mapping.py has them
-  model: dict[str, Any]  # our config's section, as far as the checkpoint decides it
-  fields: dict[str, Any]  # other fields of a run's config, by their dotted paths
-  tokenizer: pathlib.Path | None = None  # a folder
+  components: dict[str, Tensors]  # unread tensors by component and name, as in mapping.py
+  model: dict[str, Any]  # the fields of our config's `model` section that the checkpoint determines
+  fields: dict[str, Any]  # other fields of the config by their dotted paths
+  tokenizer: pathlib.Path | None = None  # its folder
   others: list[str] = dataclasses.field(default_factory=list)  # tensors that belong to no component
 
   @property
@@ -48,7 +48,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Matched:
-  """Unread parameters in our layout, the name of each in the checkpoint, and what of that has no place here."""
+  """Unread parameters in our layout, the name of each in the checkpoint, and the names that have no parameter."""
 
   tensors: Tensors
   names: dict[str, str]
@@ -56,10 +56,10 @@ class Matched:
 
 
 def open_source(path: pathlib.Path) -> Source:
-  """Find out what there is; read no more than config files and headers.
+  """Find the tensors of a checkpoint and the sizes of its network. Only config files and headers are read.
 
-  The path is a folder of diffusers, of transformers' CLIPModel or of open_clip, or a file of Stable Diffusion in
-  CompVis' names or of open_clip. Raises UserError: nothing that this package can read, or not all of it.
+  The path is a folder of diffusers, of transformers' CLIPModel or of open_clip, or a file of Stable Diffusion with
+  CompVis' names or of open_clip. Raises UserError: it is of another kind, or incomplete.
   """
   if path.is_file():
     return _open_single_file(path)
@@ -69,15 +69,15 @@ def open_source(path: pathlib.Path) -> Source:
     source = _open_openclip(tensor_files.open_folder(path), path / "open_clip_config.json")
   else:
     source = _open_diffusers(path) if kind == "diffusers" else _open_clip_model(path)
-  if (head := path / tensor_files.HEAD).exists():  # of other classes than those that a run would have
+  if (head := path / tensor_files.HEAD).exists():  # the head's classes are not those of a new run
     source.others.extend(f"head/{name}" for name in tensor_files.open_file(head))
   return source
 
 
 def check_kind(path: pathlib.Path) -> str:
-  """Name the library that wrote a folder: diffusers, transformers or open_clip. It takes the config files alone.
-  Raises UserError: none of them, or a pipeline that is not Stable Diffusion v1."""
-  # One part's folder is enough, so that the error of a pipeline without its index is about that.
+  """Return the library that wrote a folder, diffusers, transformers or open_clip, by its config files.
+  Raises UserError: none of these, or a pipeline that is not Stable Diffusion v1."""
+  # One part's folder is enough, so that a pipeline without its index gets an error about the index.
   if (path / "model_index.json").exists() or any((path / part).is_dir() for part in PARTS):
     name = read_json(path / "model_index.json").get("_class_name")
     for part in PARTS:
@@ -85,7 +85,7 @@ def check_kind(path: pathlib.Path) -> str:
         raise UserError(f"{path}, a {name}, has no folder {part}; a Stable Diffusion v1 has {', '.join(PARTS)}")
     _read_configs(path)
     return "diffusers"
-  # An exported folder has both libraries' configs. transformers' goes first, as it states every size.
+  # An exported folder has the configs of both libraries. transformers' goes first, since it states every size.
   if (path / "config.json").exists() and read_json(path / "config.json").get("model_type") == "clip":
     return "transformers"
   if (path / "open_clip_config.json").exists():
@@ -94,20 +94,20 @@ def check_kind(path: pathlib.Path) -> str:
 
 
 def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matched:
-  """Find the parameters of a network, given as shapes by path. The source's components are emptied.
+  """Find the tensors of a network, which is given as shapes by path, in a source. It empties `source.components`.
 
-  Raises UserError: a parameter that is missing, of another shape, or not of floats.
+  Raises UserError: a tensor is missing, has another shape, or holds no floats.
   """
   matched = Matched({}, {}, list(source.others))
   for component, tensors in source.components.items():
     for name in list(tensors):
-      # Popped, since a tensor keeps its file open.
+      # Pop each tensor, since it keeps its file open.
       tensor, entry = tensors.pop(name), mapping.from_name(component, name)
-      # Files have buffers that no table names, and parts that this network was built without, such as an up path.
+      # Files have buffers without a row in the table, and parts that this network lacks, such as an up path.
       if entry is None or entry.path not in network:
         matched.ignored.append(f"{component}/{name}")
         continue
-      # Numbers of 8 bits of which a scale belongs, read as they are, would be weights that mean nothing.
+      # Numbers of 8 bits need their scales; without them they would be meaningless weights.
       if tensor.kind:
         what = f"{component} parameter {entry.name} holds {tensor.kind}, as quantized weights do"
         raise UserError(f"{what}; take a checkpoint in F32, F16 or BF16")
@@ -124,24 +124,24 @@ def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matche
 
 
 def read(matched: Matched) -> Params:
-  """Read the parameters in f32. Their tensors are used up, and the files closed."""
-  # A copy in C order: transposed views would keep the file's own array alive beside it.
+  """Read the parameters in f32. It empties `matched.tensors`, which closes the files."""
+  # Copy to C order: a transposed view would keep the array of the file in memory.
   load = lambda path: jnp.asarray(np.array(matched.tensors.pop(path).read(), np.float32, order="C"))
   return {path: load(path) for path in list(matched.tensors)}
 
 
 def _in_our_layout(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...]) -> Tensor:
-  """Reshape a 1x1 convolution where the other side has a matrix: they are the same numbers."""
+  """Return a tensor in our layout. A 1x1 convolution is reshaped if our parameter is a matrix, or the reverse."""
   expected = entry.shape_in_theirs(shape)
   if [n for n in tensor.shape if n != 1] != [n for n in expected if n != 1]:
     what = f"{entry.component} parameter {entry.name} has shape {tensor.shape} in the checkpoint"
     raise UserError(f"{what}; its model has {expected}")
-  # Reshaped before it is transposed: the table's axes count the expected shape's.
+  # Reshape before transposing: the axes of the table are those of the expected shape.
   return tensor.map(lambda x: entry.to_ours(x.reshape(expected)), shape)
 
 
 def _read_configs(folder: pathlib.Path) -> dict[str, Any]:
-  """Return the `model` section of a diffusers folder, which says which version of Stable Diffusion it is."""
+  """Return the `model` section of a diffusers folder, and refuse versions of Stable Diffusion other than 1."""
   files = [folder / part / "config.json" for part in WITH_WEIGHTS]
   unet, vae, text = map(read_json, files)
   model = {
@@ -149,7 +149,7 @@ def _read_configs(folder: pathlib.Path) -> dict[str, Any]:
     "autoencoder": sections.read_vae(vae, str(files[1])),
     "text_encoder": sections.read_text(text, str(files[2])),
   }
-  # After all three are read: their own fields may be right, and yet not fit each other.
+  # The fields of each part may be valid but not fit the other parts.
   sections.check_widths(unet, model, str(files[0]))
   return model
 
@@ -164,10 +164,10 @@ def _open_diffusers(folder: pathlib.Path) -> Source:
     fields["image_diffusion.schedule"] = sections.read_scheduler(read_json(scheduler), str(scheduler))
 
   components = {part: _canonical(part, tensor_files.open_folder(folder / part)) for part in WITH_WEIGHTS}
-  if (folder / "diffdis").is_dir():  # what export_weights wrote
+  if (folder / "diffdis").is_dir():  # the folder is an export of this package
     components["diffdis"] = tensor_files.open_folder(folder / "diffdis")
     _add_diffdis(folder / "diffdis" / "config.json", model, fields)
-    if "conv_out.weight" not in components["unet"]:  # of discrimination alone, without an up path
+    if "conv_out.weight" not in components["unet"]:  # a run of discrimination alone has no up path
       fields["objectives"] = ("discrimination",)
   return Source(components, model, fields, tokenizer=folder / "tokenizer")
 
@@ -188,14 +188,14 @@ def _add_diffdis(path: pathlib.Path, model: dict[str, Any], fields: dict[str, An
 def _token_length(tokenizer: pathlib.Path, positions: int) -> int:
   config = tokenizer / "tokenizer_config.json"
   length = read_json(config).get("model_max_length") if config.exists() else None
-  # Some have a huge number or infinity, for none.
+  # Some tokenizers have a huge number or infinity in the place of a limit.
   return int(min(length, positions)) if isinstance(length, int | float) else positions
 
 
-# What older and newer libraries write differently: part -> (regex of their names, that of mapping.py).
+# Names that older or newer libraries write differently: part -> (regex of their name, replacement of mapping.py).
 _SPELLINGS = {
-  "text_encoder": ((r"^(?!text_model\.|text_projection\.)", "text_model."),),  # transformers 5 writes it without
-  "vae": (  # diffusers before 0.13
+  "text_encoder": ((r"^(?!text_model\.|text_projection\.)", "text_model."),),  # transformers 5 omits the prefix
+  "vae": (  # names of diffusers before 0.13
     (r"(attentions\.0\.)(?:(q)uery|(k)ey|(v)alue)\.", r"\1to_\2\3\4."),
     (r"attentions\.0\.proj_attn\.", "attentions.0.to_out.0."),
   ),
@@ -213,7 +213,7 @@ def _open_single_file(path: pathlib.Path) -> Source:
   has = lambda prefix: any(name.startswith(prefix) for name in tensors)
   if has("visual."):
     return _open_openclip(tensors, path.parent / "open_clip_config.json")
-  if any(name.endswith(".kernel") for name in tensors):  # a name of ours
+  if any(name.endswith(".kernel") for name in tensors):  # a name of this package
     raise UserError(f"{path} is a run in one file, which takes no import: give it as --workdir or --config.init_from")
   for prefix in compvis.PREFIXES.values():
     if not has(prefix):
@@ -226,7 +226,7 @@ def _open_single_file(path: pathlib.Path) -> Source:
     model = {
       "unet": sections.unet_of(components["unet"]),
       "autoencoder": dict(sections.vae_of(components["vae"]), scale=SCALE),
-      # v1's text tower is OpenAI's ViT-L/14. Which GELU it has leaves no trace in the file.
+      # v1's text tower is OpenAI's ViT-L/14. The file does not show which GELU it has.
       "text_encoder": dict(sections.text_of(components["text_encoder"]), activation="quick_gelu"),
     }
     in_channels = components["unet"]["conv_in.weight"].shape[1]
@@ -249,7 +249,7 @@ def _open_clip_model(folder: pathlib.Path) -> Source:
   text = sections.read_text(_object(config, "text_config", where), where)
   vision = sections.read_vision(_object(config, "vision_config", where), where)
   tensors = tensor_files.open_folder(folder)
-  if openclip.MARK in tensors:  # whose files may lie beside transformers' config
+  if openclip.MARK in tensors:  # open_clip's file may be beside transformers' config
     tensors = openclip.convert(tensors)
   length = _token_length(folder, text["max_length"])
   return _clip(tensors, text | {"projection": projection}, vision | {"projection": projection}, length)
@@ -260,7 +260,7 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
   if config.exists():
     where, content = str(config), read_json(config)
     model_cfg: Any = content.get("model_cfg")
-    openclip.check_config(model_cfg, where)  # before the tensors, which say less of a tower than its name does
+    openclip.check_config(model_cfg, where)  # before the tensors: the config gives a clearer error
     how = _object(content, "preprocess_cfg", where)
     is_other = (how.get("resize_mode", "shortest"), how.get("interpolation", "bicubic")) != ("shortest", "bicubic")
     _check_pixels(where, how.get("mean"), how.get("std"), is_other=is_other)
@@ -273,13 +273,13 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
     text = sections.text_of(tensors) | {"projection": vision["projection"]}
   model = openclip.read_config(model_cfg, {"text_encoder": text, "vision_encoder": vision}, where)
   length = model["text_encoder"]["max_length"]
-  # Of a file alone, what lies beside it may be of anything.
+  # Without a config, a tokenizer in the same folder may belong to something else.
   length = _token_length(config.parent, length) if config.exists() else length
   return _clip(tensors, model["text_encoder"], model["vision_encoder"], length)
 
 
 def _object(config: Mapping[str, Any], field: str, where: str) -> Mapping[str, Any]:
-  """Return a section of a config file, empty where there is none. Raises UserError: something else."""
+  """Return a section of a config file, empty if there is none. Raises UserError: it is no object."""
   section = config.get(field) or {}
   if not isinstance(section, Mapping):
     raise sections.unsupported(where, field, section, "it should be an object")
@@ -287,7 +287,7 @@ def _object(config: Mapping[str, Any], field: str, where: str) -> Mapping[str, A
 
 
 def _check_pixels(where: str, mean: Any, std: Any, *, is_other: bool) -> None:
-  """Raise UserError for images that are normalised by other numbers than OpenAI's; warn where `is_other` resizing."""
+  """Raise UserError unless images are normalised by OpenAI's numbers; warn if their resizing `is_other`."""
   for name, numbers, expected in (("mean", mean, PIXEL_MEAN), ("std", std, PIXEL_STD)):
     given = numbers if isinstance(numbers, list) and len(numbers) == 3 else []
     near = [isinstance(x, float | int) and abs(x - y) < 1e-4 for x, y in zip(given, expected, strict=False)]

@@ -1,6 +1,6 @@
-"""Fetches models from the Hugging Face hub before an import, and pushes them after an export, by huggingface_hub.
+"""Fetch models from the Hugging Face hub before an import, and push them after an export, by huggingface_hub.
 
-Its own settings say where the hub is and who asks: HF_ENDPOINT, HF_TOKEN, HF_HOME. Weights are safetensors alone.
+Its environment variables HF_ENDPOINT, HF_TOKEN and HF_HOME apply. Only safetensors are read as weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffdis_jax.interop import from_torch, tensor_files
 
 PREFIX = "hf:"
 _NAME = r"[\w.-]+/[\w.-]+"
-# What to do about an error of huggingface_hub, by the name of its class.
+# The hint for an error of huggingface_hub, by the name of its class.
 _HINTS = {
   "GatedRepoError": "is gated; ask for access on its page, and set HF_TOKEN",
   "RevisionNotFoundError": "has no revision {revision}; name a branch, a tag or a commit",
@@ -32,17 +32,17 @@ _HINTS = {
 
 
 class Fetched(NamedTuple):
-  """A download, and its address with the commit."""
+  """The path of a download, and its address with the commit."""
 
   path: pathlib.Path  # a folder, or a single file of weights
   address: str
 
 
 def fetch(address: str) -> Fetched:
-  """Download what an import reads from `hf:ORG/NAME` or `hf:ORG/NAME@REV`, to where huggingface_hub keeps downloads.
+  """Download the files that an import reads from `hf:ORG/NAME` or `hf:ORG/NAME@REV` to huggingface_hub's cache.
 
-  Raises UserError: another form, no such repository or revision, one without safetensors or of a kind that is not read,
-  no network, or no right to read it.
+  Raises UserError: the address has another form, the repository or revision is missing, private, without safetensors or
+  of an unsupported kind, or the hub cannot be reached.
   """
   match = re.fullmatch(rf"{PREFIX}({_NAME})(?:@(\S+))?", address)
   if match is None:
@@ -50,23 +50,23 @@ def fetch(address: str) -> Fetched:
   repo, revision = match.groups()
   with _in_one_line(repo, revision):
     info = huggingface_hub.HfApi().model_info(repo, revision=revision)
-    # The commit, not the branch: config and weights are two downloads, between which a branch may move.
+    # Download by commit, not by branch, which may move between the downloads of the configs and of the weights.
     configs, weights = choose([file.rfilename for file in info.siblings or ()], repo)
     download = functools.partial(huggingface_hub.snapshot_download, repo, revision=info.sha)
-    if configs:  # before gigabytes that would be refused
+    if configs:  # check them before gigabytes are downloaded
       from_torch.check_kind(pathlib.Path(download(allow_patterns=configs)))
     folder = pathlib.Path(download(allow_patterns=[*configs, *weights]))
   return Fetched(folder if configs else folder / weights[0], f"{PREFIX}{repo}@{info.sha}")
 
 
 def choose(names: Collection[str], repo: str) -> tuple[list[str], list[str]]:
-  """Choose a repository's files of configs and of weights that an import reads: a pipeline's, CLIP's, or a single file,
-  which has no config. Raises UserError: no safetensors, or several single files."""
+  """Choose the configs and the weights of a repository that an import reads: a pipeline's, CLIP's, or a single file
+  without config. Raises UserError: no safetensors, or several single files."""
 
   def inside(folder: str) -> list[str]:
     return [name for name in names if name.rpartition("/")[0] == folder]
 
-  # A pipeline before CLIP: its root may hold a config.json too.
+  # Look for a pipeline before CLIP: its root may also hold a config.json.
   is_pipeline = "model_index.json" in names
   if not is_pipeline and not {"config.json", "open_clip_config.json"} & {*names}:
     single = [name for name in inside("") if name.endswith(".safetensors")]
@@ -75,14 +75,14 @@ def choose(names: Collection[str], repo: str) -> tuple[list[str], list[str]]:
     return [], single or _weights(inside(""), repo)
   folders = ("", *from_torch.PARTS, "diffdis", "scheduler") if is_pipeline else ("",)
   texts = [name for folder in folders for name in inside(folder) if name.endswith((".json", ".txt"))]
-  # Of a part that is not there the config files say more: the pipeline is another one.
+  # Missing parts are no error here: the check of the configs names the kind of pipeline.
   parts = [part for part in (*from_torch.WITH_WEIGHTS, "diffdis") if inside(part)] if is_pipeline else [""]
   weights = [name for part in parts for name in _weights(inside(part), repo)]
   return [name for name in texts if ".index." not in name], weights
 
 
 def _weights(names: Collection[str], repo: str) -> list[str]:
-  """Choose one folder's file of weights, or its shards and their index."""
+  """Choose a folder's file of weights, or its shards and their index."""
   safe = {pathlib.PurePosixPath(name).name: name for name in names if ".safetensors" in name}
   chosen = tensor_files.preferred(safe)
   if chosen is None:
@@ -95,7 +95,7 @@ def _weights(names: Collection[str], repo: str) -> list[str]:
 
 
 def check_token(repo: str) -> None:
-  """Raise UserError, before an export, unless `repo` is ORG/NAME and there is a token that may write to the hub."""
+  """Raise UserError unless `repo` is ORG/NAME and there is a token that may write to the hub."""
   if not re.fullmatch(_NAME, repo):
     raise UserError(f"--push={repo} should be ORG/NAME, such as my-name/diffdis-cc3m")
   if huggingface_hub.get_token() is None:
@@ -109,7 +109,7 @@ def check_token(repo: str) -> None:
 def push(folder: pathlib.Path, repo: str, *, private: bool, message: str) -> str:
   """Write a folder of an export as one commit, and return its address.
 
-  The same commit removes files of an earlier export that this one does not have. Others, such as a licence, stay.
+  The commit also removes files of an earlier export that this one lacks. Other files, such as a licence, stay.
   Raises UserError: the hub refuses it or cannot be reached.
   """
   api = huggingface_hub.HfApi()
@@ -122,12 +122,12 @@ def push(folder: pathlib.Path, repo: str, *, private: bool, message: str) -> str
 
 @contextlib.contextmanager
 def _in_one_line(repo: str, revision: str | None = None) -> Iterator[None]:
-  """Turn what huggingface_hub raises into a UserError."""
+  """Turn the errors of huggingface_hub into a UserError."""
   if not sys.stderr.isatty():
     disable_progress_bars()
   try:
     yield
-  # httpx's errors, which mean that nobody answers, are no OSErrors.
+  # httpx's errors, which are raised if the hub does not answer, are no OSErrors.
   except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # pyright: ignore[reportPrivateImportUsage]
     names = [kind.__name__ for kind in type(error).__mro__]
     text = " ".join(f"{error} {error.__cause__ or ''}".split())[:300] or names[0]

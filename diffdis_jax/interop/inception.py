@@ -1,4 +1,4 @@
-"""Reads the weights of FID's Inception network from the file that the user has: torch-fidelity's or pytorch-fid's."""
+"""Read the weights of FID's Inception network from the user's file of torch-fidelity or pytorch-fid."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from diffdis_jax.interop import tensor_files
 from diffdis_jax.method.network import abstract_module
 from diffdis_jax.models import inception
 
-PUBLISHED = "6726825d"  # the beginning of the SHA-256 of the file as published, by its name
+PUBLISHED = "6726825d"  # the beginning of the SHA-256 of the published file, which is part of its name
 SOURCE = (
   "weights-inception-2015-12-05-6726825d.pth of torch-fidelity, pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or"
   " a safetensors copy of either"
 )
-# The end of a parameter's path here -> of its tensor's name there.
+# The end of a parameter's path -> the end of its tensor's name in the file.
 ENDINGS = {"conv.kernel": "conv.weight", "bn.scale": "bn.weight", "bn.bias": "bn.bias"}
 ENDINGS |= {"bn.mean": "bn.running_mean", "bn.var": "bn.running_var"}
-UNUSED = "num_batches_tracked"  # of training
-# The classifier after the features: a file without it is another network's, but nothing here is computed by it.
+UNUSED = "num_batches_tracked"  # only training uses it
+# The classifier after the features. It is not used here, but a file without it is of another network.
 CLASSIFIER = {"fc.weight": (inception.CLASSES, inception.WIDTH), "fc.bias": (inception.CLASSES,)}
 
 
@@ -37,19 +37,19 @@ class Weights:
 
   params: dict[str, Float[np.ndarray, "..."]]
   file_sha256: str
-  sha256: str  # of the tensors, whatever kind of file they came in
-  published: bool  # whether the file is the one that figures in publications are measured with
+  sha256: str  # of the tensors, independent of the file's format
+  published: bool  # whether the file is the published one
 
 
 def name_of(path: str) -> str:
-  """Name a parameter in the file: `mixed_6b.branch7x7_2.bn.mean` -> `Mixed_6b.branch7x7_2.bn.running_mean`."""
+  """Return a parameter's name in the file, `Mixed_6b.branch7x7_2.bn.running_mean` of mixed_6b.branch7x7_2.bn.mean."""
   *block, layer, kind = path.split(".")
   return ".".join([block[0].capitalize(), *block[1:], ENDINGS[f"{layer}.{kind}"]])
 
 
 @functools.cache
 def module() -> tuple[nnx.GraphDef, nnx.State]:
-  """Return graph definition and shapes of the network, as `params.merge` takes them."""
+  """Return the graph definition and the abstract state of the network, for `params.merge`."""
   return abstract_module(lambda rngs: inception.Inception(rngs=rngs))
 
 
@@ -61,7 +61,7 @@ def shapes() -> Params:
 def read(path: str) -> Weights:
   """Read the file, and log its SHA-256.
 
-  Raises UserError: no such file, one that cannot be read or would execute code, or other tensors than this network's.
+  Raises UserError: the file is missing, cannot be read, would execute code, or has tensors of another network.
   """
   file = buckets.local(path, "--inception")
   tensors = {name: x for name, x in tensor_files.open_file(file).items() if not name.endswith(UNUSED)}
@@ -73,7 +73,7 @@ def read(path: str) -> Weights:
   params, digest = {}, hashlib.sha256()
   for name in sorted(tensors):
     value = tensors[name].read().astype(np.float32, order="C")
-    # The tensors as the file has them, before they are transposed: the same from a pickle and from safetensors.
+    # Hash the tensors before they are transposed, so that a pickle and safetensors give the same hash.
     digest.update(name.encode() + value.tobytes())
     if value.ndim == 4:
       value = np.ascontiguousarray(value.transpose(2, 3, 1, 0))

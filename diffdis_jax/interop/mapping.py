@@ -1,15 +1,15 @@
-"""The one table of parameter names: ours, theirs, and the axes between them. Import and export both read it.
+"""The table of parameter names, ours and theirs, and of the permutation of axes. Import and export both use it.
 
-Theirs are those of PyTorch's state dicts, by component:
+Their names are those of PyTorch's state dicts, by component:
 
   unet, vae     diffusers' UNet2DConditionModel and AutoencoderKL
   text_encoder  transformers' CLIPTextModel, with the prefix `text_model.` of published checkpoints
-  diffdis       the PyTorch model's own parameters, torch_diffdis.py
+  diffdis       the PyTorch model of torch_diffdis.py
   clip          transformers' CLIPModel, both towers
-  head          the language-guided head of long-tailed recognition, in nobody's names but ours
+  head          the language-guided head of long-tailed recognition, which other libraries lack
 
-A row is (our path, their name, axes), and `#` in it stands for an index. Rows nest: `under` puts a sub-table below a
-prefix, down to those of single layers (LINEAR, CONV, NORM, EMBEDDING).
+A row is (our path, their name, axes), in which `#` stands for an index. `under` adds a prefix to a sub-table, such as
+that of a single layer (LINEAR, CONV, NORM, EMBEDDING).
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ Axes = tuple[int, ...]
 DIFFDIS = ("unet", "vae", "text_encoder", "diffdis", "head")
 CLIP = ("clip", "head")
 
-# The mean and deviation of latents, for which diffusers has one number in the autoencoder's config, `scaling_factor`.
+# The statistics of latents. diffusers has only a number for them, `scaling_factor` in the autoencoder's config.
 STATISTICS = ("autoencoder.shift", "autoencoder.scale")
 
 
 class Row(NamedTuple):
-  """One parameter, or one pattern of them."""
+  """The names of a parameter, or of a pattern of parameters."""
 
   ours: str  # dotted path
   theirs: str  # name in the state dict
-  axes: Axes = ()  # theirs = ours.transpose(axes); empty where both are laid out alike
+  axes: Axes = ()  # theirs = ours.transpose(axes); empty if both have the same layout
 
 
 Rows = tuple[Row, ...]
 
 
 class Entry(NamedTuple):
-  """A row with its indices filled in, and the component that it belongs to."""
+  """A row with its indices filled in, and the component to which it belongs."""
 
   component: str
   path: str
@@ -53,18 +53,18 @@ class Entry(NamedTuple):
     return ours.transpose(self.axes) if self.axes else ours
 
   def to_ours(self, theirs: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-    # argsort of a permutation is its inverse.
+    # The argsort of a permutation is its inverse.
     return theirs.transpose(np.argsort(self.axes)) if self.axes else theirs
 
   def shape_in_theirs(self, ours: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape that an array of this shape on our side has on theirs."""
+    """Return the shape that our array of this shape has in their layout."""
     return tuple(ours[i] for i in self.axes) if self.axes else tuple(ours)
 
 
 def from_path(path: str, components: Sequence[str] = DIFFDIS) -> Entry:
-  """Return where our parameter goes, which is none of STATISTICS. Raises KeyError: the table has no such path.
+  """Return the entry of our path. Raises KeyError: the table has no such path, as for STATISTICS.
 
-  `components` is DIFFDIS, or CLIP for the CLIP baseline's parameters, some of which have the same paths.
+  `components` is DIFFDIS, or CLIP for the CLIP baseline, some of whose parameters have the same paths.
   """
   for component in components:
     for row in TABLE[component]:
@@ -74,7 +74,7 @@ def from_path(path: str, components: Sequence[str] = DIFFDIS) -> Entry:
 
 
 def from_name(component: str, name: str) -> Entry | None:
-  """Return where their parameter goes, or None: their files hold things that nothing here uses."""
+  """Return the entry of their name, or None for a tensor that is not used here."""
   for row in TABLE[component]:
     if indices := _regex(row.theirs).fullmatch(name):
       return Entry(component, _fill(row.ours, indices), name, row.axes)
@@ -82,22 +82,22 @@ def from_name(component: str, name: str) -> Entry | None:
 
 
 def under(ours: str, theirs: str, rows: Sequence[Row]) -> Rows:
-  """Put rows below a prefix on each side; an empty prefix adds nothing."""
+  """Add a prefix to the names of rows on each side; an empty prefix changes nothing."""
   below = lambda prefix, name: f"{prefix}.{name}" if prefix else name
   return tuple(Row(below(ours, row.ours), below(theirs, row.theirs), row.axes) for row in rows)
 
 
 def _same(rows: Rows, *names: str) -> Rows:
-  """Put a sub-table below each of these names, which both sides share."""
+  """Add each of these prefixes, the same on both sides, to a sub-table."""
   return tuple(row for name in names for row in under(name, name, rows))
 
 
 def _pairs(rows: Rows, **names: str) -> Rows:
-  """Put a sub-table below each of these pairs, ours=theirs."""
+  """Add each of these pairs of prefixes, ours=theirs, to a sub-table."""
   return tuple(row for ours, theirs in names.items() for row in under(ours, theirs, rows))
 
 
-# Each name is held against every row before the one that fits, so that patterns are compiled once.
+# A name is compared with the rows one by one, so the compiled patterns are cached.
 @functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
   return re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
@@ -107,7 +107,7 @@ def _fill(pattern: str, indices: re.Match[str]) -> str:
   return "".join(part + index for part, index in zip(pattern.split("#"), (*indices.groups(), ""), strict=True))
 
 
-# Single layers. Kernels alone are laid out differently, since Flax multiplies x @ w and PyTorch x @ w.T: [in, out] and
+# Single layers. Only kernels have another layout, since Flax computes x @ w and PyTorch x @ w.T: [in, out] and
 # [h, w, in, out] here, [out, in] and [out, in, h, w] there.
 LINEAR = (Row("kernel", "weight", (1, 0)), Row("bias", "bias"))
 CONV = (Row("kernel", "weight", (3, 2, 0, 1)), Row("bias", "bias"))
@@ -136,7 +136,7 @@ SPATIAL_TRANSFORMER = (
     ),
   ),
 )
-# One sub-table for both ways: a down block has no upsampling, but a row that no parameter has harms nothing.
+# The sub-table is for both ways: a down block has no upsampling, but a row without a parameter does no harm.
 UNET_LEVEL = (*_same(RESNET, "resnets.#"), *_same(SPATIAL_TRANSFORMER, "attentions.#"))
 UNET = (
   *_same(CONV, "conv_in", "conv_out"),
@@ -154,7 +154,7 @@ VAE_MIDDLE = (
   *under("attention.norm", "attentions.0.group_norm", NORM),
   *under("attention.attn", "attentions.0", ATTENTION),
 )
-# Encoder and decoder are one module here, two there; what lies between them is on the autoencoder itself there.
+# Encoder and decoder are one module here and two there, whose autoencoder also has the layers between them.
 VAE = (
   *_pairs(CONV, conv_in="encoder.conv_in", encoder_out="encoder.conv_out", decoder_in="decoder.conv_in"),
   *_pairs(CONV, quant="quant_conv", post_quant="post_quant_conv", conv_out="decoder.conv_out"),
@@ -184,7 +184,7 @@ TEXT_TOWER = (
 )
 VISION_TOWER = (
   *under("patch", "embeddings.patch_embedding", CONV),
-  # Without `.weight`, as CLIPModel has it: no nn.Embedding, as its positions are.
+  # CLIPModel's name has no `.weight`, since this is no nn.Embedding, unlike its positions.
   Row("class_token", "embeddings.class_embedding"),
   Row("positions", "embeddings.position_embedding.weight"),
   *under("pre_norm", "pre_layrnorm", NORM),  # transformers' spelling
@@ -192,7 +192,7 @@ VISION_TOWER = (
   *under("norm", "post_layernorm", NORM),
 )
 
-# DiffDis' own. The PyTorch model was written beside this one, so that most names are the same.
+# The parts that DiffDis adds. Most names equal those of the PyTorch model in torch_diffdis.py.
 OWN_ATTENTION = _same(LINEAR, "q", "k", "v", "out")
 FUSION_BLOCK = (
   *_same(LINEAR, "fc_in", "fc_out", "ff.proj", "ff.out"),
@@ -230,4 +230,4 @@ TABLE: dict[str, Rows] = {
     (*_same(LINEAR, "fc1", "fc2", "q", "k"), *_same(NORM, "query_norm", "key_norm"), Row("anchors", "anchors")),
   ),
 }
-"""Component -> its rows."""
+"""The rows of each component."""

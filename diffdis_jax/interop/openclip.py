@@ -1,6 +1,6 @@
-"""Converts open_clip's state dicts and config to the names of transformers' CLIPModel, and back.
+"""Convert open_clip's state dicts and configs to those of transformers' CLIPModel, and back.
 
-q, k and v are one tensor there, and the two projections are transposed. Its class CLIP is supported, of transformers.
+In open_clip q, k and v are one tensor, and the two projections are transposed. Only its class CLIP is supported.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from diffdis_jax.interop.sections import CLIP_HEAD_WIDTH, unsupported
 from diffdis_jax.interop.tensor_files import Tensors
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 
-MARK = "visual.conv1.weight"  # which every vision transformer of it has
+MARK = "visual.conv1.weight"  # a tensor of every vision transformer of open_clip
 SUPPORTED = "open_clip's own vision transformer and text transformer are supported, such as ViT-B-32 and ViT-L-14"
-# (open_clip's name or its beginning, that of transformers), of which the first that fits counts.
+# (open_clip's name or its beginning, the name in transformers). The first match counts.
 _TOWERS = (
   ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
   ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
@@ -45,15 +45,15 @@ _PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
 
 
 def convert(tensors: Tensors) -> Tensors:
-  """Return the tensors as CLIPModel has them: the projections transposed, q, k and v apart."""
+  """Return the tensors of CLIPModel: transpose the projections, and split q, k and v."""
   converted: Tensors = {}
   for name, tensor in tensors.items():
-    # By its new name, which both of the projections' rules below go by.
+    # Rename first, since the rules for projections below use the new names.
     name = _renamed(name, 0, 1)
     if name in _PROJECTIONS and len(tensor.shape) == 2:
       tensor = tensor.map(lambda x: x.T, tensor.shape[::-1])
     if (match := re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name)) and tensor.shape:
-      # Unread, three views: each reads the fused tensor again, so that no more than one of them is in memory.
+      # Each of the three parts reads the fused tensor again, so that only one of them is in memory.
       size = tensor.shape[0] // 3
       for i, part in enumerate("qkv"):
         third = slice(i * size, (i + 1) * size)
@@ -65,7 +65,7 @@ def convert(tensors: Tensors) -> Tensors:
 
 
 def restore(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> dict[str, Shaped[np.ndarray, "..."]]:
-  """Invert `convert` for arrays: CLIPModel's as open_clip has them."""
+  """Invert `convert`: return open_clip's arrays from CLIPModel's."""
   restored = {}
   for name, array in arrays.items():
     if match := re.fullmatch(r"(.+)\.q_proj\.(weight|bias)", name):
@@ -81,13 +81,13 @@ def _renamed(name: str, source: int, target: int) -> str:
     if name.startswith(row[source]):
       name = row[target] + name[len(row[source]) :]
       break
-  # Both towers' layers are called alike, so that these stand apart from the towers' beginnings.
+  # The layers of both towers have the same names, so that their rules are separate from those of the towers.
   for row in _LAYERS:
     name = name.replace(row[source], row[target])
   return name
 
 
-# Of its config: (our field, its field).
+# Fields of open_clip's config: (our field, its field).
 _VISION = (("image_size", "image_size"), ("patch", "patch_size"), ("width", "width"), ("depth", "layers"))
 _TEXT = (
   ("max_length", "context_length"),
@@ -96,16 +96,16 @@ _TEXT = (
   ("depth", "layers"),
   ("num_heads", "heads"),
 )
-# What has no part in a trained network.
+# Fields that do not affect a trained network.
 _NO_MATTER = {"tokenizer_mode", "tokenizer_kwargs", "patch_dropout", "output_tokens"}
 _NO_MATTER |= {"pad_id", "eos_id", "init_logit_scale"}
-# Fields that may be there, with the one value that is supported.
+# Fields that may occur with the supported values.
 _FIXED: dict[str, tuple[Any, ...]] = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",)}
 _FIXED |= {"proj_type": ("linear",), "block_type": ("default",)}
 
 
 def check_config(config: Any, where: str) -> None:
-  """Raise UserError for a `model_cfg` with towers, or settings of them, that are not supported."""
+  """Raise UserError for a `model_cfg` with unsupported towers or settings."""
   _refuse_others(config, {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}, f"{where}: model_cfg")
   for name, fields in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
     known = {theirs for _, theirs in fields} | {"head_width", "mlp_ratio"}
@@ -113,10 +113,10 @@ def check_config(config: Any, where: str) -> None:
 
 
 def read_config(config: Mapping[str, Any], shapes: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-  """Return the `model` section, both towers, of a config's `model_cfg` that `check_config` takes.
+  """Return the `model` section, with both towers, of a `model_cfg` that `check_config` has accepted.
 
-  What it lacks is taken from `found`, the section as the shapes of the tensors have it. Raises UserError: settings that
-  are no numbers.
+  Missing fields are taken from `shapes`, the section that the tensors' shapes give. Raises UserError: a setting is no
+  number.
   """
   model = {}
   for part, name, fields in (("vision_encoder", "vision_cfg", _VISION), ("text_encoder", "text_cfg", _TEXT)):
@@ -126,17 +126,17 @@ def read_config(config: Mapping[str, Any], shapes: Mapping[str, Any], where: str
       if not isinstance(ratio := tower["mlp_ratio"], int | float) or ratio <= 0:
         raise unsupported(here, "mlp_ratio", ratio, "it should be a number such as 4.0")
       section["mlp_width"] = int(section["width"] * ratio)
-    # A config that says a vision tower's width says its heads too: of 64, unless of another.
+    # A config with a vision tower's width also determines its heads, which are 64 wide by default.
     if "head_width" in tower or (part == "vision_encoder" and "width" in tower):
       section["num_heads"] = section["width"] // _number(tower, "head_width", CLIP_HEAD_WIDTH, here)
-    # open_clip's default is the exact GELU; OpenAI's weights are published with the switch set.
+    # open_clip's default is the exact GELU; OpenAI's weights are published with `quick_gelu`.
     section["activation"] = "quick_gelu" if config.get("quick_gelu") else "gelu"
     model[part] = section | {"projection": _number(config, "embed_dim", section["projection"], where)}
   return model
 
 
 def write_config(model: Mapping[str, Any]) -> dict[str, Any]:
-  """Return open_clip_config.json of a `model` section."""
+  """Return the content of open_clip_config.json for a `model` section."""
   text, vision = model["text_encoder"], model["vision_encoder"]
   return {
     "model_cfg": {
@@ -151,7 +151,7 @@ def write_config(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tower(section: Mapping[str, Any], fields: Collection[tuple[str, str]]) -> dict[str, Any]:
   width, hidden = section["width"], section["mlp_width"]
-  # Half a unit more where the quotient is rounded down, so that int(width * ratio) there gives the same width.
+  # Add half a unit if the product would be rounded down, so that open_clip's int(width * ratio) gives `hidden`.
   ratio = hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
   return {theirs: section[ours] for ours, theirs in fields} | {"mlp_ratio": ratio}
 
@@ -164,7 +164,7 @@ def _number(section: Mapping[str, Any], field: str, default: int, where: str) ->
 
 
 def _refuse_others(section: Any, known: Collection[str], where: str) -> None:
-  """Raise UserError for a field that is set, changes the network, and is not known."""
+  """Raise UserError for an unknown field that is set and changes the network."""
   if not isinstance(section, Mapping):
     raise UserError(f"{where} is {section!r}; it should be an object")
   for field, value in section.items():

@@ -1,6 +1,6 @@
-"""Write a run into one file, as common/one_file.py reads it.
+"""Write a run to one file, which common/one_file.py reads.
 
-Vectors of tokens that training never reached may be left out, and one stands for all of them.
+The embeddings of tokens that never occurred in training may be replaced by their mean.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ def write(
   dtype: Any,
   tokens: Iterable[int] | None = None,
 ) -> None:
-  """Write the weights, flat, and what the record says of them, whole or not at all.
+  """Write the weights and their record to a file, completely or not at all.
 
-  All but logit_scale are of this `dtype`: the exponential of logit_scale would move by up to 1.6 % in bf16.
+  All weights but logit_scale get this `dtype`: bf16 would change the exponential of logit_scale by up to 1.6 %.
 
   Args:
-    tokens: ids of the tokens whose vectors are kept; None keeps all that training may have reached.
+    tokens: ids of the tokens whose embeddings are kept; None keeps all that may have occurred in training.
 
   Raises:
-    UserError: it cannot be written, or a weight is not finite, or beyond the dtype's range.
+    UserError: the file cannot be written, or a weight is not finite or beyond the dtype's range.
   """
   arrays = {}
   for name, value in _without_unread(params, record, tokens).items():
     if name == one_file.KEPT:
       arrays[name] = value
       continue
-    with np.errstate(over="ignore"):  # what became of it is looked at
+    with np.errstate(over="ignore"):  # the result is checked below
       arrays[name] = np.asarray(value, dtype if np.ndim(value) else np.float32, order="C")
     check_written(name, np.asarray(params[name]), arrays[name])
   run = json.dumps(dataclasses.asdict(record), sort_keys=True)
@@ -53,8 +53,8 @@ def write(
 
 
 def check_written(name: str, value: Shaped[np.ndarray, "..."], written: Shaped[np.ndarray, "..."]) -> None:
-  """Raise UserError unless a parameter's numbers, as they are `written` in a dtype of their own, are finite."""
-  # In f32, for bfloat16, which is not numpy's own.
+  """Raise UserError unless the numbers of a parameter are finite after their cast to the dtype of `written`."""
+  # Checked in f32, since bfloat16 is not numpy's own dtype.
   if np.isfinite(written.astype(np.float32)).all():
     return
   if np.isfinite(value.astype(np.float32)).all():
@@ -67,11 +67,11 @@ def check_written(name: str, value: Shaped[np.ndarray, "..."], written: Shaped[n
 def _without_unread(
   params: Mapping[str, Shaped[np.ndarray, "..."]], record: one_file.Record, tokens: Iterable[int] | None
 ) -> one_file.Arrays:
-  """Leave out the vectors of all tokens but these; their mean becomes the last row.
+  """Keep only the embeddings of `tokens`, and append the mean of the others as the last row.
 
-  By default they are those that were never trained. The token vectors that are added to the text query begin at zero
-  (models/text_encoder.py), and those of tokens that discrimination never read are zero still. A run that trained none
-  of these, or began from an import, keeps all tokens.
+  By default all tokens are kept that were trained. The token embeddings that are added to the text query start at zero
+  (models/text_encoder.py), so that those of tokens which discrimination never read are still zero. A run that trained
+  none of these, or began from an import, keeps all tokens.
   """
   text = record.config["model"].get("text_encoder", {})
   if tokens is not None:
@@ -85,7 +85,7 @@ def _without_unread(
       return dict(params)
   if kept.all():
     return dict(params)
-  # They are read as all others, and not added to the query.
+  # These two tokens are read like others, but not added to the query.
   kept[[text[name] for name in ("bos_id", "eos_id")]] = True
   short = {
     name: np.concatenate([array[kept], array[~kept].mean(axis=0, keepdims=True)])

@@ -1,7 +1,7 @@
-"""Reads and writes config.json of diffusers' and transformers' models by one table of fields.
+"""Read and write config.json of diffusers' and transformers' models by one table of fields.
 
-Where a checkpoint has no config.json, the shapes of its tensors say the sizes. Head counts, groups and activations
-leave no trace there: they are Stable Diffusion v1's and published CLIPs'.
+Without a config.json, the sizes come from the shapes of a checkpoint's tensors. Head counts, groups and activations do
+not show in shapes: they are taken to be those of Stable Diffusion v1 and of published CLIPs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from diffdis_jax.interop.tensor_files import Tensors
 
 Config = Mapping[str, Any]
 
-# (our field, their field, their library's default for a config.json without it). `attention_head_dim` is diffusers'
-# name for the number of heads of Stable Diffusion v1.
+# (our field, their field, the library's default if config.json lacks it). diffusers uses `attention_head_dim` for the
+# number of heads of Stable Diffusion v1.
 Fields = tuple[tuple[str, str, Any], ...]
 UNET: Fields = (
   ("widths", "block_out_channels", (320, 640, 1280, 1280)),
@@ -53,7 +53,7 @@ VISION: Fields = (
   ("activation", "hidden_act", "quick_gelu"),
 )
 
-# What has one value in Stable Diffusion v1 and here, in their names.
+# Their fields that have the same fixed value in Stable Diffusion v1 and here.
 FIXED_UNET = dict(
   act_fn="silu",
   flip_sin_to_cos=True,
@@ -78,25 +78,25 @@ FIXED_SCHEDULER = dict(num_train_timesteps=1000, prediction_type="epsilon", trai
 FIXED_SCHEDULER |= dict(rescale_betas_zero_snr=False)
 
 ACTIVATIONS = ("quick_gelu", "gelu")
-CLIP_HEAD_WIDTH = 64  # of every published text tower
+CLIP_HEAD_WIDTH = 64  # the width of a head of every published text tower
 MOST_VISION_HEADS = 16  # beyond ViT-L the heads of published vision towers are wider: 80 in ViT-H, 104 in ViT-bigG
-# Our noise schedule -> theirs. The betas' range is fixed, and means nothing to the cosine schedule.
+# Our noise schedule -> theirs. The range of betas is fixed, and the cosine schedule does not use it.
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 BETAS = dict(beta_start=0.00085, beta_end=0.012)
-DIFFUSERS_BETAS = dict(beta_start=0.0001, beta_end=0.02)  # of a scheduler_config.json that names none
+DIFFUSERS_BETAS = dict(beta_start=0.0001, beta_end=0.02)  # the defaults of a scheduler_config.json
 # Stable Diffusion's DDIM steps: multiples of T / n, offset by one, down to ᾱ(0).
 SAMPLER = dict(steps_offset=1, set_alpha_to_one=False, clip_sample=False, timestep_spacing="leading")
 
 
 def unsupported(where: str, field: str, value: Any, wanted: str) -> UserError:
-  """Return the error for a field of a config with a value that a format cannot hold; `wanted` says what it can."""
+  """Return the error for a config's field with an unsupported value; `wanted` names the supported ones."""
   return UserError(f"{where}: {field} is {value!r}; {wanted}")
 
 
 def read_unet(config: Config, where: str) -> dict[str, Any]:
-  """Return `model.unet`. These functions raise a UserError that starts with `where` for what is not supported."""
+  """Return `model.unet`. For unsupported values, these functions raise a UserError that begins with `where`."""
   section = _read(config, UNET, FIXED_UNET, where)
-  # The names of the way down say which levels have attention; those of the way up must mirror them.
+  # The names of the down blocks show which levels have attention; those of the up blocks must mirror them.
   names = config.get("down_block_types", _unet_blocks((True, True, True, False))["down_block_types"])
   attention = tuple(name == "CrossAttnDownBlock2D" for name in names)
   _require(config, _unet_blocks(attention), where)
@@ -112,7 +112,7 @@ def write_unet(section: Config, *, latent_channels: int, context_width: int, sam
 def read_vae(config: Config, where: str) -> dict[str, Any]:
   """Return `model.autoencoder`."""
   section = _read(config, VAE, FIXED_VAE, where)
-  # Of patches, as export_weights writes it (torch_parts.py): their pixels are channels.
+  # In an export's autoencoder with patches (torch_parts.py), the pixels of a patch are channels.
   patch = math.isqrt(max(config.get("in_channels", 3) // 3, 1)) if config.get("_class_name") == PATCHES else 1
   _require(config, _vae_blocks(section, patch), where)
   return dict(section, patch=patch, shift=0.0)
@@ -124,7 +124,7 @@ def write_vae(section: Config, *, scaling_factor: float, sample_size: int) -> di
 
 
 def read_text(config: Config, where: str) -> dict[str, Any]:
-  """Return `model.text_encoder`, except its ids of start and end, which old config.json files have wrong."""
+  """Return `model.text_encoder` without the ids of start and end, which are wrong in old config.json files."""
   return _read(config, TEXT, FIXED_TEXT, where)
 
 
@@ -135,12 +135,12 @@ def write_text(section: Config) -> dict[str, Any]:
 
 
 def read_vision(config: Config, where: str) -> dict[str, Any]:
-  """Return `model.vision_encoder`, except its projection."""
+  """Return `model.vision_encoder` without its projection."""
   return _read(config, VISION, FIXED_VISION, where)
 
 
 def write_clip(text: Config, vision: Config) -> dict[str, Any]:
-  """Return config.json of transformers' CLIPModel, of `model.text_encoder` and `model.vision_encoder`."""
+  """Return the config.json of transformers' CLIPModel for `model.text_encoder` and `model.vision_encoder`."""
   projection = dict(projection_dim=text["projection"])
   return dict(
     architectures=["CLIPModel"],
@@ -152,7 +152,7 @@ def write_clip(text: Config, vision: Config) -> dict[str, Any]:
 
 
 def check_widths(unet: Config, model: Config, where: str) -> None:
-  """Raise UserError unless the UNet takes the autoencoder's latents and the text tower's condition, and no more."""
+  """Raise UserError unless the UNet's inputs are the autoencoder's latents and the text tower's condition."""
   channels, width = model["autoencoder"]["latent_channels"], model["text_encoder"]["width"]
   _require(unet, dict(in_channels=channels, out_channels=channels, cross_attention_dim=width), where)
 
@@ -164,7 +164,7 @@ def read_scheduler(config: Config, where: str) -> str:
   ours = next((ours for ours, name in SCHEDULES.items() if name == theirs), None)
   if ours is None:
     raise unsupported(where, "beta_schedule", theirs, f"it must be one of {', '.join(SCHEDULES.values())}")
-  # Stable Diffusion's own range, which `method/schedules.py` has fixed. A cosine schedule does without.
+  # `method/schedules.py` has only Stable Diffusion's range of betas. A cosine schedule does not use it.
   if ours != "cosine":
     _require({**DIFFUSERS_BETAS, **config}, BETAS, where)
   return ours
@@ -179,7 +179,7 @@ def _read(config: Config, fields: Fields, fixed: Config, where: str) -> dict[str
   section = {}
   for ours, theirs, default in fields:
     value = config.get(theirs, default)
-    # JSON has lists, a config tuples. A float may be written as a whole number; a bool is no whole number here.
+    # JSON has lists where a config has tuples. A float may be written as a whole number; a bool is no number here.
     value = tuple(value) if isinstance(value, list) else value
     if type(value) is not type(default) and not (type(default) is float and type(value) is int):
       raise unsupported(where, theirs, value, f"it should be a value such as {default!r}")
@@ -195,7 +195,7 @@ def _write(section: Config, fields: Fields, fixed: Config) -> dict[str, Any]:
 
 def _require(config: Config, expected: Config, where: str) -> None:
   for field, value in expected.items():
-    # A field that is not there has the library's default, which is this value: old files lack what came later.
+    # A missing field, as in old files, has the library's default, which is this value.
     given = config.get(field, value)
     if (tuple(given) if isinstance(given, list) else given) != value:
       raise unsupported(where, field, given, f"Stable Diffusion v1 and this package have {value!r}")
@@ -203,7 +203,7 @@ def _require(config: Config, expected: Config, where: str) -> None:
 
 def _unet_blocks(attention: Sequence[bool]) -> dict[str, Any]:
   down, up = (tuple(f"{'CrossAttn' * has}{way}Block2D" for has in attention) for way in ("Down", "Up"))
-  return dict(down_block_types=down, up_block_types=up[::-1])  # the way up is listed from the middle on
+  return dict(down_block_types=down, up_block_types=up[::-1])  # the up blocks are listed from the middle on
 
 
 def _vae_blocks(section: Config, patch: int) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _vae_blocks(section: Config, patch: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def of_shapes(where: str, hint: str = "copy it again") -> Iterator[None]:
-  """Raise UserError where the functions below miss a tensor, or find one of another shape."""
+  """Raise UserError if the functions below lack a tensor or find one of another shape."""
   try:
     yield
   except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -223,7 +223,7 @@ def of_shapes(where: str, hint: str = "copy it again") -> Iterator[None]:
 
 def unet_of(tensors: Tensors) -> dict[str, Any]:
   """Return `model.unet`, from diffusers' names."""
-  # Blocks are counted in the first level: all levels have the same number, in Stable Diffusion and here.
+  # Count the blocks of the first level: all levels have the same number, in Stable Diffusion and here.
   levels, depth = _count(tensors, "down_blocks.#."), _count(tensors, "down_blocks.0.resnets.#.")
   return dict(
     widths=tuple(tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)),
@@ -233,7 +233,7 @@ def unet_of(tensors: Tensors) -> dict[str, Any]:
 
 
 def vae_of(tensors: Tensors) -> dict[str, Any]:
-  """Return `model.autoencoder` except its scale, from diffusers' names."""
+  """Return `model.autoencoder` without its scale, from diffusers' names."""
   levels = _count(tensors, "encoder.down_blocks.#.")
   return dict(
     widths=tuple(tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)),
@@ -245,17 +245,17 @@ def vae_of(tensors: Tensors) -> dict[str, Any]:
 
 
 def text_of(tensors: Tensors) -> dict[str, Any]:
-  """Return `model.text_encoder` except its activation and projection, from transformers' names."""
-  # From the embeddings: layers have the width several times, in shapes that differ between towers.
+  """Return `model.text_encoder` without its activation and projection, from transformers' names."""
+  # Read the width from the embeddings: the shapes in layers differ between towers.
   vocab_size, width = tensors["text_model.embeddings.token_embedding.weight"].shape
   length = tensors["text_model.embeddings.position_embedding.weight"].shape[0]
   return dict(vocab_size=vocab_size, max_length=length, **_transformer(tensors, "text_model", width))
 
 
 def vision_of(tensors: Tensors) -> dict[str, Any]:
-  """Return `model.vision_encoder` except its activation, from transformers' names."""
+  """Return `model.vision_encoder` without its activation, from transformers' names."""
   width, _, patch, _ = tensors["vision_model.embeddings.patch_embedding.weight"].shape
-  # One for each patch of a square image, and the class token's.
+  # There is a position for each patch of a square image, and one for the class token.
   positions = tensors["vision_model.embeddings.position_embedding.weight"].shape[0]
   section = _transformer(tensors, "vision_model", width)
   section |= dict(image_size=patch * round((positions - 1) ** 0.5), patch=patch)
@@ -273,6 +273,6 @@ def _transformer(tensors: Tensors, tower: str, width: int) -> dict[str, Any]:
 
 
 def _count(tensors: Tensors, pattern: str) -> int:
-  """Count the indices in the place of `#`."""
+  """Count the indices that occur in the place of `#`."""
   regex = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
   return len({match[1] for match in map(regex.match, tensors) if match})

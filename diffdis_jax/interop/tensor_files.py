@@ -1,6 +1,6 @@
-"""Reads tensors of PyTorch users' weight files one by one: safetensors, .bin and .ckpt, whole or in shards.
+"""Read the tensors of PyTorch's weight files one by one: safetensors, .bin and .ckpt, whole or in shards.
 
-A pickle is never executed: .bin and .ckpt go through PyTorch's weights-only reader, which takes torch.
+A pickle is never executed: .bin and .ckpt are read by PyTorch's weights-only reader, which needs torch.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from diffdis_jax.errors import UserError, full_disk
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor in a file, which `read` loads, in its dtype or in f32. `kind` says what it has in the place of floats."""
+  """A tensor in a file, which `read` loads in its dtype or in f32. `kind` names its numbers if they are no floats."""
 
   shape: tuple[int, ...]
   read: Callable[[], Shaped[np.ndarray, "..."]]
   kind: str = ""
 
   def map(self, f: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Tensor:
-    """Return f of this tensor, of the given shape, still unread."""
+    """Return f of this tensor, with the given shape, without reading it."""
     return Tensor(shape, lambda: f(self.read()), self.kind)
 
 
 Tensors = dict[str, Tensor]
 
-_FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors' dtypes those that numpy reads
-_POINTER = b"version https://git-lfs."  # what a clone without git-lfs has in the place of a large file
+_FLOATS = ("F64", "F32", "F16", "BF16")  # the float dtypes of safetensors that numpy reads
+_POINTER = b"version https://git-lfs."  # the content of a large file in a clone without git-lfs
 
-HEAD = "head.safetensors"  # of a long-tailed run's second stage, beside what libraries read; none has a place for it
+HEAD = "head.safetensors"  # the head of a long-tailed run's second stage, for which libraries have no place
 
 # A folder's file of weights, or the index of its shards: diffusion_pytorch_model.fp16.safetensors, model.safetensors,
 # pytorch_model.bin.index.json, open_clip_pytorch_model.bin.
@@ -49,8 +49,8 @@ _ENTRY = re.compile(
   r"(?:diffusion_pytorch_model|open_clip_pytorch_model|open_clip_model|pytorch_model|model)"
   r"(?P<variant>\.\w+)?\.(?P<kind>safetensors|bin)(?P<index>\.index(?P<variant2>\.\w+)?\.json)?"
 )
-# What training frameworks leave in a checkpoint beside its tensors, Stable Diffusion's own included. The reader takes
-# these names for `_Discarded`: nothing of theirs is imported or called.
+# Classes that training frameworks, also Stable Diffusion's, pickle beside the tensors of a checkpoint. The reader uses
+# `_Discarded` in their place: nothing of them is imported or called.
 _DISCARDED = (
   *(
     f"{lightning}.callbacks.model_checkpoint.ModelCheckpoint"
@@ -61,7 +61,7 @@ _DISCARDED = (
 
 
 class _Discarded:
-  """Stands for a value that is not a tensor."""
+  """Stand in for a value that is not a tensor."""
 
   def __init__(self, *args: Any):
     del args
@@ -75,26 +75,26 @@ def save(arrays: Mapping[str, Shaped[np.ndarray, "..."]], path: pathlib.Path) ->
   try:
     save_file(dict(arrays), path, metadata={"format": "pt"})
   except SafetensorError as error:
-    number = full_disk(error)  # by which a full disk is known
+    number = full_disk(error)  # the error number of a full disk
     raise (OSError(str(error)) if number is None else OSError(number, os.strerror(number), str(path))) from error
 
 
 def preferred(names: Iterable[str]) -> str | None:
-  """Choose the file in a folder whose weights are read, or the index of its shards; None if there are none.
+  """Choose a folder's file of weights, or the index of its shards; None if there are none.
 
-  Safetensors rather than .bin, full precision rather than a variant, open_clip's own file rather than timm's copy of
-  the vision tower, which its repositories hold too.
+  Safetensors is preferred to .bin, full precision to a variant, and open_clip's file to timm's copy of the vision tower
+  in the same repository.
   """
   ranked = []
   for match in filter(None, map(_ENTRY.fullmatch, names)):
     is_variant = bool(match["variant"] or match["variant2"])
-    # By name at last, so that of two such files each machine takes the same one, whatever order its disk lists them in.
+    # The name decides between equals, so that the choice does not depend on the order in which a disk lists files.
     ranked.append((match["kind"] != "safetensors", is_variant, not match[0].startswith("open_"), match[0]))
   return min(ranked)[-1] if ranked else None
 
 
 def open_folder(folder: pathlib.Path) -> Tensors:
-  """Open the tensors of one model's folder, of its `preferred` file. Raises UserError: none, or as `open_file`."""
+  """Open the tensors of a folder's `preferred` file. Raises UserError: there is none, or as `open_file`."""
   name = preferred(path.name for path in folder.iterdir())
   if name is None:
     raise UserError(f"no weights in {folder}; it should hold a file such as diffusion_pytorch_model.safetensors")
@@ -108,20 +108,20 @@ def open_folder(folder: pathlib.Path) -> Tensors:
 
 
 def open_file(path: pathlib.Path) -> Tensors:
-  """Open the tensors of a .safetensors, .bin or .ckpt file, unread. Raises UserError: no such file, a broken one, or a
-  pickle that would need code execution."""
+  """Open the tensors of a .safetensors, .bin or .ckpt file without reading them. Raises UserError: the file is missing,
+  broken, or a pickle that would need code execution."""
   if not path.is_file():
     raise UserError(f"no file {path}")
   with path.open("rb") as file:
-    if file.read(len(_POINTER)) == _POINTER:  # copied again, it would be one again
+    if file.read(len(_POINTER)) == _POINTER:  # the hint to copy the file again would be wrong
       raise UserError(f"{path} is a pointer of Git LFS, not the weights; type: git lfs pull in its repository")
   tensors = _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
-  # PyTorch puts it before each name where several processes train.
+  # PyTorch's data-parallel training adds this prefix to each name.
   return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Read a JSON object. Raises UserError: no such file, or another content."""
+  """Read a JSON object. Raises UserError: the file is missing, or has another content."""
   content = files.read_json(path)
   if not isinstance(content, dict):
     raise UserError(f"{path} should be a JSON object, and holds a {type(content).__name__}")
@@ -134,7 +134,7 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
     file = safe_open(path, framework="numpy")
     for name in file.keys():
       header = file.get_slice(name)
-      # Now, by the header: at the first tensor that is read, the others may have taken minutes.
+      # Check the header now: reading may take minutes before it reaches such a tensor.
       if re.match(r"F[4-8](_|$)", dtype := header.get_dtype()):
         raise UserError(f"{path} holds {name} as {dtype}, which numpy cannot read; convert it to F16, BF16 or F32")
       read = functools.partial(file.get_tensor, name)
@@ -153,12 +153,12 @@ def _open_torch(path: pathlib.Path) -> Tensors:
   load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
   try:
     with torch.serialization.safe_globals([(_Discarded, name) for name in _DISCARDED]), warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # of a TorchScript archive, which is then refused
+      warnings.simplefilter("ignore")  # torch warns of a TorchScript archive, which is refused below
       try:
         content = load(mmap=True)
-      except RuntimeError:  # a file from before PyTorch 1.6, which cannot be mapped, or a broken one
+      except RuntimeError:  # a file of PyTorch before 1.6, which cannot be mapped, or a broken one
         content = load()
-  except Exception as error:  # of a damaged file, whatever its instructions do
+  except Exception as error:  # the instructions of a damaged pickle may raise anything
     if "TorchScript" in str(error):
       why = "is a TorchScript archive, a program; take open_clip's or transformers' files of the same model"
     elif type(error).__name__ == "UnpicklingError":
@@ -176,7 +176,7 @@ def _open_torch(path: pathlib.Path) -> Tensors:
     is_plain = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
     return "" if is_plain else f"numbers of type {tensor.dtype} ({tensor.layout}, on {tensor.device})"
 
-  # Mapped, not loaded: only what `read` asks for comes into memory. In f32, since numpy has no bf16 of its own.
+  # The file is mapped: only tensors that `read` asks for are loaded, in f32, since numpy has no bf16.
   return {
     name: Tensor(tuple(tensor.shape), lambda tensor=tensor: tensor.detach().float().numpy(), kind(tensor))
     for name, tensor in state.items()

@@ -1,8 +1,8 @@
-"""DiffDis for PyTorch: the discriminative half of the method, around diffusers' own UNet2DConditionModel.
+"""DiffDis for PyTorch: the discriminative half of the method, with diffusers' UNet2DConditionModel.
 
-It needs torch and diffusers alone. export_weights puts this file beside its weights, as `diffdis/torch_diffdis.py`, and
-diffusers loads it from there as the component `diffdis` of DiffDisPipeline (pipeline.py), whose methods call it. The
-component holds what DiffDis adds to Stable Diffusion; UNet and text encoder are arguments.
+It needs only torch and diffusers. export_weights copies this file to `diffdis/torch_diffdis.py` of an export, from
+which diffusers loads it as the component `diffdis` of DiffDisPipeline (pipeline.py), whose methods call it. The
+component has the parts that DiffDis adds to Stable Diffusion; UNet and text encoder are arguments.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ Query = Tensor  # [b, e]
 Tokens = Tensor  # [b, n, d]
 Features = Tensor  # [b, c, h, w]
 Timesteps = Tensor  # [b]
-Part = Any  # a module of diffusers or transformers; by nn.Module's annotations, each attribute of it may be a Tensor
+Part = Any  # a module of diffusers or transformers; in nn.Module's annotations, any attribute may be a Tensor
 NUM_TIMESTEPS = 1000
 
 
 class Streams(NamedTuple):
-  """The two streams after a block: image features, and the text token's hidden state h_e."""
+  """The outputs of a block: image features, and the text token's hidden state h_e."""
 
   image: Features
   h_e: Query
 
 
 def alpha_bar(schedule: str) -> Tensor:
-  """Return ᾱ(t) of a noise schedule, float64. Its last entry, at t = -1, is the data's: 1."""
-  # float64, so that a sampler's coefficients are exact; on the CPU, as not every device knows it.
+  """Return ᾱ(t) of a noise schedule, float64. Its last entry, at t = -1, is 1 for the data."""
+  # float64 makes a sampler's coefficients exact; on the CPU, since not every device has it.
   linspace = functools.partial(torch.linspace, dtype=torch.float64, device="cpu")
   curve = torch.cos((linspace(0, 1, NUM_TIMESTEPS + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
   betas = {
     "scaled_linear": linspace(0.00085**0.5, 0.012**0.5, NUM_TIMESTEPS) ** 2,
     "linear": linspace(0.00085, 0.012, NUM_TIMESTEPS),
-    # From ratios of the curve, cut at 0.999, where the last one would be 1 and ᾱ(T-1) exactly 0.
+    # β from ratios of the curve, at most 0.999: the last one would be 1, and ᾱ(T-1) exactly 0.
     "cosine": (1 - curve[1:] / curve[:-1]).clamp(max=0.999),
   }
   return F.pad(torch.cumprod(1 - betas[schedule], dim=0), (0, 1), value=1.0)
@@ -54,13 +54,13 @@ def trailing(steps: int) -> list[int]:
   """Return the timesteps of `steps` DDIM steps, from T-1 down, and -1 for the data: 999, 666, 332, -1 for three."""
   if not 1 <= steps <= NUM_TIMESTEPS:
     raise ValueError(f"steps is {steps}; it must be 1 to {NUM_TIMESTEPS}")
-  # From T down, so that the first step is at T-1, where e_T is noise. A fractional stride may give an entry too many.
+  # From T down, so that the first step is at T-1, where e_T is noise. A fractional stride may give one entry too many.
   t = torch.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / steps, dtype=torch.float64, device="cpu").round().long()
   return [*(t[:steps] - 1).tolist(), -1]
 
 
 def onload(*parts: Part) -> None:
-  """Have accelerate bring parts to the device, as before their `forward`: what follows calls their layers."""
+  """Let accelerate move parts to the device, as it does before their `forward`, since only their layers are called."""
   for part in parts:
     if hasattr(part, "_hf_hook"):
       part._hf_hook.pre_forward(part)
@@ -98,9 +98,9 @@ class GEGLU(nn.Module):
 
 
 class FusionBlock(nn.Module):
-  """The paper's Figure 3: the text token's own parameters beside one of Stable Diffusion's attention blocks.
+  """The text token's own parameters at an attention block of Stable Diffusion (the paper's Figure 3).
 
-  Without `share_attention` the text token has its own q, k, v, out; without `modality_ffn` it uses the image's norm and
+  Without `share_attention` the text token has its own q, k, v, out. Without `modality_ffn` it uses the image's norm and
   feed-forward network (Table 5).
   """
 
@@ -113,7 +113,7 @@ class FusionBlock(nn.Module):
     self.fc_out = nn.Linear(width, query_width)
 
   def forward(self, image_block: Part, x: Features, c: Tokens, h_e: Query, e_t: Query) -> Streams:
-    """Update image features and hidden text query h_e. `e_t` is time-conditioned and added again here."""
+    """Return the updated image features and hidden text query h_e. `e_t` is time-conditioned, and added to h_e."""
     block = image_block.transformer_blocks[0]
     u = self.fc_in(h_e + e_t)
     image = image_block.proj_in(image_block.norm(x)).flatten(2).transpose(1, 2)
@@ -121,7 +121,7 @@ class FusionBlock(nn.Module):
     tokens = tokens + self._joint_attention(block.attn1, block.norm1(tokens))
 
     u, image = tokens[:, 0], tokens[:, 1:]
-    # In Stable Diffusion's order. The text token skips cross-attention: it is the text.
+    # The image stream has Stable Diffusion's order. The text token has no cross-attention.
     image = image + block.attn2(block.norm2(image), encoder_hidden_states=c)
     image = image + block.ff(block.norm3(image))
     norm = block.norm3 if self.norm is None else self.norm
@@ -130,21 +130,21 @@ class FusionBlock(nn.Module):
     return Streams(x + image_block.proj_out(image.transpose(1, 2).reshape(x.shape)), self.fc_out(u))
 
   def _joint_attention(self, attn1: Part, tokens: Tokens) -> Tokens:
-    """Run Stable Diffusion's self-attention with one more token."""
+    """Run Stable Diffusion's self-attention with the text token as one more token."""
     if self.attn is None:
       return attn1(tokens)
 
     def side_by_side(text: Part, image: Part, x: Tokens) -> Tokens:
       return torch.cat([text(x[:, :1]), image(x[:, 1:])], dim=1)
 
-    # Own projections, but one attention: the text token sees the image's keys, and the image the text token's.
+    # The text token has its own projections, but both streams attend to the keys of both.
     pairs = ((self.attn.q, attn1.to_q), (self.attn.k, attn1.to_k), (self.attn.v, attn1.to_v))
     qkv = (side_by_side(text, image, tokens) for text, image in pairs)
     return side_by_side(self.attn.out, attn1.to_out[0], attend(*qkv, num_heads=attn1.heads))
 
 
 class TextStream(nn.Module):
-  """Embedder of t_e, and a FusionBlock for each width in `widths`: none where fusion is off (Table 4)."""
+  """The embedder of t_e, and a FusionBlock for each width in `widths`, of which there is none without fusion."""
 
   def __init__(self, widths: Sequence[int], query_width: int, **how: Any):
     super().__init__()
@@ -170,7 +170,7 @@ class TransformerLayer(nn.Module):
 
 
 class AlignmentTransformer(nn.Module):
-  """Transformer over [text token, middle feature map], and a linear predictor on the text token."""
+  """A transformer over [text token, middle feature map], and a linear predictor on the text token."""
 
   def __init__(
     self, *, query_width: int, image_width: int, width: int, depth: int, num_heads: int, spatial_pool: int = 0
@@ -192,21 +192,21 @@ class AlignmentTransformer(nn.Module):
     return query + self.from_map(features) if self.spatial_pool else query
 
   def from_map(self, features: Features) -> Query:
-    """Return what the layout of the middle feature map adds: its means over parts, a matrix for each."""
+    """Return the part of the query from the map's layout: a matrix for the mean of each part of the map."""
     normed = self.map_norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return self.map_out(F.adaptive_avg_pool2d(normed, self.spatial_pool).permute(0, 2, 3, 1).flatten(1))
 
 
 class DiffDis(ModelMixin, ConfigMixin):
-  """The parts that DiffDis adds to Stable Diffusion's UNet, so that it aligns images and texts.
+  """The parts that DiffDis adds to Stable Diffusion's UNet in order to align images and texts.
 
   Args:
-    model, text_diffusion, condition_timestep, image_size, inference: of the run's config.
-    max_length (`int`): tokens of a text.
-    image_diffusion, objectives: of the run's config; nothing here reads them.
+    model, text_diffusion, condition_timestep, image_size, inference: fields of the run's config.
+    max_length (`int`): the number of tokens of a text.
+    image_diffusion, objectives: fields of the run's config that are not used here.
   """
 
-  # For `save_pretrained` of the pipeline. Read here: diffusers overwrites its copy when it loads another model's file.
+  # The code for the pipeline's `save_pretrained`. diffusers overwrites its copy when it loads another model's file.
   source = pathlib.Path(__file__).read_text(encoding="utf-8")
 
   @register_to_config
@@ -233,7 +233,7 @@ class DiffDis(ModelMixin, ConfigMixin):
 
     levels = zip(unet["widths"], unet["attention"], strict=True)
     widths = [width for width, has in levels if has for _ in range(unet["depth"])]
-    last = unet["widths"][-1]  # of the middle, which always has one
+    last = unet["widths"][-1]  # the width of the middle, which always has attention
     how = {name: model[name] for name in ("share_attention", "modality_ffn")} | {"num_heads": unet["num_heads"]}
     self.text_stream = TextStream([*widths, last] if model["fusion"] else (), self.query_width, **how)
     self.alignment = AlignmentTransformer(query_width=self.query_width, image_width=last, **model["alignment"])
@@ -242,10 +242,10 @@ class DiffDis(ModelMixin, ConfigMixin):
 
   @classmethod
   def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-    """Load as diffusers' models do, but raise ValueError where a parameter is missing or unknown."""
+    """Load like diffusers' models, but raise ValueError for a missing or an unknown parameter."""
     asked = kwargs.pop("output_loading_info", False)
     model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)  # pyright: ignore
-    # diffusers warns of these, and goes on with random numbers in the missing ones' place.
+    # diffusers only warns, and initialises missing parameters at random.
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unknown:
       where = pretrained_model_name_or_path
@@ -254,18 +254,18 @@ class DiffDis(ModelMixin, ConfigMixin):
 
   @torch.no_grad()
   def null_condition(self, text_encoder: Part, device: torch.device | str | None = None) -> Tensor:
-    """Return c of the empty prompt, [1, l, d]. `device` is the text encoder's, if its weights are elsewhere."""
+    """Return c of the empty prompt, [1, l, d]. `device` is that of the text encoder, if it is offloaded."""
     null = [[self.bos_id] + [self.eos_id] * (self.max_length - 1)]
     return text_encoder(torch.tensor(null, device=device or text_encoder.device)).last_hidden_state
 
   @torch.no_grad()
   def embed_text(self, input_ids: Tensor, *, text_encoder: Part) -> Query:
-    """Return text queries e: the condition at the first end-of-text token, projected if need be, L2-normalised.
+    """Return text queries e: the condition at the first end-of-text token, optionally projected, L2-normalised.
 
-    With `query_tokens` the mean of the tokens' vectors, times `token_embedding_weight`, is added to that condition.
+    With `query_tokens`, the mean of the tokens' embeddings times `token_embedding_weight` is added to the condition.
     """
     onload(self)
-    # The first one: padding is the end-of-text token too.
+    # The first one counts: padding is also the end-of-text token.
     end = (input_ids == self.eos_id).int().argmax(dim=1)
     rows = torch.arange(len(input_ids), device=input_ids.device)
     query = text_encoder(input_ids).last_hidden_state[rows, end].to(self.dtype)
@@ -277,9 +277,9 @@ class DiffDis(ModelMixin, ConfigMixin):
     return F.normalize((query if self.text_projection is None else self.text_projection(query)).float(), dim=-1)
 
   def predict(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Tensor) -> Query:
-    """Run Φ_θ(e_t, t_e, z): ê_0 or ε̂_e, as the run's target says. The UNet's up path does not run.
+    """Compute ê_0 or ε̂_e = Φ_θ(e_t, t_e, z), depending on the run's target. The UNet's up path does not run.
 
-    The latents z are clean, which the UNet's own timestep says: 1000, one past the generative range (Table 7). The text
+    The latents z are clean, so the UNet's timestep is 1000, one beyond those of generation (Table 7). The text
     condition is the empty prompt's, so that no caption leaks. `e_t` is the noised query, γ √ᾱ e + √(1−ᾱ) ε, at t_e.
     """
     onload(unet, self)
@@ -294,7 +294,7 @@ class DiffDis(ModelMixin, ConfigMixin):
         return Streams(image_block(h, encoder_hidden_states=c, return_dict=False)[0], h_e)
       return next(fusion_blocks)(image_block, h, c, h_e, e_t)
 
-    # h_e starts at 0, and each block adds e_t. The order of blocks is UNet2DConditionModel.forward's, skips left out.
+    # h_e starts at 0, and each block adds e_t. The order of blocks is UNet2DConditionModel.forward's, without skips.
     h, h_e = unet.conv_in(z.to(dtype)), torch.zeros_like(e_t)
     for level in unet.down_blocks:
       attentions = iter(getattr(level, "attentions", ()))
@@ -307,11 +307,11 @@ class DiffDis(ModelMixin, ConfigMixin):
     h = unet.mid_block.resnets[0](h, temb)
     h, h_e = attention(unet.mid_block.attentions[0], h, h_e)
     h = unet.mid_block.resnets[1](h, temb)
-    # Without fusion the query meets the image here alone.
+    # Without fusion, query and image interact only here.
     return self.alignment(h_e if self.text_stream.blocks else e_t, h).float()
 
   def to_query(self, prediction: Query, e_t: Query, t_e: Timesteps) -> Query:
-    """Return ê_0 of a prediction: from the noise, ê_0 = (e_t − √(1−ᾱ) ε̂_e) / (γ √ᾱ)."""
+    """Return ê_0 of a prediction. From predicted noise it is (e_t − √(1−ᾱ) ε̂_e) / (γ √ᾱ)."""
     if self.target == "data":
       return prediction
     signal, sigma = self._rates(t_e)
@@ -324,8 +324,8 @@ class DiffDis(ModelMixin, ConfigMixin):
     """Return the denoised text query, L2-normalised: `steps` DDIM steps from e_T = noise (the paper's Algorithm 3).
 
     The paper uses one step, the prediction at T-1. With target `data` and `normalize_query`, each step's ê_0 is
-    normalised before it is fed back: the process is defined on vectors of length 1. The null condition of guidance is
-    the image z = 0.
+    normalised before it is fed back, since the process is defined for vectors of length 1. The null condition of
+    guidance is the image z = 0.
     """
     e_t, timesteps = noise, trailing(steps)
     for t, t_prev in zip(timesteps[:-1], timesteps[1:], strict=True):
@@ -335,7 +335,7 @@ class DiffDis(ModelMixin, ConfigMixin):
         null = self.predict(torch.zeros_like(z), e_t, t_e, unet=unet, c_null=c_null)
         prediction = null + guidance * (prediction - null)
       e_0 = self.to_query(prediction, e_t, t_e)
-      # Before ε is taken from it, so that both together still make e_t.
+      # Normalise before ε is computed from ê_0, so that both together still give e_t.
       if self.sampling["normalize_query"] and self.target == "data":
         e_0 = F.normalize(e_0, dim=-1)
       signal, sigma = self._rates(t_e)
@@ -346,11 +346,11 @@ class DiffDis(ModelMixin, ConfigMixin):
 
   @torch.no_grad()
   def similarity(self, image: Tensor, text: Tensor) -> Tensor:
-    """Return logits τ ⟨ê_0, e⟩, [n, m], of n image and m text queries, τ = min(exp(logit_scale), 100)."""
+    """Return the logits τ ⟨ê_0, e⟩, [n, m], of n image and m text queries, with τ = min(exp(logit_scale), 100)."""
     return self.logit_scale.float().exp().clamp(max=100) * image @ text.T
 
   def _rates(self, t: Timesteps) -> list[Tensor]:
     """Return √ᾱ(t) and √(1 − ᾱ(t)), f32 of shape [b, 1]."""
     a = self.alpha_bar[t.cpu()][:, None]
-    # The roots in float64, and only then f32: 1 − ᾱ of a small t would lose its digits.
+    # Roots are taken in float64: 1 − ᾱ in f32 would lose digits at small t.
     return [x.sqrt().float().to(t.device) for x in (a, 1 - a)]

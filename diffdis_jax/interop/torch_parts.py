@@ -1,6 +1,6 @@
-"""Two parts of an exported pipeline that diffusers has not: an autoencoder on patches, and a UNet without its up path.
+"""Two parts of an exported pipeline that diffusers lacks: an autoencoder on patches, and a UNet without its up path.
 
-export_weights puts this file beside the weights of the part that is one of them. It needs torch and diffusers alone.
+export_weights copies this file to the folder of such a part. It needs only torch and diffusers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SOURCE = pathlib.Path(__file__).read_text(encoding="utf-8")
 
 
 class PatchAutoencoderKL(AutoencoderKL):
-  """AutoencoderKL that folds patches of pixels into channels at first, and unfolds them at last.
+  """AutoencoderKL that first folds patches of pixels into channels, and finally unfolds them.
 
   Its arguments are AutoencoderKL's; `in_channels` and `out_channels` are 3 p² for patches of p × p pixels.
   """
@@ -32,8 +32,8 @@ class PatchAutoencoderKL(AutoencoderKL):
     return math.isqrt(self.config["in_channels"] // 3)
 
   def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-    """Return the posterior over the latents of images [b, 3, H, W] in [-1, 1], as AutoencoderKL's."""
-    # A colour's pixels of a patch lie side by side, rows first, as in training.
+    """Return the posterior over the latents of images [b, 3, H, W] in [-1, 1], as AutoencoderKL does."""
+    # The pixels of a colour in a patch are adjacent, rows first, as in training.
     return super().encode(F.pixel_unshuffle(x, self.patch), return_dict=return_dict)
 
   def decode(self, z: Any, return_dict: bool = True, generator: Any = None) -> Any:
@@ -44,11 +44,11 @@ class PatchAutoencoderKL(AutoencoderKL):
 
 
 class DownUNet2DConditionModel(UNet2DConditionModel):
-  """The way down and the middle of a UNet2DConditionModel, which is all that discrimination runs. Arguments are its."""
+  """The down path and the middle of a UNet2DConditionModel, which suffice for discrimination, with its arguments."""
 
   source = SOURCE
 
-  # Its signature too: diffusers reads there which fields of config.json the class takes.
+  # `wraps` also copies the signature, from which diffusers reads the fields of config.json.
   @functools.wraps(UNet2DConditionModel.__init__)
   def __init__(self, *args: Any, **kwargs: Any):
     super().__init__(*args, **kwargs)

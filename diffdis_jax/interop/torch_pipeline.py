@@ -1,7 +1,7 @@
-"""DiffDisPipeline: diffusers' StableDiffusionPipeline, which also classifies and ranks images.
+"""DiffDisPipeline, a StableDiffusionPipeline of diffusers that also classifies and ranks images.
 
-It needs torch, diffusers, transformers and Pillow, and ftfy for texts beyond plain ASCII. export_weights puts this file
-beside its weights, as pipeline.py, and diffusers loads it from there.
+It needs torch, diffusers, transformers and Pillow, and ftfy for texts beyond plain ASCII. export_weights copies this
+file to pipeline.py of an export, from which diffusers loads it.
 
   pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
   image = pipe("a red star").images[0]
@@ -30,30 +30,30 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import ExifTags, Image
 from torch import Tensor
 
-# Only texts beyond plain ASCII need it.
+# Only texts beyond plain ASCII need ftfy.
 try:
   import ftfy
 except ImportError:
   ftfy = None
 
 Images = Any  # PIL.Image, torch.Tensor or np.ndarray, or a sequence of them
-# The default of this project's evaluations: the seven that were selected for CLIP, and the plain one.
+# The default templates of this project's evaluations: the seven that were selected for CLIP, and the plain one.
 TEMPLATES = ("a photo of a {}.", "itap of a {}.", "a bad photo of the {}.", "a origami {}.")
 TEMPLATES += ("a photo of the large {}.", "a {} in a video game.", "art of the {}.", "a photo of the small {}.")
 _SLOT = re.compile(r"\{c?\}")
-# What makes an image upright, by EXIF's orientation from 2 on: the numbers of Image.Transpose.
+# The Image.Transpose that makes an image upright, by EXIF's orientation from 2 on.
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
 
 
 class Classification(NamedTuple):
-  """The likeliest name of each image, and the softmax over the names of τ ⟨ê_0, e⟩, f32[n, k]."""
+  """The most likely name of each image, and the softmax over the names of τ ⟨ê_0, e⟩, f32[n, k]."""
 
   labels: list[str]
   scores: Tensor
 
 
 class Ranking(NamedTuple):
-  """Places of the images in what was given, the nearest to the text first, and their cosines in that order, f32[n]."""
+  """The indices of the images, sorted by decreasing cosine with the text, and the cosines in that order, f32[n]."""
 
   order: list[int]
   scores: Tensor
@@ -64,13 +64,13 @@ class DiffDisPipeline(StableDiffusionPipeline):
   Text-to-image generation with Stable Diffusion, and zero-shot classification with the same UNet.
 
   It inherits from [`StableDiffusionPipeline`]: `pipe(prompt, ...)` takes what that takes and returns the same images.
-  Its arguments are that class's, and `diffdis`, without which it only generates. A run of an autoencoder alone has none
-  but `vae`.
+  Its arguments are those of that class, and `diffdis`, without which it only generates. A run of an autoencoder alone
+  has only `vae`.
   """
 
   _optional_components = ["scheduler", "text_encoder", "tokenizer", "unet", "diffdis"]
   _optional_components += StableDiffusionPipeline._optional_components
-  # For `save_pretrained`. Read here: diffusers overwrites its copy when it loads another model's file.
+  # The code for `save_pretrained`. diffusers overwrites its copy when it loads another model's file.
   source = pathlib.Path(__file__).read_text(encoding="utf-8")
 
   def __init__(
@@ -93,8 +93,8 @@ class DiffDisPipeline(StableDiffusionPipeline):
       self.vae_scale_factor *= patch
       self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-  # diffusers holds each part against its annotation, which older versions take for a class, not for a string. No
-  # narrower one: a file's classes are others each time that it is loaded.
+  # diffusers checks each part against its annotation, which older versions expect to be a class, not a string. The
+  # annotation is `object`, since the classes of a file are new ones each time that it is loaded.
   __init__.__annotations__ = dict.fromkeys(inspect.signature(__init__).parameters, object)
 
   @functools.wraps(StableDiffusionPipeline.__call__)
@@ -108,28 +108,28 @@ class DiffDisPipeline(StableDiffusionPipeline):
     self, images: Images, names: Sequence[str], templates: Sequence[str] = TEMPLATES, **how: Any
   ) -> Classification:
     r"""
-    Find the likeliest of these class names for each image.
+    Find the most likely of these class names for each image.
 
     Args:
-      images, how: as `embed_images` takes them.
-      names (`List[str]`): of the classes.
+      images, how: the arguments of `embed_images`.
+      names (`List[str]`): the names of the classes.
       templates (`List[str]`): prompts with `{}` where the name goes. The texts' embeddings are averaged over them.
     """
     _check_texts("names", names)
     _check_texts("templates", templates)
     for template in templates:
-      # Without a slot every class has the same text.
+      # Without a slot, all classes would have the same text.
       if not _SLOT.search(template):
         raise ValueError(f"template {template!r} has no place for the class name; write {{}} where it goes")
     queries = self.embed_images(images, **how)
     texts = [_SLOT.sub(lambda _, name=name: name, template) for template in templates for name in names]
     by_template = self.embed_texts(texts, batch_size=how.get("batch_size", 32)).unflatten(0, (len(templates), -1))
-    # The mean of unit vectors, normalised again, as CLIP builds its classifier of several templates.
+    # CLIP's classifier of several templates is the normalised mean of unit vectors.
     scores = self._diffdis().similarity(queries, F.normalize(by_template.mean(dim=0), dim=-1)).softmax(dim=-1)
     return Classification([names[int(i)] for i in scores.argmax(dim=-1)], scores)
 
   def rank(self, images: Images, text: str, **how: Any) -> Ranking:
-    """Order images by how near they are to a text, a caption or a query. `how` is as `embed_images` takes it."""
+    """Sort images by their similarity to a text. `how` are arguments of `embed_images`."""
     _check_texts("text", [text])
     cosines = self.embed_images(images, **how) @ self.embed_texts(text)[0]
     scores, order = cosines.sort(descending=True, stable=True)
@@ -137,14 +137,14 @@ class DiffDisPipeline(StableDiffusionPipeline):
 
   @torch.no_grad()
   def embed_texts(self, texts: str | Sequence[str], batch_size: int = 32) -> Tensor:
-    """Embed texts: queries e, f32 [texts, width] of length 1, which the cosine compares with images.
+    """Embed texts: return queries e of length 1, f32 [texts, width], for cosines with images.
 
-    They are cut at the model's `max_length`, and cleaned as in training, with ftfy where they are beyond plain ASCII.
+    Texts are cut at the model's `max_length`, and cleaned as in training, with ftfy if they are beyond plain ASCII.
     """
     diffdis, texts = self._diffdis(), [texts] if isinstance(texts, str) else texts
     _check_texts("texts", texts)
     with contextlib.ExitStack() as end:
-      end.callback(self.maybe_free_model_hooks)  # what accelerate offloads goes back to the CPU, as after a call
+      end.callback(self.maybe_free_model_hooks)  # offloaded parts go back to the CPU, as after a call of the pipeline
       parts = [part.to(self._execution_device) for part in self._token_ids(texts).split(batch_size)]
       return torch.cat([diffdis.embed_text(part, text_encoder=self.text_encoder) for part in parts])
 
@@ -159,7 +159,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
     batch_size: int = 32,
   ) -> Tensor:
     r"""
-    Embed images: denoised queries ê_0 (the paper's Algorithm 3), f32 [images, width] of length 1.
+    Embed images: return denoised queries ê_0 of length 1 (the paper's Algorithm 3), f32 [images, width].
 
     Args:
       images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): of any size. Tensors are
@@ -167,9 +167,9 @@ class DiffDisPipeline(StableDiffusionPipeline):
         that its short side fits, and its central square is taken.
       num_inference_steps, num_noise_samples (`int`, *optional*): denoising steps, and samples of the noise to average;
         by default the run's.
-      generator (`torch.Generator`, *optional*): of the noise.
+      generator (`torch.Generator`, *optional*): the generator of the noise.
       noise (`torch.Tensor`, *optional*): the noise itself, [n, d] or [samples, n, d], in place of a generator.
-      batch_size (`int`): images at a time. Each has the same noise, whatever it is.
+      batch_size (`int`): the number of images at a time, which does not change an image's noise.
     """
     diffdis, device = self._diffdis(), self._execution_device
     steps = diffdis.sampling["steps"] if num_inference_steps is None else num_inference_steps
@@ -179,7 +179,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
         raise ValueError(f"{name} is {value!r}; it should be a whole number from 1 on")
     squares = [_square(image, diffdis.image_size) for image in _to_list(images)]
     shape = (samples, len(squares), diffdis.query_width)
-    if noise is None:  # all at once, so that the size of a batch changes nothing
+    if noise is None:  # sampled at once, so that it does not depend on the batch size
       noise = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
     noise = noise[None] if noise.ndim == 2 else noise
     if noise.ndim != 3 or noise.shape[1:] != shape[1:]:
@@ -187,7 +187,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
 
     how = dict(unet=self.unet, steps=steps, guidance=diffdis.sampling["guidance"])
     embedded = []
-    progress_bar: Any = self.progress_bar  # which is decorated, so that type checkers do not know its arguments
+    progress_bar: Any = self.progress_bar  # type checkers do not know its arguments, since it is decorated
     with contextlib.ExitStack() as end, progress_bar(total=len(squares)) as bar:
       end.callback(self.maybe_free_model_hooks)
       c_null = diffdis.null_condition(self.text_encoder, device)
@@ -202,22 +202,22 @@ class DiffDisPipeline(StableDiffusionPipeline):
     return torch.cat(embedded)
 
   def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-    """Write, for `save_pretrained`, model_index.json as export_weights writes it, and the files of code."""
+    """Write model_index.json, as export_weights does, and the files of code, for `save_pretrained`."""
     folder = pathlib.Path(save_directory)
     super().save_config(folder, push_to_hub=False, **kwargs)
-    # diffusers names a class by its module in this process, which no other has.
+    # diffusers names a class by its module, which exists only in this process.
     index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
     for name, value in index.items():
       part: Any = getattr(self, name, None) if isinstance(value, list) else None
       if hasattr(part, "source"):
         value[0] = value[0].split(".")[-1]
         (folder / name / f"{value[0]}.py").write_text(part.source, encoding="utf-8")
-    index["_class_name"] = StableDiffusionPipeline.__name__  # so that it goes on to load without this file
+    index["_class_name"] = StableDiffusionPipeline.__name__  # so that it still loads without this file
     (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "pipeline.py").write_text(self.source, encoding="utf-8")
 
   def _token_ids(self, texts: Sequence[str]) -> Tensor:
-    """Return the ids that texts have in training."""
+    """Return the token ids of texts, as in training."""
     how = dict(padding="max_length", max_length=self._diffdis().max_length, truncation=True, return_tensors="pt")
     return self.tokenizer([_cleaned(text) for text in texts], **how).input_ids
 
@@ -244,15 +244,15 @@ def _cleaned(text: str) -> str:
   if not text.isascii() or not text.isprintable() or "&" in text:
     if ftfy is None:
       raise ImportError(f"the text {text[:50]!r} is repaired as in training, which needs ftfy: pip install ftfy")
-    # Twice: captions of the web are often escaped twice.
+    # Unescape twice: captions from the web are often escaped twice.
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
   text = " ".join(text.split()).lower()
-  # With spaces inside, a spelled-out start or end is read as text, not as the token at which a text ends.
+  # With spaces inside, a spelled-out start or end is read as text, and not as a special token.
   return text.replace("<|startoftext|>", "<| startoftext |>").replace("<|endoftext|>", "<| endoftext |>")
 
 
 def _to_list(images: Images) -> list[Any]:
-  """List the single images of a batch or a list."""
+  """Return the list of the single images of a batch or a list."""
   if not isinstance(images, (list, tuple)):
     images = list(images) if getattr(images, "ndim", 0) == 4 else [images]
   if not images:
@@ -261,7 +261,7 @@ def _to_list(images: Images) -> list[Any]:
 
 
 def _square(image: Any, size: int) -> np.ndarray:
-  """Return u8[size, size, 3]: the short side scaled to `size`, bicubic, and the central square, in one resampling."""
+  """Scale the short side to `size`, bicubic, and crop the central square, in one resampling: u8[size, size, 3]."""
   pil = _to_pil(image)
   if pil.size != (size, size):
     side = min(pil.size)
@@ -271,14 +271,14 @@ def _square(image: Any, size: int) -> np.ndarray:
 
 
 def _to_pil(image: Any) -> Image.Image:
-  """Convert to RGB, upright by EXIF, transparency on white."""
+  """Convert an image to RGB, make it upright by its EXIF, and put transparency on white."""
   if isinstance(image, Image.Image):
-    # Not by ImageOps.exif_transpose, which fails at whatever else is wrong in EXIF.
-    with contextlib.suppress(Exception):  # Pillow's reader raises whatever damage leads it into
+    # ImageOps.exif_transpose fails if anything else in EXIF is wrong.
+    with contextlib.suppress(Exception):  # for damaged EXIF, Pillow may raise anything
       turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
       image = image if turn is None else image.transpose(turn)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits, or floats, which Pillow would cut off at 255
-      if not np.isfinite(most := np.asarray(image).max()):  # one of which would make all of it black
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits or floats, which Pillow would clip at 255
+      if not np.isfinite(most := np.asarray(image).max()):  # one such value would make the whole image black
         raise ValueError("an image holds numbers that are not finite")
       white = 1.0 if image.mode == "F" and most <= 1 else 65535.0
       grey = np.rint(np.clip(np.asarray(image, np.float64) / (white / 255), 0, 255)).astype(np.uint8)
