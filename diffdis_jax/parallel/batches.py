@@ -1,4 +1,4 @@
-"""A compiled function over rows of any number: chunks of one shape, of which each process has its own rows."""
+"""Run a compiled function on any number of rows, in chunks of one shape that the processes share."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from jax.sharding import Mesh
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes, sharding
 
-ROWS = 64  # of a call, on each chip
-MOST_ROWS = 4096  # of a call: every device gets all of its results, and 16,384 images would fill one
+ROWS = 64  # rows of a call on each chip
+MOST_ROWS = 4096  # rows of a call: every device gets all results, and 16,384 images would fill its memory
 
 
 def rows_of_a_call(mesh: Mesh) -> int:
-  """Return 64 for each chip, up to MOST_ROWS; on CPUs, whose devices share their cores, 64 in all."""
+  """Return 64 rows for each chip, up to MOST_ROWS, or 64 in all on CPUs, whose devices share the cores."""
   return ROWS if mesh.devices.flat[0].platform == "cpu" else min(ROWS * mesh.size, MOST_ROWS)
 
 
 class Batches:
-  """Runs a compiled function over rows of any number, a call at a time.
+  """Run a compiled function on any number of rows, one call after another.
 
   Args:
-    mesh: devices that share the rows of a call.
-    batch_size: rows a call; rounded up to a multiple of the devices. None takes `rows_of_a_call`.
-    after_batch: called after each call, on every process equally often; what it raises ends the work.
+    mesh: the devices that share the rows of a call.
+    batch_size: rows of a call, rounded up to a multiple of the devices. None takes `rows_of_a_call`.
+    after_batch: called after each call, on every process equally often. Its errors end the work.
 
   Attributes:
-    size: rows a call.
+    size: rows of a call.
   """
 
   def __init__(self, mesh: Mesh, batch_size: int | None, after_batch: Callable[[], None]):
@@ -42,13 +42,13 @@ class Batches:
   def __call__(
     self, f: Callable[..., jax.Array], *arrays: Any, done: Callable[[int], object] = lambda count: None
   ) -> np.ndarray:
-    """Run f over the rows in chunks of one shape, the last one padded by repeating its last row.
+    """Run f on the rows in chunks of one shape. The last chunk is padded by repeating its last row.
 
-    Every process has the same arrays, of which it takes its own rows, and gets the whole result. An array is anything
-    that gives rows; another thread asks it for them. `done` is called with the number of rows after each chunk.
+    Every process has the same arrays, reads its own rows of them, and gets the whole result. An array is any object
+    with rows, which are read by another thread. `done` is called with the number of rows after each chunk.
 
     Raises:
-      UserError: no row, or arrays of different numbers of rows.
+      UserError: there are no rows, or the arrays have different numbers of rows.
     """
     lengths = [len(array) for array in arrays]
     n = lengths[0]
@@ -61,8 +61,8 @@ class Batches:
 
     outputs: list[np.ndarray] = []
     pending: list[jax.Array] = []
-    # Padded by a row that is there, not by zeros, so that f sees nothing that it could fail on.
-    # Arrays may decode images when rows are asked for: those of the next call, while devices compute this one's.
+    # Pad with an existing row and not with zeros, on which f might fail.
+    # Arrays may decode images when rows are read, so read those of the next call while devices compute this one.
     with ThreadPoolExecutor(1) as reader:
       ahead = reader.submit(read, 0)
       for start in range(0, n, self.size):
@@ -70,8 +70,8 @@ class Batches:
         if start + self.size < n:
           ahead = reader.submit(read, start + self.size)
         pending.append(f(*sharding.to_global(local, self._mesh).values()))
-        # The host fetches a result when the next call is under way, so that devices never wait for it; and no later,
-        # or else all calls' rows would lie on the devices together.
+        # The host fetches a result while the next call runs, so that devices never wait for it. It is not fetched
+        # later, since the rows of all calls would then be on the devices at once.
         if len(pending) > 1:
           outputs.append(processes.whole(pending.pop(0)))
         done(min(self.size, n - start))

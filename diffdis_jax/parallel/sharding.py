@@ -1,4 +1,4 @@
-"""The mesh, and which axis each parameter is split along. The only file that names a mesh axis.
+"""The mesh, and the axes along which each parameter is split. No other file names a mesh axis.
 
 Axes: `data` replicates parameters and splits the batch; `fsdp` splits both; `tensor` splits widths within a layer.
 """
@@ -20,19 +20,19 @@ from diffdis_jax.common.params import first_match
 from diffdis_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-# `fsdp` before `data`: in the other order, where all three axes exceed 1, XLA's partitioner (jaxlib 0.10 to 0.12) moves
-# rows of a residual u + f(u) to other devices and adds them to the wrong ones.
+# `fsdp` comes before `data`: in the other order, if all three axes exceed 1, XLA's partitioner (jaxlib 0.10 to 0.12)
+# moves rows of a residual u + f(u) to other devices and adds them to the wrong rows.
 BATCH = PartitionSpec(("fsdp", "data"))
 REPLICATED = PartitionSpec()
 
-# Shapes: convolution [h, w, in, out], linear [in, out], embedding [tokens, width]. First match wins.
+# The first match wins. Kernels are [h, w, in, out] or [in, out], and embeddings [tokens, width].
 RULES = (
   (r"^autoencoder\.(shift|scale)$|^logit_scale$|class_token$", REPLICATED),
-  (r"^head\.", REPLICATED),  # small, and computed in f32, where `gathered` would give it the compute dtype
+  (r"^head\.", REPLICATED),  # small, and computed in f32, whereas `gathered` would cast it to the compute dtype
   (r"\.(bias|scale)$", REPLICATED),
   (r"conv|shortcut|proj_in|proj_out|quant|encoder_out|decoder_in", PartitionSpec(None, None, "fsdp", "tensor")),
-  (r"\.patch\.kernel$", PartitionSpec(None, None, None, "tensor")),  # three channels in, which no axis splits
-  (r"tokens\.embedding$", PartitionSpec("tensor", None)),  # whole, rather than moved for a few rows
+  (r"\.patch\.kernel$", PartitionSpec(None, None, None, "tensor")),  # no axis divides three input channels
+  (r"tokens\.embedding$", PartitionSpec("tensor", None)),  # `fsdp` would gather the table for a few rows
   (r"positions$", PartitionSpec("tensor", "fsdp")),
   (r"\.(out|fc2|fc_out|predictor|map_out)\.kernel$", PartitionSpec("tensor", "fsdp")),
   (r"\.(q|k|v|proj|fc1|fc_in|text_in|image_in|time|projection)\.kernel$", PartitionSpec("fsdp", "tensor")),
@@ -40,12 +40,12 @@ RULES = (
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
-  """Arrange all devices as a mesh; an axis of -1 takes what the others leave.
+  """Arrange all devices as a mesh. An axis of -1 takes the devices that the others leave.
 
-  Devices of several slices, which a data centre's network joins, are laid out so that only `data` crosses slices.
+  If there are several slices, which a data centre's network connects, only `data` crosses slices.
 
   Raises:
-    UserError: the axes do not multiply to the number of devices, or `data` does not to that of the slices.
+    UserError: the product of the axes is not the number of devices, or `data` is no multiple of the slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -58,18 +58,18 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | Non
       f"mesh {shown} takes {fixed} devices or, with an axis of -1, a multiple of them, but there are {len(devices)}"
     )
   shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
-  # Hosts of GPUs count as slices: XLA's order already puts `data` between hosts, and any axis may cross them.
+  # GPUs count as one slice: XLA's order already puts `data` between hosts, and any axis may cross hosts.
   slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
   return Mesh(arrange(shape, devices, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def arrange(shape: Sequence[int], devices: Sequence[Any], slices: int) -> np.ndarray:
-  """Arrange devices [data, fsdp, tensor], several slices one after another along `data`.
+  """Arrange devices [data, fsdp, tensor], with slices one after another along `data`.
 
   Raises:
     UserError: `data` is no multiple of the slices.
   """
-  # Not jax.make_mesh, which refuses an axis that lies along a part of a torus's axis.
+  # jax.make_mesh refuses an axis along a part of a torus's axis.
   if slices == 1:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   data, *rest = shape
@@ -84,19 +84,19 @@ def arrange(shape: Sequence[int], devices: Sequence[Any], slices: int) -> np.nda
 
 @contextlib.contextmanager
 def tracing(mesh: Mesh, *, matmul_precision: str) -> Iterator[None]:
-  """Trace what is within, or the function that it decorates, for the devices of `mesh`, which may be others than this
-  machine's.
+  """Trace the block, or the decorated function, for the devices of `mesh`, which need not be devices of this
+  machine.
 
   Args:
-    matmul_precision: of matrix products and convolutions of f32, forwards and backwards, that do not say it: default,
-      high or highest.
+    matmul_precision: default, high or highest, for matrix products and convolutions of f32, forwards and backwards,
+      without their own precision.
   """
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision(matmul_precision):
     yield
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
-  """Raise UserError for a global batch that the mesh cannot split evenly, over devices and over processes."""
+  """Raise UserError if the mesh cannot split the global batch evenly over devices and processes."""
   replicas, processes = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
   if replicas % processes:
     raise UserError(
@@ -113,14 +113,14 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  """Return the partition of one parameter; an axis that does not divide its dimension is left out."""
+  """Return the partition of a parameter, without axes that do not divide their dimension."""
   wanted = first_match(path, RULES, "sharding.RULES")
   return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape)))
 
 
 def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
-  """Return the NamedSharding of every leaf: of one that has a parameter's key and shape, in the optimizer's state too,
-  that parameter's; of anything else, and where the axes are of one device, on every device."""
+  """Return the NamedSharding of every leaf. A leaf with a parameter's key and shape, also in the optimizer's state, has
+  that parameter's sharding. All others are replicated, and so are all if the axes have one device."""
   whole = NamedSharding(mesh, REPLICATED)
 
   def of(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -128,29 +128,29 @@ def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
       path = key.key if isinstance(key, jax.tree_util.DictKey) else ""
       if path in parameters and parameters[path].shape == leaf.shape:
         place = NamedSharding(mesh, spec(path, leaf.shape, mesh))
-        return whole if place.is_fully_replicated else place  # one name for one place
+        return whole if place.is_fully_replicated else place  # equal shardings compare equal
     return whole
 
   return jax.tree_util.tree_map_with_path(of, abstract)
 
 
 def replicated(params: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Put arrays that every process has on the mesh, each of them whole on every device."""
+  """Replicate arrays that every process has on all devices of the mesh."""
   place = NamedSharding(mesh, REPLICATED)
-  # x=x, since the callback may be called after the loop has moved on.
+  # x=x, since the callback may be called after the loop has continued.
   return {path: jax.make_array_from_callback(x.shape, place, lambda i, x=x: x[i]) for path, x in params.items()}
 
 
 def everywhere(x: jax.Array) -> jax.Array:
-  """Return `x` whole on every device of the mesh that is being traced for, if there is one."""
+  """Replicate `x` on every device of the mesh for which code is traced, if there is one."""
   return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, REPLICATED)
 
 
 def gathered(params: Mapping[str, jax.Array], mesh: Mesh, *, dtype: Any) -> dict[str, jax.Array]:
-  """Return parameters as a layer uses them: those that `fsdp` splits, whole and in the compute dtype, to which every
-  layer takes its matrices; gradients go the same way back, summed and split at once.
+  """Return parameters in the form that layers use. Those that `fsdp` splits are gathered in the compute dtype, to which
+  every layer casts its matrices. Their gradients are summed and split at once.
 
-  Said here, the compiler moves parameters, in half the bytes, and never splits a layer's activations instead.
+  Otherwise the compiler might gather f32, twice the bytes, or split a layer's activations instead.
   """
 
   def of(path: str, x: jax.Array) -> jax.Array:
@@ -168,7 +168,7 @@ def _gather(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Arr
   return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, stored), used)
 
 
-# Backwards the gradient gets the stored split and nothing else, so that it is summed and split at once.
+# The gradient is only constrained to the stored split, so that it is summed and split at once.
 _gather.defvjp(
   lambda x, stored, used: (_gather(x, stored, used), None),
   lambda stored, used, _, gradient: (jax.lax.with_sharding_constraint(gradient, stored),),
@@ -176,15 +176,15 @@ _gather.defvjp(
 
 
 def on_own_rows(f: Callable[..., Any], mesh: Mesh, summed: Mapping[str, Any]) -> Callable[..., Any]:
-  """Return f(whole, rows) -> (sums, rows), run on each device's own rows: f sees a batch as if it were the only device.
+  """Return f(whole, rows) -> (sums, rows) that runs on each device's own rows, as if it were the only device.
 
-  Nothing is exchanged but the `sums`, when f has ended: the compiler cannot know that a sum in a loop is not needed
-  before the loop ends, and would exchange it at each turn.
+  Only the `sums` are exchanged, after f: the compiler does not know that a sum in a loop is not needed before the loop
+  ends, and would exchange it at each turn.
 
   Args:
-    f: `whole` is a tree of arrays that the batch's axes do not split, `rows` one of arrays whose first axis is the
-      batch. Its `sums`, path -> array, are over its own rows.
-    summed: the parameters that `sums` has, as `sums` has them: added up over devices, then split as they are stored.
+    f: `whole` is a tree of arrays that the batch's axes do not split, and `rows` a tree of arrays whose first axis is
+      the batch. Its `sums`, path -> array, are over the device's own rows.
+    summed: the parameters of `sums`. These are added up over devices, and then split as the parameters are stored.
   """
   rows, stored = BATCH[0], {path: spec(path, x.shape, mesh) for path, x in summed.items()}
 
@@ -194,7 +194,7 @@ def on_own_rows(f: Callable[..., Any], mesh: Mesh, summed: Mapping[str, Any]) ->
 
   def reduce(path: str, x: jax.Array) -> jax.Array:
     x = jax.lax.with_sharding_constraint(x, _only(stored[path], ("tensor",)))
-    # An axis of one device has nothing to add up, and a reduction over it would still be an operation.
+    # Leave out axes of one device: a reduction over them would still be an operation.
     left = {axis for axis in rows if mesh.shape[axis] > 1}
     if "fsdp" in left and "fsdp" in stored[path]:
       x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=stored[path].index("fsdp"), tiled=True)
@@ -207,7 +207,7 @@ def on_own_rows(f: Callable[..., Any], mesh: Mesh, summed: Mapping[str, Any]) ->
     in_specs=(REPLICATED, BATCH),
     out_specs=({path: _only(partition, ("fsdp",)) for path, partition in stored.items()}, BATCH),
     axis_names=set(rows),
-    check_vma=False,  # which would have each gradient added up where it is taken
+    check_vma=False,  # the check would add each gradient up where it is computed
   )
 
 
@@ -216,13 +216,13 @@ def _only(partition: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
 
 
 def each_own_rows(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-  """Return f(whole, rows) -> rows, run on each device's own rows of the mesh that is being traced for, if there is one.
+  """Return f(whole, rows) -> rows that runs on each device's own rows of the mesh for which code is traced, if any.
 
-  `whole` is gathered on every device once, before f, and its gradient is summed once, after f: a loop in f exchanges
-  nothing, whatever the compiler would have made of it.
+  `whole` is gathered on every device once, before f, and its gradient is summed once, after f, so that a loop in f
+  exchanges nothing.
 
   Args:
-    f: takes two trees of arrays; the first axis of those in `rows` is the batch, a multiple of `batch_parts`.
+    f: a function of two trees of arrays. The first axis in `rows` is the batch, a multiple of `batch_parts`.
   """
 
   @functools.wraps(f)
@@ -231,7 +231,7 @@ def each_own_rows(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     if not own:
       return f(whole, rows)
     split = PartitionSpec(own)
-    # Without the check of what varies over which axis, as in `on_own_rows`.
+    # Without the check of varying axes, as in `on_own_rows`.
     return jax.shard_map(f, in_specs=(REPLICATED, split), out_specs=split, axis_names=set(own), check_vma=False)(
       whole, rows
     )
@@ -240,10 +240,10 @@ def each_own_rows(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def on_own_heads(f: Callable[..., Any]) -> Callable[..., Any]:
-  """Return f, on arrays [b, h, ...] and with results of such, run on each device's own rows and heads of the mesh that
-  is being traced for. It is for a kernel, which the compiler cannot split. Nothing is exchanged.
+  """Return f, a function of arrays [b, h, ...] to such arrays, that runs on each device's own rows and heads of the
+  mesh for which code is traced. It is for kernels, which the compiler cannot split. Nothing is exchanged.
 
-  The batch must be a multiple of `batch_parts`; heads that `tensor` does not divide are computed by all of its devices.
+  The batch must be a multiple of `batch_parts`. If `tensor` does not divide the heads, its devices all compute them.
   """
 
   @functools.wraps(f)
@@ -254,20 +254,20 @@ def on_own_heads(f: Callable[..., Any]) -> Callable[..., Any]:
       return f(*arrays)
     heads = "tensor" if "tensor" in free and arrays[0].shape[1] % mesh.shape["tensor"] == 0 else None
     split = PartitionSpec(_own_axes() or None, heads)
-    # Without the check of what varies over which axis, which no kernel says of its results.
+    # Without the check of varying axes, since kernels do not declare those of their results.
     return jax.shard_map(f, in_specs=split, out_specs=split, axis_names=free, check_vma=False)(*arrays)
 
   return local
 
 
 def _own_axes() -> tuple[str, ...]:
-  """Return the axes that split a batch on the mesh that is being traced for, except those that are split already."""
+  """Return the axes that split a batch on the mesh for which code is traced, without those that are split already."""
   mesh = jax.sharding.get_abstract_mesh()
   return tuple(axis for axis in BATCH[0] if axis in mesh.axis_names and axis not in mesh.manual_axes)
 
 
 def batch_parts() -> int:
-  """Return the number of parts that a batch is split into on the mesh that is being traced for; 1 if there is none."""
+  """Return the number of parts of a batch on the mesh for which code is traced; 1 if there is none."""
   return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _own_axes())
 
 
@@ -277,13 +277,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-  """Return the places in a global batch of the rows that lie on this process's devices, in order."""
+  """Return the places in a global batch of the rows on this process's devices, in order."""
   held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   return sorted({row for (rows,) in filter(None, held.values()) for row in range(batch_size)[rows]})
 
 
 def to_global(batch: Mapping[str, np.ndarray | None], mesh: Mesh) -> dict[str, Any]:
-  """Turn this process's `local_rows` of a batch into global arrays on the mesh; a field that is None stays it."""
+  """Turn this process's `local_rows` of a batch into global arrays on the mesh; None stays None."""
   place = batch_sharding(mesh)
   return {
     name: None if rows is None else jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()

@@ -1,7 +1,7 @@
-"""Saves a run's Orbax checkpoints: `<workdir>/checkpoints/<step>/{params,ema,opt_state,teacher,data,meta}`.
+"""Save a run's Orbax checkpoints, `<workdir>/checkpoints/<step>/{params,ema,opt_state,teacher,data,meta}`.
 
-A checkpoint counts once it holds Orbax's commit mark, its last file to be written; before it come the digests of the
-others, see digests.py. Training saves and resumes through `Checkpointer`; what only reads is in restore.py.
+A checkpoint counts once it has Orbax's commit mark, which is written last, after the digests of the other files
+(digests.py). Training saves and resumes by `Checkpointer`; restore.py has the functions that only read.
 """
 
 from __future__ import annotations
@@ -27,33 +27,32 @@ from diffdis_jax.parallel import processes
 from diffdis_jax.run import digests, restore, workdir
 from diffdis_jax.structs import TrainState
 
-SAVE_TIMEOUT = 1200  # seconds after which a save in the background has failed
+SAVE_TIMEOUT = 1200  # seconds after which a background save counts as failed
 
 
 class Checkpointer:
-  """Saves a run in the background, of which its folder `run` has the config.json. `kept` says which checkpoints stay.
+  """Save a run in the background. Its folder `run` has a config.json. `kept` says which checkpoints are kept.
 
-  One per training run: it clears away interrupted saves. A context manager: on the way out it finishes the save in
-  progress.
+  A training run has only one, since it removes interrupted saves. It is a context manager, which finishes the save in
+  progress at its end.
   """
 
   def __init__(self, run: epath.PathLike, kept: CheckpointPolicy | None = None) -> None:
     self.run, self._kept, self._folder = run, kept or CheckpointPolicy(), workdir.checkpoints(run)
     self._digest = workdir.run_digest(run)
     self._saving = -1  # the step whose save is in progress
-    # Before Orbax lists the folder: it would trust step folders without a mark, and delete by damaged metrics.
+    # Done before Orbax lists the folder: it would trust step folders without a mark, and delete by damaged metrics.
     processes.on_first(self._prepare_folder)
     self._manager = self._open_manager()
 
   def _prepare_folder(self) -> None:
-    """Take away what an interrupted save leaves in a bucket, which Orbax would trust, and could not save again.
+    """Remove the folder of an interrupted save in a bucket, which Orbax would trust and could not write again.
 
-    On a disk an interrupted save has another name. There such a folder may be a copy that was not finished: it stays
-    under another name.
+    On a disk, an interrupted save has another name, so that such a folder may be an unfinished copy: it is renamed.
     """
     for path in workdir.all_steps(self._folder):
       if workdir.is_committed(path):
-        # Else Orbax would delete by damaged metrics.
+        # Otherwise Orbax would choose checkpoints to delete by damaged metrics.
         if self._kept.keep_best and (damage := digests.damage_of_step(path, self._digest, ("metrics",))):
           raise UserError(f"checkpoint {path} cannot be read: {damage.file} {damage.what}; move its folder elsewhere")
         continue
@@ -72,13 +71,13 @@ class Checkpointer:
       rules.append(policies.EveryNSteps(kept.keep_every))
     rank = functools.partial(_rank, kept=kept)
     if kept.keep_best:
-      # Else a checkpoint that was never measured, such as that of an interruption, would stay forever.
+      # Otherwise checkpoints without metrics, such as those of interruptions, would never be deleted.
       rules.append(policies.BestN(get_metric_fn=rank, n=kept.keep_best, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policies.AnyPreservationPolicy(rules),
       cleanup_tmp_directories=True,
       best_fn=rank if kept.keep_best else None,
-      # In the background too, on process 0, when every process has written its files, before the commit mark.
+      # The callback also runs in the background, on process 0, after all files and before the commit mark.
       async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT, post_finalization_callback=self._write_digests),
     )
     try:
@@ -87,9 +86,9 @@ class Checkpointer:
       raise UserError(f"a {digests.ORBAX} in {self._folder} is damaged: {error}; remove that file") from error
 
   def latest_step(self) -> int | None:
-    """Find the newest committed step, as process 0 sees it; None before the first."""
-    # Not the manager's list, which may hold a save that has only begun. And one process decides for all, since a shared
-    # file system may show a new folder to some of them later.
+    """Return the newest committed step that process 0 sees, None before the first."""
+    # The manager's list may include a save that has only begun. One process decides for all, since a shared file system
+    # may show a new folder to some of them later.
     step = storage.patiently(lambda: workdir.latest_step(self.run), f"{self.run}")
     agreed = int(processes.from_first(np.int32(-1 if step is None else step)))
     return None if agreed < 0 else agreed
@@ -103,79 +102,79 @@ class Checkpointer:
     meta: dict[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
   ) -> bool:
-    """Start a save; return as soon as the arrays may be donated. Returns False if this step is saved already.
+    """Start a save, and return as soon as the arrays may be donated; False if this step is saved already.
 
-    If the save before it has failed, this one takes its place.
+    If the save before it has failed, this one replaces it.
 
     Args:
-      step: number of finished steps; larger than that of any earlier save.
+      step: number of finished steps, larger than in any earlier save.
       state: its arrays are copied before this returns.
-      data_iterator: Grain iterator whose next batch is the first one not trained on.
-      meta: a few JSON values to keep beside them.
-      metrics: of evaluations at this step, the same on every process; without them it is not among the best.
+      data_iterator: Grain iterator whose next batch is the first that was not trained on.
+      meta: a few JSON values that are saved with the arrays.
+      metrics: of evaluations at this step, the same on every process. Without them it cannot be among the best.
     """
-    # A save at an interruption may fall on a step that `save_every` has saved.
+    # An interruption may save at a step that `save_every` has saved.
     if step in self._manager.all_steps():
       return False
     try:
       self.wait()
-    except (OSError, ValueError) as error:  # the latter of TensorStore
-      if jax.process_count() > 1:  # the others do not know of it
+    except (OSError, ValueError) as error:  # TensorStore raises ValueError
+      if jax.process_count() > 1:  # the others do not know of the error
         raise
       logging.warning("step %d was not saved: %s; trying again at step %d", self._saving, error, step)
-      # A new manager, which removes what the failed save has left: the old one raises that error for ever.
+      # A new manager removes the files of the failed save; the old one would raise its error again and again.
       with contextlib.suppress(Exception):
         self._manager.close()
       self._manager = self._open_manager()
     trees = {name: getattr(state, name) for name in restore.STORED}
-    # One process has nobody to share the writing with.
+    # A single process does not share the writing.
     if jax.process_count() == 1:
       trees = jax.tree.map(_on_one_device, trees)
-    # Orbax stores no empty tree; reading knows, and takes what it is asked for as its value.
+    # Orbax stores no empty trees; restore.py takes the requested tree as the value of a missing one.
     items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
     if data_iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
     items["meta"] = ocp.args.JsonSave({"step": step, **(meta or {})})
     self._saving = step
-    # `force`: the caller has decided that it is time to save.
+    # `force`, since the caller decides when to save.
     return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
 
   def _write_digests(self) -> None:
-    # On a disk it still has another name, by which it is no checkpoint.
+    # On a disk, the unfinished checkpoint still has another name.
     unfinished = f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
     names = [path.name for path in self._folder.iterdir() if path.name.startswith(unfinished)]
     written = self._folder / (names[0] if names else str(self._saving))
     digests.write(written, step=self._saving, run=self._digest)
 
   def wait(self) -> None:
-    """Return when the save in progress is committed. Raises what went wrong with it."""
+    """Wait until the save in progress is committed. Raises the error of a failed save."""
     self._manager.wait_until_finished()
 
   def __enter__(self) -> Checkpointer:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    # A UserError, such as a loss that is not finite, reaches every process; after a bug in one process the others
-    # will not reach the barrier at which this one would wait for them.
+    # Every process raises a UserError, such as a loss that is not finite. After a bug in one process, the others would
+    # not reach the barrier at which this one would wait.
     if kind is None or issubclass(kind, (UserError, Preempted, Diverged)) or jax.process_count() == 1:
       self.wait()
       self._manager.close()
 
 
 class Best(NamedTuple):
-  """The checkpoint that was saved with the best value of a metric."""
+  """The checkpoint with the best value of a metric."""
 
   step: int
   value: float
 
 
 def best(run: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
-  """Find the best checkpoint by `kept.best_metric`; the earliest of equals, None where none was measured by it."""
+  """Return the best checkpoint by `kept.best_metric`, the earliest of equals; None if none has this metric."""
   folder, by_step = workdir.checkpoints(run), {}
   for step in workdir.committed_steps(folder) if kept.best_metric else ():
     try:
       by_step[step] = workdir.metrics_of(folder, step)
-    except (OSError, UserError) as error:  # a run in training removes some, and beside a damaged one are others
+    except (OSError, UserError) as error:  # a run in training may remove it, and others may not be damaged
       logging.warning("what checkpoint %d was measured at cannot be read: %s", step, error)
   # The steps come in order, and `max` keeps the first of equals.
   step = max(by_step, key=lambda step: _rank(by_step[step], kept=kept), default=0)
@@ -184,14 +183,14 @@ def best(run: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
 
 
 def _on_one_device(array: Any) -> Any:
-  """Give a replicated array as one of its devices holds it.
+  """Return the array of a single device from a replicated array.
 
-  Else Orbax has every device write a slice, to share the work among hosts, and compiles the slicing for each shape.
+  Otherwise Orbax lets every device write a slice, to share the work among hosts, and compiles it for each shape.
   """
   return array.addressable_data(0) if isinstance(array, jax.Array) and array.is_fully_replicated else array
 
 
 def _rank(metrics: Mapping[str, float], *, kept: CheckpointPolicy) -> float:
-  # NaN too is the least: Orbax sorts by this, and sorts nothing that has a NaN in it.
+  # NaN ranks lowest, too: Orbax sorts by this number, and a NaN would break the sorting.
   value = metrics.get(kept.best_metric, math.nan)
   return -math.inf if math.isnan(value) else value if kept.best_is == "max" else -value

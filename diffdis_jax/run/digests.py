@@ -1,8 +1,8 @@
-"""Digests of a folder's files, by which a damaged or a missing one is named. Without Orbax and jax.
+"""Digests of a folder's files, by which a damaged or missing file is found. This file imports neither Orbax nor jax.
 
-`digests.json` holds the size and the CRC32C of each file of a checkpoint, of prepared data or of exported weights. That
-of a checkpoint is written after the other files and before the commit mark, and says of which step and run it is. The
-server of a bucket keeps the same digest of each object, so that nothing is read back from there.
+`digests.json` has the size and the CRC32C of each file of a checkpoint, of prepared data or of exported weights. That
+of a checkpoint is written after the other files and before the commit mark, and also has the step and the run. The
+server of a bucket computes the same digest of each object, so that objects need not be read.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError, parse_json
 
 NAME = "digests.json"
-RECORDS = ".array_record"  # in the names of a prepared data set's files of records
+RECORDS = ".array_record"  # part of the names of the files of records of a prepared data set
 COMMIT_MARK = "commit_success.txt"  # the last file that Orbax writes into a checkpoint
-ORBAX = "_CHECKPOINT_METADATA"  # what Orbax says of a checkpoint
+ORBAX = "_CHECKPOINT_METADATA"  # Orbax's description of a checkpoint
 # Orbax writes the last two after the digests. No restore reads them.
 _NOT_LISTED = {NAME, COMMIT_MARK, ORBAX}
 _THREADS = 4
@@ -33,7 +33,7 @@ _OTHER_BYTES = "holds other bytes than were saved"
 
 
 class Damage(NamedTuple):
-  """A file of a folder, by its path in it, and what is wrong with it."""
+  """A damaged file, by its path in the folder, and what is wrong with it."""
 
   file: str
   what: str
@@ -45,7 +45,7 @@ class _File(NamedTuple):
 
 
 class Digests(NamedTuple):
-  """The files of a folder as they were written; `step` and `run` are those of a checkpoint."""
+  """The files of a folder when they were written. `step` and `run` are of a checkpoint."""
 
   files: dict[str, _File]
   step: int | None = None
@@ -53,11 +53,11 @@ class Digests(NamedTuple):
 
 
 def write(folder: epath.PathLike, *, step: int | None = None, run: str | None = None) -> None:
-  """Write the digests of all files that are in a folder now. Those of a checkpoint have its `step`, and the digest of
-  its `run`, `workdir.run_digest`."""
+  """Write the digests of all files that are in a folder now. For a checkpoint they also have its `step`, and the digest
+  of its `run`, `workdir.run_digest`."""
   path = buckets.path(folder)
   if buckets.is_url(path):
-    # A server that keeps no digests has the objects read back.
+    # Objects are read back if their server has no digests.
     written = {name: file if file.digest else _digest(path / name) for name, file in _listed(path).items()}
   else:
     local = pathlib.Path(path)
@@ -74,7 +74,7 @@ def _write(path: epath.Path, written: Digests) -> None:
 
 
 def read(folder: epath.PathLike) -> Digests | Damage | None:
-  """Read the digests of a folder, or tell what is wrong with their file. A folder without them gives None."""
+  """Read the digests of a folder; return None if it has none, or what is wrong with their file."""
   path = buckets.path(folder) / NAME
   if not path.exists():
     return None
@@ -87,8 +87,8 @@ def read(folder: epath.PathLike) -> Digests | Damage | None:
 
 
 def fingerprint(folder: epath.PathLike, *, part: str) -> str:
-  """Give sixteen hexadecimal digits for the files with `part` in their names, wherever the folder lies; none where
-  there are no digests, or where they are damaged."""
+  """Return sixteen hexadecimal digits for the files with `part` in their names, independent of the folder's path, or ""
+  if the digests are missing or damaged."""
   saved = read(folder)
   if not isinstance(saved, Digests):
     return ""
@@ -97,25 +97,25 @@ def fingerprint(folder: epath.PathLike, *, part: str) -> str:
 
 
 def damage(folder: epath.PathLike, *, ending: str | tuple[str, ...] = "") -> Damage | None:
-  """Find the smallest file with this ending, or one of these, that is not as it was written; None also for a folder
-  without digests."""
+  """Return the damage of the smallest damaged file whose name has this ending, or one of these. None if all are whole
+  or the folder has no digests."""
   return _first_damage(buckets.path(folder), read(folder), lambda name: name.endswith(ending))
 
 
 def damage_of_step(path: epath.Path, run: str, items: Collection[str] | None = None) -> Damage | None:
-  """Find the smallest file of a checkpoint that is not as it was saved, at that step and by that run.
+  """Return the damage of a checkpoint's smallest damaged file, also if the checkpoint is of another step or run.
 
   Args:
     path: the folder of a committed checkpoint, which has digests.
     run: the digest of its workdir's config, `workdir.run_digest`.
-    items: such as `params`; None for all.
+    items: the items to check, such as `params`; None for all.
   """
   saved = read(path)
   if saved is None:
     return Damage(NAME, "is missing")
   if isinstance(saved, Digests) and saved.step != int(path.name):
     return Damage(NAME, f"says that it was saved as step {saved.step}")
-  if isinstance(saved, Digests) and saved.run not in ("", run):  # "" was saved where there was no config.json
+  if isinstance(saved, Digests) and saved.run not in ("", run):  # "" was saved if there was no config.json
     return Damage(NAME, "says that it was saved by a run of another config than config.json has")
   return _first_damage(path, saved, lambda name: items is None or name.partition("/")[0] in items)
 
@@ -141,7 +141,7 @@ def _compare(path: epath.Path, name: str, saved: _File, listed: Mapping[str, _Fi
 
 
 def _listed(folder: epath.Path) -> dict[str, _File]:
-  """List the objects in a bucket, with the digests that their server keeps."""
+  """List the objects in a bucket, with the digests of their server."""
   listed = buckets.files_below(folder).items()
   return {name: _File(facts["size"], base64.b64decode(facts.get("crc32c", "")).hex()) for name, facts in listed}
 
@@ -155,5 +155,5 @@ def _digest(path: epath.Path) -> _File:
 
 
 def _own(content: Mapping[str, Any]) -> str:
-  """Give the digest of the digests themselves."""
+  """Return the digest of the digests themselves."""
   return google_crc32c.Checksum(json.dumps(content, sort_keys=True).encode()).digest().hex()

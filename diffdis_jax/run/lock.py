@@ -1,7 +1,7 @@
-"""The right to write into a workdir, for one process at a time: `lock.json`.
+"""`lock.json`, the lock of a workdir, which lets one process at a time write there.
 
-On a disk its holder keeps the file locked, and the system frees it when that process dies. A bucket creates an object
-only where there is none; a holder that is dead is one that has not written its object again for PATIENCE seconds.
+On a disk, the holder keeps the file locked, and the system unlocks it when the holder dies. A bucket creates an object
+only if there is none; a holder counts as dead if it has not written its object again for PATIENCE seconds.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from etils import epath
 from diffdis_jax.common import buckets, files, signals
 from diffdis_jax.errors import PREEMPTED, UserError
 
-BEAT = 5.0  # seconds between two signs of life, by which report and status know that a run is running
-PATIENCE = 20.0  # seconds without a sign of life after which a holder in a bucket is dead
-ENDING = 3.0  # seconds that a live holder is given to end
+BEAT = 5.0  # seconds between two signs of life, by which report and status see that a run is running
+PATIENCE = 20.0  # seconds without a sign of life after which a holder in a bucket counts as dead
+ENDING = 3.0  # seconds to wait for a live holder to end
 
 
 class InUse(UserError):
-  """Another live process holds the workdir. Launchers start the command again."""
+  """The error that another live process holds the workdir. Launchers start the command again."""
 
   code = PREEMPTED
 
 
 class Lock:
-  """Holds a workdir within `with`.
+  """Hold a workdir during a `with` block.
 
   Raises:
     InUse: a live process holds it.
     UserError: the workdir cannot be written.
-    OSError: its storage is away, or its disk is full.
+    OSError: its storage is unreachable, or its disk is full.
   """
 
   def __init__(self, path: epath.PathLike):
@@ -48,7 +48,7 @@ class Lock:
     self._owner = secrets.token_hex(8)
     own = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
     self._content = json.dumps(own).encode()
-    self._file: io.FileIO | None = None  # on a disk, open and locked
+    self._file: io.FileIO | None = None  # the open, locked file on a disk
     self._done = threading.Event()
     self._thread = threading.Thread(target=self._keep_beating, name="lock", daemon=True)
 
@@ -81,20 +81,20 @@ class Lock:
       file = stack.enter_context(io.FileIO(os.fspath(self._path), "r+", opener=create))
       with contextlib.suppress(BlockingIOError):
         files.lock(file, wait=False)
-        # Its holder may have removed it between the two calls, and another process may have created it again.
+        # Between the two calls, the holder may have removed the file, and another process may have created a new one.
         if os.path.exists(self._path) and os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
           os.ftruncate(file.fileno(), 0)
           file.write(self._content)
           self._file = file
-          stack.pop_all()  # it stays open, and locked
+          stack.pop_all()  # the file stays open and locked
     return self._file is not None
 
   def __exit__(self, *_: object) -> None:
     self._done.set()
-    self._thread.join()  # a beat under way would write the object again
+    self._thread.join()  # a beat in progress would write the object again
     if self._file is not None:
       with self._file:
-        os.unlink(self._path)  # while it is locked
+        os.unlink(self._path)  # while the file is locked
     elif self._there().get("owner") == self._owner:
       buckets.remove(self._path, generation=buckets.generation(self._path))
 
@@ -103,12 +103,12 @@ class Lock:
       try:
         if self._file is not None:
           os.pwrite(self._file.fileno(), self._content, 0)
-        elif self._there().get("owner", self._owner) == self._owner:  # or it cannot be read just now
+        elif self._there().get("owner", self._owner) == self._owner:  # also if it cannot be read now
           self._path.write_bytes(self._content)
         else:
           sys.stderr.write(f"error: --workdir={self._workdir} was taken over by another process\n")
-          signals.exit_at_once(PREEMPTED)  # each further write would mix two runs
-      except Exception as error:  # of whatever storage it is, which may be back at the next beat
+          signals.exit_at_once(PREEMPTED)  # another write would mix two runs
+      except Exception as error:  # storage may raise anything, and be reachable again at the next beat
         logging.warning("cannot renew %s: %s", self._path, error)
 
   def _there(self) -> dict[str, Any]:

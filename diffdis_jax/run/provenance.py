@@ -1,11 +1,11 @@
-"""Record what happened to a run, and where a figure comes from. The record names no path of a machine.
+"""Record the history of a run and the origin of a figure, without paths of a machine.
 
-history.jsonl has one object a line, with `event` and `time` (seconds since 1970). A `start` says from which step, on
-which devices, with what it trains; `reached` and `until` are the last step that was reported before, and when: steps
-between `step` and `reached` are taken again. An `end` says why. A start that no end follows was killed, or still runs.
+history.jsonl has an object on each line, with `event` and `time` (seconds since 1970). A `start` has the step, the
+devices and the data. Its `reached` and `until` are the last step that was logged before, and its time: the steps
+between `step` and `reached` are repeated. An `end` has the cause. A start without an end was killed, or still runs.
 
-Every record of evaluate, ablate, benchmark and demo carries a `provenance`: the code, the versions, the machine, and
-the run with all that it began from.
+Every record of evaluate, ablate, benchmark and demo has a `provenance`: the code, the versions, the machine, and the
+run with all runs from which it started.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from diffdis_jax.errors import Preempted, UserError, parse_json
 from diffdis_jax.run import workdir
 
 HISTORY = "history.jsonl"
-ROOT = pathlib.Path(__file__).parents[2]  # of the checkout; of an installed package the folder that it lies in
-# The folders of an absolute path or of a bucket's address, wherever in a text it stands. They may have blanks where a
-# value begins with them; behind a blank they end at the next one, since words may follow.
+ROOT = pathlib.Path(__file__).parents[2]  # the checkout, or the folder of an installed package
+# The folders of an absolute path or of a bucket's address, anywhere in a text. At the beginning of a value they may
+# have blanks. After a blank they end at the next blank, since other words may follow.
 _WORD = r"[^\s,:;=/'\"]+"
 _FOLDERS = re.compile(
   rf"(?:(?<![^,:;='\"(\[])(?:\w+:/)?/(?:{_WORD}(?: +{_WORD})*/)*|(?<![\w.)}}])(?:\w+:/)?/(?:{_WORD}/)*)(?=[^\s/])"
@@ -41,7 +41,7 @@ _FOLDERS = re.compile(
 
 
 class Result(NamedTuple):
-  """A `record` with the `metrics` that evaluate measured on a data set, in a `file` of the workdir."""
+  """A `record`, in a `file` of the workdir, of the `metrics` that evaluate measured on a data set."""
 
   file: str
   task: str
@@ -51,9 +51,9 @@ class Result(NamedTuple):
 
 @contextlib.contextmanager
 def recorded(path: epath.PathLike, *, step: int, is_writer: bool, facts: Mapping[str, Any]) -> Iterator[None]:
-  """Record the start of a run after `step` steps, with these `facts`, and its end, in the process that `is_writer`.
+  """Record the start of a run after `step` steps, with these `facts`, and its end. Only the writer records them.
 
-  Enter it before the run's writer is opened, which drops lines.
+  Enter it before the run's writer is opened, which drops lines of the log.
   """
   if not is_writer:
     yield
@@ -83,16 +83,16 @@ def _append(folder: epath.Path, line: Mapping[str, Any]) -> None:
 
 
 def read(path: epath.PathLike) -> list[dict[str, Any]]:
-  """Read the events of history.jsonl, without lines that were cut off. A missing file has none."""
+  """Read the events of history.jsonl without lines that were cut off. A missing file has none."""
   return [line for line in map(parse, files.lines(buckets.path(path) / HISTORY)) if "event" in line]
 
 
 def results(path: epath.PathLike) -> list[Result]:
-  """Find the results that evaluate left in the folder, or that a run in one file has with it."""
+  """Return the results of evaluate in the workdir, or in a run in one file."""
   if (packed := one_file.at(path)) is not None:
     contents = dict(one_file.read_record(packed).results)
   else:
-    # Its --out may have any name, so that what a file is shows in its form.
+    # Files of results have any name, so recognise them by their content.
     contents = {file.name: files.read_object(file) for file in sorted(buckets.path(path).glob("*.json"))}
   return [
     Result(name, task, dataset, record)
@@ -104,15 +104,15 @@ def results(path: epath.PathLike) -> list[Result]:
 
 
 def reported(path: epath.PathLike) -> float | None:
-  """Return when metrics.jsonl was last written, in seconds since 1970; None if there is none."""
+  """Return the time at which metrics.jsonl was last written, in seconds since 1970, or None without the file."""
   file = buckets.path(path) / "metrics.jsonl"
   return file.stat().mtime if file.exists() else None
 
 
 def metrics_of(lines: Sequence[str]) -> list[dict[str, Any]]:
-  """Read the `step` and the numbers of each line of metrics.jsonl; None stands for one that was not finite.
+  """Read the `step` and the numbers of each line of metrics.jsonl. A number that was not finite is None.
 
-  A line without a step gives an empty dict. A warning counts them, except the last one, which may be cut off.
+  A line without a step gives an empty dict. A warning counts such lines, except for the last, which may be cut off.
   """
   numbers = [_numbers(parse(line)) for line in lines]
   if lost := sum(not values for values in numbers[:-1]):
@@ -128,7 +128,7 @@ def _numbers(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(line: str | bytes) -> dict[str, Any]:
-  """Read a JSON object; an empty one if the line was cut off, or is still being written."""
+  """Parse a JSON object; return an empty one if the line is cut off, or is still being written."""
   with contextlib.suppress(UserError):
     if isinstance(content := parse_json(line, "a line"), dict):
       return content
@@ -136,9 +136,9 @@ def parse(line: str | bytes) -> dict[str, Any]:
 
 
 def provenance(run: Mapping[str, Any]) -> dict[str, Any]:
-  """Describe what made a record, as JSON: the `code`, the `device`, the `processors` that this process may use, and the
-  `run`: `of_run` of a trained one, or `of_config`; of several models, name -> one of these."""
-  import jax  # which takes seconds, and a report needs none of it
+  """Describe the origin of a record: the `code`, the `device`, the number of `processors` of this process, and the
+  `run`, which is `of_run` or `of_config`, or for several models a dictionary of these by name."""
+  import jax  # here, since it takes seconds and reports do not need it
 
   device = {"kind": jax.devices()[0].device_kind, "count": jax.device_count()}
   return {**code(), "device": device, "processors": machine.processors(), "run": dict(run)}
@@ -146,8 +146,8 @@ def provenance(run: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def code() -> dict[str, Any]:
-  """Return `commit`, None of an installed wheel; `clean`, whether the files are those of the commit; and `versions`,
-  all as they are when this is first called."""
+  """Return the `commit`, None for an installed wheel; `clean`, whether the files are those of the commit; and the
+  `versions`. The values are those of the first call."""
   commit, clean = _checkout(ROOT)
   versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy")}
   return {"commit": commit, "clean": clean, "versions": {"diffdis_jax": diffdis_jax.__version__, **versions}}
@@ -158,16 +158,16 @@ def of_run(path: str, *, step: int | None) -> dict[str, Any]:
 
   Args:
     path: its workdir.
-    step: of the checkpoint that is used; None where there is none.
+    step: the step of the used checkpoint, or None.
 
   Returns:
-    config_hash: of the fields that its numbers depend on, of paths the last name alone; None of a folder without a
-      config that can be read, and so are seed and objectives.
-    seed, objectives: of the config.
-    steps: finished, in the checkpoint.
-    commits: of the code that trained it, in order, as far as its history tells; `clean` as in `provenance`.
-    imported: only of a run that import_weights made, from what.
-    init_from: the run that it began from, that one's own, and so on, each with these fields.
+    config_hash: the hash of the fields that affect the numbers, with only the last part of paths. Without a readable
+      config, it is None, like seed and objectives.
+    seed, objectives: fields of the config.
+    steps: the finished steps of the checkpoint.
+    commits: the commits of the code that trained it, in order, by its history; `clean` is as in `code`.
+    imported: the source of an import by import_weights; other runs have no such field.
+    init_from: the runs from which it started, the nearest first, each with these fields.
   """
   if (file := one_file.at(path)) is not None:
     return one_file.read_record(file).provenance
@@ -179,7 +179,7 @@ def of_run(path: str, *, step: int | None) -> dict[str, Any]:
   starts = [event for event in events if "commit" in event]
   cleans = [event.get("clean") for event in starts]
   source = files.read_object(buckets.path(path) / "import.json").get("source")
-  # From the end: a run whose first start never saved begins again, and may then begin from another one.
+  # Take the last one: a run that has saved nothing may begin again, from another start.
   began_from = (event["init_from"] for event in reversed(events) if "init_from" in event)
   return {
     **_fields(config),
@@ -192,14 +192,14 @@ def of_run(path: str, *, step: int | None) -> dict[str, Any]:
 
 
 def of_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Describe a network that is not trained, as `of_run` does a run."""
+  """Describe an untrained network like `of_run`."""
   return {**_fields(dict(fields)), "steps": 0, "commits": [], "clean": None, "init_from": []}
 
 
 def behind(init_from: str) -> list[dict[str, Any]]:
-  """List the runs from which a run starts that begins in this workdir, the nearest first; none for "".
+  """List the runs behind a run that starts from this workdir, the nearest first; none for "".
 
-  Recorded when the run begins, it is known also when the folders are gone.
+  It is recorded when a run begins, and so is known even if the folders are deleted later.
   """
   if not init_from:
     return []
@@ -208,7 +208,7 @@ def behind(init_from: str) -> list[dict[str, Any]]:
 
 
 def public(value: Any) -> Any:
-  """Take the folders of absolute paths and of buckets' addresses out of JSON: `/data/sd/v1.ckpt` becomes `v1.ckpt`."""
+  """Remove the folders of absolute paths and buckets' addresses from JSON: `/data/sd/v1.ckpt` becomes `v1.ckpt`."""
   if isinstance(value, Mapping):
     return {name: public(child) for name, child in value.items()}
   if isinstance(value, list | tuple):
@@ -217,7 +217,7 @@ def public(value: Any) -> Any:
 
 
 def _fields(config: dict[str, Any] | None) -> dict[str, Any]:
-  """Describe a config; its hash is the same wherever the run and its data lie."""
+  """Describe a config. The hash does not depend on the folders of the run and its data."""
   if config is None:
     return {"config_hash": None, "seed": None, "objectives": None}
   fields = {
@@ -229,24 +229,24 @@ def _fields(config: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _checkout(root: pathlib.Path) -> tuple[str | None, bool | None]:
-  """Ask git for the commit, and whether the files are its own. Untracked ones count in the package alone."""
-  # As the Dockerfile writes it, and launch/tpu_pod.sh, which adds the extras that it has installed.
+  """Return the commit by git, and whether the files are its own. Untracked files count only in the package."""
+  # The Dockerfile writes this file, and so does launch/tpu_pod.sh, which appends the installed extras.
   if (root / ".commit").is_file():
     described, untracked = (root / ".commit").read_text().partition(" ")[0], ""
-  # Only the root itself: a wheel may lie inside of somebody's own repository.
+  # Look only in the root itself: a wheel may be installed inside a user's repository.
   elif not (root / ".git").exists():
     return None, None
   else:
     try:
       described = _git(root, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
       untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", "diffdis_jax")
-    except (OSError, subprocess.SubprocessError):  # no git, no commit, or one that refuses
+    except (OSError, subprocess.SubprocessError):  # no git, no commit, or git refuses
       return None, None
   commit, changed, _ = described.strip().partition("-dirty")
   return commit, not changed and not untracked
 
 
 def _git(root: pathlib.Path, *arguments: str) -> str:
-  """Run git in this folder, whoever owns it."""
+  """Run git in this folder, even if another user owns it."""
   command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
   return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

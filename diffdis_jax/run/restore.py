@@ -1,6 +1,6 @@
-"""Reads a run's checkpoints: whole, to resume it, or its parameters alone, also beside a run that still trains.
+"""Read a run's checkpoints, whole to resume it, or only the parameters, also while the run still trains.
 
-Digests are checked before anything is read, since Orbax checks no values.
+Digests are checked before reading, since Orbax does not check values.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from diffdis_jax.parallel import processes
 from diffdis_jax.run import digests, workdir
 from diffdis_jax.structs import TrainState
 
-STORED = ("params", "ema", "opt_state", "teacher")  # of a TrainState; its step is the folder's name
+STORED = ("params", "ema", "opt_state", "teacher")  # the stored fields of a TrainState; the folder's name is its step
 _Read = TypeVar("_Read")
-_Arrays = dict[str, jax.ShapeDtypeStruct]  # by dotted path, without a sharding
+_Arrays = dict[str, jax.ShapeDtypeStruct]  # shapes by dotted path, without shardings
 
 
 class Restored(NamedTuple):
-  """A checkpoint in memory. The data iterator is restored in place."""
+  """A checkpoint in memory. The data iterator has been restored in place."""
 
   state: TrainState
   meta: dict[str, Any]
 
 
 class Chosen(NamedTuple):
-  """A committed checkpoint, and whether its averaged weights are taken."""
+  """The step of a committed checkpoint, and whether its averaged weights are used."""
 
   step: int
   ema: bool
 
 
 def find(run: epath.PathLike, step: int | None = None) -> epath.Path:
-  """Find the folder of a committed checkpoint, the newest one for None. Raises UserError: there is none, or its save
-  was interrupted."""
+  """Return the folder of a committed checkpoint, the newest for None. Raises UserError: there is none, or its save was
+  interrupted."""
   folder = workdir.checkpoints(run)
   if step is None and (step := workdir.latest_step(run)) is None:
     raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{one_file.meant(run)}")
   path = folder / str(step)
   if not workdir.is_committed(path):
-    # The user sees its folder there, and learns why it does not count.
+    # If its folder exists, tell the user why it does not count.
     why = f": it was never committed, since it has no {digests.COMMIT_MARK}" if path.exists() else ""
     there = ", ".join(map(str, workdir.committed_steps(folder))) or "none"
     raise UserError(f"no checkpoint {step} in {folder}{why}; committed there: {there}")
@@ -58,9 +58,9 @@ def find(run: epath.PathLike, step: int | None = None) -> epath.Path:
 
 
 def find_on_all(run: epath.PathLike, step: int | None) -> epath.Path:
-  """Find the checkpoint that the first process finds. Every process makes the call. Raises UserError as `find`.
+  """Return the checkpoint that the first process finds. All processes call this. Raises UserError as `find`.
 
-  A run that still trains may save another one between two looks, and a shared disk may show it to some of them later.
+  Processes might differ: a run that trains may save meanwhile, and a shared disk may show files to some later.
   """
   steps = [0]
   processes.on_first(lambda: steps.insert(0, int(_patiently(lambda: find(run, step), run).name)))
@@ -70,7 +70,7 @@ def find_on_all(run: epath.PathLike, step: int | None) -> epath.Path:
 
 
 def choose(run: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
-  """Choose what `restore_params` reads for these wishes. Every process makes the call, and gets the same. Raises
+  """Return what `restore_params` would read for these arguments. All processes call this, with the same result. Raises
   UserError as `find`."""
   if (file := one_file.at(run)) is not None:
     record = one_file.check(file, step, ema=ema)
@@ -80,30 +80,30 @@ def choose(run: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
 
 
 def read_state(run: epath.PathLike, step: int, abstract: TrainState, data_iterator: Any = None) -> Restored:
-  """Read a whole checkpoint onto the devices that `abstract` asks for, and set the data iterator to it.
+  """Read a whole checkpoint onto the devices of `abstract`, and set the data iterator to its position.
 
   Args:
     run: its folder.
     step: a committed step.
-    abstract: ShapeDtypeStructs with shardings; these need not be those of the run that saved.
-    data_iterator: a Grain iterator built as the saved one was.
+    abstract: ShapeDtypeStructs with shardings, which may differ from those of the run that saved.
+    data_iterator: a Grain iterator that was built like the saved one.
 
   Raises:
-    UserError: no such checkpoint, or one that is damaged, of another run, or does not fit `abstract`.
+    UserError: the checkpoint is missing, damaged, of another run, or does not fit `abstract`.
   """
 
   def read(path: epath.Path) -> tuple[TrainState, dict[str, Any], list[Any]]:
     state = TrainState(**{name: _read_tree(path / name, getattr(abstract, name)) for name in STORED})
     meta = json.loads((path / "meta" / "metadata").read_bytes())
-    # Each process has saved the iterator's position, and it is the same for all. So the first file serves any number
-    # of processes; Grain's own handler would want one file for each.
+    # All processes have saved the same position of the iterator, so that the first file serves any number of
+    # processes; Grain's own handler would need one file for each.
     positions = sorted((path / "data").glob("process_*-of-*.json")) if data_iterator is not None else []
     return state, meta, [json.loads(file.read_bytes()) for file in positions[:1]]
 
   path = find_on_all(run, step)
   state, meta, position = _checked(path, None, read)
-  # Last: a checkpoint that does not fit the model, or is damaged, is refused before the iterator has moved. Then it
-  # starts to read ahead, while the first step compiles.
+  # The iterator comes last, so that a wrong checkpoint does not move it. It starts to read ahead while the first step
+  # compiles.
   if data_iterator is not None:
     if not position:
       raise UserError(f"checkpoint {path} has no position in the data, so that no run can resume from it")
@@ -115,16 +115,16 @@ def read_state(run: epath.PathLike, step: int, abstract: TrainState, data_iterat
 def restore_params(
   run: epath.PathLike, *, step: int | None = None, ema: bool = True, abstract: Params | None = None
 ) -> Params:
-  """Read the parameters of a run, for use without its optimizer. Every process makes the call.
+  """Read the parameters of a run, for use without its optimizer. All processes call this.
 
   Args:
     run: its folder, or a run in one file.
-    step: of the checkpoint; None takes the newest.
-    ema: whether averaged parameters, where the run keeps them, replace the raw ones.
-    abstract: ShapeDtypeStructs with shardings; without it everything lands on the first device.
+    step: the checkpoint's step; None takes the newest.
+    ema: whether averaged parameters, if the run has them, replace the raw ones.
+    abstract: ShapeDtypeStructs with shardings; without it, all arrays are put on the first device.
 
   Raises:
-    UserError: no such checkpoint, or one that is damaged or does not fit `abstract`.
+    UserError: the checkpoint is missing, damaged, or does not fit `abstract`.
   """
   if (file := one_file.at(run)) is not None:
     one_file.check(file, step, ema=ema)
@@ -133,27 +133,27 @@ def restore_params(
     return {name: jax.device_put(params[name], like.sharding) for name, like in wanted.items()}
 
   def read(path: epath.Path) -> Params:
-    # Averages are kept of what is trained alone. The rest, such as a frozen autoencoder, is the raw parameters'; the
-    # raw ones that averages replace are not read at all, which is half of the bytes.
+    # Only trained parameters have averages. The others, such as a frozen autoencoder's, are raw. Raw parameters that
+    # averages replace are not read, which saves half of the bytes.
     averaged = _saved(path / "ema").keys() if ema else set()
     raw = _read_tree(path / "params", abstract, without=averaged)
     if not averaged:
       return raw
     return raw | _read_tree(path / "ema", abstract and {name: abstract[name] for name in averaged if name in abstract})
 
-  # Averages too where there are none now: their folder may be what is missing.
+  # Check the averages even if there are none: their folder may be missing.
   return _checked(find_on_all(run, step), ("params", "ema") if ema else ("params",), read)
 
 
 def saved_params(run: epath.PathLike) -> Params:
-  """Read shapes and dtypes of a run's newest parameters. Raises UserError: there are none, or they are damaged."""
+  """Return the shapes and dtypes of a run's newest parameters. Raises UserError: there are none, or damaged ones."""
   if (file := one_file.at(run)) is not None:
     return dict(_arrays(one_file.read_params(file)))
   return dict(_checked(find_on_all(run, None), ("params",), lambda path: _saved(path / "params")))
 
 
 def initialised(run: epath.PathLike) -> set[str]:
-  """Read the names of the parameters that import_weights initialised at random; none of another command's run. Raises
+  """Return the names of the parameters that import_weights initialised at random; other runs have none. Raises
   UserError: import.json is damaged."""
   if (packed := one_file.at(run)) is not None:
     return {*one_file.read_record(packed).initialised}
@@ -165,25 +165,25 @@ def initialised(run: epath.PathLike) -> set[str]:
 
 
 def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[str] = ()) -> Any:
-  """Read one item of a checkpoint. An item without arrays is not stored, so that `abstract` itself is its value.
+  """Read an item of a checkpoint. An item without arrays is not stored, so that its value is `abstract` itself.
 
-  Arrays of a flat dict whose names are in `without` are left out, unread.
+  In a flat dict, the arrays named in `without` are not read.
   """
   if abstract is not None and not jax.tree.leaves(abstract):
     return abstract
-  # Shapes first: they are a few kilobytes, and say in one line what does not fit before gigabytes are read.
+  # Read the shapes first: they are a few kilobytes, and a wrong one is reported before gigabytes are read.
   saved = _saved(path)
   abstract = saved if abstract is None else abstract
   _check_fits(path, saved, abstract)
-  # Without a sharding Orbax takes the one that was saved, whose devices this machine may not have.
+  # Without a sharding, Orbax would use the saved one, whose devices this machine may lack.
   one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one_device), abstract)
-  # After the check, which looks at all arrays: one that is left out has to fit as well.
+  # Leave arrays out after the check, since these have to fit, too.
   target = {name: x for name, x in target.items() if name not in without} if without else target
   if not jax.tree.leaves(target):
     return target
-  # Each process by itself: else all of them meet at the end of each item, and one that reads again, since its storage
-  # was away, would come there more often than the others.
+  # Each process reads independently. Otherwise all would wait for each other after each item, and a process that reads
+  # again, since its storage was unreachable, would come there more often than the others.
   own = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
   wanted = ocp.checkpoint_utils.construct_restore_args(target)
@@ -193,7 +193,7 @@ def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[st
 
 
 def _saved(path: epath.Path) -> _Arrays:
-  """Read the shapes of an item's arrays; none where it is not stored."""
+  """Return the shapes of an item's arrays; none if it is not stored."""
   return _arrays(ocp.StandardCheckpointHandler().metadata(path).tree) if path.exists() else {}
 
 
@@ -215,13 +215,13 @@ def _check_fits(path: epath.Path | pathlib.Path, saved: _Arrays, abstract: Any) 
 
 
 def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[epath.Path], _Read]) -> _Read:
-  """Check the digests of these items of a checkpoint, of all for None, and then call `read` with its folder.
+  """Check the digests of these items of a checkpoint, or of all for None, and then call `read` with its folder.
 
-  The first process checks for all, and all raise the same error. Storage that is away is tried again.
+  The first process checks for all, and all raise the same error. If the storage is unreachable, it is tried again.
 
   Raises:
-    UserError: a file is not as it was saved, or what `read` raises.
-    Away: the storage did not come back, or what it sent was damaged each time.
+    UserError: a file is damaged, or `read` raises it.
+    Away: the storage stayed unreachable, or its answers were damaged each time.
   """
 
   def look() -> str:
@@ -241,7 +241,7 @@ def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[ep
 
 
 def _patiently(read: Callable[[], _Read], path: epath.PathLike) -> _Read:
-  """Call `read` until storage that is away is back; an answer of a bucket may also arrive damaged."""
+  """Call `read` until it succeeds, if the storage is unreachable or a bucket's answer arrives damaged."""
 
   def look() -> _Read:
     try:

@@ -1,4 +1,4 @@
-"""Watches the steps of a run: ends a process that hangs, and traces some steps for xprof and Perfetto."""
+"""Watch the steps of a run: end a process that hangs, and profile some steps for xprof and Perfetto."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from etils import epath
 from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError
 
-SECONDS = 1800.0  # a save may wait 1200 s for its storage (checkpoint.SAVE_TIMEOUT), and a program may compile as long
+SECONDS = 1800.0  # a save may wait 1200 s for its storage (checkpoint.SAVE_TIMEOUT), and so long may a compilation take
 
 
 class Watchdog:
-  """Ends this process with code 1, on which launchers start the run again, when `alive` is not called for `seconds`.
+  """End this process with code 1 if `alive` is not called for `seconds`. Launchers then start the run again.
 
-  A device, a collective with a dead peer or a file system can keep a step waiting for ever. The stacks of all threads
-  are written to stderr first. A context manager.
+  A device, a collective with a dead peer or a file system can let a step wait for ever. The stacks of all threads are
+  written to stderr first. It is a context manager.
 
   Args:
-    seconds: the most that one step, one batch of an evaluation or one save may take; 0 watches nothing.
+    seconds: the longest time that a step, a batch of an evaluation or a save may take; 0 turns the watch off.
   """
 
   def __init__(self, seconds: float = SECONDS):
@@ -39,14 +39,14 @@ class Watchdog:
     faulthandler.cancel_dump_traceback_later()
 
   def alive(self) -> None:
-    """Start the time again: the process has come further."""
+    """Start the time again, since the process has made progress."""
     if self._seconds:
       faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)  # stderr
 
 
 def parse(text: str, *, num_steps: int) -> range:
-  """Read START:STEPS, the steps to trace; the first step of a run is 1. Raise UserError if it is something else, or not
-  within the run of `num_steps`."""
+  """Parse START:STEPS, the steps to profile; the first step of a run is 1. Raise UserError if it has another form or is
+  not within the run of `num_steps`."""
   start, _, count = text.partition(":")
   if not (start.isdecimal() and count.isdecimal() and int(start) and int(count)):
     raise UserError(f"--profile={text} should be START:STEPS, such as 100:5 for the steps 100 to 104")
@@ -57,8 +57,8 @@ def parse(text: str, *, num_steps: int) -> range:
 
 
 class Profiler:
-  """Traces these steps on each process, into plugins/profile/step_START/ of the workdir, where xprof and TensorBoard
-  look. Steps whose first one is not after `start_step`, the steps finished, are not traced."""
+  """Profile these steps on each process, into plugins/profile/step_START/ of the workdir, where xprof and TensorBoard
+  look. Nothing is profiled if the first of the steps is among the `start_step` finished ones."""
 
   def __init__(self, steps: range, workdir: epath.PathLike, *, start_step: int):
     self._steps, self._workdir, self._traces = steps, buckets.path(workdir), contextlib.ExitStack()
@@ -67,20 +67,20 @@ class Profiler:
       self._steps = range(0)
 
   def before(self, step: int, running: Any) -> None:
-    """Begin the trace before its first step, when `running`, the result of the last step, is there."""
+    """Begin the profile before its first step, once `running`, the result of the step before, is computed."""
     if self._steps and step == self._steps[0]:
       self._traces.enter_context(self._trace(running))
 
   def after(self, step: int, running: Any) -> None:
-    """End the trace after its last step."""
+    """End the profile after its last step."""
     if self._steps and step == self._steps[-1]:
-      import jax  # not at the top: a command's flags are read before
+      import jax  # here, since flags are read before jax is imported
 
       jax.block_until_ready(running)
       self.close()
 
   def close(self) -> None:
-    """Write the trace, if one has begun."""
+    """Write the profile, if one has begun."""
     self._traces.close()
 
   @contextlib.contextmanager
@@ -88,7 +88,7 @@ class Profiler:
     import jax
 
     jax.block_until_ready(running)
-    # The profiler writes to this machine alone, and the workdir may be in a bucket.
+    # The profiler can only write to this machine, and the workdir may be in a bucket.
     with tempfile.TemporaryDirectory(prefix="profile") as folder:
       with jax.profiler.trace(folder):
         yield
@@ -96,6 +96,6 @@ class Profiler:
       out.mkdir(parents=True, exist_ok=True)
       for kind in (".xplane.pb", ".trace.json.gz"):
         for path in pathlib.Path(folder).rglob(f"*{kind}"):
-          # By the number of the process: two on one machine would give one name by themselves.
+          # Named by the number of the process: two processes on one machine would use the same name.
           (out / f"host_{jax.process_index():03d}{kind}").write_bytes(path.read_bytes())
     logging.info("profile from step %d to %d in %s", self._steps[0], self._steps[-1], out)

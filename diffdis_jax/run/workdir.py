@@ -1,7 +1,7 @@
-"""The folder of a run: its config.json, whether a run may resume there, and the checkpoints that it has.
+"""The folder of a run: its config.json, the check whether a run may resume there, and its checkpoints.
 
-As a command, `python -m diffdis_jax.run.workdir WORKDIR` writes the commit mark of each checkpoint, a line each; where
-WORKDIR ends in `/*`, those of all runs in that folder.
+The command `python -m diffdis_jax.run.workdir WORKDIR` prints the path of the commit mark of each checkpoint;
+if WORKDIR ends in `/*`, those of all runs in that folder.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ MAY_CHANGE = (
   r"^(train_evals|sample_prompts|inference)(\.|$)",
   r"^(checkpoint|evals|mesh)(\.|$)",
   r"^data\.loader\.(num_threads|prefetch)$",
-  r"^optim\.allow_uninitialized$",  # of the start alone
-  r"^optim\.skip_",  # of steps without which the run would have ended
+  r"^optim\.allow_uninitialized$",  # only used at the start
+  r"^optim\.skip_",  # only affects steps at which the run would otherwise have ended
 )
-"""Fields, by their dotted paths, that may differ when a run resumes: they do not change the numbers of the training."""
-# Fields that differ in a run that is longer, or whose data have moved.
+"""Dotted paths of the fields that may differ when a run resumes: they do not change the numbers of the training."""
+# Fields that may differ in a longer run, or after the data have moved.
 _OF_NO_NUMBER = r"^num_steps$|^data\.(mixture\.[^.]+\.)?path$"
-_METRICS = "metrics/metrics"  # in a checkpoint's folder, where Orbax writes and reads them
-_STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # as Orbax writes it; `isdigit` is true of ² too
+_METRICS = "metrics/metrics"  # Orbax's file of metrics in a checkpoint's folder
+_STEP = re.compile(r"0|[1-9][0-9]{0,8}")  # the form that Orbax writes; `isdigit` also accepts ²
 
 
 def open_for_training(
   workdir: epath.PathLike, config: Mapping[str, Any], *, is_writer: bool = True, moved: Collection[str] = ()
 ) -> epath.Path:
-  """Create the folder and write its config.json, in the process that `is_writer`, or check that the run in it has the
-  same config, as `check_config` does.
+  """Create the folder and write its config.json, if this process `is_writer`, or check by `check_config` that the run
+  in it has the same config.
 
   Raises:
-    UserError: the folder cannot be made, or holds a run of another config.
-    OSError: its storage is away, or its disk is full.
+    UserError: the folder cannot be created, or holds a run of another config.
+    OSError: its storage is unreachable, or its disk is full.
   """
   path = buckets.path(workdir)
   replaced = check_config(workdir, config, moved=moved)
@@ -61,13 +61,13 @@ def open_for_training(
 
 
 def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: Collection[str] = ()) -> list[str]:
-  """Check that a run may resume in this folder under this config. A larger `num_steps` makes the run longer.
+  """Check that a run may resume in this folder with this config. A larger `num_steps` makes the run longer.
 
-  The fields in `moved` may differ too, such as the path of data that were copied. Returns what else differs, a phrase
-  for each field, if the run there has no checkpoint.
+  The fields in `moved`, such as the path of data that were copied, may also differ. If the run there has no checkpoint,
+  return the other differences, a phrase for each field.
 
   Raises:
-    UserError: the configs differ and the run there has a checkpoint, or config.json is of no training run.
+    UserError: the configs differ and the run there has a checkpoint, or config.json is not that of a training run.
   """
   path = buckets.path(workdir)
   if not (path / "config.json").exists():
@@ -94,12 +94,12 @@ def lengthened(workdir: epath.PathLike, config: Mapping[str, Any]) -> int | None
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-  """List the fields of a config by their dotted paths, lists as tuples. A section without fields stands for itself."""
+  """Return the fields of a config by their dotted paths, lists as tuples. A section without fields is an entry."""
   return guesses.fields_of(normalise(config))
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-  """Name each field in which two configs differ; both as from `identity`."""
+  """Describe each field in which two configs, both from `identity`, differ."""
   shown = lambda fields, field: repr(fields[field]) if field in fields else "absent"
   return [
     f"{field} is {shown(there, field)} there and {shown(here, field)} here"
@@ -109,7 +109,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Choose the fields on which the numbers of a training depend, those outside of MAY_CHANGE, by their dotted paths."""
+  """Return the fields that affect the numbers of a training, those outside of MAY_CHANGE, by their dotted paths."""
   return {field: value for field, value in flatten(config).items() if not re.search("|".join(MAY_CHANGE), field)}
 
 
@@ -119,10 +119,10 @@ def digest(fields: Mapping[str, Any]) -> str:
 
 
 def run_digest(workdir: epath.PathLike) -> str:
-  """Give the digest of a run's config by which its checkpoints know it; empty where there is no config.json.
+  """Return the digest of a run's config, which its checkpoints also have; empty without a config.json.
 
-  It covers what the numbers of the training depend on, except its length and where its data lie. Raises UserError:
-  config.json is damaged.
+  It covers the fields that affect the numbers of the training, except its length and the paths of its data. Raises
+  UserError: config.json is damaged.
   """
   if not ((path := buckets.path(workdir)) / "config.json").exists():
     return ""
@@ -131,41 +131,41 @@ def run_digest(workdir: epath.PathLike) -> str:
 
 
 def checkpoints(workdir: epath.PathLike) -> epath.Path:
-  """Give the folder of a run's checkpoints."""
+  """Return the folder of a run's checkpoints."""
   return buckets.absolute(workdir) / "checkpoints"
 
 
 def all_steps(path: epath.Path) -> list[epath.Path]:
-  """List the checkpoints in that folder, whole or not, by step."""
+  """List the checkpoints in a folder, complete or not, by step."""
   paths = [child for child in path.iterdir() if _STEP.fullmatch(child.name)] if path.is_dir() else []
   return sorted(paths, key=lambda child: int(child.name))
 
 
 def is_committed(path: epath.Path) -> bool:
-  """Tell whether a checkpoint's folder is that of a whole one."""
+  """Return whether the checkpoint in this folder is complete."""
   return (path / COMMIT_MARK).exists()
 
 
 def committed_steps(path: epath.Path) -> list[int]:
-  """List the steps of the whole checkpoints in that folder."""
+  """List the steps of the complete checkpoints in a folder."""
   return [int(step.name) for step in all_steps(path) if is_committed(step)]
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
-  """Find the newest committed step of a run."""
-  # From the newest on, of which hardly any is not whole: the others are not asked for.
+  """Return the newest committed step of a run."""
+  # Begin with the newest, which is nearly always complete, so that the others are not looked up.
   return next((int(step.name) for step in reversed(all_steps(checkpoints(workdir))) if is_committed(step)), None)
 
 
 def newest_whole(path: epath.Path, run: str, *, before: float = math.inf) -> int | None:
-  """Find the newest step below `before` in that folder whose files are all as this run saved them."""
+  """Return the newest step below `before` in a folder all of whose files are as this run saved them."""
   steps = (step for step in reversed(committed_steps(path)) if step < before)
   return next((step for step in steps if digests.damage_of_step(path / str(step), run) is None), None)
 
 
 def metrics_of(path: epath.Path, step: int) -> dict[str, float]:
-  """Read what was measured when this checkpoint was saved; empty where nothing was. Raises OSError, and UserError where
-  it is damaged."""
+  """Read the metrics that were saved with this checkpoint; empty if there are none. Raises OSError, or UserError if
+  they are damaged."""
   file = path / str(step) / _METRICS
   metrics = parse_json(file.read_bytes(), str(file)) if file.exists() else {}
   if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):

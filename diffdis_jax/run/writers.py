@@ -1,7 +1,7 @@
-"""Write a run's reports: metrics.jsonl, TensorBoard, sample images, and, as a tracker, Weights & Biases.
+"""Write a run's logs: metrics.jsonl, TensorBoard, sample images and, as a tracker, Weights & Biases.
 
-Only one process writes; on the others a Writer does nothing. The tracker reads its settings from environment variables
-of its own, such as WANDB_MODE=offline.
+Only one process writes; on the others a Writer does nothing. The tracker reads its settings from its environment
+variables, such as WANDB_MODE=offline.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.run import provenance
 
 TRACKERS = ("wandb",)
-MOST_EVENTS = 2**23  # bytes of a file of TensorBoard's: a bucket gets all of it again whenever it has grown
-IDS = "trackers.json"  # the run's id at each tracker, so that a resumed run is the same run there
+MOST_EVENTS = 2**23  # bytes of a TensorBoard file; a bucket gets the whole file again each time it has grown
+IDS = "trackers.json"  # the run's id at each tracker, so that a resumed run continues there
 
 
 class Tracker:
-  """A run of Weights & Biases: a new one, or the one that was begun before in the same workdir.
+  """A run of Weights & Biases: a new one, or the one that began earlier in the same workdir.
 
   Args:
-    workdir: folder of the run.
-    config: of the run.
+    workdir: the folder of the run.
+    config: the run's config.
   """
 
   def __init__(self, workdir: epath.PathLike, config: Mapping[str, Any]):
@@ -53,9 +53,9 @@ class Tracker:
     self._run.define_metric("*", step_metric="step")
 
   def log(self, step: int, values: Mapping[str, Any]) -> None:
-    """Send values of this step: numbers, or pictures as arrays."""
+    """Send the values of a step, which are numbers or pictures as arrays."""
     sent = {name: self._module.Image(x) if isinstance(x, np.ndarray) else x for name, x in values.items()}
-    # wandb's own count of steps only grows, and would refuse those that a run takes again after it was killed.
+    # wandb's own step can only grow, and would refuse the steps that a killed run repeats.
     self._run.log({"step": step, **sent})
 
   def close(self) -> None:
@@ -63,25 +63,25 @@ class Tracker:
 
 
 def check_tracker(kind: str) -> None:
-  """Raise UserError, before a program is compiled: the tracker is not installed, or there is no account that the
-  numbers go to. An empty kind is no tracker."""
+  """Raise UserError, before a program is compiled, if the tracker is not installed or nobody is signed in. An empty
+  kind is no tracker."""
   if kind and importlib.util.find_spec(kind) is None:
     raise not_installed(f"--tracker={kind}", f"the package {kind}", kind)
   if kind == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
     wandb: Any = importlib.import_module("wandb")
     try:
-      wandb.login(verify=False)  # a server that does not answer now may do so later
+      wandb.login(verify=False)  # a server that does not answer now may answer later
     except wandb.Error as error:
       raise UserError(f"--tracker=wandb: {error} With WANDB_MODE=offline the numbers stay here.") from error
 
 
 class Writer:
-  """Writes scalars and images of a run to files, to TensorBoard and to a tracker.
+  """Write scalars and images of a run to files, to TensorBoard and to a tracker.
 
   Args:
     path: the run's folder.
-    mirror: where files that are appended to are kept, if that folder is in a bucket.
-    tracker: that gets the same.
+    mirror: a local copy of the files that grow, if that folder is in a bucket.
+    tracker: a tracker that gets the same values.
   """
 
   def __init__(self, path: epath.Path, mirror: buckets.Mirror | None = None, tracker: Tracker | None = None) -> None:
@@ -93,7 +93,7 @@ class Writer:
     """Write a line of metrics.jsonl and a point of each curve. A value that is not finite becomes null."""
     numbers = {name: np.asarray(value).item() for name, value in values.items()}
     finite = {name: x for name, x in numbers.items() if math.isfinite(x)}
-    # JSON knows neither NaN nor infinity, and strict readers refuse the line.
+    # JSON has neither NaN nor infinity, and strict readers would refuse the line.
     line = {"step": step, **{name: finite.get(name) for name in numbers}}
     self._append("metrics.jsonl", (json.dumps(line, allow_nan=False) + "\n").encode())
     self._write_event(step, [{"tag": name, "simple_value": x} for name, x in numbers.items()])
@@ -116,7 +116,7 @@ class Writer:
       self._tracker.log(step, {name: image})
 
   def flush(self) -> None:
-    """Bring all lines into the run's folder, before a checkpoint from which a run would resume without them."""
+    """Copy all lines to the run's folder, so that they are there before the checkpoint from which a run resumes."""
     if self._mirror:
       self._mirror.copy()
 
@@ -125,13 +125,13 @@ class Writer:
       output.close()
 
   def _begin_events(self) -> None:
-    # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
+    # TensorBoard reads files in the order of their names, so that names order two starts within a second, too.
     self._events = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
     self._write_event(None, [])
 
   def _write_event(self, step: int | None, values: list[dict[str, Any]]) -> None:
-    # Without TensorBoard's own writer, which imports TensorFlow, and holds events back for up to two minutes. Not at
-    # the top: flags are read before.
+    # TensorBoard's own writer imports TensorFlow, and delays events for up to two minutes. The imports are here, since
+    # flags are read first.
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -151,7 +151,7 @@ class Writer:
 
 
 class _NoWriter(Writer):
-  """Writes nothing, in a process that is not the writer."""
+  """A Writer that writes nothing, for the other processes."""
 
   def __init__(self) -> None: ...
   def scalars(self, step: int, values: Mapping[str, Any]) -> None: ...
@@ -168,10 +168,10 @@ def open_writer(
   evaluated: bool = True,
   open_tracker: Callable[[], Tracker] | None = None,
 ) -> Writer:
-  """Open the writer of a run that begins, or resumes, after `start_step` steps, and its tracker.
+  """Open the writer and the tracker of a run that begins or resumes after `start_step` steps.
 
-  Lines of metrics.jsonl beyond that step are dropped, since those steps are taken again. So are the lines of
-  evaluations at that step, unless it is `evaluated`.
+  Lines of metrics.jsonl after that step are dropped, since those steps are repeated. So are the lines of evaluations at
+  that step, unless it is `evaluated`.
   """
   if not is_writer:
     return _NoWriter()
@@ -185,7 +185,7 @@ def open_writer(
 def _drop_lines_beyond(path: epath.Path, step: int, *, evaluated: bool) -> None:
   lines, kept = files.lines(path), []
   for line, metrics in zip(lines, provenance.metrics_of(lines), strict=True):
-    at = metrics.get("step", step + 1)  # a line without a step was cut off or damaged, and goes too
+    at = metrics.get("step", step + 1)  # a line without a step was cut off or damaged, and is dropped
     if at < step or (at == step and (evaluated or not any("/" in name for name in metrics))):
       kept.append(line + "\n")
   if len(kept) < len(lines):
