@@ -1,4 +1,4 @@
-"""Choose anchor sentences (AnSS): those of each class that the language-guided head attends to.
+"""Choose the anchor sentences (AnSS) of each class, to which the language-guided head attends.
 
 They have the smallest linear loss on the validation images, as in VL-LTR's shipped configs.
 """
@@ -24,25 +24,25 @@ from diffdis_jax.evals.long_tail import linear_loss
 from diffdis_jax.method.network import HEAD_PREFIX
 from diffdis_jax.parallel import processes, sharding
 
-ANCHORS = f"{HEAD_PREFIX}anchors"  # chosen before the first step
+ANCHORS = f"{HEAD_PREFIX}anchors"  # this parameter is chosen before the first step
 
 
 class Selection:
-  """Chooses the anchors of a backbone after stage 1.
+  """Choose the anchors by a backbone after stage 1.
 
   Args:
-    run: of stage 2; its seed is that of the query's noise, which is one for each image.
+    run: the run of stage 2. Its seed is that of the query's noise, one sample for each image.
 
   Attributes:
     corpus: all sentences.
 
   Raises:
-    UserError: damaged data, a class of which no image is there, or another number of classes than the head has.
+    UserError: data are damaged, a class has no image, or the head has another number of classes.
   """
 
   def __init__(self, run: Run):
     head, section, where = run.model.head, run.long_tail, run.data.source
-    assert head is not None and section is not None  # config/run.py
+    assert head is not None and section is not None  # checked in config/run.py
     self._crop_pct, self._count, self._seed = section.crop_pct, head.anchors, run.seed
     self.corpus = long_tail.open_corpus(**where)
     if len(self.corpus.classnames) != head.classes:
@@ -53,20 +53,20 @@ class Selection:
     source = sources.open_source(**{**where, "split": "val"}, image_size=run.image_size)
     assert isinstance(source, long_tail.LabelledSource)
     self._source = source
-    # The loss of a sentence is a mean over its class's images: of none it would be 0 / 0.
+    # The loss of a sentence is a mean over the images of its class, which would be 0 / 0 without an image.
     if (absent := np.setdiff1d(np.arange(head.classes), source.labels)).size:
       raise UserError(f"no image of {self.corpus.classnames[absent[0]]!r} to choose its sentences by, in split val")
 
   def params(self, inference: Any, path: epath.PathLike, params: Params) -> Params:
-    """Choose the head's anchors by the backbone among `params`: [k, s, d], the best first, and zeros where a class has
-    fewer. Name their sentences in anchors.json in the workdir `path`.
+    """Choose the head's anchors by the backbone in `params`: [k, s, d], the best first, and zeros if a class has fewer.
+    Write their sentences to anchors.json in the workdir `path`.
 
     Args:
-      inference: of a network that may have a head.
+      inference: the inference of a network that may have a head.
       params: the network's parameters.
 
     Raises:
-      Preempted: the processes stop in the middle of it; the same command begins it again.
+      Preempted: the processes stop meanwhile; the same command begins again.
     """
     ids, every = self._tokens.ids, np.arange(len(self._source))
     losses = linear_loss(
@@ -83,20 +83,20 @@ class Selection:
       rows = zip(self.corpus.classnames, places.tolist(), strict=True)
       named = [{"class": name, "sentences": [of(place) for place in row if place >= 0]} for name, row in rows]
       files.write_json(buckets.path(path) / "anchors.json", named)
-    # Of any length, unlike the normalised ones of the loss: VL-LTR's head attends over raw features.
+    # Features are not normalised, unlike those of the loss, since VL-LTR's head attends over raw features.
     features = inference.text_features(params, ids[places[places >= 0]])
-    # Where a class has fewer, zeros, which the head's attention leaves out (models/lgr.py).
+    # A class with fewer sentences has zeros, which the head's attention ignores (models/lgr.py).
     embeddings = np.zeros((*places.shape, features.shape[-1]), np.float32)
     embeddings[places >= 0] = features
     return sharding.replicated({ANCHORS: embeddings}, inference.mesh)
 
 
 def choose(losses: Float[np.ndarray, " m"], starts: Int[np.ndarray, " k1"], *, count: int) -> Int[np.ndarray, "k s"]:
-  """Return the places of each class's sentences of the smallest losses, -1 where it has no more.
+  """Return the indices of each class's sentences with the smallest losses, and -1 if it has no more.
 
   Args:
-    losses: of all sentences. Of equal ones the sentence that stands first comes first.
-    starts: where each class's begin; last, how many there are.
+    losses: the losses of all sentences. Of equal losses, the earlier sentence comes first.
+    starts: the index of each class's first sentence, and last the number of all sentences.
   """
   places = np.full((len(starts) - 1, count), -1, np.int64)
   for label, (start, end) in enumerate(itertools.pairwise(starts)):

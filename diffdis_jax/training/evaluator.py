@@ -1,4 +1,4 @@
-"""Evaluations and sample images while a run trains."""
+"""Run evaluations and generate sample images while a run trains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from diffdis_jax.training.step import Trainer
 
 
 def make_inference(trainer: Trainer, stop: processes.PreemptionHandler, dog: watch.Watchdog) -> Inference:
-  """Make the inference of the network in training, which runs beside its state."""
+  """Return the inference of the network in training."""
 
   def after_batch() -> None:
     dog.alive()
@@ -32,13 +32,13 @@ def make_inference(trainer: Trainer, stop: processes.PreemptionHandler, dog: wat
   inference = Inference(
     trainer.network, run.inference, mesh=mesh, batch_size=rows_at_a_time(run, mesh), after_batch=after_batch
   )
-  inference.duplicate_captions = run.loss.duplicate_captions  # so that the held-out loss is the one that is trained
+  inference.duplicate_captions = run.loss.duplicate_captions  # so that the held-out loss is that of the training
   return inference
 
 
 def rows_at_a_time(run: Run, mesh: Mesh) -> int:
-  """Return the rows of a call of evaluations and samples: no more than a step has, beside whose state they must fit,
-  and which may take a batch in parts; of a whole batch at least 64."""
+  """Return the number of rows of a call of evaluations and samples: at most that of a microbatch, since they must fit
+  into memory beside the state, but at least 64 if a step is not split."""
   of_step = run.batch_size // run.optim.accumulate
   if run.optim.accumulate == 1:
     of_step = max(of_step, batches.ROWS)
@@ -46,15 +46,15 @@ def rows_at_a_time(run: Run, mesh: Mesh) -> int:
 
 
 class UnknownMetric(UserError):
-  """`checkpoint.best_metric` names no metric. Every process finds it; other errors may be of what one of them read."""
+  """The error that `checkpoint.best_metric` names no metric. All processes raise it, unlike errors in data."""
 
 
 class Evaluator:
-  """Evaluations and sample images during training.
+  """Run the evaluations and generate the sample images of a run.
 
   Raises:
-    UserError: evaluations of what the run's objectives do not train, or of one checkpoint; or bad settings or data of
-      one.
+    UserError: an evaluation does not fit the run's objectives, measures a finished checkpoint, or has wrong settings or
+      data.
   """
 
   def __init__(self, run: Run, inference: Inference):
@@ -65,25 +65,25 @@ class Evaluator:
     self._prompts = list(run.sample_prompts) if run.task.generates else []
 
   def is_due(self, step: int, *, last: bool) -> bool:
-    """Tell whether there is something to do after this step."""
+    """Return whether there is something to do after this step."""
     return self._evaluates(step, last) or self._draws(step, last)
 
   def after_step(self, step: int, state: TrainState, writer: Writer, *, last: bool) -> dict[str, float]:
-    """Do what is due, write it when all of it is done, and return the metrics, the same on every process.
+    """Do what is due, write the results, and return the metrics, the same on every process.
 
     Raises:
-      Preempted: the processes stop in the middle of it; nothing was written.
+      Preempted: the processes stop meanwhile; nothing was written.
       UnknownMetric: `checkpoint.best_metric` is none of the metrics.
-      UserError: data that cannot be used.
+      UserError: data cannot be used.
     """
-    params = {**state.params, **state.ema}  # the averages, as evaluate and generate take them by default
+    params = {**state.params, **state.ema}  # the averages, as in evaluate and generate by default
     by_evaluation = {}
     for name, evaluation in self._evals.items() if self._evaluates(step, last) else ():
       metrics = evaluation.run(self._inference, params)
       logging.info("step %d  %s  %s", step, name, "  ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
       by_evaluation[name] = {f"{name}/{key}": value for key, value in metrics.items()}
     grid = self._grid(params) if self._draws(step, last) else None
-    # Written when all of it is there: a stop in the middle leaves none, and the restart does it again from its start.
+    # Written when all is measured: after a stop meanwhile, the restart repeats all evaluations of this step.
     for metrics in by_evaluation.values():
       writer.scalars(step, metrics)
     if grid is not None:
@@ -94,7 +94,7 @@ class Evaluator:
     together = {key: value for metrics in by_evaluation.values() for key, value in metrics.items()}
     if best not in together:
       raise UnknownMetric(f"checkpoint.best_metric={best} is none of {', '.join(together)}")
-    # Process 0's: of metrics that round apart, two processes might keep different checkpoints.
+    # The value of process 0: with different rounding, processes might keep different checkpoints.
     return {best: float(processes.from_first(np.float32(together[best])))}
 
   def _evaluates(self, step: int, last: bool) -> bool:
@@ -105,7 +105,7 @@ class Evaluator:
 
   def _grid(self, params: Params) -> UInt8[np.ndarray, "h w 3"]:
     tokens = Tokenizer(self._inference.max_length)(self._prompts)
-    # The same noise each time, so that two grids differ by what was learned between them.
+    # The same noise each time, so that grids differ only by training.
     noise = self._inference.noise(len(tokens), self._run.seed)
     images = self._inference.generate(params, tokens, noise)
     return np.asarray(samples.draw_grid(images, self._prompts, columns=8))

@@ -1,14 +1,14 @@
-"""Take one contrastive batch in several microbatches, exactly: GradCache (Gao et al., 2021, arXiv:2101.06983).
+"""Split a contrastive batch exactly into several microbatches: GradCache (Gao et al., 2021, arXiv:2101.06983).
 
-A contrastive loss couples all rows of a batch, but by one vector on each side of a row. So a step goes over the
-microbatches twice:
+A contrastive loss couples all rows of a batch, but only by the two representations of each row. So a step passes over
+the microbatches twice:
 
-1. without gradient, for the representations of every row;
-2. the loss of all rows, and its gradient with respect to their representations, which is the cache;
-3. again with gradient: those of the sums of <representation, cached gradient>, added up, are the loss's gradient.
+1. the first pass, without gradient, computes the representations of all rows;
+2. then the loss of all rows is computed, and its gradient with respect to the representations, which is the cache;
+3. the second pass adds up the gradients of Σ <representation, cached gradient>, which give the loss's gradient.
 
-L_IG couples no rows, so that generation is in the second pass alone. logit_scale, the loss's own parameter, has its
-gradient from step 2, once. Both passes have the same noise and the same latents.
+L_IG couples no rows, so that generation is only in the second pass. logit_scale, the loss's own parameter, gets its
+gradient in step 2. Both passes have the same noise and the same latents.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ from diffdis_jax.training.losses import Gradient
 from diffdis_jax.training.metrics import Metrics, mean_of
 
 LOGIT_SCALE = "logit_scale"
-# Of a row, the two vectors of which the contrastive loss is: ê_0 and e, or what CLIP's two towers give; f32.
+# The two vectors of each row in the contrastive loss: ê_0 and e, or the outputs of CLIP's two towers; f32.
 REPRESENTATIONS = ("query", "e")
 
-# What is known of each row, by name: REPRESENTATIONS, and what the second pass need not encode again. No struct, since
-# a loop stacks the arrays of its turns.
+# The arrays of each row by name: REPRESENTATIONS, and encodings that the second pass uses again. This is no struct,
+# since a loop stacks the arrays of its turns.
 Rows = dict[str, Float[Array, "b ..."]]
 
 
 class Microbatch(NamedTuple):
-  """The rows that a pass starts from, and their noise. CLIP makes no random choices."""
+  """The rows of a pass, and their noise, which CLIP does not have."""
 
   batch: AnyBatch
   noise: StepNoise | None
 
 
 class Pass(NamedTuple):
-  """The gradients of a pass, summed over rows, and the arrays of each row that the next pass takes."""
+  """The gradients of a pass, summed over rows, and the arrays of each row for the next pass."""
 
   gradient: Params
   rows: Rows
 
 
 class GradCache:
-  """Compute gradient and metrics of a network's loss on a whole batch, `n` microbatches one after another.
+  """Compute the gradient and the metrics of a loss on a whole batch, in `n` microbatches one after another.
 
   Args:
-    network: any but an autoencoder alone.
-    run: says what the loss is.
-    mesh: each of its devices takes its own rows in n parts.
+    network: any network but an autoencoder alone.
+    run: the config, which determines the loss.
+    mesh: the devices, each of which splits its own rows into n parts.
     n: number of microbatches.
   """
 
@@ -75,8 +75,8 @@ class GradCache:
   def __call__(self, trainable: Params, fixed: Params, batch: AnyBatch, keys: Keys) -> Gradient:
     """Compute the gradient of the trainable parameters, f32, and the metrics of all rows at once."""
     gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
-    params = gathered(trainable), gathered(fixed)  # once, for both passes
-    # Before the rows are split, so that the noise does not depend on n and is the same in both passes.
+    params = gathered(trainable), gathered(fixed)  # gathered once for both passes
+    # Sample before the rows are split, so that the noise does not depend on n and is the same in both passes.
     noise = None if self.network.is_clip else objectives.noise_of(self.run, keys, batch, self.network)
     rows = Microbatch(batch, noise)
 
@@ -92,7 +92,7 @@ class GradCache:
 
     second_pass = functools.partial(self.second_pass, batch_size=len(batch.tokens))
     gradient, second = self._in_turn(second_pass, params, (rows, first, cache), summed=trainable)
-    if LOGIT_SCALE in gradient:  # where the passes leave 0
+    if LOGIT_SCALE in gradient:  # its gradient by the passes is 0
       gradient[LOGIT_SCALE] += scale_gradient
     if noise is not None and "loss_generation" in second:
       per_sample = second["loss_generation"]
@@ -101,7 +101,7 @@ class GradCache:
     return Gradient(gradient, {"loss": mean_of(total[None]), **metrics})
 
   def first_pass(self, trainable: Params, fixed: Params, rows: Microbatch) -> Pass:
-    """Compute the representations without a gradient, and what both passes have in common."""
+    """Compute the representations without a gradient, and the encodings that both passes use."""
     model = self.network.with_params({**fixed, **trainable})
     if isinstance(model, Clip):
       return Pass({}, _pairs(model, rows))
@@ -118,7 +118,7 @@ class GradCache:
   def second_pass(
     self, trainable: Params, fixed: Params, rows: Microbatch, first: Rows, cache: Rows, *, batch_size: int
   ) -> Pass:
-    """Compute the gradient of these rows' share of L_IG, a mean over the batch, and of L_ITA by way of the cache."""
+    """Compute the gradient of these rows' part of L_IG, a mean over the batch, and of L_ITA by the cache."""
 
     def share(trainable: Params) -> tuple[Float[Array, ""], Rows]:
       model = self.network.with_params({**fixed, **trainable})
@@ -126,11 +126,11 @@ class GradCache:
         predicted = _pairs(model, rows)
       else:
         predicted = self._predict(model, rows, _encoded(model, rows, first), passes=self.network.objectives)
-      # Linear in the representations, with the cache held: its gradient is the chain rule's second factor.
+      # The sum is linear in the representations, so that its gradient is the loss's, by the chain rule.
       total = sum((jnp.sum(predicted[name] * cache[name]) for name in cache), start=jnp.zeros(()))
       if "loss_generation" not in predicted:
         return total, {}
-      # By the batch's size, and not the microbatch's, so that the shares add up to the mean.
+      # Divide by the batch's size, not the microbatch's, so that the parts add up to the mean.
       assert rows.noise is not None
       per_sample = predicted["loss_generation"]
       return total + jnp.sum(self._weighted(per_sample, rows.noise)) / batch_size, {"loss_generation": per_sample}
@@ -153,7 +153,7 @@ class GradCache:
   def _contrast(
     self, representations: Rows, logit_scale: Float[Array, ""], rows: Microbatch
   ) -> tuple[Float[Array, ""], Metrics]:
-    """Compute CLIP's loss or λ L_ITA of the whole batch; here alone do rows meet."""
+    """Compute CLIP's loss or λ L_ITA of the whole batch. Only here do rows interact."""
     query, e = (representations[name] for name in REPRESENTATIONS)
     captions = objectives.captions_of(self.run.loss, rows.batch.tokens)
     if rows.noise is None:
@@ -172,18 +172,18 @@ class GradCache:
     rows: tuple[Any, ...],
     summed: Params | None = None,
   ) -> Pass:
-    """Call f(trainable, fixed, *rows) on each microbatch; add up its gradients, and join what it returns of each row.
+    """Call f(trainable, fixed, *rows) on each microbatch; add up the gradients, and join the arrays of rows.
 
     Args:
       rows: trees of arrays of all rows.
-      summed: parameters of which f gives gradients.
+      summed: the parameters of which f returns gradients.
     """
     leaves, kind = jax.tree.flatten(rows)
 
     def of_device(params: tuple[Params, Params], leaves: list[Array]) -> Pass:
       def one(total: Params, microbatch: list[Array]) -> tuple[Params, Rows]:
         gradient, results = f(*params, *jax.tree.unflatten(kind, microbatch))
-        # In the parameters' own f32: in bf16 a sum soon loses what is added.
+        # Add in the parameters' f32: in bf16, a sum soon loses small terms.
         return {path: total[path] + x.astype(total[path].dtype) for path, x in gradient.items()}, results
 
       zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in (summed or {}).items()}
@@ -201,14 +201,14 @@ def _pairs(clip: Clip, rows: Microbatch) -> Rows:
 
 
 def _text_is_encoded_once(trainable: Params) -> bool:
-  """Tell whether the first pass encodes the text for both: a text tower in training has its gradient in the second."""
+  """Return whether the first pass encodes the text for both passes, which needs a frozen text tower."""
   return not any(path.startswith("text_encoder.") for path in trainable)
 
 
 def _encoded(model: DiffDis, rows: Microbatch, first: Rows) -> Encoded:
-  """Take what the first pass encoded; compute the rest again."""
+  """Return the encodings, those of the first pass or computed again."""
   assert rows.noise is not None
-  if "z" not in first:  # generation alone, which has no first pass
+  if "z" not in first:  # generation alone has no first pass
     return encode.encode_rows(model, rows.batch, rows.noise)
   text = encode.encode_captions(model, rows.batch) if "c" not in first else TextCondition(c=first["c"], e=first["e"])
   return Encoded(latents=Latents(first["z"], first.get("z_discrimination")), text=text)

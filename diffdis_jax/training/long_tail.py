@@ -1,8 +1,8 @@
-"""Long-tailed recognition after VL-LTR (Tian et al., ECCV 2022), the paper's Table 8: what its two stages minimise.
+"""The losses of the two stages of long-tailed recognition, as in VL-LTR (Tian et al., ECCV 2022; the paper's Table 8).
 
-How DiffDis takes the place of VL-LTR's dual encoder is not stated by the paper. Here an image is ê_0 from pure noise at
-the last step of the text process, as in the paper's Algorithm 3, and a sentence is its text query e. No noised sentence
-goes in at the image's side: it would name the class.
+How DiffDis replaces VL-LTR's dual encoder is not stated by the paper. Here the feature of an image is ê_0 from pure
+noise at the last timestep, as in the paper's Algorithm 3, and that of a sentence is its text query e. No noised
+sentence is an input for the image's feature, since it would reveal the class.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from diffdis_jax.training.metrics import Metrics, mean_of
 def class_contrastive_loss(
   trainable: Params, batch: LabelledBatch, keys: Keys, teacher: Params, *, build: Build, network: Network, run: Run
 ) -> Result:
-  """Compute stage 1: L = (1 − β) L_class + β L_distill on images, each with one sentence of its class.
+  """Compute the loss of stage 1, (1 − β) L_class + β L_distill, on images that each have a sentence of their class.
 
-  `teacher` holds the parameters as they were at the start; it sees the same images, noise and sentences.
+  `teacher` has the parameters of the start, and gets the same images, noise and sentences.
   """
   model, at_start = build(trainable), build(teacher)
   tokens, section = batch.tokens, run.long_tail
-  assert section is not None  # config/run.py
+  assert section is not None  # checked in config/run.py
   assert tokens is not None  # data/build.py reads sentences for this objective
   noise = _sample_noise(keys, len(batch.label), network, run.sample_posterior)
 
   def embed(model: DiffDis | Clip) -> Pairs:
     image = features.image_features(model, batch.image, noise, network=network)
-    # VL-LTR compares vectors of length 1; ê_0 and CLIP's image feature have any.
+    # VL-LTR compares vectors of length 1; ê_0 and CLIP's image feature have any length.
     return Pairs(image=unit_norm(image), text=model.encode_text(tokens).e)
 
-  # By one noise, so that student and teacher differ in their parameters alone.
+  # With the same noise, so that student and teacher differ only in their parameters.
   pairs, teacher_pairs = embed(model), embed(at_start)
   scale = model.logit_scale[...]
   contrast, accuracy = class_contrastive(
@@ -63,7 +63,7 @@ def class_contrastive_loss(
     "loss_class_contrastive": mean_of(contrast[None]),
     "loss_distill": mean_of(distilled[None]),
     "class_accuracy": mean_of(accuracy[None]),
-    "temperature": mean_of(jnp.exp(scale)[None]),  # without CLIP's limit, which VL-LTR does not have
+    "temperature": mean_of(jnp.exp(scale)[None]),  # VL-LTR does not have CLIP's limit
   }
   return result((1.0 - section.distill_weight) * contrast + section.distill_weight * distilled, metrics)
 
@@ -71,11 +71,11 @@ def class_contrastive_loss(
 def head_loss(
   trainable: Params, batch: LabelledBatch, keys: Keys, teacher: Params, *, build: Build, network: Network, run: Run
 ) -> Result:
-  """Compute stage 2: cross-entropy of the visual and of the language branch, added, on mixed images and targets."""
+  """Compute the loss of stage 2: the cross-entropies of the two branches, added, on mixed images and targets."""
   del teacher
   model: Any = build(trainable)
   images, head, section = batch.image, network.model.head, run.long_tail
-  assert head is not None and section is not None  # config/run.py
+  assert head is not None and section is not None  # checked in config/run.py
   mix = draw_mix(
     keys["mix"],
     size=images.shape[1],
@@ -85,17 +85,17 @@ def head_loss(
   )
   target = mix_targets(batch.label, mix, classes=head.classes, smoothing=section.label_smoothing)
   noise = _sample_noise(keys, len(batch.label), network, run.sample_posterior)
-  # Pixels are mixed, so that the frozen network has to see each mixture: its features cannot be kept.
+  # Pixels are mixed, so that the features of the frozen network must be computed for each mixture.
   f = features.image_features(model, mix_images(images, mix), noise, network=network)
   logits = model.head(f, model.logit_scale[...])
   visual, language = (optax.softmax_cross_entropy(x, target) for x in (logits.visual, logits.language))
   metrics: Metrics = {"loss_visual": mean_of(visual), "loss_language": mean_of(language)}
-  # Unweighted, as in VL-LTR. Shares of 0.2 and 0.8 are the prediction's (lgr.mixed_prediction).
+  # Unweighted, as in VL-LTR; the weights 0.2 and 0.8 are only for predictions (lgr.mixed_prediction).
   return result(visual.mean() + language.mean(), metrics)
 
 
 def _sample_noise(keys: Keys, b: int, network: Network, sample_posterior: bool) -> features.FeatureNoise:
-  """Sample the noise of the image side; for CLIP none. The compiler leaves out what a network has no use for."""
+  """Sample the noise for images; CLIP has none. The compiler removes noise that a network does not use."""
   if network.is_clip:
     return features.FeatureNoise()
   noise_e = jax.random.normal(keys["noise_e"], (b, network.model.query_width))

@@ -1,10 +1,10 @@
-"""The loss of a training step, one function for each kind of objective, and what it reports.
+"""The losses of a training step and their metrics, a function for each kind of objective.
 
 `diffusion_loss` is the paper's Algorithm 1 (method/algorithms.py); `reconstruction_loss` trains an autoencoder, and
-`clip_loss` CLIP, the paper's baseline. `step.LOSSES` says which objective has which.
+`clip_loss` CLIP, the paper's baseline. `step.LOSSES` maps each objective to its loss.
 
-Each takes (trainable, batch, keys, teacher, *, build, network, run): `build` makes the model of the trainable
-parameters, and `teacher` holds those at the start where an objective keeps them. Each returns what `result` makes.
+Each takes (trainable, batch, keys, teacher, *, build, network, run): `build` makes the model from the trainable
+parameters, and `teacher` has the parameters of the start if an objective keeps them. Each returns a `result`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import AnyBatch, Batch, Pairs
 from diffdis_jax.training.metrics import Metrics, mean_of
 
-# Share of the running latent statistics that each reconstruction step keeps: they look back over some 50 steps.
+# The decay of the running latent statistics at each step of reconstruction: they average over about 50 steps.
 STATISTICS_DECAY = 0.98
 
 Build = Callable[[Params], Any]
-# The loss, its metrics, and the latent statistics that it measured: what jax.value_and_grad takes with has_aux.
+# The loss, its metrics and the measured latent statistics, in the form that jax.value_and_grad takes with has_aux.
 Result = tuple[Float[Array, ""], tuple[Metrics, Params]]
 
 
@@ -46,7 +46,7 @@ class Gradient(NamedTuple):
 
 
 def result(total: Float[Array, ""], metrics: Metrics, statistics: Params | None = None) -> Result:
-  """Return a loss with its metrics, the loss itself among them."""
+  """Return a loss with its metrics, to which the loss itself is added."""
   return total, ({"loss": mean_of(total[None]), **metrics}, statistics or {})
 
 
@@ -56,20 +56,20 @@ def noise_of(run: Run, keys: Keys, batch: AnyBatch, network: Network) -> StepNoi
 
 
 def captions_of(section: Loss, tokens: Int[Array, "b l"]) -> UInt32[Array, "b"] | None:
-  """Number the captions, as `losses.contrastive` takes them; None where equal ones are negatives too."""
+  """Number the captions for `losses.contrastive`; None if equal captions are negatives."""
   return losses.caption_ids(tokens) if section.duplicate_captions == "mask" else None
 
 
 def diffusion_loss(
   trainable: Params, batch: AnyBatch, keys: Keys, teacher: Params, *, build: Build, network: Network, run: Run
 ) -> Result:
-  """Compute the paper's Algorithm 1, and its two losses by themselves for the log."""
+  """Compute the loss of the paper's Algorithm 1, and its two parts for the log."""
   del teacher
   model, noise = build(trainable), noise_of(run, keys, batch, network)
   captions = captions_of(run.loss, batch.tokens)
   losses_of_rows = algorithms.training_losses(model, batch, noise, network=network, loss=run.loss, captions=captions)
   metrics: Metrics = {}
-  # What the run is not trained for has no loss, and leaves no line in the log.
+  # A task for which the run is not trained has no loss and no metrics.
   if losses_of_rows.generation is not None:
     metrics |= generation_metrics(losses_of_rows.generation, noise)
   if losses_of_rows.alignment is not None:
@@ -78,14 +78,14 @@ def diffusion_loss(
 
 
 def generation_metrics(per_sample: Float[Array, "b"], noise: StepNoise) -> Metrics:
-  """Report L_IG without weights, so that runs with other weights compare; and by the quarter of t_z."""
+  """Return L_IG without weights, so that runs with different weights can be compared, and by the quarter of t_z."""
   everything = jnp.ones(len(per_sample), bool)
   return {"loss_generation": mean_of(per_sample), **quarters_of("loss_generation", per_sample, noise.t_z, everything)}
 
 
 def discrimination_metrics(contrast: losses.Contrastive, logit_scale: Float[Array, ""], noise: StepNoise) -> Metrics:
-  """Report L_ITA of the rows that have an image, the mean of both directions as of held-out pairs; and by the quarter
-  of t_e. Rows whose image is dropped for guidance can only guess, and would hide how far the others have come."""
+  """Return L_ITA of the rows with an image, as the mean of both directions, and by the quarter of t_e. Rows whose image
+  is dropped for guidance can only guess, and would hide the progress of the others."""
   rows = ~noise.drop_image
   per_pair = jnp.where(rows, 0.5 * (contrast.query_to_text + contrast.text_to_query), 0.0)
   return {
@@ -98,7 +98,7 @@ def discrimination_metrics(contrast: losses.Contrastive, logit_scale: Float[Arra
 def clip_loss(
   trainable: Params, batch: Batch, keys: Keys, teacher: Params, *, build: Build, network: Network, run: Run
 ) -> Result:
-  """Compute `contrastive_loss` of CLIP, which makes no random choices."""
+  """Compute the `contrastive_loss` of CLIP, which has no noise."""
   del keys, teacher, network
   model = build(trainable)
   pairs = encode.encode_pairs(model, batch)
@@ -106,8 +106,8 @@ def clip_loss(
 
 
 def contrastive_loss(pairs: Pairs, logit_scale: Float[Array, ""], *, captions: UInt32[Array, "b"] | None) -> Result:
-  """Compute CLIP's loss (Radford et al., 2021): InfoNCE between images and texts, both ways, over all of the batch."""
-  # Whole on every device: the negatives of a row are those of the global batch.
+  """Compute CLIP's loss (Radford et al., 2021): InfoNCE of images and texts in both directions, on the whole batch."""
+  # Candidates are gathered on every device, since the negatives of a row are the global batch.
   contrast = losses.contrastive(pairs.image, pairs.text, logit_scale, captions=captions, on_rows=sharding.each_own_rows)
   return result(contrast.loss, {"loss_contrastive": mean_of(contrast.loss[None]), **alignment(contrast, logit_scale)})
 
@@ -115,7 +115,7 @@ def contrastive_loss(pairs: Pairs, logit_scale: Float[Array, ""], *, captions: U
 def reconstruction_loss(
   trainable: Params, batch: Batch, keys: Keys, teacher: Params, *, build: Build, network: Network, run: Run
 ) -> Result:
-  """Compute L1 + KL of the autoencoder, and its latents' running shift and scale to zero mean and unit variance."""
+  """Compute L1 + KL of the autoencoder, and the running shift and scale that normalise its latents."""
   del network, teacher
   model, x = build(trainable), to_signed(batch.image)
   posterior = model.autoencoder.encode(x)
@@ -127,11 +127,11 @@ def reconstruction_loss(
     log_variance=posterior.log_variance,
     kl_weight=run.loss.kl_weight,
   )
-  # Measured, not learned: the statistics follow the latents and must not pull at them.
+  # The statistics are measured and not learned, so that they have no gradient.
   latent = jax.lax.stop_gradient(latent)
   keep, shift, scale = STATISTICS_DECAY, model.autoencoder.shift[...], model.autoencoder.scale[...]
   mean, deviation = latent.mean(axis=(0, 1, 2)), latent.std(axis=(0, 1, 2))
-  # The mean is that of the deviation, and not of its reciprocal. Latents that are all alike deviate by 0.
+  # Average the deviation and not its reciprocal. Equal latents have a deviation of 0.
   statistics = {
     "autoencoder.shift": keep * shift + (1.0 - keep) * mean,
     "autoencoder.scale": 1.0 / (keep / scale + (1.0 - keep) * jnp.maximum(deviation, 1e-6)),
@@ -140,13 +140,13 @@ def reconstruction_loss(
 
 
 def alignment(contrast: losses.Contrastive, logit_scale: Float[Array, ""]) -> Metrics:
-  """Report accuracy among the texts of a contrastive batch, and the temperature."""
+  """Return the accuracy among the texts of a contrastive batch, and the temperature."""
   temperature = losses.temperature(logit_scale)
   return {"alignment_accuracy": mean_of(contrast.accuracy[None]), "temperature": mean_of(temperature[None])}
 
 
 def quarters_of(name: str, per_sample: Float[Array, "b"], t: Int[Array, "b"], rows: Bool[Array, "b"]) -> Metrics:
-  """Report the loss of some rows by the quarter of its timestep, q1 the least noisy: a diffusion loss alone says
-  little."""
+  """Return the loss of these rows by the quarter of the timestep, of which q1 is the least noisy: the mean of a
+  diffusion loss says little."""
   quarters = losses.by_timestep_quarter(jax.lax.stop_gradient(per_sample), t, rows)
   return {f"{name}_q{i + 1}": Average(total=quarters.sum[i], count=quarters.count[i]) for i in range(4)}

@@ -23,7 +23,7 @@ from diffdis_jax.training.step import Trainer
 
 
 def parameter_groups(trainer: Trainer) -> dict[str, dict[str, int]]:
-  """Count the parameters by group of the optimizer and part of the network."""
+  """Count the parameters by the optimizer's group and the part of the network."""
   sizes: dict[str, Counter[str]] = {}
   for path, group in trainer.groups.items():
     sizes.setdefault(group, Counter())[path.split(".")[0]] += math.prod(trainer.shapes[path].shape)
@@ -31,7 +31,7 @@ def parameter_groups(trainer: Trainer) -> dict[str, dict[str, int]]:
 
 
 def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
-  """Return the values that history.jsonl keeps of a start; where the run `begins`, what its parameters are from too."""
+  """Return the facts for a start in history.jsonl, with the origin of the parameters if the run `begins`."""
   return {
     "processes": jax.process_count(),
     "devices": jax.device_count(),
@@ -40,10 +40,10 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
     "host": socket.gethostname(),
     "jax": jax.__version__,
     **provenance.code(),
-    # A resumed run has its parameters from its own checkpoint.
+    # A resumed run takes its parameters from its own checkpoint.
     **({"init_from": provenance.behind(trainer.run.init_from)} if begins else {}),
     "mesh": dict(trainer.mesh.shape),
-    "num_steps": trainer.run.num_steps,  # which a later start may raise
+    "num_steps": trainer.run.num_steps,  # a later start may increase it
     "parameters": parameter_groups(trainer),
     "data": describe(trainer.run.data),
     "data_digests": digests_of(trainer.run),
@@ -51,7 +51,7 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
 
 
 def digests_of(run: Run) -> dict[str, str]:
-  """Return, by the field of their path, such as `data.path`, the digests of the prepared data's records."""
+  """Return the digests of the records of prepared data, by the field of the data's path, such as `data.path`."""
   paths = {
     "data.path" if name == "data" else f"data.mixture.{name}.path": section.get("path")
     for name, section in run.data.sources.items()
@@ -60,27 +60,27 @@ def digests_of(run: Run) -> dict[str, str]:
 
 
 def _digests(paths: Mapping[str, Any]) -> dict[str, str]:
-  """Return the digests of those paths where prepared data lie."""
+  """Return the digests of the paths with prepared data."""
   by_field = {field: digests.fingerprint(str(path), part=digests.RECORDS) for field, path in paths.items() if path}
   return {field: digest for field, digest in by_field.items() if digest}
 
 
 def moved(run: Run, path: str) -> set[str]:
-  """Return the fields of paths where a copy of the data lies that the run in this workdir had at its last start."""
+  """Return the path fields that now name a copy of the data of the last start of the run in this workdir."""
   before = _last(path, "data_digests") or {}
   return {field for field, digest in digests_of(run).items() if before.get(field) == digest}
 
 
 def _last(path: str, name: str) -> Any:
-  """Return this value of the run's newest event that has it; None where none has."""
+  """Return this value from the newest event of the run that has it, or None."""
   return next((event[name] for event in reversed(provenance.read(path)) if name in event), None)
 
 
 def check_same_on_all(run: Run) -> None:
-  """Raise UserError, on every process, where a host has other data, another config or other code than host 0.
+  """Raise UserError on every process if a host has other data, another config or other code than host 0.
 
-  Each would take its rows out of an order of its own, or start from its own parameters, or wait in vain for a program
-  that the others do not run.
+  Such hosts would read rows in different orders, start from different parameters, or wait for a program that the others
+  do not run.
   """
   if jax.process_count() == 1:
     return
@@ -97,17 +97,17 @@ def check_same_on_all(run: Run) -> None:
 
 
 def log_changes(run: Run, path: str, *, before: int | None, step: int) -> None:
-  """Log what differs from the last start of a run that resumes at this step.
+  """Log the differences from the last start of a run that resumes at this step.
 
   Args:
-    before: its number of steps before it was made longer; None where it was not.
+    before: the run's number of steps before it was made longer, or None.
   """
   if before is not None:
     schedule = run.optim.schedule_kind
     logging.info("the run gets longer: %d steps instead of %d, by its %s schedule", run.num_steps, before, schedule)
   if not step or not processes.is_first():
     return
-  # By the records' digests where there are some; it does not matter where they lie.
+  # Compare the records' digests if there are some, which do not depend on paths.
   now = digests_of(run) or describe(run.data)
   then = _last(path, "data_digests") or _last(path, "data")
   if then is not None and now != then:
@@ -116,7 +116,7 @@ def log_changes(run: Run, path: str, *, before: int | None, step: int) -> None:
 
 
 def log_end(run: Run, path: str) -> None:
-  """Log where the results of a finished run are, and what to type next."""
+  """Log where the results of a finished run are, and the commands to type next."""
   if run.checkpoint.best_metric and (best := checkpoint.best(path, run.checkpoint)):
     name = run.checkpoint.best_metric
     logging.info("best %s %.4f at step %d: evaluate --best measures it", name, best.value, best.step)
@@ -133,8 +133,8 @@ def log_end(run: Run, path: str) -> None:
 
 
 def log(trainer: Trainer) -> None:
-  """Log mesh, data and parameters by group, so that a wrong regex shows before the first step."""
-  if jax.process_count() == 1:  # each of several has logged its place when it joined the others
+  """Log the mesh, the data and the parameters by group, so that a wrong regex is seen before the first step."""
+  if jax.process_count() == 1:  # several processes log their place when they join
     processes.log_place()
   logging.info("mesh %s", dict(trainer.mesh.shape))
   for line in describe(trainer.run.data):

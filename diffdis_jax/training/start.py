@@ -1,7 +1,7 @@
-"""The state that a run starts from: its last checkpoint, another run's parameters, or fresh ones.
+"""Make the state with which a run starts: from its last checkpoint, another run's parameters, or initial ones.
 
-Fresh parameters are there to be trained. A frozen one must come from another run, or the run trains on random latents
-or random text while its loss looks healthy.
+Initial parameters have to be trained. Frozen ones must come from another run: otherwise the run would train on random
+latents or random text, while its loss looks normal.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ from diffdis_jax.run.restore import Restored
 from diffdis_jax.training import anchors, optim, run_info
 from diffdis_jax.training.step import Trainer
 
-# Fields of a part's section that its parameters' shapes do not show, and that decide what these compute.
+# Fields of a part's section that change its function but not the shapes of its parameters.
 UNSEEN = ("activation", "num_heads", "groups")
 
 
 def open_batches(trainer: Trainer) -> grain.DatasetIterator:
-  """Open the data of a run, of which each process reads its own rows."""
+  """Open the data of a run. Each process reads its own rows."""
   run, network = trainer.run, trainer.network
   return open_loader(run, rows=sharding.local_rows(trainer.mesh, run.batch_size), latent_shape=latent_shape(network))
 
 
 def latent_shape(network: Network) -> tuple[int, int, int] | None:
-  """Return the shape of stored latents; None for the training of an autoencoder, of CLIP or on labels, which needs
-  images."""
+  """Return the shape of stored latents, or None if the training needs images, as that of autoencoders, CLIP or with
+  labels."""
   return None if network.task.needs_images else network.latent_shape
 
 
 def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> int | None:
-  """Make the workdir this run's, and lock it until `stack` closes. Returns the number of steps that it had before it
-  was made longer; None where it was not."""
-  # As process 0 sees it. A new run that could not start from its `init_from` leaves no workdir.
+  """Create or check the workdir of the run, and lock it until `stack` closes. Return the run's number of steps before
+  it was made longer, or None."""
+  # Process 0 decides whether the run is new. A new run with a wrong `init_from` creates no workdir.
   if bool(processes.from_first(np.uint8(workdir.latest_step(path) is None))):
     find_initial(trainer.run.init_from, trainer)
   fields, moved = trainer.run.to_dict(), run_info.moved(trainer.run, path)
-  # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
+  # Lock before writing: two runs in one workdir would each drop the other's lines and checkpoints.
   processes.on_first(lambda: stack.enter_context(lock.Lock(path)))
   before = workdir.lengthened(path, fields)
   workdir.open_for_training(path, fields, is_writer=processes.is_first(), moved=moved)
   if processes.is_first():
-    # Without statistics, which need values: there are only shapes yet.
+    # Without statistics, since there are only shapes yet.
     table = parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
     files.write_whole(buckets.path(path) / "parameters.txt", table.encode())
   check_shared(path)
@@ -68,7 +68,7 @@ def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> in
 
 
 def check_shared(path: str) -> None:
-  """Raise UserError, on every process, where one does not see the config.json that process 0 wrote into this folder."""
+  """Raise UserError on every process if one of them does not see the config.json that process 0 has written."""
   sees = processes.shows((buckets.path(path) / "config.json").exists)
   if blind := processes.first_message("" if sees else f"host {jax.process_index()}"):
     raise UserError(
@@ -83,11 +83,11 @@ def restore_or_init(
   data: grain.DatasetIterator,
   choose: Callable[[Params], Params] | None = None,
 ) -> Restored:
-  """Return the last checkpoint's state and meta, with the data set to its next batch; or the state of step 0, of which
-  no meta was saved.
+  """Return the state and meta of the last checkpoint, and set the data to the next batch; or return the state of step
+  0, without meta.
 
   Args:
-    choose: computes some parameters of step 0 from the others; None for none.
+    choose: a function that computes some parameters of step 0 from the others, or None.
   """
   if (step := checkpoints.latest_step()) is not None:
     restored = restore.read_state(checkpoints.run, step, trainer.abstract_state, data)
@@ -95,11 +95,11 @@ def restore_or_init(
     restored = restored._replace(state=trainer.numbered(restored.state, step=step))
   else:
     run = trainer.run
-    loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
-    # All are initialised, also those that were loaded: the initial value of one does not depend on the others.
+    loaded = load_initial(run.init_from, trainer)  # first, so that errors are found before anything is compiled
+    # Initialise also the loaded ones, so that an initial value does not depend on which others are loaded.
     params = trainer.init_params(jax.random.key(run.seed)) | loaded
     restored = Restored(trainer.with_params(params | choose(params) if choose else params), {})
-  # Not before: the digests are of parameters, which are there only now.
+  # Done here, since the digests are of the parameters.
   model = trainer.run.model
   if (stored := latent_facts(trainer.run.data)) and isinstance(model, Model):  # CLIP has no latents
     encoders.check_stored(stored, restored.state.params, model)
@@ -107,14 +107,14 @@ def restore_or_init(
 
 
 def find_initial(path: str, trainer: Trainer) -> set[str]:
-  """Name the parameters that a new run takes from the run in `path`: those that both have. None for "".
+  """Return the names of the parameters that a new run takes from the run in `path`, those in both; none for "".
 
-  Of an import, only those that its source had: the others are initialised again by this run's own seed. From shapes
-  alone: what does not fit is found before gigabytes are read.
+  From an import, only those of its source are taken: the others are initialised again by this run's seed. Only shapes
+  are read, so that errors are found before gigabytes are read.
 
   Raises:
-    UserError: no run there, or not the one that the objective starts from; nothing in common, a parameter of another
-      shape, a part that would compute something else here, or a frozen parameter that would stay random.
+    UserError: there is no run, it has another objective than required, no common parameter, a parameter of another
+      shape or a part with another function, or a frozen parameter would stay random.
   """
   task = trainer.run.task
   if task.starts_from:
@@ -127,19 +127,19 @@ def find_initial(path: str, trainer: Trainer) -> set[str]:
         f"init_from={path} lacks an image or a text side: it has no {missing[0]}, nor {len(missing) - 1} more of"
         f" {parts_of(missing)}; take a run that was trained for discrimination or contrastive"
       )
-  _check_frozen(path, trainer, names | {anchors.ANCHORS})  # which are chosen
+  _check_frozen(path, trainer, names | {anchors.ANCHORS})  # the anchors are chosen
   return names
 
 
 def _check_earlier(path: str, run: Run) -> None:
-  """Raise UserError unless the run in `path` is the one that this objective starts from, at its end."""
+  """Raise UserError unless the run in `path` has the objective from which this one starts, and is finished."""
   name, row = run.objectives[0], run.task
   if not path:
     raise UserError(
       f"init_from is empty; objective {name} starts from {row.starts_from}: give --config.init_from=WORKDIR"
     )
   earlier = run_config.load(path)
-  if not row.follows:  # stage 1 takes a run of any length
+  if not row.follows:  # stage 1 may start from an unfinished run
     return
   if row.follows not in earlier.objectives:
     raise UserError(
@@ -154,12 +154,12 @@ def _check_earlier(path: str, run: Run) -> None:
 
 def _names_in_common(path: str, trainer: Trainer) -> set[str]:
   saved = restore.saved_params(path)
-  # The latents' shift and scale are no tensors of a source: its config says them.
+  # The latents' shift and scale are no tensors of a source, but come from its config.
   random = {name for name in restore.initialised(path) if not re.search(optim.STATISTICS, name)}
   common = saved.keys() & trainer.shapes.keys() - random
   if not common:
     raise UserError(f"init_from={path} has no parameter of this network; it holds {parts_of(saved)}")
-  for name in sorted(common):  # a set's order changes, and the message should not
+  for name in sorted(common):  # sorted, so that the message is always the same
     if saved[name].shape != trainer.shapes[name].shape:
       raise UserError(
         f"init_from={path}: {name} has shape {saved[name].shape} there and {trainer.shapes[name].shape} in this"
@@ -170,7 +170,7 @@ def _names_in_common(path: str, trainer: Trainer) -> set[str]:
 
 
 def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
-  """Raise UserError where a part was trained there with another of UNSEEN: its weights would mean nothing here."""
+  """Raise UserError if a part was trained with other values of UNSEEN, with which its weights are useless here."""
   there, here = run_config.read_fields(path)["model"], trainer.run.to_dict()["model"]
   flags = [
     f"--config.model.{part}.{field}={there[part][field]}"
@@ -188,7 +188,7 @@ def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
 def _check_frozen(path: str, trainer: Trainer, loaded: Collection[str]) -> None:
   """Raise UserError for frozen parameters that are not loaded and not named in optim.allow_uninitialized."""
   allowed = [trainer.run.optim.allow_uninitialized]
-  # The autoencoder's run measures its statistics; elsewhere they are as frozen as its weights.
+  # The run of an autoencoder measures its statistics; in other runs they are frozen like its weights.
   if trainer.run.task.network == "autoencoder":
     allowed.append(optim.STATISTICS)
   left = [
@@ -206,7 +206,7 @@ def _check_frozen(path: str, trainer: Trainer, loaded: Collection[str]) -> None:
 
 
 def load_initial(path: str, trainer: Trainer) -> Params:
-  """Read the parameters of `find_initial`; averaged ones where the other run keeps them. None for "".
+  """Read the parameters of `find_initial`, averaged ones if the other run has them; none for "".
 
   Raises:
     UserError: as `find_initial`.
@@ -215,7 +215,7 @@ def load_initial(path: str, trainer: Trainer) -> Params:
   if not names:
     return {}
   saved = restore.saved_params(path)
-  # Split at once as this mesh has them, so that no device ever holds the whole.
+  # Read them sharded for this mesh, so that no device ever holds all of them.
   abstract = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     saved,

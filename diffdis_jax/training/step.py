@@ -1,7 +1,7 @@
-"""The training state and the train step: the one jit boundary. What it minimises is in losses.py.
+"""The training state and the jitted training step. losses.py has the losses.
 
-Parameters are a flat dict (common/params.py). Those whose group is `frozen` get no gradient, no optimizer state and no
-average. With optim.ema_decay of 0 nothing has one.
+Parameters are a flat dict (common/params.py). Those of the group `frozen` have no gradient, no optimizer state and no
+average. If optim.ema_decay is 0, there are no averages.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from diffdis_jax.training import optim as optimizers
 from diffdis_jax.training.losses import Build, Gradient
 from diffdis_jax.training.metrics import SKIPPED, Metrics
 
-# One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.
+# A key for each random choice of a step. Their order determines the numbers of runs: append, never reorder.
 KEYS = (
   *("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image", "posterior_discrimination"),
   "mix",
 )
-# What each objective minimises. Those that stand together share one: Algorithm 1 leaves out the loss of an objective
-# that is not there.
+# The loss of each objective. Objectives that are combined share a loss: Algorithm 1 omits the loss of a missing
+# objective.
 LOSSES = {
   "generation": losses.diffusion_loss,
   "discrimination": losses.diffusion_loss,
@@ -48,30 +48,30 @@ LOSSES = {
 
 
 def step_keys(seed: int | UInt32[Array, ""], step: Int[Array, ""], microbatch: Int[Array, ""]) -> dict[str, jax.Array]:
-  """Make the keys of one microbatch from (seed, step, microbatch) alone, so that a resumed run samples the same."""
+  """Make the keys of a microbatch from (seed, step, microbatch), so that a resumed run samples the same noise."""
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), microbatch)
   return {name: jax.random.fold_in(key, i) for i, name in enumerate(KEYS)}
 
 
 class Trainer:
-  """A network's training step, compiled for a mesh.
+  """The training step of a network, compiled for a mesh.
 
   Args:
-    run: says what is trained, and how.
-    mesh: devices.
+    run: the config of the training.
+    mesh: the devices.
 
   Attributes:
     shapes: parameter path -> ShapeDtypeStruct.
-    groups: parameter path -> group of the optimizer.
-    trainable: paths of the parameters that are trained.
-    optimizer: clips the gradient, and makes updates of it.
+    groups: parameter path -> the optimizer's group.
+    trainable: the paths of the trained parameters.
+    optimizer: clips the gradient and turns it into updates.
     param_shardings: parameter path -> NamedSharding.
-    state_shardings: of TrainState.
+    state_shardings: TrainState of NamedShardings.
     abstract_state: TrainState of ShapeDtypeStructs, with their shardings.
     train_step: (state, batch) -> (state, metrics), jitted; donates the state.
 
   Raises:
-    UserError: sections that do not fit the network, or a batch that the mesh cannot split.
+    UserError: sections do not fit the network, or the mesh cannot split the batch.
   """
 
   def __init__(self, run: Run, mesh: Mesh):
@@ -88,7 +88,7 @@ class Trainer:
         " ('^autoencoder', 'frozen'), and train it first with objectives=('reconstruction',)"
       )
     self.optimizer = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps)
-    # From shapes alone: where each array lies is known before the first one is allocated.
+    # Only shapes are needed: shardings are known before any array is allocated.
     self.param_shardings = sharding.shardings(self.shapes, mesh, self.shapes)
     abstract = jax.eval_shape(self._at_start, self.shapes)
     self.state_shardings = sharding.shardings(abstract, mesh, self.shapes)
@@ -97,25 +97,25 @@ class Trainer:
     )
     self.train_step = jax.jit(
       self._train_step,
-      donate_argnums=0,  # the new state takes the old one's memory
+      donate_argnums=0,  # the new state takes the memory of the old one
       in_shardings=(self.state_shardings, sharding.batch_sharding(mesh)),
       out_shardings=(self.state_shardings, None),
     )
 
   @functools.cached_property
   def traced(self) -> jax.stages.Traced:
-    """The training step, traced for its shapes; nothing is allocated."""
+    """The training step, traced for its shapes without allocating anything."""
     return self.train_step.trace(self.abstract_state, abstract_batch(self.run, self.network, self.mesh))
 
   @functools.cached_property
   def step(self) -> programs.AheadOfTime:
-    """The training step, which compiles from the first look on."""
+    """The training step, which begins to compile at the first access."""
     return programs.AheadOfTime("the training step", self.traced.lower())
 
   @functools.cached_property
   def initialise(self) -> programs.AheadOfTime:
-    """The program that makes fresh parameters of a key, born sharded; also the frozen ones, which must not stay so."""
-    # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
+    """The program that makes all initial parameters, sharded, from a key. Frozen ones are replaced later."""
+    # It runs once. On a CPU it takes longer to compile than to run, so optimise it less.
     is_cpu = self.mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if is_cpu else None
     initialise = jax.jit(self.network.initialise, out_shardings=self.param_shardings, compiler_options=options)
@@ -123,33 +123,33 @@ class Trainer:
 
   @functools.cached_property
   def assemble(self) -> programs.AheadOfTime:
-    """The program that makes the state of step 0 of parameters, which it donates."""
+    """The program that makes the state of step 0 from parameters, which it donates."""
     assemble = jax.jit(self._at_start, donate_argnums=0, out_shardings=self.state_shardings)
     return programs.AheadOfTime("the state", assemble.lower(self.abstract_state.params))
 
   def compile_ahead(self) -> None:
-    """Begin to compile all that takes long before the first step of a new run."""
+    """Begin to compile the programs that take long before the first step of a new run."""
     _ = self.step, self.initialise, self.assemble
 
   def place(self, rows: dict[str, Any]) -> TrainingBatch:
-    """Make the global batch of each process's own rows."""
+    """Make the global batch from the rows of each process."""
     return batch_type(self.run.data)(**sharding.to_global(rows, self.mesh))
 
   def init_params(self, key: jax.Array) -> Params:
-    """Make fresh parameters."""
+    """Make initial parameters from a key."""
     return self.initialise.compiled()(key)
 
   def with_params(self, params: Params) -> TrainState:
-    """Make the state of step 0 around these parameters; donates them."""
-    # Where they lie already, except those that a run chooses by itself.
+    """Make the state of step 0 from these parameters, which are donated."""
+    # They have these shardings already, except parameters that the run has chosen.
     params = jax.device_put(params, self.param_shardings)
     return self.numbered(self.assemble.compiled()(params), step=0)
 
   def numbered(self, state: TrainState, *, step: int) -> TrainState:
-    """Give a state its step and the run's seed, which no checkpoint holds."""
+    """Add the step and the run's seed, which checkpoints do not store, to a state."""
 
     def placed(number: np.ndarray) -> jax.Array:
-      # A global array of no axes, which every process makes from its own number.
+      # A global array without axes, which every process makes from its own number.
       return jax.make_array_from_callback((), self.state_shardings.seed, lambda _: number)
 
     return dataclasses.replace(
@@ -166,7 +166,7 @@ class Trainer:
       params=params,
       ema=trainable if self.run.optim.ema_decay else {},
       opt_state=self.optimizer.init(trainable),
-      seed=jnp.zeros((), jnp.uint32),  # `numbered` puts the run's in its place
+      seed=jnp.zeros((), jnp.uint32),  # `numbered` replaces it by the run's seed
       teacher=trainable if self.run.task.teacher else {},
       skipped=jnp.zeros((), jnp.int32),
     )
@@ -178,13 +178,13 @@ class Trainer:
     section, trainable = self.run.optim, self._trainable(state.params)
     with self.network.tracing(self.mesh):
       gradient, metrics, statistics = self.gradient(state, batch)
-      with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
+      with jax.numpy_dtype_promotion("standard"):  # optax combines its integer step count with floats
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, trainable, step=state.step)
       trainable = cast(Params, optax.apply_updates(trainable, updates))
-      # As open_clip does for CLIP, after the step; in DiffDis the loss limits τ (losses.temperature).
+      # CLIP's limit after the step, as in open_clip; in DiffDis the loss limits τ (losses.temperature).
       if self.run.task.network == "clip":
         trainable = optimizers.limit_logit_scale(trainable)
-      # Before it is clipped: after that it says no more than clip_norm.
+      # Measure the norm before clipping: afterwards it is at most clip_norm.
       metrics["grad_norm"] = Average(total=optax.tree.norm(gradient), count=jnp.ones(()))
       new = dataclasses.replace(
         state,
@@ -195,8 +195,8 @@ class Trainer:
       return _unless_bad(new, state, metrics)
 
   def gradient(self, state: TrainState, batch: TrainingBatch) -> Gradient:
-    """Compute the gradient of the whole batch, or the mean over microbatches that are batches of their own; metrics are
-    added up. Raises UserError: images that are not uint8."""
+    """Compute the gradient of the whole batch, or the mean over microbatches that are separate batches; metrics are
+    added up. Raises UserError: images are not uint8."""
     _check_images(batch)
     network, run = self.network, self.run
     n = run.optim.accumulate
@@ -206,24 +206,24 @@ class Trainer:
     if n > 1 and run.optim.contrastive_batch == "whole" and run.task.grad_cache:
       assert not isinstance(batch, LabelledBatch)
       whole = gradcache.GradCache(network, run, self.mesh, n)
-      # By the keys of microbatch 0, which are those of a batch that is not split.
+      # With the keys of microbatch 0, which are those of an unsplit batch.
       return whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32)))
 
     def build(trainable: Params) -> Any:
-      # Inside of what is differentiated, so that gradients go back the same way, to where the parameters are stored.
+      # This is differentiated, too, so that gradients get the shardings of the stored parameters.
       return network.with_params(sharding.gathered({**fixed, **trainable}, self.mesh, dtype=network.dtype))
 
-    # Differentiated by what is trained alone: frozen parameters cost no gradient and no memory for one.
+    # Differentiate only by the trained parameters, so that frozen ones take no time and no memory.
     value_and_grad = jax.value_and_grad(loss_of(network, run, build), has_aux=True)
 
-    named = lambda result: Gradient(result[1], *result[0][1])  # of ((loss, (metrics, statistics)), gradient)
+    named = lambda result: Gradient(result[1], *result[0][1])  # from ((loss, (metrics, statistics)), gradient)
     if n == 1:
       return named(value_and_grad(trainable, batch, keys(jnp.zeros((), jnp.int32)), state.teacher))
 
     def one(microbatch: Int[Array, ""], batch: TrainingBatch) -> Gradient:
       return named(value_and_grad(trainable, batch, keys(microbatch), state.teacher))
 
-    # Rows are dealt out in turn, so that each device's rows stay on it.
+    # Microbatches take the rows in turn, so that each device's rows stay on it.
     arrays, kind = jax.tree.flatten(batch)
     split = [jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1) for x in arrays]
     first = jax.tree.unflatten(kind, [x[0] for x in split])
@@ -235,7 +235,7 @@ class Trainer:
 
     total, _ = jax.lax.scan(body, zeros, (jnp.arange(n), split))
     mean = functools.partial(jax.tree.map, lambda x: x / n)
-    # Metrics are sums and counts, and so are added; the parts are equal, so that the mean of their means is the mean.
+    # Metrics are sums and counts, which are added. Microbatches have equal sizes, so the mean of means is the mean.
     return Gradient(mean(total.gradient), total.metrics, mean(total.statistics))
 
 
@@ -245,7 +245,7 @@ def loss_of(network: Network, run: Run, build: Build) -> functools.partial[losse
 
 
 def abstract_batch(run: Run, network: Network, mesh: Mesh) -> TrainingBatch:
-  """Return the shapes of a run's global batch, of images or latents as its data section has it."""
+  """Return the shapes of a run's global batch of images or latents."""
 
   def rows(dtype: Any, *shape: int) -> Any:
     return jax.ShapeDtypeStruct((run.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
@@ -262,9 +262,9 @@ def abstract_batch(run: Run, network: Network, mesh: Mesh) -> TrainingBatch:
 
 
 def _unless_bad(new: TrainState, old: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
-  """Take a step, unless its loss or gradient is not finite: then the state stays, bit for bit, except the step's
-  number, and its metrics count nothing."""
-  # Here alone, after all that adds up over microbatches and devices: each device has the same numbers.
+  """Return the new state, or, if the loss or the gradient is not finite, the old one with the new step number and with
+  metrics that count nothing."""
+  # Decide here, after all sums over microbatches and devices, so that all devices have the same numbers.
   good = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(metrics["grad_norm"].total)
   chosen = functools.partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
   numbers = {"step": old.step + 1, "skipped": jnp.where(good, 0, old.skipped + 1)}
@@ -274,7 +274,7 @@ def _unless_bad(new: TrainState, old: TrainState, metrics: Metrics) -> tuple[Tra
 
 
 def _check_images(batch: Any) -> None:
-  """Raise UserError for numbers of 0 to 1, as other libraries have them, all of which would be black."""
+  """Raise UserError unless images are uint8: those of other libraries, with numbers of 0 to 1, would be black."""
   for name in ("image", "discrimination_image"):
     image = getattr(batch, name, None)
     if image is not None and image.dtype != np.uint8:
