@@ -7,7 +7,7 @@ rows are padded to one batch shape. With several processes each computes its row
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,56 +29,11 @@ from diffdis_jax.method import algorithms, features, losses
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.method.network import Network
 from diffdis_jax.method.step_noise import query_noise
-from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import batches, programs, sharding
 from diffdis_jax.run import restore
 
 MOST_ROWS = 2**16  # of a compiled call
 ONE_SEED = 1024  # images in a row, from the first on, whose noise has one key; the next have the next one
-
-
-def compiled_functions(network: Network, how: Sampling) -> dict[str, Callable[..., Array]]:
-  """Return the table of compiled functions: each takes a model and rows."""
-
-  def noise_of(seeds: UInt32[Array, "b"], places: Int[Array, "b"], count: int) -> Float[Array, "k b d"]:
-    keys = jax.vmap(jax.random.key)(seeds)
-    return query_noise(keys, num_noise_samples=count, places=places, width=network.model.query_width)
-
-  def image_query(
-    model: Any, images: UInt8[Array, "b H W 3"], seeds: UInt32[Array, "b"], places: Int[Array, "b"]
-  ) -> Float[Array, "b d"]:
-    if isinstance(model, Clip):
-      return model.encode_image(images)
-    # z = V(x), by the posterior's mode, so that an image's score has no noise but e_T's.
-    z, noise = model.encode_image(images), noise_of(seeds, places, how.num_noise_samples)
-    given: dict[str, Any] = dict(steps=how.steps, guidance_scale=how.guidance, normalize_query=how.normalize_query)
-    return algorithms.denoise_text_query(model, z, noise, network=network, **given)
-
-  def class_logits(
-    model: Any, images: UInt8[Array, "b H W 3"], seeds: UInt32[Array, "b"], places: Int[Array, "b"]
-  ) -> Float[Array, "b 2 k"]:
-    # In training each step has new noise; here it is of the image's place, so that an evaluation can be repeated.
-    noise = features.FeatureNoise(noise_e=noise_of(seeds, places, 1)[0])
-    logits = model.head(features.image_features(model, images, noise, network=network), model.logit_scale[...])
-    return jnp.stack([logits.visual, logits.language], axis=1)
-
-  def generate(model: Any, tokens: Int[Array, "b l"], noise: Float[Array, "b h w c"]) -> UInt8[Array, "b H W 3"]:
-    given: dict[str, Any] = dict(steps=how.generation_steps, guidance_scale=how.generation_guidance)
-    return algorithms.generate(model, tokens, noise, network=network, **given)
-
-  def moments(model: Any, images: UInt8[Array, "b H W 3"]) -> BFloat16[Array, "b h w d"]:
-    posterior = model.autoencoder.encode(to_signed(images))
-    # In bf16, which halves what a set of stored latents takes.
-    return jnp.concatenate([posterior.mean, posterior.log_variance], axis=-1).astype(jnp.bfloat16)
-
-  return {
-    "text embeddings": lambda model, tokens: model.encode_text(tokens).e,
-    "text features": features.text_features,
-    "image queries": image_query,
-    "class logits": class_logits,
-    "generation": generate,
-    "moments": moments,
-  }
 
 
 class Inference:
@@ -118,29 +73,39 @@ class Inference:
     if batch_size is not None:
       check_number("batch_size", batch_size, ge=1, le=MOST_ROWS)
     self.after_batch = after_batch
-    self.batched = batches.Batches(self.mesh, batch_size, after_batch)  # runs what `compiled` gives over any rows
-    self.batch_size = self.batched.size
-    # Parameters are arguments and no constants: an evaluation during training takes the newest without compiling again.
-    on_params = lambda f: lambda params, *rows: f(network.with_params(params), *rows)
-    table = compiled_functions(network, sampling)
-    self.programs = {name: self.compiled(name, on_params(f)) for name, f in table.items()}
+    self._batched = batches.Batches(self.mesh, batch_size, after_batch)
+    self.batch_size = self._batched.size
+    self.programs: dict[str, programs.Program] = {}
 
   def compiled(self, name: str, f: Callable[..., Any]) -> programs.Program:
-    """Return a function of parameters and rows, compiled for the mesh at its first call; `name` is for the log."""
+    """Return f(model, *arrays) as a program of parameters and arrays, which compiles for the mesh at its first call.
 
-    def of_whole(params: Params, *rows: Any) -> Any:
+    A name, which the log shows, always goes with the same function: a second call returns the first one's program.
+    """
+
+    # Parameters are arguments and no constants: an evaluation during training takes the newest without compiling again.
+    def of_params(params: Params, *arrays: Any) -> Any:
       # Where the mesh splits parameters: before a loop over steps, each of which would gather them again.
-      return f(sharding.gathered(params, self.mesh, dtype=self.network.dtype), *rows)
+      whole = sharding.gathered(params, self.mesh, dtype=self.network.dtype)
+      return f(self.network.with_params(whole), *arrays)
 
-    return programs.Program(name, jax.jit(self.network.tracing(self.mesh)(of_whole)))
+    program = programs.Program(name, jax.jit(self.network.tracing(self.mesh)(of_params)))
+    return self.programs.setdefault(name, program)
+
+  def over_rows(
+    self, name: str, f: Callable[..., Any], params: Params, *rows: Any, whole: Sequence[Any] = (), **how: Any
+  ) -> np.ndarray:
+    """Return f(model, *whole, *rows) of rows of any number, compiled as `compiled` has it; `how` is for the calls of
+    `batches.Batches`."""
+    return self._batched(functools.partial(self.compiled(name, f), params, *whole), *rows, **how)
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Return text embeddings e, L2-normalised. Raises UserError: no text encoder, or tokens of another length."""
-    return self._run("text embeddings", params, self._tokens(tokens))
+    return self.over_rows("text embeddings", lambda model, x: model.encode_text(x).e, params, self._tokens(tokens))
 
   def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Return sentences as the language-guided head takes them (method/features.py). Raises as `embed_texts`."""
-    return self._run("text features", params, self._tokens(tokens))
+    return self.over_rows("text features", features.text_features, params, self._tokens(tokens))
 
   def embed_images(self, params: Params, images: Any, *, seed: int) -> Float[np.ndarray, "n d"]:
     """Return denoised text queries ê_0 from e_T ~ N(0, I), averaged over noise samples, L2-normalised (Algorithm 3).
@@ -156,7 +121,7 @@ class Inference:
     self._require(*ALIGNED)
     if not self.aligned:
       logging.warning("this run's head was initialised at random and never trained: whatever it compares is at chance")
-    return self._of_images("image queries", params, images, seed, progress="embedded")
+    return self._of_images("image queries", self._image_query, params, images, seed, progress="embedded")
 
   def class_logits(self, params: Params, images: Any, *, seed: int) -> Float[np.ndarray, "n 2 k"]:
     """Return the language-guided head's logits of each image: the visual branch, then the language branch.
@@ -165,7 +130,7 @@ class Inference:
     Raises UserError: a run without that head, or images as `embed_images` refuses them.
     """
     self._require(*WITH_HEAD)
-    return self._of_images("class logits", params, images, seed, progress="classified")
+    return self._of_images("class logits", self._class_logits, params, images, seed, progress="classified")
 
   def generate(
     self,
@@ -186,7 +151,8 @@ class Inference:
     if shape != expected:  # many networks would make an image of another size of it
       raise UserError(f"the noise has shape {shape}; these texts and this run need {expected}, [n, h, w, c]")
     noise = np.asarray(noise, np.float32)  # of bf16, or of rows in a list, too
-    return self._run("generation", params, tokens, noise, progress="" if done else "generated", done=done)
+    done = done or self._progress("generated", len(noise))
+    return self.over_rows("generation", self._generate, params, tokens, noise, done=done)
 
   def moments(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> BFloat16[np.ndarray, "n h w d"]:
     """Return the autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance.
@@ -195,7 +161,13 @@ class Inference:
     """
     if self.network.is_clip:
       raise UserError("this run is a CLIP model, which encodes no latents; take a run of DiffDis")
-    return self._run("moments", params, self._images(images))
+
+    def moments(model: Any, images: UInt8[Array, "b H W 3"]) -> BFloat16[Array, "b h w d"]:
+      posterior = model.autoencoder.encode(to_signed(images))
+      # In bf16, which halves what a set of stored latents takes.
+      return jnp.concatenate([posterior.mean, posterior.log_variance], axis=-1).astype(jnp.bfloat16)
+
+    return self.over_rows("moments", moments, params, self._images(images))
 
   def noise(self, n: int, seed: int, *, first: int = 0) -> Float[np.ndarray, "n h w c"]:
     """Return initial noise of the images first, first + 1, ...; image i's depends on the seed and i alone."""
@@ -206,37 +178,62 @@ class Inference:
 
   def abstract_params(self) -> Params:
     """Return shapes of the parameters, each with its place on the mesh, onto which a checkpoint is then read."""
-    return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      self.shapes,
-      sharding.shardings(self.shapes, self.mesh, self.shapes),
-    )
+    places = sharding.shardings(self.shapes, self.mesh, self.shapes)
+    return {path: x.update(sharding=places[path]) for path, x in self.shapes.items()}
 
   def trace(self, name: str) -> jax.stages.Traced:
     """Trace one compiled call of "generation" (generate) or "discrimination" (embed_images), from shapes alone."""
     place = sharding.batch_sharding(self.mesh)
     rows = lambda dtype, *shape: jax.ShapeDtypeStruct((self.batch_size, *shape), dtype, sharding=place)
-    params = self.abstract_params()
     if name == "generation":
-      tokens, noise = rows(jnp.int32, self.max_length), rows(jnp.float32, *self.network.latent_shape)
-      return self.programs["generation"].trace(params, tokens, noise)
-    images = rows(jnp.uint8, self.image_size, self.image_size, 3)
-    return self.programs["image queries"].trace(params, images, rows(jnp.uint32), rows(jnp.int32))
+      arrays = rows(jnp.int32, self.max_length), rows(jnp.float32, *self.network.latent_shape)
+    else:
+      arrays = rows(jnp.uint8, self.image_size, self.image_size, 3), rows(jnp.uint32), rows(jnp.int32)
+    f = self._generate if name == "generation" else self._image_query
+    return self.compiled(name, f).trace(self.abstract_params(), *arrays)
 
-  def _of_images(self, name: str, params: Params, images: Any, seed: int, *, progress: str) -> np.ndarray:
+  def _of_images(
+    self, name: str, f: Callable[..., Any], params: Params, images: Any, seed: int, *, progress: str
+  ) -> np.ndarray:
     """Run a function of images and of their noise: the seed of each one's key, and its place among those of that key.
 
     They go in as rows, so that padding and the split over devices leave each image its own noise.
     """
     places = np.arange(len(self._images(images)))
     seeds = (seed + places - places % ONE_SEED).astype(np.uint32)
-    return self._run(name, params, images, seeds, (places % ONE_SEED).astype(np.int32), progress=progress)
+    rows = images, seeds, (places % ONE_SEED).astype(np.int32)
+    return self.over_rows(name, f, params, *rows, done=self._progress(progress, len(places)))
 
-  def _run(self, name: str, params: Params, *rows: Any, progress: str = "", done: Any = None) -> np.ndarray:
-    """Run a compiled function over rows. A single call logs no progress: the app makes one after another."""
-    if progress and len(rows[0]) > self.batch_size:
-      done = Progress(progress, len(rows[0]), "images").add
-    return self.batched(functools.partial(self.programs[name], params), *rows, done=done or (lambda count: None))
+  def _progress(self, what: str, count: int) -> Callable[[int], object]:
+    """Return what counts the images of each call. A single call shows no progress: the app makes one after another."""
+    return Progress(what, count, "images").add if count > self.batch_size else lambda count: None
+
+  def _noise(self, seeds: UInt32[Array, "b"], places: Int[Array, "b"], count: int) -> Float[Array, "k b d"]:
+    keys = jax.vmap(jax.random.key)(seeds)
+    return query_noise(keys, num_noise_samples=count, places=places, width=self.network.model.query_width)
+
+  def _image_query(
+    self, model: Any, images: UInt8[Array, "b H W 3"], seeds: UInt32[Array, "b"], places: Int[Array, "b"]
+  ) -> Float[Array, "b d"]:
+    if self.network.is_clip:
+      return model.encode_image(images)
+    # z = V(x), by the posterior's mode, so that an image's score has no noise but e_T's.
+    how, z = self.sampling, model.encode_image(images)
+    noise = self._noise(seeds, places, how.num_noise_samples)
+    given: dict[str, Any] = dict(steps=how.steps, guidance_scale=how.guidance, normalize_query=how.normalize_query)
+    return algorithms.denoise_text_query(model, z, noise, network=self.network, **given)
+
+  def _class_logits(
+    self, model: Any, images: UInt8[Array, "b H W 3"], seeds: UInt32[Array, "b"], places: Int[Array, "b"]
+  ) -> Float[Array, "b 2 k"]:
+    # In training each step has new noise; here it is of the image's place, so that an evaluation can be repeated.
+    noise = features.FeatureNoise(noise_e=self._noise(seeds, places, 1)[0])
+    logits = model.head(features.image_features(model, images, noise, network=self.network), model.logit_scale[...])
+    return jnp.stack([logits.visual, logits.language], axis=1)
+
+  def _generate(self, model: Any, tokens: Int[Array, "b l"], noise: Float[Array, "b h w c"]) -> UInt8[Array, "b H W 3"]:
+    given: dict[str, Any] = dict(steps=self.sampling.generation_steps, guidance_scale=self.sampling.generation_guidance)
+    return algorithms.generate(model, tokens, noise, network=self.network, **given)
 
   def _require(self, *objectives: str) -> None:
     """Raise UserError for a run that was trained for none of them."""

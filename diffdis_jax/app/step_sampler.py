@@ -24,7 +24,6 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.method import algorithms, encode, samplers, schedules
 from diffdis_jax.method.algorithms import GenerationStep
 from diffdis_jax.method.samplers import DdimCoefficients
-from diffdis_jax.parallel import programs
 
 TABS = {
   "draw": GENERATIVE,
@@ -69,20 +68,15 @@ class StepSampler:
 
   def __init__(self, model: inference.Inference, params: Params, *, seconds: float):
     self.model, self._params, self.seconds = model, params, seconds
-    self.network = network = model.network
-    self.tabs = tabs(network.objectives, aligned=model.aligned)
+    self.network = model.network
+    self.tabs = tabs(self.network.objectives, aligned=model.aligned)
     self.tokenizer = Tokenizer(model.max_length)
     self.closed = threading.Event()  # ends requests, and the embedding of images, at their next step
-
-    def compiled(name: str, f: Callable[..., Any]) -> programs.Program:
-      # Compiled as the model's own programs, with the run's precision and attention kernel.
-      return model.compiled(name, lambda params, *rows: f(network.with_params(params), *rows))
-
     # The conditions c of the prompt and of the empty prompt.
     conditions = lambda net, tokens: (net.encode_text(tokens).c, encode.null_condition(net, tokens.shape[1]))
-    self._conditions = compiled("a prompt's condition", conditions)
-    self._generation_step = compiled("a generation step", self._generation)
-    self._preview = compiled("previews", lambda net, z: net.decode_image(z))
+    self._conditions = model.compiled("a prompt's condition", conditions)
+    self._generation_step = model.compiled("a generation step", self._generation)
+    self._preview = model.compiled("previews", lambda net, z: net.decode_image(z))
     self.temperature = inference.temperature(params)
 
   def call(self, f: Callable[..., Any], *args: Any) -> Any:

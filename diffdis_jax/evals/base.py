@@ -96,7 +96,7 @@ class OfImages(Evaluation):
 
   def embed_images(self, inference: Any, params: Mapping[str, Any]) -> Float[np.ndarray, "n d"]:
     """Return ê_0 of the image that is shown for each record, L2-normalised."""
-    return embed_images(inference, params, self.source, self.order, seed=self.seed)
+    return inference.embed_images(params, Images(self.source, self.order, inference.image_size), seed=self.seed)
 
 
 def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
@@ -242,18 +242,18 @@ class Images:
       return to_square(image, self.image_size, self.crop_pct)
 
 
-def embed_images(
-  inference: Any,
-  params: Mapping[str, Any],
-  source: Any,
-  indices: Int[np.ndarray, " n"],
-  *,
-  seed: int,
-  crop_pct: float = 1.0,
-) -> Float[np.ndarray, "n d"]:
-  """Return ê_0 of each image, L2-normalised, in the order of `indices`; settings as `to_square` has them."""
-  images = Images(source, indices, inference.image_size, crop_pct)
-  return inference.embed_images(params, images, seed=seed)
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Rows that are made when they are asked for: a host makes its own ones alone, and none is kept."""
+
+  count: int
+  make: Callable[[Int[np.ndarray, " b"]], np.ndarray]  # places -> rows
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, places: Int[np.ndarray, " b"]) -> np.ndarray:
+    return self.make(places)
 
 
 def embed_texts(inference: Any, params: Mapping[str, Any], texts: Sequence[str]) -> Float[np.ndarray, "n d"]:

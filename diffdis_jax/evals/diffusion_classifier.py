@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
 from diffdis_jax.config.objectives import GENERATIVE
 from diffdis_jax.config.section import field
@@ -58,7 +57,6 @@ class DiffusionClassifier(ZeroShot):
     self.parsed_stages = read_stages(self.stages)  # before the data, which take longer
     self.templates = (self.single_template or prompts.resolve_templates(self.templates)[0],)
     super().open()
-    self.errors_of = functools.lru_cache(1)(NoiseErrors)  # in a run the inference is one, and compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     return {
@@ -74,7 +72,7 @@ class DiffusionClassifier(ZeroShot):
     """
     if not inference.network.task.generates:
       raise UserError(f"diffusion_classifier measures {' or '.join(GENERATIVE)}, for which this run was not trained")
-    noise_errors = self.errors_of(inference)
+    noise_errors = NoiseErrors(inference)
     texts = [prompts.fill(self.single, name) for name in self.names]
     prompts.warn_of_long(tuple(texts), inference.max_length)
     c = noise_errors.conditions(params, Tokenizer(inference.max_length)(texts))
@@ -176,30 +174,22 @@ def ranks(outcome: Outcome, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " 
 
 
 class NoiseErrors:
-  """‖ε − ε̂(z_t, t, c)‖² of pairs of an image and a class, and what it takes: three programs of an inference.
-
-  Args:
-    inference: of the network, whose devices share the rows.
-  """
+  """‖ε − ε̂(z_t, t, c)‖² of pairs of an image and a class, and what it takes: three programs of an inference."""
 
   def __init__(self, inference: Any):
-    self._mesh, self._batched, network = inference.mesh, inference.batched, inference.network
-    model_of: Any = network.with_params
-    latents = lambda params, images: model_of(params).encode_image(images).astype(jnp.float32)
-    self._latents = inference.compiled("latents", latents)
-    self._conditions = inference.compiled("prompts", lambda params, tokens: model_of(params).encode_text(tokens).c)
-    self._errors = inference.compiled("noise errors", functools.partial(noise_errors, network))
+    self._inference = inference
 
   def latents(
     self, params: Mapping[str, Any], images: UInt8[np.ndarray, "n H W 3"] | Any
   ) -> Float[np.ndarray, "n h w c"]:
     """Return z of each image, by the posterior's mode."""
-    return self._batched(functools.partial(self._latents, params), images)
+    latents = lambda model, images: model.encode_image(images).astype(jnp.float32)
+    return self._inference.over_rows("latents", latents, params, images)
 
   def conditions(self, params: Mapping[str, Any], tokens: Int[np.ndarray, "k l"]) -> Float[Array, "k l d"]:
     """Return c of each prompt, whole on every device."""
-    c = self._batched(functools.partial(self._conditions, params), tokens)
-    return sharding.replicated({"c": c}, self._mesh)["c"]
+    c = self._inference.over_rows("prompts", lambda model, tokens: model.encode_text(tokens).c, params, tokens)
+    return sharding.replicated({"c": c}, self._inference.mesh)["c"]
 
   def __call__(
     self,
@@ -218,23 +208,12 @@ class NoiseErrors:
 
     Noise is of seed, the image's place in its data set and t alone: neither of the class nor of the batch.
     """
-    f = functools.partial(self._errors, params, c, jax.random.key(seed), t.astype(np.int32))
-    pairs = _Taken(z, images), places[images].astype(np.int32), classes.astype(np.int32)
-    return self._batched(f, *pairs, done=done)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Taken:
-  """values[rows], without a copy of all of them: an image has as many rows as there are classes."""
-
-  values: Float[np.ndarray, "n h w c"]
-  rows: Int[np.ndarray, " m"]
-
-  def __len__(self) -> int:
-    return len(self.rows)
-
-  def __getitem__(self, places: Int[np.ndarray, " b"]) -> Float[np.ndarray, "b h w c"]:
-    return self.values[self.rows[places]]
+    f = functools.partial(noise_errors, self._inference.network)
+    whole = c, jax.random.key(seed), t.astype(np.int32)
+    # z[images] would be as many copies of each latent as there are classes.
+    latents = base.Rows(len(images), lambda rows: z[images[rows]])
+    pairs = latents, places[images].astype(np.int32), classes.astype(np.int32)
+    return self._inference.over_rows("noise errors", f, params, *pairs, whole=whole, done=done)
 
 
 def noise_of(
@@ -247,7 +226,7 @@ def noise_of(
 
 def noise_errors(
   network: Network,
-  params: Params,
+  model: Any,
   c: Float[Array, "k l d"],
   key: PRNGKeyArray,
   t: Int[Array, "s"],
@@ -256,7 +235,6 @@ def noise_errors(
   classes: Int[Array, "b"],
 ) -> Float[Array, "b s"]:
   """Return the mean of (ε − ε̂(z_t, t, c))² over an image's latent, at each t, f32. The label is nowhere in it."""
-  model: Any = network.with_params(params)
   condition = c[classes]
 
   def at(t: Int[Array, ""]) -> Float[Array, "b"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8, UInt32
 
-from diffdis_jax.common.params import Params
 from diffdis_jax.config.section import field, number
 from diffdis_jax.config.sections import NUM_TIMESTEPS
 from diffdis_jax.data import sources
@@ -58,7 +57,6 @@ class HeldOutLoss(base.Evaluation):
     order = sorted(range(len(indices)), key=digests.__getitem__)
     self.indices, self.captions = indices[order], [captions[i] for i in order]
     self.batch = min(self.contrastive_batch, len(self.indices))
-    self.program_of = functools.lru_cache(2)(_compile)  # in a run the inference is one, and its two are compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     masks = inference.duplicate_captions == "mask"
@@ -77,12 +75,14 @@ class HeldOutLoss(base.Evaluation):
     network, metrics = inference.network, {}
     images = base.Images(self.source, self.indices, inference.image_size)
     tokens = Tokenizer(inference.max_length)(self.captions)
-    # A pair's noise depends on seed and place in this order alone.
-    rows = images, tokens, np.arange(len(tokens), dtype=np.int32)
-    key = jax.random.key(self.seed)
+
+    def over_rows(name: str) -> np.ndarray:
+      # A pair's noise depends on seed and place in this order alone.
+      rows, f = (images, tokens, np.arange(len(tokens), dtype=np.int32)), functools.partial(_denoised, network, name)
+      return inference.over_rows(f"held-out {name}", f, params, *rows, whole=[jax.random.key(self.seed)])
+
     if network.task.generates:
-      by_pair = inference.batched(functools.partial(self.program_of(inference, "generation"), params, key), *rows)
-      metrics |= _by_quarter("loss_generation", by_pair.mean(axis=0))
+      metrics |= _by_quarter("loss_generation", over_rows("generation").mean(axis=0))
     if network.task.aligned:
       e = inference.embed_texts(params, tokens)
       scale = np.asarray(jax.device_get(params["logit_scale"]))
@@ -93,9 +93,8 @@ class HeldOutLoss(base.Evaluation):
         queries = inference.embed_images(params, images, seed=self.seed)
         metrics["loss_contrastive"] = self._contrastive(queries, e, scale, captions)
       else:
-        program = self.program_of(inference, "discrimination")
-        queries = inference.batched(functools.partial(program, params, key), *rows)
-        by_timestep = np.array([self._contrastive(query, e, scale, captions) for query in queries.swapaxes(0, 1)])
+        queries = over_rows("discrimination").swapaxes(0, 1)
+        by_timestep = np.array([self._contrastive(query, e, scale, captions) for query in queries])
         metrics |= _by_quarter("loss_discrimination", by_timestep)
     return metrics
 
@@ -124,21 +123,16 @@ def _digest(image: bytes | UInt8[np.ndarray, "h w 3"], caption: str, *, seed: in
   return content.digest()
 
 
-def _compile(inference: Any, name: str) -> Callable[..., Array]:
-  return inference.compiled(f"held-out {name}", functools.partial(_denoised, inference.network, name))
-
-
 def _denoised(
   network: Network,
   name: str,
-  params: Params,
+  model: Any,
   key: PRNGKeyArray,
   images: UInt8[Array, "b H W 3"],
   tokens: Int[Array, "b l"],
   places: Int[Array, "b"],
 ) -> Float[Array, "b t ..."]:
   """Run Algorithm 1 up to where rows meet, at each of TIMESTEPS: L_IG [b t] or ê_0 [b t d], by `name`."""
-  model: Any = network.with_params(params)
   numbers, timesteps = jnp.arange(len(TIMESTEPS)), jnp.array(TIMESTEPS, jnp.int32)
   at = functools.partial(noise_at, key, places=places, network=network)
   encoded = encode.encode_rows(model, Batch(image=images, tokens=tokens), at(timesteps[0], sample=numbers[0]))

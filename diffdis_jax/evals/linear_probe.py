@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ import optax
 from absl import logging
 from jaxtyping import Array, Float, Int, UInt8
 
-from diffdis_jax.common.params import Params
 from diffdis_jax.config.section import field, number
 from diffdis_jax.config.sections import NUM_TIMESTEPS
 from diffdis_jax.errors import UserError
@@ -95,7 +94,6 @@ class LinearProbe(base.Evaluation):
       others = ", ".join(map(repr, np.unique(left_out).tolist()[:5]))
       what = f"{left_out.size} of {len(names['test'])} images to test on"
       logging.warning("linear_probe: %s are left out, of classes that are not trained on, such as %s", what, others)
-    self.middle_maps = functools.lru_cache(1)(self._compile)  # in a run the inference is one, and compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     return {
@@ -143,31 +141,26 @@ class LinearProbe(base.Evaluation):
     """Return the features of each kind and of each split."""
     features: dict[str, dict[str, Examples]] = {}
     for name, examples in self.examples.items():
-      source = self.sources[name]
+      images = base.Images(self.sources[name], examples.x, inference.image_size)
       if inference.aligned:
-        x = base.embed_images(inference, params, source, examples.x, seed=self.seed)
+        x = inference.embed_images(params, images, seed=self.seed)
         features.setdefault("embedding", {})[name] = Examples(x, examples.labels)
       if not inference.network.is_clip:
-        images = base.Images(source, examples.x, inference.image_size)
-        x = inference.batched(functools.partial(self.middle_maps(inference), params), images)
+        t = self._middle_timestep(inference)
+        program = functools.partial(middle_map, inference.network, t)
+        x = inference.over_rows(f"middle maps, t = {t}", program, params, images)
         features.setdefault("middle", {})[name] = Examples(x, examples.labels)
     return features
 
-  def _middle_timestep(self, inference: Any) -> int | None:
+  def _middle_timestep(self, inference: Any) -> Any:
     if inference.network.is_clip:
       return None
     by_default = inference.network.condition_timestep if inference.aligned else 0
     return by_default if self.timestep is None else self.timestep
 
-  def _compile(self, inference: Any) -> Callable[..., Array]:
-    t = self._middle_timestep(inference)
-    assert t is not None
-    return inference.compiled("middle maps", functools.partial(middle_map, inference.network, t))
 
-
-def middle_map(network: Network, t: int, params: Params, images: UInt8[Array, "b H W 3"]) -> Float[Array, "b d"]:
+def middle_map(network: Network, t: int, model: Any, images: UInt8[Array, "b H W 3"]) -> Float[Array, "b d"]:
   """Return the mean over positions of the UNet's middle map of clean images at timestep t, under the empty caption."""
-  model: Any = network.with_params(params)
   z, c_null = model.encode_image(images), encode.null_condition(model, network.max_length)
   c = jnp.broadcast_to(c_null, (len(z), *c_null.shape[1:]))
   return model.unet.down_and_middle(z, jnp.full(len(z), t, jnp.int32), c).h.mean(axis=(1, 2)).astype(jnp.float32)

@@ -86,8 +86,8 @@ class LongTail(base.Evaluation):
     sentences is its own. acc: the head's prediction, and acc_summed_GROUP by the sum of its branches' logits, by which
     VL-LTR gives its groups."""
     # All of a split: groups of rare classes have few images, and a part of them would be noise.
-    indices = np.arange(len(self.labels))
-    images = base.embed_images(inference, params, self.source, indices, seed=self.seed, crop_pct=self.crop_pct)
+    shown = base.Images(self.source, np.arange(len(self.labels)), inference.image_size, self.crop_pct)
+    images = inference.embed_images(params, shown, seed=self.seed)
     texts, of_text = base.embed_texts(inference, params, self.corpus.flat), self.corpus.labels
     classes = of_text[nearest(images, texts, count=self.neighbours)]
     nearest_class = self.labels[nearest(texts, images, count=1)[:, 0]]
@@ -96,8 +96,7 @@ class LongTail(base.Evaluation):
     metrics |= self._by_group("knn_acc", vote(classes) == self.labels)
     # Stage 1 has a backbone alone; the head comes with stage 2.
     if inference.network.model.head is not None:
-      shown = base.Images(self.source, indices, inference.image_size, self.crop_pct)
-      # By the seed of base.embed_images, so that the head sees the noise by which its backbone is measured.
+      # By the same seed, so that the head sees the noise by which its backbone is measured.
       logits = inference.class_logits(params, shown, seed=self.seed)
       # The mix of the branches' softmax is VL-LTR's prediction. By the sum of logits, below, its code gives the groups.
       predicted = np.asarray(lgr.mixed_prediction(jnp.asarray(logits).swapaxes(0, 1), self.visual_share))

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from diffdis_jax.common.params import Params
 from diffdis_jax.config.objectives import DENOISING
-from diffdis_jax.config.sections import NUM_TIMESTEPS
+from diffdis_jax.config.sections import NUM_TIMESTEPS, Sampling
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, prompts
 from diffdis_jax.evals.held_out_loss import TIMESTEPS
@@ -49,7 +48,6 @@ class QueryUse(ZeroShot):
     super().open()
     if len(self.names) < 2:
       raise UserError("query_use gives the caption of a wrong class, and the data have one class; it needs two")
-    self.program_of = functools.lru_cache(1)(_compile)  # in a run the inference is one, and compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     return {**super().protocol(inference), "lengths": list(LENGTHS), "timesteps": list(TIMESTEPS), "steps": list(STEPS)}
@@ -71,8 +69,9 @@ class QueryUse(ZeroShot):
     asked |= {f"noised_t{t}": (noised(t=jnp.full(n, t)), t) for t in TIMESTEPS}
     e_t, t_e = np.stack([np.asarray(e_t) for e_t, _ in asked.values()], axis=1), [t for _, t in asked.values()]
     images = base.Images(self.source, self.order, inference.image_size)
-    program = functools.partial(self.program_of(inference), params)
-    queries = inference.batched(program, images, e_t, np.tile(np.array(t_e, np.int32), (n, 1)))
+    program = functools.partial(_queries, network, inference.sampling)
+    rows = images, e_t, np.tile(np.array(t_e, np.int32), (n, 1))
+    queries = inference.over_rows("queries by input", program, params, *rows)
     by_name = dict(zip([*asked, *(f"steps_{steps}" for steps in STEPS)], queries.swapaxes(0, 1), strict=True))
     scores = {name: query @ classes.T for name, query in by_name.items()}
     accuracy = {name: float((score.argmax(axis=1) == self.labels).mean()) for name, score in scores.items()}
@@ -87,22 +86,15 @@ class QueryUse(ZeroShot):
     }
 
 
-def _compile(inference: Any) -> Any:
-  sampling = inference.sampling
-  how = dict(guidance_scale=sampling.guidance, normalize_query=sampling.normalize_query)
-  return inference.compiled("queries by input", functools.partial(_queries, inference.network, how))
-
-
 def _queries(
   network: Network,
-  how: Mapping[str, Any],
-  params: Params,
+  sampling: Sampling,
+  model: Any,
   images: UInt8[Array, "b H W 3"],
   e_t: Float[Array, "b m d"],
   t_e: Int[Array, "b m"],
 ) -> Float[Array, "b k d"]:
   """Return ê_0 from each e_t by one evaluation, then Algorithm 3's from the first e_t by each of STEPS."""
-  model: Any = network.with_params(params)
   z, c_null = model.encode_image(images), encode.null_condition(model, network.max_length)
   c, t_z = jnp.broadcast_to(c_null, (len(z), *c_null.shape[1:])), jnp.full(len(z), network.condition_timestep)
 
@@ -112,5 +104,6 @@ def _queries(
     return losses.unit_norm(schedules.to_data(network.text_process, e_t, prediction=prediction, t=t_e))
 
   single = jax.lax.map(one, (e_t.swapaxes(0, 1), t_e.T))
-  denoise = functools.partial(algorithms.denoise_text_query, model, z, e_t[None, :, 0], network=network, **how)
-  return jnp.stack([*single, *(denoise(steps=steps) for steps in STEPS)], axis=1)
+  how: Any = dict(network=network, guidance_scale=sampling.guidance, normalize_query=sampling.normalize_query)
+  by_steps = [algorithms.denoise_text_query(model, z, e_t[None, :, 0], steps=steps, **how) for steps in STEPS]
+  return jnp.stack([*single, *by_steps], axis=1)

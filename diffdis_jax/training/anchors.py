@@ -68,10 +68,11 @@ class Selection:
     Raises:
       Preempted: the processes stop meanwhile; the same command begins again.
     """
-    ids, every = self._tokens.ids, np.arange(len(self._source))
+    ids = self._tokens.ids
+    shown = base.Images(self._source, np.arange(len(self._source)), inference.image_size, self._crop_pct)
     losses = linear_loss(
       inference.embed_texts(params, ids),
-      base.embed_images(inference, params, self._source, every, seed=self._seed, crop_pct=self._crop_pct),
+      inference.embed_images(params, shown, seed=self._seed),
       text_labels=self.corpus.labels,
       image_labels=self._source.labels,
       logit_scale=float(params["logit_scale"]),

@@ -66,7 +66,8 @@ def classes(run: pathlib.Path) -> dict[str, Any]:
     zero_shot = section.create()
     assert isinstance(zero_shot, ZeroShot)
     names, labels = zero_shot.names, zero_shot.labels
-    images = base.embed_images(model, params, zero_shot.source, np.arange(len(labels)), seed=0)
+    shown = base.Images(zero_shot.source, np.arange(len(labels)), model.image_size)
+    images = model.embed_images(params, shown, seed=0)
     texts = base.embed_texts(model, params, [prompts.fill(zero_shot.all_templates[0], name) for name in names])
     is_right = base.ranks(images, texts, query_groups=labels, key_groups=np.arange(len(names))) == 0
     recalls = class_recalls(is_right, labels)

@@ -82,7 +82,7 @@ def measured():
 
 def test_image_text_and_knn_accuracy_by_hand(measured):
   evaluation, inference, metrics = measured
-  images = base.embed_images(inference, {}, evaluation.source, np.arange(len(evaluation.labels)), seed=0)
+  images = inference.embed_images({}, base.Images(evaluation.source, np.arange(len(evaluation.labels)), SIZE), seed=0)
   texts = inference.embed_texts({}, inference.tokenizer(evaluation.corpus.flat))
   scores, text_labels = images @ texts.T, evaluation.corpus.labels
   order = np.argsort(-scores, axis=1, kind="stable")[:, :5]

@@ -7,7 +7,6 @@ the network sees (value - 128) / 128.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from diffdis_jax.common.params import merge
+from diffdis_jax.evals import base
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.models.inception import SIDE
 from diffdis_jax.parallel import batches, programs, sharding
@@ -57,21 +57,9 @@ class Extractor:
   def __call__(self, images: UInt8[np.ndarray, "n h w 3"] | Any) -> Float[np.ndarray, "n 2048"]:
     """Return the features of FID, of images or of what gives images by `[places]`, as `base.Images` does."""
     # clean-fid resizes by PIL, which runs on the host. TensorFlow's resize is a few gathers, on the device.
-    shown = _Clean(images) if self._kind == "clean" else images
+    resized = base.Rows(len(images), lambda places: clean(images[places]))
+    shown = resized if self._kind == "clean" else images
     return self._batched(lambda x: self._network(self._params, self._normalise(x)), shown)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Clean:
-  """Images, resized on the host when they are asked for: each process resizes its own rows alone."""
-
-  images: UInt8[np.ndarray, "n h w 3"] | Any
-
-  def __len__(self) -> int:
-    return len(self.images)
-
-  def __getitem__(self, places: Int[np.ndarray, " b"]) -> Float[np.ndarray, "b 299 299 3"]:
-    return clean(self.images[places])
 
 
 def to_input(images: UInt8[Array, "b h w 3"] | Float[Array, "b 299 299 3"]) -> Float[Array, "b 299 299 3"]:
