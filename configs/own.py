@@ -103,7 +103,7 @@ def take_start(config: ConfigDict, path: str) -> str:
 
 
 def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
-  """Set the batch size and the number of steps for so many pairs."""
+  """Set the batch size and the number of steps for this number of pairs."""
   train = pairs["train"]
   if train < SMALLEST:
     raise ValueError(
@@ -152,7 +152,7 @@ def train_from_scratch(config: ConfigDict) -> None:
 
 
 def fine_tune(config: ConfigDict, memory: int) -> None:
-  """Train all of the UNet and what DiffDis adds to it, within this many GB."""
+  """Train the whole UNet and the parts that DiffDis adds, within this memory in GB."""
   fitting = [gigabytes for gigabytes in AT_A_TIME if gigabytes <= memory]
   if not fitting:
     raise ValueError(f"memory={memory} is too little: fine-tuning Stable Diffusion takes {min(AT_A_TIME)} GB")

@@ -93,7 +93,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def long_tailed(config: ConfigDict) -> None:
   """Set the fields that both stages share for all long-tailed sets."""
-  config.sample_posterior = False  # as when images are embedded
+  config.sample_posterior = False  # as in the embedding of images
   sentences = "class_contrastive" in config.objectives
   config.data.sampling = dataclasses.asdict(ClassSampling(sentences=sentences))
   config.long_tail = dataclasses.asdict(LongTail())

@@ -21,7 +21,7 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # huge pages, if 
 note() { echo "$(basename "$0"): $*" >&2; }
 refuse() { note "error: $*" && exit "$BAD_INPUT"; }
 
-# This check stands before anything that an older bash lacks: macOS has 3.2. RHEL 8 has 4.4, which lacks EPOCHSECONDS.
+# This check comes before anything that an older bash lacks: macOS has 3.2. RHEL 8 has 4.4, which lacks EPOCHSECONDS.
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   refuse "bash 4.4 or newer is needed, and this is $BASH_VERSION; on a Mac: brew install bash"
 fi
@@ -29,7 +29,7 @@ fi
 # help prints the comment at the top of the script.
 help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
-# is_meant CODE: succeed if a run chose this exit code itself. Its other processes may have died of its end, with any.
+# is_meant CODE: succeed if a run chose this exit code itself. Its other processes may then fail with any code.
 is_meant() { (($1 == BAD_INPUT || $1 == INTERRUPTED || $1 == PREEMPTED)); }
 
 # refuse_unless_number NAME VALUE LEAST

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice, or several, as a queued resource.
+# Run a command on one or several Cloud TPU slices, as a queued resource.
 #
 #   launch/tpu_pod.sh create              ask for the slice, and wait until it is there
 #   launch/tpu_pod.sh setup               copy this commit to every host and install it, once
@@ -71,7 +71,7 @@ esac
 # shellcheck disable=SC2206  # words, as the user wrote them
 NAME=${NAME:?} where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"}) through=(${SSH_FLAGS:-})
 
-# gcloud names the nodes of a request for several so.
+# These are gcloud's names of the nodes of a request for several slices.
 if ((SLICES > 1)); then mapfile -t nodes < <(seq -f "$NAME-%.0f" 0 $((SLICES - 1))); else nodes=("$NAME"); fi
 
 resource() { call gcloud compute tpus queued-resources "$1" "$NAME" "${where[@]}" "${@:2}"; }
@@ -202,7 +202,7 @@ finish() {
   on_all "$interrupt" </dev/null >/dev/null 2>&1 &
 }
 
-# Return code 2, 130 or 75 of any host, or else the highest: other hosts may have died of its end. Ctrl-C in a terminal
+# Return code 2, 130 or 75 of any host, or else the highest: other hosts may fail after such a code. Ctrl-C in a terminal
 # ends gcloud too. Then the hosts are asked again how the attempt ended; a host that has not begun it does nothing.
 run_once() {
   local said pid code attempt asked again=''

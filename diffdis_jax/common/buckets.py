@@ -29,7 +29,7 @@ from diffdis_jax.errors import Gone, UserError
 # If TensorFlow is installed, etils would read buckets with it; it decides at the first path.
 os.environ.setdefault("EPATH_USE_TF", "false")
 SCHEME = "gs://"
-_ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # also with one slash, since nobody means a folder of that name
+_ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # also with one slash, since such a folder's name is unlikely
 # Orbax cuts an address at the first two characters; for gcsfs the others are patterns, which could match other files.
 _SPECIAL = re.compile(r"[#?*[]")
 _AT_ONCE = 8  # files uploaded at a time; gcsfs holds 50 MB of each

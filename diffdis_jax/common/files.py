@@ -82,7 +82,7 @@ def temporary_folder(begin: str, within: str | os.PathLike[str] | None = None) -
   how: Any = dict(prefix=f"{begin}.", suffix=".tmp", dir=place, ignore_cleanup_errors=True)
   with contextlib.ExitStack() as stack:
 
-    def hold(folder: str | os.PathLike[str]) -> None:  # by a lock, for as long as this process lives
+    def hold(folder: str | os.PathLike[str]) -> None:  # lock the folder while this process lives
       stack.callback(os.close, descriptor := os.open(folder, os.O_RDONLY | os.O_NOFOLLOW))
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

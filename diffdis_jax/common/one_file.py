@@ -1,7 +1,7 @@
 """Read a run in one safetensors file: its config, one set of its weights, and their provenance. No jax.
 
-Such a file, FILE.safetensors or the name of one that comes with the package, in `diffdis_jax/shipped`, is given where a
-workdir is read; interop/packed.py writes it. One vector may stand for those of all tokens that training never reached.
+Such a file, FILE.safetensors or the name of one in `diffdis_jax/shipped`, may be given wherever a workdir is read.
+interop/packed.py writes it. One embedding may replace those of all tokens that never occurred in training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_dtypes  # noqa: F401  which teaches numpy, and so safetensors, bfloat16
+import ml_dtypes  # noqa: F401  registers bfloat16 for numpy, and so for safetensors
 import numpy as np
 from jaxtyping import Float32, Shaped
 from safetensors import SafetensorError, safe_open

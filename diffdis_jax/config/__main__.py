@@ -1,4 +1,4 @@
-"""Prints a config, field by field: value, range and meaning.
+"""Print a config, field by field, with value, range and meaning.
 
   diffdis config show shapes [--fields=optim]
 

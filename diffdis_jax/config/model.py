@@ -9,7 +9,7 @@ from typing import Any
 from diffdis_jax.config.section import Section, check_number, choice, field, number
 from diffdis_jax.errors import UserError
 
-# Names of what models/layers.py and models/attention.py offer.
+# Names of dtypes, activations and kernels in models/layers.py and models/attention.py.
 DTYPES = ("float32", "bfloat16")  # no float16, whose range needs a scaled loss
 ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "attention")
@@ -58,7 +58,7 @@ class AlignmentSize(Section):
   width: int = number(768, ge=1, multiple_of=("num_heads",), help="width of a token")
   depth: int = number(6, ge=1, help="layers")
   num_heads: int = number(12, ge=1, help=HEADS)
-  # Each part has its own matrix. The parts tell where things are, which attention without positions reads badly.
+  # Each part has its own matrix. Parts show where objects are, which attention without positions can hardly read.
   spatial_pool: int = number(
     0, ge=0, help="parts along each side of the middle feature map, added to the text token's output; 0, the paper's"
   )
