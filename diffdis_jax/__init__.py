@@ -6,17 +6,11 @@ import pathlib
 import tomllib
 from typing import Any
 
-
-def _version() -> str:
-  """Return pyproject.toml's version, as it was installed; in a checkout that is not installed, as it stands there."""
-  try:
-    return importlib.metadata.version("diffdis_jax")
-  except importlib.metadata.PackageNotFoundError:
-    file = pathlib.Path(__file__).parents[1] / "pyproject.toml"
-    return tomllib.loads(file.read_text(encoding="utf-8"))["project"]["version"]
-
-
-__version__ = _version()
+try:
+  __version__ = importlib.metadata.version("diffdis_jax")
+except importlib.metadata.PackageNotFoundError:  # in a checkout that is not installed
+  _pyproject = pathlib.Path(__file__).parents[1] / "pyproject.toml"
+  __version__ = tomllib.loads(_pyproject.read_text(encoding="utf-8"))["project"]["version"]
 
 
 def load(path: str | os.PathLike[str]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import pathlib
 import re
 import runpy
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import diffdis_jax
+from diffdis_jax.common.guesses import did_you_mean
 
 USAGE = """DiffDis in JAX: one diffusion model that generates images from text and classifies images.
 
@@ -47,9 +47,7 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.write(USAGE.format(commands=lines))
     return 0
   if argv[0] not in described:  # before runpy, which would run any module of the package
-    nearest = difflib.get_close_matches(argv[0], described, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "diffdis --help lists them"
-    sys.stderr.write(f"error: no command {argv[0]!r}; {hint}\n")
+    sys.stderr.write(f"error: no command {argv[0]!r}; {did_you_mean(argv[0], described)}\n")
     return 2
   sys.argv = [f"diffdis_jax.{argv[0]}", *argv[1:]]
   # As if by python -m: --help and the flags belong to the file that runs as __main__.

@@ -35,13 +35,11 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """Define the command line."""
   flags.DEFINE_string("out", "runs/demo", "folder of the two runs, results.json and grid.png")
   flags.DEFINE_integer("seed", 0, "seed of both runs: parameters, order of the images, noise", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> None:
-  del argv
   cli.compilation_cache()
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")

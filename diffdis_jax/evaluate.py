@@ -60,7 +60,6 @@ OF_A_SUITE = ("seed", "num_images", "shuffle_labels", *tasks.settings_of("fid"))
 
 
 def define_flags() -> None:
-  """Define the command line. Defined on call, so that two verbs can be imported side by side."""
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model")
   flags.DEFINE_string("out", None, "JSON file to write; with --compare a Markdown file", required=True)
   by_default = "by default those of the config's data sets, with --data zero_shot and retrieval"
@@ -81,18 +80,12 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  del argv
   if FLAGS.compare:
-    for name in ("workdir", "tasks", "data", "suite"):
-      if FLAGS[name].present:
-        raise UserError(f"--{name} has no effect beside --compare, which reads results alone; leave it out")
-    tables.compare(FLAGS.compare, FLAGS.out)
-    return
+    cli.refuse(("workdir", "tasks", "data", "suite"), "beside --compare, which reads results alone")
+    return tables.compare(FLAGS.compare, FLAGS.out)
   # Not required of the flag itself, since --compare reads no run.
   if not FLAGS.workdir:
     raise UserError("--workdir=DIR is missing, the folder of the run to measure")
-  cli.compilation_cache()
-  cli.use_all_cores()
   processes.start()
   run = run_config.load(FLAGS.workdir)
   sections = tasks.override(read_sections(run), _given(tasks.all_settings()))
@@ -209,9 +202,8 @@ def read_sections(run: Any) -> list[Section]:
   if FLAGS.suite:
     if not FLAGS.out.endswith(".json"):
       raise UserError(f"--out={FLAGS.out} should end in .json; the suite's table is written beside it, as .md")
-    for name in ("data", "split", "tasks", *tasks.all_settings()):
-      if name not in OF_A_SUITE and FLAGS[name].value is not None:
-        raise UserError(f"--{name} has no effect on a suite, which has its own; leave it out")
+    others = {"data", "split", "tasks", *tasks.all_settings()} - {*OF_A_SUITE}
+    cli.refuse(sorted(others), "on a suite, which has its own")
     sections = suites.sections(FLAGS.suite, FLAGS.data_root, objectives=run.objectives, image_size=image_size)
   elif FLAGS.data_root or FLAGS.incomplete:
     raise UserError("--data_root and --incomplete belong to --suite; give it too")

@@ -14,7 +14,6 @@ CLIP: `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("loca
 
 from __future__ import annotations
 
-import pathlib
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -36,12 +35,10 @@ FLAGS = flags.FLAGS
 CLIP_FIELDS = ("model", "image_size", "objectives")  # CLIP has no diffusion process
 OWN_FIELDS = (*CLIP_FIELDS, "image_diffusion", "text_diffusion", "condition_timestep", "inference")
 LICENSES = "LICENSES.md"  # as prepare_data writes it beside records
-LONGEST = 77  # tokens of a word
 CONFIGS = {"config.json", "model_index.json", "open_clip_config.json"}  # without which nobody loads the rest
 
 
 def define_flags() -> None:
-  """Define the command line. Defined on call, so that two verbs can be imported side by side."""
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
   out = "folder to write, absent or empty, or F.safetensors for a run in one file; required without --push"
   flags.DEFINE_string("out", None, out)
@@ -51,18 +48,15 @@ def define_flags() -> None:
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
   flags.DEFINE_enum("dtype", "float32", list(to_torch.DTYPES), "dtype of the written weights")
   kept = "with --out=F.safetensors, a text file: only the vectors of the tokens in it are kept, for a smaller file"
-  flags.DEFINE_string("keep_tokens_of", None, kept)
+  flags.DEFINE_string("keep_tokens_of", "", kept)
 
 
 def main(argv: Sequence[str]) -> None:
-  del argv
   jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator
   how = dict(step=FLAGS.step, ema=FLAGS.ema, dtype=FLAGS.dtype)
   in_one_file = not FLAGS.push and (FLAGS.out or "").endswith(one_file.SUFFIX)
-  if FLAGS["private"].present and not FLAGS.push:
-    raise UserError("--private has no effect without --push=ORG/NAME; leave it out")
-  if FLAGS.keep_tokens_of and not in_one_file:
-    raise UserError("--keep_tokens_of has no effect without --out=F.safetensors; leave it out")
+  cli.refuse(() if FLAGS.push else ("private",), "without --push=ORG/NAME")
+  cli.refuse(() if in_one_file else ("keep_tokens_of",), "without --out=F.safetensors")
   if FLAGS.push:
     push_weights(FLAGS.workdir, FLAGS.push, FLAGS.out, private=FLAGS.private, **how)
   elif not FLAGS.out:
@@ -76,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 def push_weights(run: str, repo: str, out: str | None = None, *, private: bool = True, **how: Any) -> str:
   """Export a run to `ORG/NAME` on the Hugging Face hub, as one commit, and return its address; `out` keeps the files.
 
-  Raises UserError: as `export_weights`, which takes `how`; or no token, no network, or the hub refuses it.
+  `how` is for `export_weights`. Raises UserError: as that; or no token, no network, or the hub refuses it.
   """
   hub.check_token(repo)  # first: a missing token shows before the export
   with files.temporary_folder("diffdis-push") as temporary:
@@ -92,11 +86,8 @@ def export_weights(
 ) -> int:
   """Write a run's weights for PyTorch into a folder, absent or empty, and return their step.
 
-  Args:
-    step: which checkpoint; None takes the newest.
-    ema: averaged weights, where the run keeps them.
-    dtype: of the files, a key of to_torch.DTYPES.
-    repo: `ORG/NAME` on the hub, for the model card.
+  `step` and `ema` are as `inference.load` takes them, `dtype` is a key of to_torch.DTYPES, and `repo` is `ORG/NAME` on
+  the hub, for the model card.
 
   Raises UserError: no such checkpoint, a CLIP that their libraries cannot hold, or `out` cannot be written.
   """
@@ -128,23 +119,18 @@ def export_weights(
 
 
 def write_one_file(
-  run: str,
-  out: str,
-  *,
-  step: int | None = None,
-  ema: bool = True,
-  dtype: str = "float32",
-  keep_tokens_of: str | None = None,
+  run: str, out: str, *, step: int | None = None, ema: bool = True, dtype: str = "float32", keep_tokens_of: str = ""
 ) -> None:
   """Write a run's config, weights, provenance and results to FILE.safetensors, which is read where a workdir is.
 
   `keep_tokens_of` is a text file: the vectors of its tokens alone are kept. The other arguments are those of
   `export_weights`. Weights of any dtype are read as float32.
   """
-  path, tokens = buckets.local(out, "--out"), None
+  path = buckets.local(out, "--out")
   files.check_out(out)
-  if keep_tokens_of:  # word by word, so that nothing is too long
-    tokens = np.unique(Tokenizer(LONGEST)(read_words(keep_tokens_of))).tolist()
+  words = files.read_text(keep_tokens_of, "--keep_tokens_of").split() if keep_tokens_of else []
+  # Word by word, so that nothing is too long.
+  tokens = np.unique(Tokenizer(77)(words)).tolist() if words else None
   fields = run_config.load(run).to_dict()
   step, ema = restore.choose(run, step, ema=ema)
   results: dict[str, Any] = {}
@@ -165,17 +151,6 @@ def write_one_file(
   packed.write(path, params, record, dtype=to_torch.DTYPES[dtype], tokens=tokens)
   logging.info("step %d in %s, %.1f MB", step, out, path.stat().st_size / 1e6)
   logging.info("it stands for a workdir: --workdir=%s", shlex.quote(out))
-
-
-def read_words(file: str) -> list[str]:
-  """Return the words of --keep_tokens_of, each once. Raises UserError: it cannot be read, or holds none."""
-  try:
-    words = {*pathlib.Path(file).read_text(encoding="utf-8").split()}
-  except (OSError, ValueError) as error:
-    raise UserError(f"cannot read --keep_tokens_of={file}: {error}; it should be a text file") from error
-  if not words:
-    raise UserError(f"no word in --keep_tokens_of={file}; it should hold the words that the model is to read")
-  return [*words]
 
 
 def licences_of(run: str) -> str:

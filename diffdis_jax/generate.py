@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags, logging
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
 from PIL import Image
 
 from diffdis_jax.common import cli, files, progress
@@ -25,21 +25,16 @@ from diffdis_jax.errors import UserError
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
 CHUNK = 256  # images in memory at a time, or those of a call where it has more
-GRID = 64  # images of grid.png
-COLUMNS = 8
-MOST_COLUMNS = 16
-MOST_BYTES = 64 * 2**20  # of a file of prompts
-MOST_IMAGES = 100_000  # of a call, whose noise is in memory and whose files have numbers of five digits
+GRID, COLUMNS, MOST_COLUMNS = 64, 8, 16  # images of grid.png, and its columns
 
 
 def define_flags() -> None:
-  """Define the command line. Defined on call, so that two verbs can be imported side by side."""
   cli.process_flags()
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
   flags.DEFINE_string("out", None, "folder to write; absent or empty", required=True)
   flags.DEFINE_multi_string("prompt", [], "text to generate an image of; may be repeated")
   flags.DEFINE_string("prompts_file", None, "text file with one prompt a line, instead of --prompt")
-  flags.DEFINE_integer("num_images", 1, "images of each prompt", lower_bound=1, upper_bound=MOST_IMAGES)
+  flags.DEFINE_integer("num_images", 1, "images of each prompt", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "seed of the initial noise", lower_bound=0, upper_bound=2**32 - 1)
   flags.DEFINE_string("noise", None, "initial noise instead of --seed: .npy, [n, h, w, c]")
   # Bounds as config.sections.Sampling has them.
@@ -51,20 +46,16 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  del argv
   if FLAGS.noise and FLAGS["seed"].present:
     raise UserError("--noise and --seed are both given; give one of them")
   prompts = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
 
   from diffdis_jax.parallel import processes  # not at the top: jax takes seconds, and mistakes are said before
 
-  cli.compilation_cache()
-  cli.use_all_cores()
   processes.start()
   sampling = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
-  names = ("num_images", "seed", "noise", "step", "ema", "batch_size")
-  given: dict[str, Any] = {name: FLAGS[name].value for name in names}
-  given |= {name: value for name, value in sampling.items() if value is not None}
+  given: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+  given |= {name: FLAGS[name].value for name in ("num_images", "seed", "noise", "step", "ema", "batch_size")}
   generate(FLAGS.workdir, prompts, FLAGS.out, **given)
 
 
@@ -96,8 +87,6 @@ def generate(
   from diffdis_jax.parallel import processes
   from diffdis_jax.run import restore
 
-  if (count := len(prompts) * num_images) > MOST_IMAGES:
-    raise UserError(f"{count} images; one call makes at most {MOST_IMAGES}: make several calls, with other --seed")
   folder = files.empty_folder(out)  # here: what is in the way shows before anything is loaded
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
   given = read_noise(noise) if noise else None
@@ -106,11 +95,14 @@ def generate(
   # A batch of the compiled program is computed whole, however few images it is for.
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
   # The noise of all of them, so that no image depends on how they are parted.
-  z_T = model.noise(count, seed) if given is None else given
-  if z_T.shape != (expected := (count, *model.network.latent_shape)):
+  z_T = model.noise(len(prompts), seed) if given is None else given
+  if z_T.shape != (expected := (len(prompts), *model.network.latent_shape)):
     raise UserError(f"--noise has shape {z_T.shape}; this run and these prompts need {expected}, [n, h, w, c]")
   warn_of_long(tuple(prompts), model.max_length)
-  images = sample(model, params, prompts, z_T)
+  tokens, done = Tokenizer(model.max_length)(prompts), progress.Progress("generated", len(prompts), "images").add
+  size = max(1, CHUNK // model.batch_size) * model.batch_size  # in whole calls, since those are computed whole
+  parts = (slice(start, start + size) for start in range(0, len(prompts), size))
+  images = (image for part in parts for image in model.generate(params, tokens[part], z_T[part], done=done))
   if not processes.is_first():
     deque(images, maxlen=0)  # its share of each
     return
@@ -126,20 +118,7 @@ def generate(
     samples.save_grid(np.stack(first), prompts[: len(first)], temporary / "grid.png", columns=columns)
     text = json.dumps({"protocol": how, "images": listed}, indent=2, ensure_ascii=False)
     (temporary / "prompts.json").write_text(f"{text}\n", encoding="utf-8")
-  logging.info("images in %s: %d; side by side: %s", out, count, folder / "grid.png")
-
-
-def sample(
-  model: Any, params: Mapping[str, Any], prompts: Sequence[str], z_T: Float32[np.ndarray, "n h w c"]
-) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-  """Yield the prompts' images, about CHUNK at a time."""
-  done = progress.Progress("generated", len(prompts), "images").add
-  tokens = Tokenizer(model.max_length)(prompts)
-  # In whole calls, since those are computed whole.
-  size = max(1, CHUNK // model.batch_size) * model.batch_size
-  for start in range(0, len(prompts), size):
-    rows = slice(start, start + size)
-    yield from model.generate(params, tokens[rows], z_T[rows], done=done)
+  logging.info("images in %s: %d; side by side: %s", out, len(prompts), folder / "grid.png")
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -153,15 +132,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     if not prompts:
       raise UserError('no prompt; give --prompt="a red star" (may be repeated) or --prompts_file')
     return list(prompts)
-  try:
-    with open(file, "rb") as stream:
-      content = stream.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:  # such as of a device, which has no end
-      raise ValueError(f"it has more than {MOST_BYTES // 2**20} MiB")
-    text = content.decode("utf-8-sig")  # without the mark that some editors put first
-  except (OSError, ValueError) as error:
-    raise UserError(f"cannot read --prompts_file={file}: {error}; it should be text with one prompt a line") from error
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  lines = [line.strip() for line in files.read_text(file, "--prompts_file").splitlines() if line.strip()]
   if not lines:
     raise UserError(f"no prompt in --prompts_file={file}; it should hold one a line")
   return lines
@@ -170,12 +141,11 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 def read_noise(file: str) -> Float32[np.ndarray, "..."]:
   """Return the array of an .npy file. Raises UserError: unreadable, or not of finite real numbers."""
   try:
-    # As it lies on the disk: its header may claim any size.
-    noise = np.lib.format.open_memmap(file, mode="r")
+    noise = np.load(file)
     if not np.can_cast(noise.dtype, np.float32, "same_kind") or not np.isfinite(noise).all():
       raise ValueError("it holds something else than finite numbers")
     return np.asarray(noise, np.float32)
-  except (OSError, ValueError, TypeError, AttributeError, EOFError, OverflowError) as error:
+  except (OSError, ValueError, TypeError, AttributeError, EOFError) as error:
     raise UserError(f"cannot read --noise={file}: {error}; it should be an .npy file, [n, h, w, c]") from error
 
 

@@ -39,14 +39,12 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """Define the command line. Defined on call, so that two verbs can be imported side by side."""
   source = "checkpoint to read: a folder, a file, or hf:ORG/NAME[@REVISION] on the Hugging Face hub"
   flags.DEFINE_string("source", None, source, required=True)
   flags.DEFINE_string("out", None, "workdir to write; absent or empty", required=True)
 
 
 def main(argv: Sequence[str]) -> None:
-  del argv
   jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator
   cli.compilation_cache()
   import_weights(FLAGS.source, FLAGS.out)

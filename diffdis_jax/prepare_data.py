@@ -27,11 +27,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 import shlex
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,67 +71,43 @@ TAKERS: dict[str, tuple[str, ...]] = {
   **dict.fromkeys(("workdir", "data", "views", "augment", "image_size", "batch_size"), ("latents",)),
   **dict.fromkeys(("source", "short_side", "num_processes", "beam_pipeline_options"), tuple(DATA_SETS)),
 }
-# Flags that change nothing in what is written.
-_HOW = ("num_processes", "beam_pipeline_options", "batch_size")
 
-SHEET, TILE = 64, 128  # pairs of card.png, and pixels of a picture in it
-EXAMPLES = 16  # captions of card.json
-
+SHEET, TILE, EXAMPLES = 64, 128, 16  # pairs of card.png, pixels of a picture in it, and captions of card.json
 FLAGS = flags.FLAGS
 
 
 def _asked() -> tables.Asked:
-  held_out = tables.HELD_OUT if FLAGS.held_out is None else FLAGS.held_out
-  return tables.Asked(caption_fields=tuple(FLAGS.caption_fields), held_out=held_out, captions=FLAGS.captions or "")
+  return tables.Asked(caption_fields=tuple(FLAGS.caption_fields), held_out=FLAGS.held_out, captions=FLAGS.captions)
 
 
 def define_flags() -> None:
-  """Define the command line."""
-  flags.DEFINE_string(
-    "out", None, "folder to write; absent or empty. One in a bucket is written in the user's cache directory first"
-  )
+  flags.DEFINE_string("out", None, "folder to write; absent or empty; in a bucket, by way of the user's cache folder")
   flags.DEFINE_string("source", None, "folder of the raw data")
-  flags.DEFINE_integer(
-    "short_side",
-    None,
-    "images with a longer short side are stored as JPEG with this short side; 0 keeps every image's bytes."
-    f" By default {published.SHORT_SIDE} for cc3m, 0 for the others",
-    lower_bound=0,
-  )
+  side = f"short side of larger images, then JPEG; 0 keeps all bytes. By default {published.SHORT_SIDE} for cc3m, or 0"
+  flags.DEFINE_integer("short_side", None, side, lower_bound=0)
   flags.DEFINE_integer("num_processes", None, "processes that prepare; by default one a core", lower_bound=1)
   flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
   flags.DEFINE_list("caption_fields", [], "columns whose texts are the captions")
-  flags.DEFINE_enum(
-    "captions", None, ["filename", "folder"], "take the captions from the names of the pictures' files, or folders"
-  )
-  flags.DEFINE_float(
-    "held_out",
-    None,
-    f"share of the pairs for split `val`, at least one pair; 0 for none. By default {tables.HELD_OUT}",
-    lower_bound=0.0,
-    upper_bound=0.5,
-  )
+  names = "take the captions from the names of the pictures' files, or folders"
+  flags.DEFINE_enum("captions", "", ["", "filename", "folder"], names)
+  share = "share of the pairs for split `val`, at least one pair; 0 for none"
+  flags.DEFINE_float("held_out", tables.HELD_OUT, share, lower_bound=0.0, upper_bound=0.5)
   flags.DEFINE_string("workdir", None, "run or import whose autoencoder encodes the images")
   flags.DEFINE_string("data", None, "prepared data set")
   flags.DEFINE_integer("views", 1, "views of each image", lower_bound=1, upper_bound=1000)
-  flags.DEFINE_string(
-    "augment", None, 'JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
-  )
+  flags.DEFINE_string("augment", None, 'JSON such as {"crop": "random"}; by default data.augment of the run')
   flags.DEFINE_integer("image_size", None, "pixels of a view, as in the training to come; by default the run's")
   flags.DEFINE_integer("batch_size", 64, "views encoded at a time", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
   name = _name(argv[1:])
-  for flag, takers in TAKERS.items():
-    if name not in takers and FLAGS[flag].present:
-      raise UserError(f"--{flag} has no effect on prepare_data {name}; leave it out")
+  cli.refuse((flag for flag, takers in TAKERS.items() if name not in takers), f"on prepare_data {name}")
   if name == "latents":
     write = functools.partial(write_latents, _given("workdir", name), _given("data", name))
   else:
     write = functools.partial(write_pairs, name, buckets.local(_given("source", name), "--source"))
-  decide = {flag: FLAGS[flag].value for flag in TAKERS if flag not in _HOW}
-  publish(write, out := _given("out", name), asked={"data set": name, **decide})
+  files.publish(write, out := _given("out", name), mark=INFO)
   if name in NEXT:
     logging.info("to train on it: diffdis train --config=%s --workdir=RUN", shlex.quote(NEXT[name] + out))
 
@@ -154,51 +127,14 @@ def _name(words: Sequence[str]) -> str:
   return words[-1]
 
 
-def publish(write: Callable[[pathlib.Path], None], out: str, *, asked: Mapping[str, Any] | None = None) -> None:
-  """Have the folder `out` written. For a bucket that is a local folder, which is copied there at the end and removed.
-  If it is killed, the same command resumes.
-
-  Args:
-    write: writes a local folder, whole or not at all.
-    out: a local path, or an address.
-    asked: JSON by name, of what is written, so that no other command copies it to the bucket.
-
-  Raises:
-    UserError: there is a data set at this address, or the bucket cannot be written.
-  """
-  if not buckets.is_url(out):
-    write(pathlib.Path(out))
-    return
-  url = out.rstrip("/")
-  if (buckets.path(url) / INFO).exists():
-    raise UserError(f"--out={url} holds a data set; name a new folder")
-  files.check_out(f"{url}/{INFO}")  # before hours of work that a mistyped bucket would not take
-  # By what it is, so that the same command, and no other, finds what it has prepared when it was killed.
-  name = hashlib.sha256(json.dumps([url, asked], sort_keys=True).encode()).hexdigest()[:32]
-  folder = pathlib.Path(files.user_cache("prepared")) / name
-  logging.info("preparing %s in %s", url, folder)
-  if not folder.exists():  # or else it was killed in copying
-    write(folder)
-  buckets.upload(folder, url, last={INFO})  # by which a data set is known to be there
-  shutil.rmtree(folder)
-  logging.info("copied to %s", url)
-
-
 def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
   """Prepare the data set of this name from the raw data in `source`."""
   find_parts, data_set = DATA_SETS[name]
   default = published.SHORT_SIDE if name == "cc3m" else 0
   short_side = (default if FLAGS.short_side is None else FLAGS.short_side) or None  # 0, too, keeps the bytes
-  reports = prepare(
-    find_parts(source),
-    out,
-    data_set=data_set,
-    make_stage=functools.partial(Stage, short_side=short_side),
-    num_processes=FLAGS.num_processes or machine.cores(),
-    beam_options=FLAGS.beam_pipeline_options,
-    finish=finish,
-  )
-  log_total(reports)
+  stage, count = functools.partial(Stage, short_side=short_side), FLAGS.num_processes or machine.cores()
+  how: dict[str, Any] = dict(num_processes=count, beam_options=FLAGS.beam_pipeline_options, finish=finish)
+  log_total(prepare(find_parts(source), out, data_set=data_set, make_stage=stage, **how))
 
 
 def finish(folder: pathlib.Path) -> None:
@@ -234,38 +170,27 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   parts_of_data = latents.find_parts(data)  # first: a wrong folder shows before weights are read
   model, params = inference.load(run, image_size=FLAGS.image_size, batch_size=FLAGS.batch_size)
   h, w, c = model.network.latent_shape
-  sizes = model.network.model
-  assert isinstance(sizes, Model)  # CLIP has no noise
-  augmentation = _augmentation(dataclasses.asdict(run_config.load(run).data.augment))
+  assert isinstance(sizes := model.network.model, Model)  # CLIP has no noise
+  own = dataclasses.asdict(run_config.load(run).data.augment)
+  fields = parse_json(FLAGS.augment, f"--augment={FLAGS.augment}") if FLAGS.augment else own
+  check_type("augment", fields, dataclasses.asdict(Augmentation()))  # as a config's, before its ranges
+  augmentation = read_section(Augmentation, fields, "augment")
   if FLAGS.views > 1 and not augmentation.varies:
     raise UserError(
       f"--views={FLAGS.views} of an image would all be the same: by --augment, or else the run's data.augment, nothing"
       ' varies; give one that does, such as --augment=\'{"crop": "random"}\', or leave out --views'
     )
-  reports = prepare(
-    parts_of_data,
-    out,
-    data_set=latents.data_set(data),
-    finish=digests.write,
-    make_stage=functools.partial(
-      latents.LatentStage,
-      encode=functools.partial(model.moments, params),
-      shape=(h, w, 2 * c),  # mean and log-variance
-      image_size=model.image_size,
-      views=FLAGS.views,
-      augmentation=augmentation,
-      fingerprint=encoders.autoencoder_digest(params, sizes),
-      images=digests.fingerprint(data, part=digests.RECORDS),
-    ),
+  stage = functools.partial(
+    latents.LatentStage,
+    encode=functools.partial(model.moments, params),
+    shape=(h, w, 2 * c),  # mean and log-variance
+    image_size=model.image_size,
+    views=FLAGS.views,
+    augmentation=augmentation,
+    fingerprint=encoders.autoencoder_digest(params, sizes),
+    images=digests.fingerprint(data, part=digests.RECORDS),
   )
-  log_total(reports)
-
-
-def _augmentation(default: Mapping[str, Any]) -> Augmentation:
-  fields = parse_json(FLAGS.augment, f"--augment={FLAGS.augment}") if FLAGS.augment else default
-  # As a config's, whose types are checked before its ranges.
-  check_type("augment", fields, dataclasses.asdict(Augmentation()))
-  return read_section(Augmentation, fields, "augment")
+  log_total(prepare(parts_of_data, out, data_set=latents.data_set(data), finish=digests.write, make_stage=stage))
 
 
 def _given(flag: str, name: str) -> str:

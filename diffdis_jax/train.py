@@ -27,7 +27,6 @@ OF_CONFIG, FIRST = "config:", "first"  # what init_from begins with, and the fol
 
 
 def define_flags() -> None:
-  """Define the flags."""
   cli.config_flag()
   cli.process_flags()
   flags.DEFINE_string("workdir", None, "folder of the run; created, or resumed if it holds one", required=True)
@@ -52,7 +51,6 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  del argv
   run, first = Run.of(run_config.with_evals(FLAGS.config, FLAGS.eval)), None
   if run.init_from.startswith(OF_CONFIG):
     first = Run.of(cli.read_config(run.init_from.removeprefix(OF_CONFIG), "config.init_from"))
@@ -67,8 +65,6 @@ def main(argv: Sequence[str]) -> None:
   from diffdis_jax.parallel import processes
   from diffdis_jax.training import loop, run_info
 
-  cli.compilation_cache()
-  cli.use_all_cores()  # before the first device is asked for, as must be processes.start
   jax.config.update("jax_numpy_dtype_promotion", "strict")  # bf16 with f32 by accident is an error
   processes.start()
   how: dict[str, Any] = dict(tracker=FLAGS.tracker or "", hang_timeout=FLAGS.hang_timeout)

@@ -22,12 +22,10 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """Define the command line."""
   flags.DEFINE_string("workdir", None, "folder of the run, of prepared data or of exported weights", required=True)
 
 
 def main(argv: Sequence[str]) -> None:
-  del argv
   path = buckets.path(FLAGS.workdir)
   if (path / digests.NAME).exists():
     if (damage := digests.damage(path)) is not None:

@@ -15,8 +15,9 @@ from typing import Any
 from absl import flags
 
 from diffdis_jax import prepare_data
-from diffdis_jax.common import cli, machine
+from diffdis_jax.common import cli, files, machine
 from diffdis_jax.data.prepare.write import prepare
+from diffdis_jax.data.records import INFO
 from replication import emoji
 
 FLAGS = flags.FLAGS
@@ -31,7 +32,7 @@ def main(argv: object) -> None:
     reports = prepare(parts, out, **how)
     prepare_data.log_total(reports)
 
-  prepare_data.publish(write, FLAGS.out)
+  files.publish(write, FLAGS.out, mark=INFO)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from diffdis_jax import prepare_data
-from diffdis_jax.common import buckets
+from diffdis_jax.common import buckets, files
 from diffdis_jax.data import copies, sources
+from diffdis_jax.data.records import INFO
 from diffdis_jax.errors import Gone, UserError
 from diffdis_jax.run import checkpoint, digests, restore, workdir
 from tests import command_runs, raw_pairs
@@ -230,19 +230,19 @@ def test_a_copy_to_a_bucket_that_was_cut_short_is_completed(tmp_path, url, monke
   with monkeypatch.context() as patched:
     patched.setattr(buckets, "upload", killed_upload)
     with pytest.raises(KeyboardInterrupt):
-      prepare_data.publish(write, url)
-  prepare_data.publish(write, url)
+      files.publish(write, url, mark=INFO)
+  files.publish(write, url, mark=INFO)
   assert len(written) == 1 and not written[0].exists()
   assert set(buckets.files_below(url)) == {"a", "dataset_info.json", "card.json"}
   with pytest.raises(UserError, match="holds a data set"):
-    prepare_data.publish(write, url)
+    files.publish(write, url, mark=INFO)
 
 
 def test_a_missing_bucket_is_refused_before_data_are_prepared(tmp_path, bucket, monkeypatch):
   """Data prepared for a mistyped bucket would be prepared again for the right one."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   with pytest.raises(UserError, match="cannot write --out=gs://missing/data"):
-    prepare_data.publish(lambda folder: pytest.fail("it was prepared"), "gs://missing/data")
+    files.publish(lambda folder: pytest.fail("it was prepared"), "gs://missing/data", mark=INFO)
   assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ import json
 import types
 
 import pytest
+from absl import flags
 
 from diffdis_jax import evaluate
 from diffdis_jax.errors import UserError
@@ -66,9 +67,10 @@ def use_flags(monkeypatch, **values):
       return values.get(name)
 
     def __getitem__(self, name):
-      return types.SimpleNamespace(value=values.get(name))
+      return types.SimpleNamespace(value=values.get(name), present=name in values)
 
   monkeypatch.setattr(evaluate, "FLAGS", Flags())
+  monkeypatch.setattr(flags, "FLAGS", Flags())
 
 
 def run_of(*objectives):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
@@ -18,7 +17,7 @@ def status(*arguments: str):
   return done.returncode, done.stdout, done.stderr
 
 
-def test_the_status_of_a_run_in_words_and_as_json(tmp_path):
+def test_the_status_of_a_run_in_words(tmp_path):
   run = str(written_run.write(tmp_path / "run"))
   code, out, errors = status(run)
   assert (code, errors) == (0, "")
@@ -26,13 +25,7 @@ def test_the_status_of_a_run_in_words_and_as_json(tmp_path):
   assert state == "stopped" and checkpoint == "last checkpoint: step 300"
   assert step.startswith("step 300 of 400, ") and step.endswith(" ago") and "left" not in step
   assert " hours of " in cost and "; starts: " in cost
-  code, out, _ = status(f"{run}/", "--json")
-  record = json.loads(out)
-  assert code == 0
-  assert {name: record[name] for name in ("state", "step", "num_steps", "checkpoint")} == dict(
-    state="stopped", step=300, num_steps=400, checkpoint=300
-  )
-  assert record["starts"] >= 1 and record["steps_per_sec"] > 0 and record["age"] >= 0
+  assert " steps/s" in step and int(cost.rpartition(" ")[2]) >= 1
 
 
 def test_the_status_of_a_run_in_one_file_has_the_step_of_its_weights():

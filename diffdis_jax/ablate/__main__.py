@@ -43,7 +43,6 @@ VERBS = ("plan", "run", "table")
 
 
 def define_flags() -> None:
-  """Define the command line's flags."""
   cli.config_flag("base")
   flags.DEFINE_string("out", None, "folder of the runs, their results and the tables", required=True)
   flags.DEFINE_list("tables", [], "tables of the paper's appendix, any of 2,3,4,5,7")
@@ -160,9 +159,6 @@ def run_selected(plan: Plan, folder: Folder, module: str) -> None:
 
 def run_one(one: Run, plan: Plan, folder: Folder) -> None:
   """Train and measure a run in this process, or with others as one of its processes."""
-  cli.compilation_cache()
-  # Before `processes.start`, after which the number of devices is fixed.
-  cli.use_all_cores()
   # As `train` has it: two dtypes that meet are an error, and no silent conversion.
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   processes.start()

@@ -40,7 +40,6 @@ OF_CLIP = {"contrastive": ("contrastive",)}
 
 
 def define_flags() -> None:
-  """Define the command line."""
   cli.config_flag()
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
   flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)

@@ -22,7 +22,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -89,6 +89,13 @@ def write(content: str) -> None:
   except BrokenPipeError:
     # Otherwise Python, which flushes at exit, would report an error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def refuse(names: Iterable[str], why: str) -> None:
+  """Raise UserError for the first of these flags that is given, since it has no effect, and say why."""
+  for name in names:
+    if flags.FLAGS[name].present:
+      raise UserError(f"--{name} has no effect {why}; leave it out")
 
 
 def _help() -> NoReturn:

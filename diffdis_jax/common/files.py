@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import secrets
 import shutil
+import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import IO, Any
 
 from absl import logging
@@ -68,6 +70,28 @@ def whole_folder(out: epath.PathLike, *, last: Collection[str] = ()) -> Iterator
     yield temporary
     with writing(f"--out={out}"):
       os.replace(temporary, target)  # it replaces an empty folder
+
+
+def publish(write: Callable[[pathlib.Path], None], out: str, *, mark: str) -> None:
+  """Have the folder `out` written. For one in a bucket, `write` gets a local folder, which is copied there, the file
+  `mark` last, and removed. If it is killed, the same command resumes.
+
+  Raises UserError: there is a `mark` at this address, or the bucket cannot be written.
+  """
+  if not buckets.is_url(out):
+    return write(pathlib.Path(out))
+  url = out.rstrip("/")
+  if (buckets.path(url) / mark).exists():
+    raise UserError(f"--out={url} holds a data set; name a new folder")
+  check_out(f"{url}/{mark}")  # before hours of work that a mistyped bucket would not take
+  # Named by the command, so that the same one, and no other, finds what it had prepared when it was killed.
+  folder = pathlib.Path(user_cache("prepared"), hashlib.sha256("\0".join([url, *sys.argv]).encode()).hexdigest()[:32])
+  logging.info("preparing %s in %s", url, folder)
+  if not folder.exists():  # or else it was killed in copying
+    write(folder)
+  buckets.upload(folder, url, last={mark})
+  shutil.rmtree(folder)
+  logging.info("copied to %s", url)
 
 
 @contextlib.contextmanager
@@ -174,6 +198,15 @@ def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
       raise
     raise UserError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
   return parse_json(content, name)
+
+
+def read_text(file: str, flag: str) -> str:
+  """Return the text of a file that a flag names, without the mark that some editors put first. Raise UserError if it
+  cannot be read."""
+  try:
+    return pathlib.Path(file).read_text(encoding="utf-8-sig")
+  except (OSError, ValueError) as error:
+    raise UserError(f"cannot read {flag}={file}: {error}; it should be a text file") from error
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """Define the command line."""
   flags.DEFINE_string("fields", "", "only fields whose dotted path begins so, such as optim or model.unet")
 
 

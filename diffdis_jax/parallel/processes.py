@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from diffdis_jax.common import buckets, signals
+from diffdis_jax.common import buckets, cli, signals
 from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
 
 # Seconds after which a silent process counts as dead, and the others end. With buckets, a process may be silent longer.
@@ -39,11 +39,13 @@ _barriers = itertools.count()
 
 
 def start() -> None:
-  """Join the other processes of the run, if there are any, and log this process and its devices.
+  """Keep compiled programs, use all cores, and join the other processes of the run, if there are any.
 
   Raises:
     UserError: settings contradict each other, or a device is not available.
   """
+  cli.compilation_cache()
+  cli.use_all_cores()  # before the first device is asked for, which fixes their number
   values = flags.FLAGS.flag_values_dict()
   arguments = find(values, os.environ)
   if arguments is not None:

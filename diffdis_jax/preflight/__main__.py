@@ -154,7 +154,6 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 
 def define_flags() -> None:
-  """Define the command line's flags."""
   cli.config_flag()
   flags.DEFINE_string("topology", None, "chips and layout, such as v5e:8x8, or h100:8x4 for four hosts of eight")
   flags.DEFINE_integer("slices", 1, "how many such slices, joined by the data centre's network", lower_bound=1)
@@ -165,7 +164,6 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  del argv
   if FLAGS.out:
     files.check_out(FLAGS.out)
   if not FLAGS.topology:

@@ -22,13 +22,11 @@ MOST_RUNS = 8  # that have a colour of their own
 
 
 def define_flags() -> None:
-  """Define the command line."""
   flags.DEFINE_list("workdir", None, "folder of a run, or several, separated by commas", required=True)
   flags.DEFINE_string("out", None, "HTML file to write", required=True)
 
 
 def main(argv: Sequence[str]) -> None:
-  del argv
   report(FLAGS.workdir, FLAGS.out)
 
 

@@ -196,7 +196,7 @@ def test_a_command_that_does_not_exist_is_one_line(capsys):
   assert main_module.main(["evalute"]) == 2
   assert capsys.readouterr().err == "error: no command 'evalute'; did you mean evaluate?\n"
   assert main_module.main(["xyz"]) == 2
-  assert capsys.readouterr().err == "error: no command 'xyz'; diffdis --help lists them\n"
+  assert capsys.readouterr().err.startswith("error: no command 'xyz'; known: ablate, app, ")
 
 
 @pytest.mark.parametrize("command", [["config", "--help"], ["config", "show", "shapes"]])

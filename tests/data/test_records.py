@@ -1,4 +1,3 @@
-import functools
 import os
 import pathlib
 import random
@@ -93,7 +92,7 @@ def test_a_flip_in_a_small_file_is_refused_in_one_line(tmp_path, seed):
   for split, count in (("train", 5), ("val", 3)):
     write_pairs(tmp_path / "raw", count, tar=f"{split}-0.tar")
   folder, rng = tmp_path / "data", random.Random(seed)
-  prepare_data.publish(functools.partial(write, tmp_path / "raw"), str(folder))
+  write(tmp_path / "raw", folder)
   # The published folder has digests of all the files that are read beside the records.
   whole = {name: (folder / name).read_bytes() for name in SMALL}
   opened = read_splits(folder)

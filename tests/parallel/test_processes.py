@@ -116,7 +116,7 @@ WORKDIR = flags.DEFINE_string("workdir", "", "")
 
 
 def main(_):
-  cli.compilation_cache()
+  os.environ["JAX_NUM_CPU_DEVICES"] = "set"  # or `start` would take one a core
   jax.config.update("jax_num_cpu_devices", DEVICES.value)
   processes.start()
   first = processes.is_first()
