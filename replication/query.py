@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import grain
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -13,6 +14,7 @@ from diffdis_jax.config.sections import NUM_TIMESTEPS
 from diffdis_jax.data import records, sources
 from diffdis_jax.method import schedules
 from diffdis_jax.method.fusion import TextStream
+from replication.scenes import in_runs
 
 LATE = 900  # the first timestep of `scaled_linear` that the schedule `late` uses
 LAST = NUM_TIMESTEPS - 1
@@ -48,8 +50,12 @@ class TwoCaptions:
 
   @property
   def together(self) -> int:
-    """Return the number of records that stay next to each other in training (`sources.Source`)."""
+    """Return the number of records that stay next to each other in training."""
     return 2 * getattr(self.source, "together", 1)
+
+  def order(self, seed: int) -> grain.MapDataset:
+    """Return the places of an epoch."""
+    return in_runs(len(self), self.together, seed)
 
   def __len__(self) -> int:
     return 2 * len(self.source)

@@ -16,7 +16,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import grain
 import numpy as np
+from grain import experimental
 from jaxtyping import UInt8
 
 from diffdis_jax.data import shapes, sources
@@ -180,6 +182,30 @@ def _jittered(colour: Sequence[int], reach: int, rng: np.random.Generator) -> np
   return np.clip(np.array(colour) + rng.integers(-reach, reach, 3, endpoint=True), 0, 255)
 
 
+def in_runs(length: int, run: int, seed: int) -> grain.MapDataset:
+  """Return an order of an epoch of `length` records in which `run` records always follow each other.
+
+  Raises UserError: a number of records that does not divide by `run`.
+  """
+  if length % run:
+    raise UserError(f"num_images is {length}; in training these come {run} at a time: take a multiple of {run}")
+  return experimental.FlatMapMapDataset(grain.MapDataset.range(length // run).seed(seed).shuffle(), _Run(run))
+
+
+class _Run(experimental.FlatMapTransform):
+  """The number of a run of records -> their places in the source."""
+
+  def __init__(self, length: int):
+    self._length = length
+
+  @property
+  def max_fan_out(self) -> int:
+    return self._length
+
+  def flat_map(self, element: int) -> range:
+    return range(element * self._length, (element + 1) * self._length)
+
+
 class Scenes:
   """A random-access source of `num_images` records, each a function of (seed, split, index) alone.
 
@@ -196,7 +222,7 @@ class Scenes:
     self._seed = (seed, tuple(SPLITS).index(split))
     self._has_negatives = split.startswith("choice_")
     self._image_size = image_size
-    self.together = TOGETHER if split == "train" else 1  # of sources.Source
+    self.together = TOGETHER if split == "train" else 1  # records that follow each other in training
     self._num_images = SPLITS[split] if num_images is None else num_images
 
   def __len__(self) -> int:
@@ -206,6 +232,10 @@ class Scenes:
     fields = self.fields(index)
     rng = np.random.default_rng((*self._seed, index, 0))
     return {**fields, "image": render(self.scene(index), image_size=self._image_size, rng=rng)}
+
+  def order(self, seed: int) -> grain.MapDataset:
+    """Return the places of an epoch."""
+    return in_runs(len(self), self.together, seed)
 
   def scene(self, index: int) -> Scene:
     """Return the scene of an image. Raises IndexError if there is no such image."""

@@ -131,14 +131,12 @@ class _Set:
 
   pairs = STARTS
 
-  def open_corpus(self, path: object, seed: int) -> Corpus:
+  def open_corpus(self, *, seed: int = 0, **_: Any) -> Corpus:
     """Make the sentences of all classes."""
-    del path
     return make_corpus(seed)
 
-  def train_counts(self, path: object, seed: int) -> Int[np.ndarray, " k"]:
+  def train_counts(self, *, seed: int = 0, **_: Any) -> Int[np.ndarray, " k"]:
     """Count each class's training images."""
-    del path
     return counts(seed)
 
 

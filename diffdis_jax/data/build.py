@@ -119,7 +119,7 @@ def _open_labelled(data: Data, sampling: ClassSampling, **common: Any) -> grain.
 
 def open_tokens(data: Data) -> Tokens:
   """Read the sentences of a long-tailed set's classes, in tokens. Raises UserError: damaged data."""
-  return long_tail.tokens_of(long_tail.open_corpus(**data.source), Tokenizer(data.max_length))
+  return long_tail.tokens_of(long_tail.SETS[data.source["name"]].open_corpus(**data.source), Tokenizer(data.max_length))
 
 
 def _check_latents(run: Run, caches: Sequence[Latents], shape: tuple[int, int, int] | None) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags, logging
-from grain import experimental
 from jaxtyping import Int
 
 from diffdis_jax.common import signals
@@ -21,7 +20,7 @@ from diffdis_jax.data import records, shards
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.long_tail import LabelledSource
-from diffdis_jax.data.sources import Mixture, Source
+from diffdis_jax.data.sources import Mixture, Ordered, Source
 from diffdis_jax.data.transforms import augment, needed_side
 from diffdis_jax.errors import UserError
 
@@ -55,15 +54,12 @@ def train_loader(
   neither the number of batches nor the other rows depend on it.
 
   Args:
-    source: or several with weights; each is shuffled and begun again on its own, records that come together in runs.
+    source: or several with weights; each is shuffled and begun again on its own.
     batch_size: global.
     seed: of order and augmentation.
     discrimination_augmentation: of a second view of each image, 'discrimination_image': u8[b h w 3]; None for none.
     rows: places in the global batch of this host's rows, as many on each host; None for all.
     loading: how records are read ahead. Each process that prepares batches has as many threads of its own.
-
-  Raises:
-    UserError: a number of records that does not divide by how many of them come together.
   """
   parts = source.sources if isinstance(source, Mixture) else (source,)
   datasets = []
@@ -73,36 +69,18 @@ def train_loader(
     else:
       example = _ImageExample(part, image_size, augmentation, discrimination_augmentation)
     # A seed a source: two of one length would be shuffled alike.
-    together: int = getattr(part, "together", 1)
-    if len(part) % together:
-      raise UserError(
-        f"num_images is {len(part)}; in training these come {together} at a time: take a multiple of {together}"
-      )
     if isinstance(part, shards.Sharded) and shards.is_large(part.lengths):
       order = shards.Order(part.lengths, batch_size, seed + i, prefetch=part.prefetch)
       datasets.append(grain.MapDataset.source(order).seed(seed + i).random_map(example))
       continue
-    order = grain.MapDataset.range(len(part) // together).seed(seed + i).shuffle()
-    if together > 1:
-      order = experimental.FlatMapMapDataset(order, _InRuns(together))
+    if isinstance(part, Ordered):
+      order = part.order(seed + i)
+    else:
+      order = grain.MapDataset.range(len(part)).seed(seed + i).shuffle()
     # `repeat` last: each epoch it gives new seeds to what stands before it, the order and the augmentation.
     datasets.append(order.random_map(example).repeat())
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
   return _read_ahead(dataset, rows, batch_size, functools.partial(_collate, tokenizer=tokenizer), loading)
-
-
-class _InRuns(experimental.FlatMapTransform):
-  """The number of a run of records -> their places in the source."""
-
-  def __init__(self, length: int):
-    self._length = length
-
-  @property
-  def max_fan_out(self) -> int:
-    return self._length
-
-  def flat_map(self, element: int) -> range:
-    return range(element * self._length, (element + 1) * self._length)
 
 
 def labelled_loader(

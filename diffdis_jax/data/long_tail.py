@@ -63,17 +63,15 @@ class LongTailed(NamedTuple):
     origin = Origin("long_tailed", str(folder), split)
     return Labelled(listed.files, listed.labels, names, read=_read_listed, origin=origin)
 
-  def open_corpus(self, path: str | os.PathLike[str], seed: int) -> Corpus:
-    """Read the sentences of all classes."""
-    del seed
+  def open_corpus(self, *, path: str | os.PathLike[str] = "", **_: Any) -> Corpus:
+    """Read the sentences of all classes. Takes what `sources.open_source` takes."""
     folder = buckets.local(path, "data.path")
     sentences = corpus.read_corpus(folder, wordnet=self.wordnet)
     self._check_classes(folder, sentences.classnames)
     return sentences
 
-  def train_counts(self, path: str | os.PathLike[str], seed: int) -> Int[np.ndarray, " k"]:
-    """Count each class's training images."""
-    del seed
+  def train_counts(self, *, path: str | os.PathLike[str] = "", **_: Any) -> Int[np.ndarray, " k"]:
+    """Count each class's training images. Takes what `sources.open_source` takes."""
     # As long as there are classes: the last ones may have no image.
     return np.bincount(self._read_list(buckets.local(path, "data.path"), "train").labels, minlength=self.classes)
 
@@ -126,16 +124,6 @@ SETS: dict[str, Any] = {
 def is_sampled(*, name: str, split: str = "train", **_: Any) -> bool:
   """Say whether a split is trained on by classes: it is of a long-tailed set, and not read as pairs."""
   return name in SETS and split not in SETS[name].pairs
-
-
-def open_corpus(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, **_: Any) -> Corpus:
-  """Read the sentences of a set's classes. Takes what `sources.open_source` takes."""
-  return SETS[name].open_corpus(path, seed)
-
-
-def train_counts(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, **_: Any) -> Int[np.ndarray, " k"]:
-  """Count each class's training images. Takes what `sources.open_source` takes."""
-  return SETS[name].train_counts(path, seed)
 
 
 def tokens_of(sentences: Corpus, tokenizer: Tokenizer) -> Tokens:

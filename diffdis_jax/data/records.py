@@ -6,17 +6,15 @@ The preparation checks a raw pair by the same functions, so that a reason has on
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import os
 import pathlib
 import re
 import resource
-import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -32,17 +30,10 @@ from diffdis_jax.run import digests
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
 INFO = "dataset_info.json"  # by which a prepared folder is known
 DESCRIPTION = (INFO, "features.json", "metadata.json")  # what TFDS reads beside the records
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-
-
-NOT_PLAIN = "file that is not a plain one"  # a link or a sparse file in a tar, a pipe, a device
-TOO_LARGE = "file of too many bytes"
-OUTSIDE = "file outside of the folder"  # by its name, such as ../x, or a link
 NOT_FINITE = "numbers that are not finite"  # of latents; an image's are whole numbers
-MOST_BYTES = 2**28  # of an image's file: four for each of the most pixels that are decoded
-MOST_TEXT_BYTES = 2**22  # of a caption's, or of the json beside it
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
-# Every reason of Unusable. Their order is that of the loader's counts: append, never reorder.
+# Every reason of Unusable, in the order of the loader's counts.
 REASONS = (
   "missing image",
   "missing caption",
@@ -53,61 +44,19 @@ REASONS = (
   image_files.TOO_MANY_PIXELS,
   "image of one pixel's width",
   "unreadable record",
-  NOT_PLAIN,
-  TOO_LARGE,
   NOT_FINITE,
-  OUTSIDE,
-  image_files.TOO_MANY_SCANS,
   image_files.NO_HEIC,
 )
 
 
-def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None, most: int = MOST_BYTES) -> bytes:
-  """Read the bytes of an image's file, or of a text's.
-
-  Args:
-    path: of the file.
-    within: the folder that it must not lead out of.
-    most: bytes that it may have.
-
-  Raises:
-    Unusable: before anything is read, no file there, one that is not plain, of too many bytes, or out of the folder.
-    OSError: it cannot be read.
-  """
-  if within is not None and leads_out(path, within):
-    raise Unusable(OUTSIDE)
+def read_file(path: pathlib.Path) -> bytes:
+  """Read an image's file, or a text's. Raises Unusable: there is none; OSError: it cannot be read."""
   try:
-    status = path.stat()
-  except ValueError as error:  # a name with a zero byte
-    raise Unusable("missing image") from error
+    return path.read_bytes()
   except OSError as error:
     if error.errno in _NOT_THERE:
       raise Unusable("missing image") from error
     raise
-  if stat.S_ISDIR(status.st_mode):
-    raise Unusable("missing image")
-  # A pipe or a device might never end.
-  if not stat.S_ISREG(status.st_mode):
-    raise Unusable(NOT_PLAIN)
-  if status.st_size > most:
-    raise Unusable(TOO_LARGE)
-  return path.read_bytes()
-
-
-def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
-  """Say whether a file lies outside of a folder, by its name or by being a link.
-
-  A folder that is a link is the user's. A link of the Hugging Face hub's cache leads from `snapshots/REVISION` into
-  `blobs`, which counts as inside.
-  """
-  # By its name: ../x and an absolute one are outside.
-  is_below = pathlib.Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
-  if not is_below or not os.path.islink(path):
-    return not is_below
-  root = os.path.realpath(folder)
-  cache, is_cached, _ = f"{root}/".rpartition("/snapshots/")
-  inside = [os.path.realpath(path.parent), root, *([f"{cache}/blobs"] if is_cached else [])]
-  return not any(pathlib.Path(os.path.realpath(path)).is_relative_to(allowed) for allowed in inside)
 
 
 def read_header(data: bytes) -> Image.Image:
@@ -187,29 +136,15 @@ def texts_of(record: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
   return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
-@dataclasses.dataclass(frozen=True)
 class Recaptioned:
   """A source whose records' captions are the texts in other fields. Reading a record raises Unusable: there is none."""
 
-  source: Any
-  caption_fields: Sequence[str]
+  def __init__(self, source: Any, caption_fields: Sequence[str]):
+    self.source, self.caption_fields = source, caption_fields
+    self.lengths, self.prefetch = getattr(source, "lengths", []), getattr(source, "prefetch", None)
 
   def __len__(self) -> int:
     return len(self.source)
-
-  @property
-  def together(self) -> int:
-    """Return the number of records that follow each other in training, as `sources.Source` says."""
-    return getattr(self.source, "together", 1)
-
-  @property
-  def lengths(self) -> list[int]:
-    """Return the number of records of each shard; none where the source has no shards."""
-    return getattr(self.source, "lengths", [])
-
-  def prefetch(self, shards: Iterable[int]) -> None:
-    """Open shards that are read soon."""
-    self.source.prefetch(shards)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     record = self.source[index]
@@ -226,11 +161,29 @@ class Pairs:
 
   Attributes:
     lengths: records of each shard.
+    prefetch: opens shards that are read soon, in the background.
   """
 
-  def __init__(self, split: Split, num_images: int | None = None):
-    self._split = split
-    ends = np.minimum(np.cumsum(split.lengths, dtype=np.int64), sys.maxsize if num_images is None else num_images)
+  def __init__(self, path: str | os.PathLike[str], split: str, num_images: int | None = None):
+    import tensorflow_datasets as tfds
+
+    info = builder(path).info
+    lengths = info.splits[split].shard_lengths
+    self._files = [os.fspath(file) for file in info.splits[split].filepaths]
+    names, fetched = [os.path.basename(file) for file in self._files], None
+    if shards.is_large(lengths) and buckets.is_url(path):
+      fetched = copies.ShardCopies(os.fspath(buckets.path(path)), names)
+    else:
+      there = {*os.listdir(copies.folder_of(path, split=split))}
+      if missing := [file for file, name in zip(self._files, names, strict=True) if name not in there]:
+        raise UserError(f"{missing[0]} is missing; put it back, or prepare the data set again")
+    _open_many_files()
+    self._stored = shards.Reader(self._files, lengths, fetched)
+    self.prefetch = self._stored.prefetch
+    # Images are decoded by the loader's threads, in `image_files`' formats and bounds.
+    undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in info.features else None
+    self._deserialize = functools.partial(info.features.deserialize_example_np, decoders=undecoded)
+    ends = np.minimum(np.cumsum(lengths, dtype=np.int64), sys.maxsize if num_images is None else num_images)
     self.lengths: list[int] = np.diff(ends, prepend=0).tolist()
     self._num_images = sum(self.lengths)
 
@@ -250,21 +203,17 @@ class Pairs:
       raise IndexError(f"index {index} outside of {self._num_images} records")
     return storage.patiently(lambda: self._read(index), "the data")
 
-  def prefetch(self, shards: Iterable[int]) -> None:
-    """Open shards that are read soon, in the background."""
-    self._split.stored.prefetch(shards)
-
   def _read(self, index: int) -> dict[str, Any]:
     try:
-      record = dict(self._split.deserialize(self._split.stored[index]))
+      record = dict(self._deserialize(self._stored[index]))
       # Of a file that became shorter ArrayRecord reads nothing, and says nothing.
       if record and all(value is None for value in record.values()):
         raise Unusable("unreadable record")
       return record
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
-      if not (away := _away(error, self._split.files)):
+      if not (away := _away(error, self._files)):
         raise Unusable("unreadable record") from error
-      self._split.stored.forget(index)
+      self._stored.forget(index)
       raise away from error
 
 
@@ -280,7 +229,7 @@ def open_pairs(
     )
   if split not in info.splits:
     raise UserError(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
-  return recaptioned(Pairs(_open(path, split), num_images), caption_fields, str(path))
+  return recaptioned(Pairs(path, split, num_images), caption_fields, str(path))
 
 
 def recaptioned(source: Any, caption_fields: Sequence[str], name: str) -> Any:
@@ -322,45 +271,12 @@ def builder(path: str | os.PathLike[str]) -> Any:
     raise UserError(f"{path} is no whole data set: {reason}; copy it again, or prepare it again") from error
 
 
-class Split(NamedTuple):
-  """The records of a split, images undecoded, and their files."""
-
-  stored: shards.Reader
-  deserialize: Callable[[bytes], dict[str, Any]]
-  lengths: Sequence[int]
-  files: Sequence[str]
-
-
-def _open(path: str | os.PathLike[str], split: str) -> Split:
-  """Open a split. Raises UserError: one of its files is missing."""
-  import tensorflow_datasets as tfds
-
-  info = builder(path).info
-  # Images are decoded by the loader's threads, in `image_files`' formats and bounds.
-  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in info.features else None
-  lengths, files = info.splits[split].shard_lengths, [os.fspath(file) for file in info.splits[split].filepaths]
-  if shards.is_large(lengths) and buckets.is_url(path):
-    fetched = copies.ShardCopies(os.fspath(buckets.path(path)), [os.path.basename(file) for file in files])
-  else:
-    folder = copies.folder_of(path, split=split)
-    there = set(os.listdir(folder))
-    if missing := [file for file in files if os.path.basename(file) not in there]:
-      raise UserError(f"{missing[0]} is missing; put it back, or prepare the data set again")
-    fetched = None
-  _open_many_files()
-  deserialize = functools.partial(info.features.deserialize_example_np, decoders=undecoded)
-  return Split(shards.Reader(files, lengths, fetched), deserialize, lengths, files)
-
-
 def _open_many_files() -> None:
-  """Let this process have as many open files as the system allows. A shell's own limit is often 1,024."""
-  _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  for most in (2**16, 10_240):  # the latter of macOS, which takes no more
-    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= wanted:
-      return
-    with contextlib.suppress(OSError, ValueError):
-      resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+  """Let this process have as many open files as the system allows, up to 10,240. A shell's own limit is often 1,024."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  most = 10_240 if hard == resource.RLIM_INFINITY else min(10_240, hard)
+  if soft < most and soft != resource.RLIM_INFINITY:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _away(error: Exception, files: Sequence[str]) -> Exception | None:

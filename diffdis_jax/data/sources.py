@@ -22,7 +22,7 @@ from diffdis_jax.errors import UserError
 
 @runtime_checkable
 class Source(Protocol):
-  """The records that `open_source` returns. If it has `together`, so many of them follow each other in training."""
+  """The records that `open_source` returns."""
 
   def __len__(self) -> int: ...
 
@@ -34,6 +34,13 @@ class Described(Protocol):
   """A source that gives a record without reading its image."""
 
   def fields(self, index: int) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Ordered(Protocol):
+  """A source with its own order of an epoch: places of its records."""
+
+  def order(self, seed: int) -> Any: ...  # grain.MapDataset
 
 
 # Of fields that a config may give any value, a value of their type: nobody has looked at what its mixture holds, nor at

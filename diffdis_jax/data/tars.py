@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from diffdis_jax.data.records import NOT_PLAIN, TOO_LARGE, Unusable
+from diffdis_jax.data.image_files import Unusable
 from diffdis_jax.errors import Gone, UserError
 
 IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -22,38 +22,22 @@ _BLOCK = 512  # of a tar; two blocks of zeros end it
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Member:
-  """The place of a file's bytes in a tar.
-
-  Attributes:
-    size: bytes; None for what is not stored whole where it stands: a sparse file, a link, a device.
-  """
+  """The place of a file's bytes in a tar."""
 
   path: pathlib.Path
   offset: int
-  size: int | None
+  size: int
 
-  def read(self, most: int, file: BinaryIO | None = None) -> bytes:
-    """Read the bytes.
+  def read(self) -> bytes:
+    """Read the bytes. Raises Gone: the tar, which was there when it was indexed; otherwise as `read_from`."""
+    try:
+      with open(self.path, "rb") as file:
+        return self.read_from(file)
+    except FileNotFoundError as error:
+      raise Gone(f"{self.path} is not there") from error
 
-    Args:
-      most: of them.
-      file: the tar, where it is open already.
-
-    Raises:
-      Unusable: before anything is read, a file of more bytes, or one that is not stored whole; or the tar was cut off
-        since it was indexed.
-      Gone: the tar, which was there when it was indexed.
-    """
-    if self.size is None:
-      raise Unusable(NOT_PLAIN)
-    if self.size > most:
-      raise Unusable(TOO_LARGE)
-    if file is None:
-      try:
-        with open(self.path, "rb") as file:
-          return self.read(most, file)
-      except FileNotFoundError as error:
-        raise Gone(f"{self.path} is not there") from error
+  def read_from(self, file: BinaryIO) -> bytes:
+    """Read the bytes from the open tar. Raises Unusable: it was cut off since it was indexed."""
     file.seek(self.offset)
     content = file.read(self.size)
     if len(content) < self.size:
@@ -92,7 +76,6 @@ def index(path: pathlib.Path, field_of: Callable[[str], str | None]) -> Index:
     OSError: the tar cannot be read.
   """
   samples: dict[str, dict[str, Member]] = {}
-  whole = False
   with open(path, "rb") as file:
     end = os.fstat(file.fileno()).st_size
     try:
@@ -102,27 +85,18 @@ def index(path: pathlib.Path, field_of: Callable[[str], str | None]) -> Index:
         if entry.size < 0 or tar.offset > end:  # damaged, and might lead back
           return Index(samples, whole=False)
         tar.members.clear()  # tarfile remembers every member otherwise
-        _add(samples, path, entry, field_of)
+        key, ending = posixpath.splitext(entry.name)
+        field = field_of(ending[1:].lower())
+        # A link, a device or a sparse file is not stored whole where it stands. macOS packs hidden files beside others.
+        if field is None or not entry.isfile() or entry.issparse() or is_hidden(posixpath.basename(key)):
+          continue
+        if field in (sample := samples.setdefault(key, {})):
+          raise UserError(
+            f"{path} has two files for {field} of {key!r}, the second of them {entry.name!r}; pack it again with one"
+          )
+        sample[field] = Member(path, entry.offset_data, entry.size)
       # To tarfile a tar that is cut off between two files has ended well; only blocks of zeros show that it has.
       file.seek(tar.offset)
-      whole = file.read(_BLOCK) == bytes(_BLOCK)
+      return Index(samples, whole=file.read(_BLOCK) == bytes(_BLOCK))
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError):  # of a damaged header
-      pass
-  return Index(samples, whole)
-
-
-def _add(
-  samples: dict[str, dict[str, Member]], path: pathlib.Path, entry: tarfile.TarInfo, field_of: Callable[..., str | None]
-) -> None:
-  key, ending = posixpath.splitext(entry.name)
-  field = field_of(ending[1:].lower())
-  # Hidden ones are such as macOS packs beside each file.
-  if entry.isdir() or field is None or is_hidden(posixpath.basename(entry.name)):
-    return
-  sample = samples.setdefault(key, {})
-  if field in sample:
-    raise UserError(
-      f"{path} has two files for {field} of {key!r}, the second of them {entry.name!r}; pack it again with one"
-    )
-  is_plain = entry.isfile() and not entry.issparse()
-  sample[field] = Member(path, entry.offset_data, entry.size if is_plain else None)
+      return Index(samples, whole=False)

@@ -61,8 +61,8 @@ class LongTail(base.Evaluation):
     self.source, self.labels = source, source.labels
     # The sentences and the training counts are the set's, whatever split is measured.
     where = {name: value for name, value in data.items() if name not in ("split", "image_size")}
-    self.corpus = long_tail.open_corpus(**where)
-    self.train_counts = long_tail.train_counts(**where)
+    kind = long_tail.SETS[where["name"]]
+    self.corpus, self.train_counts = kind.open_corpus(**where), kind.train_counts(**where)
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     return {

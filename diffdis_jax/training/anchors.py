@@ -44,7 +44,7 @@ class Selection:
     head, section, where = run.model.head, run.long_tail, run.data.source
     assert head is not None and section is not None  # checked in config/run.py
     self._crop_pct, self._count, self._seed = section.crop_pct, head.anchors, run.seed
-    self.corpus = long_tail.open_corpus(**where)
+    self.corpus = long_tail.SETS[where["name"]].open_corpus(**where)
     if len(self.corpus.classnames) != head.classes:
       raise UserError(
         f"model.head.classes is {head.classes}, and the text corpus has {len(self.corpus.classnames)} classes"

@@ -75,24 +75,6 @@ def test_every_epoch_has_each_record_once_in_a_new_order():
   assert len({tuple(epoch) for epoch in order.tolist()}) == 3
 
 
-def test_records_that_belong_together_stay_together_in_every_epoch():
-  class Fours(Numbered):
-    together = 4
-
-  batches = take(make(Fours(), image_size=8, num_threads=2), 10)
-  order = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches]).reshape(3, 10, 4)
-  np.testing.assert_array_equal(order, order[:, :, :1] + np.arange(4))
-  runs = order[:, :, 0] // 4
-  for epoch in runs:
-    assert sorted(epoch) == list(range(10))
-  assert len({tuple(epoch) for epoch in runs.tolist()}) == 3
-  parts = [next(make(Fours(), image_size=8, rows=range(i, 12, 2)))["image"] for i in range(2)]
-  np.testing.assert_array_equal(np.stack(parts, 1).reshape(batches[0]["image"].shape), batches[0]["image"])
-  Fours.__len__ = lambda _: 38
-  with pytest.raises(UserError, match="num_images is 38; .* 4 at a time: take a multiple of 4"):
-    make(Fours())
-
-
 @pytest.mark.parametrize("threads", [0, 3])
 def test_same_seed_same_batches(threads):
   reference = take(make(augmentation=STRONG), 8)

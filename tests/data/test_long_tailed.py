@@ -49,8 +49,8 @@ def test_a_split_has_its_labels_classes_and_images(places, split):
 
 def test_class_counts_and_texts_are_read(places):
   section = dict(name="places_lt", path=places)
-  assert long_tail.train_counts(**section).tolist() == [3, 2, 1]
-  corpus = long_tail.open_corpus(**section)
+  assert long_tail.SETS["places_lt"].train_counts(**section).tolist() == [3, 2, 1]
+  corpus = long_tail.SETS["places_lt"].open_corpus(**section)
   assert corpus.classnames == ("attic", "bar", "zoo park") and len(corpus.sentences[0]) == 81
 
 
@@ -59,7 +59,7 @@ def test_missing_images_are_counted(places):
     file.unlink()
   with pytest.raises(UserError, match=r"3 of the 6 images that .*train.txt names are missing, the first .*train0.png"):
     sources.open_source(name="places_lt", path=places, image_size=32)
-  assert long_tail.train_counts(name="places_lt", path=places).tolist() == [3, 2, 1]
+  assert long_tail.SETS["places_lt"].train_counts(path=places).tolist() == [3, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from diffdis_jax.data import shapes
+from diffdis_jax.errors import UserError
 from replication import scenes
 from replication.scenes import SPLITS, scenes_of
+from tests.data.test_loader import Numbered, take
+from tests.data.test_loader import make as make_loader
 
 pytestmark = pytest.mark.slow
 
@@ -105,3 +108,22 @@ def test_a_record_depends_on_seed_split_and_index_alone():
   assert {frozenset(image["captions"]) for image in images} == {frozenset(first["captions"])}
   with pytest.raises(IndexError):
     make("train", num_images=5)[5]
+
+
+def test_records_that_belong_together_stay_together_in_every_epoch():
+  class Fours(Numbered):
+    def order(self, seed):
+      return scenes.in_runs(len(self), 4, seed)
+
+  batches = take(make_loader(Fours(), image_size=8, num_threads=2), 10)
+  order = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches]).reshape(3, 10, 4)
+  np.testing.assert_array_equal(order, order[:, :, :1] + np.arange(4))
+  runs = order[:, :, 0] // 4
+  for epoch in runs:
+    assert sorted(epoch) == list(range(10))
+  assert len({tuple(epoch) for epoch in runs.tolist()}) == 3
+  parts = [next(make_loader(Fours(), image_size=8, rows=range(i, 12, 2)))["image"] for i in range(2)]
+  np.testing.assert_array_equal(np.stack(parts, 1).reshape(batches[0]["image"].shape), batches[0]["image"])
+  Fours.__len__ = lambda _: 38
+  with pytest.raises(UserError, match="num_images is 38; .* 4 at a time: take a multiple of 4"):
+    make_loader(Fours())

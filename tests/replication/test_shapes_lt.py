@@ -17,7 +17,7 @@ SHAPES = dict(name="shapes_lt", image_size=16)
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_counts_are_a_long_tail(seed):
-  counts = long_tail.train_counts(name="shapes_lt", seed=seed)
+  counts = long_tail.SETS["shapes_lt"].train_counts(seed=seed)
   assert (counts.sum(), counts.max(), counts.min(), len(counts)) == (2810, 200, 2, 64)
   assert [in_group(counts, group).sum() for group in ("many", "median", "low")] == [10, 22, 32]
 

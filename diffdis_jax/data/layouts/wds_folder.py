@@ -6,7 +6,6 @@ test/nshards.txt, test/0.tar, test/1.tar, ...: s0000000.webp (or .png, .jpg), s0
 
 from __future__ import annotations
 
-import operator
 import pathlib
 import re
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from diffdis_jax.data import tars
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.data.layouts.class_lists import ClassList
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled, Origin, Published
-from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, Unusable
 from diffdis_jax.errors import UserError
 
 SPLIT = "test"
@@ -45,10 +43,9 @@ def read(path: pathlib.Path, known: ClassList | None) -> Published:
   # Labels now, images when they are asked for: a set's labels are small files beside each image.
   samples = list(_samples(path, "txt" if known is None else "cls"))
   images = [sample["image"] for sample in samples]
-  # Not by a lambda, which no pickle takes.
-  how: Any = dict(read=operator.methodcaller("read", MOST_BYTES), origin=Origin("wds", str(path), SPLIT))
+  how: Any = dict(read=tars.Member.read, origin=Origin("wds", str(path), SPLIT))
   if known is None:
-    lines = (_text(_bytes(sample["txt"]), path).splitlines() for sample in samples)
+    lines = (_text(sample["txt"].read(), path).splitlines() for sample in samples)
     captions = [tuple(filter(None, map(str.strip, texts))) for texts in lines]
     if empty := [number for number, texts in enumerate(captions) if not texts]:
       raise UserError(f"{path}: image {empty[0]} has no caption")
@@ -93,14 +90,7 @@ def _samples(path: pathlib.Path, field: str) -> Iterator[dict[str, tars.Member]]
 
 
 def _label(member: tars.Member, classes: int) -> int:
-  text = _bytes(member).decode(errors="replace").strip()
+  text = member.read().decode(errors="replace").strip()
   if not _NUMBER.fullmatch(text) or int(text) >= classes:
     raise UserError(f"{member.path} has the label {text!r:.100}; there are {classes} classes, counted from 0")
   return int(text)
-
-
-def _bytes(member: tars.Member) -> bytes:
-  try:
-    return member.read(MOST_TEXT_BYTES)
-  except Unusable as error:
-    raise UserError(f"{member.path} holds a text that cannot be read: {error}; download it again") from error

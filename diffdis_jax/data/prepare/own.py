@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -103,10 +102,9 @@ def _beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Ra
 
 def _read_beside(source: pathlib.Path, key: str, files: Mapping[str, str]) -> RawPair:
   file = files.get("image", "")
-  read = functools.partial(records.read_file, within=source, most=records.MOST_TEXT_BYTES)
   try:
-    fields = records.read_metadata(read(source / files["json"])) if "json" in files else {}
-    captions = [read(source / files["caption"])] if "caption" in files else []
+    fields = records.read_metadata(records.read_file(source / files["json"])) if "json" in files else {}
+    captions = [records.read_file(source / files["caption"])] if "caption" in files else []
   except records.Unusable as error:
     return RawPair(key, refused=str(error), file=file)
   return parts.captioned_pair(key, captions, fields, file=file)
@@ -203,8 +201,8 @@ class _Row:
     if self.rows == 1:
       return self.pair
     fields = {name: value for name, value in json.loads(self.pair.metadata or b"{}").items() if name != "captions"}
-    how: dict[str, Any] = {"file": self.pair.file, "row": self.pair.row, "joined": True}
-    return parts.captioned_pair(self.pair.key, [*dict.fromkeys(self.captions)], fields, **how)
+    captions = [*dict.fromkeys(self.captions)]
+    return parts.captioned_pair(self.pair.key, captions, fields, file=self.pair.file, row=self.pair.row)
 
 
 def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:

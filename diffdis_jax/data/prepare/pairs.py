@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import io
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
@@ -16,10 +16,6 @@ from diffdis_jax.data.transforms import Decoded
 
 MAX_CAPTION = 2000  # characters kept; CLIP reads 77 tokens
 JPEG_QUALITY = 92  # of images that are stored smaller; not stated by the paper
-CONTROLS = "caption with control characters"
-LONG = f"caption over {MAX_CAPTION} characters"
-JOINED = "captions of several rows with the same image"
-
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]+")
 
 
@@ -29,7 +25,6 @@ class RawPair:
 
   Attributes:
     refused: why one of them was not read, one of records.REASONS; empty where all were.
-    joined: whether its captions are those of several rows with the same image.
     file: the name of the file that has the image, where it is still to be read.
     row: the image's row there, if it is a table.
   """
@@ -39,31 +34,14 @@ class RawPair:
   caption: bytes | None = None
   metadata: bytes | None = None
   refused: str = ""
-  joined: bool = False
   file: str = ""
   row: int = 0
 
 
-class Record(NamedTuple):
-  """The fields {image, caption, metadata} of a pair, and what was changed in them."""
-
-  fields: dict[str, Any]
-  changed: list[str]
-
-
-def mend(caption: str, changed: list[str]) -> str:
-  """Return a caption without control characters, which become spaces, and without its end if it is too long.
-
-  What is changed is added to `changed`. Raises Unusable: nothing remains.
-  """
-  # Characters first, since a caption of nothing else is a missing one.
-  if _CONTROL.search(caption):
-    caption = _CONTROL.sub(" ", caption).strip()
-    changed.append(CONTROLS)
-  if len(caption) > MAX_CAPTION:
-    caption = caption[:MAX_CAPTION].rstrip()
-    changed.append(LONG)
-  if not caption:
+def mend(caption: str) -> str:
+  """Return a caption without control characters, which become spaces, and without its end if it is too long. Raises
+  Unusable: nothing remains."""
+  if not (caption := _CONTROL.sub(" ", caption).strip()[:MAX_CAPTION].rstrip()):
     raise Unusable("missing caption")
   return caption
 
@@ -79,8 +57,8 @@ def shrink(image: Decoded, short_side: int) -> bytes:
   return file.getvalue()
 
 
-def to_record(pair: RawPair, *, short_side: int | None = None) -> Record:
-  """Make a record of a pair.
+def to_record(pair: RawPair, *, short_side: int | None = None) -> dict[str, Any]:
+  """Return the fields {image, caption, metadata} of a pair's record.
 
   Args:
     pair: as read.
@@ -94,9 +72,7 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> Record:
     raise Unusable(pair.refused)
   if pair.image is None:
     raise Unusable("missing image")
-  changed: list[str] = []
-  caption = mend(read_caption(pair.caption), changed)
-  changed += [JOINED] if pair.joined else []
+  caption = mend(read_caption(pair.caption))
   # Read for its errors alone: it is stored as it is, so that no number is written differently.
   read_metadata(pair.metadata)
   # Decoded even where its bytes are kept: what cannot be read in training is left out here, and counted.
@@ -105,15 +81,13 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> Record:
   side = min(image.width, image.height)
   if short_side is not None and side > short_side:
     data = shrink(image, short_side)
-    changed.append("image stored smaller")
   elif image_files.is_of_a_phone(data):  # so that training needs no extra
     data = shrink(image, side)
-    changed.append("AVIF or HEIC stored as JPEG")
   try:
     metadata = (pair.metadata or b"{}").decode()
   except UnicodeDecodeError as error:
     raise Unusable("corrupt json") from error
-  return Record({"image": data, "caption": caption, "metadata": metadata}, changed)
+  return {"image": data, "caption": caption, "metadata": metadata}
 
 
 def digest(data: bytes) -> bytes:

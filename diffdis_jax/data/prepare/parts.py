@@ -18,7 +18,7 @@ from absl import logging
 from diffdis_jax.data import records
 from diffdis_jax.data import tars as tar_files
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, Unusable, read_file
+from diffdis_jax.data.records import Unusable, read_file
 from diffdis_jax.errors import UserError
 
 ITEMS = 2000  # of a part of loose files
@@ -69,7 +69,7 @@ class FilesPart:
   def __iter__(self) -> Iterator[RawPair]:
     for pair in self.pairs:
       try:
-        image = read_file(self.root / pair.file, within=self.root) if pair.file else None
+        image = read_file(self.root / pair.file) if pair.file else None
       except Unusable as error:
         yield dataclasses.replace(pair, refused=str(error))
       else:
@@ -80,8 +80,7 @@ class FilesPart:
 class TarPart:
   """The pairs of a tar as img2dataset writes it: KEY.jpg, .png or .webp, KEY.txt, KEY.json, in any order.
 
-  Keys are TAR/KEY, in the order in which they come first. A file that is too large, or not whole, makes its pair a
-  refused one.
+  Keys are TAR/KEY, in the order in which they come first.
 
   Attributes:
     truncated: known after iteration: the file ends, or is damaged, before the tar's end mark. Pairs are left out then
@@ -111,7 +110,7 @@ class TarPart:
           pair = RawPair(f"{self.name}/{key}")
           try:
             for field, member in members.items():
-              setattr(pair, field, member.read(MOST_BYTES if field == "image" else MOST_TEXT_BYTES, file))
+              setattr(pair, field, member.read_from(file))
           except Unusable as error:
             pair.refused = str(error)
           yield pair

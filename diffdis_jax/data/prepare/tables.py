@@ -21,7 +21,7 @@ from diffdis_jax.data import image_files
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import SPLITS, FilesPart
-from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, TOO_LARGE, leads_out, texts_of
+from diffdis_jax.data.records import texts_of
 from diffdis_jax.errors import UserError, not_installed, parse_json
 
 SAVED = ("dataset_dict.json", "state.json")  # of datasets' save_to_disk
@@ -70,9 +70,7 @@ class TablePart(FilesPart):
       if number in by_row:
         image = row[self.column]
         image = image.get("bytes") if isinstance(image, dict) else image
-        is_too_large = image is not None and len(image) > MOST_BYTES
-        change: dict[str, Any] = {"refused": TOO_LARGE} if is_too_large else {"image": image}
-        yield dataclasses.replace(by_row[number], **change)
+        yield dataclasses.replace(by_row[number], image=image)
 
 
 def is_plain(value: Any) -> bool:
@@ -134,8 +132,6 @@ def saved(source: pathlib.Path, asked: Asked) -> list[TablePart]:
     # datasets calls a part or a sum of its splits train[:10%] or train+test.
     by_split = loaded if isinstance(loaded, dict) else {re.split(r"\W", str(loaded.split or "train"))[0]: loaded}
     files = [(pathlib.Path(file["filename"]), split) for split, of in by_split.items() for file in of.cache_files]
-  if outside := [path for path, _ in files if leads_out(path, source)]:
-    raise UserError(f"{source} names {outside[0]}, which is not below it; write it again by save_to_disk")
   return [_table(source, path.relative_to(source).as_posix(), split, asked) for path, split in files]
 
 
@@ -237,7 +233,7 @@ def _list(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def _rows_of_csv(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  csv.field_size_limit(MOST_TEXT_BYTES)  # instead of 131,072 characters
+  csv.field_size_limit(2**22)  # instead of 131,072 characters
   first = 1  # line of a row, which goes over several where a quoted text does
   try:
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

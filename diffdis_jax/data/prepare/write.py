@@ -65,7 +65,6 @@ class Report:
     pairs: that are stored.
     skipped: reason, one of records.REASONS -> how many.
     first_skipped: reason -> keys of the first few.
-    changed: what was changed in pairs that are stored -> in how many.
     truncated: parts that end before their end.
     shared: another split -> how many images of this split have the same bytes as images there.
     images: the first 8 bytes of each image's digest, until `shared` is counted.
@@ -74,7 +73,6 @@ class Report:
   pairs: int = 0
   skipped: dict[str, int] = dataclasses.field(default_factory=dict)
   first_skipped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-  changed: dict[str, int] = dataclasses.field(default_factory=dict)
   truncated: list[str] = dataclasses.field(default_factory=list)
   shared: dict[str, int] = dataclasses.field(default_factory=dict)
   images: list[int] = dataclasses.field(default_factory=list)
@@ -89,9 +87,8 @@ class Report:
   def add(self, other: Report) -> None:
     """Add the counts of another part."""
     self.pairs += other.pairs
-    for mine, more in ((self.skipped, other.skipped), (self.changed, other.changed)):
-      for reason, count in more.items():
-        mine[reason] = mine.get(reason, 0) + count
+    for reason, count in other.skipped.items():
+      self.skipped[reason] = self.skipped.get(reason, 0) + count
     for reason, keys in other.first_skipped.items():
       self.first_skipped[reason] = (self.first_skipped.get(reason, []) + keys)[:FIRST]
     self.truncated += other.truncated
@@ -162,12 +159,10 @@ class Stage:
     serialize = serializer(self.features())
     for pair in reading(part):
       try:
-        record, changed = pairs.to_record(pair, short_side=self.short_side)
+        record = pairs.to_record(pair, short_side=self.short_side)
       except records.Unusable as error:
         report.skip(pair.key, str(error))
         continue
-      for what in changed:
-        report.changed[what] = report.changed.get(what, 0) + 1
       report.pairs += 1
       report.images.append(int.from_bytes(pairs.digest(pair.image)[:8], "big"))
       # A name that is not UTF-8 comes from the file system with surrogates, which cannot be stored.

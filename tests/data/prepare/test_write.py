@@ -62,7 +62,7 @@ def test_prepared_pairs_read_back(raw, tmp_path):
     "corrupt json": 1,
   }
   assert report["train"]["first_skipped"]["missing caption"] == ["train-00000/3", "train-00000/5"]
-  nothing = {"skipped": {}, "first_skipped": {}, "changed": {}, "truncated": [], "shared": {}}
+  nothing = {"skipped": {}, "first_skipped": {}, "truncated": [], "shared": {}}
   assert report["val"] == {"pairs": 1, **nothing}
   assert json.loads((tmp_path / "new" / "out" / "metadata.json").read_text()) == report
   assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
