@@ -141,7 +141,8 @@ class Recaptioned:
 
   def __init__(self, source: Any, caption_fields: Sequence[str]):
     self.source, self.caption_fields = source, caption_fields
-    self.lengths, self.prefetch = getattr(source, "lengths", []), getattr(source, "prefetch", None)
+    self.lengths: list[int] = getattr(source, "lengths", [])
+    self.prefetch: Any = getattr(source, "prefetch", None)
 
   def __len__(self) -> int:
     return len(self.source)
