@@ -130,6 +130,7 @@ def listen(host: str, port: int) -> socket.socket:
     # Usual for servers: a port whose last connections have just closed counts as free.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((name, port))
+    listener.listen()  # from now on a browser waits for the page, where it would be refused
   except OSError as error:
     listener.close()
     raise UserError(f"cannot listen at {host}, port {port}: {error.strerror}; take another --port or --host") from error

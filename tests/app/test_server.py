@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from diffdis_jax.app.__main__ import listen
 from tests.served_app import started
 
 pytestmark = pytest.mark.slow
@@ -118,6 +119,11 @@ def test_it_serves_at_addresses_of_ipv6_and_again_and_ends_by_ctrl_c(tmp_path):
     every(address, range(len(KINDS)))
     assert 0 < size(served.uploads)
   assert "Traceback" not in served.log.read_text(), served.log.read_text()[-2000:]
+
+
+def test_a_browser_that_comes_before_the_server_waits_for_it():
+  with contextlib.closing(listen(HOST, 0)) as listener:
+    socket.create_connection(listener.getsockname(), 5).close()
 
 
 def test_a_request_whose_head_or_body_does_not_come_is_cut_off(tmp_path):
