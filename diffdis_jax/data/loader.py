@@ -70,7 +70,7 @@ def train_loader(
       example = _ImageExample(part, image_size, augmentation, discrimination_augmentation)
     # A seed a source: two of one length would be shuffled alike.
     if isinstance(part, shards.Sharded) and shards.is_large(part.lengths):
-      order = shards.Order(part.lengths, batch_size, seed + i, prefetch=part.prefetch)
+      order = shards.Order(part.lengths, seed + i, prefetch=part.prefetch)
       datasets.append(grain.MapDataset.source(order).seed(seed + i).random_map(example))
       continue
     if isinstance(part, Ordered):

@@ -171,15 +171,15 @@ class Pairs:
     info = builder(path).info
     lengths = info.splits[split].shard_lengths
     self._files = [os.fspath(file) for file in info.splits[split].filepaths]
-    names, fetched = [os.path.basename(file) for file in self._files], None
+    names = [os.path.basename(file) for file in self._files]
     if shards.is_large(lengths) and buckets.is_url(path):
-      fetched = copies.ShardCopies(os.fspath(buckets.path(path)), names)
+      self._stored = shards.Reader(names, lengths, copies.Copies(os.fspath(buckets.path(path))))
     else:
+      self._stored = shards.Reader(self._files, lengths)
       there = {*os.listdir(copies.folder_of(path, split=split))}
       if missing := [file for file, name in zip(self._files, names, strict=True) if name not in there]:
         raise UserError(f"{missing[0]} is missing; put it back, or prepare the data set again")
     _open_many_files()
-    self._stored = shards.Reader(self._files, lengths, fetched)
     self.prefetch = self._stored.prefetch
     # Images are decoded by the loader's threads, in `image_files`' formats and bounds.
     undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in info.features else None
