@@ -261,9 +261,9 @@ def denoise_text_query(
     return query_step.x_prev, None
 
   def from_noise(e_T: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    # The process ends at γ e_0. The loss does not depend on the length of ê_0.
-    e_0, _ = jax.lax.scan(step, e_T, timesteps)
-    return losses.unit_norm(e_0 / process.gamma)
+    # The process ends at γ ê_0, whose length does not matter.
+    gamma_e_0, _ = jax.lax.scan(step, e_T, timesteps)
+    return losses.unit_norm(gamma_e_0)
 
   # Sample after sample, since all at once would take k times the memory.
   return losses.unit_norm(jax.lax.map(from_noise, e_T).mean(axis=0))

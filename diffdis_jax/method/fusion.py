@@ -53,7 +53,7 @@ class FusionBlock(nnx.Module):
     image = block.after_self_attention(image, c)
     u = self.feed_forward(block, u)
 
-    return image_block.to_image(image, x), self.fc_out(u)[:, 0]
+    return image_block.to_image(image, x), self.fc_out(u).squeeze(1)
 
   def self_attention(
     self, block: BasicTransformerBlock, u: Float[Array, "b 1 c"], image: Float[Array, "b n c"]
