@@ -37,21 +37,19 @@ def commands() -> dict[str, str]:
 
 def main(argv: Sequence[str]) -> int:
   """Return the exit code, unless a command of that name takes over."""
-  described = commands()
-  if argv and argv[0] == "--version":
+  described, command = commands(), argv[0] if argv else "--help"
+  if command == "--version":
     sys.stdout.write(f"diffdis_jax {diffdis_jax.__version__}\n")
-    return 0
-  if not argv or argv[0] in ("-h", "--help", "help"):
-    width = max(map(len, described))
-    lines = "\n".join(f"  {name:{width}}  {what}" for name, what in described.items())
+  elif command in ("-h", "--help", "help"):
+    lines = "\n".join(f"  {name:{max(map(len, described))}}  {what}" for name, what in described.items())
     sys.stdout.write(USAGE.format(commands=lines))
-    return 0
-  if argv[0] not in described:  # before runpy, which would run any module of the package
-    sys.stderr.write(f"error: no command {argv[0]!r}; {did_you_mean(argv[0], described)}\n")
+  elif command in described:  # since runpy would run any module of the package
+    sys.argv = [f"diffdis_jax.{command}", *argv[1:]]
+    # As if by python -m: --help and the flags belong to the file that runs as __main__.
+    runpy.run_module(f"diffdis_jax.{command}", run_name="__main__", alter_sys=True)
+  else:
+    sys.stderr.write(f"error: no command {command!r}; {did_you_mean(command, described)}\n")
     return 2
-  sys.argv = [f"diffdis_jax.{argv[0]}", *argv[1:]]
-  # As if by python -m: --help and the flags belong to the file that runs as __main__.
-  runpy.run_module(f"diffdis_jax.{argv[0]}", run_name="__main__", alter_sys=True)
   return 0
 
 

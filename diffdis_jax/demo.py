@@ -24,8 +24,8 @@ from diffdis_jax.common import buckets, cli, files
 from diffdis_jax.config import Run
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import samples, tasks
+from diffdis_jax.evals.results import ResultFile
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
 from diffdis_jax.training import loop
@@ -43,11 +43,8 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache()
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
-  begin = time.monotonic()
-  out = buckets.local(FLAGS.out, "--out")
-  run = str(out / "diffdis")
-  resumed = (out / "autoencoder").exists()
-
+  begin, out = time.monotonic(), buckets.local(FLAGS.out, "--out")
+  run, resumed = str(out / "diffdis"), (out / "autoencoder").exists()
   autoencoder, config = cli.read_config("shapes:autoencoder"), cli.read_config("shapes")
   # Both runs get it, so that another seed is another autoencoder too.
   autoencoder.seed = config.seed = FLAGS.seed
@@ -63,9 +60,9 @@ def main(argv: Sequence[str]) -> None:
   loop.train_and_evaluate(first, second.init_from, trainer=small)
   loop.train_and_evaluate(second, run, trainer=large)
 
-  records = evaluate.evaluate(run, tasks.of_config(second.evals, tasks=("zero_shot", "generation_accuracy")))
+  asked = tasks.of_config(second.evals, tasks=("zero_shot", "generation_accuracy"))
   # A report looks for figures and pictures in the workdir.
-  result_files.write(f"{run}/evaluation.json", records)
+  records = evaluate.evaluate(run, asked, kept=ResultFile(f"{run}/evaluation.json", resumes=False))
   metrics = {name: record["metrics"] for by_set in records.values() for name, record in by_set.items()}
   draw_classes(run, out / "grid.png")
   (out / "diffdis" / "samples").mkdir(exist_ok=True)
@@ -83,9 +80,8 @@ def main(argv: Sequence[str]) -> None:
   files.write_json(out / "results.json", {**results, "provenance": origin})
   logging.info("%s", "  ".join(f"{name} {value:.3f}" for name, value in results.items()))
   logging.info("finished: images in %s, results in %s", out / "grid.png", out / "results.json")
-  of_it = f"--workdir={shlex.quote(run)}"
-  logging.info('to generate more: diffdis generate %s --prompt="a red star" --out=images', of_it)
-  logging.info("to see all of it: diffdis report %s --out=report.html", of_it)
+  logging.info('to generate more: diffdis generate --workdir=%s --prompt="a red star" --out=images', shlex.quote(run))
+  logging.info("to see all of it: diffdis report --workdir=%s --out=report.html", shlex.quote(run))
 
 
 def draw_classes(run: str, path: os.PathLike[str]) -> None:

@@ -14,8 +14,7 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 # Errors of a network, of a server at its other end, or of a disk.
 _OF_STORAGE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT}
 _OF_STORAGE |= {errno.EIO, errno.ESTALE, errno.ENOTCONN}
-# Packages whose errors are all of a network; gcsfs raises those of requests too, for a 502.
-_NETWORKING = ("aiohttp.", "gcsfs.", "google.auth.", "requests.")
+_NETWORKING = ("aiohttp.", "gcsfs.", "google.auth.", "requests.")  # packages whose errors are all of a network
 
 
 class UserError(Exception):
@@ -41,8 +40,7 @@ class Gone(OSError):
 
 
 class Diverged(Exception):
-  """More steps in a row than may be had a loss or gradient that is not finite. Commands exit with `code`, as after a
-  crash: launchers start the run again, from its last checkpoint."""
+  """Too many steps in a row were not finite. Commands exit with `code`, on which launchers resume the run."""
 
   code = 1
 
@@ -59,10 +57,9 @@ def install(extra: str) -> str:
   return f"pip install -e '.[{extra}]' in the repository's folder"
 
 
-def not_installed(who: str, package: str, extra: str, *, otherwise: str = "") -> UserError:
-  """Return the error for a missing package of an extra; `otherwise` names what works without it."""
-  instead = f", or {otherwise}" if otherwise else ""
-  return UserError(f"{who} needs {package}, which is not installed; {install(extra)}{instead}")
+def not_installed(who: str, package: str, extra: str) -> UserError:
+  """Return the error for a missing package of an extra."""
+  return UserError(f"{who} needs {package}, which is not installed; {install(extra)}")
 
 
 def may_pass(error: BaseException) -> bool:

@@ -6,15 +6,10 @@ Without --data it measures the `evals` of the run's config. The JSON file holds 
 in CLIP_benchmark's schema with its protocol; a figure that is not finite is null. With --tasks=long_tail a Markdown
 file beside it has the paper's Table 8.
 
-A prepared data set, with class names and templates of your own:
+A prepared data set, with class names and templates of your own; fid also takes --inception=WEIGHTS.pth:
 
   diffdis evaluate --workdir=RUN --tasks=zero_shot,retrieval --data=PREPARED_DIR \\
       --split=test --classnames=NAMES.json --templates=TEMPLATES.json --out=F.json
-
-FID and KID:
-
-  diffdis evaluate --workdir=RUN --tasks=fid --data=PREPARED_DIR --split=val \\
-      --inception=WEIGHTS.pth --out=F.json
 
 The paper's benchmarks, each found under ROOT in a published layout. F.json is written after each data set, and the
 same command resumes there; F.md has the means beside the paper's. A suite also takes --num_images, --seed,
@@ -40,7 +35,6 @@ from absl import flags, logging
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
 from diffdis_jax.common import cli
-from diffdis_jax.config.model import ClipModel
 from diffdis_jax.config.objectives import ALIGNED
 from diffdis_jax.config.sections import Sampling
 from diffdis_jax.errors import UserError
@@ -90,13 +84,11 @@ def main(argv: Sequence[str]) -> None:
   run = run_config.load(FLAGS.workdir)
   sections = tasks.override(read_sections(run), _given(tasks.all_settings()))
   sampling = _given(SAMPLING)
-  check_sampling(sections, run.objectives, sampling, is_clip=isinstance(run.model, ClipModel))
+  check_sampling(sections, run.objectives, sampling)
   protocol = {**{SAMPLING[name].name: value for name, value in sampling.items()}, **_given(LOADING)}
   if FLAGS.best:
-    if FLAGS.step is not None:
-      raise UserError("--best and --step are both given; give one of them")
-    best = checkpoint.best(FLAGS.workdir, run.checkpoint)
-    if best is None:
+    cli.refuse(("step",), "beside --best")
+    if (best := checkpoint.best(FLAGS.workdir, run.checkpoint)) is None:
       metric = run.checkpoint.best_metric
       raise UserError(f"--best: no checkpoint in {FLAGS.workdir} was saved with checkpoint.best_metric={metric!r}")
     protocol["step"] = best.step
@@ -124,19 +116,17 @@ def evaluate(
 ) -> Results:
   """Measure the run of a workdir by tasks on data sets, and return {task: {data set: record}}.
 
-  Args:
-    step, ema, protocol: as `inference.load` takes them.
-    kept: the file that gets each record as soon as it is there, so that an interruption loses none.
-    check: called with each data set and its evaluation, before anything is measured.
-
-  Raises UserError: bad settings, data or checkpoint, or kept records of other weights; before anything is measured.
+  `inference.load` takes `step`, `ema` and `protocol`. The file `kept` gets each record as soon as it is there. `check`
+  is called with each data set and its evaluation. Raises UserError, before anything is measured: bad settings, data or
+  checkpoint, or kept records of other weights.
   """
   provenance.code()  # now: the checkout may change while data and weights are read
   # Everything is opened and checked before the model is loaded: the last of many sets must not fail after hours.
   evaluations = [(section, section.create()) for section in sections]
   for section, evaluation in evaluations:
     check(section.dataset, evaluation)
-  _check_same_on_all(sections)
+  if jax.process_count() > 1:
+    _check_same_on_all(sections)
   step, ema = restore.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   common: dict[str, Any] = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
@@ -166,10 +156,8 @@ def evaluate(
 
 
 def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete: bool, **protocol: Any) -> None:
-  """Measure what of a suite is not in `out` yet, and write the whole with its means, and a table beside it.
-
-  Raises UserError: as `evaluate`, or a data set that is not the published one.
-  """
+  """Measure what of a suite is not in `out` yet, and write the whole with its means, and a table beside it. Raises
+  UserError: as `evaluate`, or a data set that is not the published one."""
   kept, check = ResultFile(out), functools.partial(suites.check, incomplete=incomplete)
   results = evaluate(run, sections, kept=kept, check=check, **protocol)
   # Means come last: a suite that was killed has none that later sets would belie.
@@ -180,24 +168,19 @@ def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete
 
 
 def _check_same_on_all(sections: Sequence[Section]) -> None:
-  """Raise UserError, on every process, where they measure different sets: one would wait for the others for ever; or
-  different records, of which each would read its rows and know the labels of its own."""
-  if jax.process_count() == 1:
-    return
+  """Raise UserError, on every process, where they measure different sets, so that one would wait for the others for
+  ever, or different records, of which each would read its own."""
   paths = [str((section.settings.get("data") or {}).get("path") or "") for section in sections]
   marks = [digests.fingerprint(path, part=digests.RECORDS) if path else "" for path in paths]
-  sets = [f"{section.task} on {section.dataset}" for section in sections]
-  here = ", ".join(f"{name} {mark}".strip() for name, mark in zip(sets, marks, strict=True))
+  here = ", ".join(f"{one.task} on {one.dataset} {mark}".strip() for one, mark in zip(sections, marks, strict=True))
   if hosts := processes.differing(here):
     others = ", ".join(map(str, hosts))
     raise UserError(f"hosts {others} find other data sets than host 0; this host finds {here}; give all the same ones")
 
 
 def read_sections(run: Any) -> list[Section]:
-  """Return the tasks and sets that the flags ask for.
-
-  Raises UserError: flags that do not go together, or a task that measures what the run was not trained for.
-  """
+  """Return the tasks and sets that the flags ask for. Raises UserError: flags that do not go together, or a task that
+  measures what the run was not trained for."""
   image_size = FLAGS.image_size or run.image_size
   if FLAGS.suite:
     if not FLAGS.out.endswith(".json"):
@@ -220,19 +203,17 @@ def read_sections(run: Any) -> list[Section]:
   return sections
 
 
-def check_sampling(
-  sections: Sequence[Section], objectives: Sequence[str], given: Mapping[str, Any], *, is_clip: bool = False
-) -> None:
+def check_sampling(sections: Sequence[Section], objectives: Sequence[str], given: Mapping[str, Any]) -> None:
   """Raise UserError where one of the given flags of Sampling is out of its range, or changes nothing."""
   rows = [tasks.get(section.task) for section in sections]
-  compares = not is_clip and any(row.compares for row in rows) and {*ALIGNED} & {*objectives}
+  generates, compares = any(row.generates for row in rows), any(row.compares for row in rows)
+  compares &= bool({*ALIGNED} & {*objectives})
   for name, value in given.items():
     if check := SAMPLING[name].metadata.get("check"):
       check(f"--{name}", value)
-    if name.startswith("generation_") and not any(row.generates for row in rows):
-      raise UserError(f"--{name} has no effect on these tasks, which generate nothing; leave it out")
-    if not name.startswith("generation_") and not compares:
-      raise UserError(f"--{name} has no effect: no text query is denoised by this run for these tasks; leave it out")
+    if not (generates if name.startswith("generation_") else compares):
+      what = "images are generated" if name.startswith("generation_") else "text queries are denoised"
+      raise UserError(f"--{name} has no effect: no {what} for these tasks of this run; leave it out")
 
 
 def _given(names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

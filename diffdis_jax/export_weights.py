@@ -31,8 +31,8 @@ from diffdis_jax.interop import hub, model_card, packed, to_torch
 from diffdis_jax.run import digests, provenance, restore
 
 FLAGS = flags.FLAGS
-# Fields of a run's config that say what its weights mean.
-CLIP_FIELDS = ("model", "image_size", "objectives")  # CLIP has no diffusion process
+# Fields of a run's config that say what its weights mean. CLIP has no diffusion process.
+CLIP_FIELDS = ("model", "image_size", "objectives")
 OWN_FIELDS = (*CLIP_FIELDS, "image_diffusion", "text_diffusion", "condition_timestep", "inference")
 LICENSES = "LICENSES.md"  # as prepare_data writes it beside records
 CONFIGS = {"config.json", "model_index.json", "open_clip_config.json"}  # without which nobody loads the rest
@@ -69,9 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
 def push_weights(run: str, repo: str, out: str | None = None, *, private: bool = True, **how: Any) -> str:
   """Export a run to `ORG/NAME` on the Hugging Face hub, as one commit, and return its address; `out` keeps the files.
-
-  `how` is for `export_weights`. Raises UserError: as that; or no token, no network, or the hub refuses it.
-  """
+  Raises UserError: as `export_weights`, which takes `how`; or no token, no network, or the hub refuses it."""
   hub.check_token(repo)  # first: a missing token shows before the export
   with files.temporary_folder("diffdis-push") as temporary:
     folder = buckets.local(out or f"{temporary}/export", "--out")
@@ -86,9 +84,7 @@ def export_weights(
 ) -> int:
   """Write a run's weights for PyTorch into a folder, absent or empty, and return their step.
 
-  `step` and `ema` are as `inference.load` takes them, `dtype` is a key of to_torch.DTYPES, and `repo` is `ORG/NAME` on
-  the hub, for the model card.
-
+  `inference.load` takes `step` and `ema`, `dtype` is a key of to_torch.DTYPES, and the model card names the `repo`.
   Raises UserError: no such checkpoint, a CLIP that their libraries cannot hold, or `out` cannot be written.
   """
   # Whatever can be refused is, before gigabytes are read.
@@ -123,14 +119,12 @@ def write_one_file(
 ) -> None:
   """Write a run's config, weights, provenance and results to FILE.safetensors, which is read where a workdir is.
 
-  `keep_tokens_of` is a text file: the vectors of its tokens alone are kept. The other arguments are those of
-  `export_weights`. Weights of any dtype are read as float32.
+  The vectors of the tokens in the text file `keep_tokens_of` alone are kept. All else is as for `export_weights`.
   """
   path = buckets.local(out, "--out")
   files.check_out(out)
   words = files.read_text(keep_tokens_of, "--keep_tokens_of").split() if keep_tokens_of else []
-  # Word by word, so that nothing is too long.
-  tokens = np.unique(Tokenizer(77)(words)).tolist() if words else None
+  tokens = np.unique(Tokenizer(77)(words)).tolist() if words else None  # word by word, so that nothing is too long
   fields = run_config.load(run).to_dict()
   step, ema = restore.choose(run, step, ema=ema)
   results: dict[str, Any] = {}
@@ -154,10 +148,8 @@ def write_one_file(
 
 
 def licences_of(run: str) -> str:
-  """Return the licences of the data that a run and those that it began from were trained on, each once.
-
-  They lie beside the records of its data, or in a run in one file. Those of a start that is gone are not known.
-  """
+  """Return the licences of the data that a run and those that it began from were trained on, each once. They lie beside
+  the records, or in a run in one file; those of a start that is gone are not known."""
   texts, seen = [], set[str]()
   while run and run not in seen:
     seen.add(run)  # a folder may since hold another run, which began from this one

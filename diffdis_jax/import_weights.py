@@ -13,11 +13,9 @@ Parameters that only DiffDis has are random; a run that starts from here draws t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from absl import flags, logging
@@ -51,15 +49,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def import_weights(source: str, out: str) -> None:
-  """Read a checkpoint and write a workdir, absent or empty.
-
-  Raises UserError: a source that cannot be read or is of another kind, or `out` cannot be written.
-  """
+  """Read a checkpoint and write a workdir, absent or empty. Raises UserError: a source that cannot be read or is of
+  another kind, or `out` cannot be written."""
   folder = files.empty_folder(out)  # first: what is in the way shows before anything is read
-  if source.startswith(hub.PREFIX):
-    path, source = hub.fetch(source)
-  else:
-    path = buckets.local(source, "--source")
+  is_hub = source.startswith(hub.PREFIX)
+  path, source = hub.fetch(source) if is_hub else (buckets.local(source, "--source"), source)
   # The digests are of what export_weights wrote. Its card may have been edited, and is not read.
   if path.is_dir() and (damage := digests.damage(path, ending=".safetensors")):
     mend = f"copy it again, or remove {digests.NAME} if that was meant"
@@ -92,16 +86,15 @@ def import_weights(source: str, out: str) -> None:
 
 
 def make_config(source: Source) -> ConfigDict:
-  """Make a config around the source's network, computing in f32 as PyTorch does. CLIP has its two towers alone. Raises
-  UserError: a network that cannot be built, or whose token ids are not CLIP's."""
+  """Make a config around the source's network, computing in f32 as PyTorch does. Raises UserError: a network that
+  cannot be built, or whose token ids are not CLIP's."""
   if source.is_clip:
     config = base(sizes.clip_vit_l14(), image_size=source.fields["image_size"])
     config.objectives = ("contrastive",)
   else:
     config = base(sizes.sd_v1(), image_size=256)
     text = source.model["text_encoder"]
-    # 768 and 12 in the paper, as in its text tower.
-    config.model.alignment.update(width=text["width"], num_heads=text["num_heads"])
+    config.model.alignment.update(width=text["width"], num_heads=text["num_heads"])  # as in the paper, 768 and 12
     config.model.remat = "none"
   config.model.update(source.model)
   config.model.dtype = "float32"
@@ -113,16 +106,11 @@ def make_config(source: Source) -> ConfigDict:
 
 def check_tokenizer(folder: pathlib.Path) -> None:
   """Raise UserError unless the tokenizer's vocabulary is CLIP's, in files of older or newer transformers."""
-  path = next((folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).exists()), None)
-  if path is None:
-    raise UserError(f"{folder} has neither vocab.json nor tokenizer.json")
-  vocab: Any = read_json(path)
-  if path.name == "tokenizer.json":
-    with contextlib.suppress(AttributeError, KeyError, TypeError):  # of another form, which is no such vocabulary
-      # The start and the end token stand beside the vocabulary there.
-      vocab = vocab["model"]["vocab"] | {token["content"]: token["id"] for token in vocab.get("added_tokens", ())}
-  if vocab != load_vocab():
-    raise UserError(f"{path} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
+  old, new = folder / "vocab.json", folder / "tokenizer.json"
+  vocab: dict[str, int] = read_json(old) if old.exists() else read_json(new)["model"]["vocab"]
+  # The start and the end token may stand beside the vocabulary.
+  if len(vocab) < VOCAB_SIZE - 2 or not vocab.items() <= load_vocab().items():
+    raise UserError(f"{folder} has not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
 
 
 if __name__ == "__main__":

@@ -39,10 +39,8 @@ ONE_SEED = 1024  # images in a row, from the first on, whose noise has one key; 
 class Inference:
   """A network with its settings for both kinds of sampling, compiled.
 
-  Args:
-    mesh: devices that share the rows of a call, as `sharding.make_mesh` arranges them; all of them by default.
-    batch_size: rows a compiled call, as `batches.Batches` has it; by default 64 a chip, on CPUs 64 in all.
-    after_batch: called after each compiled call, on every process equally often; what it raises ends the sampling.
+  All devices share the rows of a call, unless a mesh is given. `batch_size` and `after_batch` are as `batches.Batches`
+  has them.
   """
 
   def __init__(
@@ -78,10 +76,8 @@ class Inference:
     self.programs: dict[str, programs.Program] = {}
 
   def compiled(self, name: str, f: Callable[..., Any]) -> programs.Program:
-    """Return f(model, *arrays) as a program of parameters and arrays, which compiles for the mesh at its first call.
-
-    A name, which the log shows, always goes with the same function: a second call returns the first one's program.
-    """
+    """Return f(model, *arrays) as a program of parameters and arrays, which compiles for the mesh at its first call. A
+    second call with the same name, which the log shows, returns the same program."""
 
     # Parameters are arguments and no constants: an evaluation during training takes the newest without compiling again.
     def of_params(params: Params, *arrays: Any) -> Any:
@@ -110,13 +106,8 @@ class Inference:
   def embed_images(self, params: Params, images: Any, *, seed: int) -> Float[np.ndarray, "n d"]:
     """Return denoised text queries ê_0 from e_T ~ N(0, I), averaged over noise samples, L2-normalised (Algorithm 3).
 
-    No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size or the mesh.
-    CLIP's image encoder takes no noise.
-
-    Args:
-      images: u8[n H W 3], squares of `image_size`, or what gives such rows by index.
-
-    Raises UserError: a run that was not trained to compare images with texts, or other images.
+    `images` are u8[n H W 3], squares of `image_size`, or give such rows by index. The noise of each depends on the seed
+    and its place alone. Raises UserError: a run that was not trained to compare images with texts, or other images.
     """
     self._require(*ALIGNED)
     if not self.aligned:
@@ -124,11 +115,8 @@ class Inference:
     return self._of_images("image queries", self._image_query, params, images, seed, progress="embedded")
 
   def class_logits(self, params: Params, images: Any, *, seed: int) -> Float[np.ndarray, "n 2 k"]:
-    """Return the language-guided head's logits of each image: the visual branch, then the language branch.
-
-    As in its training an image is denoised once, in one step. Its noise is the first sample of `embed_images`.
-    Raises UserError: a run without that head, or images as `embed_images` refuses them.
-    """
+    """Return the language-guided head's logits of each image: the visual branch, then the language branch. As in its
+    training an image is denoised once, in one step, from the first noise of `embed_images`, and it raises the same."""
     self._require(*WITH_HEAD)
     return self._of_images("class logits", self._class_logits, params, images, seed, progress="classified")
 
@@ -142,9 +130,8 @@ class Inference:
   ) -> UInt8[np.ndarray, "n H W 3"]:
     """Generate images by DDIM with η = 0 from the given initial noise, the whole loop one program (Algorithm 2).
 
-    `done` is called with the number of new images after each call of it; None logs the progress.
-
-    Raises UserError: a run that was not trained for generation, or tokens or noise of another shape.
+    `done` gets the number of new images of each call; None logs the progress. Raises UserError: a run that was not
+    trained for generation, or tokens or noise of another shape.
     """
     self._require(*GENERATIVE)
     shape, expected = tuple(np.shape(noise)), (len(self._tokens(tokens)), *self.network.latent_shape)
@@ -155,14 +142,12 @@ class Inference:
     return self.over_rows("generation", self._generate, params, tokens, noise, done=done)
 
   def moments(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> BFloat16[np.ndarray, "n h w d"]:
-    """Return the autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance.
-
-    Raises UserError: CLIP, which has no autoencoder, or images as `embed_images` refuses them.
-    """
+    """Return the autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance. Raises
+    UserError: CLIP, which has no autoencoder, or images as `embed_images` refuses them."""
     if self.network.is_clip:
       raise UserError("this run is a CLIP model, which encodes no latents; take a run of DiffDis")
 
-    def moments(model: Any, images: UInt8[Array, "b H W 3"]) -> BFloat16[Array, "b h w d"]:
+    def moments(model: Any, images: Array) -> BFloat16[Array, "b h w d"]:
       posterior = model.autoencoder.encode(to_signed(images))
       # In bf16, which halves what a set of stored latents takes.
       return jnp.concatenate([posterior.mean, posterior.log_variance], axis=-1).astype(jnp.bfloat16)
@@ -195,10 +180,8 @@ class Inference:
   def _of_images(
     self, name: str, f: Callable[..., Any], params: Params, images: Any, seed: int, *, progress: str
   ) -> np.ndarray:
-    """Run a function of images and of their noise: the seed of each one's key, and its place among those of that key.
-
-    They go in as rows, so that padding and the split over devices leave each image its own noise.
-    """
+    """Run a function of images, of the seed of each one's key, and of its place among those of that key. All are rows,
+    so that padding and the split over devices leave each image its own noise."""
     places = np.arange(len(self._images(images)))
     seeds = (seed + places - places % ONE_SEED).astype(np.uint32)
     rows = images, seeds, (places % ONE_SEED).astype(np.int32)
@@ -212,9 +195,7 @@ class Inference:
     keys = jax.vmap(jax.random.key)(seeds)
     return query_noise(keys, num_noise_samples=count, places=places, width=self.network.model.query_width)
 
-  def _image_query(
-    self, model: Any, images: UInt8[Array, "b H W 3"], seeds: UInt32[Array, "b"], places: Int[Array, "b"]
-  ) -> Float[Array, "b d"]:
+  def _image_query(self, model: Any, images: Array, seeds: Array, places: Array) -> Float[Array, "b d"]:
     if self.network.is_clip:
       return model.encode_image(images)
     # z = V(x), by the posterior's mode, so that an image's score has no noise but e_T's.
@@ -223,9 +204,7 @@ class Inference:
     given: dict[str, Any] = dict(steps=how.steps, guidance_scale=how.guidance, normalize_query=how.normalize_query)
     return algorithms.denoise_text_query(model, z, noise, network=self.network, **given)
 
-  def _class_logits(
-    self, model: Any, images: UInt8[Array, "b H W 3"], seeds: UInt32[Array, "b"], places: Int[Array, "b"]
-  ) -> Float[Array, "b 2 k"]:
+  def _class_logits(self, model: Any, images: Array, seeds: Array, places: Array) -> Float[Array, "b 2 k"]:
     # In training each step has new noise; here it is of the image's place, so that an evaluation can be repeated.
     noise = features.FeatureNoise(noise_e=self._noise(seeds, places, 1)[0])
     logits = model.head(features.image_features(model, images, noise, network=self.network), model.logit_scale[...])
@@ -237,16 +216,15 @@ class Inference:
 
   def _require(self, *objectives: str) -> None:
     """Raise UserError for a run that was trained for none of them."""
-    if not {*objectives} & {*self.network.objectives}:
-      trained = ", ".join(self.network.objectives)
-      raise UserError(f"this run was not trained for {objectives[0]}; its objectives are {trained}")
+    if not {*objectives} & {*(own := self.network.objectives)}:
+      raise UserError(f"this run was not trained for {objectives[0]}; its objectives are {', '.join(own)}")
 
   def _tokens(self, tokens: Any) -> Any:
     """Return tokens. Raise UserError for texts, and for tokens of another length: generation reads the padding too."""
     if self.network.task.network == "autoencoder":
       raise UserError("this run is an autoencoder alone, which reads no text; take a run of DiffDis or of CLIP")
-    if getattr(tokens, "shape", ())[1:] != (self.max_length,):
-      what = getattr(tokens, "shape", type(tokens).__name__)
+    if (shape := getattr(tokens, "shape", ()))[1:] != (self.max_length,):
+      what = shape or f"a {type(tokens).__name__}"
       raise UserError(f"tokens are {what}; give (n, {self.max_length}), as Tokenizer({self.max_length}) makes them")
     return tokens
 
@@ -288,16 +266,13 @@ def load(
     batch_size, mesh: as `Inference` takes them.
     sampling: fields of Sampling that replace the run's own.
 
-  Raises UserError: no run or no checkpoint there, one that does not fit its config, an image size that the network
-  cannot take, or fields of Sampling for CLIP.
+  Raises UserError: no run or checkpoint there, one that does not fit its config, or settings that the run cannot take.
   """
-  # From the network's shapes to its parameters in this order: nothing is allocated before the config has been checked.
   run = run_config.load(path)
   changes = {} if image_size is None else {"image_size": image_size}
   if sampling and isinstance(run.model, ClipModel):
-    raise UserError(
-      f"this run is a CLIP model, which samples nothing; {', '.join(sampling)} has no effect, leave it out"
-    )
+    names = ", ".join(sampling)
+    raise UserError(f"this run is a CLIP model, which samples nothing; {names} has no effect, leave it out")
   run = run.replace(changes | {f"inference.{name}": value for name, value in sampling.items()})
   inference = Inference(Network.of(run), run.inference, batch_size=batch_size, mesh=mesh)
   inference.duplicate_captions = run.loss.duplicate_captions

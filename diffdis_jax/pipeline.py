@@ -49,14 +49,9 @@ class Ranking(NamedTuple):
 
 
 class Pipeline:
-  """A trained model with its parameters. `load` makes one.
-
-  Attributes:
-    path: workdir of the run, or the name of an included model.
-  """
+  """A trained model with its parameters. `load` makes one of a workdir, or of the name of an included model."""
 
   def __init__(self, path: str):
-    self.path = path
     self._model, self._params = inference.load(path, batch_size=1)
     self._tokenize = Tokenizer(self._model.max_length)
     evals = run_config.load(path).evals.values()
@@ -71,27 +66,23 @@ class Pipeline:
   ) -> list[Image.Image]:
     """Generate an image of each prompt (Algorithm 2). Image i's noise depends on the seed and i alone.
 
-    Sampling steps and guidance scale, of which 1 is none, are the run's where they are None.
-
-    Raises UserError: a run that was not trained for generation, or no prompt.
+    Sampling steps and guidance scale, of which 1 is none, are the run's where they are None. Raises UserError: a run
+    that was not trained for generation, or no prompt.
     """
-    tokens, own = self._tokenize(_listed("prompts", prompts)), self._model.sampling
-    model = self._for_rows(
-      len(tokens),
-      generation_steps=own.generation_steps if steps is None else steps,
-      generation_guidance=own.generation_guidance if guidance is None else guidance,
+    tokens, how = (
+      self._tokenize(_listed("prompts", prompts)),
+      {"generation_steps": steps, "generation_guidance": guidance},
     )
+    model = self._for_rows(len(tokens), **{name: value for name, value in how.items() if value is not None})
     return [*map(Image.fromarray, model.generate(self._params, tokens, model.noise(len(tokens), seed)))]
 
   def classify(
     self, images: Images, names: Sequence[str], templates: Sequence[str] | None = None, *, seed: int = 0
   ) -> Classification:
-    """Find the likeliest of these class names for each image.
+    """Find the likeliest of these class names for each image, by its embedding averaged over templates.
 
-    Templates are prompts with `{}` where the name goes. The texts' embeddings are averaged over them. None takes those
-    of the run's zero-shot evaluation, or else CLIP's eight.
-
-    Raises UserError: as `embed_images`, no name, or a template without a place for it.
+    Templates are prompts with `{}` where the name goes. None takes those of the run's zero-shot evaluation, or else
+    CLIP's eight. Raises UserError: as `embed_images`, no name, or a template without a place for it.
     """
     if isinstance(names, str):
       raise UserError(f"names is {names!r}; give a list")
@@ -112,10 +103,8 @@ class Pipeline:
   def embed_images(self, images: Images, *, seed: int = 0) -> Float32[np.ndarray, "n d"]:
     """Return denoised text queries ê_0 of length 1 (Algorithm 3).
 
-    Images may have any size: each is scaled so that its short side fits, and its central square is taken. Its initial
-    noise e_T depends on the seed and its place alone.
-
-    Raises UserError: a run that was not trained to compare images with texts, or what is no image.
+    An image of any size is scaled so that its short side fits, and its central square is taken. Its initial noise e_T
+    depends on the seed and its place alone. Raises UserError: a run that was not trained for it, or what is no image.
     """
     single = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) == 3
     squares = np.stack([self._square(image) for image in ([images] if single else _listed("images", images))])
@@ -144,13 +133,8 @@ class Pipeline:
 
 
 def load(path: str | os.PathLike[str]) -> Pipeline:
-  """Load a trained model.
-
-  Args:
-    path: workdir of a run, or the name of an included model, such as `shapes`.
-
-  Raises UserError: no run there.
-  """
+  """Load a trained model from the workdir of a run, or by the name of an included one, such as `shapes`. Raises
+  UserError: no run there."""
   cli.compilation_cache()
   return Pipeline(os.fspath(path))
 

@@ -65,7 +65,7 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], DataSet]]
   **{name: (functools.partial(zero_shot_sets.find_parts, name), zero_shot_sets.ZERO_SHOT) for name in find.LABELLED},
 }
 NAMES = (*(name for name in DATA_SETS if name not in find.LABELLED), "torchvision", "latents")
-# Flag -> the names that take it. Of any other name it would have no effect.
+# Flag -> the names that take it; refused of others.
 TAKERS: dict[str, tuple[str, ...]] = {
   **dict.fromkeys(("caption_fields", "captions", "held_out"), ("files",)),
   **dict.fromkeys(("workdir", "data", "views", "augment", "image_size", "batch_size"), ("latents",)),
@@ -114,17 +114,14 @@ def main(argv: list[str]) -> None:
 
 def _name(words: Sequence[str]) -> str:
   """Return the name of the data set that the command line asks for. Raises UserError: there is none."""
-  first, *rest = words or ["none"]
-  if first not in NAMES:
-    known = f"torchvision {first}" if first in find.LABELLED else "cc3m"
-    usage = f"diffdis prepare_data {known} --source=DIR --out=DIR"
-    raise UserError(f"prepare_data takes one name of {', '.join(NAMES)}, not {first}: {usage}")
-  if first == "torchvision" and (not rest or rest[0] not in find.LABELLED):
-    usage = "diffdis prepare_data torchvision pets --source=DIR --out=DIR"
-    raise UserError(f"prepare_data torchvision takes one set of {', '.join(find.LABELLED)}: {usage}")
-  if first != "torchvision" and rest:
-    raise UserError(f"unexpected argument {rest[0]!r}; every other argument is a flag, --name=value")
-  return words[-1]
+  command, known = (
+    ("prepare_data torchvision", find.LABELLED) if words[:1] == ["torchvision"] else ("prepare_data", NAMES)
+  )
+  given = " ".join(words[len(command.split()) - 1 :])
+  if given not in known:
+    usage = f"diffdis {command} {'pets' if known is find.LABELLED else 'cc3m'} --source=DIR --out=DIR"
+    raise UserError(f"{command} takes one name of {', '.join(known)}, not {given or 'none'}: {usage}")
+  return given
 
 
 def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:

@@ -30,24 +30,14 @@ def define_flags() -> None:
   cli.config_flag()
   cli.process_flags()
   flags.DEFINE_string("workdir", None, "folder of the run; created, or resumed if it holds one", required=True)
-  flags.DEFINE_multi_string(
-    "eval",
-    [],
-    'one more evaluation during training, as JSON: {"name": ..., "task": "zero_shot", "data": {"path": ...}}; may be'
-    " repeated",
-  )
-  flags.DEFINE_enum(
-    "tracker", None, list(writers.TRACKERS), "where numbers and images are sent, in addition to TensorBoard"
-  )
-  flags.DEFINE_float(
-    "hang_timeout",
-    watch.SECONDS,
-    "seconds, compiling included, after which a step hangs and the process ends with code 1; 0 for never",
-    lower_bound=0.0,
-  )
-  flags.DEFINE_string(
-    "profile", None, "START:STEPS: write a trace of STEPS steps from step START, for xprof and Perfetto"
-  )
+  more = 'one more evaluation, as JSON: {"name": ..., "task": "zero_shot", "data": {"path": ...}}; may be repeated'
+  flags.DEFINE_multi_string("eval", [], more)
+  where = "where numbers and images are sent, in addition to TensorBoard"
+  flags.DEFINE_enum("tracker", None, list(writers.TRACKERS), where)
+  hangs = "seconds, compiling included, after which a step hangs and the process ends with code 1; 0 for never"
+  flags.DEFINE_float("hang_timeout", watch.SECONDS, hangs, lower_bound=0.0)
+  trace = "START:STEPS: write a trace of STEPS steps from step START, for xprof and Perfetto"
+  flags.DEFINE_string("profile", None, trace)
 
 
 def main(argv: Sequence[str]) -> None:

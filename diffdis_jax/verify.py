@@ -2,9 +2,9 @@
 
   diffdis verify --workdir=RUN
 
-Writes one line for each checkpoint, or one for a folder that prepare_data or export_weights wrote. Exits with code 2
-where one is damaged, and names the newest whole one. Nothing is changed. What is in a bucket is compared by the digests
-that its server keeps, and is not downloaded.
+Writes a line for each checkpoint, or for a folder that prepare_data or export_weights wrote. Exits with code 2 where
+one is damaged, and names the newest whole one. Files in a bucket are compared by their server's digests, and are not
+downloaded.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def main(argv: Sequence[str]) -> None:
   if (path / digests.NAME).exists():
     if (damage := digests.damage(path)) is not None:
       raise UserError(f"{path} is damaged: {damage.file} {damage.what}; copy it again, or make it again")
-    cli.write(f"{path}: {_size(path)}\n")
+    cli.write(f"{path}: whole\n")
   elif (file := one_file.at(path)) is not None:
     one_file.read_params(file)  # which checks it
-    cli.write(f"checkpoint {one_file.read_record(file).step}: whole: 1 file, {file.stat().st_size / 1e6:.1f} MB\n")
+    cli.write(f"checkpoint {one_file.read_record(file).step}: whole\n")
   else:
     verify(path)
 
@@ -49,7 +49,7 @@ def verify(run: epath.Path) -> None:
     if not mark.exists():
       state = f"does not count: it has no {mark.name}; its save was interrupted, or is in progress"
     elif (damage := digests.damage_of_step(path, digest)) is None:
-      state = _size(path)
+      state = "whole"
     elif not mark.exists():
       state = "removed meanwhile: the run keeps only some"
     else:
@@ -59,13 +59,6 @@ def verify(run: epath.Path) -> None:
     whole = workdir.newest_whole(folder, digest)
     then = "none is known to be whole" if whole is None else f"the newest whole one is {whole}: take --step={whole}"
     raise UserError(f"{damaged} of {len(paths)} checkpoints in {folder} are damaged; {then}")
-
-
-def _size(path: epath.Path) -> str:
-  """Describe a folder without damage."""
-  listed = digests.read(path)
-  files = listed.files.values() if isinstance(listed, digests.Digests) else ()
-  return f"whole: {len(files)} files, {sum(file.size for file in files) / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

@@ -106,8 +106,7 @@ def test_an_ablation_that_is_stopped_saves(tmp_path, environment, autoencoder_ru
     ([GRID, "--config.seed=7"], "--config.seed has no effect on an ablation, .* --seeds=0,1,2; give those"),
     (
       [GRID, "--config.loss.ita_weight=0.5"],
-      "--config.loss.ita_weight=0.5 has no effect on these rows, which have values of their own, 0.01, 0.3; leave it"
-      " out",
+      "--config.loss.ita_weight=0.5 has no effect on these rows, whose own values are 0.01, 0.3; leave it out",
     ),
   ],
 )

@@ -42,6 +42,6 @@ def test_every_extra_that_a_message_names_exists():
 
 
 def test_the_message_names_the_package_and_the_command_to_type():
-  error = errors.not_installed("the page", "gradio", "app", otherwise="do without")
-  end = "pip install -e '.[app]' in the repository's folder, or do without"
+  error = errors.not_installed("the page", "gradio", "app")
+  end = "pip install -e '.[app]' in the repository's folder"
   assert str(error) == f"the page needs gradio, which is not installed; {end}"

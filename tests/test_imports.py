@@ -28,7 +28,7 @@ SHIPPED = {f"interop/torch_{name}.py" for name in ("diffdis", "parts", "pipeline
 TORCH_FILES = {"interop/tensor_files.py", *SHIPPED}
 # A room has at most so many lines. To let it grow, raise its number in the same change, and say why there.
 MOST_LINES = {
-  "ablate": 1275,
+  "ablate": 1200,
   "app": 925,
   "benchmark": 350,
   "common": 1275,
@@ -36,7 +36,7 @@ MOST_LINES = {
   "configs": 950,
   "data": 4600,
   "evals": 3200,
-  "files at the root": 1990,
+  "files at the root": 1880,
   "interop": 2700,
   "method": 1850,
   "models": 2125,

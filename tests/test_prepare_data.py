@@ -48,8 +48,8 @@ def test_a_folder_is_written_and_skipped_pairs_are_reported(raw, tmp_path):
   [
     (("--source=raw", "--out=out"), "takes one name of files, pairs, cc3m, coco, flickr30k, folder, torchvision, "),
     (("laion", "--source=raw", "--out=out"), "not laion"),
-    (("torchvision", "mnist", "--source=raw", "--out=out"), "prepare_data torchvision takes one set of cifar10, "),
-    (("coco", "pets", "--source=raw", "--out=out"), "unexpected argument 'pets'"),
+    (("torchvision", "mnist", "--source=raw", "--out=out"), "prepare_data torchvision takes one name of cifar10, "),
+    (("coco", "pets", "--source=raw", "--out=out"), "not coco pets: diffdis prepare_data cc3m --source=DIR"),
     (("pairs", "--source=nowhere", "--out=out"), "no folder nowhere"),
     (("cc3m", "--source=nowhere", "--out=out"), "no folder nowhere"),
     (("pairs", "--source=raw", "--out=out", "--num_processes=0"), "num_processes"),

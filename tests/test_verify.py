@@ -23,9 +23,7 @@ def verify(workdir):
 def test_every_checkpoint_is_reported_in_a_line(tmp_path):
   save(tmp_path, 1, 2, 3, 4, 5, state=large_state(), keep_last=9)
   code, lines, errors = verify(tmp_path)
-  count = len(checkpoint_files(tmp_path, 1)) - 3  # without the digests and the two files that are written later
-  assert (code, errors) == (0, []) and len(lines) == 5
-  assert lines[0].startswith(f"checkpoint 1: whole: {count} files, 0.")
+  assert (code, errors) == (0, []) and lines == [f"checkpoint {step}: whole" for step in range(1, 6)]
 
   folder = tmp_path / "checkpoints"
   (folder / "1" / digests.NAME).unlink()
@@ -39,7 +37,7 @@ def test_every_checkpoint_is_reported_in_a_line(tmp_path):
     "checkpoint 1: damaged: digests.json is missing",
     "checkpoint 2: damaged: meta/metadata is missing",
   ]
-  assert lines[2].startswith("checkpoint 3: whole: ")
+  assert lines[2] == "checkpoint 3: whole"
   assert lines[3].startswith("checkpoint 4: does not count: it has no commit_success.txt; ")
   name = damaged.relative_to(folder / "5").as_posix()
   assert lines[4:] == [f"checkpoint 5: damaged: {name} holds other bytes than were saved"]
@@ -59,7 +57,7 @@ def test_prepared_data_are_reported_in_a_line(tmp_path):
   names = {file.name for file in out.iterdir()} - {digests.NAME}
   assert {*json.loads((out / digests.NAME).read_text())["files"]} == names
   code, lines, errors = verify(out)
-  assert (code, errors) == (0, []) and lines[0].startswith(f"{out}: whole: {len(names)} files, ")
+  assert (code, lines, errors) == (0, [f"{out}: whole"], [])
   flip(out / "dataset_info.json", random.Random(0))
   code, lines, errors = verify(out)
   assert (code, lines, len(errors)) == (2, [], 1)
@@ -68,4 +66,4 @@ def test_prepared_data_are_reported_in_a_line(tmp_path):
 
 def test_a_run_in_one_file_is_reported_in_a_line():
   code, (line,), _ = verify("shapes")
-  assert code == 0 and "whole: 1 file" in line
+  assert code == 0 and line.endswith(": whole")

@@ -63,10 +63,8 @@ def perform(
   module: str = "diffdis_jax.ablate",
   tabulate: Callable[[Plan, Folder], None] | None = None,
 ) -> None:
-  """Do what the first argument names with a plan.
-
-  `module` is the command that each run of several is started by, and `tabulate` does the verb `table`.
-  """
+  """Do what the first argument names with a plan. `module` is the command that each run of several is started by, and
+  `tabulate` does the verb `table`."""
   verb = argv[1] if argv[1:] else ""
   if verb not in VERBS:
     raise UserError(f"diffdis ablate {verb or '...'}: the first argument is one of {', '.join(VERBS)}")
@@ -124,13 +122,10 @@ def _check_overrides(plan: Plan, overrides: Mapping[str, Any]) -> None:
   fields = {run: workdir.flatten(run.config) for run in plan.runs}
   of_rows = [fields[run] for runs in plan.rows.values() for run in runs]
   for field, value in workdir.flatten(overrides).items():
-    own = dict.fromkeys(repr(of_run[field]) for of_run in of_rows if field in of_run)
+    own = ", ".join(dict.fromkeys(repr(of_run[field]) for of_run in of_rows if field in of_run))
     # Also of a start, such as the autoencoder. Of `train_evals` those of what a run does not train are left out.
     if own and field != "train_evals" and value not in [of_run.get(field) for of_run in fields.values()]:
-      raise UserError(
-        f"--config.{field}={value} has no effect on these rows, which have values of their own, {', '.join(own)}; leave"
-        " it out"
-      )
+      raise UserError(f"--config.{field}={value} has no effect on these rows, whose own values are {own}; leave it out")
 
 
 def check_evaluations(config: Mapping[str, Any]) -> None:
@@ -143,9 +138,8 @@ def check_evaluations(config: Mapping[str, Any]) -> None:
 
 
 def run_selected(plan: Plan, folder: Folder, module: str) -> None:
-  """Do the run that --only names in this process, or all runs, each in a process of its own."""
-  # In this process: a job of an array gets its own signals, and only so can it be one of several processes that train
-  # together.
+  """Do all runs, each in a process of its own, or the one that --only names in this process, which gets a job's signals
+  and may be one of several that train together."""
   if FLAGS.only is not None:
     if FLAGS.only >= len(plan.runs):
       raise UserError(f"--only={FLAGS.only}: the plan has runs 0 to {len(plan.runs) - 1}")
@@ -169,8 +163,7 @@ def run_one(one: Run, plan: Plan, folder: Folder) -> None:
 
 
 def measure(one: Run, path: str, out: str) -> None:
-  """Run every evaluation of a run, by the newest checkpoint's averaged weights; those in `out` already are not
-  repeated."""
+  """Run the evaluations of a run that `out` lacks, by the newest checkpoint's averaged weights."""
   # CLIP takes no steps of denoising, so that `inference` says nothing of it. Long-tailed objectives are of either.
   protocol = {} if "vision_encoder" in one.config["model"] else one.config["inference"]
   asked = tasks.of_config(one.evals, tasks=None)

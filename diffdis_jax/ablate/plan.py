@@ -17,6 +17,7 @@ from diffdis_jax.run import workdir
 from diffdis_jax.run.workdir import digest, identity
 
 Config = Mapping[str, Any]  # nested dicts
+WITH_AUTOENCODER = ("diffdis", "either")  # the networks that need one
 # What the training of the autoencoder takes over from the base and from a row. All else is as its config file has it,
 # its seed too: one autoencoder serves the runs of every seed.
 OF_AUTOENCODER = r"^(image_size$|mesh\.|model\.autoencoder\.|data\.(name|path|split|mixture|loader)(\.|$))"
@@ -62,15 +63,11 @@ def make(
   *,
   own_starts: bool = False,
 ) -> Plan:
-  """Make the plan of the tables that are `asked` for.
+  """Make the plan of the tables that are `asked` for, whose rows change `base`.
 
-  Args:
-    base: the config that rows change, as nested dicts.
-    autoencoder: the config of the autoencoder that its runs start from; None where they start from something else.
-    own_starts: each seed has an autoencoder of its own; else one serves all.
-
-  Raises UserError: the base has none of the evaluations that the rows' objectives need for a column; it lacks a field
-  that a row changes; or a seed is given twice.
+  `autoencoder` is the config of the one that the runs start from; None where they start from something else. With
+  `own_starts` each seed has one of its own. Raises UserError: the base has no evaluation for a column of the rows, or
+  lacks a field that a row changes; or a seed is given twice.
   """
   if not seeds or len(set(seeds)) < len(seeds):
     raise UserError(f"--seeds={','.join(map(str, seeds))} should be different numbers, such as 0,1,2")
@@ -102,14 +99,9 @@ def make(
 
 
 def find_autoencoder(path: str, overrides: Mapping[str, Any], base: Config) -> dict[str, Any] | None:
-  """Return the config of the autoencoder that belongs to a base, by the argument `autoencoder` of its file; None where
-  the base starts from a run that `init_from` names, needs no autoencoder, or its file knows none.
-
-  Args:
-    path: FILE.py[:args] of the base.
-    overrides: dotted path -> value, given for the base; the autoencoder takes those of OF_AUTOENCODER.
-  """
-  if base["init_from"] or not _needs_autoencoder(base["objectives"]):
+  """Return the config of the autoencoder that belongs to a base, by the argument `autoencoder` of its file, with the
+  overrides of OF_AUTOENCODER; None where the base starts from a run, needs no autoencoder, or its file knows none."""
+  if base["init_from"] or task_of(base["objectives"]).network not in WITH_AUTOENCODER:
     return None
   file, _, argument = path.partition(":")
   try:
@@ -126,10 +118,6 @@ def _of_autoencoder(changes: Mapping[str, Any]) -> dict[str, Any]:
   return {field: value for field, value in changes.items() if re.search(OF_AUTOENCODER, field)}
 
 
-def _needs_autoencoder(objectives: Sequence[str]) -> bool:
-  return task_of(objectives).network in ("diffdis", "either")
-
-
 def _make_run(
   base: Config,
   autoencoder: Config | None,
@@ -141,15 +129,14 @@ def _make_run(
 ) -> Run:
   """Return the run of a row, from `known`, or new and put there with what it starts from."""
   config = tables.changed(row.own_base or base, {**row.changes, "seed": seed})
-  objectives: Sequence[str] = config["objectives"]
-  trained = measured(config) if row.measured else {}
+  objectives, trained = config["objectives"], measured(config) if row.measured else {}
   if row.measured and not trained:
     raise UserError(f"row {row.label}: no evaluation of the base measures objectives {', '.join(objectives)}")
   config["train_evals"] = tuple(name for name in config["train_evals"] if name in trained)
   first = None
   if row.start is not None:
     first = _make_run(base, autoencoder, row.start, seed, known, own_starts=own_starts)
-  elif autoencoder is not None and _needs_autoencoder(objectives) and not config["init_from"]:
+  elif autoencoder is not None and task_of(objectives).network in WITH_AUTOENCODER and not config["init_from"]:
     plain = tables.changed(autoencoder, _of_autoencoder(row.changes) | ({"seed": seed} if own_starts else {}))
     of_seed = f"-seed_{seed}" if own_starts else ""
     start = Run(f"autoencoder{of_seed}-{digest(identity(plain))}", plain, None, {})
@@ -165,21 +152,17 @@ def _make_run(
 
 def measured(config: Config) -> dict[str, Any]:
   """Return the evaluations of what is trained; others would measure chance, and their cells stay blank instead."""
-  objectives: Sequence[str] = config["objectives"]
   # An unknown task stays, so that its check can name the run.
-  measures = lambda task: task not in evals.TASKS or evals.get(task).fits(objectives)
+  measures = lambda task: task not in evals.TASKS or evals.get(task).fits(config["objectives"])
   return {name: section for name, section in config["evals"].items() if measures(section["task"])}
 
 
 def _describe(base: Mapping[str, Any], config: Mapping[str, Any]) -> str:
   """Describe what a training changes in the base, as part of a file's name: `gamma_1.0-target_noise`."""
-  there = workdir.flatten(base)
-  changed = [
-    f"{field.split('.')[-1]}_{tables.shown(value)}"
-    for field, value in identity(config).items()
-    if field not in ("seed", "init_from") and there.get(field) != value
-  ]
-  return _part_of_name("-".join(changed)) or "base"
+  there, here = workdir.flatten(base), identity(config).items()
+  changed = [(name, value) for name, value in here if name not in ("seed", "init_from") and there.get(name) != value]
+  words = [f"{name.split('.')[-1]}_{tables.shown(value)}" for name, value in changed]
+  return _part_of_name("-".join(words)) or "base"
 
 
 def _part_of_name(text: str) -> str:

@@ -77,8 +77,8 @@ class Folder:
     return self.path / "logs" / f"{run.name}.log"
 
   def config(self, run: Run) -> dict[str, Any]:
-    """Return the config of a run's training. Its `init_from` is the workdir of what it starts from, if there is one; in
-    a run that has a checkpoint it is the one from which the run began, since the folder may have moved."""
+    """Return the config of a run's training, with the workdir that it starts from, or, where it has a checkpoint, that
+    it began from, since the folder may have moved."""
     if run.start is None:
       return run.config
     # Not in the plan's config: a path would make the run's hash, and so its name, depend on the folder.
@@ -179,11 +179,8 @@ def _hours(run: Run, states: Mapping[Run, State]) -> float | None:
 def run(
   one: Run, folder: Folder, *, train: Callable[[run_config.Run, str], Any], measure: Callable[[Run, str, str], Any]
 ) -> None:
-  """Train a run, what it starts from first, and measure it, each from where it was stopped.
-
-  What another process is at is waited for. `train` takes a record and a workdir; `measure` a run, its workdir, and the
-  file of results that it writes.
-  """
+  """Train a run, what it starts from first, and measure it, each from where it was stopped or when another process has
+  ended it. `train` takes a record and a workdir; `measure` a run, its workdir, and the file of results to write."""
   # Before its start: where the results are, no workdir has to be.
   if as_first_sees(lambda: folder.state(one).is_finished):
     return
@@ -216,16 +213,13 @@ def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
 
 
 def as_first_sees(look: Callable[[], bool]) -> bool:
-  """Return on every process what process 0 sees. A shared file system may show a new file to some processes later, and
-  all of them do together what follows."""
+  """Return on every process what process 0 sees: a shared file system may show a new file to some processes later."""
   return bool(processes.from_first(np.uint8(look() if processes.is_first() else False)))
 
 
 def run_all(plan: Plan, folder: Folder, command: Callable[[int], list[str]]) -> int:
-  """Do the runs that are not finished, starts first, each in a process of its own whose output goes to its log. Return
-  0, or the exit code for runs that failed: 2 if each of them had bad input, else 1.
-
-  One that fails is reported, and the others continue. `command` is that of a run's process, by its number.
+  """Do the runs that are not finished, starts first, each by its `command` in a process whose output goes to its log.
+  One that fails is reported, and the others continue. Return 0, or 2 if each that failed had bad input, else 1.
 
   Raises Preempted: SIGTERM or, as Interrupted, Ctrl-C came, to this process or to a run's, which has saved and ended.
   """
@@ -253,10 +247,8 @@ def run_all(plan: Plan, folder: Folder, command: Callable[[int], list[str]]) -> 
 
 
 def call(command: Sequence[str], log: epath.Path) -> int:
-  """Return the exit code of a process, whose output is appended to the file `log`.
-
-  Raises Preempted: it was stopped, or this process was, and it has saved; Interrupted, if by Ctrl-C.
-  """
+  """Return the exit code of a process, whose output is appended to the file `log`. Raises Preempted: it was stopped, or
+  this process was, and it has saved; Interrupted, if by Ctrl-C."""
   with buckets.appended(log) as out:
     # Without a standard input: a run does not read a terminal.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)

@@ -21,11 +21,8 @@ ROUNDING = 1e-9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
-  """The mean of n paired differences, in the unit of the figure.
-
-  What is judged is None where there is nothing to judge by: of one pair, and where the difference is the same in every
-  pair, which coarse figures of few seeds often are by chance.
-  """
+  """The mean of n paired differences, in the unit of the figure. What is judged is None of one pair, and where all have
+  the same difference, which coarse figures of few seeds often have by chance."""
 
   mean: float
   n: int
@@ -65,12 +62,8 @@ def detectable(sd: float, n: int) -> float:
 
 
 def holm(p_values: Sequence[float | None], *, named: int | None = None) -> list[float | None]:
-  """Return adjusted p (Holm, 1979), in the order of `p_values`; None stays None.
-
-  That of rank i of m is the largest of (m - j) p_j, j <= i.
-
-  `named`: m, where some tests have no p yet, as if theirs were 1; by default as many as have one.
-  """
+  """Return adjusted p (Holm, 1979), in the order of `p_values`; None stays None. That of rank i of m is the largest of
+  (m - j) p_j, j <= i. `named` is m, where some tests have no p yet, as if theirs were 1; by default as many as have."""
   given = np.array([p for p in p_values if p is not None])
   order, m = np.argsort(given, kind="stable"), len(given) if named is None else named
   adjusted = np.empty(len(given))

@@ -34,11 +34,8 @@ Figures = Mapping[str, Mapping[int, float]]  # of a row: column -> seed -> figur
 
 
 def summarise(plan: Plan, folder: Folder, *, base: str) -> dict[str, Any]:
-  """Return the content of tables.json for the runs that are finished; the same for the same results.
-
-  `base` is how the base config was named. Raises UserError: results that are none, or two of one row by different
-  protocols.
-  """
+  """Return the content of tables.json for the runs that are finished. `base` is how the base config was named. Raises
+  UserError: results that are none, or two of one row by different protocols."""
   columns = measured(columns_of(plan.base["evals"]), (run.evals for runs in plan.rows.values() for run in runs))
   results = read_results(plan, folder)
   count = collections.Counter(run.name for run in plan.runs)
@@ -87,11 +84,8 @@ def check_protocols(table: str, runs: Sequence[Run], results: Mapping[Run, Resul
 
 
 def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[str]]) -> dict[str, Any]:
-  """Return the entry of a table in tables.json, given each row's figures and the names of its runs, finished or not.
-
-  A cell is as `cells_of` gives it. `count` says how many differences have a p, how many of them are significant, and
-  how many would be without Holm's correction, truly and by chance.
-  """
+  """Return the entry of a table in tables.json, given each row's figures and the names of its runs. `count` says how
+  many differences have a p, how many are significant, and how many would be without Holm's correction and by chance."""
   cells = cells_of(figures, base=table.base)
   rows = [
     {
@@ -116,11 +110,9 @@ def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[s
 
 
 def cells_of(figures: Sequence[Figures], *, base: int | None) -> list[dict[str, dict[str, Any]]]:
-  """Return, for each row, column -> cell: values, mean, sd (of a sample; None of one value), n; and `difference`.
-
-  That is the difference to the row of number `base` over the seeds that both have, as `significance.Difference` with
-  Holm's correction over all of these cells; None without a common seed, and in the base row.
-  """
+  """Return, for each row, column -> cell: values, mean, sd (of a sample; None of one value), n; and `difference`, that
+  to the row of number `base` over the seeds that both have, as `significance.Difference` with Holm's correction over
+  all of these cells; None without a common seed, and in the base row."""
   pairs = {}
   for place, row in enumerate(figures):
     for name, values in row.items() if base is not None and place != base else ():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -51,10 +52,9 @@ class Table:
 def paper_tables(*, schedule: str) -> dict[str, Table]:
   """Return Tables 2, 3, 4, 5 and 7 of the appendix, by number; their base rows are those of the final model.
 
-  "linear" is Stable Diffusion's schedule of that name, here `scaled_linear`.
-
   `schedule` is the text schedule of Tables 2 and 7, which the paper does not state. γ of Table 7 is not stated either;
-  here it is 1, as in Tables 2 and 3, since that table's row of t_z = 1000 differs from the final model's.
+  here it is 1, as in Tables 2 and 3, since that table's row of t_z = 1000 differs from the final model's. "linear" is
+  Stable Diffusion's schedule of that name, here `scaled_linear`.
   """
 
   def table(name: str, title: str, base: int, *rows: tuple[str, Mapping[str, Any], tuple[float, ...]]) -> Table:
@@ -97,8 +97,7 @@ def paper_tables(*, schedule: str) -> dict[str, Table]:
 
 
 def choose(names: Sequence[str], *, schedule: str) -> list[Table]:
-  """Return the paper's tables of these numbers, as `paper_tables` has them. Raises UserError: one is unknown or named
-  twice."""
+  """Return the paper's tables of these numbers. Raises UserError: one is unknown or named twice."""
   known = paper_tables(schedule=schedule)
   for i, name in enumerate(names):
     if name not in known or name in names[:i]:
@@ -107,14 +106,10 @@ def choose(names: Sequence[str], *, schedule: str) -> list[Table]:
 
 
 def grid(text: str, base: Mapping[str, Any]) -> Table:
-  """Return the table of every combination of values of some fields.
+  """Return the table of every combination of values of some fields, which are Python's, or words.
 
-  Args:
-    text: `loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0`. Values are Python's, and words stand for themselves.
-    base: the config of whose fields these are. Its own combination, if it is among them, is the base row; else the
-      first one is.
-
-  Raises UserError: no such field, no value, one of another type or twice, or `seed`.
+  The base row is the base's own combination, if it is among them, else the first one. Raises UserError: no such field,
+  no value, one of another type or twice, or `seed`.
   """
   axes: dict[str, list[Any]] = {}
   for entry in filter(None, (part.strip() for part in text.split(";"))):
@@ -126,13 +121,11 @@ def grid(text: str, base: Mapping[str, Any]) -> Table:
     axes[field] = _read_values(field, values, base)
   if not axes:
     raise UserError("--grid is empty; write it as field=value,value, such as loss.ita_weight=0.03,0.1")
-  rows = []
-  for values in itertools.product(*axes.values()):
-    changes = dict(zip(axes, values, strict=True))
-    label = ", ".join(f"{name} = {shown(value)}" for name, value in changes.items())
-    rows.append(Row(label=label, changes=changes))
+  combined = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+  label = lambda changes: ", ".join(f"{name} = {shown(value)}" for name, value in changes.items())
+  rows = [Row(label=label(changes), changes=changes) for changes in combined]
   own = {field: field_of(base, field) for field in axes}
-  first = next((i for i, row in enumerate(rows) if row.changes == own), 0)
+  first = combined.index(own) if own in combined else 0
   return Table(name="grid", title=" × ".join(axes), rows=tuple(rows), base=first)
 
 
@@ -142,15 +135,9 @@ def shown(value: Any) -> str:
 
 
 def field_of(config: Mapping[str, Any], field: str) -> Any:
-  """Return the value of a field, or its section, by its dotted path.
-
-  Raises UserError: the config has none of this name; the message says which is near.
-  """
+  """Return the value of a field, or its section, by its dotted path. Raises UserError: there is none of this name."""
   guesses.check_key(config, field)
-  value: Any = config
-  for part in field.split("."):
-    value = value[part]
-  return value
+  return functools.reduce(lambda section, name: section[name], field.split("."), config)
 
 
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,11 +205,8 @@ class Column:
 
 
 def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
-  """Return the columns of a config's `evals`, task by task in the order of TITLES_OF, and then R@1.
-
-  With a set `coco` and a set `flickr` of retrieval, as in the paper, the mean of their four R@1 is one column. R@1 of
-  any other set is the mean of both ways.
-  """
+  """Return the columns of a config's `evals`, task by task in the order of TITLES_OF, and then R@1, the mean of both
+  ways. With sets `coco` and `flickr` of retrieval, as in the paper, the mean of their four R@1 is one column."""
   columns: list[Column] = []
   for task, titles_of in TITLES_OF.items():
     for name, section in evaluations.items():
@@ -263,8 +247,7 @@ TITLES_OF: dict[str, Callable[[str, Mapping[str, Any]], dict[str, str]]] = {
 
 
 def measured(columns: Sequence[Column], evaluations: Iterable[Mapping[str, Mapping[str, Any]]]) -> tuple[Column, ...]:
-  """Return the columns that one of these runs has, by the `evals` of each: what no run is trained for gets no blank
-  column."""
+  """Return the columns that one of these runs has, by the `evals` of each, so that none is blank."""
   # By what they are of: a row that changes how many images it generates may name its column otherwise.
   cells = {column.cells for evals in evaluations for column in columns_of(evals)}
   return tuple(column for column in columns if column.cells in cells)
