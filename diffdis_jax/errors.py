@@ -45,11 +45,9 @@ class Diverged(Exception):
   code = 1
 
   def __init__(self, step: int, count: int, saved: int | None):
-    super().__init__(
-      f"the last {count} steps up to {step} changed nothing, since loss or gradient was not finite; the last checkpoint"
-      f" is {'none' if saved is None else saved}; lower optim.rates, or set optim.clip_norm or model.dtype='float32',"
-      " in a new workdir"
-    )
+    what = f"the last {count} steps up to {step} changed nothing, since loss or gradient was not finite"
+    mend = "lower optim.rates, or set optim.clip_norm or model.dtype='float32', in a new workdir"
+    super().__init__(f"{what}; the last checkpoint is {'none' if saved is None else saved}; {mend}")
 
 
 def install(extra: str) -> str:

@@ -17,9 +17,7 @@ same command resumes there; F.md has the means beside the paper's. A suite also 
 
   diffdis evaluate --workdir=RUN --suite=paper --data_root=ROOT --out=F.json
 
-Several results side by side, with the differences between their protocols:
-
-  diffdis evaluate --compare=A.json,B.json --out=F.md
+--compare=A.json,B.json --out=F.md writes several results side by side, with the differences between their protocols.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from absl import flags, logging
 
 from diffdis_jax import config as run_config
@@ -38,9 +35,8 @@ from diffdis_jax.common import cli
 from diffdis_jax.config.objectives import ALIGNED
 from diffdis_jax.config.sections import Sampling
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base, suites, tables, tasks
 from diffdis_jax.evals import results as result_files
-from diffdis_jax.evals import suites, tables, tasks
-from diffdis_jax.evals.base import Evaluation
 from diffdis_jax.evals.results import ResultFile, Results
 from diffdis_jax.evals.tasks import Section
 from diffdis_jax.parallel import processes
@@ -77,8 +73,7 @@ def main(argv: Sequence[str]) -> None:
   if FLAGS.compare:
     cli.refuse(("workdir", "tasks", "data", "suite"), "beside --compare, which reads results alone")
     return tables.compare(FLAGS.compare, FLAGS.out)
-  # Not required of the flag itself, since --compare reads no run.
-  if not FLAGS.workdir:
+  if not FLAGS.workdir:  # not required of the flag itself, since --compare reads no run
     raise UserError("--workdir=DIR is missing, the folder of the run to measure")
   processes.start()
   run = run_config.load(FLAGS.workdir)
@@ -92,8 +87,7 @@ def main(argv: Sequence[str]) -> None:
       metric = run.checkpoint.best_metric
       raise UserError(f"--best: no checkpoint in {FLAGS.workdir} was saved with checkpoint.best_metric={metric!r}")
     protocol["step"] = best.step
-  # Hours of work are not to end in an --out that cannot be written.
-  if processes.is_first():
+  if processes.is_first():  # before hours of work
     result_files.check_out(FLAGS.out)
   if FLAGS.suite:
     measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
@@ -111,7 +105,7 @@ def evaluate(
   step: int | None = None,
   ema: bool = True,
   kept: ResultFile | None = None,
-  check: Callable[[str, Evaluation], None] = lambda dataset, evaluation: None,
+  check: Callable[[str, base.Evaluation], None] = lambda dataset, evaluation: None,
   **protocol: Any,
 ) -> Results:
   """Measure the run of a workdir by tasks on data sets, and return {task: {data set: record}}.
@@ -125,8 +119,9 @@ def evaluate(
   evaluations = [(section, section.create()) for section in sections]
   for section, evaluation in evaluations:
     check(section.dataset, evaluation)
-  if jax.process_count() > 1:
-    _check_same_on_all(sections)
+  # With other sets, one process would wait for the others for ever; with other records, each would read its own.
+  sets = {f"{section.task} on {section.dataset}": _records(section) for section in sections}
+  processes.check_same(sets, "give every host the same data sets")
   step, ema = restore.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   common: dict[str, Any] = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
@@ -167,15 +162,10 @@ def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete
   tables.write(run, results, out)
 
 
-def _check_same_on_all(sections: Sequence[Section]) -> None:
-  """Raise UserError, on every process, where they measure different sets, so that one would wait for the others for
-  ever, or different records, of which each would read its own."""
-  paths = [str((section.settings.get("data") or {}).get("path") or "") for section in sections]
-  marks = [digests.fingerprint(path, part=digests.RECORDS) if path else "" for path in paths]
-  here = ", ".join(f"{one.task} on {one.dataset} {mark}".strip() for one, mark in zip(sections, marks, strict=True))
-  if hosts := processes.differing(here):
-    others = ", ".join(map(str, hosts))
-    raise UserError(f"hosts {others} find other data sets than host 0; this host finds {here}; give all the same ones")
+def _records(section: Section) -> str:
+  """Return a digest of the records that a task reads of prepared data."""
+  path = str((section.settings.get("data") or {}).get("path") or "")
+  return digests.fingerprint(path, part=digests.RECORDS) if path else ""
 
 
 def read_sections(run: Any) -> list[Section]:

@@ -3,11 +3,8 @@
   diffdis export_weights --workdir=runs/demo/diffdis --out=exported
   diffdis export_weights --workdir=runs/demo/diffdis --push=ORG/NAME --noprivate
 
-DiffDis: one line of PyTorch, with diffusers and transformers alone, loads the folder:
-
-  pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
-
-CLIP: `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("local-dir:DIR")` read the folder.
+DiffDis: `DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)` of diffusers loads the
+folder. CLIP: `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("local-dir:DIR")` read it.
 
 --out=F.safetensors writes a run in one file, which is read wherever a workdir is.
 """
@@ -40,15 +37,13 @@ CONFIGS = {"config.json", "model_index.json", "open_clip_config.json"}  # withou
 
 def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
-  out = "folder to write, absent or empty, or F.safetensors for a run in one file; required without --push"
-  flags.DEFINE_string("out", None, out)
+  flags.DEFINE_string("out", None, "folder to write, absent or empty, or F.safetensors; required without --push")
   flags.DEFINE_string("push", None, "ORG/NAME on the Hugging Face hub to write to, as one commit; takes a token")
   flags.DEFINE_boolean("private", True, "with --push, whether a newly created repository is private")
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
   flags.DEFINE_enum("dtype", "float32", list(to_torch.DTYPES), "dtype of the written weights")
-  kept = "with --out=F.safetensors, a text file: only the vectors of the tokens in it are kept, for a smaller file"
-  flags.DEFINE_string("keep_tokens_of", "", kept)
+  flags.DEFINE_string("keep_tokens_of", "", "text file; a smaller F.safetensors has the vectors of its tokens alone")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -105,8 +100,8 @@ def export_weights(
       logging.info("it is an autoencoder alone: the pipeline's vae encodes and decodes; it generates nothing")
     else:
       Tokenizer(own["max_length"]).save(temporary if is_clip else temporary / "tokenizer")
-    of_export: dict[str, Any] = dict(own=own, step=step, ema=ema, dtype=dtype, repo=repo)
-    model_card.write(temporary, run=buckets.path(run), fields=fields, **of_export)
+    how: dict[str, Any] = dict(step=step, ema=ema, dtype=dtype, repo=repo)
+    model_card.write(temporary, run=buckets.path(run), fields=fields, own=own, **how)
     if text := licences_of(run):
       (temporary / LICENSES).write_text(text, encoding="utf-8")
     digests.write(temporary)
@@ -151,19 +146,17 @@ def licences_of(run: str) -> str:
   """Return the licences of the data that a run and those that it began from were trained on, each once. They lie beside
   the records, or in a run in one file; those of a start that is gone are not known."""
   texts, seen = [], set[str]()
-  while run and run not in seen:
-    seen.add(run)  # a folder may since hold another run, which began from this one
-    start = ""
-    try:
+  try:
+    while run not in seen:
+      seen.add(run)  # a folder may since hold another run, which began from this one
       if (file := one_file.at(run)) is not None:
         texts.append(one_file.read_record(file).licences)
-      elif (buckets.path(run) / "config.json").exists():
+      elif run and (buckets.path(run) / "config.json").exists():
         config = run_config.load(run)
-        start, lists = config.init_from, [buckets.path(path) / LICENSES for path in config.data.paths]
+        run, lists = config.init_from, [buckets.path(path) / LICENSES for path in config.data.paths]
         texts += [file.read_text(encoding="utf-8") for file in lists if file.exists()]
-    except Exception as error:  # of another machine's bucket or disk: the weights are whole all the same
-      logging.warning("the licences of its data cannot be read, add them yourself: %s", error)
-    run = start
+  except Exception as error:  # of another machine's bucket or disk: the weights are whole all the same
+    logging.warning("the licences of its data cannot be read, add them yourself: %s", error)
   return "\n".join(dict.fromkeys(filter(None, texts)))
 
 

@@ -107,10 +107,8 @@ def generate(
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-  """Return the prompts of the command line, or of a file, where blank lines do not count.
-
-  Raises UserError: no prompt, both kinds at once, or an unreadable file.
-  """
+  """Return the prompts of the command line, or of a file, where blank lines do not count. Raises UserError: no prompt,
+  both kinds at once, or an unreadable file."""
   if prompts and file:
     raise UserError("--prompt and --prompts_file are both given; give one of them")
   if file:

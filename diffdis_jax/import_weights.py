@@ -13,7 +13,6 @@ Parameters that only DiffDis has are random; a run that starts from here draws t
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -37,8 +36,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  source = "checkpoint to read: a folder, a file, or hf:ORG/NAME[@REVISION] on the Hugging Face hub"
-  flags.DEFINE_string("source", None, source, required=True)
+  flags.DEFINE_string("source", None, "folder, file, or hf:ORG/NAME[@REVISION] on the hub", required=True)
   flags.DEFINE_string("out", None, "workdir to write; absent or empty", required=True)
 
 
@@ -59,10 +57,9 @@ def import_weights(source: str, out: str) -> None:
     mend = f"copy it again, or remove {digests.NAME} if that was meant"
     raise UserError(f"--source={source} is damaged: {damage.file} {damage.what}; {mend}")
   opened = from_torch.open_source(path)
-  config = make_config(opened)
+  run = Run.of(make_config(opened))
   if opened.tokenizer:
     check_tokenizer(opened.tokenizer)
-  run = Run.of(config)
   network = Network.of(run)
   matched = from_torch.match(opened, network.shapes)  # by shapes: what does not fit shows before tensors are read
   new = sorted(network.shapes.keys() - matched.names.keys())
@@ -78,7 +75,7 @@ def import_weights(source: str, out: str) -> None:
     workdir.open_for_training(str(temporary), run.to_dict())
     # What is not in `loaded` is initialised again by the run that starts from here (training/start.py).
     origin = {"source": source, "loaded": matched.names, "ignored": matched.ignored, "initialised": new}
-    (temporary / "import.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    files.write_json(temporary / "import.json", origin)
     with checkpoint.Checkpointer(str(temporary)) as checkpointer:
       # Step 0, without an optimizer's state: nothing was trained here.
       checkpointer.save(0, TrainState(params=params), meta={"source": source})

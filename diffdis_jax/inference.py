@@ -20,7 +20,6 @@ from jaxtyping import Array, BFloat16, Float, Int, UInt8, UInt32
 from diffdis_jax import config as run_config
 from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
-from diffdis_jax.config.model import ClipModel
 from diffdis_jax.config.objectives import ALIGNED, GENERATIVE, WITH_HEAD
 from diffdis_jax.config.section import check_number
 from diffdis_jax.config.sections import Loss, Sampling
@@ -269,12 +268,12 @@ def load(
   Raises UserError: no run or checkpoint there, one that does not fit its config, or settings that the run cannot take.
   """
   run = run_config.load(path)
-  changes = {} if image_size is None else {"image_size": image_size}
-  if sampling and isinstance(run.model, ClipModel):
-    names = ", ".join(sampling)
-    raise UserError(f"this run is a CLIP model, which samples nothing; {names} has no effect, leave it out")
+  changes: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
   run = run.replace(changes | {f"inference.{name}": value for name, value in sampling.items()})
-  inference = Inference(Network.of(run), run.inference, batch_size=batch_size, mesh=mesh)
+  network, names = Network.of(run), ", ".join(sampling)
+  if sampling and network.is_clip:
+    raise UserError(f"this run is a CLIP model, which samples nothing; {names} has no effect, leave it out")
+  inference = Inference(network, run.inference, batch_size=batch_size, mesh=mesh)
   inference.duplicate_captions = run.loss.duplicate_captions
   # An imported Stable Diffusion has DiffDis' head as it was initialised.
   inference.aligned &= not any(name.startswith("alignment.") for name in restore.initialised(path))

@@ -4,8 +4,7 @@
   image = model.generate("a purple star")[0]
   model.classify(image, ["purple star", "blue ring"]).labels
 
-The words are those of the PyTorch pipeline that export_weights writes. For many images a device, checkpoints by step,
-or data on disk: `inference.load` and `diffdis evaluate`.
+The words are those of the PyTorch pipeline that export_weights writes. `inference.load` has more settings.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from scipy import special
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
 from diffdis_jax.common import cli
-from diffdis_jax.config.sections import Sampling
 from diffdis_jax.data import transforms
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
@@ -57,9 +55,9 @@ class Pipeline:
     evals = run_config.load(path).evals.values()
     templates = [section.get("templates") for section in evals if section["task"] == "zero_shot"]
     # A text is the path of a file, which may lie on another machine.
-    own: list[Sequence[str]] = [each for each in templates if each and not isinstance(each, str)]
-    self._templates = own[0] if own else prompt_texts.TEMPLATES
-    self._compiled: dict[tuple[int, Sampling], inference.Inference] = {}
+    own = (each for each in templates if each and not isinstance(each, str))
+    self._templates: Sequence[str] = next(own, prompt_texts.TEMPLATES)
+    self._compiled: dict[Any, inference.Inference] = {}  # by rows and settings
 
   def generate(
     self, prompts: str | Sequence[str], *, seed: int = 0, steps: int | None = None, guidance: float | None = None
@@ -69,11 +67,9 @@ class Pipeline:
     Sampling steps and guidance scale, of which 1 is none, are the run's where they are None. Raises UserError: a run
     that was not trained for generation, or no prompt.
     """
-    tokens, how = (
-      self._tokenize(_listed("prompts", prompts)),
-      {"generation_steps": steps, "generation_guidance": guidance},
-    )
-    model = self._for_rows(len(tokens), **{name: value for name, value in how.items() if value is not None})
+    tokens, own = self._tokenize(_listed("prompts", prompts)), self._model.sampling
+    how = own.generation_steps if steps is None else steps, own.generation_guidance if guidance is None else guidance
+    model = self._for_rows(len(tokens), generation_steps=how[0], generation_guidance=how[1])
     return [*map(Image.fromarray, model.generate(self._params, tokens, model.noise(len(tokens), seed)))]
 
   def classify(

@@ -2,9 +2,9 @@
 
   diffdis prepare_data cc3m --source=cc3m_tars --out=data/cc3m
 
-The data set is a TFDS folder, which data.name=pairs reads. Every image is decoded. Pairs that cannot be used are
-skipped and counted by reason in report.json and in the data set's metadata. A killed command resumes when it is run
-again, and ends in the same records. card.png shows some of the pairs. The first argument says what --source is:
+The data set is a TFDS folder, which data.name=pairs reads. Pairs that cannot be used are skipped and counted by reason
+in report.json. A killed command resumes when it is run again, and ends in the same records. card.png shows some pairs.
+The first argument says what --source is:
 
   files               your own pictures: x.jpg with x.txt or x.caption, CLASS/x.jpg, a .csv or
                       .jsonl of file names and captions, parquet, or a folder of Hugging Face
@@ -44,16 +44,12 @@ from diffdis_jax.data import records, transforms
 from diffdis_jax.data.layouts import find
 from diffdis_jax.data.prepare import latents, own, parts, published, tables, zero_shot_sets
 from diffdis_jax.data.prepare.write import PAIRS, DataSet, Report, Stage, prepare
-from diffdis_jax.data.records import INFO
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
 
 # name -> the config that trains on it, up to its folder
-NEXT = {
-  **dict.fromkeys(("files", "folder"), "own:path="),
-  **dict.fromkeys(("pairs", "cc3m"), "diffdis_cc3m:path="),
-  "latents": "diffdis_cc3m:latents=",
-}
+NEXT: dict[str, str] = {**dict.fromkeys(("pairs", "cc3m"), "diffdis_cc3m:path="), "latents": "diffdis_cc3m:latents="}
+NEXT |= dict.fromkeys(("files", "folder"), "own:path=")
 # name -> how its raw data are found, what it is
 DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], DataSet]] = {
   "files": (lambda source: own.find_parts(source, _asked()), own.OWN),
@@ -88,8 +84,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_processes", None, "processes that prepare; by default one a core", lower_bound=1)
   flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
   flags.DEFINE_list("caption_fields", [], "columns whose texts are the captions")
-  names = "take the captions from the names of the pictures' files, or folders"
-  flags.DEFINE_enum("captions", "", ["", "filename", "folder"], names)
+  flags.DEFINE_enum("captions", "", ["", "filename", "folder"], "name of each picture that is its caption")
   share = "share of the pairs for split `val`, at least one pair; 0 for none"
   flags.DEFINE_float("held_out", tables.HELD_OUT, share, lower_bound=0.0, upper_bound=0.5)
   flags.DEFINE_string("workdir", None, "run or import whose autoencoder encodes the images")
@@ -107,19 +102,18 @@ def main(argv: list[str]) -> None:
     write = functools.partial(write_latents, _given("workdir", name), _given("data", name))
   else:
     write = functools.partial(write_pairs, name, buckets.local(_given("source", name), "--source"))
-  files.publish(write, out := _given("out", name), mark=INFO)
+  files.publish(write, out := _given("out", name), mark=records.INFO)
   if name in NEXT:
     logging.info("to train on it: diffdis train --config=%s --workdir=RUN", shlex.quote(NEXT[name] + out))
 
 
 def _name(words: Sequence[str]) -> str:
   """Return the name of the data set that the command line asks for. Raises UserError: there is none."""
-  command, known = (
-    ("prepare_data torchvision", find.LABELLED) if words[:1] == ["torchvision"] else ("prepare_data", NAMES)
-  )
-  given = " ".join(words[len(command.split()) - 1 :])
-  if given not in known:
-    usage = f"diffdis {command} {'pets' if known is find.LABELLED else 'cc3m'} --source=DIR --out=DIR"
+  command, known, example = "prepare_data", NAMES, "cc3m"
+  if words[:1] == ["torchvision"]:
+    command, known, example, words = "prepare_data torchvision", find.LABELLED, "pets", words[1:]
+  if (given := " ".join(words)) not in known:
+    usage = f"diffdis {command} {example} --source=DIR --out=DIR"
     raise UserError(f"{command} takes one name of {', '.join(known)}, not {given or 'none'}: {usage}")
   return given
 
@@ -135,8 +129,7 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def finish(folder: pathlib.Path) -> None:
-  """Write card.png of a prepared data set, some pairs of its first split, and card.json of their captions. The digests
-  of all files come last."""
+  """Write card.png of some pairs of a data set's first split, card.json of their captions, and last all digests."""
   from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
 
   source = records.open_pairs(folder, split=next(iter(records.read_info(folder).splits)), num_images=None)
@@ -144,8 +137,8 @@ def finish(folder: pathlib.Path) -> None:
   places = np.unique(np.linspace(0, len(source) - 1, min(len(source), SHEET)).astype(int))
   pairs = [source[place] for place in places.tolist()]
   captions = [pair["caption"] for pair in pairs]
-  images = [np.asarray(transforms.resize(records.read_image(pair["image"]), TILE)) for pair in pairs]
-  samples.save_grid(np.stack(images), captions, folder / "card.png")
+  images = np.stack([np.asarray(transforms.resize(records.read_image(pair["image"]), TILE)) for pair in pairs])
+  samples.save_grid(images, captions, folder / "card.png")
   files.write_json(folder / "card.json", {"captions": list(dict.fromkeys(captions))[:EXAMPLES]})
   digests.write(folder)
 
@@ -173,10 +166,8 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   check_type("augment", fields, dataclasses.asdict(Augmentation()))  # as a config's, before its ranges
   augmentation = read_section(Augmentation, fields, "augment")
   if FLAGS.views > 1 and not augmentation.varies:
-    raise UserError(
-      f"--views={FLAGS.views} of an image would all be the same: by --augment, or else the run's data.augment, nothing"
-      ' varies; give one that does, such as --augment=\'{"crop": "random"}\', or leave out --views'
-    )
+    mend = """give an --augment that varies, such as '{"crop": "random"}', or leave out --views"""
+    raise UserError(f"--views={FLAGS.views} of an image would all be the same; {mend}")
   stage = functools.partial(
     latents.LatentStage,
     encode=functools.partial(model.moments, params),

@@ -23,8 +23,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import BFloat16, Float, Int, UInt8
 
-# What a leaf may be: numpy's on a host, JAX's in the compiled step, a shape where nothing is allocated. The code that
-# computes with one is the compiled step's, so that a type checker reads an array.
+# A leaf is numpy's on a host, JAX's in the compiled step, as a type checker reads it, or a shape without an array.
 if TYPE_CHECKING:
   AnyArray = jax.Array
 else:
@@ -65,26 +64,20 @@ TrainingBatch = AnyBatch | LabelledBatch
 
 @struct.dataclass
 class TrainState:
-  """The state that a training step changes, and what it reads beside the batch. Shardings and shapes of it have the
-  same form.
+  """The state that a training step changes, and what it reads beside the batch; or its shardings or shapes.
 
-  Attributes:
-    step: i32[], the number of finished steps. None where a checkpoint's folder says it.
-    params: flat (common/params.py), the frozen ones among them.
-    ema: the averages of the trained ones; may be empty.
-    opt_state: the optimizer's.
-    seed: u32[], of all random choices; here, so that runs of other seeds share the compiled step. It is not saved.
-    teacher: where an objective keeps them, the trainable parameters as they were at the start, which never change.
-    skipped: i32[], how many of the last steps in a row were left out, as not finite. It is not saved.
+  `seed` and `skipped` are not saved. The seed is here so that runs of other seeds share the compiled step.
   """
 
-  step: Any = None
-  params: dict[str, Any] = struct.field(default_factory=dict)
-  ema: dict[str, Any] = struct.field(default_factory=dict)
+  step: Any = None  # i32[], the number of finished steps; None where a checkpoint's folder says it
+  params: dict[str, Any] = struct.field(default_factory=dict)  # flat (common/params.py), with the frozen ones
+  ema: dict[str, Any] = struct.field(default_factory=dict)  # the averages of the trained ones; may be empty
   opt_state: Any = struct.field(default_factory=dict)
-  seed: Any = None
-  teacher: dict[str, Any] = struct.field(default_factory=dict)
-  skipped: Any = None
+  seed: Any = None  # u32[], of all random choices
+  teacher: dict[str, Any] = struct.field(
+    default_factory=dict
+  )  # the first trainable ones, where an objective keeps them
+  skipped: Any = None  # i32[], how many of the last steps in a row were left out, as not finite
 
 
 @struct.dataclass
@@ -130,13 +123,10 @@ class GenerationPass:
 
 @struct.dataclass
 class DiscriminationPass:
-  """Arguments of Φ_θ(e_t, t_e, z): noised text query, its timestep, clean latents and theirs, the empty prompt's c.
-
-  Its t_z is one number for all rows, 1000 in the paper (Table 7); GenerationPass.t_z is sampled.
-  """
+  """Arguments of Φ_θ(e_t, t_e, z): noised text query, its timestep, clean latents and theirs, the empty prompt's c."""
 
   e_t: Float[AnyArray, "b e"]
   t_e: Int[AnyArray, "b"]
   z: Float[AnyArray, "b h w c"]
-  t_z: Int[AnyArray, "b"]
+  t_z: Int[AnyArray, "b"]  # one number for all rows, 1000 in the paper (Table 7); GenerationPass.t_z is sampled
   c_null: Float[AnyArray, "b l d"]

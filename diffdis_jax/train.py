@@ -19,7 +19,6 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax.common import cli
-from diffdis_jax.config import Run
 from diffdis_jax.run import watch, workdir, writers
 
 FLAGS = flags.FLAGS
@@ -32,18 +31,16 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "folder of the run; created, or resumed if it holds one", required=True)
   more = 'one more evaluation, as JSON: {"name": ..., "task": "zero_shot", "data": {"path": ...}}; may be repeated'
   flags.DEFINE_multi_string("eval", [], more)
-  where = "where numbers and images are sent, in addition to TensorBoard"
-  flags.DEFINE_enum("tracker", None, list(writers.TRACKERS), where)
+  flags.DEFINE_enum("tracker", None, list(writers.TRACKERS), "where numbers and images are sent, beside TensorBoard")
   hangs = "seconds, compiling included, after which a step hangs and the process ends with code 1; 0 for never"
   flags.DEFINE_float("hang_timeout", watch.SECONDS, hangs, lower_bound=0.0)
-  trace = "START:STEPS: write a trace of STEPS steps from step START, for xprof and Perfetto"
-  flags.DEFINE_string("profile", None, trace)
+  flags.DEFINE_string("profile", None, "START:STEPS: trace STEPS steps from step START, for xprof and Perfetto")
 
 
 def main(argv: Sequence[str]) -> None:
-  run, first = Run.of(run_config.with_evals(FLAGS.config, FLAGS.eval)), None
+  run, first = run_config.Run.of(run_config.with_evals(FLAGS.config, FLAGS.eval)), None
   if run.init_from.startswith(OF_CONFIG):
-    first = Run.of(cli.read_config(run.init_from.removeprefix(OF_CONFIG), "config.init_from"))
+    first = run_config.Run.of(cli.read_config(run.init_from.removeprefix(OF_CONFIG), "config.init_from"))
     # Each says how long it takes after its first steps: before those nothing is known of this machine.
     steps = f"{first.num_steps:,} steps of {', '.join(first.objectives)} in {FLAGS.workdir}/{FIRST}"
     logging.info("first %s, then %s of %s", steps, f"{run.num_steps:,}", ", ".join(run.objectives))

@@ -11,6 +11,7 @@ import contextlib
 import glob
 import importlib.util
 import itertools
+import json
 import os
 import re
 import signal
@@ -199,10 +200,16 @@ def first_message(message: str) -> str:
   return message if jax.process_count() == 1 else next(filter(None, texts(message)), "")
 
 
-def differing(value: str) -> list[int]:
-  """Return, on every process, the processes whose text differs from process 0's."""
-  first, *others = texts(value)
-  return [i for i, other in enumerate(others, 1) if other != first]
+def check_same(values: Mapping[str, Any], remedy: str) -> None:
+  """Raise UserError on every process if a host has other values than host 0."""
+  if jax.process_count() == 1:
+    return
+  mine = {name: repr(value) for name, value in values.items()}
+  first = json.loads(texts(json.dumps(mine))[0])
+  name = next((name for name in {**first, **mine} if first.get(name) != mine.get(name)), "")
+  here = f"{name} is {first.get(name)} on host 0 and {mine.get(name)} on host {jax.process_index()}" if name else ""
+  if message := first_message(here):
+    raise UserError(f"{message}; {remedy}")
 
 
 def on_first(action: Callable[[], Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import socket
@@ -16,7 +15,6 @@ from absl import logging
 from diffdis_jax.common import machine
 from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import describe, doubts
-from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import checkpoint, digests, provenance, workdir
 from diffdis_jax.training.step import Trainer
@@ -88,12 +86,7 @@ def check_same_on_all(run: Run) -> None:
   data = {f"records of {field}": digest for field, digest in (digests_of(run) | _digests(measured)).items()}
   data["data"] = "; ".join(describe(run.data))
   values = {**workdir.flatten(run.to_dict()), **provenance.code(), **data}
-  mine = {name: repr(value) for name, value in values.items()}
-  first = json.loads(processes.texts(json.dumps(mine))[0])
-  name = next((name for name in {**first, **mine} if first.get(name) != mine.get(name)), "")
-  here = f"{name} is {first.get(name)} on host 0 and {mine.get(name)} on host {jax.process_index()}" if name else ""
-  if message := processes.first_message(here):
-    raise UserError(f"{message}; start the same command, with the same code, packages and data, on every host")
+  processes.check_same(values, "start the same command, with the same code, packages and data, on every host")
 
 
 def log_changes(run: Run, path: str, *, before: int | None, step: int) -> None:
