@@ -87,10 +87,9 @@ def main(argv: Sequence[str]) -> None:
 def draw_classes(run: str, path: os.PathLike[str]) -> None:
   """Generate one image of each class, with a star at those that training never saw."""
   model, params = inference.load(run)
-  prompts = [f"a {name}" for name in shapes.CLASSNAMES]
+  prompts, unseen = [f"a {name}" for name in shapes.CLASSNAMES], {" ".join(pair) for pair in shapes.UNSEEN}
   images = model.generate(params, Tokenizer(model.max_length)(prompts), model.noise(len(prompts), seed=0))
-  unseen = {f"a {colour} {shape}" for colour, shape in shapes.UNSEEN}
-  captions = [f"{prompt} *" if prompt in unseen else prompt for prompt in prompts]
+  captions = [f"{prompt} *" if prompt.removeprefix("a ") in unseen else prompt for prompt in prompts]
   samples.save_grid(np.asarray(images), captions, path, columns=len(shapes.SHAPES))
 
 

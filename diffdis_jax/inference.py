@@ -57,12 +57,10 @@ class Inference:
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
     # With every figure goes what decides on it, in effect: CLIP denoises nothing, and noise targets are not normalised.
     precision = dict(matmul_precision=network.matmul_precision)
-    denoising = dict(
-      steps=sampling.steps,
-      num_noise_samples=sampling.num_noise_samples,
-      guidance=sampling.guidance,
-      normalize_query=sampling.normalize_query and network.text_process.target == "data",
-    )
+    denoising = {
+      name: getattr(sampling, name) for name in ("steps", "num_noise_samples", "guidance", "normalize_query")
+    }
+    denoising["normalize_query"] &= network.text_process.target == "data"
     self.protocol: dict[str, Any] = ({} if network.is_clip else denoising) | precision
     self.generation_protocol = dict(steps=sampling.generation_steps, guidance=sampling.generation_guidance, **precision)
     # Whole on each device by default: sampling keeps no optimizer state, and no weights then travel at each step.
@@ -255,17 +253,11 @@ def load(
   mesh: Mesh | None = None,
   **sampling: Any,
 ) -> tuple[Inference, Params]:
-  """Load a run's model and parameters from its workdir.
+  """Load a run's model and parameters from its workdir; or a run in one file, by its path or its name.
 
-  Args:
-    path: the workdir; or a run in one file, by its path or its name, such as `emoji-small`.
-    step: the checkpoint's step; None takes the newest.
-    ema: averaged weights, where the run keeps them.
-    image_size: image size in pixels; None takes the run's own.
-    batch_size, mesh: as `Inference` takes them.
-    sampling: fields of Sampling that replace the run's own.
-
-  Raises UserError: no run or checkpoint there, one that does not fit its config, or settings that the run cannot take.
+  None takes the newest checkpoint and the run's own image size in pixels; `ema` takes averaged weights, where the run
+  keeps them. `sampling` are fields of Sampling that replace the run's own. `Inference` takes the rest. Raises
+  UserError: no run or checkpoint there, one that does not fit its config, or settings that the run cannot take.
   """
   run = run_config.load(path)
   changes: dict[str, Any] = {} if image_size is None else {"image_size": image_size}

@@ -17,7 +17,7 @@ from diffdis_jax.report import read
 
 def main(argv: Sequence[str]) -> None:
   if len(argv) != 2:
-    raise UserError(f"status {' '.join(argv[1:])}: write status RUN, the workdir of one run")
+    raise UserError("write status RUN, the workdir of one run")
   path = argv[1].rstrip("/")
   cli.write("\n".join(lines(read.read(path, path), now=time.time())) + "\n")
 

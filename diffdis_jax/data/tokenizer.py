@@ -12,7 +12,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import ftfy
 import numpy as np
 import tokenizers
 from jaxtyping import Int
@@ -31,6 +30,8 @@ def clean(caption: str) -> str:
   if caption.isascii() and caption.isprintable() and "&" not in caption:
     unescaped = caption  # as most are: nothing to repair
   else:
+    import ftfy  # here, since few captions need it
+
     # Twice: captions of the web are often escaped twice.
     unescaped = html.unescape(html.unescape(ftfy.fix_text(caption)))
   return " ".join(unescaped.split()).lower()
