@@ -18,12 +18,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import parts, tables
@@ -103,11 +103,11 @@ def _beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Ra
 def _read_beside(source: pathlib.Path, key: str, files: Mapping[str, str]) -> RawPair:
   file = files.get("image", "")
   try:
-    fields = records.read_metadata(records.read_file(source / files["json"])) if "json" in files else {}
-    captions = [records.read_file(source / files["caption"])] if "caption" in files else []
+    read = {field: records.read_file(source / name) for field, name in files.items() if field != "image"}
+    fields = records.read_metadata(read.pop("json", None))
   except records.Unusable as error:
     return RawPair(key, refused=str(error), file=file)
-  return parts.captioned_pair(key, captions, fields, file=file)
+  return parts.captioned_pair(key, [*read.values()], fields, file=file)
 
 
 def _by_split(root: pathlib.Path, pairs: Sequence[RawPair]) -> list[FilesPart]:
@@ -128,10 +128,7 @@ def classes(source: pathlib.Path) -> list[Part]:
   """Find the parts of CLASS/IMAGE, or of SPLIT/CLASS/IMAGE with splits of the usual names.
 
   Classes are numbered by `in_order` over all splits. A record has the number as `label` and the folder's name as
-  `class`.
-
-  Raises:
-    UserError: no folder, or none of images in it; splits mixed with classes, in one of them, or twice.
+  `class`. Raises UserError: no folder of images; splits mixed with classes, in one of them, or twice.
   """
   parts.check_folder(source, "a folder of class folders")
   return [part for of in _of_classes(source) for part in parts.files(of.pairs, split=SPLITS[of.split], root=source)]
@@ -154,11 +151,10 @@ def _of_classes(source: pathlib.Path) -> list[FilesPart]:
   # Over all splits, so that a class which one of them lacks moves no other's number.
   labels = {name: label for label, name in enumerate(in_order({path[depth] for path in paths}))}
   # Of --source one folder too high each data set would be a class, its test images among them.
-  for name in labels:
-    inside = {path[depth + 1] for path in paths if path[depth] == name and path[depth + 1].lower() in SPLITS}
-    if len(inside) > 1:
-      inside = ", ".join(sorted(inside))
-      raise UserError(f"{source / name} has the folders {inside}; if they are splits, give it as --source")
+  inside = sorted({(path[depth], path[depth + 1]) for path in paths if path[depth + 1].lower() in SPLITS})
+  for (name, split), (other_name, other) in itertools.pairwise(inside):
+    if name == other_name:
+      raise UserError(f"{source / name} has the folders {split}, {other}; if they are splits, give it as --source")
   by_split = collections.defaultdict[str, list[RawPair]](list)
   for path in sorted(paths, key=lambda path: (path[:depth], labels[path[depth]], path)):
     name = path[depth]
@@ -177,24 +173,15 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 @dataclasses.dataclass(slots=True)
 class _Row:
-  """A row of the source that begins a record.
+  """A row of the source that begins a record."""
 
-  Attributes:
-    part: its number in the source.
-    pair: without the image.
-    unit: the digest of its image, or its key where no image can be read.
-    is_whole: whether it has an image and a caption.
-    captions: of all rows of the split that have the same image.
-    rows: how many those are.
-  """
-
-  part: int
+  part: int  # its number in the source
   split: str
-  pair: RawPair
-  unit: bytes
-  is_whole: bool
-  captions: list[str]
-  rows: int = 1
+  pair: RawPair  # without the image
+  unit: bytes  # the digest of its image, or its key where no image can be read
+  is_whole: bool  # whether it has an image and a caption
+  captions: list[str]  # of all rows of the split that have the same image
+  rows: int = 1  # how many those are
 
   def joined(self) -> RawPair:
     """Return the pair, with the captions of all rows."""
@@ -206,13 +193,11 @@ class _Row:
 
 
 def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
-  """Find the parts of the folder, `train` first, and what is held out of it among them.
+  """Find the parts of the folder, `train` first, and what is held out of it among them. Raises UserError: nothing there
+  that can be read so, or too few pairs.
 
   All images are read once for this. Their digests and captions stay in memory. All usable rows of a split that have the
   same image bytes are one record: the first row, with the captions of all.
-
-  Raises:
-    UserError: nothing there that can be read so, or too few pairs.
   """
   uncut = _find(source, asked)
   rows = _read_rows(uncut)
@@ -224,10 +209,9 @@ def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
   for (number, split), pairs in chosen.items():
     # A table is one part for each split, since it is read from its start.
     size = len(pairs) if isinstance(uncut[number], TablePart) else ITEMS
-    same = by_split.setdefault(split, [])
+    same, part = by_split.setdefault(split, []), dataclasses.replace(uncut[number], split=split)
     for start in range(0, len(pairs), size):
-      how: dict[str, Any] = {"split": split, "pairs": pairs[start : start + size]}
-      same.append(dataclasses.replace(uncut[number], name=f"{split}-{len(same):05d}", **how))
+      same.append(dataclasses.replace(part, name=f"{split}-{len(same):05d}", pairs=pairs[start : start + size]))
   return [part for of_split in by_split.values() for part in of_split]
 
 
@@ -247,10 +231,9 @@ def _read_rows(uncut: Sequence[FilesPart]) -> list[_Row]:
         continue
       is_whole = bool(pair.image and pair.caption)
       pair.image = None  # all images would not fit the memory
-      row = _Row(number, split, pair, unit or pair.key.encode("utf-8", "surrogatepass"), is_whole, captions)
-      rows.append(row)
+      rows.append(_Row(number, split, pair, unit or parts.encode(pair.key), is_whole, captions))
       if captions:
-        first[split, unit] = row
+        first[split, unit] = rows[-1]
   return rows
 
 
@@ -264,14 +247,14 @@ def _usable_captions(pair: RawPair) -> list[str]:
 
 
 def _held_out(source: pathlib.Path, rows: Sequence[_Row], share: float) -> set[bytes]:
-  """Choose the images that become `val` by the hash of their bytes, so that none is in both splits.
-
-  None are chosen where the source has a `val`, or no `train`.
-  """
+  """Choose the images that become `val` by the hash of their bytes, so that none is in both splits; none where the
+  source has a `val`, or no `train`."""
   splits = {row.split for row in rows} or {"train"}
   if not share or "train" not in splits or "val" in splits:
     return set()
-  hashes = {row.unit: share_of(row.unit) for row in rows if row.split == "train" and row.is_whole}
+  # Evenly from 0 to 1.
+  hash_of = lambda unit: int.from_bytes(hashlib.blake2b(unit, digest_size=8).digest(), "big") / 2**64
+  hashes = {row.unit: hash_of(row.unit) for row in rows if row.split == "train" and row.is_whole}
   if len(hashes) < 2:
     there = "one pair" if hashes else "no pair"
     raise UserError(
@@ -281,8 +264,3 @@ def _held_out(source: pathlib.Path, rows: Sequence[_Row], share: float) -> set[b
   # One at least, and one at least stays.
   held = [unit for unit in in_order if hashes[unit] < share] or in_order[:1]
   return {*held[: len(in_order) - 1]}
-
-
-def share_of(unit: bytes) -> float:
-  """Map bytes evenly to numbers from 0 to 1; those below the share that is held out become `val`."""
-  return int.from_bytes(hashlib.blake2b(unit, digest_size=8).digest(), "big") / 2**64

@@ -51,22 +51,16 @@ def shrink(image: Decoded, short_side: int) -> bytes:
   scale = short_side / min(image.width, image.height)
   width, height = (max(short_side, round(side * scale)) for side in (image.width, image.height))
   file = io.BytesIO()
-  image.image.resize((width, height), Image.Resampling.BICUBIC, box=(0, 0, *image.sides)).save(
-    file, "JPEG", quality=JPEG_QUALITY
-  )
+  small = image.image.resize((width, height), Image.Resampling.BICUBIC, box=(0, 0, *image.sides))
+  small.save(file, "JPEG", quality=JPEG_QUALITY)
   return file.getvalue()
 
 
 def to_record(pair: RawPair, *, short_side: int | None = None) -> dict[str, Any]:
-  """Return the fields {image, caption, metadata} of a pair's record.
+  """Return the fields {image, caption, metadata} of a pair's record. Raises Unusable, with the first reason found.
 
-  Args:
-    pair: as read.
-    short_side: images whose short side is longer are stored as JPEG of this short side; JPEGs of twice that or more are
-      decoded at 1/2, 1/4 or 1/8 of their size for it. None keeps the bytes of all but AVIF and HEIC, which become JPEG.
-
-  Raises:
-    Unusable: with the first reason found.
+  Images whose short side is longer than `short_side` are stored as JPEG of that short side. None keeps the bytes of all
+  images but AVIF and HEIC, which become JPEG.
   """
   if pair.refused:
     raise Unusable(pair.refused)
@@ -75,14 +69,12 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> dict[str, Any]
   caption = mend(read_caption(pair.caption))
   # Read for its errors alone: it is stored as it is, so that no number is written differently.
   read_metadata(pair.metadata)
-  # Decoded even where its bytes are kept: what cannot be read in training is left out here, and counted.
-  # For errors alone an eighth of the pixels will do: the file is read to its end for any number of them.
+  # Decoded even where its bytes are kept: what cannot be read in training is left out here, and counted. For errors
+  # alone an eighth of the pixels will do: the file is read to its end for any number of them.
   image, data = read_image(pair.image, at_least=short_side or 1), pair.image
   side = min(image.width, image.height)
-  if short_side is not None and side > short_side:
-    data = shrink(image, short_side)
-  elif image_files.is_of_a_phone(data):  # so that training needs no extra
-    data = shrink(image, side)
+  if side > (short_side or side) or image_files.is_of_a_phone(data):  # so that training needs no extra
+    data = shrink(image, min(side, short_side or side))
   try:
     metadata = (pair.metadata or b"{}").decode()
   except UnicodeDecodeError as error:

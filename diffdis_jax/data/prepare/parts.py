@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -31,12 +31,8 @@ _TAR_NAME = re.compile(r"(?:(?:.*?-)??([A-Za-z]\w*)-)?\d+(?:-of-\d+)?\.tar")
 
 @runtime_checkable
 class Part(Protocol):
-  """A part of a raw data set, which iterates over RawPair, or over what its stage takes.
-
-  Attributes:
-    name: a file name without its ending, unique in the data set.
-    split: of the data set.
-  """
+  """A part of a raw data set, which iterates over RawPair, or over what its stage takes. Its name is that of a file
+  without its ending, unique in the data set."""
 
   name: str
   split: str
@@ -80,11 +76,8 @@ class FilesPart:
 class TarPart:
   """The pairs of a tar as img2dataset writes it: KEY.jpg, .png or .webp, KEY.txt, KEY.json, in any order.
 
-  Keys are TAR/KEY, in the order in which they come first.
-
-  Attributes:
-    truncated: known after iteration: the file ends, or is damaged, before the tar's end mark. Pairs are left out then
-      unless they have image and caption, since what they lack may have lain behind that.
+  Keys are TAR/KEY, in the order in which they come first. After iteration `truncated` says that the file ends, or is
+  damaged, before the tar's end mark. Pairs without image or caption are left out then, since these may have followed.
   """
 
   path: pathlib.Path
@@ -125,10 +118,8 @@ def file_pair(file: str, caption: str = "", **fields: Any) -> RawPair:
 
 
 def captioned_pair(key: str, captions: Sequence[bytes | str], fields: Mapping[str, Any], **how: Any) -> RawPair:
-  """Make a pair with these captions, of which empty ones do not count; several become the field `captions`.
-
-  Of several captions one that is not UTF-8 is the reason why the pair is refused. `how` has further fields of RawPair.
-  """
+  """Make a pair with these captions, of which empty ones do not count; several become the field `captions`. `how` has
+  further fields of RawPair."""
   raw = [text if isinstance(text, bytes) else encode(text) for text in captions]
   raw = [text for text in raw if text.strip()]
   if len(raw) > 1:
@@ -150,11 +141,9 @@ def reading(part: Iterable[Any]) -> Iterator[Any]:
 
 def stamp(path: pathlib.Path) -> list[int]:
   """Return a file's size and time of change, which show that it was edited; nothing where there is no such file."""
-  try:
-    status = path.stat()
-  except (OSError, ValueError):  # it is counted where it is read
-    return []
-  return [status.st_size, status.st_mtime_ns]
+  with contextlib.suppress(OSError, ValueError):  # it is counted where it is read
+    return [(status := path.stat()).st_size, status.st_mtime_ns]
+  return []
 
 
 def encode(text: str) -> bytes:
@@ -167,11 +156,8 @@ def encode(text: str) -> bytes:
 
 
 def tars(source: pathlib.Path) -> list[Part]:
-  """Find the tars of a folder, by split and name.
-
-  Raises:
-    UserError: no folder, no tars in it, or a tar whose name gives no split.
-  """
+  """Find the tars of a folder, by split and name. Raises UserError: no folder, no tars in it, or a tar whose name gives
+  no split."""
   check_folder(source, "a folder of webdataset tars")
   by_split = collections.defaultdict(list)
   # Without hidden ones, such as macOS leaves on other disks.
@@ -197,26 +183,22 @@ def files(
   ]
 
 
-def names_below(folder: pathlib.Path) -> Iterator[str]:
-  """Yield files at any depth, relative, in order; without hidden ones, and what a link to a folder leads to.
-
-  Raises:
-    OSError: a folder cannot be read.
-  """
-
-  def stop(error: OSError) -> None:
-    raise error
-
-  for path, below, names in os.walk(folder, onerror=stop):
-    below[:] = sorted(name for name in below if not tar_files.is_hidden(name))
-    for name in below:
-      if os.path.islink(os.path.join(path, name)):  # which might lead around in a circle
-        logging.warning("%s is a link to a folder, and left out; copy or mount it there", os.path.join(path, name))
-    inside = pathlib.Path(path).relative_to(folder).as_posix()
-    yield from (posixpath.normpath(f"{inside}/{name}") for name in sorted(names) if not tar_files.is_hidden(name))
+def names_below(folder: pathlib.Path, inside: str = "") -> Iterator[str]:
+  """Yield files at any depth, relative, in order; without hidden ones, and what a link to a folder leads to. Raises
+  OSError: a folder cannot be read."""
+  for entry in sorted(os.scandir(folder / inside), key=lambda entry: (entry.is_dir(), entry.name)):
+    path = f"{inside}{entry.name}"
+    if tar_files.is_hidden(entry.name):
+      continue
+    if not entry.is_dir():
+      yield path
+    elif not entry.is_symlink():
+      yield from names_below(folder, f"{path}/")
+    else:  # which might lead around in a circle
+      logging.warning("%s is a link to a folder, and left out; copy or mount it there", folder / path)
 
 
 def check_folder(source: pathlib.Path, what: str) -> None:
-  """Refuse a folder that is not there. Raises UserError."""
+  """Raise UserError for a folder that is not there."""
   if not source.is_dir():
     raise UserError(f"no folder {source}; --source is {what}")

@@ -49,10 +49,7 @@ def find_cc3m(source: pathlib.Path) -> list[Part]:
 
 def find_flickr30k(source: pathlib.Path) -> list[Part]:
   """Find the parts of a folder with Karpathy's `dataset_flickr30k.json` and the images, in it or in `flickr30k-images`.
-
-  Raises:
-    UserError: no such file, or one of another form.
-  """
+  Raises UserError: no such file, or one of another form."""
   parts.check_folder(source, "a folder with dataset_flickr30k.json and the images")
   table = source / "dataset_flickr30k.json"
   if not table.exists():
@@ -63,12 +60,7 @@ def find_flickr30k(source: pathlib.Path) -> list[Part]:
 
 def find_coco(source: pathlib.Path) -> list[Part]:
   """Find the parts of a folder with `annotations/captions_train2017.json` and the images in `train2017`, and the like.
-
-  A file `dataset_coco.json` in it, Karpathy's, takes precedence; its `restval` is part of `train`.
-
-  Raises:
-    UserError: no such files, or files of another form.
-  """
+  Karpathy's `dataset_coco.json` in it takes precedence. Raises UserError: no such files, or files of another form."""
   parts.check_folder(source, "a folder with annotations/captions_train2017.json and train2017/, or dataset_coco.json")
   images = source / "images" if (source / "images").is_dir() else source
   # Karpathy's splits first, by which retrieval is measured; the annotations of both years may lie beside them.

@@ -14,8 +14,8 @@ import pathlib
 import posixpath
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from diffdis_jax.data import image_files
 from diffdis_jax.data.prepare import parts
@@ -35,17 +35,11 @@ _AT_ONCE = 100  # rows, of which each may be a whole image
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-  """The flags by which a folder is read.
+  """The flags by which a folder is read."""
 
-  Attributes:
-    caption_fields: columns whose texts are the captions; empty for the usual ones.
-    held_out: share of `train` that becomes `val`; 0 for none.
-    captions: `filename` or `folder`, whose name is the caption then; empty for what lies there.
-  """
-
-  caption_fields: tuple[str, ...] = ()
-  held_out: float = HELD_OUT
-  captions: str = ""
+  caption_fields: tuple[str, ...] = ()  # columns whose texts are the captions; empty for the usual ones
+  held_out: float = HELD_OUT  # share of `train` that becomes `val`; 0 for none
+  captions: str = ""  # `filename` or `folder`, whose name is the caption then; empty for what lies there
 
 
 def ending(name: str) -> str:
@@ -91,40 +85,34 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
     raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; copy it again") from error
 
 
-class _Table(NamedTuple):
-  schema: Any  # pyarrow.Schema
-  batches: Iterable[Any]  # pyarrow.RecordBatch
-
-
-def _open(path: pathlib.Path, columns: Sequence[str] | None = None) -> _Table:
-  """Open a parquet file, or an arrow file of datasets, for all of its columns or for these."""
+def _open(path: pathlib.Path, columns: Sequence[str] | None = None) -> Any:
+  """Open a parquet file, or an arrow file that datasets wrote, as a pyarrow.RecordBatchReader. Of a parquet file no
+  other columns are read."""
   import pyarrow
   import pyarrow.parquet
 
   if path.suffix == ".arrow":
-    reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-    return _Table(reader.schema, (batch.select(columns or reader.schema.names) for batch in reader))
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
   file = pyarrow.parquet.ParquetFile(path)
-  return _Table(file.schema_arrow, file.iter_batches(_AT_ONCE, columns=columns))
+  return pyarrow.RecordBatchReader.from_batches(file.schema_arrow, file.iter_batches(_AT_ONCE, columns=columns))
 
 
 def _rows(path: pathlib.Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
   with _readable(path):
-    for batch in _open(path, columns).batches:
+    for batch in _open(path, columns):
       for start in range(0, batch.num_rows, _AT_ONCE):  # datasets writes 1,000 rows a batch
-        yield from batch.slice(start, _AT_ONCE).to_pylist()
+        yield from batch.select(columns or batch.schema.names).slice(start, _AT_ONCE).to_pylist()
 
 
 def parquet(source: pathlib.Path, name: str, asked: Asked) -> TablePart:
-  """Read the captions of a parquet file. Its name or folder begins with the split. Raise UserError: it cannot be read,
-  or lacks a column."""
+  """Read the captions of a parquet file, whose name or folder begins with the split."""
   words = [re.split(r"[-_.]", posixpath.basename(name))[0], posixpath.basename(posixpath.dirname(name))]
   split = next((word for word in map(str.lower, words) if word in SPLITS), "train")
   return _table(source, name, split, asked)
 
 
 def saved(source: pathlib.Path, asked: Asked) -> list[TablePart]:
-  """Read the folder that datasets' save_to_disk wrote. Raise UserError: it is none."""
+  """Read the folder that datasets' save_to_disk wrote."""
   with _readable(source):
     import datasets
 
@@ -164,9 +152,7 @@ def _pair(key: str, values: Mapping[str, Any], captions: Sequence[str], asked: A
 
 def _is_image(kind: Any) -> bool:
   """Say whether a column of this type has bytes, or structs with a field `bytes`, as datasets stores them."""
-  is_struct = str(kind).startswith("struct<")
-  kinds = [str(field.type) for field in kind if field.name == "bytes"] if is_struct else [str(kind)]
-  return any("binary" in kind for kind in kinds)
+  return re.match(r"(struct<(.*, )?bytes: )?\w*binary", str(kind)) is not None
 
 
 def caption_fields(where: str, columns: Sequence[str], asked: Asked) -> tuple[str, ...]:
@@ -183,11 +169,8 @@ def caption_fields(where: str, columns: Sequence[str], asked: Asked) -> tuple[st
 
 
 def listed_pairs(source: pathlib.Path, lists: Sequence[str], names: Sequence[str], asked: Asked) -> list[RawPair]:
-  """Read lists of files, each of pictures in its folder or below. A picture that no row names is one without a caption.
-
-  Raises:
-    UserError: a list cannot be read, or lacks a column.
-  """
+  """Read lists of files, each of pictures in its folder or below. A picture that no row names is one without a
+  caption."""
   # Windows parts folders by a backslash, and macOS writes an accent as a character of its own.
   form = lambda name: unicodedata.normalize("NFC", name.replace("\\", "/"))
   there = {form(name): name for name in names if is_picture(name)}
@@ -200,9 +183,9 @@ def listed_pairs(source: pathlib.Path, lists: Sequence[str], names: Sequence[str
         in_folder = (field for field in (*usual, *row) if form(posixpath.join(folder, f"{row[field]}")) in there)
         if not (column := next(in_folder, next(iter(usual), ""))):
           raise UserError(f"{table} has no column of files, such as {FILES[0]}; its columns are {', '.join(row)}")
-        others = [field for field in row if field != column]
+        others = tuple(field for field in row if field != column)
         is_clear = len(others) == 1 and not asked.caption_fields
-        captions = (others[0],) if is_clear else caption_fields(f"{table}", others, asked)
+        captions = others if is_clear else caption_fields(f"{table}", others, asked)
       file = row.get(column)
       if not isinstance(file, str) or not file:
         raise UserError(f"{table}, row {number} has no {column}; its columns are {', '.join(row)}")
@@ -223,13 +206,12 @@ def _list(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   elif path.suffix == ".csv":
     yield from _rows_of_csv(path)
   else:
-    with open(path, "rb") as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          row = parse_json(line, f"{path}, line {number}")
-          if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} should be a JSON object with {FILES[0]} and a caption")
-          yield row
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+      if line.strip():
+        row = parse_json(line, f"{path}, line {number}")
+        if not isinstance(row, dict):
+          raise UserError(f"{path}, line {number} should be a JSON object with {FILES[0]} and a caption")
+        yield row
 
 
 def _rows_of_csv(path: pathlib.Path) -> Iterator[dict[str, Any]]:

@@ -9,12 +9,11 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from diffdis_jax.data import image_files
 from diffdis_jax.data.layouts import class_lists
-from diffdis_jax.data.layouts.class_lists import ClassList
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import FilesPart, Part
@@ -42,9 +41,7 @@ class _Set(NamedTuple):
 SETS = {
   "cifar10": _Set("test", lambda sets, root: sets.CIFAR10(root, train=False)),
   "cifar100": _Set("test", lambda sets, root: sets.CIFAR100(root, train=False)),
-  "caltech101": _Set(
-    "train", lambda sets, root: sets.ImageFolder(root / "caltech101/101_ObjectCategories", loader=str)
-  ),
+  "caltech101": _Set("train", lambda sets, at: sets.ImageFolder(at / "caltech101/101_ObjectCategories", loader=str)),
   "cars": _Set("test", lambda sets, root: sets.StanfordCars(root, split="test", loader=str)),
   "flowers": _Set("test", lambda sets, root: sets.Flowers102(root, split="test", loader=str)),
   "food101": _Set("test", lambda sets, root: sets.Food101(root, split="test", loader=str)),
@@ -71,19 +68,21 @@ class PixelsPart(FilesPart):
 
 
 def find_parts(set_name: str, source: pathlib.Path) -> list[Part]:
-  """Find the parts of the set of this name under `source`, which torchvision's class takes as its root.
-
-  Raises:
-    UserError: no such folder or set, or classes that are not the set's.
-  """
+  """Find the parts of the set of this name under `source`, which torchvision's class takes as its root. Raises
+  UserError: no such folder or set, or classes that are not the set's."""
   parts.check_folder(source, f"the folder that torchvision takes as root of {set_name}")
   split, images = SETS[set_name].split, _open(set_name, source)
-  texts = _texts(images.classes, set_name, source)
+  known = class_lists.load()[set_name]
+  places = class_lists.match(images.classes, known, where=f"{set_name} in --source={source}").tolist()
+  # `class` is the data's own name: evaluations look it up as one of the published set.
+  names = known.names_in_data or known.classnames
   part, pairs = functools.partial(PixelsPart, set_name=set_name) if set_name in PIXELS else FilesPart, []
   for number in range(len(images)):
     image, label = images[number]
     file = "" if set_name in PIXELS else os.path.relpath(image, source)
-    pairs.append(dataclasses.replace(texts[label], key=file or f"{number:08d}", file=file, row=number))
+    place = places[label]
+    pair = parts.file_pair(file, known.classnames[place], **{"label": place, "class": names[place]})
+    pairs.append(dataclasses.replace(pair, key=file or f"{number:08d}", row=number))
   if set_name == "sun397":  # whose files torchvision takes in whatever order the disk gives
     pairs.sort(key=lambda pair: pair.file)
   return parts.files(pairs, split=split, root=source, part=part)
@@ -99,13 +98,3 @@ def _open(set_name: str, root: pathlib.Path) -> Any:
     return SETS[set_name].open(datasets, root)
   except Exception as error:  # whatever a file of another form leads torchvision into
     raise UserError(f"torchvision cannot read {set_name} in --source={root}: {error!r:.300}") from error
-
-
-def _texts(classes: Sequence[str], set_name: str, root: pathlib.Path) -> list[RawPair]:
-  """Return a pair without an image for each class of the data. Raises UserError: other classes than the set's."""
-  known: ClassList = class_lists.load()[set_name]
-  places = class_lists.match(classes, known, where=f"{set_name} in --source={root}").tolist()
-  # `class` is the data's own name: evaluations look it up as one of the published set.
-  names = known.names_in_data or known.classnames
-  fields = lambda place: {"label": place, "class": names[place]}
-  return [parts.file_pair("", known.classnames[place], **fields(place)) for place in places]
