@@ -21,7 +21,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -59,38 +58,27 @@ PAIRS = DataSet(
 
 @dataclasses.dataclass
 class Report:
-  """The counts of a part, or of all parts of a split.
+  """The counts of a part, or of all parts of a split."""
 
-  Attributes:
-    pairs: that are stored.
-    skipped: reason, one of records.REASONS -> how many.
-    first_skipped: reason -> keys of the first few.
-    truncated: parts that end before their end.
-    shared: another split -> how many images of this split have the same bytes as images there.
-    images: the first 8 bytes of each image's digest, until `shared` is counted.
-  """
-
-  pairs: int = 0
-  skipped: dict[str, int] = dataclasses.field(default_factory=dict)
-  first_skipped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-  truncated: list[str] = dataclasses.field(default_factory=list)
+  pairs: int = 0  # that are stored
+  skipped: dict[str, int] = dataclasses.field(default_factory=dict)  # reason, of records.REASONS -> how many
+  first_skipped: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # reason -> keys of the first few
+  truncated: list[str] = dataclasses.field(default_factory=list)  # parts that end before their end
+  # Another split -> how many images of this split have the same bytes as images there.
   shared: dict[str, int] = dataclasses.field(default_factory=dict)
+  # The first 8 bytes of each image's digest, until `shared` is counted.
   images: list[int] = dataclasses.field(default_factory=list)
 
   def skip(self, key: str, reason: str) -> None:
     """Count a pair that is not stored."""
-    self.skipped[reason] = self.skipped.get(reason, 0) + 1
-    first = self.first_skipped.setdefault(reason, [])
-    if len(first) < FIRST:
-      first.append(key)
+    self.add(Report(skipped={reason: 1}, first_skipped={reason: [key]}))
 
   def add(self, other: Report) -> None:
     """Add the counts of another part."""
     self.pairs += other.pairs
     for reason, count in other.skipped.items():
       self.skipped[reason] = self.skipped.get(reason, 0) + count
-    for reason, keys in other.first_skipped.items():
-      self.first_skipped[reason] = (self.first_skipped.get(reason, []) + keys)[:FIRST]
+      self.first_skipped[reason] = (self.first_skipped.get(reason, []) + other.first_skipped[reason])[:FIRST]
     self.truncated += other.truncated
     self.images += other.images
 
@@ -101,15 +89,10 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """A folder of parts' files. It can be pickled: a worker gets it and a part.
-
-  Attributes:
-    folder: of the files.
-    short_side: as `pairs.to_record` takes it.
-  """
+  """A folder of parts' files. It can be pickled: a worker gets it and a part."""
 
   folder: pathlib.Path
-  short_side: int | None = None
+  short_side: int | None = None  # as `pairs.to_record` takes it
 
   def features(self) -> tfds.features.FeaturesDict:
     """Return the features of a record: encoded image, caption, key (the place of the pair), and the json as text."""
@@ -137,11 +120,7 @@ class Stage:
     return json.loads(json.dumps([self.identity(), part.identity()]))
 
   def write(self, part: Part) -> Report:
-    """Write one part, unless it is written.
-
-    Raises:
-      UserError: the part cannot be read, or its file not be written, such as to a full disk.
-    """
+    """Write one part, unless it is written. Raises UserError: the part cannot be read, or its file not be written."""
     if written := self.report_of(part):
       return written
     # Before anything is read: of a file that changes meanwhile the next start makes the part again.
@@ -179,7 +158,7 @@ def serializer(spec: tfds.features.FeaturesDict) -> Any:
 
 
 def write_records(path: pathlib.Path, serialized: Iterable[bytes]) -> None:
-  """Write an ArrayRecord file. Raise OSError where it cannot be written."""
+  """Write an ArrayRecord file. Raises OSError: it cannot be written."""
   temporary = path.with_name(f".{path.name}.tmp")
   writer = ArrayRecordWriter(str(temporary), "group_size:1")
   try:
@@ -207,7 +186,7 @@ def writing(folder: pathlib.Path) -> Iterator[None]:
 def _write_all(
   stage: Stage, parts: Sequence[Part], num_processes: int, beam_options: Sequence[str]
 ) -> dict[str, Report]:
-  """Write every part that is not written yet. Return the report of each part's name."""
+  """Write every part that is not written yet. Return the parts' reports by their names."""
   reports = {part.name: report for part in parts if (report := stage.report_of(part))}
   missing = [part for part in parts if part.name not in reports]
   if reports:
@@ -268,28 +247,22 @@ def prepare(
   finish: Callable[[pathlib.Path], object] = lambda folder: None,
 ) -> dict[str, Report]:
   """Write folder `out`, whole or not at all. Killed at any point and called again, it resumes, with the same records.
+  Return what became of the pairs of each split, as `out/report.json` says.
 
   Args:
     parts: of the raw data. Those that have changed since they were written are made again.
     out: absent or empty.
-    data_set: the description.
     make_stage: folder -> what writes a part; by default images and captions.
     num_processes: on this machine. It changes nothing in what is written.
     beam_options: options of an Apache Beam pipeline, `name=value`, which writes the parts instead. Its workers must see
       the folders of the source and of `out`.
     finish: writes more files into the folder, before that takes its name.
 
-  Returns:
-    What became of the pairs of each split; `out/report.json` says the same.
-
-  Raises:
-    UserError: `out` is not an empty folder or cannot be written, no part, or a split without one usable pair or a name
-      that it can have.
+  Raises UserError: `out` is not an empty folder or cannot be written, no part, a split without a usable pair or name.
   """
   _check(parts, beam_options)
-  out = out.resolve()
+  files.empty_folder(out := out.resolve())
   partial = out.with_name(f".{out.name}.partial")
-  files.empty_folder(out)
   stage = make_stage(partial / "parts")
   with files.writing(f"--out={out}"):
     stage.folder.mkdir(parents=True, exist_ok=True)
@@ -308,7 +281,7 @@ def prepare(
 
 
 def _check(parts: Sequence[Part], beam_options: Sequence[str]) -> None:
-  """Raise UserError where there is no part, a split's name is none, or Apache Beam is asked for and not installed."""
+  """Raise UserError where there is no part, a split's name is none, or Apache Beam is not installed."""
   if not parts:
     raise UserError("--source has no pair")
   for split in {part.split for part in parts}:
@@ -336,35 +309,32 @@ def _only_process(partial: pathlib.Path) -> Iterator[None]:
 def _fill(
   folder: pathlib.Path, data_set: DataSet, stage: Stage, parts: Sequence[Part], of_parts: Mapping[str, Report]
 ) -> dict[str, Report]:
-  """Make a folder of TFDS of the parts that are written, and return the reports of its splits.
-
-  Raises:
-    UserError: a split without a usable pair.
-  """
+  """Make a folder of TFDS of the parts that are written, and return the reports of its splits. Raises UserError: a
+  split without a usable pair."""
   by_split: dict[str, list[Part]] = {}
+  reports: dict[str, Report] = {}
   for part in parts:  # in their order, so that killed and whole preparations end in the same records
     by_split.setdefault(part.split, []).append(part)
-  reports = {split: Report() for split in by_split}
-  for part in parts:
-    reports[part.split].add(of_parts[part.name])
+    reports.setdefault(part.split, Report()).add(of_parts[part.name])
   if lacking := [split for split, report in reports.items() if not report.pairs]:
     if len(lacking) == len(reports):
       shutil.rmtree(folder.parent)  # nothing in it is worth keeping
     raise UserError(f"no usable pair in split {lacking[0]}: {_none_usable(reports[lacking[0]])}")
   shutil.rmtree(folder, ignore_errors=True)  # of a killed process: a part's file that it moved is made again
   folder.mkdir()
-  template, infos = None, []
+  template = tfds.core.ShardedFileTemplate(
+    data_dir=epath.Path(folder), dataset_name=data_set.name, filetype_suffix="array_record"
+  )
+  infos = []
   for split, own in by_split.items():
-    template = tfds.core.ShardedFileTemplate(
-      data_dir=epath.Path(folder), dataset_name=data_set.name, split=split, filetype_suffix="array_record"
-    )
-    own, size = [part for part in own if of_parts[part.name].pairs], 0
+    of_split, size = template.replace(split=split), 0
+    own = [part for part in own if of_parts[part.name].pairs]
     for i, part in enumerate(own):
-      shard = pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(own)))
+      shard = pathlib.Path(of_split.sharded_filepath(shard_index=i, num_shards=len(own)))
       stage.file(part, "array_record").replace(shard)
       size += shard.stat().st_size
     lengths = [of_parts[part.name].pairs for part in own]
-    infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
+    infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=of_split))
   _count_shared(reports)
   as_json = {split: dataclasses.asdict(report) for split, report in reports.items()}
   for report in as_json.values():
@@ -374,7 +344,7 @@ def _fill(
     features=stage.features(),
     split_infos=infos,
     version=VERSION,
-    filename_template=template and template.replace(split=None),
+    filename_template=template,
     check_data=False,  # by TensorFlow
     description=data_set.description,
     homepage=data_set.homepage or None,
@@ -389,12 +359,12 @@ def _fill(
 
 def _count_shared(reports: Mapping[str, Report]) -> None:
   """Count the images that two splits have, by their bytes, and say how many there are in one line."""
-  images, lines = {split: np.array(report.images, np.uint64) for split, report in reports.items()}, []
-  held_out_first = sorted(images, key=lambda split: split == "train")
+  lines, held_out_first = [], sorted(reports, key=lambda split: split == "train")
   for split, other in itertools.combinations(held_out_first, 2):
-    if count := int(np.isin(images[split], images[other]).sum()):
+    images, others = reports[split].images, {*reports[other].images}
+    if count := sum(image in others for image in images):
       reports[split].shared[other] = count
-      lines.append(f"{count:,} of {len(images[split]):,} images of {split} have the same bytes as images of {other}")
+      lines.append(f"{count:,} of {len(images):,} images of {split} have the same bytes as images of {other}")
   if lines:
     logging.warning("%s", "; ".join(lines))
 
