@@ -20,15 +20,10 @@ def is_finite(x: BFloat16[np.ndarray, "..."] | UInt16[np.ndarray, "..."]) -> boo
 
 
 class Latents:
-  """Captions with the posteriors of their images' views.
+  """Captions with the posteriors of their images' views, so many `views` of each, moments of `shape` [h, w, 2c].
 
-  `source[i]` is the record of image i without moments; `read(i, k)` has those of its view k, too.
-
-  Attributes:
-    views: of each image.
-    shape: [h, w, 2c] of the moments.
-    facts: what data/prepare/latents.LatentStage.facts wrote.
-    lengths: images of each shard.
+  `source[i]` is the record of image i without moments; `read(i, k)` has those of its view k, too. `facts` are what
+  data/prepare/latents.LatentStage.facts wrote, and `lengths` the images of each shard.
   """
 
   def __init__(self, stored: records.Pairs | records.Recaptioned, facts: Mapping[str, Any]):
@@ -48,8 +43,7 @@ class Latents:
     return record
 
   def read(self, index: int, view: int) -> dict[str, Any]:
-    """Read the record of a view, with its `moments`, bf16[h w 2c]. Raises the errors of records.Pairs, and
-    records.Unusable where numbers are not finite."""
+    """Read the record of a view, with its `moments`, bf16[h w 2c]. Raises records.Unusable."""
     record = self._stored[index * self.views + view]
     record["moments"] = record["moments"].view(ml_dtypes.bfloat16)
     if not is_finite(record["moments"]):

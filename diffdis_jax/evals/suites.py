@@ -95,7 +95,7 @@ def sections(suite: str, root: str | None, *, objectives: Collection[str], image
     logging.warning("%s is left out: the run's objectives are %s", task, ", ".join(objectives))
   wanted = {name: benchmark for name, benchmark in SUITES[suite].items() if benchmark.task in able}
   # Sets are large and few users have all twelve: those that lie there are measured.
-  there = [name for name in wanted if find.is_there(folder, name)]
+  there = [name for name in wanted if find.folder_of(folder, name)]
   missing = [name for name in wanted if name not in there]
   if not there:
     looked = "; ".join(f"{name}: {', '.join(find.folders(name))}" for name in missing)

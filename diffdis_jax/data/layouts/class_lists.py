@@ -23,29 +23,20 @@ _LETTER = re.compile(r"/[a-z]/")  # in front of SUN397's names
 
 
 class ClassList(NamedTuple):
-  """Classes of a set in torchvision's order.
+  """Classes of a set in torchvision's order."""
 
-  Attributes:
-    set_name: in CLIP_benchmark's words.
-    classnames: what goes into the prompts: OpenAI's, except Pets and EuroSAT (CLIP_benchmark's) in another order.
-    templates: OpenAI's prompt templates, `{}` for the class name.
-    names_in_data: what folders and files of the data call the same classes; empty where it is the same.
-  """
-
-  set_name: str
-  classnames: tuple[str, ...]
-  templates: tuple[str, ...]
-  names_in_data: tuple[str, ...] = ()
+  set_name: str  # in CLIP_benchmark's words
+  classnames: tuple[str, ...]  # of prompts: OpenAI's, except Pets and EuroSAT (CLIP_benchmark's) in another order
+  templates: tuple[str, ...]  # OpenAI's prompt templates, `{}` for the class name
+  names_in_data: tuple[str, ...] = ()  # of the same classes in folders and files; empty where it is the same
 
 
 @functools.cache
 def load() -> dict[str, ClassList]:
   """Read the classes of each set, in the order of the suite's table. zero_shot_sets.LICENSE has its sources."""
   text = importlib.resources.files("diffdis_jax.data.layouts").joinpath("zero_shot_sets.json").read_text("utf-8")
-  return {
-    name: ClassList(name, **{field: tuple(values) for field, values in lists.items()})
-    for name, lists in json.loads(text).items()
-  }
+  as_tuples = lambda lists: {field: tuple(values) for field, values in lists.items()}
+  return {name: ClassList(name, **as_tuples(lists)) for name, lists in json.loads(text).items()}
 
 
 def normalised(name: str) -> str:
@@ -56,43 +47,34 @@ def normalised(name: str) -> str:
 
 
 def match(names: Sequence[str], known: ClassList, *, where: str) -> Int[np.ndarray, " k"]:
-  """Find the place in `known` of each class of the data.
-
-  Args:
-    names: of the data, in the data's order; not all of the classes need be there.
-    known: of the set.
-    where: they are from, for messages.
-
-  Raises:
-    UserError: a name that is none of them, one that occurs twice, or one that two classes of the set share while the
-      lists differ in order.
-  """
-  index: dict[str, list[int]] = {}
-  # The list's own names first: of a name that both have, its place in the list counts.
-  for listed in (known.classnames, known.names_in_data):
-    for place, name in enumerate(map(normalised, listed)):
-      if place not in index.setdefault(name, []):
-        index[name].append(place)
+  """Find the place in `known` of each class of the data, of which not all need be there. `where` they are from is for
+  messages. Raises UserError: a name that is none of the set's, one that occurs twice, or one that two classes of the
+  set share while the lists differ in order."""
+  own = [*map(normalised, known.classnames)]
+  index: dict[str, set[int]] = {}
+  for listed in (own, map(normalised, known.names_in_data)):
+    for place, name in enumerate(listed):
+      index.setdefault(name, set()).add(place)
   places: list[int] = []
   for number, name in enumerate(map(normalised, names)):
     if name not in index:
       raise UserError(
-        f"{where}: class {number} is {names[number]!r}, which is none of the {len(known.classnames)} classes of"
-        f" {known.set_name}, such as {known.classnames[0]!r}"
+        f"{where}: class {number} is {names[number]!r}, which is none of the {len(own)} classes of {known.set_name},"
+        f" such as {known.classnames[0]!r}"
       )
-    # Of a name that several classes share, a class has its own.
-    is_own = number < len(known.classnames) and name == normalised(known.classnames[number])
-    places.append(number if is_own else index[name][0])
+    # The list's own names first: of a name that both have, its place in the list counts. Of a name that several classes
+    # share, a class has its own.
+    is_own = own[number : number + 1] == [name]
+    places.append(number if is_own else own.index(name) if name in own else min(index[name]))
   # By name wherever a name is enough. Two classes of one name go by their numbers, which is safe only where all others
   # stand in the usual order, too.
-  if any(len(index[normalised(name)]) > 1 for name in names):
-    for number, place in enumerate(places):
-      if number != place:
-        raise UserError(
-          f"{where} has a class list of another order: class {number} is {names[number]!r}, which should be class"
-          f" {place}; as two classes have one name, {known.set_name} needs the usual order"
-        )
+  shared = any(len(index[normalised(name)]) > 1 for name in names)
   for number, place in enumerate(places):
+    if shared and number != place:
+      raise UserError(
+        f"{where} has a class list of another order: class {number} is {names[number]!r}, which should be class"
+        f" {place}; as two classes have one name, {known.set_name} needs the usual order"
+      )
     if (first := places.index(place)) != number:
       raise UserError(f"{where} has the classes {names[first]!r} and {names[number]!r}, which are the same class")
   return np.array(places, np.int64)

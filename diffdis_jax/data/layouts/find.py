@@ -25,36 +25,27 @@ CAPTIONED = {
 }
 PREFERRED = ("test", "val", "validation")  # splits of a prepared set
 NAMES = (*LABELLED, *CAPTIONED)
+MARKS = (wds_folder.MARK, records.INFO)  # files by which the folder of a set is known
 
 
 def folders(set_name: str) -> list[str]:
   """Return names that the set's folder may have under the root, in the order in which they are looked for."""
-  if set_name == "mscoco_val2014":
-    return [set_name, *CAPTIONED[set_name]]
   own = [set_name, *CAPTIONED.get(set_name, ())]
-  # VTAB's copies first: they are of a test split where the set itself has none.
-  return [*own, *(f"wds_vtab-{name}" for name in own if set_name in LABELLED), *(f"wds_{name}" for name in own)]
+  # VTAB's copies first: they are of a test split where the set itself has none. MSCOCO's val2014 is not published so.
+  prefixes = () if set_name == "mscoco_val2014" else ("wds_vtab-", "wds_") if set_name in LABELLED else ("wds_",)
+  return [*own, *(f"{prefix}{name}" for prefix in prefixes for name in own)]
 
 
-def _find(root: pathlib.Path, set_name: str) -> pathlib.Path | None:
-  """Return the folder of the set; None where it is not there."""
+def folder_of(root: pathlib.Path, set_name: str) -> pathlib.Path | None:
+  """Return the folder of the set under the root; None where it is not there."""
   there = (root / name for name in folders(set_name))
-  marks = (wds_folder.MARK, records.INFO)
-  return next((folder for folder in there if any((folder / mark).is_file() for mark in marks)), None)
-
-
-def is_there(root: pathlib.Path, set_name: str) -> bool:
-  """Say whether a set of this name is found under the root."""
-  return _find(root, set_name) is not None
+  return next((folder for folder in there if any((folder / mark).is_file() for mark in MARKS)), None)
 
 
 def open_set(root: pathlib.Path, set_name: str) -> Published:
-  """Open the set under the root, with labels as places in the set's class list.
-
-  Raises:
-    UserError: it is not there, is damaged, or has classes that are not the set's.
-  """
-  folder = _find(root, set_name)
+  """Open the set under the root, with labels as places in the set's class list. Raises UserError: it is not there, is
+  damaged, or has classes that are not the set's."""
+  folder = folder_of(root, set_name)
   if folder is None:
     how = f"torchvision {set_name}" if set_name in LABELLED else "flickr30k" if set_name == "flickr30k" else "coco"
     raise UserError(
@@ -76,17 +67,16 @@ def _read_prepared(path: pathlib.Path, known: ClassList | None) -> Published:
   if split is None:
     raise UserError(f"{path} has the splits {', '.join(sorted(splits))}, none of {', '.join(PREFERRED)}")
   pairs = records.open_pairs(path, split=split, num_images=None)
-  fields, read = [], operator.itemgetter("image")
+  captions, names, read = [], [], operator.itemgetter("image")
   for index in range(len(pairs)):
     try:
       record = pairs[index]
     except records.Unusable as error:  # a figure is of all records or of none
       raise UserError(f"{path}: record {index} cannot be used: {error}; copy it again, or prepare it again") from error
-    fields.append({name: value for name, value in record.items() if name != "image"})
+    captions.append(tuple(records.captions_of(record)) or (record["caption"],))
+    names.append(record.get("class"))
   if known is None:
-    captions = [tuple(records.captions_of(record)) or (record["caption"],) for record in fields]
     return Captioned(pairs, captions, read=read, origin=Origin("prepared", str(path), split))
-  names = [record.get("class") for record in fields]
   if not all(isinstance(name, str) for name in names):
     raise UserError(f"{path} has records without `class`; write it by prepare_data torchvision {known.set_name}")
   classes, labels = np.unique(np.array(names, np.str_), return_inverse=True)

@@ -1,7 +1,4 @@
-"""Images with labels or captions, read by index in the place where they lie.
-
-What is here is a data source, as `data.sources` says, and besides gives a record's other fields without its image.
-"""
+"""Images with labels or captions, read by index in the place where they lie."""
 
 from __future__ import annotations
 
@@ -16,33 +13,27 @@ from diffdis_jax.common import storage
 
 
 class Origin(NamedTuple):
-  """The place where a set was found: its layout, `wds`, `prepared` or `long_tailed`; its folder; and the split that is
-  read, `all` where the set has none."""
+  """The place where a set was found."""
 
-  layout: str
-  path: str
-  split: str
+  layout: str  # `wds`, `prepared` or `long_tailed`
+  path: str  # its folder
+  split: str  # that is read, `all` where the set has none
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-  """A source of images, whose other fields a subclass knows without reading them.
+  """A data source of images, whose other fields a subclass knows without reading them."""
 
-  Attributes:
-    images: encoded, or whatever stands for each of them.
-    read: returns the bytes of one of `images`.
-  """
-
-  images: Any
+  images: Any  # encoded, or whatever stands for each of them
   origin: Origin = dataclasses.field(kw_only=True)
-  read: Callable[[Any], bytes] = dataclasses.field(default=bytes, kw_only=True)
+  read: Callable[[Any], bytes] = dataclasses.field(default=bytes, kw_only=True)  # the bytes of one of `images`
 
   def __len__(self) -> int:
     return len(self.images)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    fields = self.fields(index)
-    return {**fields, "image": storage.patiently(lambda: self.read(self.images[index]), "an image of the data")}
+    image = lambda: self.read(self.images[index])
+    return {**self.fields(index), "image": storage.patiently(image, "an image of the data")}
 
   def fields(self, index: int) -> dict[str, Any]:
     """Return the record without its image: labels are asked for of a whole set, whose images take minutes to read."""

@@ -27,12 +27,7 @@ _FIELDS = {**dict.fromkeys(tars.IMAGE_ENDINGS, "image"), "cls": "cls", "txt": "t
 
 def read(path: pathlib.Path, known: ClassList | None) -> Published:
   """Read the images of the split `test`, in the order of the tars, with the labels of a class list, or without one with
-  their captions, one a line.
-
-  Raises:
-    UserError: it is a set of another kind, has no class names or other ones, lacks a tar, or holds a label that is no
-      number or that no class has, or an image without a caption.
-  """
+  their captions, one a line. Raises UserError: it is a set of another kind, or damaged."""
   kind, what = ("retrieval", "captions") if known is None else ("classification", "one label each")
   # A folder of classification may lack the file.
   if (there := (_lines(path / "dataset_type.txt") or ["classification"])[0].lower()) != kind:
@@ -45,10 +40,9 @@ def read(path: pathlib.Path, known: ClassList | None) -> Published:
   images = [sample["image"] for sample in samples]
   how: Any = dict(read=tars.Member.read, origin=Origin("wds", str(path), SPLIT))
   if known is None:
-    lines = (_text(sample["txt"].read(), path).splitlines() for sample in samples)
-    captions = [tuple(filter(None, map(str.strip, texts))) for texts in lines]
-    if empty := [number for number, texts in enumerate(captions) if not texts]:
-      raise UserError(f"{path}: image {empty[0]} has no caption")
+    captions = [tuple(_nonempty(sample["txt"].read(), path)) for sample in samples]
+    if () in captions:
+      raise UserError(f"{path}: image {captions.index(())} has no caption")
     return Captioned(images, captions, **how)
   labels = np.array([_label(sample["cls"], len(classes)) for sample in samples], np.int64)
   places = class_lists.match(classes, known, where=str(path))
@@ -56,13 +50,13 @@ def read(path: pathlib.Path, known: ClassList | None) -> Published:
 
 
 def _lines(path: pathlib.Path) -> list[str]:
-  """Read the lines of a text file; none where there is no file."""
-  return [line.strip() for line in _text(path.read_bytes(), path).splitlines()] if path.is_file() else []
+  """Read the lines of a text file that are not empty; none where there is no file."""
+  return _nonempty(path.read_bytes(), path) if path.is_file() else []
 
 
-def _text(content: bytes, path: pathlib.Path) -> str:
+def _nonempty(content: bytes, path: pathlib.Path) -> list[str]:
   try:
-    return content.decode()
+    return [*filter(None, map(str.strip, content.decode().splitlines()))]
   except UnicodeDecodeError as error:
     raise UserError(f"{path} holds text that is not UTF-8 ({error}); download it again") from error
 
@@ -70,10 +64,9 @@ def _text(content: bytes, path: pathlib.Path) -> str:
 def _samples(path: pathlib.Path, field: str) -> Iterator[dict[str, tars.Member]]:
   """Yield the files of each key of all tars. Raises UserError: a tar is missing or damaged, has a file twice, or a
   sample lacks its image or the field."""
-  shards = path / MARK
-  count = _text(shards.read_bytes(), shards).strip()
+  count = " ".join(_lines(path / MARK))
   if not _NUMBER.fullmatch(count) or not int(count):
-    raise UserError(f"{shards} says {count!r:.100}; it should be the number of tars")
+    raise UserError(f"{path / MARK} says {count!r:.100}; it should be the number of tars")
   # By their number, not by what lies there: a tar that was not downloaded must be missed.
   for shard in range(int(count)):
     tar = path / SPLIT / f"{shard}.tar"

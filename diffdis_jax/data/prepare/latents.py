@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import BFloat16, UInt8
 
 from diffdis_jax.common import buckets
-from diffdis_jax.data import records, sources
+from diffdis_jax.data import records
 from diffdis_jax.data.latents import is_finite
 from diffdis_jax.data.prepare import write
 from diffdis_jax.data.prepare.parts import Part
@@ -55,9 +55,9 @@ def find_parts(data: str | os.PathLike[str]) -> list[Part]:
   if info.name == NAME:
     raise UserError(f"--data={data} holds latents already; name the data set of images")
   return [
-    RecordsPart(f"{split}-{start // IMAGES:05d}", split, os.fspath(data), start, min(start + IMAGES, n))
-    for split, n in ((split, split_info.num_examples) for split, split_info in info.splits.items())
-    for start in range(0, n, IMAGES)
+    RecordsPart(f"{split}-{start // IMAGES:05d}", split, os.fspath(data), start, min(start + IMAGES, of.num_examples))
+    for split, of in info.splits.items()
+    for start in range(0, of.num_examples, IMAGES)
   ]
 
 
@@ -66,6 +66,11 @@ def data_set(data: str | os.PathLike[str]) -> write.DataSet:
   about = "The posteriors of an autoencoder over augmented views of captioned images; its metadata says which."
   file = buckets.path(data) / write.LICENSES
   return write.DataSet(NAME, about, licenses=file.read_text(encoding="utf-8") if file.exists() else "")
+
+
+@functools.lru_cache(maxsize=1)  # for all parts of a split: CC3M has 2,838, and each opening looks for all of its files
+def _open(data: str, split: str) -> Any:
+  return records.open_pairs(data, split=split, num_images=None)
 
 
 class _Views(NamedTuple):
@@ -77,23 +82,15 @@ class _Views(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentStage(write.Stage):
-  """Writes parts of latents. Not for other processes: it holds the network.
+  """Writes parts of latents. Not for other processes: it holds the network."""
 
-  Attributes:
-    encode: squares of `image_size` pixels -> moments of shape `shape`.
-    augmentation: of a view; view k of image i is the same each time.
-    fingerprint: the digest of the autoencoder, by which training tells whether it has the same one.
-    images: what tells the data set's records from those that were in its folder before; empty where nothing does.
-  """
-
-  encode: Encode
+  encode: Encode  # squares of `image_size` pixels -> moments of shape `shape`
   shape: tuple[int, int, int]
   image_size: int
   views: int
-  augmentation: Augmentation
-  fingerprint: str
-  images: str = ""
-  _opened: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+  augmentation: Augmentation  # of a view; view k of image i is the same each time
+  fingerprint: str  # the digest of the autoencoder, by which training tells whether it has the same one
+  images: str = ""  # tells the data set's records from those that were in its folder before; empty where nothing does
 
   def features(self) -> tfds.features.FeaturesDict:
     # The u16 of bf16's bits, as bytes: TFDS's records hold numbers as int64 else.
@@ -109,21 +106,22 @@ class LatentStage(write.Stage):
 
   def serialized(self, part: Part, report: write.Report) -> Iterator[bytes]:
     assert isinstance(part, RecordsPart)
-    source = self._source(part)
-    serialize = write.serializer(self.features())
-    places, size = list(part), max(1, CHUNK // self.views)
+    source, serialize = _open(part.data, part.split), write.serializer(self.features())
+    places, size = range(part.start, part.stop), max(1, CHUNK // self.views)
     chunks = [places[start : start + size] for start in range(0, len(places), size)]
     # Threads decode and augment a chunk; the network then gets it as one batch, in the records' order, while they are
     # at the next one.
     with ThreadPoolExecutor() as pool:
       read = functools.partial(pool.map, functools.partial(self._views, source))
       ahead = read(chunks[0])
-      for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):
+      for chunk, following in zip(chunks, [*chunks[1:], range(0)], strict=True):
         results, ahead = list(ahead), read(following)
-        for place, error in zip(chunk, results, strict=True):
-          if isinstance(error, records.Unusable):
-            report.skip(f"{part.split}/{place}", str(error))
-        usable = [views for views in results if not isinstance(views, records.Unusable)]
+        usable = []
+        for place, views in zip(chunk, results, strict=True):
+          if isinstance(views, records.Unusable):
+            report.skip(f"{part.split}/{place}", str(views))
+          else:
+            usable.append(views)
         if not usable:
           continue  # nothing to stack
         # One call for the views of all images of the chunk: the network has a batch of its own.
@@ -136,20 +134,10 @@ class LatentStage(write.Stage):
           else:
             report.skip(views.record["key"].decode(errors="replace"), records.NOT_FINITE)
 
-  def _source(self, part: RecordsPart) -> records.Pairs:
-    """Open a split once for all of its parts: CC3M has 2,838, and each opening looks for all files of records."""
-    where = part.data, part.split
-    if where not in self._opened:
-      source = sources.open_source(name="pairs", path=part.data, split=part.split, image_size=self.image_size)
-      assert isinstance(source, records.Pairs)
-      self._opened[where] = source
-    return self._opened[where]
-
-  def _views(self, source: records.Pairs, place: int) -> _Views | records.Unusable:
+  def _views(self, source: Any, place: int) -> _Views | records.Unusable:
     try:
       record = source.stored(place)
-      needed = needed_side(self.image_size, self.augmentation)
-      image = records.read_image(record.pop("image"), at_least=needed)
+      image = records.read_image(record.pop("image"), at_least=needed_side(self.image_size, self.augmentation))
       record["caption"] = records.read_caption(record["caption"])
     except records.Unusable as error:
       return error

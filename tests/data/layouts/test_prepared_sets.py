@@ -32,7 +32,7 @@ def test_class_folders_that_prepare_data_wrote(tmp_path):
   source = read(tmp_path, "imagenet1k")
   assert source.labels.tolist() == [0, 1, 999] and source.origin.layout == "prepared" and source.origin.split == "val"
   assert source[2]["image"] == picture(2) and source[0]["class"] == "tench"
-  assert find.is_there(tmp_path, "imagenet1k") and not find.is_there(tmp_path / "raw", "cifar10")
+  assert find.folder_of(tmp_path, "imagenet1k") and not find.folder_of(tmp_path / "raw", "cifar10")
 
 
 def test_other_classes_are_refused(tmp_path):
@@ -52,9 +52,9 @@ def test_captions_that_prepare_data_wrote(tmp_path):
   source = read(tmp_path, "mscoco_captions")
   assert [source[i]["captions"] for i in range(2)] == texts and source.origin.split == "test"
   assert source[1]["image"] == picture(1) and source.origin.layout == "prepared"
-  assert not find.is_there(tmp_path, "mscoco_val2014")  # a split of Karpathy's is not the whole of it
+  assert not find.folder_of(tmp_path, "mscoco_val2014")  # a split of Karpathy's is not the whole of it
   (tmp_path / "coco").rename(tmp_path / "coco2014")
-  assert find.is_there(tmp_path, "mscoco_val2014") and not find.is_there(tmp_path, "mscoco_captions")
+  assert find.folder_of(tmp_path, "mscoco_val2014") and not find.folder_of(tmp_path, "mscoco_captions")
 
 
 def damage(folder: pathlib.Path, image: bytes) -> None:
