@@ -5,6 +5,7 @@ As VL-LTR (Tian et al., ECCV 2022) reads them: `labels.txt` names the classes, `
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -25,15 +26,10 @@ Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "n l"]]
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """The sentences of every class, in the order of the classes' numbers.
+  """The sentences of every class, in the order of the classes' numbers."""
 
-  Attributes:
-    classnames: as they stand in prompts.
-    sentences: of each class, in the order of its text.
-  """
-
-  classnames: tuple[str, ...]
-  sentences: tuple[tuple[str, ...], ...]
+  classnames: tuple[str, ...]  # as they stand in prompts
+  sentences: tuple[tuple[str, ...], ...]  # of each class, in the order of its text
 
   @property
   def flat(self) -> list[str]:
@@ -48,15 +44,10 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-  """A corpus as token ids.
+  """A corpus as token ids."""
 
-  Attributes:
-    ids: of all sentences, class by class.
-    starts: where each class's begin; last, how many there are.
-  """
-
-  ids: Int[np.ndarray, "m l"]
-  starts: Int[np.ndarray, " k1"]
+  ids: Int[np.ndarray, "m l"]  # of all sentences, class by class
+  starts: Int[np.ndarray, " k1"]  # where each class's begin; last, how many there are
 
   def draw(self, label: int, rng: np.random.Generator) -> Int[np.ndarray, " l"]:
     """Sample one of the class's sentences, uniformly."""
@@ -66,33 +57,23 @@ class Tokens:
 def read_corpus(path: pathlib.Path, *, wordnet: bool) -> Corpus:
   """Read a corpus from a folder with `labels.txt` and `wiki/`.
 
-  Args:
-    path: the folder.
-    wordnet: how a line of labels.txt reads. Places: name first, number last. ImageNet: WordNet number first, name last,
-      classes in the order of their WordNet numbers.
-
-  Raises:
-    UserError: no labels.txt, a line of another form, a class without text, or a text in neither UTF-8 nor GBK.
+  `wordnet` says how a line of labels.txt reads. Places: name first, number last. ImageNet: WordNet number first, name
+  last, classes in the order of their WordNet numbers. Raises UserError: no labels.txt, a line of another form, a class
+  without text, or a text in neither UTF-8 nor GBK.
   """
   names = read_names(path / "labels.txt", wordnet=wordnet)
-  files = [path / "wiki" / f"desc_{number}.txt" for number in range(len(names))]
+  files = [(name, path / "wiki" / f"desc_{number}.txt") for number, name in enumerate(names)]
   # Looked for before any is read: a corpus that is half there says how much is missing.
-  if missing := [number for number, file in enumerate(files) if not file.is_file()]:
+  if missing := [f"{name!r}: no file {file}" for name, file in files if not file.is_file()]:
     raise UserError(
-      f"{len(missing)} of {len(names)} classes have no text, the first {names[missing[0]]!r}: no file"
-      f" {files[missing[0]]}; put the whole text corpus there"
+      f"{len(missing)} of {len(names)} classes have no text, the first {missing[0]}; put the whole text corpus there"
     )
-  texts = [_read_page(file) for file in files]
-  sentences = tuple(sentences_of(name, text) for name, text in zip(names, texts, strict=True))
-  return Corpus(tuple(names), sentences)
+  return Corpus(tuple(names), tuple(sentences_of(name, _read_page(file)) for name, file in files))
 
 
 def sentences_of(name: str, text: str) -> tuple[str, ...]:
-  """Return OpenAI's 80 prompts with the class's name, and the sentences of its text.
-
-  The name has a space behind it, and the text follows the last prompt without one, as in VL-LTR: a text that does not
-  begin with a capital is one sentence with the last prompt.
-  """
+  """Return OpenAI's 80 prompts with the class's name, and the sentences of its text. As in VL-LTR the name has a space
+  behind it, and the text follows the last prompt without one, so that it must begin with a capital to be a sentence."""
   filled = [template.replace("{}", f"{name} ") for template in class_lists.load()["imagenet1k"].templates]
   return split("\n".join(filled) + text)
 
@@ -103,10 +84,8 @@ def split(text: str) -> tuple[str, ...]:
 
 
 def page_text(page: str) -> str:
-  """Return a page's summary and sections, without those of LEFT_OUT. A line `== Title ==` begins a section.
-
-  Titles are left out, too. Of two sections of one title the later text stands in the earlier one's place, as in VL-LTR.
-  """
+  """Return a page's summary and sections, without their titles `== Title ==`, and without the sections of LEFT_OUT. Of
+  two sections of one title the later text stands in the earlier one's place, as in VL-LTR."""
   sections, title = {_SUMMARY: []}, _SUMMARY
   for line in filter(None, (line.strip() for line in page.splitlines())):
     # Subsections, which begin with more signs, are sections too.
@@ -115,21 +94,16 @@ def page_text(page: str) -> str:
       sections[title] = []
     else:
       sections[title].append(line)
-  summary = "\n".join(sections.pop(_SUMMARY))
-  return "\n".join([summary, *("\n".join(lines) for title, lines in sections.items() if title not in LEFT_OUT)])
+  return "\n".join("\n".join(lines) for title, lines in sections.items() if title not in LEFT_OUT)
 
 
 def _read_page(file: pathlib.Path) -> str:
-  content = file.read_bytes()
   # UTF-8 first, which refuses what is none; GBK takes almost any bytes for some characters.
   for encoding in ("utf-8", "gbk"):
-    try:
-      text = page_text(content.decode(encoding))
-    except UnicodeDecodeError:
-      continue
-    if not text.strip():
+    with contextlib.suppress(UnicodeDecodeError):
+      if (text := page_text(file.read_text(encoding))).strip():
+        return text
       raise UserError(f"{file} has no text; a class needs a page, put the whole text corpus there")
-    return text
   raise UserError(f"{file} is neither UTF-8 nor GBK; download the text corpus again")
 
 

@@ -37,11 +37,8 @@ class LabelledSource(Protocol):
 
 
 class LongTailed(NamedTuple):
-  """A published long-tailed set: how its lists, labels.txt and wiki/ in a folder are read.
-
-  Methods raise UserError for no such list, lines of another form, another number of images or classes than the
-  published one, and images that are not there.
-  """
+  """A published long-tailed set: how its lists, labels.txt and wiki/ in a folder are read. Methods raise UserError for
+  files that are not there, or are not as they were published."""
 
   prefix: str  # of its lists' names
   classes: int
@@ -51,34 +48,42 @@ class LongTailed(NamedTuple):
 
   def open_split(self, folder: pathlib.Path, split: str) -> Labelled:
     """Open the images of a list."""
-    listed = self._read_list(folder, split)
-    # Before anything is read of it: a run must not end at its first image of a folder that is not there.
-    if missing := _missing(listed.files):
+    rows = self._read_list(folder, split)
+    # A path that begins with a slash would leave the folder.
+    images = [folder / path.lstrip("/") for path, _ in rows]
+    # Before anything is read of it: a run must not end at its first image of a folder that is not there. Each folder is
+    # listed once: asking for every file would take minutes.
+    there = {parent: {*os.listdir(parent)} if parent.is_dir() else set() for parent in {file.parent for file in images}}
+    if missing := [file for file in images if file.name not in there[file.parent]]:
       raise UserError(
-        f"{len(missing):,} of the {len(listed.files):,} images that {listed.path} names are missing, the first"
-        f" {missing[0]}; put the folders train and val of the whole set beside the lists"
+        f"{len(missing):,} of the {len(images):,} images that {self._list_of(folder, split)} names are missing, the"
+        f" first {missing[0]}; put the folders train and val of the whole set beside the lists"
       )
     names = corpus.read_names(folder / "labels.txt", wordnet=self.wordnet)
     self._check_classes(folder, names)
-    origin = Origin("long_tailed", str(folder), split)
-    return Labelled(listed.files, listed.labels, names, read=_read_listed, origin=origin)
+    labels, origin = np.array([label for _, label in rows]), Origin("long_tailed", str(folder), split)
+    return Labelled(images, labels, names, read=_read_listed, origin=origin)
 
   def open_corpus(self, *, path: str | os.PathLike[str] = "", **_: Any) -> Corpus:
     """Read the sentences of all classes. Takes what `sources.open_source` takes."""
-    folder = buckets.local(path, "data.path")
-    sentences = corpus.read_corpus(folder, wordnet=self.wordnet)
+    sentences = corpus.read_corpus(folder := buckets.local(path, "data.path"), wordnet=self.wordnet)
     self._check_classes(folder, sentences.classnames)
     return sentences
 
   def train_counts(self, *, path: str | os.PathLike[str] = "", **_: Any) -> Int[np.ndarray, " k"]:
     """Count each class's training images. Takes what `sources.open_source` takes."""
     # As long as there are classes: the last ones may have no image.
-    return np.bincount(self._read_list(buckets.local(path, "data.path"), "train").labels, minlength=self.classes)
+    rows = self._read_list(buckets.local(path, "data.path"), "train")
+    return np.bincount([label for _, label in rows], minlength=self.classes)
 
-  def _read_list(self, folder: pathlib.Path, split: str) -> _List:
+  def _list_of(self, folder: pathlib.Path, split: str) -> pathlib.Path:
+    return folder / f"{self.prefix}_{split}.txt"
+
+  def _read_list(self, folder: pathlib.Path, split: str) -> list[tuple[str, int]]:
+    """Return the path and the label of each image."""
     if split not in self.counts:
       raise UserError(f"{self.prefix.lower()} has no split {split!r}; there are {', '.join(self.counts)}")
-    file = folder / f"{self.prefix}_{split}.txt"
+    file = self._list_of(folder, split)
     try:
       rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -91,11 +96,9 @@ class LongTailed(NamedTuple):
     # A list that was cut off would be another set, and look like any.
     if len(rows) != self.counts[split]:
       raise UserError(f"{file} names {len(rows):,} images, and should name {self.counts[split]:,}; download it again")
-    labels = np.array([int(label) for _, label in rows])
-    if sorted({*labels.tolist()}) != [*range(self.classes)]:
+    if {int(label) for _, label in rows} != {*range(self.classes)}:
       raise UserError(f"{file} has other labels than 0 to {self.classes - 1}, each of them; download it again")
-    # A path that begins with a slash would leave the folder.
-    return _List(file, [folder / path.lstrip("/") for path, _ in rows], labels)
+    return [(path, int(label)) for path, label in rows]
 
   def _check_classes(self, folder: pathlib.Path, classes: Sequence[str]) -> None:
     if len(classes) != self.classes:
@@ -103,14 +106,6 @@ class LongTailed(NamedTuple):
         f"{folder / 'labels.txt'} names {len(classes)} classes, and {self.prefix.lower()} has {self.classes}; put its"
         " own text corpus there"
       )
-
-
-class _List(NamedTuple):
-  """A published list: where it lies, its images, and their classes."""
-
-  path: pathlib.Path
-  files: list[pathlib.Path]
-  labels: Int[np.ndarray, " n"]
 
 
 # The counts of the lists as published, by which a cut-off download is found. A set of another kind has the methods
@@ -129,12 +124,6 @@ def is_sampled(*, name: str, split: str = "train", **_: Any) -> bool:
 def tokens_of(sentences: Corpus, tokenizer: Tokenizer) -> Tokens:
   """Turn the corpus into tokens. A long sentence is cut, and its end token stays last."""
   return Tokens(tokenizer(sentences.flat), np.cumsum([0, *map(len, sentences.sentences)]))
-
-
-def _missing(files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
-  """Return the images that are not there. Each folder is listed once: asking for every file would take minutes."""
-  there = {folder: {*os.listdir(folder)} if folder.is_dir() else set() for folder in {file.parent for file in files}}
-  return [file for file in files if file.name not in there[file.parent]]
 
 
 def _read_listed(file: pathlib.Path) -> bytes:
