@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -17,23 +17,8 @@ from jaxtyping import Int
 from diffdis_jax.common import buckets
 from diffdis_jax.data import corpus, records
 from diffdis_jax.data.corpus import Corpus, Tokenizer, Tokens
-from diffdis_jax.data.layouts.labelled import Labelled, Origin
+from diffdis_jax.data.layouts.labelled import Labelled, LabelledSource, Origin
 from diffdis_jax.errors import Gone, UserError
-
-
-@runtime_checkable
-class LabelledSource(Protocol):
-  """A source whose classes are known without reading an image."""
-
-  @property
-  def labels(self) -> Int[np.ndarray, " n"]: ...
-
-  @property
-  def classnames(self) -> Sequence[str]: ...
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 class LongTailed(NamedTuple):
@@ -46,7 +31,7 @@ class LongTailed(NamedTuple):
   wordnet: bool  # as corpus.read_corpus has it
   pairs: tuple[str, ...] = ()  # splits that are trained on as pairs, not by their classes
 
-  def open_split(self, folder: pathlib.Path, split: str) -> Labelled:
+  def open_split(self, folder: pathlib.Path, split: str) -> LabelledSource:
     """Open the images of a list."""
     rows = self._read_list(folder, split)
     # A path that begins with a slash would leave the folder.

@@ -17,16 +17,8 @@ from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.config.section import check_number, check_type
 from diffdis_jax.data import latents, long_tail, records, shapes
 from diffdis_jax.data.layouts import find
+from diffdis_jax.data.layouts.labelled import Source
 from diffdis_jax.errors import UserError
-
-
-@runtime_checkable
-class Source(Protocol):
-  """The records that `open_source` returns."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 @runtime_checkable
@@ -43,42 +35,25 @@ class Ordered(Protocol):
   def order(self, seed: int) -> Any: ...  # grain.MapDataset
 
 
-# Of fields that a config may give any value, a value of their type: nobody has looked at what its mixture holds, nor at
-# what its `data` has beside the fields of every run.
+# Values of the types that fields have which nobody has checked yet: a mixture's, and those of some sources alone.
 _LIKE = {"split": "", "seed": 0, "num_images": 0, "caption_fields": ()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
   """The section of a config for a source. A kind of source says how it is opened, and which of these fields it lacks.
-
-  Attributes:
-    name: one of KINDS.
-    image_size: side in pixels at which shapes are rendered. Stored images keep theirs until the loader
-      resizes them.
-    split: of `shapes`: train, test, unseen, all. Of `pairs`: what the folder has. A published set is measured on one
-      split alone, whatever this says.
-    path: the prepared folder, local or any that etils.epath reads; empty for what is rendered. Of a published set, the
-      folder of all of them.
-    seed: of the rendered images.
-    num_images: number of rendered images; by default SPLITS of shapes. Of `pairs` and `latents`: only the
-      first so many.
-    caption_fields: fields of a record whose texts are its captions; none for the captions that it came with.
-
-  Raises:
-    UserError: a number out of its range, or a field that this kind lacks.
-  """
+  Raises UserError: a number out of its range, or a field that this kind lacks."""
 
   LACKS: ClassVar[tuple[str, ...]] = ()
   IS_RENDERED: ClassVar[bool] = False
 
-  name: str
-  image_size: int
-  split: str = "train"
-  path: str | os.PathLike[str] = ""
-  seed: int = 0
-  num_images: int | None = None
-  caption_fields: Sequence[str] = ()
+  name: str  # one of KINDS
+  image_size: int  # side in pixels at which shapes are rendered; the loader resizes stored images
+  split: str = "train"  # of `pairs`, what the folder has; a published set is measured on one split alone
+  path: str | os.PathLike[str] = ""  # the prepared folder, or that of all published sets; empty for what is rendered
+  seed: int = 0  # of the rendered images
+  num_images: int | None = None  # to render, or the first so many of `pairs` and `latents`; by default all
+  caption_fields: Sequence[str] = ()  # fields of a record whose texts are its captions; by default those it came with
 
   def __post_init__(self) -> None:
     # Before a file is opened: what is wrong with the fields themselves is reported first.
@@ -114,9 +89,8 @@ class _Rendered(Section):
   def open(self) -> Source:
     if self.split not in shapes.SPLITS:
       raise UserError(f"shapes has no split {self.split!r}; there are {', '.join(shapes.SPLITS)}")
-    return self._recaptioned(
-      shapes.Shapes(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
-    )
+    fields: Any = dict(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
+    return self._recaptioned(shapes.Shapes(**fields))
 
 
 class _Prepared(Section):
@@ -171,11 +145,8 @@ KINDS: dict[str, type[Section]] = {
 
 
 def read(*, name: str, **fields: Any) -> Section:
-  """Make the section of this kind, of KINDS, with the rest of `Section`'s fields.
-
-  Raises:
-    UserError: an unknown name or field, a value of another type, or as `Section`.
-  """
+  """Make the section of this kind, of KINDS, with the rest of `Section`'s fields. Raises UserError: an unknown name or
+  field, a value of another type, or as `Section`."""
   if name not in KINDS:
     raise UserError(f"unknown data source {name!r}; there are {', '.join(KINDS)}")
   known = {field.name for field in dataclasses.fields(KINDS[name])}
@@ -198,19 +169,16 @@ vars(open_source)["__signature__"] = inspect.signature(Section)
 
 
 class Mixture(NamedTuple):
-  """Several sources, of which each example is taken in turn so that their shares are those of the weights, to 1 % of
-  each: Grain counts in hundredths of the smallest weight, and drops the rest."""
+  """Several sources, whose shares of the examples are those of the weights, to 1 % of each: Grain counts in hundredths
+  of the smallest weight, and drops the rest."""
 
   sources: tuple[Source, ...]
   weights: tuple[float, ...]
 
 
 def open_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) -> Mixture:
-  """Open the sources of these sections: what `open_source` takes, and a `weight`.
-
-  Raises:
-    UserError: as `open_source`, or a weight that is not positive.
-  """
+  """Open the sources of these sections: what `open_source` takes, and a `weight`. Raises UserError: as `open_source`,
+  or a weight that is not positive."""
   opened, weights = [], []
   for name, section in sections.items():
     section = {"name": "pairs", "weight": 1.0, **section}  # a copy, since the weight is taken out of it

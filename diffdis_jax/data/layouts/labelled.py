@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
 from diffdis_jax.common import storage
+
+
+@runtime_checkable
+class Source(Protocol):
+  """A data source's records."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class LabelledSource(Source, Protocol):
+  """A source whose classes are known without reading an image."""
+
+  @property
+  def labels(self) -> Int[np.ndarray, " n"]: ...
+
+  @property
+  def classnames(self) -> Sequence[str]: ...
 
 
 class Origin(NamedTuple):
