@@ -1,7 +1,5 @@
-"""Prepared data sets in a bucket, copied to this machine before they are read.
-
-Records are read in random order, a few kB each, which a bucket answers in tens of milliseconds and a disk at once.
-"""
+"""Prepared data sets in a bucket, copied to this machine before their records are read, a few kB each in random order:
+a bucket answers in tens of milliseconds."""
 
 from __future__ import annotations
 
@@ -20,12 +18,8 @@ _RECORDS = ".array_record"
 
 
 def folder_of(path: str | os.PathLike[str], *, split: str | None = None) -> str:
-  """Return the folder to read a data set from: its own, or for a bucket the copy in the user's cache directory.
-
-  Args:
-    path: of the data set.
-    split: whose records are copied too; None for its description alone.
-  """
+  """Return the folder to read a data set from: its own, or for a bucket the copy in the user's cache directory, of its
+  description and the records of `split`."""
   if not buckets.is_url(path):
     return os.fspath(path)
   return str(_copied(os.fspath(buckets.path(path)), split))  # with single slashes, as objects are named

@@ -1,7 +1,5 @@
-"""Opening encoded images: in the field's formats alone, and within a bound of pixels. Nothing else calls Image.open.
-
-Pillow reads forty formats, one of them by running Ghostscript; each is code that a downloaded file reaches.
-"""
+"""Opening encoded images, in the field's formats alone, and within a bound of pixels. Pillow reads forty formats, one
+of them by running Ghostscript; each is code that a downloaded file reaches."""
 
 from __future__ import annotations
 
@@ -26,19 +24,19 @@ class Unusable(ValueError):
 def open_image(data: bytes) -> Image.Image:
   """Open the image of encoded bytes, of which only the header is read so far.
 
-  Raises:
-    Unusable: more pixels than MAX_PIXELS, a side longer than MAX_SIDE, or a HEIC image that nothing installed reads.
-    Exception: no image in one of FORMATS, AVIF or HEIC; Pillow's readers raise whatever a broken file leads them into.
+  Raises Unusable: too many pixels, or HEIC, which nothing installed reads. For no image in one of FORMATS, AVIF or HEIC
+  Pillow's readers raise whatever a broken file leads them into.
   """
   formats = FORMATS
-  if is_of_a_phone(data):
-    formats = ("AVIF",) if data[8:12] in (b"avif", b"avis") else ("HEIF",)
-  if "HEIF" in formats:
+  if is_of_a_phone(data) and data[8:12] in (b"avif", b"avis"):
+    formats = ("AVIF",)
+  elif is_of_a_phone(data):
     try:
       import pillow_heif
     except ImportError as error:
       raise Unusable(NO_HEIC) from error
     pillow_heif.register_heif_opener()
+    formats = ("HEIF",)
   image = Image.open(io.BytesIO(data), formats=formats)
   if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
     raise Unusable(TOO_MANY_PIXELS)

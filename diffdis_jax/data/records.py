@@ -1,7 +1,5 @@
-"""Records of prepared data sets: what a usable one is, and reading them back from a folder that prepare_data wrote.
-
-The preparation checks a raw pair by the same functions, so that a reason has one name from there to the training log.
-"""
+"""Records of prepared data sets: what a usable one is, which a preparation checks by the same functions, and reading
+them back from a folder that prepare_data wrote."""
 
 from __future__ import annotations
 
@@ -68,14 +66,10 @@ def read_header(data: bytes) -> Image.Image:
 
 def read_image(image: bytes | UInt8[np.ndarray, "h w 3"] | None | Any, *, at_least: int | None = None) -> Decoded:
   """Decode an image to its end as `transforms.decode` does; of an animation the first frame. An array stays as it is.
-
-  Raises:
-    Unusable: no bytes, or none that show an image.
-    UserError: what is neither bytes nor such an array, which is the source's mistake and no damage.
-  """
-  if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+  Raises Unusable: no bytes, or none that show an image; UserError: neither bytes nor such an array."""
+  if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
     return decode(image)
-  if image is not None and not isinstance(image, bytes):
+  if not isinstance(image, bytes | None):  # which is the source's mistake and no damage
     raise UserError(
       f"a record's image is of type {type(image).__name__}; a source gives the bytes of an image's file, or a numpy"
       " array uint8[height, width, 3], such as numpy.asarray(image.convert('RGB')) of one of Pillow's"
@@ -158,11 +152,7 @@ class Pairs:
   """Captioned images as prepare_data stored them, undecoded; fields of the json beside an image become fields.
 
   Reading a record raises Unusable where it is damaged or has no caption. A file that is away is tried again, by
-  `storage.patiently`.
-
-  Attributes:
-    lengths: records of each shard.
-    prefetch: opens shards that are read soon, in the background.
+  `storage.patiently`. `lengths` are the records of each shard; `prefetch` opens shards that are read soon.
   """
 
   def __init__(self, path: str | os.PathLike[str], split: str, num_images: int | None = None):
@@ -268,12 +258,12 @@ def builder(path: str | os.PathLike[str]) -> Any:
   try:
     return tfds.builder_from_directory(folder)
   except (FileNotFoundError, ValueError, json_format.ParseError) as error:  # a bucket's errors may pass
-    reason = " ".join(str(error).split())[:200]
+    reason = f"{' '.join(str(error).split()):.200}"
     raise UserError(f"{path} is no whole data set: {reason}; copy it again, or prepare it again") from error
 
 
 def _open_many_files() -> None:
-  """Let this process have as many open files as the system allows, up to 10,240. A shell's own limit is often 1,024."""
+  """Let this process open as many files as the system allows, up to 10,240. A shell's own limit is often 1,024."""
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   most = 10_240 if hard == resource.RLIM_INFINITY else min(10_240, hard)
   if soft < most and soft != resource.RLIM_INFINITY:

@@ -1,6 +1,5 @@
 """Data sets that are too large to be shuffled as a whole: an order that uses few of their files, the shards, at a time,
-and a reader that keeps few of them open.
-"""
+and a reader that keeps few of them open."""
 
 from __future__ import annotations
 
@@ -55,12 +54,7 @@ class Order:
 
   Each epoch shuffles the shards, takes them in groups, and shuffles the records of a group. So few shards are in use at
   a time, and each record comes once in an epoch. All of it is a function of (seed, i): batches do not depend on the
-  number of hosts, and a resume is exact.
-
-  Args:
-    lengths: records of each shard.
-    seed: of the order.
-    prefetch: gets the shards that come next, when those before them begin.
+  number of hosts, and a resume is exact. `prefetch` gets the shards that come next, when those before them begin.
   """
 
   def __init__(self, lengths: Sequence[int], seed: int, prefetch: Callable[[Iterable[int]], None] | None = None):
@@ -97,13 +91,8 @@ class Order:
 
 
 class Reader:
-  """The stored records of shards. Those that were used last are open.
-
-  Args:
-    files: the shards, local, or their names in a bucket.
-    lengths: records of each.
-    copies: of shards in a bucket, which are fetched and dropped one by one; None where all are on this machine.
-  """
+  """The stored records of shards, of which those that were used last are open. With `copies`, `files` are names in a
+  bucket, which are fetched and dropped one by one."""
 
   def __init__(self, files: Sequence[str], lengths: Sequence[int], copies: Copies | None = None):
     self._given = (files, lengths, copies)

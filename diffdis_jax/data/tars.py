@@ -29,7 +29,7 @@ class Member:
   size: int
 
   def read(self) -> bytes:
-    """Read the bytes. Raises Gone: the tar, which was there when it was indexed; otherwise as `read_from`."""
+    """Read the bytes. Raises Gone: the tar is not there any more; otherwise as `read_from`."""
     try:
       with open(self.path, "rb") as file:
         return self.read_from(file)
@@ -47,13 +47,8 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """The content of a tar.
-
-  Attributes:
-    samples: key -> field -> its file, in the order in which the keys come first. A key is a path without its ending,
-      which begins at the last dot.
-    whole: whether the tar's end mark was reached; otherwise it is cut off or damaged there, and the rest is not known.
-  """
+  """The content of a tar: key -> field -> its file, in the order in which the keys come first. A key is a path without
+  its ending, which begins at the last dot. A tar that is not whole is cut off or damaged before its end mark."""
 
   samples: dict[str, dict[str, Member]]
   whole: bool
@@ -65,16 +60,8 @@ def is_hidden(name: str) -> bool:
 
 
 def index(path: pathlib.Path, field_of: Callable[[str], str | None]) -> Index:
-  """Read a tar's headers. It takes some hundred bytes of memory a sample.
-
-  Args:
-    path: of the tar.
-    field_of: what a file's ending, in small letters, says that it is; None to pass over it.
-
-  Raises:
-    UserError: two files of one field and key.
-    OSError: the tar cannot be read.
-  """
+  """Read a tar's headers. `field_of` says what a file of an ending, in small letters, is; None to pass over it. Raises
+  UserError: two files of one field and key; OSError: the tar cannot be read."""
   samples: dict[str, dict[str, Member]] = {}
   with open(path, "rb") as file:
     end = os.fstat(file.fileno()).st_size
