@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
   # A report looks for figures and pictures in the workdir.
   records = evaluate.evaluate(run, asked, kept=ResultFile(f"{run}/evaluation.json", resumes=False))
   metrics = {name: record["metrics"] for by_set in records.values() for name, record in by_set.items()}
-  draw_classes(run, out / "grid.png")
+  draw_classes(run, out / "grid.png", seed=FLAGS.seed)
   (out / "diffdis" / "samples").mkdir(exist_ok=True)
   shutil.copy(out / "grid.png", out / "diffdis" / "samples" / f"grid_{second.num_steps:08d}.png")
   results = dict(
@@ -84,11 +84,11 @@ def main(argv: Sequence[str]) -> None:
   logging.info("to see all of it: diffdis report --workdir=%s --out=report.html", shlex.quote(run))
 
 
-def draw_classes(run: str, path: os.PathLike[str]) -> None:
+def draw_classes(run: str, path: os.PathLike[str], *, seed: int) -> None:
   """Generate one image of each class, with a star at those that training never saw."""
   model, params = inference.load(run)
   prompts, unseen = [f"a {name}" for name in shapes.CLASSNAMES], {" ".join(pair) for pair in shapes.UNSEEN}
-  images = model.generate(params, Tokenizer(model.max_length)(prompts), model.noise(len(prompts), seed=0))
+  images = model.generate(params, Tokenizer(model.max_length)(prompts), model.noise(len(prompts), seed=seed))
   captions = [f"{prompt} *" if prompt.removeprefix("a ") in unseen else prompt for prompt in prompts]
   samples.save_grid(np.asarray(images), captions, path, columns=len(shapes.SHAPES))
 

@@ -38,7 +38,7 @@ CONFIGS = {"config.json", "model_index.json", "open_clip_config.json"}  # withou
 def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
   flags.DEFINE_string("out", None, "folder to write, absent or empty, or F.safetensors; required without --push")
-  flags.DEFINE_string("push", None, "ORG/NAME on the Hugging Face hub to write to, as one commit; takes a token")
+  flags.DEFINE_string("push", None, "ORG/NAME on the Hugging Face hub to write to; takes a token")
   flags.DEFINE_boolean("private", True, "with --push, whether a newly created repository is private")
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def push_weights(run: str, repo: str, out: str | None = None, *, private: bool = True, **how: Any) -> str:
-  """Export a run to `ORG/NAME` on the Hugging Face hub, as one commit, and return its address; `out` keeps the files.
+  """Export a run to `ORG/NAME` on the Hugging Face hub, and return its address; `out` keeps the files.
   Raises UserError: as `export_weights`, which takes `how`; or no token, no network, or the hub refuses it."""
   hub.check_token(repo)  # first: a missing token shows before the export
   with files.temporary_folder("diffdis-push") as temporary:
@@ -100,11 +100,11 @@ def export_weights(
       logging.info("it is an autoencoder alone: the pipeline's vae encodes and decodes; it generates nothing")
     else:
       Tokenizer(own["max_length"]).save(temporary if is_clip else temporary / "tokenizer")
+    digests.write(temporary)  # not of the card, in which its owner fills in a licence
     how: dict[str, Any] = dict(step=step, ema=ema, dtype=dtype, repo=repo)
     model_card.write(temporary, run=buckets.path(run), fields=fields, own=own, **how)
     if text := licences_of(run):
       (temporary / LICENSES).write_text(text, encoding="utf-8")
-    digests.write(temporary)
   logging.info("step %d in %s; README.md there says how to load it", step, out)
   return step
 

@@ -20,7 +20,7 @@ from huggingface_hub.utils import filter_repo_objects
 from diffdis_jax import export_weights, import_weights
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import hub as hub_files
-from diffdis_jax.run import restore
+from diffdis_jax.run import digests, restore
 
 pytest_plugins = ("tests.pipelines",)
 pytestmark = pytest.mark.slow
@@ -85,11 +85,15 @@ class Hub:
     self.private.append(private)
     self.repositories.setdefault(repo, {}) or self.add(repo, {".gitattributes": b""})
 
+  def upload_file(self, *, repo_id: str, path_in_repo: str, path_or_fileobj: Any, commit_message: str) -> Any:
+    sha = self.add(repo_id, self.files(repo_id) | {path_in_repo: pathlib.Path(path_or_fileobj).read_bytes()})
+    return types.SimpleNamespace(commit_url=f"{commit_message} {sha}", oid=sha)
+
   def upload_folder(self, *, repo_id: str, folder_path: Any, commit_message: str, delete_patterns: list[str]) -> Any:
     before = self.files(repo_id)
     kept = before.keys() - {*filter_repo_objects(before, allow_patterns=delete_patterns)}
     sha = self.add(repo_id, {name: before[name] for name in kept} | files_of(folder_path))
-    return types.SimpleNamespace(commit_url=f"{commit_message} {sha}")
+    return types.SimpleNamespace(commit_url=f"{commit_message} {sha}", oid=sha)
 
 
 def _refusal(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
@@ -181,7 +185,13 @@ def test_a_push_uploads_the_export_which_is_imported_back(hub, imported, tmp_pat
   written = files_of(tmp_path / "out")
   assert hub.private == [True] and address.startswith("Write step 0")
   assert hub.files("me/new") == written | {".gitattributes": b""}
-  assert 'from_pretrained("me/new")' in written["README.md"].decode()
+  # The card, a commit of its own, pins the code that it asks to trust to the commit of the weights.
+  *_, model, card = hub.repositories["me/new"]
+  assert address.endswith(model)
+  assert f'trust_remote_code=True, revision="{model}", custom_revision="{model}")' in written["README.md"].decode()
+  assert hub.repositories["me/new"][model].keys() == hub.repositories["me/new"][card].keys()
+  assert f'from_pretrained("me/new", revision="{model}")' in written["README.md"].decode()
+  assert digests.damage(tmp_path / "out") is None
   assert not [name for name in written if name.endswith((".bin", ".ckpt", ".pt"))]
   StableDiffusionPipeline.from_pretrained(tmp_path / "out")
 
@@ -195,9 +205,12 @@ def test_a_second_push_deletes_the_weights_of_the_first(hub, tmp_path):
   for name in ("first", "second"):
     (tmp_path / name).mkdir()
     (tmp_path / name / f"{name}.safetensors").write_bytes(name.encode())
+    (tmp_path / name / "README.md").write_text("card")
     hub_files.push(tmp_path / name, "me/model", private=False, message=name)
     hub.files("me/model")["LICENSE"] = b"somebody wrote it on the page"
-  assert hub.private[0] is False and hub.files("me/model").keys() == {".gitattributes", "LICENSE", "second.safetensors"}
+  assert hub.private[0] is False and hub.files("me/model").keys() == {
+    *(".gitattributes", "LICENSE", "README.md", "second.safetensors")
+  }
 
 
 def test_a_push_needs_a_token_with_write_access(hub, imported, tmp_path, monkeypatch):

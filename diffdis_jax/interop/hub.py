@@ -107,9 +107,9 @@ def check_token(repo: str) -> None:
 
 
 def push(folder: pathlib.Path, repo: str, *, private: bool, message: str) -> str:
-  """Write a folder of an export as one commit, and return its address.
+  """Write a folder of an export as one commit, and return its address. A second commit pins the card to it.
 
-  The commit also removes files of an earlier export that this one lacks. Other files, such as a licence, stay.
+  The first one also removes files of an earlier export that this one lacks. Other files, such as a licence, stay.
   Raises UserError: the hub refuses it or cannot be reached.
   """
   api = huggingface_hub.HfApi()
@@ -117,6 +117,9 @@ def push(folder: pathlib.Path, repo: str, *, private: bool, message: str) -> str
     api.create_repo(repo, private=private, exist_ok=True)
     earlier = ["*.safetensors", "*.json", "*.txt", "*.py"]
     commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=earlier)
+    card = folder / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace('"COMMIT"', f'"{commit.oid}"'), encoding="utf-8")
+    api.upload_file(repo_id=repo, path_in_repo=card.name, path_or_fileobj=card, commit_message="Pin the card's code")
     return commit.commit_url
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -15,10 +15,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from diffdis_jax.common import files
 from diffdis_jax.config.objectives import task_of
+from diffdis_jax.data import shapes
 from diffdis_jax.interop import tensor_files, to_torch
 from diffdis_jax.run import provenance
 
-PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*"
 TEMPLATE = pathlib.Path(__file__).with_suffix(".md")
 PROMPTS = ("a bear searching for food near the river", "a red car")
 LONGEST = 60  # the most characters of a protocol's value
@@ -38,8 +38,7 @@ def write(
   """Write README.md, and samples.png if the run has samples. Call it last, since it lists the folder's files.
 
   Args:
-    folder: the export's folder.
-    run: the workdir.
+    folder, run: the export's folder, and the workdir.
     fields: the run's config.
     own: the fields that the weights need to be used, which the card shows.
     repo: `ORG/NAME` on the hub, or empty for a folder.
@@ -59,7 +58,7 @@ def write(
     data,
     template_path=str(TEMPLATE),
     kind=kind,
-    paper=PAPER,
+    paper="*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*",
     what=f"checkpoint of step {step}, {'averaged' if ema else 'raw'} weights, {dtype}",
     step=step,
     fields=fields,
@@ -74,7 +73,7 @@ def write(
     has_head=(folder / tensor_files.HEAD).exists(),
     patch=model.get("autoencoder", {}).get("patch", 1),
     # JSON writes strings as Python does, except that it would escape emojis.
-    prompts=[json.dumps(prompt, ensure_ascii=False) for prompt in fields.get("sample_prompts") or PROMPTS],
+    prompts=[json.dumps(prompt, ensure_ascii=False) for prompt in _prompts(fields, step=step)],
     samples=_copy_samples(run, folder, step) if kind == "diffdis" else None,
     # An import is a checkpoint of step 0. The batch, data and rates of its config are defaults that were never used.
     imported=_public(origin.get("source") or past.get("imported")) if step == 0 else None,
@@ -91,15 +90,25 @@ def write(
   card.save(folder / "README.md")
 
 
+def _prompts(fields: Mapping[str, Any], *, step: int) -> Sequence[str]:
+  """Return texts like those of the run's data: its sample prompts, or captions that prepare_data wrote beside it."""
+  if fields.get("sample_prompts") or step == 0:  # of an import, which used none of its config's data
+    return fields.get("sample_prompts") or PROMPTS
+  sources = [*(fields["data"].get("mixture") or {"": fields["data"]}).values()]
+  cards = [files.read_object(f"{source['path']}/card.json") for source in sources if source.get("path")]
+  captions = [caption for card in cards for caption in card.get("captions", ())]
+  of_shapes = [f"a {name}" for name in shapes.CLASSNAMES if any(source.get("name") == "shapes" for source in sources)]
+  return captions or of_shapes or PROMPTS
+
+
 def _copy_samples(run: epath.Path, folder: pathlib.Path, step: int) -> int | None:
-  """Copy the newest grid of samples up to this step, and return its step."""
+  """Copy the newest grid of samples up to this step, the demo's too, and return its step."""
   # Not the newest file: the run may have later samples than the exported checkpoint.
-  named = {path: re.fullmatch(r"samples_(\d+)\.png", path.name) for path in run.glob("samples/samples_*.png")}
-  grids = {int(match[1]): path for path, match in named.items() if match and int(match[1]) <= step}
-  if not grids:
-    return None
-  (folder / "samples.png").write_bytes(grids[max(grids)].read_bytes())
-  return max(grids)
+  grids = {int(path.stem[-8:]): path for path in run.glob("samples/*_*.png") if path.stem[-8:].isdecimal()}
+  newest = max((at for at in grids if at <= step), default=None)
+  if newest is not None:
+    (folder / "samples.png").write_bytes(grids[newest].read_bytes())
+  return newest
 
 
 def _start(start: str, past: Mapping[str, Any]) -> str:
@@ -142,9 +151,8 @@ def _protocol(record: Mapping[str, Any]) -> str:
   """Format a protocol for a table's cell, with the lengths of lists."""
   # `pretrained` is CLIP_benchmark's field; the fields of the protocol come after it and replace it.
   cell = {"checkpoint": record.get("pretrained"), **(record.get("protocol") or {})}
-  shown = {
-    name: f"{len(value)} of them" if isinstance(value, list | dict) else _public(value) for name, value in cell.items()
-  }
+  text = lambda value: f"{len(value)} of them" if isinstance(value, list | dict) else _public(value)
+  shown = {name: text(value) for name, value in cell.items()}
   words = (f"{name} {value}" for name, value in shown.items() if value not in (None, "") and len(str(value)) <= LONGEST)
   return _plain(", ".join(words))
 

@@ -51,13 +51,9 @@ _ENTRY = re.compile(
 )
 # Classes that training frameworks, also Stable Diffusion's, pickle beside the tensors of a checkpoint. The reader uses
 # `_Discarded` in their place: nothing of them is imported or called.
-_DISCARDED = (
-  *(
-    f"{lightning}.callbacks.model_checkpoint.ModelCheckpoint"
-    for lightning in ("pytorch_lightning", "lightning.pytorch")
-  ),
-  *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "_codecs.encode"),
-)
+_DISCARDED = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype", "_codecs.encode")
+_DISCARDED += ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+_DISCARDED += ("lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",)
 
 
 class _Discarded:

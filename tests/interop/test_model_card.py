@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 from PIL import Image
 
 from diffdis_jax.export_weights import export_weights
@@ -72,6 +73,29 @@ def test_the_card_describes_a_mixture_whose_sources_have_default_fields():
   assert model_card._data(mixture["a"] | {"mixture": {}}) == "pairs cc3m, split train"
 
 
+def test_the_prompts_are_of_the_runs_own_data(tmp_path):
+  """Also where the run generated no samples, as a run of discrimination alone."""
+  (tmp_path / "card.json").write_text('{"captions": ["two cats", "a boat"]}')
+  shapes = {"name": "shapes", "path": "", "mixture": {}}
+  for data, drawn, expected in (
+    (shapes, ("a house",), ["a house"]),
+    (shapes, (), ["a red circle", "a red square"]),
+    ({"name": "pairs", "path": str(tmp_path), "mixture": {}}, (), ["two cats", "a boat"]),
+    (shapes | {"mixture": {"a": {"path": str(tmp_path)}}}, (), ["two cats", "a boat"]),
+    ({"name": "pairs", "path": "gs://of-another/machine", "mixture": {}}, (), [*model_card.PROMPTS]),
+  ):
+    assert [*model_card._prompts({"data": data, "sample_prompts": drawn}, step=3)][:2] == expected
+  # The data of an import's config were never used.
+  assert model_card._prompts({"data": shapes, "sample_prompts": ()}, step=0) == model_card.PROMPTS
+
+
+def test_the_grid_of_the_demo_is_shown(tmp_path):
+  (tmp_path / "run" / "samples").mkdir(parents=True)
+  (tmp_path / "run" / "samples" / "grid_00003000.png").write_bytes(b"grid")
+  assert model_card._copy_samples(epath.Path(tmp_path / "run"), tmp_path, 3000) == 3000
+  assert (tmp_path / "samples.png").read_bytes() == b"grid"
+
+
 def test_a_file_of_results_adds_no_markup():
   """Anybody may have written the file; it may contain characters that Markdown and HTML interpret."""
   hostile = "x |\n\n# Y <script>alert(1)</script> [a](javascript:b) ![c](//d) `e` *f* _g_ ~~h~~ $i$ \\"
@@ -105,11 +129,14 @@ def test_the_code_for_the_hub_runs(tmp_path):
   commit = "a" * 40
   cached = tmp_path / "hf" / "hub" / "models--me--tiny"
   export_weights(export_of(tmp_path), str(cached / "snapshots" / commit), repo="me/tiny")
+  readme = cached / "snapshots" / commit / "README.md"
+  readme.write_text(readme.read_text().replace('"COMMIT"', f'"{commit}"'))  # as a push does
   (cached / "refs").mkdir()
   (cached / "refs" / "main").write_text(commit)
   code, card = code_of(cached / "snapshots" / commit), (cached / "snapshots" / commit / "README.md").read_text()
-  assert 'from_pretrained("me/tiny", custom_pipeline="me/tiny", trust_remote_code=True)' in code
-  assert 'call `huggingface_hub.snapshot_download("me/tiny")` once' in card and '`revision="COMMIT"` and' in card
+  pinned = f'revision="{commit}", custom_revision="{commit}"'
+  assert f'from_pretrained("me/tiny", custom_pipeline="me/tiny", trust_remote_code=True, {pinned})' in code
+  assert f'call `huggingface_hub.snapshot_download("me/tiny", revision="{commit}")` once' in card
   program = 'from huggingface_hub import snapshot_download\nfolder = snapshot_download("me/tiny")\n'
   assert run_code(program + code.replace('"me/tiny"', "folder"), tmp_path).startswith("['")
 
