@@ -48,8 +48,8 @@ from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
 
 # name -> the config that trains on it, up to its folder
-NEXT: dict[str, str] = {**dict.fromkeys(("pairs", "cc3m"), "diffdis_cc3m:path="), "latents": "diffdis_cc3m:latents="}
-NEXT |= dict.fromkeys(("files", "folder"), "own:path=")
+NEXT = {"cc3m": "diffdis_cc3m:path=", "latents": "diffdis_cc3m:latents="}
+NEXT |= dict.fromkeys(("files", "folder", "pairs"), "own:path=")
 # name -> how its raw data are found, what it is
 DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], DataSet]] = {
   "files": (lambda source: own.find_parts(source, _asked()), own.OWN),

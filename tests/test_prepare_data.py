@@ -55,7 +55,7 @@ def test_a_folder_is_written_and_skipped_pairs_are_reported(raw, tmp_path):
     (("pairs", "--source=raw", "--out=out", "--num_processes=0"), "num_processes"),
     (("pairs", "--source=.", "--out=out"), "no .tar files in ."),
     (("pairs", "--source=raw"), "--out"),
-    (("files", "--source=raw", "--out=out"), "raw holds tars; prepare_data pairs reads those"),
+    (("files", "--source=raw", "--out=out"), "raw holds tars; type: diffdis prepare_data pairs --source=raw --out=DIR"),
     (("files", "--source=raw"), "prepare_data files needs --out=DIR"),
     (("files", "--source=raw", "--out=out", "--held_out=0.9"), "held_out"),
     (("files", "--source=raw", "--out=out", "--held_out=nan"), "--held_out=nan is no number; give one"),

@@ -23,6 +23,7 @@ import json
 import pathlib
 import posixpath
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from diffdis_jax.data import records
@@ -63,7 +64,10 @@ def _find(source: pathlib.Path, asked: Asked) -> Sequence[FilesPart]:
     return _by_split(source, _beside(source, names, asked))
   if tar := next((name for name in names if name.endswith(".tar")), ""):
     # First: beside them img2dataset puts parquet files without images.
-    raise UserError(f"{source / posixpath.dirname(tar)} holds tars; prepare_data pairs reads those")
+    folder = source / posixpath.dirname(tar)
+    raise UserError(
+      f"{folder} holds tars; type: diffdis prepare_data pairs --source={shlex.quote(str(folder))} --out=DIR"
+    )
   if parquet := [name for name in names if name.endswith(".parquet")]:
     return [tables.parquet(source, name, asked) for name in parquet]
   if table := next((name for name in names if tables.ending(name) in ("csv", "jsonl")), ""):

@@ -13,6 +13,7 @@ import itertools
 import pathlib
 import posixpath
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from diffdis_jax.errors import UserError, not_installed, parse_json
 SAVED = ("dataset_dict.json", "state.json")  # of datasets' save_to_disk
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of datasets' imagefolder
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture")  # the first that is there counts
-CAPTIONS = ("caption", "text")  # columns, of which the first that is there counts
+CAPTIONS = ("caption", "text", "prompt", "description")  # columns, of which the first that is there counts
 FILES = ("file_name", "filename", "file", "filepath", "file_path", "path", "image", "image_path", "image_file", "img")
 HELD_OUT = 0.05
 _AT_ONCE = 100  # rows, of which each may be a whole image
@@ -161,7 +162,7 @@ def caption_fields(where: str, columns: Sequence[str], asked: Asked) -> tuple[st
   missing = [name for name in asked.caption_fields if name not in columns]
   if missing or not (asked.caption_fields or usual):
     what = f"column {missing[0]}" if missing else f"column {' or '.join(CAPTIONS)}"
-    example = f", such as --caption_fields={columns[0]}" if columns else ""
+    example = f", such as --caption_fields={shlex.quote(columns[0])}" if columns else ""
     raise UserError(
       f"{where} has no {what}; name those with captions by --caption_fields, of {', '.join(columns)}{example}"
     )
@@ -183,9 +184,10 @@ def listed_pairs(source: pathlib.Path, lists: Sequence[str], names: Sequence[str
         in_folder = (field for field in (*usual, *row) if form(posixpath.join(folder, f"{row[field]}")) in there)
         if not (column := next(in_folder, next(iter(usual), ""))):
           raise UserError(f"{table} has no column of files, such as {FILES[0]}; its columns are {', '.join(row)}")
-        others = tuple(field for field in row if field != column)
+        # The longest text first, which is the likeliest caption.
+        others = sorted((field for field in row if field != column), key=lambda field: -len(str(row[field])))
         is_clear = len(others) == 1 and not asked.caption_fields
-        captions = others if is_clear else caption_fields(f"{table}", others, asked)
+        captions = tuple(others) if is_clear else caption_fields(f"{table}", others, asked)
       file = row.get(column)
       if not isinstance(file, str) or not file:
         raise UserError(f"{table}, row {number} has no {column}; its columns are {', '.join(row)}")

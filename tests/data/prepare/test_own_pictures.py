@@ -307,24 +307,47 @@ def test_a_part_of_a_split_that_datasets_saved(tmp_path, split, splits):
   assert list(prepared(tmp_path / "raw", tmp_path / "out")) == splits
 
 
+def test_a_list_with_prompts(tmp_path):
+  """A column `prompt` has the captions, beside one of another kind."""
+  for i in range(COUNT):
+    put(tmp_path / "raw" / f"{i}.png", picture(i))
+  rows = (json.dumps({"img": f"{i}.png", "prompt": f"text {i}", "score": i}) for i in range(COUNT))
+  put(tmp_path / "raw" / "data.jsonl", "\n".join(rows))
+  splits = prepared(tmp_path / "raw", tmp_path / "out")
+  assert captions(tmp_path / "out", *splits) == {f"{i}.png": f"text {i}" for i in range(COUNT)}
+
+
 @pytest.mark.parametrize(
   ("content", "asked", "message"),
   [
     ({}, {}, "raw has 0 pictures, and 0 captions, .*; --source is a folder of x.jpg with x.txt"),
     ({"a.png": picture(0)}, {}, "has 1 pictures, such as 'a.png', and 0 captions, .* --captions=filename"),
-    ({"0.tar": b""}, {}, "holds tars; prepare_data pairs reads those"),
-    ({"0.tar": b"", "0.parquet": columns(url=["x"])}, {}, "holds tars; prepare_data pairs reads those"),
+    ({"0.tar": b""}, {}, "holds tars; type: diffdis prepare_data pairs --source="),
+    ({"0.tar": b"", "0.parquet": columns(url=["x"])}, {}, "holds tars; type: diffdis prepare_data pairs --source="),
     ({"a.png": picture(0), "a.txt": b"a"}, {}, "has one pair .*; give at least two, .* or --held_out=0"),
     ({"a.png": picture(0), "a.jpg": picture(1), "a.txt": b"a"}, {}, "a.jpg and a.png, two files for image of one key"),
     ({"a.png": picture(0), "a.txt": b"a"}, {"caption_fields": ("title",)}, "--caption_fields names columns of a table"),
     ({"metadata.jsonl": b'{"text": "a"}\n'}, {}, "has no column of files, such as file_name; its columns are text"),
-    ({"metadata.jsonl": b'{"file_name": "a.png"}\n'}, {}, "has no column caption or text; name those"),
+    (
+      {"metadata.jsonl": b'{"file_name": "a.png"}\n'},
+      {},
+      "has no column caption or text or prompt or description; name those",
+    ),
+    (
+      {"a.png": picture(0), "my list.csv": b"id,picture,what it shows\n1,a.png,a red star\n"},
+      {},
+      "of what it shows, id, such as --caption_fields='what it shows'",
+    ),
     ({"metadata.jsonl": b"{\n"}, {}, "metadata.jsonl, line 1 is not JSON"),
     ({"metadata.csv": b"file_name,text\na.png,a\nb.png,a, b\n"}, {}, "line 3 has more values .*; put quotes around"),
     ({"metadata.csv": b'file_name,text\na.png,a\nb.png,"a\nc.png,c\n'}, {}, "end of data, in the row after line 3"),
     ({"metadata.csv": b"file_name,text\n"}, {}, "has no rows; each is a file_name and a caption"),
     ({"0.parquet": columns(url=["x"], caption=["a"])}, {}, "no column with an image, .* its columns are url, caption"),
-    ({"0.parquet": columns(image=[b"x"], title=["a"])}, {}, "has no column caption or text; .* of title"),
+    (
+      {"0.parquet": columns(image=[b"x"], title=["a"])},
+      {},
+      "has no column caption or text or prompt or description; .* of title",
+    ),
     ({"0.parquet": columns(image=[b"x"], text=["a"])}, {"caption_fields": ("b",)}, "has no column b; name those"),
     ({"0.parquet": b"PAR1"}, {}, "0.parquet cannot be read: .*; copy it again"),
     ({"dataset_dict.json": b"[1]"}, {}, "raw cannot be read: .*; copy it again"),
