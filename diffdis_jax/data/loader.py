@@ -50,13 +50,12 @@ def train_loader(
 
   Global batch k is made of the same records and augmentations for any number of hosts, of which each takes its `rows`.
   The position is saved by `grain.checkpoint.CheckpointSave(iterator)` and does not depend on the number of hosts or
-  threads, but on `num_workers`. In the place of a record that cannot be used comes the next one that can, so that
-  neither the number of batches nor the other rows depend on it.
+  threads, but on `num_workers`. The next usable record replaces one that cannot be used: neither the number of batches
+  nor the other rows depend on it.
 
   Args:
     source: or several with weights; each is shuffled and begun again on its own.
     batch_size: global.
-    seed: of order and augmentation.
     discrimination_augmentation: of a second view of each image, 'discrimination_image': u8[b h w 3]; None for none.
     rows: places in the global batch of this host's rows, as many on each host; None for all.
     loading: how records are read ahead. Each process that prepares batches has as many threads of its own.
@@ -64,21 +63,17 @@ def train_loader(
   parts = source.sources if isinstance(source, Mixture) else (source,)
   datasets = []
   for i, part in enumerate(parts):
-    if isinstance(part, Latents):
-      example = _LatentExample(part)
-    else:
-      example = _ImageExample(part, image_size, augmentation, discrimination_augmentation)
+    images = (image_size, augmentation, discrimination_augmentation)
+    example = _LatentExample(part) if isinstance(part, Latents) else _ImageExample(part, *images)
     # A seed a source: two of one length would be shuffled alike.
     if isinstance(part, shards.Sharded) and shards.is_large(part.lengths):
       order = shards.Order(part.lengths, seed + i, prefetch=part.prefetch)
       datasets.append(grain.MapDataset.source(order).seed(seed + i).random_map(example))
-      continue
-    if isinstance(part, Ordered):
-      order = part.order(seed + i)
     else:
-      order = grain.MapDataset.range(len(part)).seed(seed + i).shuffle()
-    # `repeat` last: each epoch it gives new seeds to what stands before it, the order and the augmentation.
-    datasets.append(order.random_map(example).repeat())
+      is_ordered = isinstance(part, Ordered)
+      order = part.order(seed + i) if is_ordered else grain.MapDataset.range(len(part)).seed(seed + i).shuffle()
+      # `repeat` last: each epoch it gives new seeds to what stands before it, the order and the augmentation.
+      datasets.append(order.random_map(example).repeat())
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
   return _read_ahead(dataset, rows, batch_size, functools.partial(_collate, tokenizer=tokenizer), loading)
 
@@ -98,18 +93,12 @@ def labelled_loader(
   """Return endless batches {'image': u8[b h w 3], 'label': i32[b], SUBSTITUTED, ROWS}, and 'tokens': i32[b l], a
   sentence of each image's class, where `tokens` has them. Images are sampled with replacement.
 
-  What stands at each place of each global batch follows from (seed, place) alone; for all else see `train_loader`.
-
-  Args:
-    tokens: the classes' sentences, or None.
-    sampling_exponent: a class of n images has the share n^sampling_exponent of the samples, each of its images
-      alike: 0.5 is VL-LTR's square-root sampling; 1 samples all images alike, 0 all classes.
-    seed: of sampling and augmentation.
-    rows: places in the global batch of this host's rows; None for all.
+  What stands at each place of each global batch follows from (seed, place) alone; for all else see `train_loader`. A
+  class of n images has the share n^sampling_exponent of the samples, each of its images alike: 0.5 is VL-LTR's
+  square-root sampling; 1 samples all images alike, 0 all classes.
   """
   example = _LabelledExample(source, image_size, augmentation, tokens)
-  dataset = _ByClass(example, source.labels, sampling_exponent, seed)
-  return _read_ahead(dataset, rows, batch_size, _collate, loading)
+  return _read_ahead(_ByClass(example, source.labels, sampling_exponent, seed), rows, batch_size, _collate, loading)
 
 
 def _read_ahead(
@@ -133,11 +122,8 @@ def _collate(examples: Sequence[dict[str, Any]], tokenizer: Tokenizer | None = N
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-  """The examples at these places of every `stride`-th batch of an endless dataset from `first` on, one after another.
-
-  Rows are taken out of the global order, and not the source shared out: so batches are the same for any number of
-  hosts.
-  """
+  """The examples at these places of every `stride`-th batch of an endless dataset from `first` on, one after another:
+  rows of the global order, so that batches are the same for any number of hosts."""
 
   dataset: Any  # grain.MapDataset | _ByClass
   places: tuple[int, ...]
@@ -200,12 +186,10 @@ class _Example(grain.transforms.RandomMap):
     # The next by place, which every host finds alike; a small source is not asked twice for the same one.
     for attempt in range(min(ATTEMPTS, len(self.source))):
       try:
-        example = self.make((place + attempt) % len(self.source), rng)
+        # Counted in the batch, since workers of other processes share no counter with this one.
+        return {**self.make((place + attempt) % len(self.source), rng), SUBSTITUTED: missed}
       except records.Unusable as error:
         missed[records.REASONS.index(str(error))] += 1
-      else:
-        # Counted in the batch, since workers of other processes share no counter with this one.
-        return {**example, SUBSTITUTED: missed}
     raise UserError(f"{missed.sum()} records in a row cannot be used: {listed(missed)}; prepare the data set again")
 
   @abc.abstractmethod
@@ -233,13 +217,12 @@ class _ImageExample(_Example):
   discrimination_augmentation: Augmentation | None
 
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
-    record, own = self.source[place], self.discrimination_augmentation
+    record, views = self.source[place], {"image": self.augmentation}
+    if self.discrimination_augmentation is not None:
+      views["discrimination_image"] = self.discrimination_augmentation
     # Decoded once, with pixels enough for both views.
-    views = [self.augmentation] if own is None else [self.augmentation, own]
-    image = records.read_image(record["image"], at_least=needed_side(self.image_size, *views))
-    example = {"image": augment(image, rng, size=self.image_size, how=self.augmentation)}
-    if own is not None:
-      example["discrimination_image"] = augment(image, rng, size=self.image_size, how=own)
+    image = records.read_image(record["image"], at_least=needed_side(self.image_size, *views.values()))
+    example = {name: augment(image, rng, size=self.image_size, how=how) for name, how in views.items()}
     return {**example, ROWS: name_of(record, place), "caption": draw_caption(record, rng)}
 
 
@@ -274,11 +257,10 @@ class _LabelledExample(_Example):
 
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     record = self.source[place]
-    label = record["label"]
     image = records.read_image(record["image"], at_least=needed_side(self.image_size, self.augmentation))
     seen = augment(image, rng, size=self.image_size, how=self.augmentation)
-    example = {"image": seen, "label": np.int32(label), ROWS: name_of(record, place)}
-    return example if self.tokens is None else {**example, "tokens": self.tokens.draw(label, rng)}
+    example = {"image": seen, "label": np.int32(record["label"]), ROWS: name_of(record, place)}
+    return example if self.tokens is None else {**example, "tokens": self.tokens.draw(record["label"], rng)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,12 +272,8 @@ class _LatentExample(_Example):
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     record = self.source.read(place, int(rng.integers(self.source.views)))
     mean, log_variance = np.split(record["moments"], 2, axis=-1)
-    return {
-      "mean": mean,
-      "log_variance": log_variance,
-      ROWS: name_of(record, place),
-      "caption": draw_caption(record, rng),
-    }
+    named = {ROWS: name_of(record, place), "caption": draw_caption(record, rng)}
+    return {"mean": mean, "log_variance": log_variance, **named}
 
 
 def listed(missed: Int[np.ndarray, " r"]) -> str:
@@ -304,18 +282,12 @@ def listed(missed: Int[np.ndarray, " r"]) -> str:
 
 
 class Substitutions:
-  """Counts, by reason, the records of this host's batches in whose place another one came.
-
-  Attributes:
-    new: i64[r], for each of records.REASONS those that were not yet reported.
-    total: i64[r], those that were.
-    rows: str[b], what names the records of the last batch.
-  """
+  """Counts, by reason, the records of this host's batches in whose place another one came."""
 
   def __init__(self) -> None:
-    self.new = np.zeros(len(records.REASONS), np.int64)
-    self.total = self.new.copy()
-    self.rows = np.empty(0, np.str_)
+    self.new = np.zeros(len(records.REASONS), np.int64)  # for each of records.REASONS those that were not yet reported
+    self.total = self.new.copy()  # those that were
+    self.rows = np.empty(0, np.str_)  # what names the records of the last batch
 
   def take(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Count those of a batch, and return it without them."""

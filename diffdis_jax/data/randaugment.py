@@ -23,10 +23,10 @@ ERASED, ERASED_RATIO, TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
 
 
 class Warp(NamedTuple):
-  """The filter that samples pixels of a turned image, and the colour of what is uncovered, None for black."""
+  """How an image is turned or moved."""
 
-  resample: Image.Resampling
-  fill: tuple[int, ...] | None
+  resample: Image.Resampling  # the filter that samples pixels
+  fill: tuple[int, ...] | None  # the colour of what is uncovered, None for black
 
 
 NEAREST, BICUBIC = Warp(Image.Resampling.NEAREST, None), Warp(Image.Resampling.BICUBIC, FILL)
@@ -71,23 +71,15 @@ TORCHVISION |= {"Posterize": 4.0, "Solarize": 0.0, "AutoContrast": 0.0, "Equaliz
 SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
 # Those of timm, in its order: the amount at a level from 0, or of SIGNED ones from -1, to 1.
 # In both tables a translation is a fraction of the side.
-_CHANGE = lambda level: max(-0.9, 0.9 * level)
 TIMM: dict[str, Callable[[float], float]] = {
-  "AutoContrast": lambda level: level,
-  "Equalize": lambda level: level,
-  "Invert": lambda level: level,
+  **dict.fromkeys(("AutoContrast", "Equalize", "Invert"), lambda level: level),
   "Rotate": lambda level: 30 * level,
   "Posterize": lambda level: 4 - int(level * 4),
   "Solarize": lambda level: 256 - min(256, int(level * 256)),
   "SolarizeAdd": lambda level: min(128, int(level * 110)),
-  "Color": _CHANGE,
-  "Contrast": _CHANGE,
-  "Brightness": _CHANGE,
-  "Sharpness": _CHANGE,
-  "ShearX": lambda level: 0.3 * level,
-  "ShearY": lambda level: 0.3 * level,
-  "TranslateX": lambda level: -0.45 * level,
-  "TranslateY": lambda level: -0.45 * level,
+  **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), lambda level: max(-0.9, 0.9 * level)),
+  **dict.fromkeys(("ShearX", "ShearY"), lambda level: 0.3 * level),
+  **dict.fromkeys(("TranslateX", "TranslateY"), lambda level: -0.45 * level),
 }
 
 
@@ -126,11 +118,8 @@ def torchvision_randaugment(
 def timm_randaugment(
   image: Image.Image, rng: np.random.Generator, *, operations: int, magnitude: float, deviation: float
 ) -> Image.Image:
-  """Sample so many operations uniformly, and do each of them half of the time.
-
-  Args:
-    magnitude: mean strength of an operation, of LARGEST; it is normal with this `deviation`, cut to 0 ... LARGEST.
-  """
+  """Sample so many operations uniformly, and do each of them half of the time, at a strength that is normal with mean
+  `magnitude` and this `deviation`, cut to 0 ... LARGEST."""
   for number in rng.integers(len(TIMM), size=operations):
     if rng.random() >= PROBABILITY:
       continue
@@ -145,18 +134,14 @@ def timm_randaugment(
 def erase(
   pixels: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, *, probability: float
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Replace a random box by noise with this probability (Zhong et al., 2020).
-
-  Its area and ratio are timm's. Each value is normal, with the mean and deviation of CLIP's training images; timm's,
-  which is sampled after the images were normalised, is not cut to 0 ... 255.
-  """
+  """Replace a random box by noise with this probability (Zhong et al., 2020). Its area and ratio are timm's. Each value
+  is normal, as CLIP's training images; timm's, sampled after normalisation, is not cut to 0 ... 255."""
   if rng.random() >= probability:
     return pixels
   height, width = pixels.shape[:2]
   for _ in range(TRIES):
     area = rng.uniform(*ERASED) * height * width
-    low, high = map(math.log, ERASED_RATIO)
-    ratio = math.exp(rng.uniform(low, high))
+    ratio = math.exp(rng.uniform(math.log(ERASED_RATIO[0]), math.log(ERASED_RATIO[1])))
     h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
     if h < height and w < width:
       top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)

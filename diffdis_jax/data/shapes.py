@@ -54,38 +54,30 @@ def _regular(n: int, *, inner: float = 1.0) -> Points:
   return [(r * math.sin(2 * math.pi * i / n), -r * math.cos(2 * math.pi * i / n)) for i, r in enumerate(radii)]
 
 
-def _square() -> Points:
-  side = math.sqrt(0.5)
-  return [(-side, -side), (side, -side), (side, side), (-side, side)]
-
-
-def _cross(arm: float = 0.3, reach: float = 0.95) -> Points:
-  quarter = [(-arm, -reach), (arm, -reach), (arm, -arm)]
-  turned = quarter
-  points: Points = []
-  for _ in range(4):
-    points += turned
-    turned = [(-y, x) for x, y in turned]
+def _turned(quarter: Points) -> Points:
+  """Return these points, then the same turned about the middle by one, two and three quarters."""
+  points = [*quarter]
+  for _ in range(3):
+    points += [(-y, x) for x, y in points[-len(quarter) :]]
   return points
 
 
-def _heart(n: int = 48) -> Points:
+def _heart() -> Points:
   """Return x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, moved and scaled to radius 1."""
-  t = np.linspace(0, 2 * np.pi, n, endpoint=False)
+  t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
   x = 16 * np.sin(t) ** 3
   y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
   return list(zip((x / 18.3).tolist(), ((-y - 2.5) / 18.3).tolist(), strict=True))
 
 
-def _arc(radius: float, centre: float, start: float, stop: float, n: int = 32) -> Points:
+def _arc(radius: float, centre: float, start: float, stop: float) -> Points:
   """Return points on a circle around (centre, 0), from angle `start` to `stop` in radians."""
-  angles = np.linspace(start, stop, n)
-  return [(centre + radius * math.cos(a), radius * math.sin(a)) for a in angles]
+  return [(centre + radius * math.cos(a), radius * math.sin(a)) for a in np.linspace(start, stop, 32)]
 
 
-def _crescent(depth: float = 0.45) -> Points:
-  """Return a unit disc without the disc of radius 0.8 around (depth, 0)."""
-  bite = 0.8
+def _crescent() -> Points:
+  """Return a unit disc without the disc of radius 0.8 around (0.45, 0)."""
+  bite, depth = 0.8, 0.45
   x = (1 - bite**2 + depth**2) / (2 * depth)
   outer, inner = math.acos(x), math.atan2(math.sqrt(1 - x**2), x - depth)
   return _arc(1.0, 0.0, outer, 2 * math.pi - outer) + _arc(bite, depth, 2 * math.pi - inner, inner)
@@ -94,10 +86,10 @@ def _crescent(depth: float = 0.45) -> Points:
 _CIRCLE = _regular(48)
 OUTLINES: dict[str, tuple[Points, ...]] = {  # filled outline, then holes, within the unit circle, y downwards
   "circle": (_CIRCLE,),
-  "square": (_square(),),
+  "square": (_turned([(-math.sqrt(0.5), -math.sqrt(0.5))]),),
   "triangle": (_regular(3),),
   "star": (_regular(10, inner=0.42),),
-  "cross": (_cross(),),
+  "cross": (_turned([(-0.3, -0.95), (0.3, -0.95), (0.3, -0.3)]),),
   "ring": (_CIRCLE, [(0.58 * x, 0.58 * y) for x, y in _CIRCLE]),
   "heart": (_heart(),),
   "crescent": (_crescent(),),
@@ -144,30 +136,21 @@ def position(scene: Scene) -> str:
   return "at the top" if scene.y < 0 else "at the bottom"
 
 
-def size(scene: Scene) -> str:
-  """Return "small", "large", or "" in between."""
-  return "small" if scene.radius < SMALL else "large" if scene.radius > LARGE else ""
-
-
-def tone(background: str) -> str:
-  """Return "light" or "dark"."""
-  return "light" if sum(BACKGROUNDS[background]) > 384 else "dark"
-
-
 def describe(rng: np.random.Generator, scene: Scene) -> str:
   """Name colour and shape, and each of size, position and background a tenth of the time, always truly."""
   sized, placed, on_ground, by_tone = rng.random(4) < (DETAIL, DETAIL, DETAIL, 0.5)
-  words = [size(scene) if sized else "", scene.colour, scene.shape, position(scene) if placed else ""]
+  size = "small" if scene.radius < SMALL else "large" if scene.radius > LARGE else ""
+  words = [size if sized else "", scene.colour, scene.shape, position(scene) if placed else ""]
   if on_ground:
-    words.append(f"on a {tone(scene.background) if by_tone else scene.background} background")
+    tone = "light" if sum(BACKGROUNDS[scene.background]) > 384 else "dark"
+    words.append(f"on a {tone if by_tone else scene.background} background")
   return " ".join(filter(None, words))
 
 
 def coverage(
   shape: str, *, x: float, y: float, radius: float, rotation: float, image_size: int
 ) -> Float32[np.ndarray, "h w 1"]:
-  """Return how much of each pixel a shape covers, 0 to 1. Lengths and places are those of `Scene`, rotation is in
-  degrees."""
+  """Return how much of each pixel a shape covers, 0 to 1. Lengths, places and degrees are those of `Scene`."""
   side = image_size * SUPERSAMPLING
   angle = math.radians(rotation)
   cos, sin = math.cos(angle) * radius * side, math.sin(angle) * radius * side
@@ -183,9 +166,8 @@ def coverage(
 
 def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
   """Draw the scene with antialiased edges; `rng` gives the slight jitter of both colours."""
-  covered = coverage(
-    scene.shape, x=scene.x, y=scene.y, radius=scene.radius, rotation=scene.rotation, image_size=image_size
-  )
+  place: Any = dict(x=scene.x, y=scene.y, radius=scene.radius, rotation=scene.rotation)
+  covered = coverage(scene.shape, **place, image_size=image_size)
   reach = np.array([[BACKGROUND_JITTER], [COLOUR_JITTER]])
   jitter = rng.integers(-reach, reach, (2, 3), endpoint=True)
   back, front = np.clip(np.array((BACKGROUNDS[scene.background], COLOURS[scene.colour])) + jitter, 0, 255)

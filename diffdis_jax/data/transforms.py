@@ -30,18 +30,12 @@ _TURNS = {
 
 
 class Decoded(NamedTuple):
-  """An upright RGB image, perhaps of fewer pixels than its file has.
+  """An upright RGB image, perhaps of fewer pixels than its file has."""
 
-  Attributes:
-    image: each side the file's over `factor`, rounded up: the last pixel may lie partly beyond the edge.
-    width, height: of the file's image, upright, pixels.
-    factor: one of FACTORS, or 1.
-  """
-
-  image: Image.Image
-  width: int
+  image: Image.Image  # each side the file's over `factor`, rounded up: the last pixel may lie partly beyond the edge
+  width: int  # of the file's image, upright, pixels
   height: int
-  factor: int = 1
+  factor: int = 1  # or one of FACTORS
 
   @classmethod
   def of(cls, image: Image.Image | Decoded) -> Decoded:
@@ -57,17 +51,10 @@ class Decoded(NamedTuple):
 def decode(image: bytes | UInt8[np.ndarray, "h w 3"], *, at_least: int | None = None) -> Decoded:
   """Decode bytes, or take an RGB array, as an RGB image, upright by EXIF, transparency composited on white.
 
-  Palettes, grey, 16 bit grey, grey of floats (to 1, or else as of 16 bits) and CMYK are converted.
-
-  Args:
-    image: arrays and other formats keep all of their pixels, and a JPEG that EXIF turns is reduced only where both
-      sides divide.
-    at_least: pixels of the short side. A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 and 1 of its size that has
-      them; None for all pixels.
-
-  Raises:
-    image_files.Unusable: for a reason that `image_files.open_image` gives.
-    Exception: the bytes are no image that Pillow can read to its end, or of floats that are not finite.
+  Palettes, grey, 16 bit grey, grey of floats (to 1, or else as of 16 bits) and CMYK are converted. A JPEG is decoded at
+  the smallest of 1/8, 1/4, 1/2 and 1 of its size whose short side has `at_least` so many pixels, None for all; one that
+  EXIF turns only where both sides divide. Raises image_files.Unusable as `image_files.open_image` does, and whatever
+  Pillow raises for bytes that it cannot read to the end.
   """
   if isinstance(image, np.ndarray):
     return Decoded.of(Image.fromarray(image))
@@ -86,7 +73,20 @@ def upright_rgb(image: Image.Image) -> Image.Image:
   """Turn an image upright by EXIF, and convert it as `decode` does. Raises ValueError: floats that are not finite."""
   # Not by ImageOps.exif_transpose, which writes all of EXIF again, and fails at whatever is wrong in it.
   turn = _turn(image)
-  return _to_rgb(image if turn is None else image.transpose(turn))
+  upright = image if turn is None else image.transpose(turn)
+  # Pillow itself would cut 16 bits off at 255, so that all but the darkest were white.
+  if upright.mode.startswith("I") or upright.mode == "F":
+    # One number that is not finite would make all of the image black.
+    if not np.isfinite(most := np.asarray(upright).max()):
+      raise ValueError("it holds numbers that are not finite")
+    white = 1.0 if upright.mode == "F" and most <= 1 else 65535.0
+    values = np.clip(np.asarray(upright).astype(np.float64) / (white / 255), 0, 255)
+    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+  # Of palettes and colour keys too: by itself Pillow shows what lies below the transparency, often black.
+  if upright.has_transparency_data:
+    layer = upright.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
+  return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def _turn(opened: Image.Image) -> Image.Transpose | None:
@@ -112,50 +112,26 @@ def _reduce(opened: Image.Image, at_least: int) -> int:
   return 1
 
 
-def _to_rgb(upright: Image.Image) -> Image.Image:
-  # Pillow itself would cut 16 bits off at 255, so that all but the darkest were white.
-  if upright.mode.startswith("I") or upright.mode == "F":
-    # One number that is not finite would make all of the image black.
-    if not np.isfinite(most := np.asarray(upright).max()):
-      raise ValueError("it holds numbers that are not finite")
-    white = 1.0 if upright.mode == "F" and most <= 1 else 65535.0
-    values = np.clip(np.asarray(upright).astype(np.float64) / (white / 255), 0, 255)
-    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
-  # Of palettes and colour keys too: by itself Pillow shows what lies below the transparency, often black.
-  if upright.has_transparency_data:
-    layer = upright.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
-  return upright if upright.mode == "RGB" else upright.convert("RGB")
-
-
 def needed_side(size: int, *views: Augmentation) -> int | None:
   """Return the `at_least` of `decode` for which whatever part of the image these views show, `size` pixels
   square, has as many pixels a side; None where one of them is to have all pixels."""
-  if not all(how.reduced_decoding for how in views):
-    return None
-  return max(_needed_side(size, how) for how in views)
-
-
-def _needed_side(size: int, how: Augmentation) -> int:
-  wanted, share = size * (1 + how.zoom), 1.0
-  if how.crop == "random_resized":
-    # The smallest box is of the least area and the most oblong ratio; where no try fits, the ratio alone counts.
-    low, high = how.crop_ratio
-    oblong = min(low, 1 / high, 1.0)
-    share = min(math.sqrt(how.crop_scale[0] * oblong), oblong)
-    wanted += 1  # a box's sides are rounded
-  # Without a rest of floating point: 256 is not to become 257.
-  return math.ceil(round(wanted / share, 6))
+  sides = []
+  for how in views:
+    wanted, share = size * (1 + how.zoom), 1.0
+    if how.crop == "random_resized":
+      # The smallest box is of the least area and the most oblong ratio; where no try fits, the ratio alone counts.
+      low, high = how.crop_ratio
+      oblong = min(low, 1 / high, 1.0)
+      share = min(math.sqrt(how.crop_scale[0] * oblong), oblong)
+      wanted += 1  # a box's sides are rounded
+    # Without a rest of floating point: 256 is not to become 257.
+    sides.append(math.ceil(round(wanted / share, 6)))
+  return max(sides) if all(how.reduced_decoding for how in views) else None
 
 
 def resize(image: Image.Image | Decoded, size: int, *, place: float = 0.5) -> Image.Image:
-  """Resize the short side to `size` pixels (bicubic, antialiased), then cut a square. Nothing is stretched.
-
-  Args:
-    image: of any size.
-    size: side of the square, pixels.
-    place: of the square along the long side, from 0, left or top, to 1; by default the middle.
-  """
+  """Resize the short side to `size` pixels (bicubic, antialiased), then cut a square, at a `place` along the long side
+  from 0, left or top, to 1. Nothing is stretched."""
   whole = Decoded.of(image)
   if whole.sides == (size, size):
     return whole.image
@@ -174,13 +150,11 @@ def augment(
   if how.shift or how.zoom or how.rotation:
     moved = random_affine(whole, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
     whole = whole._replace(image=moved)
-  if how.crop == "random":
-    # At a uniformly random place, any fraction of a pixel, as Stable Diffusion is trained.
-    image = resize(whole, size, place=rng.random())
-  elif how.crop == "random_resized":
+  if how.crop == "random_resized":
     image = random_resized_crop(whole, rng, size=size, scale=how.crop_scale, ratio=how.crop_ratio)
   else:
-    image = resize(whole, size)
+    # At a uniformly random place, any fraction of a pixel, as Stable Diffusion is trained.
+    image = resize(whole, size, place=rng.random() if how.crop == "random" else 0.5)
   if how.flip and rng.random() < 0.5:
     image = ImageOps.mirror(image)
   common = dict(operations=how.randaugment_operations, magnitude=how.randaugment_magnitude)
@@ -207,9 +181,8 @@ def draw_box(
 ) -> Box:
   """Sample a box in an image of this size, in pixels, by the rule of torchvision's RandomResizedCrop.get_params.
 
-  The area is uniform in `scale`, a fraction of the image's, and the log of width over height uniform in that of
-  `ratio`; sides are rounded, and the place is uniform. After ten tries that do not fit, it is the largest box in the
-  middle whose ratio is within `ratio`.
+  The area is uniform in `scale`, a fraction of the image's, and the log of width over height in that of `ratio`; sides
+  are rounded, the place is uniform. After TRIES it is the largest box in the middle whose ratio is within `ratio`.
   """
   for _ in range(TRIES):
     area = width * height * rng.uniform(scale[0], scale[1])
@@ -228,11 +201,8 @@ def draw_box(
 def random_resized_crop(
   image: Image.Image | Decoded, rng: np.random.Generator, *, size: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> Image.Image:
-  """Stretch a random box to a square of `size` pixels: torchvision's RandomResizedCrop, bicubic and antialiased.
-
-  `scale` and `ratio` are those of `draw_box`, in pixels of the file. No pixel outside of the box has a part in the
-  result.
-  """
+  """Stretch a random box, by `draw_box` in pixels of the file, to a square of `size` pixels: torchvision's
+  RandomResizedCrop, bicubic and antialiased. No pixel outside of the box has a part in the result."""
   whole = Decoded.of(image)
   box = draw_box(whole.width, whole.height, rng, scale=scale, ratio=ratio)
   left, top, width, height = (pixels / whole.factor for pixels in box)
@@ -263,12 +233,8 @@ def random_affine(
 
 def jitter_colour(image: Image.Image, rng: np.random.Generator, *, how: Augmentation) -> Image.Image:
   """Change brightness, contrast and saturation by random factors, then hue by a random turn."""
-  enhancers = (
-    (ImageEnhance.Brightness, how.brightness),
-    (ImageEnhance.Contrast, how.contrast),
-    (ImageEnhance.Color, how.saturation),
-  )
-  for enhancer, strength in enhancers:
+  enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+  for enhancer, strength in zip(enhancers, (how.brightness, how.contrast, how.saturation), strict=True):
     if strength:
       image = enhancer(image).enhance(rng.uniform(1 - strength, 1 + strength))
   if how.hue:
