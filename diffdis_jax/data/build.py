@@ -9,7 +9,7 @@ from typing import Any
 
 import grain
 
-from diffdis_jax.config.data import ClassSampling, Data
+from diffdis_jax.config.data import Data
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import loader, long_tail, records, sources
 from diffdis_jax.data.corpus import Tokens
@@ -33,11 +33,10 @@ def describe(data: Data) -> list[str]:
   """Return a line for each source."""
   lines = []
   for section in data.sources.values():
-    weight = section.get("weight")
     # Nothing is opened or rendered for a description, so that any size will do.
     fields = {"name": "pairs", "image_size": 0, **section}
-    fields.pop("weight", None)
-    lines.append(sources.read(**fields).describe() + ("" if weight is None else f", weight {weight}"))
+    weight = f", weight {fields.pop('weight')}" if "weight" in fields else ""
+    lines.append(sources.read(**fields).describe() + weight)
   return lines
 
 
@@ -51,8 +50,7 @@ def latent_facts(data: Data) -> dict[str, Mapping[str, Any]]:
 
 def doubts(run: Run) -> list[str]:
   """Return a sentence for latents of other views than data.augment, which has no effect on them, asks for."""
-  # As the folder's description has them, lists for tuples.
-  asked = json.loads(json.dumps(dataclasses.asdict(run.data.augment)))
+  asked = json.loads(json.dumps(dataclasses.asdict(run.data.augment)))  # as in the folder, lists for tuples
   sentences = []
   for path, facts in latent_facts(run.data).items():
     stored = facts.get("augmentation", {})
@@ -65,15 +63,12 @@ def doubts(run: Run) -> list[str]:
 def open_loader(
   run: Run, *, rows: Sequence[int] | None = None, latent_shape: tuple[int, int, int] | None = None
 ) -> grain.DatasetIterator:
-  """Open endless batches.
+  """Open endless batches. Raises UserError: data that cannot be read or do not fit.
 
   Args:
     run: says what of, how many rows they have, and the seed of order and augmentation.
     rows: places of this process's rows in the global batch; None for all of them.
     latent_shape: [h, w, c], which stored latents must have; None for a run that cannot train from any.
-
-  Raises:
-    UserError: data that cannot be read or do not fit.
   """
   data, is_sampled = run.data, run.data.sampling is not None
   if long_tail.is_sampled(**data.source) != is_sampled or (is_sampled and data.mixture):
@@ -89,32 +84,24 @@ def open_loader(
     rows=rows,
     loading=data.loader,
   )
-  if data.sampling is not None:
-    return _open_labelled(data, data.sampling, **common)
   if data.mixture:
     source = sources.open_mixture(data.sources, image_size=run.image_size)
   else:
     source = sources.open_source(**data.source, image_size=run.image_size)
+  if data.sampling is not None:
+    assert isinstance(source, long_tail.LabelledSource)  # by the check above
+    tokens = open_tokens(data) if data.sampling.sentences else None
+    # A label is a place in both: sentences of another list of classes would be wrong in silence.
+    if tokens and len(tokens.starts) - 1 != len(source.classnames):
+      raise UserError(f"the text corpus has {len(tokens.starts) - 1} classes, and the images {len(source.classnames)}")
+    exponent = data.sampling.sampling_exponent
+    return loader.labelled_loader(source, tokens=tokens, sampling_exponent=exponent, **common)
   if batch_type(data) is LatentBatch:
     # The shapes stand in the folder's description: what does not fit ends here, before a step is compiled for it.
     opened = source.sources if isinstance(source, sources.Mixture) else (source,)
     _check_latents(run, [cache for cache in opened if isinstance(cache, Latents)], latent_shape)
-  return loader.train_loader(
-    source, tokenizer=Tokenizer(data.max_length), discrimination_augmentation=data.own_augment, **common
-  )
-
-
-def _open_labelled(data: Data, sampling: ClassSampling, **common: Any) -> grain.DatasetIterator:
-  source = sources.open_source(**data.source, image_size=common["image_size"])
-  # `open_loader` has seen to it.
-  assert isinstance(source, long_tail.LabelledSource)
-  tokens = None
-  if sampling.sentences:
-    tokens = open_tokens(data)
-    # A label is a place in both: sentences of another list of classes would be wrong in silence.
-    if len(tokens.starts) - 1 != len(source.classnames):
-      raise UserError(f"the text corpus has {len(tokens.starts) - 1} classes, and the images {len(source.classnames)}")
-  return loader.labelled_loader(source, tokens=tokens, sampling_exponent=sampling.sampling_exponent, **common)
+  tokenizer = Tokenizer(data.max_length)
+  return loader.train_loader(source, tokenizer=tokenizer, discrimination_augmentation=data.own_augment, **common)
 
 
 def open_tokens(data: Data) -> Tokens:

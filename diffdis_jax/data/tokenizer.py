@@ -18,10 +18,8 @@ from jaxtyping import Int
 
 from diffdis_jax.errors import UserError
 
-START = "<|startoftext|>"
-END = "<|endoftext|>"
-START_ID = 49406
-END_ID = 49407
+START, END = "<|startoftext|>", "<|endoftext|>"
+START_ID, END_ID = 49406, 49407
 VOCAB_SIZE = 49408
 
 
@@ -51,9 +49,7 @@ def load_vocab() -> dict[str, int]:
 
 def spell_out(text: str) -> str:
   """Put a space inside of each START and END of a lower-case text, so that they are read as the characters they are.
-
-  CLIP's pattern begins a new piece at the same places, so that the spaces change no id.
-  """
+  CLIP's pattern begins a new piece at the same places, so that the spaces change no id."""
   return text.replace(START, "<| startoftext |>").replace(END, "<| endoftext |>") if "<|" in text else text
 
 
@@ -61,11 +57,8 @@ class Tokenizer:
   """Captions -> ids: start, tokens, end, then padding by the end token (49407), as Stable Diffusion pads.
 
   A caption longer than `max_length` is cut, and the end token stays last. A caption that spells out the start or the
-  end token is text (not stated by the paper): OpenAI's tokenizer and transformers' take the token itself, at which the
-  text would end; to open_clip's, whose tokens have other names, it is text too.
-
-  Raises:
-    UserError: when it is called with one text in the place of a list of texts.
+  end token is text (not stated by the paper), as to open_clip's tokenizer: to OpenAI's and transformers' it is the
+  token itself, at which the text would end. A call with one text in the place of a list of them raises UserError.
   """
 
   def __init__(self, max_length: int):
