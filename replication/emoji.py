@@ -30,8 +30,7 @@ from PIL import Image
 
 from diffdis_jax.data import image_files
 from diffdis_jax.data.prepare import parts
-from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import Part
+from diffdis_jax.data.prepare.parts import Part, RawPair
 from diffdis_jax.data.prepare.write import LICENSES, DataSet
 from diffdis_jax.errors import not_installed
 from replication import emoji_packages

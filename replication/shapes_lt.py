@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from diffdis_jax.data import corpus, long_tail, sources
-from diffdis_jax.data.corpus import Corpus
+from diffdis_jax.data import long_tail, sources
+from diffdis_jax.data.long_tail import Corpus
 from diffdis_jax.data.shapes import CLASSNAMES, PAIRS, make_scene, render
 from diffdis_jax.errors import UserError
 
@@ -120,7 +120,7 @@ def make_corpus(seed: int) -> Corpus:
     # From 1 on: 0 would be the class itself.
     others = [PAIRS[(number + rng.integers(1, len(PAIRS))) % len(PAIRS)] for _ in range(OTHERS)]
     wrong = [fill(template, other) for template, other in zip(ABOUT, others, strict=True)]
-    own = [*corpus.sentences_of(CLASSNAMES[number], ""), *(fill(template, (colour, shape)) for template in ABOUT)]
+    own = [*long_tail.sentences_of(CLASSNAMES[number], ""), *(fill(template, (colour, shape)) for template in ABOUT)]
     own += [*NOTHING, *wrong]
     sentences.append(tuple(own[i] for i in rng.permutation(len(own))) if number % 2 else tuple(own))
   return Corpus(CLASSNAMES, tuple(sentences))

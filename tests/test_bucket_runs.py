@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax.common import buckets, files
-from diffdis_jax.data import copies, sources
+from diffdis_jax.data import shards, sources
 from diffdis_jax.data.records import INFO
 from diffdis_jax.errors import Gone, UserError
 from diffdis_jax.run import checkpoint, digests, restore, workdir
@@ -258,8 +258,8 @@ def test_a_copy_is_made_once_and_again_if_the_data_have_changed(tmp_path, url, m
   times = {}
 
   def copy(split=None):
-    copies._copied.cache_clear()
-    folder = pathlib.Path(copies.folder_of(url, split=split))
+    shards._copied.cache_clear()
+    folder = pathlib.Path(shards.folder_of(url, split=split))
     copies_by_name = {path.name: path for path in folder.iterdir() if path.name in contents}
     before = times.copy()
     times.update({name: path.stat().st_mtime_ns for name, path in copies_by_name.items()})
@@ -268,7 +268,7 @@ def test_a_copy_is_made_once_and_again_if_the_data_have_changed(tmp_path, url, m
 
   downloaded: list[str] = []
   assert copy() == {"dataset_info.json": "info"}
-  assert copies.folder_of(url.replace("//bucket", "//bucket/")) == copies.folder_of(f"{url}/")
+  assert shards.folder_of(url.replace("//bucket", "//bucket/")) == shards.folder_of(f"{url}/")
   assert copy("train") == {name: text for name, text in contents.items() if "test" not in name}
   assert downloaded == ["a-train.array_record-00000-of-00001"]
   copy("train")
@@ -285,8 +285,8 @@ def test_a_copy_that_arrives_damaged_is_not_kept(tmp_path, url, monkeypatch):
   with monkeypatch.context() as patched:
     patched.setattr(buckets.google_crc32c, "Checksum", lambda: checksum(b"a flipped bit"))
     with pytest.raises(Gone, match="dataset_info.json arrived damaged"):
-      copies.folder_of(url)
-  assert (pathlib.Path(copies.folder_of(url)) / "dataset_info.json").read_text() == "info"
+      shards.folder_of(url)
+  assert (pathlib.Path(shards.folder_of(url)) / "dataset_info.json").read_text() == "info"
 
 
 def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_objects(url, monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from diffdis_jax.data import records, sources
-from diffdis_jax.data.prepare import pairs, parts
+from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.errors import UserError
 from tests.raw_pairs import load, write_pairs
@@ -37,7 +37,7 @@ def test_a_tar_that_changes_while_it_is_read_stops_the_preparation(tmp_path, mon
   """Nothing of the tar is stored. Once it is whole again, the same command resumes."""
   write_pairs(tmp_path / "raw", 200)
   whole = (tmp_path / "raw" / "0.tar").read_bytes()
-  to_record = pairs.to_record
+  to_record = parts.to_record
   with monkeypatch.context() as patch:
     reads_left = [50]
 
@@ -47,7 +47,7 @@ def test_a_tar_that_changes_while_it_is_read_stops_the_preparation(tmp_path, mon
         change(tmp_path / "raw" / "0.tar")
       return to_record(*args, **how)
 
-    patch.setattr(pairs, "to_record", changing)
+    patch.setattr(parts, "to_record", changing)
     with pytest.raises(UserError, match="0.tar changed while it was read; run the same command again when it is whole"):
       prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
   assert not (tmp_path / "out").exists()

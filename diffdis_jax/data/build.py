@@ -12,7 +12,6 @@ import grain
 from diffdis_jax.config.data import Data
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import loader, long_tail, records, sources
-from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
@@ -104,7 +103,7 @@ def open_loader(
   return loader.train_loader(source, tokenizer=tokenizer, discrimination_augmentation=data.own_augment, **common)
 
 
-def open_tokens(data: Data) -> Tokens:
+def open_tokens(data: Data) -> long_tail.Tokens:
   """Read the sentences of a long-tailed set's classes, in tokens. Raises UserError: damaged data."""
   return long_tail.tokens_of(long_tail.SETS[data.source["name"]].open_corpus(**data.source), Tokenizer(data.max_length))
 

@@ -17,9 +17,8 @@ from jaxtyping import Int
 from diffdis_jax.common import signals
 from diffdis_jax.config.data import Augmentation, Loading
 from diffdis_jax.data import records, shards
-from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
-from diffdis_jax.data.long_tail import LabelledSource
+from diffdis_jax.data.long_tail import LabelledSource, Tokens
 from diffdis_jax.data.sources import Mixture, Ordered, Source
 from diffdis_jax.data.transforms import augment, needed_side
 from diffdis_jax.errors import UserError

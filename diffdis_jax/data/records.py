@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diffdis_jax.common import buckets, storage
-from diffdis_jax.data import copies, image_files, shards
+from diffdis_jax.data import image_files, shards
 from diffdis_jax.data.image_files import Unusable
 from diffdis_jax.data.transforms import Decoded, decode
 from diffdis_jax.errors import Gone, UserError, may_pass, parse_json
@@ -163,10 +163,10 @@ class Pairs:
     self._files = [os.fspath(file) for file in info.splits[split].filepaths]
     names = [os.path.basename(file) for file in self._files]
     if shards.is_large(lengths) and buckets.is_url(path):
-      self._stored = shards.Reader(names, lengths, copies.Copies(os.fspath(buckets.path(path))))
+      self._stored = shards.Reader(names, lengths, shards.Copies(os.fspath(buckets.path(path))))
     else:
       self._stored = shards.Reader(self._files, lengths)
-      there = {*os.listdir(copies.folder_of(path, split=split))}
+      there = {*os.listdir(shards.folder_of(path, split=split))}
       if missing := [file for file, name in zip(self._files, names, strict=True) if name not in there]:
         raise UserError(f"{missing[0]} is missing; put it back, or prepare the data set again")
     _open_many_files()
@@ -252,7 +252,7 @@ def builder(path: str | os.PathLike[str]) -> Any:
   import tensorflow_datasets as tfds  # here, since it takes half a second and `shapes` does without
   from google.protobuf import json_format
 
-  folder = copies.folder_of(path)
+  folder = shards.folder_of(path)
   if damage := digests.damage(folder, ending=DESCRIPTION):  # a changed bit there may mean other records
     raise UserError(f"{folder}: {damage.file} {damage.what}; copy the data set again, or prepare it again")
   try:

@@ -1,11 +1,16 @@
-"""Data sets that are too large to be shuffled as a whole: an order that uses few of their files, the shards, at a time,
-and a reader that keeps few of them open."""
+"""The files of prepared data sets, the shards: copies of those in a bucket, an order of records that uses few shards of
+a large set at a time, and a reader that keeps few of them open.
+
+Records are read in random order, a few kB each, which a bucket answers in tens of milliseconds and a disk at once.
+"""
 
 from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import os
+import pathlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -13,14 +18,63 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int
 
-from diffdis_jax.data.copies import Copies
+from diffdis_jax.common import buckets, files
 
 AS_A_WHOLE = 2**22  # records of a set that is shuffled as a whole
 WINDOW = 2**18  # records of a larger set that are shuffled with each other
-_AT_ONCE = 4  # shards that are fetched or opened
+_AT_ONCE = 8  # files that are copied or opened
+_RECORDS = ".array_record"
+
+
+def folder_of(path: str | os.PathLike[str], *, split: str | None = None) -> str:
+  """Return the folder to read a data set from: its own, or for a bucket the copy in the user's cache directory, of its
+  description and the records of `split`."""
+  if not buckets.is_url(path):
+    return os.fspath(path)
+  return str(_copied(os.fspath(buckets.path(path)), split))  # with single slashes, as objects are named
+
+
+class Copies:
+  """Copies of the files of a data set in a bucket, which the processes of this machine share."""
+
+  def __init__(self, url: str):
+    self._url = url.rstrip("/")
+    # A hash, since an address may be longer than a file's name.
+    self.folder = pathlib.Path(files.user_cache("data"), hashlib.sha256(self._url.encode()).hexdigest()[:32])
+    self.folder.mkdir(parents=True, exist_ok=True)
+
+  def fetch(self, name: str) -> pathlib.Path:
+    """Return the path of a file's copy, which is made if it is not there, or if the file has changed since."""
+    copy, system, address = self.folder / name, buckets.checked(), f"{self._url}/{name}"
+    facts, changed = system.info(address), system.modified(address).timestamp()
+    with copy.with_name(f"{name}.lock").open("w") as lock:
+      files.lock(lock, wait=True)
+      if not copy.exists() or (copy.stat().st_size, copy.stat().st_mtime) != (facts["size"], changed):
+        partial = copy.with_name(f"{name}.part")
+        system.get_file(address, os.fspath(partial))
+        os.utime(partial, (changed, changed))
+        partial.replace(copy)
+    return copy
+
+  def drop(self, name: str) -> None:
+    """Remove a copy. A process that still reads it keeps it open."""
+    (self.folder / name).unlink(missing_ok=True)
+
+
+@functools.cache
+def _copied(url: str, split: str | None) -> pathlib.Path:
+  there = {name: facts["size"] for name, facts in buckets.files_below(url).items()}
+  wanted = [name for name in there if _RECORDS not in name or f"-{split}{_RECORDS}" in name]
+  copies = Copies(url)
+  if (size := sum(there[name] for name in wanted)) > 1e6:
+    logging.info("reading %.2f GB of %s by copies in %s", size / 1e9, url, copies.folder)
+  with ThreadPoolExecutor(_AT_ONCE) as pool:
+    list(pool.map(copies.fetch, wanted))  # a list, which raises the first error
+  return copies.folder
 
 
 @runtime_checkable

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from diffdis_jax.data import corpus, long_tail
-from diffdis_jax.data.corpus import Corpus
+from diffdis_jax.data import long_tail
+from diffdis_jax.data.long_tail import Corpus
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 
@@ -44,23 +44,23 @@ Much more.
   ],
 )
 def test_a_text_is_split_into_sentences(text, sentences):
-  assert corpus.split(text) == sentences
+  assert long_tail.split_sentences(text) == sentences
 
 
 def test_a_page_has_its_summary_and_all_but_four_sections():
-  text = corpus.page_text(PAGE)
+  text = long_tail.page_text(PAGE)
   assert text == "An airfield is a place. Planes land there.\nIt began in 1910.\nAirport\nA detail."
 
 
 def test_a_later_section_replaces_an_earlier_one_of_the_same_title():
-  assert corpus.page_text("s\n== A ==\none\n== B ==\ntwo\n== A ==\nthree") == "s\nthree\ntwo"
+  assert long_tail.page_text("s\n== A ==\none\n== B ==\ntwo\n== A ==\nthree") == "s\nthree\ntwo"
 
 
 def test_the_sentences_of_a_class_are_eighty_prompts_and_its_text():
-  sentences = corpus.sentences_of("airfield", "An airfield is flat. It is long.")
+  sentences = long_tail.sentences_of("airfield", "An airfield is flat. It is long.")
   assert len(sentences) == 82 and sentences[0] == "a bad photo of a airfield ."
   assert sentences[80:] == ("An airfield is flat.", "It is long.")
-  glued = corpus.sentences_of("airfield", "airfields are flat. It is long.")
+  glued = long_tail.sentences_of("airfield", "airfields are flat. It is long.")
   assert glued[79:] == (f"{sentences[79]}airfields are flat.", "It is long.")
 
 
@@ -75,7 +75,7 @@ def write(root, names, pages):
 def test_a_corpus_folder_is_read(tmp_path):
   pages = {0: b"A yard.", 1: "Ein Café.".encode(), 2: "看 A place.".encode("gbk")}
   write(tmp_path, [(2, "zoo"), (0, "art_school/indoor"), (1, "bar")], pages)
-  sentences = corpus.read_corpus(tmp_path, wordnet=False)
+  sentences = long_tail.read_corpus(tmp_path, wordnet=False)
   assert sentences.classnames == ("art school indoor", "bar", "zoo")
   assert [own[-1] for own in sentences.sentences] == ["A yard.", "Ein Café.", f"{sentences.sentences[2][-1]}"]
   assert sentences.sentences[2][-1].endswith("看 A place.")
@@ -95,7 +95,7 @@ def test_a_corpus_folder_is_read(tmp_path):
 def test_a_damaged_corpus_folder_is_refused(tmp_path, names, pages, message):
   write(tmp_path, names, pages)
   with pytest.raises(UserError, match=message) as error:
-    corpus.read_corpus(tmp_path, wordnet=False)
+    long_tail.read_corpus(tmp_path, wordnet=False)
   assert "\n" not in str(error.value)
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from diffdis_jax.data import image_files, records
-from diffdis_jax.data.prepare import pairs
+from diffdis_jax.data.prepare import parts
 from tests import studio_pictures
 from tests.raw_pairs import encode
 
@@ -32,7 +32,7 @@ def test_a_phones_pictures_become_jpegs(kind, monkeypatch):
   pillow_heif.register_heif_opener()  # it also enables writing
   data = encode(RED, kind)
   np.testing.assert_allclose(np.asarray(records.read_image(data).image)[8, 8], (255, 0, 0), atol=3)
-  record = pairs.to_record(pairs.RawPair("0", image=data, caption=b"red"))
+  record = parts.to_record(parts.RawPair("0", image=data, caption=b"red"))
   assert Image.open(io.BytesIO(record["image"])).format == "JPEG"
   np.testing.assert_allclose(np.asarray(records.read_image(record["image"]).image), np.asarray(RED), atol=3)
   with pytest.raises(records.Unusable, match="corrupt image"):

@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from diffdis_jax.config.data import Loading
-from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.loader import SUBSTITUTED, labelled_loader
+from diffdis_jax.data.long_tail import Tokens
 from diffdis_jax.data.records import REASONS, Unusable
 
 COUNTS = (400, 100, 36, 9, 1)

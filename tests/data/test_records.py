@@ -7,8 +7,8 @@ import pytest
 
 from diffdis_jax import prepare_data
 from diffdis_jax.data import records
-from diffdis_jax.data.prepare import pairs, parts
-from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data.prepare import parts
+from diffdis_jax.data.prepare.parts import RawPair
 from diffdis_jax.data.prepare.write import prepare
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import digests
@@ -23,25 +23,25 @@ def test_every_fault_has_its_reason(name):
   pair = RawPair("k", image, caption)
   if reason:
     with pytest.raises(records.Unusable, match=f"^{reason}$"):
-      pairs.to_record(pair)
+      parts.to_record(pair)
     assert reason in records.REASONS
   else:
-    record = pairs.to_record(pair)
+    record = parts.to_record(pair)
     assert record["image"] == image and record["metadata"] == "{}"
 
 
 def test_captions_are_mended():
-  assert pairs.mend("a\x00b\x1b[31m") == "a b [31m"
-  cut = pairs.mend("word " * 2000)
-  assert len(cut) <= pairs.MAX_CAPTION and cut == ("word " * 400).strip()
-  assert pairs.mend("tab\tand\nline, ünï") == "tab\tand\nline, ünï"
+  assert parts.mend("a\x00b\x1b[31m") == "a b [31m"
+  cut = parts.mend("word " * 2000)
+  assert len(cut) <= parts.MAX_CAPTION and cut == ("word " * 400).strip()
+  assert parts.mend("tab\tand\nline, ünï") == "tab\tand\nline, ünï"
   with pytest.raises(records.Unusable, match="missing caption"):
-    pairs.mend("\x00\x01")
+    parts.mend("\x00\x01")
 
 
 @pytest.mark.parametrize(("size", "expected"), [((40, 30), (21, 16)), ((30, 40), (16, 21)), ((17, 500), (16, 471))])
 def test_large_images_are_stored_smaller(size, expected):
-  record = pairs.to_record(RawPair("k", picture(0, size=size), b"x"), short_side=16)
+  record = parts.to_record(RawPair("k", picture(0, size=size), b"x"), short_side=16)
   stored = records.read_image(record["image"]).image
   assert stored.size == expected
 

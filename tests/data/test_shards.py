@@ -8,7 +8,7 @@ import fsspec
 import pytest
 
 from diffdis_jax.common import buckets
-from diffdis_jax.data import copies, shards, sources
+from diffdis_jax.data import shards, sources
 from diffdis_jax.data.loader import ROWS
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.write import prepare
@@ -94,7 +94,7 @@ def test_a_buckets_shards_are_fetched_and_dropped_one_by_one(large, prepared, tm
   source = sources.open_source(name="pairs", path=prepared, image_size=8)
   names = [path.name for path in sorted(prepared.glob("*.array_record*"))]
   local = shards.Reader([str(prepared / name) for name in names], source.lengths)
-  fetched = shards.Reader(names, source.lengths, copies.Copies(str(prepared)))
+  fetched = shards.Reader(names, source.lengths, shards.Copies(str(prepared)))
   for place in [*range(40), *range(0, 40, 7)]:
     assert fetched[place] == local[place]
     assert len([*tmp_path.rglob("*.array_record*-of-00008")]) <= 3

@@ -11,8 +11,7 @@ import pytest
 
 from diffdis_jax.data import tars
 from diffdis_jax.data.prepare import parts
-from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import TarPart
+from diffdis_jax.data.prepare.parts import RawPair, TarPart
 from diffdis_jax.errors import UserError
 from tests.raw_pairs import write_tar
 

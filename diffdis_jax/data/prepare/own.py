@@ -28,8 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import parts, tables
-from diffdis_jax.data.prepare.pairs import RawPair, digest
-from diffdis_jax.data.prepare.parts import ITEMS, SPLITS, FilesPart, Part
+from diffdis_jax.data.prepare.parts import ITEMS, SPLITS, FilesPart, Part, RawPair, digest
 from diffdis_jax.data.prepare.tables import Asked, TablePart
 from diffdis_jax.data.prepare.write import DataSet
 from diffdis_jax.errors import UserError

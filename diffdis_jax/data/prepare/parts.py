@@ -1,4 +1,5 @@
-"""Raw data sets, cut into parts that are each read on their own, in any process: loose files, and webdataset tars."""
+"""Raw pairs, each of which becomes a record or the reason why it cannot be one, in parts that are each read on their
+own, in any process: loose files, and webdataset tars."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -14,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from absl import logging
+from PIL import Image
 
-from diffdis_jax.data import records
+from diffdis_jax.data import image_files, records
 from diffdis_jax.data import tars as tar_files
-from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.records import Unusable, read_file
+from diffdis_jax.data.transforms import Decoded
 from diffdis_jax.errors import UserError
 
 ITEMS = 2000  # of a part of loose files
@@ -27,6 +30,71 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "va
 _TAR_FIELDS = {**dict.fromkeys(tar_files.IMAGE_ENDINGS, "image"), "txt": "caption", "json": "metadata"}
 # The last word before the number is the split, whatever stands before it.
 _TAR_NAME = re.compile(r"(?:(?:.*?-)??([A-Za-z]\w*)-)?\d+(?:-of-\d+)?\.tar")
+MAX_CAPTION = 2000  # characters kept; CLIP reads 77 tokens
+JPEG_QUALITY = 92  # of images that are stored smaller; not stated by the paper
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]+")
+
+
+@dataclasses.dataclass
+class RawPair:
+  """The files of one key, as stored. None marks a file that is not there."""
+
+  key: str
+  image: bytes | None = None
+  caption: bytes | None = None
+  metadata: bytes | None = None
+  refused: str = ""  # why one of them was not read, one of records.REASONS
+  file: str = ""  # that has the image, where it is still to be read
+  row: int = 0  # of the image there, if it is a table
+
+
+def mend(caption: str) -> str:
+  """Return a caption without control characters, which become spaces, and without its end if it is too long. Raises
+  Unusable: nothing remains."""
+  if not (caption := _CONTROL.sub(" ", caption).strip()[:MAX_CAPTION].rstrip()):
+    raise Unusable("missing caption")
+  return caption
+
+
+def shrink(image: Decoded, short_side: int) -> bytes:
+  """Return a JPEG of the image with its short side reduced to `short_side` pixels."""
+  scale = short_side / min(image.width, image.height)
+  width, height = (max(short_side, round(side * scale)) for side in (image.width, image.height))
+  file = io.BytesIO()
+  small = image.image.resize((width, height), Image.Resampling.BICUBIC, box=(0, 0, *image.sides))
+  small.save(file, "JPEG", quality=JPEG_QUALITY)
+  return file.getvalue()
+
+
+def to_record(pair: RawPair, *, short_side: int | None = None) -> dict[str, Any]:
+  """Return the fields {image, caption, metadata} of a pair's record. Raises Unusable, with the first reason found.
+
+  Images whose short side is longer than `short_side` are stored as JPEG of that short side. None keeps the bytes of all
+  images but AVIF and HEIC, which become JPEG.
+  """
+  if pair.refused:
+    raise Unusable(pair.refused)
+  if pair.image is None:
+    raise Unusable("missing image")
+  caption = mend(records.read_caption(pair.caption))
+  # Read for its errors alone: it is stored as it is, so that no number is written differently.
+  records.read_metadata(pair.metadata)
+  # Decoded even where its bytes are kept: what cannot be read in training is left out here, and counted. For errors
+  # alone an eighth of the pixels will do: the file is read to its end for any number of them.
+  image, data = records.read_image(pair.image, at_least=short_side or 1), pair.image
+  side = min(image.width, image.height)
+  if side > (short_side or side) or image_files.is_of_a_phone(data):  # so that training needs no extra
+    data = shrink(image, min(side, short_side or side))
+  try:
+    metadata = (pair.metadata or b"{}").decode()
+  except UnicodeDecodeError as error:
+    raise Unusable("corrupt json") from error
+  return {"image": data, "caption": caption, "metadata": metadata}
+
+
+def digest(data: bytes) -> bytes:
+  """Return 16 bytes that tell an image's content, as downloaded."""
+  return hashlib.blake2b(data, digest_size=16).digest()
 
 
 @runtime_checkable

@@ -14,8 +14,7 @@ from typing import Any
 
 from diffdis_jax.common.files import read_json
 from diffdis_jax.data.prepare import parts
-from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import SPLITS, Part
+from diffdis_jax.data.prepare.parts import SPLITS, Part, RawPair
 from diffdis_jax.data.prepare.write import DataSet
 from diffdis_jax.errors import UserError
 

@@ -20,8 +20,7 @@ from typing import Any
 
 from diffdis_jax.data import image_files
 from diffdis_jax.data.prepare import parts
-from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import SPLITS, FilesPart
+from diffdis_jax.data.prepare.parts import SPLITS, FilesPart, RawPair
 from diffdis_jax.data.records import texts_of
 from diffdis_jax.errors import UserError, not_installed, parse_json
 

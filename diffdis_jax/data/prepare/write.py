@@ -29,7 +29,7 @@ from tensorflow_datasets.core import example_serializer
 
 from diffdis_jax.common import files, progress, signals, storage
 from diffdis_jax.data import records
-from diffdis_jax.data.prepare import pairs
+from diffdis_jax.data.prepare import parts as raw_parts
 from diffdis_jax.data.prepare.parts import Part, TarPart, reading
 from diffdis_jax.errors import UserError
 
@@ -92,7 +92,7 @@ class Stage:
   """A folder of parts' files. It can be pickled: a worker gets it and a part."""
 
   folder: pathlib.Path
-  short_side: int | None = None  # as `pairs.to_record` takes it
+  short_side: int | None = None  # as `parts.to_record` takes it
 
   def features(self) -> tfds.features.FeaturesDict:
     """Return the features of a record: encoded image, caption, key (the place of the pair), and the json as text."""
@@ -138,12 +138,12 @@ class Stage:
     serialize = serializer(self.features())
     for pair in reading(part):
       try:
-        record = pairs.to_record(pair, short_side=self.short_side)
+        record = raw_parts.to_record(pair, short_side=self.short_side)
       except records.Unusable as error:
         report.skip(pair.key, str(error))
         continue
       report.pairs += 1
-      report.images.append(int.from_bytes(pairs.digest(pair.image)[:8], "big"))
+      report.images.append(int.from_bytes(raw_parts.digest(pair.image)[:8], "big"))
       # A name that is not UTF-8 comes from the file system with surrogates, which cannot be stored.
       yield serialize({**record, "key": pair.key.encode("utf-8", "backslashreplace")})
     if isinstance(part, TarPart) and part.truncated:

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from diffdis_jax.data import image_files
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.data.prepare import parts
-from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.parts import FilesPart, Part
+from diffdis_jax.data.prepare.parts import FilesPart, Part, RawPair
 from diffdis_jax.data.prepare.write import DataSet
 from diffdis_jax.errors import UserError, not_installed
 
