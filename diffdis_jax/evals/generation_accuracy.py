@@ -7,7 +7,7 @@ that it judges: neither weights nor layers. It is not the paper's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from absl import logging
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, UInt8
 
+from diffdis_jax.common import progress
 from diffdis_jax.config.section import field, number
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -119,6 +120,7 @@ class ShapeJudge:
     """Train the classifier for generated images of this size, once. Raises UserError: its accuracy is below what is
     required."""
     if image_size not in self._trained:
+      logging.info("training an independent classifier of renders")
       # Renders are made at the generator's size and shrunk as its images are, so that they are as sharp or as blurred.
       model = train_on_shapes(image_size=image_size, seed=self._seed, num_steps=self._steps)
       fresh = render(image_size=image_size, num_images=2048, seed=self._seed + 1)
@@ -219,13 +221,8 @@ class ShapeClassifier(nnx.Module):
 
   def __init__(self, *, rngs: nnx.Rngs, widths: Sequence[int] = (24, 48, 96)):
     first, second, third = widths
-    self.convs = nnx.List(
-      [
-        nnx.Conv(4, first, (5, 5), strides=2, rngs=rngs),
-        nnx.Conv(first, second, (3, 3), strides=2, rngs=rngs),
-        nnx.Conv(second, third, (3, 3), rngs=rngs),
-      ]
-    )
+    halving = [nnx.Conv(4, first, (5, 5), strides=2, rngs=rngs), nnx.Conv(first, second, (3, 3), strides=2, rngs=rngs)]
+    self.convs = nnx.List([*halving, nnx.Conv(second, third, (3, 3), rngs=rngs)])
     self.norms = nnx.List([nnx.GroupNorm(width, num_groups=8, rngs=rngs) for width in widths])
     self.colour = nnx.Linear(2 * third, len(COLOURS), rngs=rngs)
     self.shape = nnx.Linear(2 * third, len(shapes.SHAPES), rngs=rngs)
@@ -258,10 +255,14 @@ def train_on_shapes(
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     return cross_entropy(logits.colour, target[:, 0]).mean() + cross_entropy(logits.shape, target[:, 1]).mean()
 
-  # Rows are drawn with replacement, so that the number of steps is free of the number of renders.
-  drawn = (rng.integers(num_images, size=batch_size) for _ in range(num_steps))
-  schedule = optax.cosine_decay_schedule(4e-3, num_steps)
-  fit(model, optax.adam(schedule), loss, (Examples(images[rows], targets[rows]) for rows in drawn))
+  def batches() -> Iterator[Examples]:
+    bar = progress.Progress("trained the independent classifier", num_steps, "steps")
+    for _ in range(num_steps):
+      # Rows are drawn with replacement, so that the number of steps is free of the number of renders.
+      yield Examples(images[rows := rng.integers(num_images, size=batch_size)], targets[rows])
+      bar.add()
+
+  fit(model, optax.adam(optax.cosine_decay_schedule(4e-3, num_steps)), loss, batches())
   return model
 
 
