@@ -82,6 +82,35 @@ def test_many_images_are_made_in_chunks_and_the_grid_shows_the_first(model, tmp_
   assert grid.shape[1] == 4 * 136 + 8 and grid.shape[0] < 2 * 136
 
 
+def test_the_initial_noise_may_come_from_a_file(model, tmp_path):
+  np.save(tmp_path / "noise.npy", np.stack([np.full((8, 8, 4), value) for value in (40, 30)]))
+  (tmp_path / "out").mkdir()
+  generate.generate("run", ["a star", "a ring"], str(tmp_path / "out"), noise=str(tmp_path / "noise.npy"))
+  assert [pixels(tmp_path / "out" / file)[0, 0, 0] for file in ("00000.png", "00001.png")] == [40, 30]
+  protocol = json.loads((tmp_path / "out" / "prompts.json").read_text())["protocol"]
+  assert protocol["noise"].endswith("noise.npy") and "seed" not in protocol
+  assert model.settings["batch_size"] == 2
+
+
+@pytest.mark.parametrize("shape, shown", [((1, 8, 8, 3), "(1, 8, 8, 3)"), ((8, 8, 4), "(8, 8, 4)")])
+def test_noise_of_another_shape_is_refused_with_both_shapes(model, tmp_path, shape, shown):
+  np.save(tmp_path / "noise.npy", np.zeros(shape))
+  with pytest.raises(UserError) as error:
+    generate.generate("run", ["a star"], str(tmp_path / "out"), noise=str(tmp_path / "noise.npy"))
+  assert shown in str(error.value) and "(1, 8, 8, 4)" in str(error.value)
+  assert not (tmp_path / "out").exists()
+
+
+def test_unreadable_noise_is_refused(tmp_path):
+  for content in (b"", b"not numpy", b"\x93NUMPY\x01\x00"):
+    (tmp_path / "noise.npy").write_bytes(content)
+    with pytest.raises(UserError, match="cannot read --noise="):
+      generate.read_noise(str(tmp_path / "noise.npy"))
+  np.save(tmp_path / "noise.npy", np.full((1, 2, 2, 4), np.nan, np.float32))
+  with pytest.raises(UserError, match="something else than finite numbers"):
+    generate.read_noise(str(tmp_path / "noise.npy"))
+
+
 def test_prompts_come_from_flags_or_a_file(tmp_path):
   file = tmp_path / "prompts.txt"
   file.write_text("a red star\n\n  a blue ring \n", encoding="utf-8")
@@ -93,7 +122,7 @@ def test_prompts_come_from_flags_or_a_file(tmp_path):
     ([], "a\0b", "cannot read --prompts_file"),
     ([], None, "no prompt; give"),
     (["a star"], "prompts.txt", "give one of them"),
-    ([], "empty.txt", "no prompt; give"),
+    ([], "empty.txt", "no prompt in"),
     ([], "absent.txt", "cannot read --prompts_file"),
     ([], "latin.txt", "cannot read --prompts_file"),
   ):
@@ -120,13 +149,17 @@ def test_nothing_is_left_when_writing_fails(model, tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_seed_beside_given_noise_is_refused(environment, tmp_path):
+  flags = ["--workdir=run", f"--out={tmp_path / 'out'}", "--prompt=a red star", "--noise=noise.npy", "--seed=0"]
+  bad = call("generate", environment, *flags)
+  assert (bad.returncode, bad.stderr) == (2, "error: --noise and --seed are both given; give one of them\n")
+
+
 def test_the_command_generates_and_refuses_wrong_flags(run, environment, tmp_path):
   to = [f"--workdir={run}", f"--out={tmp_path / 'out'}"]
   bad = call("generate", environment, *to)
   assert bad.returncode == 2 and not (tmp_path / "out").exists()
-  assert (
-    bad.stderr == 'error: no prompt; give --prompt="a red star" (may be repeated), or --prompts_file with one a line\n'
-  )
+  assert bad.stderr == 'error: no prompt; give --prompt="a red star" (may be repeated) or --prompts_file\n'
   for flag in ("--steps=1000", "--guidance=-1.0"):
     bad = call("generate", environment, *to, "--prompt=a red star", flag)
     assert bad.returncode == 2 and bad.stderr.startswith(f"error: flag {flag}: ") and bad.stderr.count("\n") == 1
