@@ -13,8 +13,10 @@ Parameters that only DiffDis has are random; a run that starts from here draws t
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -103,11 +105,16 @@ def make_config(source: Source) -> ConfigDict:
 
 def check_tokenizer(folder: pathlib.Path) -> None:
   """Raise UserError unless the tokenizer's vocabulary is CLIP's, in files of older or newer transformers."""
-  old, new = folder / "vocab.json", folder / "tokenizer.json"
-  vocab: dict[str, int] = read_json(old) if old.exists() else read_json(new)["model"]["vocab"]
-  # The start and the end token may stand beside the vocabulary.
-  if len(vocab) < VOCAB_SIZE - 2 or not vocab.items() <= load_vocab().items():
-    raise UserError(f"{folder} has not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
+  path = next((folder / name for name in ("vocab.json", "tokenizer.json") if (folder / name).exists()), None)
+  if path is None:
+    raise UserError(f"{folder} has neither vocab.json nor tokenizer.json")
+  vocab: Any = read_json(path)
+  if path.name == "tokenizer.json":
+    with contextlib.suppress(AttributeError, KeyError, TypeError):  # of another form, which is no such vocabulary
+      # The start and the end token stand beside the vocabulary there.
+      vocab = vocab["model"]["vocab"] | {token["content"]: token["id"] for token in vocab.get("added_tokens", ())}
+  if vocab != load_vocab():
+    raise UserError(f"{path} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
 
 
 if __name__ == "__main__":

@@ -331,7 +331,7 @@ def test_a_missing_component_folder_is_named(sd, tmp_path, part):
     ),
     ("vae/config.json", {"layers_per_block": 2}, r"vae lacks \d+ of its model's parameters, such as encoder.down"),
     ("text_encoder/config.json", {"vocab_size": 99}, "the text tower has 99 tokens; only CLIP's"),
-    ("tokenizer/tokenizer.json", {"model": {"vocab": {"a": 0}}}, "has not CLIP's vocabulary"),
+    ("tokenizer/tokenizer.json", {"model": {"vocab": {"a": 0}}}, "is not CLIP's vocabulary"),
   ],
 )
 def test_a_folder_of_another_model_is_refused(sd, tmp_path, file, changes, message):
