@@ -32,7 +32,8 @@ DECODING = 5  # seconds of CPU time for decoding an image
 MOST_CHARACTERS = 500  # limit for a prompt, a class name or a template
 MOST_NAMES = 200  # limit for the class names of a request
 MOST_MEGAPIXELS = 25  # limit for an uploaded image; decoded, a pixel takes up to 4 bytes
-FRAMES = 20  # steps that are shown of one image; decoding a latent costs about as much as a step
+MOST_IMAGES = 8
+FRAMES = 20  # steps that an answer shows; decoding a latent costs about as much as a step
 FOUND = 12  # images in the result of a search
 SEARCH_SEED = 0  # seed of the noise for embedding the searched images
 
@@ -55,29 +56,28 @@ sys.stdout.buffer.write(image.convert("RGB").tobytes())
 
 
 def generate(
-  sampler: StepSampler, prompt: str | None, seed: Any, steps: Any, guidance_scale: Any
+  sampler: StepSampler, prompt: str | None, images: Any, seed: Any, steps: Any, guidance_scale: Any
 ) -> Iterator[tuple[str, list[Captioned]]]:
-  """Yield a line of text and the image with both predictions, after each step that is shown.
+  """Yield a line of text and the images so far, one after another, after each step that is shown.
 
   Raises UserError: a field out of its range, or the time is over.
   """
   prompt = read_text(prompt, "prompt")
+  number = read_whole("images", images, at_least=1, at_most=MOST_IMAGES)
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
   whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_STEPS)
   check_number("guidance", guidance_scale, ge=0, le=MOST_GUIDANCE)
   remaining = sampler.tokenizer.cut(prompt)
   too_long = "" if remaining is None else f" The prompt is too long for this model, which reads: {remaining}"
-  scale = float(guidance_scale)
-  frames = sampler.generate(prompt, seed=whole_seed, steps=whole_steps, guidance_scale=scale, frames=FRAMES)
+  how: Any = dict(steps=whole_steps, guidance_scale=float(guidance_scale), frames=-(-FRAMES // number))
+  frames = (frame for place in range(number) for frame in sampler.generate(prompt, seed=whole_seed, place=place, **how))
+  done: list[Captioned] = []
   for frame in within(sampler.seconds, frames):
-    done = frame.step == frame.steps
-    line = f"{frame.steps} steps" if done else f"Step {frame.step} of {frame.steps}, t = {frame.t}"
-    images = [
-      (frame.noisy, prompt if done else "z at the next t, decoded"),
-      (frame.emptied, "emptied: the network's prediction from z_t without the prompt"),
-      (frame.guided, "guided: its prediction from z_t with the prompt and guidance"),
-    ]
-    yield line + "." + too_long, images
+    line = f"Image {len(done) + 1} of {number}, step {frame.step} of {whole_steps}, t = {frame.t}."
+    shown = [*done, (frame.image, prompt)]
+    if frame.step == whole_steps:
+      done, line = shown, f"{len(shown)} of {number}, seed {whole_seed}, {whole_steps} steps."
+    yield line + too_long, shown
 
 
 def classify(
@@ -96,6 +96,13 @@ def classify(
   shares = special.softmax(sampler.temperature * query @ texts.T)
   best = int(shares.argmax())
   yield f"{classes[best]}: {shares[best]:.1%}.", dict(zip(classes, shares.tolist(), strict=True))
+
+
+def likeliest(answer: Any, template: str | None) -> str:
+  """Return the prompt of the likeliest name, of an answer as the page shows it. Raises UserError: there is none."""
+  if not isinstance(answer, dict) or not isinstance(answer.get("label"), str):
+    raise UserError("there is no likeliest name yet; classify an image")
+  return prompts.fill(read_template(template), answer["label"])
 
 
 class Index:

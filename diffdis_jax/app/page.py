@@ -38,7 +38,12 @@ CSS = """
 .gradio-container { width: 100% !important; max-width: 1180px !important; margin: 0 auto !important; }
 .small img { image-rendering: pixelated; }
 .upload img { object-fit: contain; }
-@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
+.grid-wrap { max-height: none !important; }
+.thumbnail-item { max-height: 420px; margin: 0 auto; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 8px !important; }
+  .tab { flex-direction: column-reverse; }  /* the result before the form */
+}
 """
 
 
@@ -88,48 +93,61 @@ class _Tabs:
     self._sampler, self._index, self._run = sampler, index, run
     self._zero_shot = next((section for section in run.evals.values() if section["task"] == "zero_shot"), {})
     self._small = "small" if sampler.network.image_size < SMALL else ""
-    self._send, self._drawn, self._example = None, None, None
-    self.all: gr.Tabs | None = None
+    self._send, self._example = None, None
+    self._drawing: tuple[list[Any], list[Any]] = [], []
+    self.all: Any = None
 
   def draw(self) -> None:
     how, text = self._run.inference, [*self._run.sample_prompts, "a red star"][0]
-    prompt = gr.Textbox(text, label="Prompt", max_length=MOST_CHARACTERS)
-    with gr.Row():
-      steps = gr.Slider(1, answers.MOST_STEPS, min(how.generation_steps, answers.MOST_STEPS), step=1, label="Steps")
-      max_steps = answers.MOST_GUIDANCE
-      scale = gr.Slider(0, max_steps, min(how.generation_guidance, max_steps), step=0.5, label="Guidance")
-      seed = self._seed()
-    button = gr.Button("Generate", variant="primary", elem_id="draw-button")
-    line, images = last(answers.generate(self._sampler, text, 0, steps.value, scale.value))
-    outputs = [self._line("draw", line), self._gallery("", 3, images)]
-    self._ask(button, answers.generate, [prompt, seed, steps, scale], outputs, self._sampler, name="draw")
-    if "classify" in self._sampler.tabs:
-      self._send = gr.Button("Classify this image", elem_id="send-button")
-      self._drawn, self._example = outputs[1], images and images[0][0]
+    with gr.Row(elem_classes=["tab"]):
+      with gr.Column(scale=2, min_width=300):
+        prompt = gr.Textbox(text, label="Prompt", max_length=MOST_CHARACTERS)
+        button = gr.Button("Generate", variant="primary", elem_id="draw-button")
+        images = gr.Slider(1, answers.MOST_IMAGES, 1, step=1, label="Images")
+        steps = gr.Slider(1, answers.MOST_STEPS, min(how.generation_steps, answers.MOST_STEPS), step=1, label="Steps")
+        most = answers.MOST_GUIDANCE
+        scale = gr.Slider(0, most, min(how.generation_guidance, most), step=0.5, label="Guidance")
+        seed = self._seed()
+        new_seed = gr.Button("New seed", elem_id="seed-button")
+      with gr.Column(scale=3, min_width=300):
+        line, drawn = last(answers.generate(self._sampler, text, 1, 0, steps.value, scale.value))
+        outputs = [self._line("draw", line), self._gallery("", 2, drawn)]
+        if "classify" in self._sampler.tabs:
+          self._send = gr.Button("Classify the first image", elem_id="send-button")
+          self._example = drawn and drawn[0][0]
+    random = f"() => Math.floor(Math.random() * {answers.MOST_SEED})"
+    new_seed.click(None, None, seed, js=random, api_visibility="private")
+    self._drawing = [prompt, images, seed, steps, scale], outputs
+    self._ask(button, answers.generate, *self._drawing, self._sampler, name="draw")
 
   def classify(self) -> None:
     if self._example is None and self._index is not None:
       self._example = self._index.read(0)[0]
-    with gr.Row():
-      image = self._image("classify", self._example)
-      with gr.Column(scale=3, min_width=300):
-        names, template = self._names(), self._template()
-        seed = self._seed()
+    with gr.Row(elem_classes=["tab"]):
+      with gr.Column(scale=2, min_width=300):
+        image = self._image("classify", self._example)
+        names, template, seed = self._names(), self._template(), self._seed()
         button = gr.Button("Classify", variant="primary", elem_id="classify-button")
+      with gr.Column(scale=3, min_width=300):
         line, shares = "", None
         if self._example is not None:
           line, shares = last(answers.classify(self._sampler, self._example, names.value, template.value, 0))
-        label = gr.Label(shares, label="Shares", num_top_classes=12, elem_id="classify-answer")
+        label = gr.Label(shares, label="Shares", num_top_classes=6, elem_id="classify-answer")
         outputs = [self._line("classify", line), label]
+        back: Any = self._send and gr.Button("Generate the likeliest", elem_id="back-button")
     inputs = [image, names, template, seed]
     self._ask(button, answers.classify, inputs, outputs, self._sampler, name="classify")
     if self._send is not None:
+      drawing, (_, gallery) = self._drawing
       take = lambda images: iter([(images[0]["image"]["path"] if images else None, gr.Tabs(selected="classify"))])
-      example = self._ask(self._send, take, [self._drawn], [image, self.all], name="take")
+      example = self._ask(self._send, take, [gallery], [image, self.all], name="take")
       example.success(_shown(answers.classify, self._sampler), inputs, outputs, **HOW, api_visibility="private")
+      draw = lambda answer, text: iter([(answers.likeliest(answer, text), gr.Tabs(selected="draw"))])
+      prompt = gr.on(back.click, _shown(draw), [label, template], [drawing[0], self.all], api_name="likeliest", **HOW)
+      prompt.success(_shown(answers.generate, self._sampler), *self._drawing, **HOW, api_visibility="private")
 
   def search(self) -> None:
-    with gr.Row():
+    with gr.Row(elem_classes=["tab"]):
       with gr.Column(scale=2, min_width=300):
         text = gr.Textbox(label="By text", max_length=MOST_CHARACTERS)
         by_text = gr.Button("Search by text", variant="primary", elem_id="search-text-button")
@@ -152,13 +170,12 @@ class _Tabs:
     return gr.Textbox(text, show_label=False, interactive=False, container=False, elem_id=f"{name}-line")
 
   def _gallery(self, label: str, columns: int, images: Any) -> gr.Gallery:
-    how: Any = dict(interactive=False, height="auto", elem_classes=[self._small])
+    how: Any = dict(interactive=False, height="auto", object_fit="contain", elem_classes=[self._small])
     return gr.Gallery(images, label=label, columns=columns, format="png", **how)
 
   def _image(self, name: str, value: Any) -> gr.Image:
-    with gr.Column(scale=2, min_width=300):
-      style: Any = dict(elem_classes=["upload", self._small], buttons=[], elem_id=f"{name}-image", height=240)
-      return gr.Image(value, sources=["upload", "clipboard"], type="filepath", format="png", label="Image", **style)
+    style: Any = dict(elem_classes=["upload", self._small], buttons=[], elem_id=f"{name}-image", height=240)
+    return gr.Image(value, sources=["upload", "clipboard"], type="filepath", format="png", label="Image", **style)
 
   def _names(self) -> gr.Textbox:
     """Add the field of class names, which begins with those of the run's evaluation if it lists them."""
@@ -197,7 +214,7 @@ def _shown(answer: Answer, *given: Any) -> Answer:
   def call(*inputs: Any) -> Iterator[Any]:
     try:
       # Gradio describes an uploaded file by a dict.
-      yield from answer(*given, *(value["path"] if isinstance(value, dict) else value for value in inputs))
+      yield from answer(*given, *(value.get("path", value) if isinstance(value, dict) else value for value in inputs))
     except UserError as error:
       # Gradio shows a message as HTML, and it may repeat what the user typed. Bad input needs no traceback in the log.
       raise gr.Error(html.escape(str(error)), title="This cannot be done", print_exception=False) from error

@@ -7,7 +7,6 @@ what `Inference` gives.
 from __future__ import annotations
 
 import dataclasses
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,8 +21,7 @@ from diffdis_jax.config.objectives import COMPARING, GENERATIVE
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import algorithms, encode, samplers, schedules
-from diffdis_jax.method.algorithms import GenerationStep
-from diffdis_jax.method.samplers import DdimCoefficients
+from diffdis_jax.method.samplers import DdimCoefficients, DdimStep
 
 TABS = {
   "draw": GENERATIVE,
@@ -47,14 +45,11 @@ def tabs(objectives: Sequence[str], *, aligned: bool = True) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """The decoded images after step `step` of `steps` of Algorithm 2, in which the network was evaluated at t."""
+  """z decoded after a step of Algorithm 2, in which the network was evaluated at t; after the last, the image."""
 
   step: int
-  steps: int
   t: int
-  noisy: UInt8[np.ndarray, "H W 3"]  # z at the next timestep; after the last step, the image
-  emptied: UInt8[np.ndarray, "H W 3"]  # ẑ_0 as the network predicts it under the empty prompt
-  guided: UInt8[np.ndarray, "H W 3"]  # ẑ_0 under the prompt, with guidance
+  image: UInt8[np.ndarray, "H W 3"]
 
 
 class StepSampler:
@@ -93,26 +88,28 @@ class StepSampler:
     """Return the L2-normalised query of each image, by the run's protocol. Raises UserError: not finite."""
     return _finite(self.call(lambda params: self.model.embed_images(params, images, seed=seed)))
 
-  def generate(self, prompt: str, *, seed: int, steps: int, guidance_scale: float, frames: int) -> Iterator[Frame]:
-    """Run Algorithm 2, and yield the last step and `frames` - 1 others, evenly spread.
+  def generate(
+    self, prompt: str, *, seed: int, steps: int, guidance_scale: float, frames: int, place: int = 0
+  ) -> Iterator[Frame]:
+    """Run Algorithm 2 on the noise of the image at `place`, and yield the last step and `frames` - 1 others, evenly
+    spread.
 
     Raises UserError: a run without generation, or an impossible number of steps.
     """
     conditions = self.call(self._conditions, self.tokenizer([prompt]))
-    timesteps, z_t = schedules.leading(steps), self.model.noise(1, seed)
-    every, scale = math.ceil(steps / frames), np.float32(guidance_scale)
+    timesteps, z_t = schedules.leading(steps), self.model.noise(place + 1, seed)[place:]
+    every, scale = -(-steps // frames), np.float32(guidance_scale)
     for i, coefficients in enumerate(samplers.ddim_coefficients(self.network.image_process, timesteps).each()):
       # The scale is an array argument: as a constant, each scale would need a program of its own.
       step = self.call(self._generation_step, z_t, coefficients, *conditions, scale)
-      z_t = _finite(step.z_prev)
+      z_t = _finite(step.x_prev)
       # Decoding costs about as much as a step, so only some steps are shown, and always the last.
       if (steps - 1 - i) % every == 0:
-        frame = np.concatenate([step.z_prev, step.z_0_null, step.z_0])
-        yield Frame(i + 1, steps, int(timesteps.t[i]), *self.call(self._preview, frame))
+        yield Frame(i + 1, int(timesteps.t[i]), self.call(self._preview, z_t)[0])
 
   def _generation(
     self, model: Any, z_t: Any, coefficients: DdimCoefficients, c: Any, c_null: Any, scale: Any
-  ) -> GenerationStep:
+  ) -> DdimStep:
     condition = dict(c=c, c_null=c_null, guidance_scale=scale)
     return algorithms.generation_step(model, z_t, coefficients, network=self.network, **condition)
 

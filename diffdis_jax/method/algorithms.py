@@ -177,25 +177,10 @@ def denoise_latents(
   def step(z_t: Float[Array, "b h w c"], now: DdimCoefficients) -> tuple[Float[Array, "b h w c"], None]:
     return generation_step(
       model, z_t, now, c=c, c_null=c_null, network=network, guidance_scale=guidance_scale
-    ).z_prev, None
+    ).x_prev, None
 
   # A scan, so that the network is compiled once for any number of steps.
   return jax.lax.scan(step, z_t, timesteps)[0]
-
-
-@struct.dataclass
-class GenerationStep:
-  """The results of a step of Algorithm 2.
-
-  Attributes:
-    z_prev: z at the previous, less noisy timestep.
-    z_0: this step's estimate ẑ_0, with guidance.
-    z_0_null: the estimate for the empty caption, None without guidance.
-  """
-
-  z_prev: Float[AnyArray, "b h w c"]
-  z_0: Float[AnyArray, "b h w c"]
-  z_0_null: Float[AnyArray, "b h w c"] | None
 
 
 def generation_step(
@@ -207,7 +192,7 @@ def generation_step(
   c_null: Float[Array, "1 l d"],
   network: Network,
   guidance_scale: float | Float[Array, ""],
-) -> GenerationStep:
+) -> DdimStep:
   """Compute one step of Algorithm 2's loop."""
   process = network.image_process
 
@@ -216,11 +201,9 @@ def generation_step(
 
   # ε̂ = ε_u + s (ε_c − ε_u)
   t_z = jnp.full(len(z_t), now.t)
-  guided = guidance.guide(predict, z_t, t_z, condition=c, null=c_null, scale=guidance_scale)
+  prediction = guidance.guide(predict, z_t, t_z, condition=c, null=c_null, scale=guidance_scale)
   # ẑ_0 = (z_t − √(1 − ᾱ) ε̂) / √ᾱ;  z_prev = √ᾱ_prev ẑ_0 + √(1 − ᾱ_prev) ε̂
-  step = samplers.ddim_step(process, now, z_t, guided.guided)
-  unguided = None if guided.unconditional is None else samplers.ddim_step(process, now, z_t, guided.unconditional).x_0
-  return GenerationStep(z_prev=step.x_prev, z_0=step.x_0, z_0_null=unguided)
+  return samplers.ddim_step(process, now, z_t, prediction)
 
 
 def denoise_text_query(
@@ -297,7 +280,7 @@ def text_query_step(
 
   # ê_0 or ε̂_e = Φ_θ(e_t, t_e, z)
   t_e = jnp.full(len(e_t), now.t)
-  prediction = guidance.guide(predict, e_t, t_e, condition=z, null=jnp.zeros_like(z), scale=guidance_scale).guided
+  prediction = guidance.guide(predict, e_t, t_e, condition=z, null=jnp.zeros_like(z), scale=guidance_scale)
   if normalize_query and process.target == "data":
     # Normalise after guidance, which changes the length.
     prediction = losses.unit_norm(prediction)

@@ -7,26 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
-
-from diffdis_jax.structs import AnyArray
 
 Condition = Any  # pytree of arrays that share the batch axis
 Denoise = Callable[[Float[Array, "b ..."], Int[Array, "b"], Condition], Float[Array, "b ..."]]
-
-
-@struct.dataclass
-class Guided:
-  """The predictions for (x_t, t).
-
-  Attributes:
-    guided: ε_u + s (ε_c − ε_u).
-    unconditional: ε_u, or None if s is 1.
-  """
-
-  guided: Float[AnyArray, "b ..."]
-  unconditional: Float[AnyArray, "b ..."] | None
 
 
 def guide(
@@ -37,7 +21,7 @@ def guide(
   condition: Condition,
   null: Condition,
   scale: float | Float[Array, ""],
-) -> Guided:
+) -> Float[Array, "b ..."]:
   """Compute ε_u + s (ε_c − ε_u), with both branches in one batch of 2b rows. s is 1 + w of the paper.
 
   Args:
@@ -47,7 +31,7 @@ def guide(
     scale: s. For the Python number 1 the unconditional branch is not computed; for an array both are.
   """
   if not isinstance(scale, jax.Array) and scale == 1:
-    return Guided(denoise(x_t, t, condition), None)
+    return denoise(x_t, t, condition)
   # The two branches of a sample are adjacent rows, so that no rows move between devices.
   conditions = jax.tree.map(
     lambda u, c: jnp.stack((jnp.broadcast_to(u, c.shape), c), axis=1).reshape(-1, *c.shape[1:]), null, condition
@@ -55,4 +39,4 @@ def guide(
   prediction = denoise(jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2, axis=0), conditions)
   unconditional, conditional = jnp.unstack(prediction.reshape(len(x_t), 2, *prediction.shape[1:]), axis=1)
   # Not (1 − s) ε_u + s ε_c, which is equal but rounds differently from Stable Diffusion's pipeline.
-  return Guided(unconditional + scale * (conditional - unconditional), unconditional)
+  return unconditional + scale * (conditional - unconditional)

@@ -12,19 +12,20 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from PIL import Image
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.common import cli, files
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import base, generation_accuracy, prompts, tasks
 from diffdis_jax.evals.generation_accuracy import PAIRS, ShapeJudge
 from diffdis_jax.evals.zero_shot import ZeroShot, class_recalls
+from diffdis_jax.method import algorithms, encode, samplers, schedules
 from diffdis_jax.run import provenance
 from replication.measured import records
 
@@ -120,17 +121,25 @@ def first_of(n: int, total: int) -> list[float]:
 def denoising(run: pathlib.Path) -> dict[str, Any]:
   """Return the images of denoising.png: for each prompt a row of decoded z_t, and below it a row of predicted z_0."""
   model, params = inference.load(str(run), batch_size=8)
-  how, sampler = model.sampling, StepSampler(model, params, seconds=600)
-  rows, times = [], []
-  for prompt in PROMPTS:
-    steps = how.generation_steps
-    steps_shown = sampler.generate(prompt, seed=0, steps=steps, guidance_scale=how.generation_guidance, frames=steps)
-    frames = [*steps_shown]
-    places = np.linspace(0, len(frames) - 1, FRAMES + 1).round().astype(int)
-    # A step gives z at the next step's timestep; the last step gives the image.
-    times = [frames[i + 1].t if i + 1 < len(frames) else 0 for i in places]
-    rows += [np.concatenate([frames[i].noisy for i in places], axis=1)]
-    rows += [np.concatenate([frames[i].guided for i in places], axis=1)]
+  how, tokens = model.sampling, Tokenizer(model.max_length)([*PROMPTS])
+  timesteps = schedules.leading(how.generation_steps)
+
+  def steps(network: Any, z_T: Any) -> Any:
+    """Return z after each step of Algorithm 2 and its prediction of z_0, decoded."""
+    c, c_null = network.encode_text(tokens).c, encode.null_condition(network, tokens.shape[1])
+    guided = dict(c=c, c_null=c_null, network=model.network, guidance_scale=how.generation_guidance)
+
+    def step(z_t: Any, now: Any) -> Any:
+      done = algorithms.generation_step(network, z_t, now, **guided)
+      return done.x_prev, (network.decode_image(done.x_prev), network.decode_image(done.x_0))
+
+    return jax.lax.scan(step, z_T, samplers.ddim_coefficients(model.network.image_process, timesteps))[1]
+
+  shown = jax.tree.map(np.asarray, model.compiled("steps of a generation", steps)(params, model.noise(len(PROMPTS), 0)))
+  places = np.linspace(0, how.generation_steps - 1, FRAMES + 1).round().astype(int)
+  # A step gives z at the next step's timestep; the last step gives the image.
+  times = [*np.append(timesteps.t, 0)[places + 1].tolist()]
+  rows = [np.concatenate([*images[places, i]], axis=1) for i in range(len(PROMPTS)) for images in shown]
   Image.fromarray(np.concatenate(rows)).save(records.HERE / "denoising.png", optimize=True)
   of = {"prompts": PROMPTS, "t": times, "image_size": model.image_size, "guidance": how.generation_guidance}
   description = "denoising.png: DDIM steps of a generation, by prompt z_t decoded and the prediction of z_0"

@@ -51,9 +51,9 @@ class StepSampler(step_sampler.StepSampler):
   def embed_images(self, images, *, seed):
     return unit(np.stack([images[np.array([i])][0] for i in range(len(images))]).mean(axis=(1, 2)) + 1e-3)
 
-  def generate(self, prompt, *, seed, steps, guidance_scale, frames):
+  def generate(self, prompt, *, seed, steps, guidance_scale, frames, place):
     for step in range(1, steps + 1):
-      yield Frame(step, steps, 999 - step, *(np.full((8, 8, 3), value, np.uint8) for value in (1, 2, 3)))
+      yield Frame(step, 999 - step, np.full((8, 8, 3), 10 * place + step, np.uint8))
 
 
 class Source:
@@ -84,18 +84,29 @@ def test_an_image_is_classified(tmp_path):
   assert line == f"red: {expected[0]:.1%}."
 
 
-def test_a_generation_shows_three_images_after_each_step():
-  steps = [*answers.generate(StepSampler(), " a star ", 0, 3, 2)]
-  assert [image.mean() for image, _ in steps[-1][1]] == [1, 2, 3]
-  assert [line for line, _ in steps] == ["Step 1 of 3, t = 998.", "Step 2 of 3, t = 997.", "3 steps."]
-  # The image shows the latent after the step; the predictions are made from the latent before it.
-  captions = [[caption for _, caption in images] for _, images in steps]
-  assert captions[1][0] == "z at the next t, decoded" and "from z_t with the prompt" in captions[1][2]
-  assert captions[2][0] == "a star"
+def test_images_are_generated_one_after_another():
+  shown = [*answers.generate(StepSampler(), " a star ", 2, 7, 2, 2)]
+  assert [line for line, _ in shown] == [
+    "Image 1 of 2, step 1 of 2, t = 998.",
+    "1 of 2, seed 7, 2 steps.",
+    "Image 2 of 2, step 1 of 2, t = 998.",
+    "2 of 2, seed 7, 2 steps.",
+  ]
+  assert [[image.mean() for image, _ in images] for _, images in shown] == [[1], [2], [2, 11], [2, 12]]
+  assert {caption for _, images in shown for _, caption in images} == {"a star"}
+  with pytest.raises(UserError, match="images"):
+    next(answers.generate(StepSampler(), "a star", 9, 7, 2, 2))
+
+
+def test_the_likeliest_name_becomes_a_prompt():
+  assert answers.likeliest({"label": "red star", "confidences": []}, "a {}") == "a red star"
+  for answer in (None, {}, "red star"):
+    with pytest.raises(UserError, match="classify an image"):
+      answers.likeliest(answer, "a {}")
 
 
 def test_a_generation_says_what_is_read_of_a_prompt_that_is_too_long():
-  steps = answers.generate(StepSampler(), "one two three four five six seven", 0, 3, 2)
+  steps = answers.generate(StepSampler(), "one two three four five six seven", 1, 0, 3, 2)
   assert all(line.endswith("too long for this model, which reads: one two three four five six") for line, _ in steps)
 
 

@@ -18,15 +18,15 @@ UPLOADS = {"image": pictures.png(64, 48), "empty": b"", "large": bytes(11_000_00
 NAMES, TEMPLATE = "red star, blue ring, green heart", "a {}"
 # Each row: the function's name, its inputs, what is uploaded, and the expected answer or words of the error message.
 KINDS = (
-  ("draw", ["a red star", 0, 6, 3.0], "", "answer"),
+  ("draw", ["a red star", 2, 0, 6, 3.0], "", "answer"),
   ("classify", [NAMES, TEMPLATE, 0], "image", "answer"),
   ("classify", [NAMES, TEMPLATE, 0], "empty", "the file is empty"),
   ("search_text", ["a blue ring"], "", "answer"),
   ("classify", [NAMES, TEMPLATE, 0], "large", "413"),
   ("classify", [NAMES, TEMPLATE, 0], "bomb", "too many pixels"),
   ("search_image", [], "image", "answer"),
-  ("draw", ["x" * 1_000_000, 0, 6, 3.0], "", "1,000,000 characters"),
-  ("draw", ["a ring", 0, 10**9, 3.0], "", "steps is 1000000000"),
+  ("draw", ["x" * 1_000_000, 1, 0, 6, 3.0], "", "1,000,000 characters"),
+  ("draw", ["a ring", 1, 0, 10**9, 3.0], "", "steps is 1000000000"),
   ("classify", ["<img src=x>, <img src=x>", TEMPLATE, 0], "image", "&lt;img src=x&gt;"),
   ("classify", [NAMES, TEMPLATE, 0], "/etc/passwd", "error"),
 )
@@ -77,9 +77,11 @@ def test_no_request_is_lost_bad_ones_are_messages_and_a_drawn_image_goes_to_clas
       parts = [{**part["props"], "type": part["type"]} for part in client.get("/config").json()["components"]]
       picture, tab = ask(client, "take", [next(part["value"] for part in parts if part["type"] == "gallery")])
       line, shares = ask(client, "classify", [picture, NAMES, TEMPLATE, 0])
+      prompt, back = ask(client, "likeliest", [shares, TEMPLATE])
   assert [pair for pair in outcomes if pair[0] not in pair[1]] == []
   (example,) = [part["value"] for part in parts if part.get("elem_id") == "classify-line"]
   assert "%" in example, "the example that is classified before the first click"
   assert tab["selected"] == "classify" and "%" in line and len(shares["confidences"]) == 3
+  assert prompt == f"a {shares['label']}" and back["selected"] == "draw"
   log = (tmp_path / "log").read_text()
   assert log.count("Traceback") <= REQUESTS // len(KINDS), log[-3000:]

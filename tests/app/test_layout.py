@@ -73,7 +73,7 @@ def test_an_example_is_drawn_and_classified_before_the_first_click():
   config.inference.generation_steps = 2
   by_id = {part.get("elem_id"): part for part in components(config)}
   (gallery,) = components(config, type="gallery")
-  assert len(gallery["value"]) == 3 and by_id["draw-line"]["value"] == "2 steps."
+  assert len(gallery["value"]) == 1 and by_id["draw-line"]["value"] == "1 of 1, seed 0, 2 steps."
   assert by_id["classify-image"]["value"] and "%" in by_id["classify-line"]["value"]
   assert len(by_id["classify-answer"]["value"]["confidences"]) > 1
   # For a run that does not generate, the first of the searched images is the example.

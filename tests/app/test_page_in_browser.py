@@ -55,6 +55,7 @@ class Page:
 
   def fill(self, label: str, text: str) -> None:
     path = f"//label[.//span[normalize-space()='{label}']]//*[self::textarea or self::input]"
+    path += f"|//input[@aria-label='number input for {label}']"  # of a slider
     fields = lambda: [element for element in self.driver.find_elements("xpath", path) if element.is_displayed()]
     element = self.wait(fields)[0]
     element.clear()
@@ -87,14 +88,21 @@ def page(driver, served):
 
 
 def test_an_image_is_generated_from_a_prompt_and_classified(page):
-  assert page.line("draw").startswith("2 steps"), "the example"
+  assert page.line("draw") == "1 of 1, seed 0, 2 steps.", "the example"
+  gallery, button = page.all(".grid-wrap")[0], page.all("#draw-button")[0]
+  assert (gallery.location["y"] < button.location["y"]) or page.driver.width > 640, "on a phone the result is first"
   page.fill("Prompt", "a blue ring")
+  page.fill("Images", "2")
+  page.click("#seed-button")
   page.click("#draw-button")
-  page.wait(lambda: page.line("draw").startswith("2 steps"))
-  page.wait(lambda: len(page.all("button.thumbnail-item img")) == 3)
+  page.wait(lambda: page.line("draw").startswith("2 of 2") and "seed 0," not in page.line("draw"))
+  page.wait(lambda: len(page.all("button.thumbnail-item img")) == 2)
   assert page.is_clean()
   page.click("#send-button")
   page.wait(lambda: page.all("#classify-image img") and "%" in page.line("classify"))
+  page.click("#back-button")
+  name = page.line("classify").partition(":")[0]
+  page.wait(lambda: page.all("#draw-button") and name in page.text(".caption-label"))
 
 
 def test_an_image_is_classified(page, tmp_path):
@@ -104,8 +112,9 @@ def test_an_image_is_classified(page, tmp_path):
   page.wait(lambda: page.all("#classify-image img"))
   page.fill("Class names", "red star, blue ring, cat")
   page.click("#classify-button")
-  page.wait(lambda: "%" in page.line("classify"))
-  assert all(name in page.text("#classify-answer") for name in ("red star", "blue ring", "cat")) and page.is_clean()
+  names = ("red star", "blue ring", "cat")
+  page.wait(lambda: all(name in page.text("#classify-answer") for name in names))
+  assert page.line("classify").partition(":")[0] in names and page.is_clean()
 
 
 def test_images_are_found_by_text_and_by_an_upload(page, tmp_path):
