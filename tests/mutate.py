@@ -30,10 +30,10 @@ TIMESTEPS = "training/test_step.py::test_timesteps_of_image_and_text_are_indepen
 PRECISION = "test_precision.py::test_a_config_may_set_the_precision"
 STATISTICS = "training/test_step.py::test_latent_statistics_of_microbatches_are_the_mean_of_theirs"
 TESTS = {
-  "method/algorithms.py": "method/test_algorithms.py method/test_diffdis.py",
+  "method/algorithms.py": f"method/test_algorithms.py method/test_diffdis.py {JOINT_LOSS}",
   "method/alignment.py": "method/test_alignment.py method/test_diffdis.py",
   "method/diffdis.py": "method/test_diffdis.py method/test_algorithms.py",
-  "method/fusion.py": "method/test_fusion.py",
+  "method/fusion.py": "method/test_fusion.py method/test_diffdis.py",
   "method/guidance.py": "method/test_guidance.py method/test_algorithms.py",
   "method/joint.py": "method/test_joint.py method/test_diffdis.py",
   "method/losses.py": "method/test_losses.py",
@@ -42,7 +42,7 @@ TESTS = {
   "method/schedules.py": "method/test_schedules.py method/test_samplers.py",
   "method/step_noise.py": f"method/test_algorithms.py method/test_diffdis.py {TIMESTEPS}",
   "training/gradcache.py": "training/test_gradcache.py",
-  "method/long_tail.py": "training/test_mixing.py training/test_long_tail.py",
+  "method/long_tail.py": "training/test_mixing.py training/test_long_tail.py evals/test_long_tail_eval.py",
   "training/losses.py": f"training/test_contrastive.py training/test_metrics.py {JOINT_LOSS} {STATISTICS}",
   "training/optim.py": "training/test_optim.py",
   "evals/base.py": "evals/test_base.py evals/test_retrieval.py evals/test_zero_shot.py",
