@@ -53,7 +53,7 @@ def test_a_run_is_read_off_the_page(driver, pages):
   ]
   charts = driver.find_elements("css selector", ".chart")
   assert [len(chart.find_elements("css selector", "svg path")) for chart in charts] == [1] * 7, "one for each metric"
-  assert "corrupt image" in texts(driver, "#data-set")[0] and "</script>" in texts(driver, "#data-set")[0]
+  assert "1 records could not be used" in texts(driver, "#data-set")[0] and "</script>" in texts(driver, "#data-set")[0]
   assert "100 parameters, 70 of them trained" in texts(driver, "#parameters")[0]
 
 
